@@ -1,0 +1,280 @@
+"""Causal attention over the first `sinks` and the last `window` tokens of a document, under one softmax.
+
+Dims: B batch, T tokens, H query heads, G key/value heads (H = G R), K query/key, V value, S sinks, W window, N real tokens of a row.
+
+    A(t) = {s <= t in t's document: t - s < W or s is one of its first S tokens}
+    h_t  = softmax(scale q_t K_A^T) V_A             Hauzenberger et al. 2026; sink tokens after Xiao et al. 2023
+
+Distances count real tokens: padding is taken out first, so that a row becomes documents back to back. Then the keys of a block of queries
+are one band and, before it, the sinks of the block's first document; both are slices, wherever the padding was.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+ROWS = 64  # queries per block: a block reads W + ROWS keys where W are needed, but narrower matrices multiply more slowly
+SCORES = 2**20  # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
+
+
+class Row(NamedTuple):
+    """One row without its padding. place [N]: where the real tokens lie, None if all T are real; start [N]: where the document of
+    each begins, counted in real tokens, None if the row is one document."""
+
+    place: torch.Tensor | None
+    start: torch.Tensor | None
+
+
+class Block(NamedTuple):
+    """Queries [begin, end), keys [sink, sink + S') and [low, end); bias 0 where visible, -inf elsewhere, [end - begin, S' + end - low]."""
+
+    begin: int
+    end: int
+    sink: int
+    sink_end: int
+    low: int
+    bias: torch.Tensor
+
+
+def visible(t, s, start, window, sinks):
+    """True where the query at t sees the key at s; start is that of t's document. Broadcasts."""
+    return (s <= t) & (s >= start) & ((t - s < window) | (s - start < sinks))
+
+
+def blocks(row, N, window, sinks, like):
+    """Cut the queries of a row into blocks. The oldest key in reach moves forward with the query: the first one's bounds the block."""
+    known = {}  # most blocks look alike
+    position = torch.arange(N, device=like.device)
+    start = None if row.start is None else row.start.tolist()
+    for begin in range(0, N, ROWS):
+        end = min(begin + ROWS, N)
+        first = start[begin] if start else 0
+        low = max(first, begin - window + 1)
+        sink_end = min(first + sinks, low)
+        pattern = (min(low - first, sinks), begin - low, end - low)
+        alike = not start or start[end - 1] == first
+        bias = known.get(pattern) if alike else None
+        if bias is None:
+            s = torch.cat([position[first:sink_end], position[low:end]])
+            begins = row.start[begin:end, None] if start else 0
+            bias = torch.zeros(end - begin, len(s), dtype=like.dtype, device=like.device)
+            bias.masked_fill_(~visible(position[begin:end, None], s, begins, window, sinks), float("-inf"))
+        if alike:
+            known[pattern] = bias
+        yield Block(begin, end, first, sink_end, low, bias)
+
+
+class Heads:
+    """One row's tensors seen as [G, R, N, K|V], in the dtype of the calculation block by block."""
+
+    def __init__(self, x, groups, place, dtype):
+        x = x if place is None else x[place]
+        self.x, self.dtype = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3), dtype
+
+    def queries(self, lanes, block):
+        return self.x[lanes, :, block.begin : block.end].to(self.dtype).flatten(1, 2)  # [g, R rows, K]
+
+    def keys(self, lanes, block):
+        x = self.x[lanes, 0]
+        return torch.cat([x[:, block.sink : block.sink_end], x[:, block.low : block.end]], 1).to(self.dtype)  # [g, S' + band, K|V]
+
+    def add_to_keys(self, lanes, block, dx):
+        x, S = self.x[lanes, 0], block.sink_end - block.sink
+        x[:, block.sink : block.sink_end] += dx[:, :S]
+        x[:, block.low : block.end] += dx[:, S:]
+
+    def set_queries(self, lanes, block, y):
+        self.x[lanes, :, block.begin : block.end] = y.unflatten(1, (self.x.shape[1], -1))
+
+
+class Scratch:
+    """Two buffers for scores, reused by every block: fresh memory would cost more in page faults than the softmax in time."""
+
+    def __init__(self, like):
+        self.buffers = [like.new_empty(0), like.new_empty(0)]
+
+    def __call__(self, which, *shape):
+        size = torch.Size(shape).numel()
+        if self.buffers[which].numel() < size:
+            self.buffers[which] = self.buffers[which].new_empty(size)
+        return self.buffers[which][:size].view(shape)
+
+
+def weights(q, k, block, scratch):
+    """Attention weights of a block [g, R rows, S' + band]; q is scaled."""
+    g, rows, keys = q.shape[0], q.shape[1], k.shape[1]
+    scores = torch.bmm(q, k.transpose(1, 2), out=scratch(0, g, rows, keys))
+    scores.unflatten(1, (-1, block.end - block.begin)).add_(block.bias)
+    return torch.softmax(scores, -1, out=scratch(1, g, rows, keys))
+
+
+def lanes_of(block, groups, repeats):
+    """Slices of the key/value heads small enough for the cache."""
+    step = max(1, SCORES // (repeats * block.bias.numel()))
+    return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
+
+
+class BandedAttention(torch.autograd.Function):
+    """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor. The backward computes the weights again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window, sinks, rows):
+        ctx.save_for_backward(q, k, v)
+        ctx.rule = scale, window, sinks, rows
+        dtype = calculation_dtype(q, k, v)
+        (B, T, H, _), G = q.shape, k.shape[2]
+        h = v.new_zeros(B, T, H, v.shape[-1])
+        like = q.new_empty(0, dtype=dtype)
+        scratch = Scratch(like)
+        for b, row in enumerate(rows):
+            qs, ks, vs = (Heads(x[b], G, row.place, dtype) for x in (q, k, v))
+            out = h[b] if row.place is None else h.new_empty(len(row.place), H, v.shape[-1])
+            hs = Heads(out, G, None, dtype)
+            for block in blocks(row, out.shape[0], window, sinks, like):
+                for lanes in lanes_of(block, G, H // G):
+                    p = weights(qs.queries(lanes, block) * scale, ks.keys(lanes, block), block, scratch)
+                    hs.set_queries(lanes, block, p @ vs.keys(lanes, block))
+            if row.place is not None:
+                h[b, row.place] = out
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        q, k, v = ctx.saved_tensors
+        scale, window, sinks, rows = ctx.rule
+        dtype, G = calculation_dtype(q, k, v), k.shape[2]
+        wanted = [torch.zeros_like(x, dtype=dtype) for x in (q, k, v)]
+        like = q.new_empty(0, dtype=dtype)
+        scratch, dscratch = Scratch(like), Scratch(like)
+        with torch.autocast(q.device.type, enabled=False):
+            for b, row in enumerate(rows):
+                tensors = [Heads(x[b], G, row.place, dtype) for x in (q, k, v, dh)]
+                grads = [x[b] if row.place is None else torch.zeros_like(x[b, : len(row.place)]) for x in wanted]
+                views = [Heads(x, G, None, dtype) for x in grads]
+                for block in blocks(row, grads[0].shape[0], window, sinks, like):
+                    for lanes in lanes_of(block, G, q.shape[2] // G):
+                        block_backward(tensors, views, lanes, block, scale, scratch, dscratch)
+                if row.place is not None:
+                    for x, compact in zip(wanted, grads, strict=True):
+                        x[b, row.place] = compact
+        dq, dk, dv = (x.to(like.dtype) for x, like in zip(wanted, (q, k, v), strict=True))
+        return dq, dk, dv, None, None, None, None
+
+
+def block_backward(tensors, grads, lanes, block, scale, scratch, dscratch):
+    """Set the block's dq, add its share to dk and dv."""
+    (q, dh), (k, v) = (x.queries(lanes, block) for x in (tensors[0], tensors[3])), (x.keys(lanes, block) for x in tensors[1:3])
+    q = q * scale
+    p = weights(q, k, block, scratch)
+    grads[2].add_to_keys(lanes, block, p.transpose(1, 2) @ dh)
+    dp = torch.bmm(dh, v.transpose(1, 2), out=dscratch(0, *p.shape))
+    mean = torch.mul(p, dp, out=dscratch(1, *p.shape)).sum(-1, keepdim=True)
+    ds = dp.sub_(mean).mul_(p)
+    grads[0].set_queries(lanes, block, (ds @ k).mul_(scale))
+    grads[1].add_to_keys(lanes, block, ds.transpose(1, 2) @ q)
+
+
+def calculation_dtype(*tensors):
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def window_banded(q, k, v, *, window, sinks, rows, scale):
+    """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory. Up to W tokens it is plain causal attention."""
+    if q.shape[1] <= window and all(row == Row(None, None) for row in rows):
+        dtype = calculation_dtype(q, k, v)
+        q, k, v_ = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+        h = scaled_dot_product_attention(q, k, v_, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return h.transpose(1, 2).to(v.dtype)
+    return BandedAttention.apply(q, k, v, scale, window, sinks, rows)
+
+
+def window_reference(q, k, v, *, window, sinks, rows, scale):
+    """The definition, with a T x T mask: O(T^2) time and memory."""
+    dtype, R = calculation_dtype(q, k, v), q.shape[2] // k.shape[2]
+    h = []
+    for b, row in enumerate(rows):
+        qb, kb, vb = (x[b].to(dtype).transpose(0, 1) for x in (q, k, v))  # [H|G, T, K|V]
+        if row.place is not None:
+            qb, kb, vb = (x[:, row.place] for x in (qb, kb, vb))
+        t = torch.arange(qb.shape[1], device=q.device)
+        seen = visible(t[:, None], t, 0 if row.start is None else row.start[:, None], window, sinks)
+        scores = scale * qb @ kb.repeat_interleave(R, 0).transpose(-1, -2)
+        hb = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ vb.repeat_interleave(R, 0)
+        hb = hb.transpose(0, 1).to(v.dtype)  # [N, H, V]
+        h.append(hb if row.place is None else hb.new_zeros(q.shape[1], *hb.shape[1:]).index_copy(0, row.place, hb))
+    return torch.stack(h)
+
+
+BACKENDS = {"reference": window_reference, "banded": window_banded}
+
+
+def rows_of(index, document, B, T, device):
+    """Take the padding out of every row. Raises ValueError where `index` and `document` do not describe documents back to back."""
+    if index is None and document is None:
+        return [Row(None, None)] * B
+    position = torch.arange(T, device=device)
+    rows = []
+    for b in range(B):
+        if index is None:
+            place, ids = position, document[b]
+        else:
+            place = (index[b] >= 0).nonzero()[:, 0]
+            ids = document[b, place] if document is not None else index.new_zeros(len(place))
+        new = torch.ones_like(place, dtype=torch.bool)
+        new[1:] = ids[1:] != ids[:-1]
+        start = torch.where(new, position[: len(place)], 0).cummax(0).values
+        if index is not None and (wrong := index[b, place] != position[: len(place)] - start).any():
+            t = place[wrong.nonzero()[0, 0]].item()
+            raise ValueError(f"index[{b}, {t}]={index[b, t].item()}: expected {(position[: len(place)] - start)[wrong][0].item()}, the number of real "
+                             "tokens before it in its document; number the tokens of each document 0, 1, 2, ... and padding -1")
+        rows.append(Row(None if len(place) == T else place, start if len(start) and start[-1] > 0 else None))
+    return rows
+
+
+def check(q, k, v, window, sinks, index, document):
+    """Raise ValueError for shapes and settings that `window_attention` cannot run on."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k, v: expected [B, T, H, K], [B, T, G, K], [B, T, G, V], got {[list(x.shape) for x in (q, k, v)]}")
+    (B, T, H, K), G = q.shape, k.shape[2]
+    if tuple(k.shape) != (B, T, G, K) or tuple(v.shape[:3]) != (B, T, G):
+        raise ValueError(f"k, v: expected [{B}, {T}, G, {K}] and [{B}, {T}, G, V] as q is {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}")
+    if not G or H % G:
+        raise ValueError(f"q has {H} heads, k and v have {G}: expected a multiple")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"window={window}, sinks={sinks}: expected a window of at least 1 token, which is the query's own, and no negative sinks")
+    for name, x in (("index", index), ("document", document)):
+        if x is not None and (tuple(x.shape) != (B, T) or x.is_floating_point()):
+            raise ValueError(f"{name}: expected integers [{B}, {T}], got {x.dtype} {list(x.shape)}")
+
+
+def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale=None, backend="auto"):
+    """Causal attention over the first `sinks` and the last `window` tokens of each document. Returns h [B, T, H, V] in v's dtype.
+
+    Calculates in float32, or in float64 if any input is, also under autocast.
+
+    Args:
+        q: [B, T, H, K]; k: [B, T, G, K]; v: [B, T, G, V], H a multiple of G, key/value heads not repeated.
+        window: tokens a query sees, itself included; sinks: first tokens of its document that it sees besides.
+        index: [B, T] integers, the number of real tokens before each in its document; -1 for padding, which neither attends nor is
+            attended to and whose h is 0. None: no padding.
+        document: [B, T] integers, the document of each token (read at real tokens only); documents lie one after the other. None: one.
+        scale: of the scores, 1 / sqrt(K) if None.
+        backend: a key of `BACKENDS`, which runs or raises, or "auto".
+    Raises:
+        ValueError: an argument does not fit, with what was expected and what came.
+    """
+    check(q, k, v, window, sinks, index, document)
+    rows = rows_of(index, document, q.shape[0], q.shape[1], q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = "banded"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
+    with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
+        return BACKENDS[backend](q, k, v, window=window, sinks=sinks, rows=rows, scale=scale)

@@ -1,0 +1,204 @@
+"""The cache of a hybrid layer: mLSTM state, ring buffer of the window, sinks. Its size does not depend on the context.
+
+Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
+"""
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+from xlstm_kernels import MLSTMState
+
+from xlstm_hybrid.errors import CacheError
+
+
+@dataclass
+class Tokens:
+    """Where the T tokens of a forward call stand in their documents.
+
+    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this call.
+    index: [B, T] position among the real tokens of its document, -1 at padding.
+    document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
+    """
+
+    real: torch.Tensor
+    start: torch.Tensor
+    index: torch.Tensor
+    document: torch.Tensor
+
+    @classmethod
+    def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
+        """Find padding and document starts.
+
+        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or at an inner
+        entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the row has seen tokens.
+
+        Args:
+            shape: (B, T).
+            attention_mask: [B, T or more], 0 at padding; its last T columns belong to this call.
+            position_ids: [B or 1, T] as the caller gave them, or None: then nothing restarts.
+            cu_seq_lens: [documents + 1] cumulative lengths, for a batch of one row.
+            seq_idx: [B, T] number of each token's document.
+            seen: [B] real tokens that the row's present document has in the cache.
+        """
+        B, T = shape
+        real = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
+        seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
+        order = torch.arange(T, device=device)
+        latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
+        previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
+        first, previous = previous < 0, previous.clamp_min(0)
+        start = torch.zeros_like(real)
+        if position_ids is not None:
+            position = position_ids.to(device).expand(B, T)
+            start = torch.where(first, (position == 0) & (seen > 0)[:, None], position <= position.gather(1, previous))
+        if seq_idx is not None:
+            number = seq_idx.to(device).expand(B, T)
+            start = start | (~first & (number != number.gather(1, previous)))
+        if cu_seq_lens is not None:
+            start = start | (torch.isin(order, cu_seq_lens[1:-1].to(device)) & ~first)
+        start = start & real
+        document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
+        base = torch.where(start, ordinal, 0).cummax(-1).values
+        index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
+        return cls(real, start, torch.where(real, index, -1), document)
+
+    def visible(self, window, sinks):
+        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""
+        q, k = self.index[:, :, None], self.index[:, None, :]
+        near = (q >= k) & ((q - k < window) | (k < sinks))
+        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[:, :, None]
+
+
+class HybridCacheLayer(CacheLayerMixin):
+    """mLSTM state and [sinks | ring] of one hybrid layer.
+
+    keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
+    slot_index: [B, S + W] index of the token in each slot, -1 where empty.  count: [B] real tokens of the present document.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = True  # full-attention masks are sized from other layers
+    supports_early_init = False
+
+    def __init__(self, sliding_window, num_sink_tokens=0, **kwargs):
+        super().__init__()
+        self.sliding_window, self.num_sink_tokens = sliding_window, num_sink_tokens
+        self.state, self.slot_index, self.count, self.seen_tokens = None, None, None, 0
+
+    def lazy_initialization(self, key_states, value_states):
+        B, G = key_states.shape[:2]
+        slots = self.num_sink_tokens + self.sliding_window
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
+        self.slot_index = torch.full((B, slots), -1, dtype=torch.long, device=self.device)
+        self.count = torch.zeros(B, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def visible(self, tokens):
+        """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its ring slot while
+        it is inside the window and from its sink slot afterwards, never from both."""
+        distance = tokens.index[:, :, None] - self.slot_index[:, None]
+        inside = distance < self.sliding_window
+        sink = torch.arange(self.slot_index.shape[1], device=distance.device) < self.num_sink_tokens
+        held = (self.slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
+        return (held & (inside != sink)) | ~tokens.real[:, :, None]
+
+    def update(self, key_states, value_states, tokens, **kwargs):
+        """Put T new tokens into the slots; padding writes nothing, a document start empties them.
+
+        Args:
+            key_states, value_states: [B, G, T, K | V].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        T, S, W = key_states.shape[2], self.num_sink_tokens, self.sliding_window
+        self.seen_tokens += T
+        document, restarted = tokens.document[:, -1:], tokens.start.any(-1, keepdim=True)
+        inside = tokens.real & (tokens.document == document)
+        kept = torch.where(restarted, 0, self.count[:, None])  # tokens of the present document that came before this call
+        count = torch.where(inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, kept)
+        slot = torch.arange(S + W, device=key_states.device)[None]
+        last = count - 1
+        wanted = torch.where(slot < S, slot, last - (last - (slot - S)) % W)  # index that each slot holds from now on
+        wanted = torch.where((wanted > last) | (wanted < 0), -1, wanted)
+        new = wanted >= kept
+        ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
+        skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
+        source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
+        self.keys = _pick(key_states, source, new, self.keys)
+        self.values = _pick(value_states, source, new, self.values)
+        self.slot_index, self.count = wanted, count[:, 0]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length):
+        return self.seen_tokens + query_length, 0
+
+    def get_seq_length(self):
+        return self.seen_tokens
+
+    def get_max_length(self):
+        return -1
+
+    def _tensors(self, change):
+        if self.state is not None:
+            self.state = MLSTMState(*(change(x) for x in self.state))
+        if self.is_initialized:
+            self.keys, self.values, self.slot_index, self.count = (change(x) for x in (self.keys, self.values, self.slot_index, self.count))
+
+    def offload(self):
+        self._tensors(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        self._tensors(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self):
+        self.keys = self.values = self.state = self.slot_index = self.count = None
+        self.is_initialized, self.seen_tokens = False, 0
+
+    def reorder_cache(self, beam_idx):
+        self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self._tensors(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._tensors(lambda x: x[indices])
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove:
+            raise CacheError(f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible. "
+                             "Keep a copy.deepcopy of the cache from before them, or compute the prefix again")
+
+
+def _pick(new, source, chosen, old):
+    """[B, G, slots, K]: `new` [B, G, T, K] at `source` [B, slots] where chosen, else `old`."""
+    at = source[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[-1])
+    return torch.where(chosen[:, None, :, None], new.gather(2, at), old)
+
+
+def adopt_cache(cache, config):
+    """Make a fresh stock cache ours: its `hybrid_sliding` layers become `HybridCacheLayer`, its sliding layers get their own window.
+
+    `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
+
+    Raises:
+        CacheError: the cache has been filled by another model.
+    """
+    if not isinstance(cache, Cache):
+        raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
+    for j, kind in enumerate(config.layer_types):
+        window, sinks = config.window_of(j), config.sinks_of(j)
+        if j == len(cache.layers):
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[j]
+        if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
+            if layer.get_seq_length() > 0:
+                raise CacheError(f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
+                                 "another model made it: start from DynamicCache(config=model.config)")
+            cache.layers[j] = HybridCacheLayer(window, sinks)
+        if kind == "sliding_attention" and layer.get_seq_length() == 0:
+            static = isinstance(layer, StaticSlidingWindowLayer)
+            cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else DynamicSlidingWindowLayer(window)
+    return cache

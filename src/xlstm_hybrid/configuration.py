@@ -1,0 +1,122 @@
+"""Configuration of the hybrid xLSTM student: the teacher's shape, and what each layer's mixer is."""
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from xlstm_hybrid.errors import ConfigError
+
+LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
+TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+
+
+@strict
+class XLSTMHybridConfig(PreTrainedConfig):
+    """The teacher's fields under the teacher's names, then ours.
+
+    Args:
+        qk_norm: None; "head" (one RMS norm per head, Qwen3); "full" (over all heads at once, OLMo 2 and 3).
+        norm_position: "pre" (Llama, Mistral, Qwen) or "post" (OLMo 2 and 3: the norm follows attention and MLP).
+        attention_bias: biases of q, k and v; `attention_output_bias` is that of o.
+        rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`.
+        layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM, METHOD 1.1; the default), "full_attention" or "sliding_attention".
+        teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
+        teacher_sliding_window: window of the teacher's own "sliding_attention" layers.
+        sliding_window: window W of the hybrid layers, in tokens, the present one included.
+        num_sink_tokens: first real tokens of a document that stay visible to the window's softmax.
+        layer_windows, layer_sinks: the same per layer, for layers that differ; None follows the three fields above (`window_of`, `sinks_of`).
+        mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
+        mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
+        mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
+
+    Raises:
+        ConfigError: fields that contradict each other.
+    """
+
+    model_type = "xlstm_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    _rope_type_labels = TEACHER_LAYER_TYPES
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    qk_norm: str | None = None
+    norm_position: str = "pre"
+
+    layer_types: list[str] | None = None
+    teacher_layer_types: list[str] | None = None
+    teacher_sliding_window: int | None = None
+    sliding_window: int | None = 512
+    num_sink_tokens: int = 4
+    layer_windows: list[int | None] | None = None
+    layer_sinks: list[int] | None = None
+
+    teacher_model_type: str | None = None
+    mlstm_context: int = 4096
+    mlstm_output_gate_bias: float | int = -2.0
+    mlstm_chunk_size: int = 64
+
+    def __post_init__(self, **kwargs):
+        n = self.num_hidden_layers
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.teacher_layer_types = self.teacher_layer_types or ["full_attention"] * n
+        self.layer_types = self.layer_types or ["hybrid_sliding"] * n
+        self.check()
+        super().__post_init__(**kwargs)
+
+    def check(self):
+        """Raise one `ConfigError` that lists every contradiction (a `@strict` validator would wrap it in an error of its own)."""
+        wrong, n = [], self.num_hidden_layers
+        if self.num_attention_heads % self.num_key_value_heads:
+            wrong.append(f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}")
+        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks"):
+            if (entries := getattr(self, name)) is not None and len(entries) != n:
+                wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
+        for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
+            if unknown := sorted(set(getattr(self, name)) - set(allowed)):
+                wrong.append(f"{name} holds {unknown}: expected {list(allowed)}")
+        for j, kind in enumerate(() if wrong else self.layer_types):
+            window, sinks = self.window_of(j), self.sinks_of(j)
+            if kind != "full_attention" and (window is None or window < 1):
+                wrong.append(f"layer {j} is {kind} with a window of {window}: expected at least 1 token")
+            if sinks < 0:
+                wrong.append(f"layer {j} has {sinks} sink tokens: expected 0 or more")
+        if self.qk_norm not in (None, "head", "full"):
+            wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
+        if self.norm_position not in ("pre", "post"):
+            wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
+        if wrong:
+            raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
+
+    def window_of(self, layer_idx):
+        """Attention window of one layer in tokens; None for full attention."""
+        if self.layer_windows is not None:
+            return self.layer_windows[layer_idx]
+        return {"hybrid_sliding": self.sliding_window, "sliding_attention": self.teacher_sliding_window}.get(self.layer_types[layer_idx])
+
+    def sinks_of(self, layer_idx):
+        """Number of sink tokens of one layer; 0 for layers that keep the teacher's attention."""
+        if self.layer_sinks is not None:
+            return self.layer_sinks[layer_idx]
+        return self.num_sink_tokens if self.layer_types[layer_idx] == "hybrid_sliding" else 0
+
+    def rope_parameters_of(self, layer_idx):
+        """The flat RoPE dict of one layer: that of its teacher layer type where the teacher has several."""
+        return self.rope_parameters.get(self.teacher_layer_types[layer_idx], self.rope_parameters)

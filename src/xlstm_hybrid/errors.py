@@ -1,0 +1,37 @@
+"""The named errors. Each message says what failed, where, expected against found, and the next step."""
+
+
+class XLSTMHybridError(ValueError):
+    """Base class of every error that this package raises for bad input."""
+
+
+class ConfigError(XLSTMHybridError):
+    """A configuration that describes no model, or no run."""
+
+
+class UnsupportedTeacherError(XLSTMHybridError):
+    """The teacher's family, quantisation or layer types are not ones that we can convert."""
+
+
+class CheckpointError(XLSTMHybridError):
+    """A checkpoint directory lacks a file or a tensor, or holds one that does not fit."""
+
+
+class CheckpointWriteError(XLSTMHybridError):
+    """A checkpoint could not be written; whatever was there before is untouched."""
+
+
+class DataError(XLSTMHybridError):
+    """Training or evaluation data that cannot be used."""
+
+
+class CacheError(XLSTMHybridError):
+    """A cache that does not belong to this model, or an operation that its recurrent state cannot do."""
+
+
+class MergeError(XLSTMHybridError):
+    """Checkpoints that cannot be merged."""
+
+
+class EvaluationError(XLSTMHybridError):
+    """Results that cannot be compared."""

@@ -1,0 +1,451 @@
+"""The hybrid xLSTM student: a Transformer decoder whose attention layers mix an mLSTM with window + sink attention.
+
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
+Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward, repeat_kv
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from xlstm_kernels import mlstm
+
+from xlstm_hybrid.cache import HybridCacheLayer, Tokens, adopt_cache
+from xlstm_hybrid.configuration import XLSTMHybridConfig
+from xlstm_hybrid.errors import CacheError, ConfigError
+
+
+@dataclass
+class AlignmentOutput(ModelOutput):
+    """What a teacher-forced pass returns: squared distances between student mixers and teacher attention, before W_o.
+
+    loss: sum of `error` over the layers.  error, target: [layers] sums over counted tokens, heads and features of
+    |softmax attention - h|^2 and of |softmax attention|^2.  num_items: counted tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    num_items: torch.Tensor | None = None
+
+
+class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE with the parameters of one teacher layer type."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(LlamaConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+                                     max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(config.rope_parameters_of(layer_idx))))
+
+
+class MLSTMMixer(nn.Module):
+    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1).
+
+    Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
+        self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, K)), nn.Parameter(torch.empty(H, K, K))
+        self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
+        self.fgate_bias = nn.Parameter(torch.empty(H))
+        self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
+
+    def forget_bias(self):
+        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
+        window = self.config.window_of(self.layer_idx)
+        low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
+        steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
+        return (low * (high / low) ** steps - 1).log().float()
+
+    def gates(self, hidden_states, qkv):
+        """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
+
+        Args:
+            hidden_states: input of the layer, [B, T, D].
+            qkv: projections before QK-norm and RoPE, heads repeated, [B, T, H, 3 K].
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            x = hidden_states.to(dtype)
+            i = nn.functional.linear(x, self.igate_weight.to(dtype))
+            f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
+            o = torch.sigmoid((qkv.to(dtype) * self.ogate_weight.to(dtype)).sum(-1) + self.ogate_bias.to(dtype))
+        return i, f, o
+
+    @staticmethod
+    def features(x, feature_map):
+        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], float32 at least (Hedgehog, applied after RoPE)."""
+        return torch.softmax(x @ feature_map, -1, dtype=torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+
+    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None):
+        """Mix-ready output of the mLSTM.
+
+        Args:
+            query, key, value: after QK-norm and RoPE, heads repeated, [B, H, T, K | V].
+            tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
+            state: MLSTMState of the tokens before, or None.
+        Returns:
+            `(h [B, T, H, V], o [B, T, H], MLSTMState)`.
+        """
+        i, f, o = self.gates(hidden_states, qkv)
+        real, start = tokens.real[..., None], tokens.start[..., None]
+        i = torch.where(real, i, float("-inf"))
+        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        q, k = self.features(query, self.q_map), self.features(key, self.k_map)
+        h, state = mlstm(q, k, value.transpose(1, 2), i, f, state=state, chunk_size=self.config.mlstm_chunk_size)
+        return h, o, state
+
+
+class HybridAttention(nn.Module):
+    """Attention layer of the student. `hybrid_sliding`: o * mLSTM + (1 - o) * window attention; else the teacher's own attention."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.layer_type = config, layer_idx, config.layer_types[layer_idx]
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
+        D, q_dim, kv_dim = config.hidden_size, config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_dim, D, bias=config.attention_output_bias)
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        elif config.qk_norm == "full":
+            self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
+        if self.layer_type == "hybrid_sliding":
+            self.mlstm = MLSTMMixer(config, layer_idx)
+
+    def project(self, hidden_states, position_embeddings):
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K]."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        raw = q.view(heads), k.view(heads), v.view(heads)
+        if self.config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(heads), k.view(heads)
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        query, key = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        return query, key, raw[2].transpose(1, 2), raw
+
+    def attend(self, query, key, value, mask, sliding_window=None, **kwargs):
+        """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
+        name = self.config._attn_implementation
+        if self.layer_type == "hybrid_sliding" and mask is not None and name not in ("eager", "sdpa"):
+            name = "sdpa"  # flash kernels have no mask for window + sinks
+        if name == "eager" and mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
+
+    def mix(self, hidden_states, projected, tokens, mask, cache=None):
+        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the window's attention weights; updates the cache layer."""
+        query, key, value, (q, k, v) = projected
+        n = self.num_key_value_groups
+        qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
+        memory, o, state = self.mlstm(hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens, None if cache is None else cache.state)
+        if cache is not None:
+            held = cache.is_initialized and (cache.keys, cache.values)
+            cache.update(key, value, tokens)
+            cache.state = state
+            if held:
+                key, value = torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
+        window, weights = self.attend(query, key, value, mask)
+        o = o[..., None]
+        return (o * memory + (1 - o) * window).to(value.dtype), weights
+
+    def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
+        """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
+        projected, mask = self.project(hidden_states, position_embeddings), masks[mask_key(self.config, self.layer_idx)]
+        if self.layer_type == "hybrid_sliding":
+            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            h, weights = self.mix(hidden_states, projected, tokens, mask, cache)
+        else:
+            query, key, value, _ = projected
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
+        return self.o_proj(h.flatten(-2)), weights
+
+    def teacher_forced(self, hidden_states, position_embeddings, tokens, masks, counted):
+        """The teacher's attention on these inputs, and how far the student's mixer is from it (METHOD 1.2).
+
+        Only the mixer's own parameters receive gradients: layers stay independent.
+
+        Returns:
+            `(output [B, T, D], error, target)`: squared error and squared target, summed over the `counted` [B, T] tokens.
+        """
+        with torch.no_grad():
+            projected = self.project(hidden_states, position_embeddings)
+            teacher_type, window = self.config.teacher_layer_types[self.layer_idx], self.config.teacher_sliding_window
+            teacher_window = window if teacher_type == "sliding_attention" else None
+            target, _ = self.attend(*projected[:3], masks["teacher", teacher_type], teacher_window)
+            output = self.o_proj(target.flatten(-2))
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        if self.layer_type != "hybrid_sliding":
+            return output, *target.new_zeros(2, dtype=dtype)
+        h, _ = self.mix(hidden_states, projected, tokens, masks[mask_key(self.config, self.layer_idx)])
+        h, target, counted = h.to(dtype), target.to(dtype), counted[..., None, None]
+        return output, torch.where(counted, h - target, 0.0).square().sum(), torch.where(counted, target, 0.0).square().sum()
+
+
+class HybridMLP(nn.Module):
+    """The teacher's gated MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, F, bias=config.mlp_bias), nn.Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HybridDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
+        norm = LlamaRMSNorm if self.pre_norm else Olmo2RMSNorm
+        if self.pre_norm:
+            self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        if not self.pre_norm:
+            self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+
+    def attention_input(self, hidden_states):
+        return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
+
+    def finish(self, hidden_states, attention):
+        """Residual stream after attention output and MLP."""
+        if self.pre_norm:
+            hidden_states = hidden_states + attention
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.post_attention_layernorm(attention)
+        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+
+    def forward(self, hidden_states, **kwargs):
+        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
+        return self.finish(hidden_states, attention)
+
+
+class XLSTMHybridPreTrainedModel(PreTrainedModel):
+    config: XLSTMHybridConfig
+    config_class = XLSTMHybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a recurrent state cannot be rolled back
+    _can_record_outputs = {
+        "hidden_states": HybridDecoderLayer,
+        "attentions": OutputRecorder(HybridAttention, index=1),
+        "gates": OutputRecorder(MLSTMMixer, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MLSTMMixer):
+            for feature_map in (module.q_map, module.k_map):
+                init.copy_(feature_map, torch.eye(feature_map.shape[-1], dtype=feature_map.dtype).expand_as(feature_map))
+            for weight in (module.igate_weight, module.fgate_weight, module.ogate_weight):
+                init.zeros_(weight)
+            init.copy_(module.fgate_bias, module.forget_bias())
+            init.constant_(module.ogate_bias, float(self.config.mlstm_output_gate_bias))
+
+
+def mask_key(config, layer_idx):
+    return config.layer_types[layer_idx], config.window_of(layer_idx), config.sinks_of(layer_idx)
+
+
+def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs):
+    """Mask of a layer that keeps the teacher's attention: transformers' own, or ours where one row holds several documents."""
+    if packed and config._attn_implementation in ("eager", "sdpa"):
+        return tokens.visible(window or tokens.real.shape[1], 0)[:, None]
+    if kind == "full_attention":
+        return create_causal_mask(config=config, layer_idx=layer_idx, **kwargs)
+    config = copy.copy(config)
+    config.sliding_window = window
+    return create_sliding_window_causal_mask(config=config, layer_idx=layer_idx, **kwargs)
+
+
+class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
+    """Embeddings, decoder layers and final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
+        self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
+        kinds = config.teacher_layer_types
+        self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kinds.index(kind)) for kind in sorted(set(kinds))})
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def prepare(self, inputs_embeds, attention_mask, position_ids, past_key_values, teacher=False, **kwargs):
+        """`(tokens, masks, position_embeddings)` that the layers share; the last two are dicts over layer kinds."""
+        config, (B, T) = self.config, inputs_embeds.shape[:2]
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding")
+        layers = [layer for layer in past_key_values.layers if isinstance(layer, HybridCacheLayer)] if past_key_values is not None else []
+        filled = layers if layers and layers[0].is_initialized else []
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None and B != 1:
+            raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {B}; flatten it or pass position_ids that restart")
+        tokens = Tokens.locate((B, T), inputs_embeds.device, attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens,
+                               seq_idx=kwargs.get("seq_idx"), seen=filled[0].count if filled else None)
+        kinds = [mask_key(config, j) for j in range(config.num_hidden_layers)]
+        if teacher:
+            kinds = kinds + [("teacher", kind) for kind in config.teacher_layer_types]
+        masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for kind in kinds)
+        packed = needs_packing and T > 1 and bool(tokens.start.any())
+        if packed and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise CacheError("packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
+                             "start each packed row with an empty cache, or pass use_cache=False")
+        if position_ids is None:  # positions count real tokens: feature maps follow RoPE, so padding must not shift them
+            position_ids = tokens.index.clamp_min(0)
+            if past_key_values is not None and not layers:
+                position_ids = position_ids + past_key_values.get_seq_length()
+        shared = dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
+        for j, kind in enumerate(kinds):
+            if kind in masks:
+                continue
+            if kind[0] == "hybrid_sliding":
+                masks[kind] = tokens.visible(*kind[1:])[:, None]
+                if filled:
+                    masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1)
+            elif kind[0] == "teacher":
+                masks[kind] = attention_mask_of(config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared)
+            else:
+                masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
+        return tokens, masks, {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()}
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
+        """Residual stream after the last norm; arguments as in `LlamaModel.forward`.
+
+        Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`.
+
+        Raises:
+            ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
+            CacheError: a cache of another model, or packed documents that a cache cannot keep apart.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            past_key_values = adopt_cache(past_key_values, self.config)
+        tokens, masks, rope = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
+            hidden_states = layer(hidden_states, position_embeddings=rope[kind], tokens=tokens, masks=masks, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
+        """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces (METHOD 1.2).
+
+        The trunk is the teacher as long as only the mixers' new parameters have been trained.
+
+        Args:
+            counted: [B, T] bool, tokens whose error counts; all real ones by default.
+        Returns:
+            AlignmentOutput
+        """
+        with torch.no_grad():
+            hidden_states = self.embed_tokens(input_ids)
+            tokens, masks, rope = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
+        counted = tokens.real if counted is None else counted & tokens.real
+        errors, targets = [], []
+        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
+            with torch.no_grad():
+                x = layer.attention_input(hidden_states)
+            attention, error, target = layer.self_attn.teacher_forced(x, rope[kind], tokens, masks, counted)
+            errors.append(error)
+            targets.append(target)
+            with torch.no_grad():
+                hidden_states = layer.finish(hidden_states, attention)
+        errors = torch.stack(errors)
+        return AlignmentOutput(loss=errors.sum(), error=errors, target=torch.stack(targets), num_items=counted.sum())
+
+
+def keep_positions(hidden_states, keep):
+    """The positions whose logits are wanted: the last `keep` (0: all), indices [n] or [B, n], or a [B, T] bool mask (then flat)."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.ndim == 2:
+        return hidden_states[keep] if keep.dtype == torch.bool else hidden_states.take_along_dim(keep[..., None], 1)
+    return hidden_states[:, keep]
+
+
+class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
+    """The student with its language-model head; loads with `AutoModelForCausalLM` once `xlstm_hybrid` is imported."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = XLSTMHybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return True  # transformers says no to every class with "xlstm" in its name
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        return attention_mask  # the model derives its masks from the 2-D one and from the cache
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
+                logits_to_keep=0, teacher_forced=False, **kwargs):
+        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`.
+
+        Args:
+            teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
+        """
+        if teacher_forced:
+            return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+                                        attentions=outputs.attentions)
+        if "gates" in outputs:  # output_gates=True
+            result["gates"] = outputs["gates"]
+        return result

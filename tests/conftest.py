@@ -1,0 +1,48 @@
+"""What every test shares: offline, quiet, one thread, and a student whose weights are large enough for a broken state to show."""
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def enlarge(model, seed=0, gain=2.5):
+    """Random weights of a scale at which every branch of every layer matters (logits of order 1 to 10)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (gain / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1.0))
+    return model
+
+
+def tiny_config(**changes):
+    from xlstm_hybrid import XLSTMHybridConfig
+
+    fields = {
+        "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "sliding_window": 7, "num_sink_tokens": 3, "mlstm_context": 64, "mlstm_chunk_size": 8, "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }
+    return XLSTMHybridConfig(**(fields | changes))
+
+
+def tiny_student(dtype=torch.float64, gain=2.5, **changes):
+    from xlstm_hybrid import XLSTMHybridForCausalLM
+
+    return enlarge(XLSTMHybridForCausalLM(tiny_config(**changes)).to(dtype), gain=gain).eval()
+
+
+def token_ids(batch, length, vocab=61, seed=0):
+    return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_student()
