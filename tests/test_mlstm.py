@@ -11,6 +11,7 @@ from xlstm_kernels import BACKENDS, MLSTMState, mlstm
 torch.set_num_threads(1)
 INF = float("inf")
 FORMS = [("recurrent", 64), ("chunkwise", 1), ("chunkwise", 16), ("chunkwise", 64), ("chunkwise", 128), ("parallel", 64)]
+FORMS += [("streaming", 1), ("streaming", 16), ("streaming", 64), ("streaming", 128)]
 TRUTH = ("recurrent", 64)
 NEUTRAL = (0.5, 0.5, 0.5, -INF, INF)  # q, k, v, i, f of a masked token: it writes nothing and forgets nothing
 LENGTHS = [1, 5, 37, 64, 129]

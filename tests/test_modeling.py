@@ -243,6 +243,7 @@ def test_teacher_forcing_moves_only_new_parameters_and_ignores_padding():
 
 
 BAD_CONFIGS = {
+    "layer_types has 0 entries": {"layer_types": []},
     "layer_types has 2 entries": {"layer_types": ["full_attention"] * 2},
     "no multiple of num_key_value_heads": {"num_key_value_heads": 3},
     "expected at least 1 token": {"sliding_window": 0},

@@ -2,9 +2,10 @@
 
 import torch
 
+from xlstm_kernels.cpu import mlstm_streaming
 from xlstm_kernels.reference import MLSTMState, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 
-BACKENDS = {"recurrent": mlstm_recurrent, "chunkwise": mlstm_chunkwise, "parallel": mlstm_parallel}
+BACKENDS = {"recurrent": mlstm_recurrent, "chunkwise": mlstm_chunkwise, "parallel": mlstm_parallel, "streaming": mlstm_streaming}
 
 
 def expect(name, x, **dims):

@@ -29,19 +29,23 @@ class MLSTMState(NamedTuple):
     m: torch.Tensor
 
 
-def fresh_state(q, v):
-    """The state in which nothing has been written, in the dtype of q [B, T, H, K] and v [B, T, H, V]."""
+def fresh_state(q, v, dtype):
+    """The state in which nothing has been written, for q [B, T, H, K] and v [B, T, H, V]."""
     B, _, H, K = q.shape
-    return MLSTMState(q.new_zeros(B, H, K, v.shape[-1]), q.new_zeros(B, H, K), q.new_full((B, H), float("-inf")))
+    options = {"dtype": dtype, "device": q.device}
+    return MLSTMState(torch.zeros(B, H, K, v.shape[-1], **options), torch.zeros(B, H, K, **options), torch.full((B, H), float("-inf"), **options))
+
+
+def calculation_dtype(*tensors):
+    """float32, or float64 if any tensor is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def prepare(q, k, v, i, f, state):
-    """Cast everything to the dtype of the calculation: float32, or float64 if any tensor is; a missing state is a fresh one."""
-    dtype = torch.float32
-    for x in (q, k, v, i, f, *(state or ())):
-        dtype = torch.promote_types(dtype, x.dtype)
+    """Cast everything to the dtype of the calculation; a missing state is a fresh one."""
+    dtype = calculation_dtype(q, k, v, i, f, *(state or ()))
     q, k, v, i, f = (x.to(dtype) for x in (q, k, v, i, f))
-    state = fresh_state(q, v) if state is None else MLSTMState(*(x.to(dtype) for x in state))
+    state = fresh_state(q, v, dtype) if state is None else MLSTMState(*(x.to(dtype) for x in state))
     return q, k, v, i, f, state._replace(m=state.m.detach())
 
 

@@ -9,11 +9,14 @@ Distances count real tokens: padding is taken out first, so that a row becomes d
 are one band and, before it, the sinks of the block's first document; both are slices, wherever the padding was.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+
+from xlstm_kernels.reference import calculation_dtype
 
 ROWS = 64  # queries per block: a block reads W + ROWS keys where W are needed, but narrower matrices multiply more slowly
 SCORES = 2**20  # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
@@ -28,7 +31,8 @@ class Row(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries [begin, end), keys [sink, sink + S') and [low, end); bias 0 where visible, -inf elsewhere, [end - begin, S' + end - low]."""
+    """Queries [begin, end), keys [sink, sink_end) and [low, end); bias [queries, keys] is 0 where visible, -inf elsewhere, which happens
+    in the columns `spans` only."""
 
     begin: int
     end: int
@@ -36,6 +40,7 @@ class Block(NamedTuple):
     sink_end: int
     low: int
     bias: torch.Tensor
+    spans: list
 
 
 def visible(t, s, start, window, sinks):
@@ -55,15 +60,25 @@ def blocks(row, N, window, sinks, like):
         sink_end = min(first + sinks, low)
         pattern = (min(low - first, sinks), begin - low, end - low)
         alike = not start or start[end - 1] == first
-        bias = known.get(pattern) if alike else None
+        bias, spans = known.get(pattern, (None, None)) if alike else (None, [slice(None)])
         if bias is None:
             s = torch.cat([position[first:sink_end], position[low:end]])
             begins = row.start[begin:end, None] if start else 0
             bias = torch.zeros(end - begin, len(s), dtype=like.dtype, device=like.device)
             bias.masked_fill_(~visible(position[begin:end, None], s, begins, window, sinks), float("-inf"))
-        if alike:
-            known[pattern] = bias
-        yield Block(begin, end, first, sink_end, low, bias)
+            if alike:
+                known[pattern] = bias, spans = bias, hidden_spans(bias)
+        yield Block(begin, end, first, sink_end, low, bias, spans)
+
+
+def hidden_spans(bias):
+    """Slices of the columns that hold an -inf: between the two edges of the band lies a wide middle that everyone sees."""
+    spans, start = [], 0
+    for hidden, columns in groupby(bias.isinf().any(0).tolist()):
+        stop = start + len(list(columns))
+        spans += [slice(start, stop)] if hidden else []
+        start = stop
+    return spans
 
 
 class Heads:
@@ -106,7 +121,8 @@ def weights(q, k, block, scratch):
     """Attention weights of a block [g, R rows, S' + band]; q is scaled."""
     g, rows, keys = q.shape[0], q.shape[1], k.shape[1]
     scores = torch.bmm(q, k.transpose(1, 2), out=scratch(0, g, rows, keys))
-    scores.unflatten(1, (-1, block.end - block.begin)).add_(block.bias)
+    for span in block.spans:
+        scores.unflatten(1, (-1, block.end - block.begin))[..., span].add_(block.bias[:, span])
     return torch.softmax(scores, -1, out=scratch(1, g, rows, keys))
 
 
@@ -125,7 +141,7 @@ class BandedAttention(torch.autograd.Function):
         ctx.rule = scale, window, sinks, rows
         dtype = calculation_dtype(q, k, v)
         (B, T, H, _), G = q.shape, k.shape[2]
-        h = v.new_zeros(B, T, H, v.shape[-1])
+        h = v.new_empty(B, T, H, v.shape[-1])
         like = q.new_empty(0, dtype=dtype)
         scratch = Scratch(like)
         for b, row in enumerate(rows):
@@ -137,6 +153,7 @@ class BandedAttention(torch.autograd.Function):
                     p = weights(qs.queries(lanes, block) * scale, ks.keys(lanes, block), block, scratch)
                     hs.set_queries(lanes, block, p @ vs.keys(lanes, block))
             if row.place is not None:
+                h[b] = 0
                 h[b, row.place] = out
         return h
 
@@ -177,13 +194,6 @@ def block_backward(tensors, grads, lanes, block, scale, scratch, dscratch):
     grads[1].add_to_keys(lanes, block, ds.transpose(1, 2) @ q)
 
 
-def calculation_dtype(*tensors):
-    dtype = torch.float32
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
-
-
 def window_banded(q, k, v, *, window, sinks, rows, scale):
     """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory. Up to W tokens it is plain causal attention."""
     if q.shape[1] <= window and all(row == Row(None, None) for row in rows):
@@ -221,20 +231,26 @@ def rows_of(index, document, B, T, device):
     position = torch.arange(T, device=device)
     rows = []
     for b in range(B):
-        if index is None:
-            place, ids = position, document[b]
-        else:
-            place = (index[b] >= 0).nonzero()[:, 0]
-            ids = document[b, place] if document is not None else index.new_zeros(len(place))
-        new = torch.ones_like(place, dtype=torch.bool)
+        place = position if index is None else (index[b] >= 0).nonzero()[:, 0]
+        ids = position.new_zeros(len(place)) if document is None else document[b, place]
+        count = position[: len(place)]
+        new = torch.ones_like(ids, dtype=torch.bool)
         new[1:] = ids[1:] != ids[:-1]
-        start = torch.where(new, position[: len(place)], 0).cummax(0).values
-        if index is not None and (wrong := index[b, place] != position[: len(place)] - start).any():
-            t = place[wrong.nonzero()[0, 0]].item()
-            raise ValueError(f"index[{b}, {t}]={index[b, t].item()}: expected {(position[: len(place)] - start)[wrong][0].item()}, the number of real "
-                             "tokens before it in its document; number the tokens of each document 0, 1, 2, ... and padding -1")
+        start = torch.where(new, count, 0).cummax(0).values
+        if index is not None:
+            check_index(index[b], place, count - start, b)
         rows.append(Row(None if len(place) == T else place, start if len(start) and start[-1] > 0 else None))
     return rows
+
+
+def check_index(index, place, expected, b):
+    """Raise ValueError unless the real tokens of row b are numbered as `expected` [N] within their documents."""
+    wrong = (index[place] != expected).nonzero()
+    if len(wrong):
+        r = wrong[0, 0]
+        t = place[r].item()
+        raise ValueError(f"index[{b}, {t}]={index[t].item()}: expected {expected[r].item()}, the number of real tokens before it in its document; "
+                         "number the tokens of each document 0, 1, 2, ... and padding -1")
 
 
 def check(q, k, v, window, sinks, index, document):

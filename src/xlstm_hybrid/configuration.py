@@ -76,8 +76,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
         n = self.num_hidden_layers
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.teacher_layer_types = self.teacher_layer_types or ["full_attention"] * n
-        self.layer_types = self.layer_types or ["hybrid_sliding"] * n
+        self.teacher_layer_types = ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
+        self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
         self.check()
         super().__post_init__(**kwargs)
 

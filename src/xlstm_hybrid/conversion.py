@@ -246,8 +246,8 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
     Returns:
         TransferReport
     Raises:
-        UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student; nothing is written.
-        CheckpointWriteError: `out` exists, or there is no room for it.
+        UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student, or `out` exists; nothing is written.
+        CheckpointWriteError: there is no room for `out`, or it holds the teacher; what was there is untouched.
     """
     started = time.monotonic()
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
@@ -266,7 +266,7 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
             chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": report.layer_types,
                       "dtype": report.dtype, "teacher": source.name, "revision": source.revision, **overrides}
             add_provenance(directory, "convert", parent=source.identity(), config=chosen, figures=report.summary(),
-                           seconds=time.monotonic() - started)
+                           seconds=round(time.monotonic() - started, 3))
             write_manifest(directory)
     return report
 

@@ -232,4 +232,4 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     try:
         return XLSTMHybridConfig(**fields, **chosen, **overrides)
     except StrictDataclassError as error:  # wraps the ConfigError of `validate_architecture`, or says which field has a wrong type
-        raise ConfigError(f"student of {teacher_config.model_type}: {error.__cause__ or error}") from error
+        raise ConfigError(f"student of {teacher_config.model_type}: {' '.join(str(error.__cause__ or error).split())}") from error

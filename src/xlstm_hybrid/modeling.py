@@ -16,8 +16,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward, repeat_kv
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, eager_attention_forward, repeat_kv
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from xlstm_kernels import mlstm
@@ -45,8 +45,13 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE with the parameters of one teacher layer type."""
 
     def __init__(self, config, layer_idx):
-        super().__init__(LlamaConfig(hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+        heads = config.num_attention_heads  # LlamaConfig wants hidden_size to be a multiple of them, other families do not
+        super().__init__(LlamaConfig(hidden_size=heads * config.head_dim, num_attention_heads=heads, head_dim=config.head_dim,
                                      max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(config.rope_parameters_of(layer_idx))))
+        self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
+
+    def forward(self, x, position_ids):
+        return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
 
 
 class MLSTMMixer(nn.Module):

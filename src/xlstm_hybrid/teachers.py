@@ -41,7 +41,7 @@ class DirectoryTeacher:
         self.config = self.read_config()
         family_of(self.config)
         self.require_safetensors()
-        self.names, self.tensors = weight_files(self.path), {}
+        self.names, self.tensors = self.find_tensors(), {}
         for name, file in self.names.items():
             self.tensors[name] = self.header(name, file)
 
@@ -68,7 +68,8 @@ class DirectoryTeacher:
         try:
             return FAMILIES[kind].config_class.from_dict(values)
         except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.name}/config.json: not a {kind} configuration ({error}); correct or download it again") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again") from error
 
     def require_safetensors(self):
         if any((self.path / name).is_file() for name in WEIGHTS):
@@ -76,8 +77,15 @@ class DirectoryTeacher:
         others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf") or p.name.startswith("consolidated"))
         found, step = "no weights", "download the checkpoint again"
         if others:
-            found, step = ", ".join(others[:3]), "other formats, pickles above all, are not read: load it in transformers and save_pretrained it as safetensors"
+            found, step = ", ".join(others[:3]), "only safetensors is read: load the teacher in transformers and save_pretrained it"
         raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {found}; {step}")
+
+    def find_tensors(self):
+        """`{tensor: file name}`."""
+        try:
+            return {name: file.name for name, file in weight_files(self.path).items()}
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # a truncated file, or an index of another form
+            raise CheckpointError(f"{self.name}: {' or '.join(WEIGHTS)} is damaged ({error}); download the checkpoint again") from error
 
     def handle(self, file):
         """The opened file; stays open, mapped and not in memory, until `close`."""
@@ -110,7 +118,8 @@ class DirectoryTeacher:
         return self.path
 
     def generation_config(self):
-        return GenerationConfig.from_pretrained(self.path) if (self.path / GENERATION).is_file() else None
+        """The teacher's `GenerationConfig`, or None."""
+        return GenerationConfig.from_dict(self.read_json(GENERATION)) if (self.path / GENERATION).is_file() else None
 
     def copy_files(self, directory):
         """Copy tokenizer, chat template and generation config; returns their names."""
@@ -118,6 +127,8 @@ class DirectoryTeacher:
         for name in copied:
             self.refuse_outside(self.path / name)
             shutil.copyfile(self.path / name, directory / name)
+        if GENERATION in copied:
+            self.generation_config()
         if "tokenizer_config.json" in copied:
             kept = {key: value for key, value in self.read_json("tokenizer_config.json").items()
                     if key not in ("auto_map", "name_or_path") and not key.endswith("_file")}  # code, and paths of another machine

@@ -1,0 +1,333 @@
+"""The mLSTM for a CPU: chunkwise, streaming, with a backward written out. Dims as in `reference`; L tokens per chunk, N chunks, n of them at a time.
+
+Inside a chunk, with b_t the sum of log f since its beginning, the weight of token s in row t is exp(b_t - b_s + i_s - m_t) = exp(a_s - M_t):
+
+    a_s = i_s - b_s      M_t = max(m of the state carried in, max_{s<=t} a_s)      m_t = b_t + M_t
+
+so every row maximum is known before the first product, and since h does not depend on the row's scale, any frame R_t >= M_t serves as well. Unless
+the gates swing wildly R is taken constant over the document's part of the chunk: exp(a_s - R) then belongs to the key alone and what is left
+is causal linear attention. The backward computes the scores again from the states that were kept, in a loop from the last chunk to the first:
+
+    dnum = dh / den      dden = -<dnum, num> / den      (never a square of den, which may be tiny)
+    di_s = <k_s, dk_s>   as exp(i_s) and k_s only occur as their product
+    dlogf_t = sum of the weights' gradients over all pairs of a token before t and a row not before t; <q_t, dq_t> = 0 saves half of the sums
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from xlstm_kernels.reference import MLSTMState, calculation_dtype, finite, forget_gate, fresh_state
+
+ENTRIES = 2**18  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
+SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
+
+
+class Gates(NamedTuple):
+    """What the gates say about every chunk, before any key is looked at. Weights in the dtype of the calculation, exponents in float64.
+
+    intra: weight of a token in the rows of its own chunk [N B H, L, 1], None if it differs too much from row to row (then a and M are used)
+    write, carry: weight of a token in the state after the chunk; of the state before the chunk in a row [N B H, L, 1]
+    decay: of the state before the chunk in the state after it [N, B H]
+    a, M: exponents of tokens and rows [N B H, L]
+    document: number of the token's document within the chunk [N B H, L], None if no document starts anywhere
+    m: log-scale after the last token [B H]
+    """
+
+    intra: torch.Tensor | None
+    write: torch.Tensor
+    carry: torch.Tensor
+    decay: torch.Tensor
+    a: torch.Tensor
+    M: torch.Tensor
+    document: torch.Tensor | None
+    m: torch.Tensor
+
+
+def into_chunks(x, L, fill):
+    """[B, T, H] -> [N, B H, L], the last chunk filled up."""
+    B, T, H = x.shape
+    N = -(-T // L)
+    x = F.pad(x.transpose(1, 2).reshape(B * H, T), (0, N * L - T), value=fill)
+    return x.view(B * H, N, L).transpose(0, 1)
+
+
+def running_max(a, document):
+    """max of a over the tokens of the same document up to each one, by doubling."""
+    if document is None:
+        return a.cummax(-1).values
+    step = 1
+    while step < a.shape[-1]:
+        same = document[..., step:] == document[..., :-step]
+        earlier = a[..., :-step].masked_fill(~same, float("-inf"))
+        a = torch.cat([a[..., :step], torch.maximum(a[..., step:], earlier)], -1)
+        step *= 2
+    return a
+
+
+def carried_scales(decay, peak, m):
+    """m before each chunk and after the last [N + 1, B H]: m_{c+1} = max(decay_c + m_c, peak_c), by doubling over the chunks."""
+    step = 1
+    while step < len(decay):
+        peak = torch.cat([peak[:step], torch.maximum(peak[step:], decay[step:] + peak[:-step])])
+        decay = torch.cat([decay[:step], decay[step:] + decay[:-step]])
+        step *= 2
+    return torch.cat([m[None], torch.maximum(decay + m, peak)])
+
+
+def chunk_gates(i, f, m, L, dtype):
+    """Everything that depends on the gates alone: i, f [B, T, H], m [B, H] of the state carried in."""
+    logf, starts = forget_gate(f.double())
+    b = into_chunks(logf, L, 0.0).cumsum(-1)
+    a = into_chunks(i.double(), L, float("-inf")) - b
+    document = into_chunks(starts.to(torch.int32), L, 0).cumsum(-1) if starts.any() else None
+    own = running_max(a, document)
+    untouched = torch.ones_like(a, dtype=torch.bool) if document is None else document == 0  # no document has started in the chunk yet
+    gone = ~untouched[..., -1]
+    m = carried_scales(b[..., -1].masked_fill(gone, float("-inf")), b[..., -1] + own[..., -1], m.double().flatten())
+    m_in = m[:-1, :, None].masked_fill(~untouched, float("-inf"))
+    M = torch.maximum(own, m_in)
+
+    if document is None:
+        R = M[..., -1:]
+    else:  # M at the last token of the document in the chunk
+        last = torch.searchsorted(document.contiguous(), document.contiguous(), right=True) - 1
+        R = M.gather(-1, last)
+    alike = (R - M).nan_to_num(0.0, posinf=0.0).max() <= SPREAD  # inf: nothing has been written yet, there is no weight to lose
+    frame = R if alike else M
+    intra = (a - finite(R)).exp().to(dtype) if alike else None
+    survives = None if document is None else document == document[..., -1:]
+    if alike:
+        write = intra if document is None else intra * survives
+    else:
+        write = a - finite(M[..., -1:])
+        write = (write if document is None else write.masked_fill(~survives, float("-inf"))).exp().to(dtype)
+    carry = (m_in - finite(frame)).exp().to(dtype)
+    columns = [None if x is None else x.flatten(0, 1)[..., None] for x in (intra, write, carry)]
+    document = None if document is None else document.flatten(0, 1)
+    return Gates(*columns, carry[..., -1], a.flatten(0, 1), M.flatten(0, 1), document, m[-1])
+
+
+def segments(q, v, L):
+    """(first token, chunks, tokens per chunk) of the pieces that are worked on at once; what does not fill a chunk comes last."""
+    B, T, H, K = q.shape
+    n = max(1, ENTRIES // (B * H * L * max(K, v.shape[-1])))
+    whole = [(t, min(n, T // L - t // L), L) for t in range(0, T - T % L, n * L)]
+    return whole + ([(T - T % L, 1, T % L)] if T % L else [])
+
+
+class Space:
+    """Scratch memory by name, the same for every segment: fresh memory costs several times a multiplication in page faults."""
+
+    def __init__(self, like):
+        self.like, self.buffers, self.mask = like, {}, None
+
+    def __call__(self, name, *shape):
+        size = torch.Size(shape).numel()
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.like.new_empty(size)
+        return self.buffers[name][:size].view(shape)
+
+    def causal(self, L):
+        """Ones on and below the diagonal [L, L]."""
+        if self.mask is None or len(self.mask) != L:
+            self.mask = self.like.new_ones(L, L).tril()
+        return self.mask
+
+    def product(self, name, x, y):
+        """x * y in the shape of x."""
+        return torch.mul(x, y, out=self(name, *x.shape))
+
+    def matmul(self, name, x, y):
+        return torch.bmm(x, y, out=self(name, len(x), x.shape[1], y.shape[2]))
+
+    def dot(self, x, y):
+        """<x, y> over the last dim, which is kept."""
+        return self.product("dot", x, y).sum(-1, keepdim=True)
+
+    def cut(self, name, x, segment):
+        """[B, T, H, K] -> [n B H, L, K], chunks first."""
+        (B, _, H, K), (t, n, L) = x.shape, segment
+        y = self(name, n, B, H, L, K)
+        y.copy_(x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4))
+        return y.flatten(0, 2)
+
+
+def put(x, segment, y):
+    """Write y [n B H, L, K] to where `Space.cut` takes it from."""
+    (B, _, H, K), (t, n, L) = x.shape, segment
+    x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4).copy_(y.view(n, B, H, L, K))
+
+
+def scan(x, new, decay, start, backwards=False):
+    """x_0 = start, x_{c+1} = decay_c x_c + new_c, written into x [n + 1, ...]; backwards x_n = start, x_c = decay_c x_{c+1} + new_c."""
+    x, steps = x.unbind(), list(zip(new.unbind(), decay.unbind(), strict=True))
+    if backwards:
+        x, steps = x[::-1], steps[::-1]
+    x[0].copy_(start)
+    for c, (new_c, decay_c) in enumerate(steps):
+        torch.addcmul(new_c, decay_c, x[c], out=x[c + 1])
+
+
+def inverse(den):
+    """1 / den, 0 where nothing has been written, as in `reference.ratio`."""
+    empty = den.abs() < torch.finfo(den.dtype).tiny
+    return den.masked_fill(empty, 1.0).reciprocal_().masked_fill_(empty, 0.0)
+
+
+class Piece:
+    """The chunks of one segment as matrices [n B H, ...]: loaded, weighted and multiplied, in the forward and once more in the backward."""
+
+    def __init__(self, q, k, v, gates, segment, L, space):
+        t, self.n, size = segment
+        lanes = gates.decay.shape[1]
+        self.chunks, self.here = slice(t // L, t // L + self.n), slice(t // L * lanes, (t // L + self.n) * lanes)
+        self.gates, self.space, self.decay = gates, space, gates.decay[self.chunks]
+        self.q, self.k, self.v = (space.cut(name, x, segment) for name, x in zip("qkv", (q, k, v), strict=True))
+        self.write, self.carry = gates.write[self.here, :size], gates.carry[self.here, :size]
+        self.intra = None if gates.intra is None else gates.intra[self.here, :size]
+        self.k_write = space.product("k_write", self.k, self.write)
+        self.q_carry = space.product("q_carry", self.q, self.carry)
+        if self.intra is None:
+            self.k_intra = self.k
+        else:
+            self.k_intra = self.k_write if gates.document is None else space.product("k_intra", self.k, self.intra)
+
+    def pattern(self):
+        """What the scores are multiplied with, [L, L] or [n B H, L, L]: the causal mask, and the weights that are not in k_intra."""
+        g, size = self.gates, self.q.shape[1]
+        causal = self.space.causal(size)
+        same = None
+        if g.document is not None:
+            document = g.document[self.here, :size]
+            same = document[:, :, None] == document[:, None, :]
+        if g.intra is not None:
+            return causal if same is None else torch.mul(causal, same, out=self.space("pattern", *same.shape))
+        hidden = causal == 0 if same is None else (causal == 0) | ~same
+        a, M = g.a[self.here, :size], finite(g.M[self.here, :size])
+        return (a[:, None, :] - M[:, :, None]).masked_fill_(hidden, float("-inf")).to(self.q.dtype).exp_()
+
+    def states(self, C, n):
+        """C and n before each chunk and after the last, [n + 1, B H, K, V] and [n + 1, B H, K]."""
+        new_C = self.space.matmul("new", self.k_write.transpose(1, 2), self.v)
+        return self.scanned("C", new_C, C), self.scanned("n", self.k_write.sum(1), n)
+
+    def scanned(self, name, new, start, backwards=False):
+        """A state around each chunk [n + 1, B H, ...] from what each chunk adds to it [n B H, ...]."""
+        new = new.unflatten(0, (self.n, -1))
+        x = self.space(name, self.n + 1, *new.shape[1:])
+        scan(x, new, self.decay.view(self.decay.shape + (1,) * (new.dim() - 2)), start, backwards)
+        return x
+
+    def forward(self, C, n):
+        """h, 1 / den, and the states around each chunk."""
+        space = self.space
+        scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
+        Cs, ns = self.states(C, n)
+        num = space.matmul("num", scores, self.v).baddbmm_(self.q_carry, Cs[:-1].flatten(0, 1))
+        inverse_den = inverse(scores.sum(-1, keepdim=True) + space.dot(self.q_carry, ns[:-1].flatten(0, 1)[:, None]))
+        return num.mul_(inverse_den), inverse_den, Cs, ns
+
+    def backward(self, dh, inverse_den, C, n, dC, dn):
+        """From dh, the state before and the gradient of the state after to (dq, dk, dv), the gradient of the state before, and what
+        `gate_gradients` needs of each token."""
+        space, pattern = self.space, self.pattern()
+        Cs, ns = self.states(C, n)
+        C, n = Cs[:-1].flatten(0, 1), ns[:-1].flatten(0, 1)
+        scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(pattern)
+        dnum = dh.mul_(inverse_den)
+        dscores = space.matmul("dscores", dnum, self.v.transpose(1, 2))
+        dq = space.matmul("dq", dnum, C.transpose(1, 2))  # through the carried state, without its weight yet
+        dden = (space.dot(scores, dscores) + space.dot(self.q_carry, dq)).mul_(-inverse_den)
+        dscores.add_(dden).mul_(pattern)
+        dq.addcmul_(dden, n[:, None]).mul_(self.carry).baddbmm_(dscores, self.k_intra)
+
+        dCs = self.scanned("dC", space.matmul("new", self.q_carry.transpose(1, 2), dnum), dC, backwards=True)
+        dns = self.scanned("dn", space.product("dot", self.q_carry, dden).sum(1), dn, backwards=True)
+        dC, dn = dCs[1:].flatten(0, 1), dns[1:].flatten(0, 1)
+        through = self.decay.flatten()[:, None] * (space.dot(C, dC).sum(1) + space.dot(n, dn))  # [n B H, 1]
+
+        own = space.matmul("own", dscores.transpose(1, 2), self.q)
+        later = space.matmul("later", self.v, dC.transpose(1, 2)).add_(dn[:, None])
+        dv = space.matmul("dv", scores.transpose(1, 2), dnum).baddbmm_(self.k_write, dC)
+        per_token = space.dot(own, self.k_intra), space.dot(later, self.k_write), through[..., None].expand_as(dden)
+        dk = later.mul_(self.write).add_(own if self.intra is None else own.mul_(self.intra))
+        return (dq, dk, dv), (dCs[0], dns[0]), per_token
+
+
+class StreamingMLSTM(torch.autograd.Function):
+    """Segments of chunks, the state kept hot. Saves the inputs, the normalisers and one state per segment."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, i, f, C, n, m, L):
+        (B, _, H, _), dtype = q.shape, C.dtype
+        gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), Space(C)
+        h, dens = torch.empty_like(v, memory_format=torch.contiguous_format), []
+        C, n = C.flatten(0, 1), n.flatten(0, 1)
+        keep = len(pieces) if any(ctx.needs_input_grad) else 0
+        kept = C.new_empty(keep, *C.shape), n.new_empty(keep, *n.shape)
+        for j, segment in enumerate(pieces):
+            if keep:
+                kept[0][j], kept[1][j] = C, n
+            y, inverse_den, Cs, ns = Piece(q, k, v, gates, segment, L, space).forward(C, n)
+            dens.append(inverse_den)
+            put(h, segment, y)
+            C, n = Cs[-1], ns[-1]
+        m_out = gates.m.to(dtype)
+        rounded = (gates.m - finite(m_out).double()).exp().to(dtype)  # what rounding m loses goes into C and n
+        ctx.save_for_backward(q, k, v, i, f, m, rounded, *kept, *dens)
+        ctx.L = L
+        ctx.mark_non_differentiable(m_out)
+        ctx.set_materialize_grads(False)
+        return h, (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m_out.view(B, H)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dC, dn, _):
+        q, k, v, i, f, m, rounded, *kept = ctx.saved_tensors
+        (C, n), dens = kept[:2], kept[2:]
+        (B, _, H, _), L = q.shape, ctx.L
+        dh = torch.zeros_like(v) if dh is None else dh
+        dC = torch.zeros_like(C[0]) if dC is None else dC.flatten(0, 1) * rounded[:, None, None]
+        dn = torch.zeros_like(n[0]) if dn is None else dn.flatten(0, 1) * rounded[:, None]
+        with torch.autocast(q.device.type, enabled=False):
+            gates, space = chunk_gates(i, f, m, L, C.dtype), Space(C)
+            totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+            per_token = [torch.zeros_like(gates.write) for _ in range(3)]
+            for j, segment in reversed(list(enumerate(segments(q, v, L)))):
+                x = Piece(q, k, v, gates, segment, L, space)
+                grads, (dC, dn), of_tokens = x.backward(space.cut("dh", dh, segment), dens[j], C[j], n[j], dC, dn)
+                for total, y in zip(totals, grads, strict=True):
+                    put(total, segment, y)
+                for total, y in zip(per_token, of_tokens, strict=True):
+                    total[x.here, : segment[2]] = y
+            di, df = gate_gradients(*per_token, f)
+        dC, dn = dC.unflatten(0, (B, H)), dn.unflatten(0, (B, H))
+        return *totals, di.to(i.dtype), df.to(f.dtype), dC, dn, None, None
+
+
+def gate_gradients(own, later, through, f):
+    """di and df [B, T, H] from what each token's weight contributed in its own chunk and later, and each chunk's carried state [N B H, L, 1].
+
+    Summed inside a chunk only: sums over the sequence would lose the small differences that df is.
+    """
+    B, T, H = f.shape
+    own, later, through = (x.view(-1, B * H, x.shape[1]) for x in (own, later, through))
+    after = own.flip(-1).double().cumsum(-1).flip(-1)  # of the tokens from t on, in rows not before them
+    before = later.double().cumsum(-1) - later
+    tokens = [x.transpose(0, 1).reshape(B, H, -1)[..., :T].transpose(1, 2) for x in (own + later, before - after + through)]
+    starts = forget_gate(f)[1]
+    return tokens[0], (tokens[1] * torch.sigmoid(-f.double())).masked_fill(starts, 0.0)
+
+
+def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
+    """The chunkwise form for a CPU, with its own backward: O(T) time; memory for one state per segment beyond inputs and outputs."""
+    dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
+    C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
+    rows = max(1, ENTRIES // (L * q.shape[2] * max(q.shape[3], v.shape[3])))  # of the batch at a time, for the cache's sake
+    parts = zip(*(x.split(rows) for x in (q, k, v, i, f, C, n, m.detach())), strict=True)
+    h, C, n, m = zip(*(StreamingMLSTM.apply(*part, L) for part in parts), strict=True)
+    join = (lambda x: x[0]) if len(h) == 1 else torch.cat
+    return join(h), MLSTMState(join(C), join(n), join(m))

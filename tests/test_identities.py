@@ -1,0 +1,88 @@
+"""A student that keeps the teacher's attention, or whose windows see everything and whose gates are closed, is the teacher."""
+import pytest
+import torch
+from tiny_teachers import FAMILIES, ROPES, WINDOWED, teacher, tokens
+from transformers import AutoModelForCausalLM
+
+from xlstm_hybrid import XLSTMHybridForCausalLM, convert
+
+torch.set_num_threads(1)
+CLOSED = {"mlstm_output_gate_bias": -1e4}  # the output gate's weight starts at zero, so this closes it for every token
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_rope = pytest.mark.parametrize("rope", ROPES)
+
+
+@torch.no_grad()
+def logits(model, length=45):
+    return model(tokens(length)).logits
+
+
+def greedy(model, new=24, prompt=9):
+    return model.generate(tokens(prompt), attention_mask=torch.ones(2, prompt, dtype=torch.long), max_new_tokens=new, do_sample=False)
+
+
+def assert_same_function(student, original, length=45):
+    """Logits equal to 1e-5 of their own scale."""
+    expected = logits(original, length)
+    torch.testing.assert_close(logits(student, length), expected, rtol=0, atol=1e-5 * float(expected.std()))
+
+
+@every_family
+def test_the_teachers_are_ones_that_a_wrong_layer_would_show(family):
+    original = teacher(family)
+    assert 1 < float(logits(original).std()) < 10
+    narrow = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=5, num_sink_tokens=0, **CLOSED)
+    assert float((logits(narrow) - logits(original)).std()) > 0.3
+
+
+@every_family
+@every_rope
+def test_a_student_with_the_teachers_layer_types_is_the_teacher(family, rope):
+    original = teacher(family, rope)
+    student = XLSTMHybridForCausalLM.from_teacher(original, layer_types="teacher")
+    assert_same_function(student, original)  # 45 tokens: several windows of 7
+    assert torch.equal(greedy(student), greedy(original))
+
+
+@every_family
+@every_rope
+def test_a_student_with_wide_windows_and_closed_gates_is_the_teacher(family, rope):
+    original = teacher(family, rope, window=45)  # a teacher's own window ends the identity
+    student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=45, num_sink_tokens=2, **CLOSED)
+    assert set(student.config.layer_types) == {"hybrid_sliding"}
+    assert_same_function(student, original)
+    assert torch.equal(greedy(student), greedy(original))
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_past_the_teachers_own_window_the_wide_student_sees_more(family):
+    original = teacher(family, window=7)
+    student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=45, **CLOSED)
+    torch.testing.assert_close(logits(student)[:, :7], logits(original)[:, :7], rtol=0, atol=1e-5 * float(logits(original).std()))
+    assert float((logits(student) - logits(original))[:, 7:].std()) > 0.3
+
+
+@every_family
+def test_a_mixed_stack_keeps_each_layers_own_window_and_rope(family):
+    original = teacher(family, "linear")
+    kinds = XLSTMHybridForCausalLM.from_teacher(original, layer_types="teacher").config.layer_types
+    student = XLSTMHybridForCausalLM.from_teacher(original, layer_types=["hybrid_sliding", *kinds[1:]], sliding_window=7, num_sink_tokens=0, **CLOSED)
+    if kinds[0] == "sliding_attention":  # ours of the same width takes its place
+        assert_same_function(student, original)
+    else:
+        assert_same_function(student, original, length=7)
+
+
+@every_family
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_identities_hold_from_disk(family, tied, tmp_path):
+    original = teacher(family, "yarn", tied=tied)
+    original.save_pretrained(tmp_path / "teacher", max_shard_size="20KB")
+    assert len(list((tmp_path / "teacher").glob("*.safetensors"))) > 3
+    convert(tmp_path / "teacher", tmp_path / "same", layer_types="teacher", shard_bytes=30_000)
+    convert(tmp_path / "teacher", tmp_path / "closed", sliding_window=45, **CLOSED)
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+    assert_same_function(same, original)
+    assert torch.equal(greedy(same), greedy(original))
+    assert_same_function(AutoModelForCausalLM.from_pretrained(tmp_path / "closed"), original, length=7)
+    assert_same_function(XLSTMHybridForCausalLM.from_teacher(tmp_path / "teacher", layer_types="teacher"), original)
