@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from xlstm_kernels import window_attention
+from xlstm_kernels import window_attention, window_step
 from xlstm_kernels.window import BACKENDS, ROWS
 
 torch.set_num_threads(1)
@@ -224,6 +224,38 @@ def test_what_does_not_fit_is_refused_by_name():
         (lambda: window_attention(q, k, v, window=W, sinks=4, index=twice), r"index\[1, 6\]=5: expected 6"),
         (lambda: window_attention(q, k, v, window=W, sinks=4, index=index, document=index // 5), r"index\[0, 5\]=5: expected 0"),
         (lambda: window_attention(q, k, v, window=W, sinks=4, backend="fast"), "backend='fast' is not one of .*banded"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            wrong()
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+def test_steps_in_place_are_the_window(heads, sinks):
+    """Rows that are at different places of their documents, past several turns of the ring."""
+    window, T, late = 7, 40, 3
+    q, k, v = inputs(T, H=heads[0], G=heads[1])
+    want = window_attention(q, k, v, window=window, sinks=sinks)
+    shorter = window_attention(*(a[1:, late:] for a in (q, k, v)), window=window, sinks=sinks)
+    keys, values = (a.new_full((2, heads[1], sinks + window, a.shape[-1]), 99.0) for a in (k, v))
+    addresses = keys.data_ptr(), values.data_ptr()
+    for t in range(T):
+        index = torch.tensor([t, t - late if t >= late else t])  # the second row starts a document at token `late`
+        h = window_step(*(a[:, t : t + 1] for a in (q, k, v)), keys, values, index, sinks=sinks)
+        torch.testing.assert_close(h[0, 0], want[0, t])
+        torch.testing.assert_close(h[1, 0], shorter[0, t - late] if t >= late else want[1, t])
+    assert (keys.data_ptr(), values.data_ptr()) == addresses
+
+
+def test_steps_refuse_what_does_not_fit():
+    q, k, v = (a[:, :1] for a in inputs(3))
+    keys, values, index = torch.zeros(2, 2, 11, 8).double(), torch.zeros(2, 2, 11, 6).double(), torch.tensor([0, 0])
+    for wrong, said in [
+        (lambda: window_step(*inputs(3), keys, values, index, sinks=4), r"q: expected .*'T': 1.*got \[2, 3, 4, 8\]"),
+        (lambda: window_step(q, k, v, keys[:, :1], values, index, sinks=4), r"keys: expected .*'G': 2.*got \[2, 1, 11, 8\]"),
+        (lambda: window_step(q, k, v, keys, values, index[:1], sinks=4), r"index \[1\]"),
+        (lambda: window_step(q, k, v, keys, values, index, sinks=11), "sinks=11, slots=11"),
+        (lambda: window_step(q.clone().requires_grad_(), k, v, keys, values, index, sinks=4), "no gradients"),
     ]:
         with pytest.raises(ValueError, match=said):
             wrong()

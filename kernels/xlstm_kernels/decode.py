@@ -6,8 +6,8 @@ Dims: B batch, H query heads, G key/value heads, K query/key, V value, S sinks, 
 import torch
 import torch.nn.functional as F
 
-from xlstm_kernels.mlstm import check
-from xlstm_kernels.reference import FORGET_ALL, finite, ratio
+from xlstm_kernels.mlstm import check, expect
+from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, finite, ratio
 
 
 def mlstm_step(q, k, v, i, f, state):
@@ -38,16 +38,49 @@ def mlstm_step(q, k, v, i, f, state):
     return h[:, None].to(out_dtype), state
 
 
-def window_step(q, k, v, keys, values, index, *, scale=None):
+def window_step(q, k, v, keys, values, index, *, sinks, scale=None):
     """`window_attention` for one token without gradients; its key and value are written into the slots. Returns h [B, 1, H, V].
 
     Slot j < S holds the j-th token of the row's document, slot S + j the latest token whose index is j mod W. A sink is read from the ring
-    while it is inside the window, from its own slot afterwards.
+    while it is inside the window and from its own slot afterwards. Empty slots must be finite; they are not read.
 
     Args:
         q: [B, 1, H, K]; k: [B, 1, G, K]; v: [B, 1, G, V].
-        keys, values: `RingSlots` as made by `ring_slots`, written in place.
-        index: [B] int64, number of tokens of the document before this one.
+        keys, values: the slots, [B, G, S + W, K | V], written in place; keys have been rotated before they come here.
+        index: [B] int64, number of tokens of the row's document before this one.
+        sinks: S, of the S + W slots.
+        scale: of the scores, 1 / sqrt(K) if None.
+    Raises:
+        ValueError: a shape does not fit, more than one token, or an input that wants gradients.
     """
+    (B, _, H, K), G, slots = q.shape, k.shape[2], keys.shape[2]
+    expect("q", q, B=B, T=1, H=H, K=K)
+    expect("k", k, B=B, T=1, G=G, K=K)
+    expect("v", v, B=B, T=1, G=G, V=values.shape[3])
+    expect("keys", keys, B=B, G=G, slots=slots, K=K)
+    expect("values", values, B=B, G=G, slots=slots, V=values.shape[3])
+    if H % G or not 0 <= sinks < slots or tuple(index.shape) != (B,):
+        raise ValueError(f"expected H a multiple of G, fewer sinks than slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, slots={slots}, "
+                         f"index {list(index.shape)}")
     refuse_gradients(q, k, v)
-    raise NotImplementedError
+    window, row = slots - sinks, torch.arange(B, device=q.device)
+    ring = sinks + index % window
+    oldest = int(index.min())
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        for slot in (ring,) if oldest >= sinks else (ring, torch.where(index < sinks, index, ring)):
+            keys[row, :, slot] = k[:, 0].to(keys.dtype)
+            values[row, :, slot] = v[:, 0].to(values.dtype)
+        dtype = calculation_dtype(q, keys, values)
+        q = q[:, 0].unflatten(1, (G, H // G)).to(dtype) * (K**-0.5 if scale is None else scale)  # [B, G, R, K]
+        scores = q @ keys.to(dtype).transpose(2, 3)  # [B, G, R, S + W]
+        if oldest < window + sinks - 1:
+            slot = torch.arange(slots, device=q.device)
+            held = torch.where(slot < sinks, slot <= index[:, None] - window, slot - sinks <= index[:, None])
+            scores = scores.masked_fill(~held[:, None, None], float("-inf"))
+        h = scores.softmax(-1) @ values.to(dtype)
+    return h.flatten(1, 2)[:, None].to(v.dtype)
+
+
+def refuse_gradients(*tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("a step works in place and has no gradients: call it under torch.no_grad(), or use the function for whole sequences")

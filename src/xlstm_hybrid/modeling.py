@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
-from xlstm_kernels import mlstm
+from xlstm_kernels import mlstm, window_attention
 
 from xlstm_hybrid.cache import HybridCacheLayer, Tokens, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
@@ -153,7 +153,7 @@ class HybridAttention(nn.Module):
         """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
         name = self.config._attn_implementation
         if self.layer_type == "hybrid_sliding" and mask is not None and name not in ("eager", "sdpa"):
-            name = "sdpa"  # flash kernels have no mask for window + sinks
+            name = "sdpa"  # flash and flex kernels have no mask for window + sinks
         if name == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -172,7 +172,12 @@ class HybridAttention(nn.Module):
             cache.state = state
             if held:
                 key, value = torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
-        window, weights = self.attend(query, key, value, mask)
+        if mask is None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            window, weights = window_attention(q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, index=tokens.index, document=tokens.document,
+                                               scale=self.scaling), None
+        else:
+            window, weights = self.attend(query, key, value, mask)
         o = o[..., None]
         return (o * memory + (1 - o) * window).to(value.dtype), weights
 
@@ -342,7 +347,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             if kind in masks:
                 continue
             if kind[0] == "hybrid_sliding":
-                masks[kind] = tokens.visible(*kind[1:])[:, None]
+                banded = not filled and config._attn_implementation == "sdpa" and not (self.training and config.attention_dropout)
+                masks[kind] = None if banded and not torch.compiler.is_compiling() else tokens.visible(*kind[1:])[:, None]  # None: no T x T mask
                 if filled:
                     masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1)
             elif kind[0] == "teacher":

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.trainers import save_weights
 
 
 @dataclass
@@ -57,6 +58,7 @@ class AlignmentTrainer(SFTTrainer):
         for parameter in new_parameters(model).values():
             parameter.requires_grad_(True)
         super().__init__(model=model, args=args, **kwargs)
+        vars(model).pop("forward", None)  # TRL's fused LM head: stage I has no use for logits
         self.model_accepts_loss_kwargs = False  # the loss is a mean per token of the micro-batch; the Trainer averages over accumulation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -69,6 +71,15 @@ class AlignmentTrainer(SFTTrainer):
         for name, value in relative_errors(out).items():
             metrics[name].append(value)
         return (loss, out) if return_outputs else loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_weights(self, output_dir, state_dict)
+
+    def create_model_card(self, *args, **kwargs):
+        """None here: the card is printed from the provenance of a finished student."""
+
+    def _send_telemetry(self):
+        """None: training calls nobody."""
 
 
 def relative_errors(out):
