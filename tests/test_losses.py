@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.losses import IGNORE, cross_entropy, dense_kl, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
+from xlstm_hybrid.losses import IGNORE, counted_mean, cross_entropy, dense_kl, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
 
 INF, NAN = float("inf"), float("nan")
 close = torch.testing.assert_close
@@ -114,6 +114,11 @@ def test_num_items_is_the_divisor_and_parts_add_up():
         whole = loss(slice(None))
         close(sum(loss(slice(j, j + 1), num_items=torch.tensor(n)) for j in (0, 1)), whole)
         close(loss(slice(None), num_items=1) / n, whole)
+
+
+def test_a_mean_is_of_the_counted_values():
+    values, mask = torch.tensor([[1.0, NAN], [INF, 5.0]]), torch.tensor([[True, False], [False, True]])
+    assert counted_mean(values, mask, None) == 3 and counted_mean(values, mask, 12) == 0.5
 
 
 # --- masks, padding, infinities ----------------------------------------------------------------------------------

@@ -354,3 +354,18 @@ def test_steps_refuse_gradients_and_more_than_one_token():
         mlstm_step(*x, state)
     with pytest.raises(ValueError, match="no gradients"):
         mlstm_step(*(a[:, :1].requires_grad_() for a in x), state)
+
+
+def test_the_streaming_form_compiles_into_one_graph():
+    fn = torch.compile(lambda *x: run(("streaming", 64), x)[0].sin(), backend="aot_eager", fullgraph=True)
+    x, same = [a.requires_grad_() for a in inputs(200)], [a.requires_grad_() for a in inputs(200)]
+    fn(*x).sum().backward()
+    run(TRUTH, same)[0].sin().sum().backward()
+    for a, b in zip(x, same, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_streaming_operator_tells_the_compiler_the_truth():
+    x, state = inputs(100), carried()
+    args = [a.requires_grad_() for a in (*x, state.C, state.n)]
+    torch.library.opcheck(torch.ops.xlstm_kernels.mlstm_streaming.default, (*args, state.m, 64, True))

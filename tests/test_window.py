@@ -259,3 +259,18 @@ def test_steps_refuse_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=said):
             wrong()
+
+
+def test_the_banded_form_compiles_into_one_graph():
+    index, document = PACKED["padding between documents"]
+    settings = {"window": W, "sinks": 4, "index": index, "document": document}
+    fn = torch.compile(lambda *x: window_attention(*x, **settings), backend="aot_eager", fullgraph=True)
+    x = [a.requires_grad_() for a in inputs(T_PACKED)]
+    h = fn(*x)
+    (h * waves(*h.shape, step=0.3)).sum().backward()
+    assert_same([h.detach(), *(a.grad for a in x)], packed_truth("padding between documents", 4))
+
+
+def test_the_banded_operator_tells_the_compiler_the_truth():
+    args = *(a.requires_grad_() for a in inputs(100)), 0.5, W, 4, None, None
+    torch.library.opcheck(torch.ops.xlstm_kernels.window_banded.default, args)

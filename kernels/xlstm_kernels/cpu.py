@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from xlstm_kernels.reference import MLSTMState, calculation_dtype, finite, forget_gate, fresh_state
 
@@ -257,55 +257,73 @@ class Piece:
         return (dq, dk, dv), (dCs[0], dns[0]), per_token
 
 
-class StreamingMLSTM(torch.autograd.Function):
-    """Segments of chunks, the state kept hot. Saves the inputs, the normalisers and one state per segment."""
+@torch.library.custom_op("xlstm_kernels::mlstm_streaming", mutates_args=())
+def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool) -> list[Tensor]:
+    """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, and the state before each segment."""
+    (B, _, H, _), dtype = q.shape, C.dtype
+    gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), Space(C)
+    h, inverse_den = torch.empty_like(v, memory_format=torch.contiguous_format), torch.zeros_like(gates.write)
+    C, n = C.flatten(0, 1), n.flatten(0, 1)
+    kept_C, kept_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
+    for j, segment in enumerate(pieces):
+        if keep:
+            kept_C[j], kept_n[j] = C, n
+        x = Piece(q, k, v, gates, segment, L, space)
+        y, inverse_den[x.here, : segment[2]], Cs, ns = x.forward(C, n)
+        put(h, segment, y)
+        C, n = Cs[-1], ns[-1]
+    m = gates.m.to(dtype, copy=True)
+    rounded = (gates.m - finite(m).double()).exp().to(dtype)  # what rounding m loses goes into C and n
+    state = (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m.view(B, H)
+    return [h, *state, rounded, inverse_den, kept_C, kept_n]
 
-    @staticmethod
-    def forward(ctx, q, k, v, i, f, C, n, m, L):
-        (B, _, H, _), dtype = q.shape, C.dtype
-        gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), Space(C)
-        h, dens = torch.empty_like(v, memory_format=torch.contiguous_format), []
-        C, n = C.flatten(0, 1), n.flatten(0, 1)
-        keep = len(pieces) if any(ctx.needs_input_grad) else 0
-        kept = C.new_empty(keep, *C.shape), n.new_empty(keep, *n.shape)
-        for j, segment in enumerate(pieces):
-            if keep:
-                kept[0][j], kept[1][j] = C, n
-            y, inverse_den, Cs, ns = Piece(q, k, v, gates, segment, L, space).forward(C, n)
-            dens.append(inverse_den)
-            put(h, segment, y)
-            C, n = Cs[-1], ns[-1]
-        m_out = gates.m.to(dtype)
-        rounded = (gates.m - finite(m_out).double()).exp().to(dtype)  # what rounding m loses goes into C and n
-        ctx.save_for_backward(q, k, v, i, f, m, rounded, *kept, *dens)
-        ctx.L = L
-        ctx.mark_non_differentiable(m_out)
-        ctx.set_materialize_grads(False)
-        return h, (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m_out.view(B, H)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh, dC, dn, _):
-        q, k, v, i, f, m, rounded, *kept = ctx.saved_tensors
-        (C, n), dens = kept[:2], kept[2:]
-        (B, _, H, _), L = q.shape, ctx.L
-        dh = torch.zeros_like(v) if dh is None else dh
-        dC = torch.zeros_like(C[0]) if dC is None else dC.flatten(0, 1) * rounded[:, None, None]
-        dn = torch.zeros_like(n[0]) if dn is None else dn.flatten(0, 1) * rounded[:, None]
-        with torch.autocast(q.device.type, enabled=False):
-            gates, space = chunk_gates(i, f, m, L, C.dtype), Space(C)
-            totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-            per_token = [torch.zeros_like(gates.write) for _ in range(3)]
-            for j, segment in reversed(list(enumerate(segments(q, v, L)))):
-                x = Piece(q, k, v, gates, segment, L, space)
-                grads, (dC, dn), of_tokens = x.backward(space.cut("dh", dh, segment), dens[j], C[j], n[j], dC, dn)
-                for total, y in zip(totals, grads, strict=True):
-                    put(total, segment, y)
-                for total, y in zip(per_token, of_tokens, strict=True):
-                    total[x.here, : segment[2]] = y
-            di, df = gate_gradients(*per_token, f)
-        dC, dn = dC.unflatten(0, (B, H)), dn.unflatten(0, (B, H))
-        return *totals, di.to(i.dtype), df.to(f.dtype), dC, dn, None, None
+@streaming_forward.register_fake
+def _(q, k, v, i, f, C, n, m, L, keep):
+    (B, T, H, K), V = q.shape, v.shape[3]
+    N, kept = -(-T // L), len(segments(q, v, L)) if keep else 0
+    shapes = (B, H, K, V), (B, H, K), (B, H), (B * H,), (N * B * H, L, 1), (kept, B * H, K, V), (kept, B * H, K)
+    return [v.new_empty(v.shape), *(C.new_empty(shape) for shape in shapes)]
+
+
+@torch.library.custom_op("xlstm_kernels::mlstm_streaming_backward", mutates_args=())
+def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m: Tensor, rounded: Tensor, inverse_den: Tensor, kept_C: Tensor,
+                       kept_n: Tensor, dh: Tensor, dC: Tensor, dn: Tensor, L: int) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, v, i, f, C, n."""
+    B, _, H, _ = q.shape
+    gates, space = chunk_gates(i, f, m, L, kept_C.dtype), Space(kept_C)
+    totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    per_token = [torch.zeros_like(gates.write) for _ in range(3)]
+    dC, dn = dC.flatten(0, 1) * rounded[:, None, None], dn.flatten(0, 1) * rounded[:, None]
+    for j, segment in reversed(list(enumerate(segments(q, v, L)))):
+        x, size = Piece(q, k, v, gates, segment, L, space), segment[2]
+        dh_piece = space.cut("dh", dh, segment)
+        grads, (dC, dn), of_tokens = x.backward(dh_piece, inverse_den[x.here, :size], kept_C[j], kept_n[j], dC, dn)
+        for total, y in zip(totals, grads, strict=True):
+            put(total, segment, y)
+        for total, y in zip(per_token, of_tokens, strict=True):
+            total[x.here, :size] = y
+    di, df = gate_gradients(*per_token, f)
+    return [*totals, di.to(i.dtype), df.to(f.dtype), dC.unflatten(0, (B, H)).clone(), dn.unflatten(0, (B, H)).clone()]
+
+
+@streaming_backward.register_fake
+def _(q, k, v, i, f, m, rounded, inverse_den, kept_C, kept_n, dh, dC, dn, L):
+    return [x.new_empty(x.shape) for x in (q, k, v, i, f, dC, dn)]
+
+
+def save(ctx, inputs, output):
+    q, k, v, i, f, _, _, m, ctx.L, _ = inputs
+    ctx.save_for_backward(q, k, v, i, f, m, *output[4:])
+
+
+def differentiate(ctx, grads):
+    dh, dC, dn = grads[:3]  # the others are not handed out
+    with torch.autocast(dh.device.type, enabled=False):
+        return *streaming_backward(*ctx.saved_tensors, dh, dC, dn, ctx.L), None, None, None
+
+
+streaming_forward.register_autograd(differentiate, setup_context=save)
 
 
 def gate_gradients(own, later, through, f):
@@ -326,8 +344,9 @@ def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
     """The chunkwise form for a CPU, with its own backward: O(T) time; memory for one state per segment beyond inputs and outputs."""
     dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
     C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, i, f, C, n))
     rows = max(1, ENTRIES // (L * q.shape[2] * max(q.shape[3], v.shape[3])))  # of the batch at a time, for the cache's sake
     parts = zip(*(x.split(rows) for x in (q, k, v, i, f, C, n, m.detach())), strict=True)
-    h, C, n, m = zip(*(StreamingMLSTM.apply(*part, L) for part in parts), strict=True)
+    h, C, n, m = zip(*(streaming_forward(*part, L, keep)[:4] for part in parts), strict=True)
     join = (lambda x: x[0]) if len(h) == 1 else torch.cat
-    return join(h), MLSTMState(join(C), join(n), join(m))
+    return join(h), MLSTMState(join(C), join(n), join(m).detach())

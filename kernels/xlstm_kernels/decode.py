@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from xlstm_kernels.mlstm import check, expect
-from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, finite, ratio
+from xlstm_kernels.reference import FORGET_ALL, calculation_dtype
 
 
 def mlstm_step(q, k, v, i, f, state):
@@ -24,18 +24,21 @@ def mlstm_step(q, k, v, i, f, state):
         raise ValueError(f"q: expected one token, got T={q.shape[1]}; use mlstm for more")
     refuse_gradients(q, k, v, i, f, *state)
     C, n, m = state
-    out_dtype, (q, k, v, i, f) = v.dtype, (x[:, 0].to(C.dtype) for x in (q, k, v, i, f))
+    out_dtype, dtype = v.dtype, C.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, 1, K | V]
+    i, f = i[:, 0].to(dtype), f[:, 0].to(dtype)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         logf = F.threshold(F.logsigmoid(f), FORGET_ALL, float("-inf"))
         new_m = torch.maximum(logf + m, i)
-        scale = finite(new_m)
-        decay = (logf + (m - scale)).exp_()[..., None]  # m - scale first, see `mlstm_recurrent`
-        k = k * (i - scale).exp_()[..., None]
-        C.mul_(decay[..., None]).addcmul_(k[..., None], v[..., None, :])
-        n.mul_(decay).add_(k)
+        scale = new_m.clamp_min(torch.finfo(dtype).min)  # finite, also where nothing has been written
+        decay = (m - scale).add_(logf).exp_()[..., None]  # m - scale first, see `mlstm_recurrent`
+        write_k = k.transpose(2, 3) * i.sub(scale).exp_()[..., None, None]  # [B, H, K, 1]
         m.copy_(new_m)
-        h = ratio((q[..., None, :] @ C)[..., 0, :], (q * n).sum(-1, keepdim=True))
-    return h[:, None].to(out_dtype), state
+        n.mul_(decay).add_(write_k[..., 0])
+        C.mul_(decay[..., None]).addcmul_(write_k, v)
+        den = q @ n[..., None]
+        h = (q @ C).div_(den).masked_fill_(den.abs() < torch.finfo(dtype).tiny, 0.0)  # [B, H, 1, V]
+    return h.transpose(1, 2).to(out_dtype), state
 
 
 def window_step(q, k, v, keys, values, index, *, sinks, scale=None):
@@ -63,22 +66,19 @@ def window_step(q, k, v, keys, values, index, *, sinks, scale=None):
         raise ValueError(f"expected H a multiple of G, fewer sinks than slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, slots={slots}, "
                          f"index {list(index.shape)}")
     refuse_gradients(q, k, v)
-    window, row = slots - sinks, torch.arange(B, device=q.device)
-    ring = sinks + index % window
-    oldest = int(index.min())
+    window, row, oldest = slots - sinks, torch.arange(B, device=q.device), int(index.min())
+    ring, dtype, mask = index % window + sinks, calculation_dtype(q, keys, values), None
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for slot in (ring,) if oldest >= sinks else (ring, torch.where(index < sinks, index, ring)):
-            keys[row, :, slot] = k[:, 0].to(keys.dtype)
-            values[row, :, slot] = v[:, 0].to(values.dtype)
-        dtype = calculation_dtype(q, keys, values)
-        q = q[:, 0].unflatten(1, (G, H // G)).to(dtype) * (K**-0.5 if scale is None else scale)  # [B, G, R, K]
-        scores = q @ keys.to(dtype).transpose(2, 3)  # [B, G, R, S + W]
+            keys[row, :, slot] = k[:, 0]
+            values[row, :, slot] = v[:, 0]
         if oldest < window + sinks - 1:
             slot = torch.arange(slots, device=q.device)
             held = torch.where(slot < sinks, slot <= index[:, None] - window, slot - sinks <= index[:, None])
-            scores = scores.masked_fill(~held[:, None, None], float("-inf"))
-        h = scores.softmax(-1) @ values.to(dtype)
-    return h.flatten(1, 2)[:, None].to(v.dtype)
+            mask = held[:, None, None]
+        q = q.reshape(B, G, H // G, K).to(dtype)  # the query heads of a group are its queries: nothing is repeated
+        h = F.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype), attn_mask=mask, scale=scale)
+    return h.reshape(B, 1, H, -1).to(v.dtype)
 
 
 def refuse_gradients(*tensors):

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xlstm_kernels.reference import calculation_dtype
@@ -132,53 +132,70 @@ def lanes_of(block, groups, repeats):
     return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
 
 
-class BandedAttention(torch.autograd.Function):
-    """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor. The backward computes the weights again."""
+@torch.library.custom_op("xlstm_kernels::window_banded", mutates_args=())
+def banded_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, index: Tensor | None, document: Tensor | None) -> Tensor:
+    """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
+    dtype, G = calculation_dtype(q, k, v), k.shape[2]
+    h = v.new_empty(*q.shape[:3], v.shape[3])
+    like = q.new_empty(0, dtype=dtype)
+    scratch = Scratch(like)
+    for b, row in enumerate(rows_of(index, document, q)):
+        qs, ks, vs = (Heads(x[b], G, row.place, dtype) for x in (q, k, v))
+        out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
+        hs = Heads(out, G, None, dtype)
+        for block in blocks(row, len(out), window, sinks, like):
+            for lanes in lanes_of(block, G, q.shape[2] // G):
+                p = weights(qs.queries(lanes, block) * scale, ks.keys(lanes, block), block, scratch)
+                hs.set_queries(lanes, block, p @ vs.keys(lanes, block))
+        if row.place is not None:
+            h[b] = 0
+            h[b, row.place] = out
+    return h
 
-    @staticmethod
-    def forward(ctx, q, k, v, scale, window, sinks, rows):
-        ctx.save_for_backward(q, k, v)
-        ctx.rule = scale, window, sinks, rows
-        dtype = calculation_dtype(q, k, v)
-        (B, T, H, _), G = q.shape, k.shape[2]
-        h = v.new_empty(B, T, H, v.shape[-1])
-        like = q.new_empty(0, dtype=dtype)
-        scratch = Scratch(like)
-        for b, row in enumerate(rows):
-            qs, ks, vs = (Heads(x[b], G, row.place, dtype) for x in (q, k, v))
-            out = h[b] if row.place is None else h.new_empty(len(row.place), H, v.shape[-1])
-            hs = Heads(out, G, None, dtype)
-            for block in blocks(row, out.shape[0], window, sinks, like):
-                for lanes in lanes_of(block, G, H // G):
-                    p = weights(qs.queries(lanes, block) * scale, ks.keys(lanes, block), block, scratch)
-                    hs.set_queries(lanes, block, p @ vs.keys(lanes, block))
-            if row.place is not None:
-                h[b] = 0
-                h[b, row.place] = out
-        return h
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        q, k, v = ctx.saved_tensors
-        scale, window, sinks, rows = ctx.rule
-        dtype, G = calculation_dtype(q, k, v), k.shape[2]
-        wanted = [torch.zeros_like(x, dtype=dtype) for x in (q, k, v)]
-        like = q.new_empty(0, dtype=dtype)
-        scratch, dscratch = Scratch(like), Scratch(like)
-        with torch.autocast(q.device.type, enabled=False):
-            for b, row in enumerate(rows):
-                tensors = [Heads(x[b], G, row.place, dtype) for x in (q, k, v, dh)]
-                grads = [x[b] if row.place is None else torch.zeros_like(x[b, : len(row.place)]) for x in wanted]
-                views = [Heads(x, G, None, dtype) for x in grads]
-                for block in blocks(row, grads[0].shape[0], window, sinks, like):
-                    for lanes in lanes_of(block, G, q.shape[2] // G):
-                        block_backward(tensors, views, lanes, block, scale, scratch, dscratch)
-                if row.place is not None:
-                    for x, compact in zip(wanted, grads, strict=True):
-                        x[b, row.place] = compact
-        dq, dk, dv = (x.to(like.dtype) for x, like in zip(wanted, (q, k, v), strict=True))
-        return dq, dk, dv, None, None, None, None
+@banded_forward.register_fake
+def _(q, k, v, scale, window, sinks, index, document):
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("xlstm_kernels::window_banded_backward", mutates_args=())
+def banded_backward(q: Tensor, k: Tensor, v: Tensor, dh: Tensor, scale: float, window: int, sinks: int, index: Tensor | None,
+                    document: Tensor | None) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k, v; the weights are calculated again."""
+    dtype, G = calculation_dtype(q, k, v), k.shape[2]
+    wanted = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    like = q.new_empty(0, dtype=dtype)
+    scratch, dscratch = Scratch(like), Scratch(like)
+    for b, row in enumerate(rows_of(index, document, q)):
+        tensors = [Heads(x[b], G, row.place, dtype) for x in (q, k, v, dh)]
+        grads = [x[b] if row.place is None else torch.zeros_like(x[b, : len(row.place)]) for x in wanted]
+        views = [Heads(x, G, None, dtype) for x in grads]
+        for block in blocks(row, len(grads[0]), window, sinks, like):
+            for lanes in lanes_of(block, G, q.shape[2] // G):
+                block_backward(tensors, views, lanes, block, scale, scratch, dscratch)
+        if row.place is not None:
+            for x, compact in zip(wanted, grads, strict=True):
+                x[b, row.place] = compact
+    return [x.to(like.dtype) for x, like in zip(wanted, (q, k, v), strict=True)]
+
+
+@banded_backward.register_fake
+def _(q, k, v, dh, scale, window, sinks, index, document):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def save(ctx, inputs, output):
+    q, k, v, *ctx.rule, index, document = inputs
+    ctx.save_for_backward(q, k, v, index, document)
+
+
+def differentiate(ctx, dh):
+    q, k, v, index, document = ctx.saved_tensors
+    with torch.autocast(dh.device.type, enabled=False):
+        return *banded_backward(q, k, v, dh, *ctx.rule, index, document), None, None, None, None, None
+
+
+banded_forward.register_autograd(differentiate, setup_context=save)
 
 
 def block_backward(tensors, grads, lanes, block, scale, scratch, dscratch):
@@ -194,21 +211,21 @@ def block_backward(tensors, grads, lanes, block, scale, scratch, dscratch):
     grads[1].add_to_keys(lanes, block, ds.transpose(1, 2) @ q)
 
 
-def window_banded(q, k, v, *, window, sinks, rows, scale):
+def window_banded(q, k, v, *, window, sinks, index, document, scale):
     """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory. Up to W tokens it is plain causal attention."""
-    if q.shape[1] <= window and all(row == Row(None, None) for row in rows):
+    if index is None and document is None and q.shape[1] <= window:
         dtype = calculation_dtype(q, k, v)
-        q, k, v_ = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-        h = scaled_dot_product_attention(q, k, v_, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+        h = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
         return h.transpose(1, 2).to(v.dtype)
-    return BandedAttention.apply(q, k, v, scale, window, sinks, rows)
+    return banded_forward(q, k, v, scale, window, sinks, index, document)
 
 
-def window_reference(q, k, v, *, window, sinks, rows, scale):
+def window_reference(q, k, v, *, window, sinks, index, document, scale):
     """The definition, with a T x T mask: O(T^2) time and memory."""
     dtype, R = calculation_dtype(q, k, v), q.shape[2] // k.shape[2]
     h = []
-    for b, row in enumerate(rows):
+    for b, row in enumerate(rows_of(index, document, q)):
         qb, kb, vb = (x[b].to(dtype).transpose(0, 1) for x in (q, k, v))  # [H|G, T, K|V]
         if row.place is not None:
             qb, kb, vb = (x[:, row.place] for x in (qb, kb, vb))
@@ -224,11 +241,12 @@ def window_reference(q, k, v, *, window, sinks, rows, scale):
 BACKENDS = {"reference": window_reference, "banded": window_banded}
 
 
-def rows_of(index, document, B, T, device):
-    """Take the padding out of every row. Raises ValueError where `index` and `document` do not describe documents back to back."""
+def rows_of(index, document, q):
+    """Take the padding out of every row of q [B, T, ...]. Raises ValueError where `index` does not number documents that lie back to back."""
+    B, T = q.shape[:2]
     if index is None and document is None:
         return [Row(None, None)] * B
-    position = torch.arange(T, device=device)
+    position = torch.arange(T, device=q.device)
     rows = []
     for b in range(B):
         place = position if index is None else (index[b] >= 0).nonzero()[:, 0]
@@ -251,6 +269,14 @@ def check_index(index, place, expected, b):
         t = place[r].item()
         raise ValueError(f"index[{b}, {t}]={index[t].item()}: expected {expected[r].item()}, the number of real tokens before it in its document; "
                          "number the tokens of each document 0, 1, 2, ... and padding -1")
+
+
+def whole(index, document, T):
+    """True if every row is known to be one document without padding; where looking is expensive, nothing is known."""
+    if (index is None and document is None) or torch.compiler.is_compiling():
+        return False
+    numbered = index is None or torch.equal(index, torch.arange(T, device=index.device).expand_as(index))
+    return numbered and (document is None or torch.equal(document, document[:, :1].expand_as(document)))
 
 
 def check(q, k, v, window, sinks, index, document):
@@ -286,11 +312,12 @@ def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale
         ValueError: an argument does not fit, with what was expected and what came.
     """
     check(q, k, v, window, sinks, index, document)
-    rows = rows_of(index, document, q.shape[0], q.shape[1], q.device)
+    if whole(index, document, q.shape[1]):
+        index = document = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
         backend = "banded"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
     with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
-        return BACKENDS[backend](q, k, v, window=window, sinks=sinks, rows=rows, scale=scale)
+        return BACKENDS[backend](q, k, v, window=window, sinks=sinks, index=index, document=document, scale=scale)

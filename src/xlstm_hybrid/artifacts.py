@@ -3,26 +3,79 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError
 
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+JSON_BYTES = 2**24  # larger than any index of 20,000 tensors
+SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re.IGNORECASE)
 
 
-def check_space(path, needed):
-    """Raise CheckpointWriteError unless the disk under `path` has `needed` bytes free."""
-    folder = Path(path)
+# --- JSON ------------------------------------------------------------------------------------------------------
+
+
+def write_json(path, value):
+    """Write JSON to a temporary file, then rename: a reader sees the old text or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointWriteError(f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
+                                   "what was there before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path, what):
+    """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no object."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, expected at most {JSON_BYTES}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again") from error
+    return value
+
+
+def read_versioned(path, what):
+    value = read_json(path, what)
+    if value.get("format_version") != FORMAT_VERSION:
+        found = value.get("format_version")
+        raise CheckpointError(f"{what}: {path.name} has format_version {found}, expected {FORMAT_VERSION}; upgrade xlstm-hybrid")
+    return value
+
+
+# --- writing a directory ---------------------------------------------------------------------------------------
+
+
+def check_space(path, bytes_needed):
+    """Raise CheckpointWriteError unless the disk that will hold `path` has `bytes_needed` free."""
+    folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointWriteError(f"{Path(path).name} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room or choose another directory; nothing was written")
+    if free < bytes_needed:
+        raise CheckpointWriteError(f"{Path(path).name} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
+                                   "make room or choose another directory; nothing was written")
 
 
 def sync(path):
@@ -33,9 +86,30 @@ def sync(path):
         os.close(handle)
 
 
+def owner(pid):
+    """Part of a temporary name: a process of this machine, the machine as a digest."""
+    return f"{hashlib.sha256(platform.node().encode()).hexdigest()[:6]}-{pid}"
+
+
+def remove_abandoned(path):
+    """Remove temporary directories of `path` whose process on this machine was killed; those of other machines stay."""
+    for folder in path.parent.glob(f".tmp-{path.name}-*"):
+        tail = folder.name.removeprefix(f".tmp-{path.name}-").split("-")
+        if len(tail) == 3 and tail[1].isdigit() and f"{tail[0]}-{tail[1]}" == owner(tail[1]):
+            try:
+                os.kill(int(tail[1]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue  # alive, and somebody else's
+
+
 @contextlib.contextmanager
 def staged(path, overwrite=False):
     """A temporary sibling directory that becomes `path` when the block succeeds and disappears when it fails.
+
+    Everything reaches the disk before the rename. Replacing takes two renames: after a power cut between them the old and the new directory
+    are both complete, beside `path` under names with a dot.
 
     Args:
         overwrite: replace what is there, once the new one is complete; otherwise a non-empty `path` is refused.
@@ -43,42 +117,44 @@ def staged(path, overwrite=False):
         CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False.
         CheckpointWriteError: the disk refused; what was at `path` is untouched.
     """
-    path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        raise CheckpointError(f"{path} exists already: choose another directory, or allow overwriting")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    path = Path(path).absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CheckpointError(f"{path.name} exists and is no directory: choose another place")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CheckpointError(f"{path.name} exists already and is not empty: choose another directory, or allow overwriting")
+    mark = f"{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
+    temporary, retired = path.parent / f".tmp-{mark}", path.parent / f".old-{mark}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        temporary.mkdir()
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
-        retired = path.parent / f".old-{temporary.name}"
-        if path.exists():
-            os.rename(path, retired)
-        os.rename(temporary, path)
-        sync(path.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        exchange(temporary, path, retired)
     except OSError as error:
+        raise CheckpointWriteError(f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
+                                   "what was there before is untouched") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointWriteError(f"could not write {path.name}: {error.strerror or error}; what was there before is untouched") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
-def write_json(path, value):
-    """Write JSON to a temporary file, then rename: a reader sees the old text or the new one."""
-    temporary = Path(path).with_name(f".tmp-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path, what):
+def exchange(new, path, retired):
+    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails."""
+    there = path.exists()
+    if there:
+        os.rename(path, retired)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{what}: {Path(path).name} cannot be read ({error}); restore it or make the checkpoint again") from error
+        os.rename(new, path)
+    except OSError:
+        if there:
+            os.rename(retired, path)
+        raise
+    sync(path.parent)
+
+
+# --- manifest --------------------------------------------------------------------------------------------------
 
 
 def digest(path):
@@ -87,9 +163,9 @@ def digest(path):
 
 
 def write_manifest(directory):
-    """List every file of a checkpoint with its size and SHA-256 in manifest.json; written last."""
+    """List every file of a checkpoint with its size in bytes and SHA-256 in manifest.json, sorted by name; to be written last."""
     directory = Path(directory)
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
     entries = {p.relative_to(directory).as_posix(): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
     write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
 
@@ -100,20 +176,51 @@ def verify(directory, level="full"):
     Args:
         level: "full" hashes every file, "size" looks at sizes only.
     Raises:
-        CheckpointError: no manifest, a newer format, or a file that is missing or differs; it names the file, expected and found.
+        CheckpointError: no manifest, another format, a file that is missing or differs, weights that the manifest does not list;
+            it names the file, what was expected and what was found.
     """
     directory = Path(directory)
-    manifest = read_json(directory / MANIFEST, directory.name)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{directory.name}: manifest format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; upgrade xlstm-hybrid")
-    for name, entry in manifest["files"].items():
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{directory.name}: {name} is listed in the manifest and missing; make or download the checkpoint again")
-        if file.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{directory.name}: {name} has {file.stat().st_size} bytes, expected {entry['size']}; make or download the checkpoint again")
-        if level == "full" and (found := digest(file)) != entry["sha256"]:
-            raise CheckpointError(f"{directory.name}: {name} has SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...; its bytes were damaged")
+    if level not in ("full", "size"):
+        raise CheckpointError(f"verify: level={level!r}, expected 'full' or 'size'")
+    listed = read_versioned(directory / MANIFEST, directory.name).get("files")
+    if not isinstance(listed, dict) or not all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in listed.values()):
+        raise CheckpointError(f"{directory.name}: {MANIFEST} lists no files with size and sha256; make or download the checkpoint again")
+    for name, entry in listed.items():
+        check_file(directory, name, entry, level)
+    for file in sorted(directory.glob("*.safetensors*")):  # a stale index or shard would be loaded in the place of the listed ones
+        if file.name not in listed:
+            raise CheckpointError(f"{directory.name}: {file.name} is not listed in {MANIFEST}, expected no other weights; remove it, or make the "
+                                  "checkpoint again")
+
+
+def check_file(directory, name, entry, level):
+    file, step = directory / name, "make or download the checkpoint again"
+    if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
+        raise CheckpointError(f"{directory.name}: {MANIFEST} lists {name!r}, expected names inside of the directory; {step}")
+    if not file.is_file():
+        raise CheckpointError(f"{directory.name}: {name} is missing, expected {entry['size']} bytes; {step}")
+    if file.stat().st_size != entry["size"]:
+        raise CheckpointError(f"{directory.name}: {name} has {file.stat().st_size} bytes, expected {entry['size']}; {step}")
+    if level == "full" and (found := digest(file)) != entry["sha256"]:
+        raise CheckpointError(f"{directory.name}: {name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged; {step}")
+
+
+def in_blobs(directory, file):
+    """Whether a file of a Hub snapshot links to the blobs of its own repository."""
+    return file.is_symlink() and file.resolve().is_relative_to(directory.resolve().parent.parent / "blobs")
+
+
+def contained(directory, name):
+    """The path of a file of a checkpoint by its plain name; CheckpointError for a path, or for a link out of the checkpoint."""
+    directory, file = Path(directory), Path(directory) / name
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{directory.name}: names the file {name!r}, expected a plain name; make or download the checkpoint again")
+    if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
+        raise CheckpointError(f"{directory.name}/{name}: links to a file outside of the checkpoint; replace the link by the file")
+    return file
+
+
+# --- provenance ------------------------------------------------------------------------------------------------
 
 
 def versions():
@@ -125,39 +232,72 @@ def versions():
     return found
 
 
+def plain(value):
+    """A value as JSON that can be published: an absolute path becomes its last component, a secret goes, a number that is not finite is None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items() if not SECRETS.search(str(k))}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    text = str(value)
+    return Path(text).name if os.path.isabs(text) or text.startswith(("~", "..")) or isinstance(value, Path) else text
+
+
 def read_provenance(directory):
     """Stages that a checkpoint went through, oldest first; [] where there is no record."""
     path = Path(directory) / PROVENANCE
-    return read_json(path, Path(directory).name)["stages"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    stages = read_versioned(path, Path(directory).name).get("stages")
+    if not isinstance(stages, list) or not all(isinstance(s, dict) and isinstance(s.get("stage"), str) for s in stages):
+        raise CheckpointError(f"{Path(directory).name}: {PROVENANCE} holds no list of stages; restore it or make the checkpoint again")
+    return stages
 
 
 def add_provenance(directory, stage, parent=None, stages=None, config=None, data=None, figures=None, seconds=None):
-    """Write provenance.json: the parent's stages (or `stages`) and this one. Paths are kept by their last component only."""
-    stages = (read_provenance(parent) if parent is not None and Path(parent).is_dir() else []) if stages is None else list(stages)
-    entry = {"stage": stage, "parent": Path(str(parent)).name if parent is not None else None, "config": config, "data": data, "figures": figures,
-             "seconds": seconds, "versions": versions()}
-    write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, {k: v for k, v in entry.items() if v is not None}]})
+    """Write provenance.json: the parent's stages (or `stages`), then this one. It holds no absolute path, no host, no secret.
+
+    Args:
+        parent: checkpoint directory that the stage started from, or a name; kept by its last component.
+        stages: earlier stages, oldest first; read from `parent` if None.
+        config, data, figures: what the stage was told, what it read, what it measured: values that JSON has.
+        seconds: wall-clock time of the stage.
+    """
+    if stages is None:
+        stages = read_provenance(parent) if parent is not None and Path(parent).is_dir() else []
+    name = None if parent is None else Path(parent).resolve().name if Path(parent).is_dir() else Path(parent).name
+    entry = {"stage": stage, "parent": name, "config": config, "data": data, "figures": figures, "seconds": seconds, "versions": versions()}
+    entry = {key: plain(value) for key, value in entry.items() if value is not None}
+    write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
 
 
 def weight_files(directory):
     """`{tensor name: file}` of a safetensors checkpoint, single or sharded.
 
     Raises:
-        CheckpointError: no weights, an index entry that is no plain file name, or a shard that is missing.
+        CheckpointError: no weights, a damaged file, an index entry that is no plain file name, or a shard that is missing.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        names = read_json(index, directory.name)["weight_map"]
-        for name in sorted(set(names.values())):
-            if Path(name).name != name:
-                raise CheckpointError(f"{directory.name}: the index points to {name!r}, expected a plain file name")
-            if not (directory / name).is_file():
+    if (directory / INDEX).is_file():
+        names = read_json(directory / INDEX, directory.name).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{directory.name}: {INDEX} is damaged (no weight_map); copy or download it again")
+        for name in sorted(set(map(str, names.values()))):
+            if not contained(directory, name).is_file():
                 raise CheckpointError(f"{directory.name}: shard {name} is missing; copy or download it again")
         return {tensor: directory / name for tensor, name in names.items()}
-    if not single.is_file():
-        raise CheckpointError(f"{directory.name}: expected model.safetensors or model.safetensors.index.json, found neither; save the model as safetensors")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    if not (directory / SINGLE).is_file():
+        raise CheckpointError(f"{directory.name}: expected {SINGLE} or {INDEX}, found neither; save the model as safetensors")
+    try:
+        with safe_open(contained(directory, SINGLE), framework="pt") as file:
+            return dict.fromkeys(file.keys(), directory / SINGLE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again") from error

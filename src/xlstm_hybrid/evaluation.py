@@ -1,19 +1,27 @@
-"""Judging a student: exact match, perplexity, and the tolerance-corrected win-and-tie rate against its teacher (METHOD 1.5)."""
+"""Judging a student: exact match, perplexity, and the tolerance-corrected win-and-tie rate against its teacher."""
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 
 from xlstm_hybrid.errors import EvaluationError
 
 ALPHAS = tuple(j / 200 for j in range(201))
+ROUNDING = 1e-12  # relative: 0.1 + 0.2 ties with 0.3
+NOT_SCORED = -100
+
+
+# --- win-and-tie -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class WinAndTie:
     """C_alpha over `alphas`, the smallest tolerance at which half of the benchmarks are won or tied, and what it rests on.
 
-    recovery: student score / teacher score per benchmark; infinite where only the teacher scored 0, and 1 where both did.
+    recovery: student score / teacher score per benchmark; None where the teacher scored 0.
+    wins, ties, losses: numbers of benchmarks at tolerance 0.
     """
 
     alphas: list
@@ -26,30 +34,62 @@ class WinAndTie:
     losses: int
 
 
-def win_and_tie(student, teacher, alphas=ALPHAS):
+def win_and_tie(student, teacher, alphas=None):
     """Win-and-tie rate of a student (Hauzenberger et al. 2026).
 
     1_alpha(b) = 1 if A_S(b) >= (1 - alpha) A_T(b): a relative tolerance. C_alpha is its mean over the benchmarks and
     alpha* = inf{alpha : C_alpha >= 1/2}, in closed form the ceil(|B| / 2)-th smallest max(0, 1 - A_S / A_T).
-    A benchmark on which the teacher scores 0 is won or tied at every tolerance.
+    The student cannot lose where its teacher scores 0: any score counts at every tolerance, 0 as a tie, more as a win.
 
     Args:
         student, teacher: {benchmark: score}, scores >= 0 of the same benchmarks; larger is better.
+        alphas: tolerances of the curve, from 0 to 1; steps of half a percent if None.
     Raises:
-        EvaluationError: no benchmark, one that only one side has, or a score that is negative or not finite; all are named.
+        EvaluationError: no benchmark, one that only one side has, a score that is negative or not finite, a tolerance off [0, 1]; all are named.
     """
-    one_sided = sorted(set(student) ^ set(teacher))
-    wrong = sorted(f"{side} {b}={s}" for side, scores in (("student", student), ("teacher", teacher)) for b, s in scores.items() if not 0 <= s < math.inf)
-    if not student or one_sided or wrong:
-        problem = f"benchmarks on one side only: {one_sided}" if one_sided else f"scores that are negative or not finite: {wrong}" if wrong else "no benchmark"
-        raise EvaluationError(f"win_and_tie: {problem}; judge student and teacher on the same tasks")
-    shortfall = {b: max(0.0, 1 - student[b] / teacher[b]) if teacher[b] else 0.0 for b in teacher}
-    rate = [sum(student[b] >= (1 - a) * teacher[b] for b in teacher) / len(teacher) for a in alphas]
-    recovery = {b: student[b] / teacher[b] if teacher[b] else (math.inf if student[b] else 1.0) for b in teacher}
+    alphas = list(ALPHAS if alphas is None else alphas)
+    check_scores(student, teacher, alphas)
+    ratio = {b: student[b] / teacher[b] if teacher[b] else math.inf if student[b] else 1.0 for b in teacher}
+    shortfall = {b: 0.0 if r >= 1 - ROUNDING else 1 - r for b, r in ratio.items()}
+
+    def rate(alpha):
+        return sum(s <= alpha + ROUNDING for s in shortfall.values()) / len(shortfall)
+
+    losses, wins = sum(s > 0 for s in shortfall.values()), sum(r > 1 + ROUNDING for r in ratio.values())
     return WinAndTie(
-        alphas=list(alphas), curve=rate, alpha_star=sorted(shortfall.values())[math.ceil(len(shortfall) / 2) - 1],
-        c_0=sum(student[b] >= teacher[b] for b in teacher) / len(teacher), recovery=recovery, wins=sum(student[b] > teacher[b] for b in teacher),
-        ties=sum(student[b] == teacher[b] for b in teacher), losses=sum(student[b] < teacher[b] for b in teacher))
+        alphas=alphas, curve=[rate(a) for a in alphas], alpha_star=sorted(shortfall.values())[math.ceil(len(shortfall) / 2) - 1], c_0=rate(0),
+        recovery={b: ratio[b] if teacher[b] else None for b in teacher}, wins=wins, ties=len(ratio) - wins - losses, losses=losses)
+
+
+def check_scores(student, teacher, alphas):
+    sides = (("student", student), ("teacher", teacher))
+    wrong = [f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})]
+    wrong += [f"{b} is {s} for the {side}, expected a finite score of at least 0" for side, scores in sides for b, s in scores.items()
+              if not 0 <= s < math.inf]
+    wrong += [f"alpha is {a}, expected a share between 0 and 1" for a in alphas if not 0 <= a <= 1]
+    if not student and not teacher:
+        wrong.append("no benchmark, expected at least one")
+    if wrong:
+        raise EvaluationError(f"win_and_tie: {'; '.join(wrong)}. Judge student and teacher on the same tasks")
+
+
+# --- a model's own scores --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def judged(model):
+    """The model in evaluation mode and with stock generation settings, as it was afterwards."""
+    training, settings = model.training, getattr(model, "generation_config", None)
+    model.eval()
+    if settings is not None:  # a checkpoint's own sampling settings and penalties have no part in a greedy score
+        model.generation_config = GenerationConfig(bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id,
+                                                   pad_token_id=settings.pad_token_id)
+    try:
+        yield
+    finally:
+        model.train(training)
+        if settings is not None:
+            model.generation_config = settings
 
 
 @dataclass
@@ -61,63 +101,94 @@ class ExactMatch:
 
 
 @torch.inference_mode()
-def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=None):
-    """Greedy generation in left-padded batches through the cache, compared with the answers, surrounding blanks aside.
+def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=None, progress=None):
+    """Greedy generation in left-padded batches through the cache, up to an end token, compared with the answers, surrounding blanks aside.
 
     Args:
-        examples: objects with `prompt` and `answer`.
+        model: anything that `generate`s.
+        tokenizer: its own special tokens (a begin token) are added to the prompts.
+        examples: objects with `prompt` and `answer`, both text.
+        batch_size: prompts per batch; prompts of like length share one.
         max_new_tokens: budget; by default the longest answer in tokens and two more.
+        progress: called with (examples done, their number) after each batch.
+    Returns:
+        ExactMatch, samples in the order of the examples.
     Raises:
-        EvaluationError: no examples, or a tokenizer that cannot pad.
+        EvaluationError: no examples, an empty prompt, a batch size or budget below 1.
     """
-    if not examples:
-        raise EvaluationError("exact_match: no examples")
-    if tokenizer.pad_token_id is None:
-        raise EvaluationError("exact_match: the tokenizer has no pad token; set tokenizer.pad_token, for example to its end token")
-    if max_new_tokens is None:
+    if max_new_tokens is None and examples:
         max_new_tokens = 2 + max(len(tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples)
-    order = sorted(range(len(examples)), key=lambda j: len(examples[j].prompt))  # rows of like length share a batch
-    training, samples = model.training, [None] * len(examples)
-    model.eval()
-    try:
+    prompts = [tokenizer(e.prompt)["input_ids"] for e in examples]
+    if not prompts or not all(prompts) or batch_size < 1 or max_new_tokens < 1:
+        raise EvaluationError(f"exact_match: {len(prompts)} examples, {sum(not p for p in prompts)} of them with no token, batch_size={batch_size}, "
+                              f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1")
+    order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
+    with judged(model):
+        ends = end_tokens(model, tokenizer)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            inputs = tokenizer([examples[j].prompt for j in chosen], return_tensors="pt", padding=True, padding_side="left").to(model.device)
-            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False,
-                                    pad_token_id=tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for j, text in zip(chosen, texts, strict=True):
+            outputs = continuations(model, [prompts[j] for j in chosen], ends, max_new_tokens)
+            for j, text in zip(chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
                 e = examples[j]
                 samples[j] = {"prompt": e.prompt, "answer": e.answer, "output": text, "correct": text.strip() == e.answer.strip()}
-    finally:
-        model.train(training)
+            if progress:
+                progress(first + len(chosen), len(order))
     return ExactMatch(sum(s["correct"] for s in samples) / len(samples), samples)
+
+
+def end_tokens(model, tokenizer):
+    """Ids at which an output ends: the tokenizer's and those of the generation config."""
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list | tuple) else [of_model]
+    return sorted({int(t) for t in [*of_model, tokenizer.eos_token_id] if t is not None})
+
+
+def continuations(model, prompts, ends, max_new_tokens):
+    """Greedy continuations of prompts (lists of ids) without the end token and what follows it."""
+    length, pad = max(map(len, prompts)), ends[0] if ends else 0  # padding is masked, whatever token it is
+    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+                            eos_token_id=ends or None, pad_token_id=pad)
+    rows = output[:, length:].tolist()
+    return [row[: next((j for j, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
 
 @torch.inference_mode()
 def perplexity(model, rows, *, batch_size=32):
-    """exp of the mean negative log-likelihood over scored tokens.
+    """exp of the mean negative log-likelihood (nats, float32 log-softmax) over scored tokens; infinite beyond the range of a float.
 
     Args:
-        rows: [(input_ids, labels)] lists; -100 marks a label that is not scored.
+        rows: [(input_ids, labels)] lists of one length each; labels stand at the token that they name, -100 marks one that is not scored. The first
+            token of a row is never scored: nothing precedes it.
+        batch_size: rows per right-padded batch.
     Raises:
-        EvaluationError: nothing is scored.
+        EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not numbers.
     """
-    training, total, count = model.training, 0.0, 0
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    model.eval()
-    try:
-        for first in range(0, len(rows), batch_size):
-            batch = rows[first : first + batch_size]
-            length = max(len(ids) for ids, _ in batch)
-            ids = torch.tensor([list(i) + [0] * (length - len(i)) for i, _ in batch], device=model.device)
-            labels = torch.tensor([list(l) + [-100] * (length - len(l)) for _, l in batch], device=model.device)
-            mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i, _ in batch], device=model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
-            count += int((labels[:, 1:] != -100).sum())
-    finally:
-        model.train(training)
-    if not count:
-        raise EvaluationError("perplexity: no token is scored; every label is -100 or the rows are empty")
-    return math.exp(total / count)
+    if wrong := [j for j, (ids, labels) in enumerate(rows) if len(ids) != len(labels)]:
+        raise EvaluationError(f"perplexity: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many")
+    scored = [row for row in rows if any(label != NOT_SCORED for label in row[1][1:])]
+    count = sum(label != NOT_SCORED for _, labels in scored for label in labels[1:])
+    if not count or batch_size < 1:
+        raise EvaluationError(f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each")
+    scored.sort(key=lambda row: len(row[0]))
+    total = 0.0
+    with judged(model):
+        for first in range(0, len(scored), batch_size):
+            total += negative_log_likelihood(model, scored[first : first + batch_size])
+    if math.isnan(total):
+        raise EvaluationError("perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint")
+    return math.exp(total / count) if total / count < 709 else math.inf
+
+
+def negative_log_likelihood(model, batch):
+    """Sum over the scored tokens of a batch of (input_ids, labels), nats."""
+    length = max(len(ids) for ids, _ in batch)
+    ids, labels, mask = (torch.tensor(x, device=model.device) for x in (
+        [list(i) + [0] * (length - len(i)) for i, _ in batch],
+        [list(l) + [NOT_SCORED] * (length - len(l)) for _, l in batch],
+        [[1] * len(i) + [0] * (length - len(i)) for i, _ in batch]))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    counted = labels[:, 1:] != NOT_SCORED
+    logp = logits[counted].float().log_softmax(-1)  # [scored tokens, V]
+    return -logp.gather(-1, labels[:, 1:][counted][:, None]).double().sum().item()

@@ -58,7 +58,7 @@ class SparseKDTrainer(SFTTrainer):
         kwargs: of `SFTTrainer`.
     Raises:
         ConfigError: the vocabularies differ, the two share weights, or one of them does not keep packed documents apart.
-        DataError: a step without a scored token, a scored first token of a packed document, or a loss that is not finite.
+        DataError: a step without a scored token, a scored first token behind padding or another document, or a loss that is not finite.
     """
 
     _tag_names = ["xlstm-hybrid", "sparse-kd"]
@@ -94,7 +94,7 @@ class SparseKDTrainer(SFTTrainer):
         out = model(**forward, use_cache=False)
         logits, targets = shift(out.logits, inputs["labels"])
         teacher_logits, _ = shift(self.teacher_logits(forward), inputs["labels"])
-        self.check_targets(targets, inputs.get("position_ids"), num_items_in_batch)
+        self.check_targets(targets, forward, num_items_in_batch)
         mask, kept = targets != IGNORE, top_k_targets(teacher_logits, self.args.top_k)
         ce, kl = cross_entropy(logits, targets, num_items=1), sparse_kl(logits, *kept, mask, num_items=1)  # sums over the micro-batch
         total = self.args.ce_weight * ce + self.args.kl_weight * kl
@@ -107,11 +107,16 @@ class SparseKDTrainer(SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # the count is of all ranks, gradients are averaged over them
         return (loss, out) if return_outputs else loss
 
-    def check_targets(self, targets, position_ids, num_items):
+    def check_targets(self, targets, inputs, num_items):
         if num_items is not None and num_items == 0:
             raise DataError(f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)")
-        if position_ids is not None and bool(((targets != IGNORE) & (position_ids[:, 1:] == 0)).any()):
-            raise DataError(f"step {self.state.global_step} scores the first token of a packed document, which the document before it would predict: "
+        first = torch.zeros_like(targets, dtype=torch.bool)
+        if "position_ids" in inputs:
+            first |= inputs["position_ids"][:, 1:] == 0
+        if "attention_mask" in inputs:
+            first |= inputs["attention_mask"][:, :-1] == 0
+        if ((targets != IGNORE) & first).any():
+            raise DataError(f"step {self.state.global_step} scores the first token of a document, which padding or another document predicts: "
                             f"label it {IGNORE}")
 
     @torch.no_grad()
