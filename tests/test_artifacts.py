@@ -2,15 +2,25 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from xlstm_hybrid import artifacts
-from xlstm_hybrid.artifacts import add_provenance, check_space, plain, read_json, read_provenance, staged, verify, weight_files, write_json, write_manifest
+from xlstm_hybrid.artifacts import (
+    add_provenance,
+    check_space,
+    plain,
+    read_json,
+    read_provenance,
+    staged,
+    verify,
+    weight_files,
+    write_json,
+    write_manifest,
+)
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError
 
 
@@ -87,8 +97,9 @@ def test_every_file_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 def test_an_existing_directory_is_replaced_only_if_asked(tmp_path):
     old(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="out exists already and is not empty: choose another directory, or allow overwriting"), staged(tmp_path / "out"):
-        raise AssertionError("the block must not run")
+    with pytest.raises(CheckpointError, match="out exists already and is not empty: choose another directory, or allow overwriting"):
+        with staged(tmp_path / "out"):
+            raise AssertionError("the block must not run")
     with staged(tmp_path / "out", overwrite=True) as folder:
         (folder / "weights").write_text("new")
         assert (tmp_path / "out" / "config.json").read_text() == "old"
@@ -106,21 +117,16 @@ def test_an_empty_directory_may_be_filled_and_a_file_never(tmp_path):
             raise AssertionError("the block must not run")
 
 
-KILLED = """
-import os, signal, sys
-from xlstm_hybrid.artifacts import staged
-with staged(sys.argv[1], overwrite=True) as folder:
-    (folder / "config.json").write_text("half")
-    print(folder.name, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_a_killed_writer_leaves_what_was_there_and_the_next_one_cleans_up(tmp_path):
     old(tmp_path / "out")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], capture_output=True, text=True)
-    assert killed.returncode == -9 and names(tmp_path) == sorted([killed.stdout.strip(), "out"])
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    child = os.fork()
+    if not child:
+        with staged(tmp_path / "out", overwrite=True) as folder:
+            (folder / "config.json").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left, there = names(tmp_path)
+    assert left.startswith(".tmp-out-") and there == "out" and (tmp_path / "out" / "config.json").read_text() == "old"
     foreign = tmp_path / f".tmp-out-ffffff-{2**22 + 1}-00000000"  # of another machine
     foreign.mkdir()
     with staged(tmp_path / "out", overwrite=True) as first, staged(tmp_path / "out", overwrite=True) as second:  # neither removes the other
@@ -178,7 +184,7 @@ def test_every_flipped_bit_of_a_weight_is_found(checkpoint):
     for position in range(0, len(content), 7):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
         verify(checkpoint, level="size")
-        with pytest.raises(CheckpointError, match=r"student: model-1.safetensors has SHA-256 [0-9a-f]{12}..., expected [0-9a-f]{12}..., it is damaged"):
+        with pytest.raises(CheckpointError, match=r"model-1.safetensors has SHA-256 [0-9a-f]{12}..., expected [0-9a-f]{12}..., it is damaged"):
             verify(checkpoint)
 
 
@@ -191,11 +197,11 @@ def list_file(folder, **entries):
 SPOILT = {
     "truncated": (lambda d: os.truncate(d / "model-2.safetensors", 50), r"model-2.safetensors has 50 bytes, expected \d+"),
     "missing": (lambda d: (d / "pictures" / "curve.png").unlink(), "pictures/curve.png is missing, expected 3 bytes"),
-    "unlisted weights": (lambda d: (d / "model.safetensors").write_text("x"), "model.safetensors is not listed in manifest.json, expected no other weights"),
+    "unlisted weights": (lambda d: (d / "model.safetensors").write_text("x"), "model.safetensors is not listed in manifest.json"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read .No such file"),
     "a newer format": (lambda d: list_file(d, format_version=2), "manifest.json has format_version 2, expected 1; upgrade"),
-    "another form": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'), "lists no files with size and sha256"),
-    "a way out": (lambda d: list_file(d, files={"../secret": {"size": 0, "sha256": ""}}), "lists '../secret', expected names inside"),
+    "another form": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'), "manifest.json lists no files with size"),
+    "a way out": (lambda d: list_file(d, files={"../secret": {"size": 0, "sha256": ""}}), "manifest.json lists '../secret', expected names inside"),
 }
 
 
@@ -276,9 +282,9 @@ def index(folder, content):
 WEIGHTS = {
     "missing shard": (lambda d: (d / "model-2.safetensors").unlink(), "shard model-2.safetensors is missing"),
     "a way out": (lambda d: index(d, {"weight_map": {"a": "../a.safetensors"}}), "names the file '../a.safetensors', expected a plain name"),
-    "a link out": (lambda d: ((d / "model-3").symlink_to("/etc/hostname"), index(d, {"weight_map": {"a": "model-3"}})), "model-3: links to a file outside"),
+    "a link out": (lambda d: ((d / "m").symlink_to("/etc/hostname"), index(d, {"weight_map": {"a": "m"}})), "student/m: links to a file outside"),
     "no map": (lambda d: index(d, {}), "index.json is damaged .no weight_map."),
-    "no weights": (lambda d: (d / "model.safetensors.index.json").unlink(), "expected model.safetensors or model.safetensors.index.json, found neither"),
+    "no weights": (lambda d: (d / "model.safetensors.index.json").unlink(), "expected model.safetensors or .*, found neither"),
     "truncated": (lambda d: ((d / "model.safetensors.index.json").unlink(), (d / "model-1.safetensors").rename(d / "model.safetensors"),
                              os.truncate(d / "model.safetensors", 70)), "is damaged"),
 }

@@ -255,6 +255,30 @@ def test_inputs_need_not_be_contiguous(form):
 
 
 @every_form
+def test_the_lowest_number_of_a_dtype_forgets_as_minus_infinity_does(form):
+    lowest, infinite = inputs(), inputs()
+    lowest[4][:, 20], infinite[4][:, 20] = torch.finfo(torch.float32).min, -INF
+    assert_same(everything(form, lowest, carried()), everything(TRUTH, infinite, carried()))
+
+
+def steps(x, state):
+    """The in-place form, as if it were one for sequences."""
+    state = MLSTMState(*(a.clone() for a in state))
+    return torch.cat([mlstm_step(*(a[:, t : t + 1] for a in x), state)[0] for t in range(x[0].shape[1])], 1), state
+
+
+@pytest.mark.parametrize("form", [*FORMS, "steps"], ids=str)
+def test_a_large_scale_does_not_swallow_slow_forgetting(form):
+    """float32 cannot tell m = 2^14 from m + log f here: what it rounds off must be lost from the memory all the same."""
+    x, state = [a.float() for a in inputs(T=500)], carried()._replace(m=torch.full((2, 3), 2.0**14).double())
+    x[3], x[4] = 2.0**14 - 12 + x[3], torch.full_like(x[4], 8.0)
+    want, _ = run(TRUTH, [a.double() for a in x], state)
+    state = MLSTMState(*(a.float() for a in state))
+    h = steps(x, state)[0] if form == "steps" else run(form, x, state)[0]
+    assert error(h, want) < 1e-5
+
+
+@every_form
 @pytest.mark.parametrize("gate", [2.0, 50.0])
 def test_float32_is_accurate_in_output_state_and_gradients(form, gate):
     want, got = float64(gate), everything(form, [x.float() for x in inputs(T=1000, B=1, H=2, gate=gate)])
@@ -336,13 +360,14 @@ def test_steps_in_place_are_the_recurrence(dtype):
     for a, e in zip(x, NEUTRAL, strict=True):
         a[0, 9:11] = e
     x[4][:, 20] = -INF
+    x[3][1, 20] = -INF  # a masked token starts the second row's document: the state is empty once more
     want, last = run(TRUTH, x)
     state = MLSTMState(torch.zeros(2, 3, 8, 16).to(dtype), torch.zeros(2, 3, 8).to(dtype), torch.full((2, 3), -INF).to(dtype))
-    addresses = [a.data_ptr() for a in state]
-    h = []
+    addresses, h = [a.data_ptr() for a in state], []
     for t in range(37):
         y, state = mlstm_step(*(a[:, t : t + 1] for a in x), state)
         h.append(y)
+        assert t != 20 or (state.m[1] == -INF).all()
     torch.testing.assert_close(torch.cat(h, 1), want)
     assert_same(state._asdict(), last._asdict(), tol=1e-9 if dtype == torch.float64 else 1e-5)
     assert [a.data_ptr() for a in state] == addresses

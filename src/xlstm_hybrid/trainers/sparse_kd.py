@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.losses import IGNORE, cross_entropy, shift, sparse_kl, top_k_targets
+from xlstm_hybrid.trainers import save_weights
 
 # What a batch may bring for the forward of both models; the rest of the names is how padding-free batches mark documents.
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -134,11 +135,7 @@ class SparseKDTrainer(SFTTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Weights and tokenizer. Not `training_args.bin`: a pickle that holds the Hub token in plain text."""
-        output_dir = output_dir or self.args.output_dir
-        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
-        if self.args.should_save:
-            self.processing_class.save_pretrained(output_dir)
+        save_weights(self, output_dir, state_dict)
 
     def create_model_card(self, *args, **kwargs):
         """None here: the card is printed from the provenance of a finished student."""
