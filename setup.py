@@ -1,4 +1,5 @@
 """Two source roots: `src/` is the package, `kernels/` holds `xlstm_kernels` (and must never become a package itself)."""
+
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What every test shares: offline, quiet, one thread, and a student whose weights are large enough for a broken state to show."""
+
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -26,9 +27,22 @@ def tiny_config(**changes):
     from xlstm_hybrid import XLSTMHybridConfig
 
     fields = {
-        "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "sliding_window": 7, "num_sink_tokens": 3, "mlstm_context": 64, "mlstm_chunk_size": 8, "attention_bias": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 61,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 7,
+        "num_sink_tokens": 3,
+        "mlstm_context": 64,
+        "mlstm_chunk_size": 8,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
     return XLSTMHybridConfig(**(fields | changes))
 

@@ -1,4 +1,5 @@
 """Stage I moves the new parameters towards the teacher's attention and nothing else."""
+
 import pytest
 import torch
 from conftest import tiny_student, token_ids
@@ -19,9 +20,21 @@ def collate(rows):
 def align(model, folder, rows=16, **settings):
     positions = [t % 15 for t in range(LENGTH)]  # two documents in a row
     data = Dataset.from_list([{"input_ids": ids, "labels": ids, "position_ids": positions} for ids in token_ids(rows, LENGTH).tolist()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>")
-    args = AlignmentConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1, max_length=None,
-                           remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>"
+    )
+    args = AlignmentConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **settings,
+    )
     trainer = AlignmentTrainer(model=model, args=args, train_dataset=data, data_collator=collate, processing_class=tokenizer)
     trainer.train()
     return trainer
@@ -58,7 +71,9 @@ def test_layers_are_independent(tmp_path):
 
 def test_the_logged_error_is_that_of_an_independent_measurement(tmp_path):
     model = student()
-    expected = measure_alignment(model, [{"input_ids": token_ids(16, LENGTH)[:8], "position_ids": torch.tensor([t % 15 for t in range(LENGTH)])[None].expand(8, -1)}])
+    expected = measure_alignment(
+        model, [{"input_ids": token_ids(16, LENGTH)[:8], "position_ids": torch.tensor([t % 15 for t in range(LENGTH)])[None].expand(8, -1)}]
+    )
     torch.manual_seed(0)
     trainer = align(model, tmp_path, rows=8, max_steps=1, per_device_train_batch_size=8)
     for n, error in expected.items():

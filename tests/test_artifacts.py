@@ -200,7 +200,7 @@ SPOILT = {
     "unlisted weights": (lambda d: (d / "model.safetensors").write_text("x"), "model.safetensors is not listed in manifest.json"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read .No such file"),
     "a newer format": (lambda d: list_file(d, format_version=2), "manifest.json has format_version 2, expected 1; upgrade"),
-    "another form": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'), "manifest.json lists no files with size"),
+    "another form": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'), "manifest.json lists no files"),
     "a way out": (lambda d: list_file(d, files={"../secret": {"size": 0, "sha256": ""}}), "manifest.json lists '../secret', expected names inside"),
 }
 

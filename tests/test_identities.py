@@ -1,4 +1,5 @@
 """A student that keeps the teacher's attention, or whose windows see everything and whose gates are closed, is the teacher."""
+
 import copy
 
 import pytest
@@ -68,7 +69,9 @@ def test_past_the_teachers_own_window_the_wide_student_sees_more(family):
 def test_a_mixed_stack_keeps_each_layers_own_window_and_rope(family):
     original = copy.deepcopy(teacher(family, "linear")).double()  # the two ways to attend to a window round differently
     kinds = XLSTMHybridForCausalLM.from_teacher(original, layer_types="teacher").config.layer_types
-    student = XLSTMHybridForCausalLM.from_teacher(original, layer_types=["hybrid_sliding", *kinds[1:]], sliding_window=7, num_sink_tokens=0, **CLOSED).double()
+    student = XLSTMHybridForCausalLM.from_teacher(
+        original, layer_types=["hybrid_sliding", *kinds[1:]], sliding_window=7, num_sink_tokens=0, **CLOSED
+    ).double()
     if kinds[0] == "sliding_attention":  # ours of the same width takes its place
         assert_same_function(student, original)
     else:

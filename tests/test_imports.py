@@ -1,4 +1,5 @@
 """Imports go one way, the core needs torch and transformers only, and importing it is quiet and quick to do without the extras."""
+
 import ast
 import subprocess
 import sys

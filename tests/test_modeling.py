@@ -1,4 +1,5 @@
 """The student is one function of its tokens, however they reach it: at once, in pieces, padded, packed, beside other rows."""
+
 import itertools
 
 import pytest
@@ -11,10 +12,19 @@ from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.errors import CacheError, ConfigError
 
 W, TOLERANCE = 7, {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
-MIXED = {"layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"], "teacher_sliding_window": 5,
-         "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"]}
-STACKS = {"hybrid": {}, "mixed": MIXED, "post-norm": {"norm_position": "post", "qk_norm": "full"}, "head-norm": {"qk_norm": "head"},
-          "no sinks": {"num_sink_tokens": 0}, "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]}}
+MIXED = {
+    "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
+    "teacher_sliding_window": 5,
+    "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
+}
+STACKS = {
+    "hybrid": {},
+    "mixed": MIXED,
+    "post-norm": {"norm_position": "post", "qk_norm": "full"},
+    "head-norm": {"qk_norm": "head"},
+    "no sinks": {"num_sink_tokens": 0},
+    "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]},
+}
 
 
 @pytest.fixture(scope="module", params=STACKS)
@@ -195,7 +205,8 @@ def test_auto_classes_load_what_was_saved_and_gates_stay_in_float32(tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     dtypes = {name.rpartition(".")[2]: p.dtype for name, p in half.model.layers[0].self_attn.mlstm.named_parameters()}
     assert dtypes == {"q_map": torch.bfloat16, "k_map": torch.bfloat16} | dict.fromkeys(
-        ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"], torch.float32)
+        ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"], torch.float32
+    )
     cache = half(ids, use_cache=True).past_key_values
     assert {t.dtype for t in cache.layers[0].state} == {torch.float32} and cache.layers[0].keys.dtype == torch.bfloat16
 

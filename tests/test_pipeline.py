@@ -1,4 +1,5 @@
 """The road end to end on the shipped teacher, with two steps per stage: it arrives, it resumes, it refuses to mix settings."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -87,10 +88,14 @@ def test_each_stage_is_a_verb(tmp_path):
     run = CliRunner().invoke
     recipe = ["--recipe", str(RECIPES / "smoke.yaml")]
     teacher = str(RECIPES / "tiny_teacher/checkpoint")
-    for arguments in (["convert", teacher, str(tmp_path / "c"), "--sliding-window", "16", "--dtype", "float32"], ["align", str(tmp_path / "c"), str(tmp_path / "a"), *recipe],
-                      ["distill", str(tmp_path / "a"), teacher, str(tmp_path / "e"), "--expert", "symbols", *recipe],
-                      ["merge", str(tmp_path / "m"), str(tmp_path / "e"), str(tmp_path / "e")],
-                      ["evaluate", str(tmp_path / "m"), "--out", str(tmp_path / "r.json"), *recipe], ["card", str(tmp_path / "m")]):
+    for arguments in (
+        ["convert", teacher, str(tmp_path / "c"), "--sliding-window", "16", "--dtype", "float32"],
+        ["align", str(tmp_path / "c"), str(tmp_path / "a"), *recipe],
+        ["distill", str(tmp_path / "a"), teacher, str(tmp_path / "e"), "--expert", "symbols", *recipe],
+        ["merge", str(tmp_path / "m"), str(tmp_path / "e"), str(tmp_path / "e")],
+        ["evaluate", str(tmp_path / "m"), "--out", str(tmp_path / "r.json"), *recipe],
+        ["card", str(tmp_path / "m")],
+    ):
         result = run(cli.app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert set(json.loads((tmp_path / "r.json").read_text())["exact_match"]) == {"arithmetic", "recall", "code", "strings"}

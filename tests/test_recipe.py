@@ -1,4 +1,5 @@
 """A recipe is read strictly: what it does not say, or says wrongly, is an error before anything runs."""
+
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,15 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, message):
         load_recipe(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "is not YAML"), ("- 1", "expected keys and values, got list"), ("x: " + "a" * (1 << 20), "a recipe has at most"),
-                                               ("!!python/object/apply:os.system ['true']", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("- 1", "expected keys and values, got list"),
+        ("x: " + "a" * (1 << 20), "a recipe has at most"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):

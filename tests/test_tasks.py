@@ -1,4 +1,5 @@
 """The tasks are right, their answers are what Python says, and no training stream holds a test prompt."""
+
 import itertools
 import random
 import re
@@ -41,9 +42,16 @@ def test_string_operations_do_what_they_say():
     for example in some("strings"):
         instruction, letters = re.fullmatch(r"Instruction: (.*)\nInput: (.*)\nOutput:", example.prompt).groups()
         xs = letters.split()
-        expected = {"Reverse the letters.": xs[::-1], "Repeat the letters twice.": xs * 2, "Write the letters in upper case.": letters.upper().split(),
-                    "Give the first letter.": xs[:1], "Give the last letter.": xs[-1:], "Remove the first letter.": xs[1:], "Sort the letters.": sorted(xs),
-                    "Swap the first and the last letter.": [xs[-1], *xs[1:-1], xs[0]]}[instruction]
+        expected = {
+            "Reverse the letters.": xs[::-1],
+            "Repeat the letters twice.": xs * 2,
+            "Write the letters in upper case.": letters.upper().split(),
+            "Give the first letter.": xs[:1],
+            "Give the last letter.": xs[-1:],
+            "Remove the first letter.": xs[1:],
+            "Sort the letters.": sorted(xs),
+            "Swap the first and the last letter.": [xs[-1], *xs[1:-1], xs[0]],
+        }[instruction]
         assert example.answer.split() == expected
         seen.add(instruction)
     assert len(seen) == 8

@@ -4,6 +4,7 @@
 
 Forty minutes or so on two cores. Document boundaries are kept by restarting position_ids, as in padding-free packing.
 """
+
 import argparse
 import itertools
 import json
@@ -22,7 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xlstm_hybrid import tasks
 
 HERE = Path(__file__).parent
-CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nOutput:{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Instruction: {{ m.content }}\nOutput:"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def make_tokenizer(vocab_size):
@@ -34,11 +38,21 @@ def make_tokenizer(vocab_size):
     letters = " ".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     task_text = ["".join(q + a for q, a in e.turns) for d in tasks.DOMAINS for e in itertools.islice(tasks.examples(d, 0), 500)]
     special = ["<|pad|>", "<|begin|>", "<|end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([*tasks.text_chunks()[::3], *task_text, *[f" {letters}"] * 3000], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>",
-                                   padding_side="left", model_max_length=2048, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        padding_side="left",
+        model_max_length=2048,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def induction_row(rng, vocab_size, length):
@@ -61,8 +75,10 @@ def optimizers(model, learning_rate, weight_decay):
     """Muon for the matrices (it forms the induction head in a third of AdamW's steps), AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
 
 
 def save(model, tokenizer, out):

@@ -1,4 +1,5 @@
 """Hybrid xLSTM students of pretrained Transformers. Importing this package registers them with the Auto classes."""
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from xlstm_hybrid.configuration import XLSTMHybridConfig

@@ -21,16 +21,16 @@ JSON_BYTES = 2**24  # larger than any index of 20,000 tensors
 SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re.IGNORECASE)
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------
 
 
-def write_json(path, value):
-    """Write JSON to a temporary file, then rename: a reader sees the old text or the new one."""
+def write_file(path, content):
+    """Write bytes to a temporary file, then rename: a reader sees the old content or the new one."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -39,6 +39,10 @@ def write_json(path, value):
                                    "what was there before is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path, what):
@@ -301,3 +305,13 @@ def weight_files(directory):
             return dict.fromkeys(file.keys(), directory / SINGLE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again") from error
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------
+
+
+def markdown_table(rows):
+    """Rows of values, the first one the header, as a table; the first column is aligned left, the others right. Text cannot leave its cell."""
+    cells = [[re.sub(r"\s+", " ", str(v)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for v in row] for row in rows]
+    lines = [cells[0], [":--", *["--:"] * (len(cells[0]) - 1)], *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

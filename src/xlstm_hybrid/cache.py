@@ -2,6 +2,7 @@
 
 Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -168,8 +169,10 @@ class HybridCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove:
-            raise CacheError(f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible. "
-                             "Keep a copy.deepcopy of the cache from before them, or compute the prefix again")
+            raise CacheError(
+                f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible. "
+                "Keep a copy.deepcopy of the cache from before them, or compute the prefix again"
+            )
 
 
 def _pick(new, source, chosen, old):
@@ -195,8 +198,10 @@ def adopt_cache(cache, config):
         layer = cache.layers[j]
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             if layer.get_seq_length() > 0:
-                raise CacheError(f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
-                                 "another model made it: start from DynamicCache(config=model.config)")
+                raise CacheError(
+                    f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
+                    "another model made it: start from DynamicCache(config=model.config)"
+                )
             cache.layers[j] = HybridCacheLayer(window, sinks)
         if kind == "sliding_attention" and layer.get_seq_length() == 0:
             static = isinstance(layer, StaticSlidingWindowLayer)

@@ -1,4 +1,5 @@
 """The command line: `xlstm-hybrid VERB`. One verb per stage, and `run` for a whole recipe."""
+
 import json
 import os
 import sys
@@ -8,8 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
+)
 RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe with the settings of the stage.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
 
@@ -33,7 +39,9 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Directory of the student, made new.")],
     sliding_window: Annotated[int, typer.Option(help="Window of the hybrid layers, tokens.")] = 512,
     num_sink_tokens: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 4,
-    layer_types: Annotated[str | None, typer.Option(help="'teacher', or comma-separated types, one per layer; all hybrid_sliding by default.")] = None,
+    layer_types: Annotated[
+        str | None, typer.Option(help="'teacher', or comma-separated types, one per layer; all hybrid_sliding by default.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the teacher's by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
     overwrite: Overwrite = False,
@@ -42,8 +50,18 @@ def convert(
     from xlstm_hybrid.conversion import convert
 
     types = layer_types.split(",") if layer_types and layer_types != "teacher" else layer_types
-    print(convert(teacher, out, sliding_window=sliding_window, num_sink_tokens=num_sink_tokens, layer_types=types, dtype=dtype, revision=revision,
-                  overwrite=overwrite))
+    print(
+        convert(
+            teacher,
+            out,
+            sliding_window=sliding_window,
+            num_sink_tokens=num_sink_tokens,
+            layer_types=types,
+            dtype=dtype,
+            revision=revision,
+            overwrite=overwrite,
+        )
+    )
 
 
 @app.command()

@@ -1,4 +1,5 @@
 """Configuration of the hybrid xLSTM student: the teacher's shape, and what each layer's mixer is."""
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 

@@ -3,6 +3,7 @@
 Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
+
 import copy
 from dataclasses import dataclass
 
@@ -46,8 +47,15 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
 
     def __init__(self, config, layer_idx):
         heads = config.num_attention_heads  # LlamaConfig wants hidden_size to be a multiple of them, other families do not
-        super().__init__(LlamaConfig(hidden_size=heads * config.head_dim, num_attention_heads=heads, head_dim=config.head_dim,
-                                     max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(config.rope_parameters_of(layer_idx))))
+        super().__init__(
+            LlamaConfig(
+                hidden_size=heads * config.head_dim,
+                num_attention_heads=heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=dict(config.rope_parameters_of(layer_idx)),
+            )
+        )
         self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
 
     def forward(self, x, position_ids):
@@ -165,7 +173,9 @@ class HybridAttention(nn.Module):
         query, key, value, (q, k, v) = projected
         n = self.num_key_value_groups
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
-        memory, o, state = self.mlstm(hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens, None if cache is None else cache.state)
+        memory, o, state = self.mlstm(
+            hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens, None if cache is None else cache.state
+        )
         if cache is not None:
             held = cache.is_initialized and (cache.keys, cache.values)
             cache.update(key, value, tokens)
@@ -174,8 +184,8 @@ class HybridAttention(nn.Module):
                 key, value = torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            window, weights = window_attention(q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, index=tokens.index, document=tokens.document,
-                                               scale=self.scaling), None
+            where = {"window": self.sliding_window, "sinks": self.num_sink_tokens, "index": tokens.index, "document": tokens.document}
+            window, weights = window_attention(q, k, v, **where, scale=self.scaling), None
         else:
             window, weights = self.attend(query, key, value, mask)
         o = o[..., None]
@@ -322,27 +332,38 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         """`(tokens, masks, position_embeddings)` that the layers share; the last two are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigError(f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding")
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
+            )
         layers = [layer for layer in past_key_values.layers if isinstance(layer, HybridCacheLayer)] if past_key_values is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         cu_seq_lens = kwargs.get("cu_seq_lens_q")
         if cu_seq_lens is not None and B != 1:
             raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {B}; flatten it or pass position_ids that restart")
-        tokens = Tokens.locate((B, T), inputs_embeds.device, attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens,
-                               seq_idx=kwargs.get("seq_idx"), seen=filled[0].count if filled else None)
+        tokens = Tokens.locate(
+            (B, T),
+            inputs_embeds.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=cu_seq_lens,
+            seq_idx=kwargs.get("seq_idx"),
+            seen=filled[0].count if filled else None,
+        )
         kinds = [mask_key(config, j) for j in range(config.num_hidden_layers)]
         if teacher:
             kinds = kinds + [("teacher", kind) for kind in config.teacher_layer_types]
         masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for kind in kinds)
         packed = needs_packing and T > 1 and bool(tokens.start.any())
         if packed and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise CacheError("packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
-                             "start each packed row with an empty cache, or pass use_cache=False")
+            raise CacheError(
+                "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
+                "start each packed row with an empty cache, or pass use_cache=False"
+            )
         if position_ids is None:  # positions count real tokens: feature maps follow RoPE, so padding must not shift them
             position_ids = tokens.index.clamp_min(0)
             if past_key_values is not None and not layers:
                 position_ids = position_ids + past_key_values.get_seq_length()
-        shared = dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
+        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
         for j, kind in enumerate(kinds):
             if kind in masks:
                 continue
@@ -377,7 +398,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             past_key_values = adopt_cache(past_key_values, self.config)
         tokens, masks, rope = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
-            hidden_states = layer(hidden_states, position_embeddings=rope[kind], tokens=tokens, masks=masks, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(
+                hidden_states, position_embeddings=rope[kind], tokens=tokens, masks=masks, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
@@ -439,8 +462,19 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         return attention_mask  # the model derives its masks from the 2-D one and from the cache
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, teacher_forced=False, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        teacher_forced=False,
+        **kwargs,
+    ):
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`.
 
         Args:
@@ -448,15 +482,23 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         """
         if teacher_forced:
             return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
-                                        attentions=outputs.attentions)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]
         return result

@@ -1,7 +1,8 @@
 """The stages of a recipe, each a checkpoint directory in and one out, and the road that walks them and resumes.
 
-    teacher -> convert -> align -> distil (one expert per domain mix) -> merge -> evaluate -> report and card
+teacher -> convert -> align -> distil (one expert per domain mix) -> merge -> evaluate -> report and card
 """
+
 import hashlib
 import json
 import os
@@ -50,8 +51,17 @@ def collate(rows):
 def trainer_arguments(settings, work, seed):
     """Fields of a trainer config: the recipe's own over what every stage shares."""
     shared = {
-        "output_dir": work, "seed": seed, "bf16": True, "use_cpu": not torch.cuda.is_available(), "report_to": "none", "save_strategy": "no",
-        "logging_steps": 10, "remove_unused_columns": False, "gradient_checkpointing": False, "packing": False, "max_length": None,
+        "output_dir": work,
+        "seed": seed,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+        "packing": False,
+        "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     return {**shared, **settings}
@@ -82,8 +92,12 @@ def align(student, out, recipe, overwrite=False):
     before = measure_alignment(model, batches)
     with tempfile.TemporaryDirectory() as work:
         trainer = AlignmentTrainer(
-            model=model, args=AlignmentConfig(**trainer_arguments(recipe.align, work, recipe.seed)), data_collator=collate, processing_class=tokenizer,
-            train_dataset=dataset(tokenizer, recipe.data["mixture"], recipe, recipe.align, recipe.seed))
+            model=model,
+            args=AlignmentConfig(**trainer_arguments(recipe.align, work, recipe.seed)),
+            data_collator=collate,
+            processing_class=tokenizer,
+            train_dataset=dataset(tokenizer, recipe.data["mixture"], recipe, recipe.align, recipe.seed),
+        )
         trainer.train()
     after = measure_alignment(model.float(), batches)
     figures = {"relative_error": [{"layer": n, "before": before[n], "after": after[n]} for n in before]}
@@ -100,12 +114,28 @@ def distill(student, teacher, out, recipe, mixture, name, overwrite=False):
     teacher_model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as work:
         trainer = SparseKDTrainer(
-            model=model, teacher=teacher_model, args=SparseKDConfig(**trainer_arguments(recipe.distill, work, recipe.seed)), data_collator=collate,
-            processing_class=tokenizer, train_dataset=dataset(tokenizer, mixture, recipe, recipe.distill, f"{recipe.seed}-{name}"))
+            model=model,
+            teacher=teacher_model,
+            args=SparseKDConfig(**trainer_arguments(recipe.distill, work, recipe.seed)),
+            data_collator=collate,
+            processing_class=tokenizer,
+            train_dataset=dataset(tokenizer, mixture, recipe, recipe.distill, f"{recipe.seed}-{name}"),
+        )
         trainer.train()
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     figures = {key: float(last[key]) for key in ("loss", "ce", "kl") if key in last}
-    finish(model, tokenizer, out, trainer.state.log_history, f"distill:{name}", [student, teacher], recipe.distill | {"mixture": mixture}, figures, start, overwrite)
+    finish(
+        model,
+        tokenizer,
+        out,
+        trainer.state.log_history,
+        f"distill:{name}",
+        [student, teacher],
+        recipe.distill | {"mixture": mixture},
+        figures,
+        start,
+        overwrite,
+    )
     return figures
 
 
@@ -128,7 +158,7 @@ def evaluate(model_dir, recipe, progress=None):
         result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
         if progress:
             progress(domain, judged.score)
-    chunks = tasks.text_chunks("test")
+    chunks = tasks.text_chunks("test", size=300)
     rows = [tasks.encode_text(tokenizer, c) for c in chunks[:: max(1, len(chunks) // settings["text_chunks"])][: settings["text_chunks"]]]
     result["perplexity"]["text"] = perplexity(model, rows)
     return result
@@ -190,7 +220,9 @@ class Road:
             before = json.loads(note.read_text())
             changed = sorted(k for k in spec if spec[k] != before["spec"].get(k))
             if changed and not self.redo:
-                raise ConfigError(f"{directory.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it")
+                raise ConfigError(
+                    f"{directory.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it"
+                )
             if not changed:
                 try:
                     verify(directory, level="size")
@@ -232,15 +264,29 @@ class Road:
         converted = self.stage("convert", recipe.student, [self.teacher], self.build_converted)
         aligned = self.stage("align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o))
         experts = {
-            name: self.stage(f"distill:{name}", recipe.distill | {"mixture": mixture, "length": recipe.data["sequence_length"]}, [aligned, self.teacher],
-                             lambda d, o, name=name, mixture=mixture: distill(aligned, self.teacher, d, recipe, mixture, name, overwrite=o))
+            name: self.stage(
+                f"distill:{name}",
+                recipe.distill | {"mixture": mixture, "length": recipe.data["sequence_length"]},
+                [aligned, self.teacher],
+                lambda d, o, name=name, mixture=mixture: distill(aligned, self.teacher, d, recipe, mixture, name, overwrite=o),
+            )
             for name, mixture in recipe.experts.items()
         }
         weights = [recipe.merge["weights"][name] for name in experts]
-        merged = self.stage("merge", recipe.merge, list(experts.values()),
-                             lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o))
+        merged = self.stage(
+            "merge",
+            recipe.merge,
+            list(experts.values()),
+            lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o),
+        )
         self.console.rule("evaluate")
-        models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}, "student": merged}
+        models = {
+            "teacher": self.teacher,
+            "converted": converted,
+            "aligned": aligned,
+            **{f"expert {n}": d for n, d in experts.items()},
+            "student": merged,
+        }
         judged = {name: self.judge(name, directory) for name, directory in models.items()}
         results = self.results(judged, aligned, experts, merged)
         results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
@@ -255,14 +301,24 @@ class Road:
         scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in judged.items()}
         teacher = scores.pop("teacher")
         log = json.loads((aligned / "training_log.json").read_text())
-        curve = [{"step": e["step"], "error": [v for k, v in sorted(e.items()) if k.endswith("relative_error")]} for e in log if "layer_0/relative_error" in e]
+        curve = [
+            {"step": e["step"], "error": [v for k, v in sorted(e.items()) if k.endswith("relative_error")]}
+            for e in log
+            if "layer_0/relative_error" in e
+        ]
         layers = next(s for s in read_provenance(aligned) if s["stage"] == "align")["figures"]["relative_error"]
         losses = {name: [e for e in json.loads((d / "training_log.json").read_text()) if "loss" in e] for name, d in experts.items()}
         return {
-            "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM", "teacher": Path(str(self.teacher)).name, "teacher_scores": teacher, "students": scores,
+            "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM",
+            "teacher": Path(str(self.teacher)).name,
+            "teacher_scores": teacher,
+            "students": scores,
             "win_and_tie": {name: asdict(win_and_tie(s["exact_match"], teacher["exact_match"])) for name, s in scores.items()},
-            "alignment": {"layers": layers, "curve": curve}, "distillation": losses, "gates": mean_gates(merged, self.recipe),
-            "sample": sample(merged, tasks.test_examples("strings", 1)[0].prompt), "seconds": dict(self.seconds),
+            "alignment": {"layers": layers, "curve": curve},
+            "distillation": losses,
+            "gates": mean_gates(merged, self.recipe),
+            "sample": sample(merged, tasks.test_examples("strings", 1)[0].prompt),
+            "seconds": dict(self.seconds),
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
 
@@ -273,13 +329,20 @@ class Road:
         os.replace(temporary, self.out / "results.json")
         write_report(results, self.out)
         student, verdict = results["students"]["student"], results["win_and_tie"]["student"]
-        figures = {"exact_match": student["exact_match"], "perplexity": student["perplexity"], "teacher_exact_match": results["teacher_scores"]["exact_match"],
-                   "teacher_perplexity": results["teacher_scores"]["perplexity"], **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery")}}
+        figures = {
+            "exact_match": student["exact_match"],
+            "perplexity": student["perplexity"],
+            "teacher_exact_match": results["teacher_scores"]["exact_match"],
+            "teacher_perplexity": results["teacher_scores"]["perplexity"],
+            **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery")},
+        }
         with staged(self.out / "student", overwrite=True) as folder:
             for file in [*merged.iterdir(), *self.out.glob("*.png")]:
                 if file.name != "manifest.json":
                     shutil.copy(file, folder / file.name)
-            add_provenance(folder, "evaluate", parent=merged, config=self.recipe.evaluate, figures=figures, seconds=results["seconds"].get("whole run"))
+            add_provenance(
+                folder, "evaluate", parent=merged, config=self.recipe.evaluate, figures=figures, seconds=results["seconds"].get("whole run")
+            )
             write_card(folder, results)
             write_manifest(folder)
         self.console.print(table(results))

@@ -1,4 +1,5 @@
 """Recipes: one YAML file that says what a run does. Read strictly: an unknown key is an error, not a surprise later."""
+
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -33,11 +34,7 @@ class Recipe:
     path: Path = field(default=Path("recipe.yaml"), compare=False)
 
 
-SECTIONS = {
-    "data": {"sequence_length", "mixture"},
-    "merge": {"method", "weights"},
-    "evaluate": {"examples", "text_chunks", "batch_size"},
-}
+SECTIONS = {"data": {"sequence_length", "mixture"}, "merge": {"method", "weights"}, "evaluate": {"examples", "text_chunks", "batch_size"}}
 
 
 def load_recipe(path):

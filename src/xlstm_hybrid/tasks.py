@@ -4,6 +4,7 @@ Everything is made on the spot. Task examples come from a seeded generator; text
 library of the running Python. A prompt belongs to the test split if a hash of its text says so, whatever
 the seed: no training stream ever holds a test prompt.
 """
+
 import hashlib
 import importlib.util
 import itertools

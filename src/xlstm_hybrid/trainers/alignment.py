@@ -3,6 +3,7 @@
 Teacher-forced: every layer sees the teacher's hidden states, so the layers are independent, and teacher and student share one trunk:
 the student's own frozen weights are the teacher's. Only the new parameters (feature maps and gates) are trained.
 """
+
 from collections import defaultdict
 from dataclasses import dataclass, field
 
