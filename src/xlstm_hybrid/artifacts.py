@@ -310,8 +310,12 @@ def weight_files(directory):
 # --- Markdown --------------------------------------------------------------------------------------------------
 
 
+def escaped(text):
+    """Text on one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+
+
 def markdown_table(rows):
-    """Rows of values, the first one the header, as a table; the first column is aligned left, the others right. Text cannot leave its cell."""
-    cells = [[re.sub(r"\s+", " ", str(v)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for v in row] for row in rows]
-    lines = [cells[0], [":--", *["--:"] * (len(cells[0]) - 1)], *cells[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Rows of values, the first one the header, as a table; the first column is aligned left, the others right."""
+    head, *cells = [[escaped(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, [":--", *["--:"] * (len(head) - 1)], *cells))

@@ -4,16 +4,16 @@ import math
 import re
 from pathlib import Path
 
-from xlstm_hybrid.artifacts import markdown_table, write_file
+from xlstm_hybrid.artifacts import escaped, markdown_table, write_file
 from xlstm_hybrid.errors import ConfigError
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; the teacher is grey, the final student blue.
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8,
-    "figure.dpi": 130,
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "legend.frameon": False, "lines.linewidth": 1.8, "figure.dpi": 130,
 }
 NONE = "–"
 
@@ -159,7 +159,8 @@ def draw_before_and_after(axes, names, before, after):
         axes.plot(ends, [n, n], color="#bbbbbb", linewidth=2, zorder=1)
     axes.scatter(before, range(len(names)), s=48, color=OTHERS[0], label="before", zorder=2)
     axes.scatter(after, range(len(names)), s=48, color=FINAL, marker="D", label="after", zorder=3)
-    axes.set(xlabel="squared error / squared target", ylabel="layer", title="Alignment error per layer", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xlabel="squared error / squared target", ylabel="layer", title="Alignment error per layer")
+    axes.set(xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
     axes.set_yticks(range(len(names)), names)
     axes.legend()
 
@@ -292,7 +293,7 @@ def markdown(results, pictures=()):
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
-    parts = [f"# {line(results.get('title', 'Report'))}", *verdict(results)]
+    parts = [f"# {escaped(results.get('title', 'Report'))}", *verdict(results)]
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
         parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)]), *shown("domains.png", "win_and_tie.png")]
@@ -315,17 +316,13 @@ def verdict(results):
     v = (results.get("win_and_tie") or {}).get(name)
     if not v:
         return []
-    count, against = len(v["recovery"]), f" `{line(results['teacher']).replace('`', '')}`" if results.get("teacher") else ""
-    recovered = {d: r for d, r in v["recovery"].items() if r is not None}
+    against = f" {escaped(results['teacher'])}" if results.get("teacher") else ""
+    text = (f"The student **{escaped(name)}** against its teacher{against} on {len(v['recovery'])} domains: "
+            f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; C_0 = {v['c_0']:.2f} ({'lossless' if v['c_0'] >= 0.5 else 'not lossless'}: "
+            f"the bar is 0.5), α\\* = {v['alpha_star']:.3f}.")
+    recovered = {domain: r for domain, r in v["recovery"].items() if r is not None}
     worst = min(recovered, key=recovered.get, default=None)
-    text = (f"The student **{line(name)}** against its teacher{against} on {count} domains: {v['wins']} won, {v['ties']} tied, {v['losses']} lost; "
-            f"C_0 = {v['c_0']:.2f} ({'lossless' if v['c_0'] >= 0.5 else 'not lossless'}: the bar is 0.5), α* = {v['alpha_star']:.3f}.")
-    return [text + (f" Lowest recovery: {percent(recovered[worst])} ({line(worst)})." if worst else "")]
-
-
-def line(text):
-    """Text on one line that Markdown takes as text."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+    return [text + (f" Lowest recovery: {percent(recovered[worst])} ({escaped(worst)})." if worst else "")]
 
 
 def fenced(text):

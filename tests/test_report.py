@@ -1,0 +1,193 @@
+"""A report shows the numbers of a run and no others; a part that the run lacks is left out."""
+import copy
+import math
+import struct
+import sys
+
+import pytest
+
+from xlstm_hybrid import report
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.report import markdown, table, write_report
+
+DOMAINS = ("arithmetic", "recall", "code", "strings")
+
+
+def scores(*values):
+    return {"exact_match": dict(zip(DOMAINS, values, strict=True)), "perplexity": {"recall": 1 + values[1], "text": 9.25}}
+
+
+def verdict(curve, alpha_star, recovery, wins, ties, losses):
+    return {"alphas": [0.0, 0.25, 0.5, 1.0], "curve": curve, "alpha_star": alpha_star, "c_0": curve[0], "recovery": dict(zip(DOMAINS, recovery, strict=True)),
+            "wins": wins, "ties": ties, "losses": losses}
+
+
+RESULTS = {
+    "title": "tiny | a *run*", "teacher": "tiny_teacher", "teacher_scores": scores(0.8, 0.9, 0.0, 1.0),
+    "students": {"converted": scores(0.4, 0.0, 0.0, 0.5), "expert [a]": scores(0.8, 0.45, 0.0, 1.0), "student": scores(0.9, 0.88, 0.0, 1.0)},
+    "win_and_tie": {"converted": verdict([0.25, 0.25, 0.75, 1], 0.5, [0.5, 0, None, 0.5], 0, 1, 3),
+                    "expert [a]": verdict([0.75, 0.75, 1, 1], 0.0, [1, 0.5, None, 1], 0, 3, 1),
+                    "student": verdict([0.75, 1, 1, 1], 0.0, [1.125, 0.88 / 0.9, None, 1], 1, 2, 1)},
+    "alignment": {"layers": [{"layer": 1, "before": 0.5, "after": 0.05}, {"layer": 3, "before": 0.4, "after": 0.02}],
+                  "curve": [{"step": s, "error": [0.5 / s, 0.4 / s]} for s in range(1, 21)]},
+    "distillation": {"a": [{"step": s, "loss": 1 / s, "ce": 2 / s, "kl": 0.5 / s} for s in range(1, 5)], "b": [{"step": 1, "loss": 2.0}]},
+    "gates": [[0.1, 0.9, 0.5], [0.2, 0.8, 0.4]], "sample": {"prompt": "a ```b\nc", "output": " d"},
+    "seconds": {"convert": 1.94, "distill:a": 150.0}, "peak_memory_mib": 1234.4,
+}
+
+
+def size(path):
+    """Width and height in pixels of a PNG."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_report_has_all_pictures_and_shows_each(tmp_path):
+    written = write_report(RESULTS, tmp_path / "run")
+    pictures = ["alignment.png", "domains.png", "gates.png", "losses.png", "win_and_tie.png"]
+    assert names(tmp_path / "run") == sorted(written) == sorted([*pictures, "report.md"])
+    text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    for name in pictures:
+        assert f"]({name})" in text and min(size(tmp_path / "run" / name)) > 300
+
+
+def test_a_report_is_drawn_without_touching_global_state_or_the_results(tmp_path):
+    import matplotlib
+
+    before, given = dict(matplotlib.rcParams), copy.deepcopy(RESULTS)
+    write_report(given, tmp_path)
+    assert given == RESULTS and dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in sys.modules
+
+
+PICTURE_OF = {"alignment": "alignment.png", "distillation": "losses.png", "gates": "gates.png", "win_and_tie": "win_and_tie.png"}
+
+
+@pytest.mark.parametrize("part", RESULTS)
+def test_each_part_may_be_missing_or_empty(part, tmp_path):
+    write_report(RESULTS, tmp_path)
+    rest = {key: value for key, value in RESULTS.items() if key != part}
+    for results in (rest, rest | ({part: type(RESULTS[part])()} if isinstance(RESULTS[part], dict | list) else {})):
+        written = write_report(results, tmp_path)
+        assert names(tmp_path) == sorted(written)  # a picture of an earlier report is gone
+        table(results)
+    assert (PICTURE_OF.get(part) in written) is False
+
+
+def test_an_empty_run_has_an_empty_report(tmp_path):
+    assert write_report({}, tmp_path) == ["report.md"] and (tmp_path / "report.md").read_text() == "# Report\n"
+    assert table({}).row_count == 0
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"need matplotlib, found none; pip install 'xlstm-hybrid\[train\]'"):
+        write_report(RESULTS, tmp_path)
+    assert names(tmp_path) == []
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def lines_with(text, word):
+    return [line for line in text.splitlines() if word in line]
+
+
+def test_the_tables_hold_the_scores():
+    text = markdown(RESULTS)
+    assert "| domain | teacher | converted | expert \\[a\\] | student | recovery |" in text
+    assert lines_with(text, "| arithmetic") == ["| arithmetic | 80.0 % | 40.0 % | 80.0 % | 90.0 % | 112.5 % |"]
+    assert lines_with(text, "| code") == ["| code | 0.0 % | 0.0 % | 0.0 % | 0.0 % | – |"]
+    assert lines_with(text, "| C_0") == ["| C_0 |  | 0.25 | 0.75 | 0.75 |  |"]
+    assert lines_with(text, "| alpha") == ["| alpha\\* |  | 0.500 | 0.000 | 0.000 |  |"]
+    assert lines_with(text, "| recall")[1] == "| recall | 1.9 | 1 | 1.45 | 1.88 |" and "| text | 9.25 | 9.25 | 9.25 | 9.25 |" in text
+
+
+def test_the_verdict_is_about_the_last_student():
+    text = markdown(RESULTS)
+    assert ("The student **student** against its teacher tiny_teacher on 4 domains: 1 won, 2 tied, 1 lost; C_0 = 0.75 (lossless: the bar is 0.5), "
+            "α\\* = 0.000. Lowest recovery: 97.8 % (recall).") in text
+    alone = RESULTS | {"students": {"converted": RESULTS["students"]["converted"]}}
+    assert "C_0 = 0.25 (not lossless: the bar is 0.5), α\\* = 0.500. Lowest recovery: 0.0 % (recall)." in markdown(alone)
+
+
+def test_names_and_samples_stay_where_they_are_put():
+    text = markdown(RESULTS)
+    assert text.startswith("# tiny \\| a \\*run\\*\n")
+    assert "````text\na ```b\nc\n````" in text  # a longer fence than any in the sample
+
+
+def test_times_and_memory_are_told_in_fit_units():
+    text = markdown(RESULTS)
+    assert "| convert | 1.9 s |" in text and "| distill:a | 2.5 min |" in text and "Peak memory: 1,234 MiB." in text
+    assert markdown({"peak_memory_mib": 5}) == "# Report\n\n## Time and memory\n\nPeak memory: 5 MiB."
+
+
+def test_a_domain_that_one_student_lacks_is_a_dash():
+    results = {"students": {"a": {"exact_match": {"x": 1.0}}, "b": {"exact_match": {"y": 0.5}}}}
+    assert "| x | 100.0 % | – |\n| y | – | 50.0 % |" in markdown(results)
+
+
+def test_the_terminal_sees_the_same_table():
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(table(RESULTS))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
+    assert rows[0] == ["arithmetic", "80.0 %", "40.0 %", "80.0 %", "90.0 %", "112.5 %"]
+    assert rows[-2:] == [["C_0", "", "0.25", "0.75", "0.75", ""], ["alpha*", "", "0.500", "0.000", "0.000", ""]]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_is_a_stair_with_a_dot_at_alpha_star():
+    axes = report.draw_win_and_tie(RESULTS).axes[0]
+    stairs = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+    assert [list(line.get_ydata()) for line in stairs] == [v["curve"] for v in RESULTS["win_and_tie"].values()]
+    assert [line.get_label() for line in stairs] == ["converted: α* = 0.500", "expert [a]: α* = 0.000", "student: α* = 0.000"]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [(0.5, 0.75), (0.0, 0.75), (0.0, 0.75)]
+
+
+def test_bars_stand_side_by_side_and_show_each_score():
+    axes = report.draw_domains(RESULTS).axes[0]
+    heights = [[bar.get_height() for bar in group] for group in axes.containers]
+    assert heights[0] == pytest.approx([80, 90, 0, 100]) and heights[3] == pytest.approx([90, 88, 0, 100])
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for group in axes.containers for bar in group)
+    assert all(left[1] <= right[0] for left, right in zip(edges, edges[1:], strict=False))
+    assert [t.get_text() for t in axes.get_xticklabels()] == list(DOMAINS)
+    colours = [group[0].get_facecolor() for group in axes.containers]
+    assert len(set(colours)) == 4
+
+
+def test_alignment_is_shown_by_the_layers_own_numbers():
+    before_after, curve = report.draw_alignment(RESULTS).axes
+    assert [t.get_text() for t in before_after.get_yticklabels()] == ["1", "3"]
+    assert [list(c.get_offsets()[:, 0]) for c in before_after.collections] == [[0.5, 0.4], [0.05, 0.02]]
+    assert [line.get_label() for line in curve.lines] == ["1", "3"] and curve.lines[1].get_ydata()[3] == 0.1 and curve.get_yscale() == "log"
+    narrow = {"alignment": {"curve": [{"step": s, "error": [0.3, 0.0]} for s in (1, 2)]}}
+    assert report.draw_alignment(narrow).axes[0].get_yscale() == "linear"  # zero has no logarithm
+
+
+def test_losses_have_a_panel_per_term_that_was_logged():
+    panels = report.draw_losses(RESULTS).axes
+    assert [p.get_title(loc="left") or p.get_title() for p in panels] == ["Loss", "Cross-entropy", "KL to the teacher"]
+    assert [[list(line.get_ydata()) for line in p.lines] for p in panels][1] == [[2 / s for s in range(1, 5)]]
+    assert len(report.draw_losses({"distillation": {"b": [{"step": 1, "loss": 2.0}]}}).axes) == 1
+
+
+def test_gates_are_drawn_on_a_scale_from_window_to_mlstm():
+    axes = report.draw_gates(RESULTS).axes[0]
+    image = axes.images[0]
+    assert image.get_array().tolist() == RESULTS["gates"] and image.get_clim() == (0, 1)
+    assert [t.get_text() for t in axes.texts] == ["0.10", "0.90", "0.50", "0.20", "0.80", "0.40"]
+    uneven = report.draw_gates({"gates": [[0.1], [0.2, 0.3]]}).axes[0].images[0].get_array()
+    assert math.isnan(uneven.filled(math.nan)[0, 1])
