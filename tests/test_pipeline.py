@@ -87,7 +87,7 @@ def test_the_command_line_reports_named_errors_in_one_line(tmp_path, capsys, mon
 def test_each_stage_is_a_verb(tmp_path):
     run = CliRunner().invoke
     recipe = ["--recipe", str(RECIPES / "smoke.yaml")]
-    teacher = str(RECIPES / "tiny_teacher/checkpoint")
+    teacher = str(RECIPES / "tiny_teacher/tiny-llama")
     for arguments in (
         ["convert", teacher, str(tmp_path / "c"), "--sliding-window", "16", "--dtype", "float32"],
         ["align", str(tmp_path / "c"), str(tmp_path / "a"), *recipe],

@@ -93,7 +93,7 @@ def save(model, tokenizer, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--out", type=Path, default=HERE / "tiny-llama")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shorten every phase, to try the recipe")
     options = parser.parse_args()
     config = yaml.safe_load((HERE / "config.yaml").read_text())

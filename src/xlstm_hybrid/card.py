@@ -1,4 +1,5 @@
 """The model card of a checkpoint, printed from what its stages recorded: it has no other source of facts."""
+
 import json
 import re
 from collections import Counter
@@ -31,8 +32,14 @@ def write_card(directory, results=None):
     if results is not None:
         check_results(directory, judged, results)
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        metadata=metadata(stages), title=title(stages), summary=summary(stages), figures=figures(directory, judged, results),
-        stages="\n\n".join(describe(n, s) for n, s in enumerate(stages, 1)), versions=versions(stages), limits=limits(stages, judged))
+        metadata=metadata(stages),
+        title=title(stages),
+        summary=summary(stages),
+        figures=figures(directory, judged, results),
+        stages="\n\n".join(describe(n, s) for n, s in enumerate(stages, 1)),
+        versions=versions(stages),
+        limits=limits(stages, judged),
+    )
     write_file(directory / "README.md", re.sub(r"\n{3,}", "\n\n", text).encode())
     return directory / "README.md"
 
@@ -42,8 +49,10 @@ def check_results(directory, judged, results):
     name = next(reversed(students), None)
     found = plain(students[name].get("exact_match")) if name else None
     if found is None or found != judged.get("exact_match"):
-        raise CheckpointError(f"{directory.name}: its last evaluation recorded exact match {judged.get('exact_match')}, the results have {found} for "
-                              f"their final student {name!r}: they are not of this checkpoint; leave them out, or name the results of its own run")
+        raise CheckpointError(
+            f"{directory.name}: its last evaluation recorded exact match {judged.get('exact_match')}, the results have {found} for "
+            f"their final student {name!r}: they are not of this checkpoint; leave them out, or name the results of its own run"
+        )
 
 
 # --- parts of the card -----------------------------------------------------------------------------------------
@@ -73,8 +82,11 @@ def licences(stages):
 def metadata(stages):
     """The card's YAML block; strings are JSON strings, which YAML reads as they are."""
     names, teacher, named = {s["stage"].split(":")[0] for s in stages}, teacher_of(stages), licences(stages)
-    entries = {"library_name": "transformers", "pipeline_tag": "text-generation",
-               "tags": ["xlstm-hybrid", "xlstm", *(["distillation"] if "distill" in names else []), *(["merge"] if "merge" in names else [])]}
+    entries = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["xlstm-hybrid", "xlstm", *(["distillation"] if "distill" in names else []), *(["merge"] if "merge" in names else [])],
+    }
     if teacher and HUB_ID.fullmatch(teacher):
         entries["base_model"] = teacher
     if len(named) == 1:
@@ -104,15 +116,22 @@ def figures(directory, judged, results):
     """Scores of the checkpoint's own evaluation, and of the stages before it where results are given."""
     if not judged:
         return ""
-    columns = (("exact match", "exact_match", percent), ("of the teacher", "teacher_exact_match", percent), ("recovery", "recovery", percent),
-               ("perplexity", "perplexity", number), ("teacher's perplexity", "teacher_perplexity", number))
+    columns = (
+        ("exact match", "exact_match", percent),
+        ("of the teacher", "teacher_exact_match", percent),
+        ("recovery", "recovery", percent),
+        ("perplexity", "perplexity", number),
+        ("teacher's perplexity", "teacher_perplexity", number),
+    )
     columns = [(label, part(judged, key), show) for label, key, show in columns if part(judged, key)]
     domains = list(dict.fromkeys(d for _, scores, _ in columns for d in scores))
     rows = [[d, *(show(scores.get(d)) for _, scores, show in columns)] for d in domains]
     parts = ["## Figures", markdown_table([["domain", *(c[0] for c in columns)], *rows])] if rows else ["## Figures"]
     if judged.get("c_0") is not None and judged.get("alpha_star") is not None:
-        parts.append(f"Win-and-tie rate against the teacher at zero tolerance: C_0 = {judged['c_0']:.2f}. Smallest relative tolerance at which "
-                     f"half of the domains are won or tied: α\\* = {judged['alpha_star']:.3f}.")
+        parts.append(
+            f"Win-and-tie rate against the teacher at zero tolerance: C_0 = {judged['c_0']:.2f}. Smallest relative tolerance at which "
+            f"half of the domains are won or tied: α\\* = {judged['alpha_star']:.3f}."
+        )
     if results is not None:
         students = {name: scores["exact_match"] for name, scores in results["students"].items() if scores.get("exact_match")}
         rows = [[d, *(percent(scores.get(d)) for scores in students.values())] for d in domains if any(d in scores for scores in students.values())]
@@ -171,8 +190,10 @@ def limits(stages, judged):
     config, below = part(converted(stages), "config"), [d for d, r in part(judged, "recovery").items() if r is not None and r < 1]
     lines = ["It loads only where the package xlstm-hybrid is imported: transformers alone does not know the architecture."]
     if config.get("sliding_window"):
-        lines.append(f"What lies further back than {config['sliding_window']} tokens reaches its hybrid layers through a state of fixed size (and "
-                     f"{config.get('num_sink_tokens', 0)} sink tokens): it can be lost, and more easily the more there is to keep.")
+        lines.append(
+            f"What lies further back than {config['sliding_window']} tokens reaches its hybrid layers through a state of fixed size (and "
+            f"{config.get('num_sink_tokens', 0)} sink tokens): it can be lost, and more easily the more there is to keep."
+        )
     if judged.get("exact_match"):
         lines.append("It was judged on the tasks above and on nothing else.")
     else:
@@ -181,8 +202,11 @@ def limits(stages, judged):
         lines.append(f"It scores below its teacher on: {', '.join(map(escaped, below))}.")
     if len(licences(stages)) != 1:
         named = licences(stages)
-        lines.append(f"Its stages name several licences ({', '.join(map(escaped, named))}): all of them apply." if named else
-                     "No stage recorded a licence: that of its teacher and of the data apply.")
+        lines.append(
+            f"Its stages name several licences ({', '.join(map(escaped, named))}): all of them apply."
+            if named
+            else "No stage recorded a licence: that of its teacher and of the data apply."
+        )
     lines.append("No stage recorded any training for safety: expect of it what you expect of its teacher.")
     return "\n".join(f"- {text}" for text in lines)
 

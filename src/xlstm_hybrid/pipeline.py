@@ -203,7 +203,7 @@ class Road:
 
     def __init__(self, recipe, out=None, redo=False, console=None):
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
-        self.console, self.seconds = console or Console(), {}
+        self.console, self.seconds = console or Console(emoji=False), {}
         self.teacher = resolve_teacher(recipe)
         self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}

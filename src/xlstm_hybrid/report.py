@@ -1,4 +1,5 @@
 """The report of a run: Markdown, pictures and a table for the terminal, all from one plain dict. What the dict lacks is left out."""
+
 import io
 import math
 import re
@@ -11,9 +12,19 @@ from xlstm_hybrid.errors import ConfigError
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "legend.frameon": False, "lines.linewidth": 1.8, "figure.dpi": 130,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": 130,
 }
 NONE = "–"
 
@@ -52,8 +63,11 @@ def score_rows(results, kind, show):
 def verdict_rows(results):
     """Rows of C_0 and alpha* under the columns of the exact match."""
     verdicts, columns = results.get("win_and_tie") or {}, score_rows(results, "exact_match", percent)[0][1:]
-    return [[label, *(show(verdicts[c][key]) if c in verdicts else "" for c in columns)]
-            for label, key, show in (("C_0", "c_0", "{:.2f}".format), ("alpha*", "alpha_star", "{:.3f}".format)) if verdicts]
+    return [
+        [label, *(show(verdicts[c][key]) if c in verdicts else "" for c in columns)]
+        for label, key, show in (("C_0", "c_0", "{:.2f}".format), ("alpha*", "alpha_star", "{:.3f}".format))
+        if verdicts
+    ]
 
 
 def table(results):
@@ -105,13 +119,26 @@ def draw_win_and_tie(results):
     done = max(next((a for a, c in zip(v["alphas"], v["curve"], strict=True) if c >= max(v["curve"])), 1) for v in verdicts.values())
     for j, (name, v) in enumerate(verdicts.items()):
         colour, last = colours(results)[name], name == final(results)
-        axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", color=colour, linestyle="-" if last else DASHES[j % len(DASHES)],
-                  linewidth=3.2 if last else 1.8, zorder=2 if last else 3, label=f"{name}: α* = {v['alpha_star']:.3f}")
+        axes.plot(
+            v["alphas"],
+            v["curve"],
+            drawstyle="steps-post",
+            color=colour,
+            linestyle="-" if last else DASHES[j % len(DASHES)],
+            linewidth=3.2 if last else 1.8,
+            zorder=2 if last else 3,
+            label=f"{name}: α* = {v['alpha_star']:.3f}",
+        )
         height = next((c for a, c in zip(v["alphas"], v["curve"], strict=True) if a >= v["alpha_star"]), v["curve"][-1])
         axes.plot([v["alpha_star"]], [height], "o", color=colour, markeredgecolor="white", markersize=8, zorder=4 + j, clip_on=False)
     axes.axhline(0.5, color="#999999", linewidth=1, zorder=1)
-    axes.set(xlabel="relative tolerance α", ylabel="share of domains won or tied, $C_α$", ylim=(-0.03, 1.05), xlim=(-0.01, min(1, done * 1.1 + 0.02)),
-             title="Win-and-tie rate against the teacher (dots: α*)")
+    axes.set(
+        xlabel="relative tolerance α",
+        ylabel="share of domains won or tied, $C_α$",
+        ylim=(-0.03, 1.05),
+        xlim=(-0.01, min(1, done * 1.1 + 0.02)),
+        title="Win-and-tie rate against the teacher (dots: α*)",
+    )
     made.legend(loc="outside right center")
     return made
 
@@ -200,8 +227,12 @@ def draw_losses(results):
     for axes, term in zip(panels, terms, strict=True):
         for j, (name, log) in enumerate(logs.items()):
             points = [(e["step"], e[term]) for e in log if term in e]
-            axes.plot(*zip(*points, strict=True), color=OTHERS[(j + 2) % len(OTHERS)], linestyle="-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
-                      label=name if axes is panels[0] else None)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=OTHERS[(j + 2) % len(OTHERS)],
+                linestyle="-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
+                label=name if axes is panels[0] else None,
+            )
         axes.set(xlabel="step", title=titles[term], ylim=(0, None))
     panels[0].set_ylabel("nats per token" if terms != ["loss"] else "loss")
     made.legend(loc="outside lower center", ncols=len(logs), title="expert")
@@ -290,6 +321,7 @@ def write_report(results, run_dir):
 
 def markdown(results, pictures=()):
     """The report's text; `pictures` is {file name: caption}."""
+
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
@@ -317,9 +349,11 @@ def verdict(results):
     if not v:
         return []
     against = f" {escaped(results['teacher'])}" if results.get("teacher") else ""
-    text = (f"The student **{escaped(name)}** against its teacher{against} on {len(v['recovery'])} domains: "
-            f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; C_0 = {v['c_0']:.2f} ({'lossless' if v['c_0'] >= 0.5 else 'not lossless'}: "
-            f"the bar is 0.5), α\\* = {v['alpha_star']:.3f}.")
+    text = (
+        f"The student **{escaped(name)}** against its teacher{against} on {len(v['recovery'])} domains: "
+        f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; C_0 = {v['c_0']:.2f} ({'lossless' if v['c_0'] >= 0.5 else 'not lossless'}: "
+        f"the bar is 0.5), α\\* = {v['alpha_star']:.3f}."
+    )
     recovered = {domain: r for domain, r in v["recovery"].items() if r is not None}
     worst = min(recovered, key=recovered.get, default=None)
     return [text + (f" Lowest recovery: {percent(recovered[worst])} ({escaped(worst)})." if worst else "")]

@@ -1,0 +1,186 @@
+"""A card says what the stages of a checkpoint recorded, all of it that matters, and nothing else."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import xlstm_hybrid.card
+from xlstm_hybrid.artifacts import add_provenance, read_provenance
+from xlstm_hybrid.card import flat, listed, write_card
+from xlstm_hybrid.errors import CheckpointError
+
+CONVERT = {"parent": "meta-llama/Llama-3.2-1B", "seconds": 1.94, "figures": {"parameters": {"teacher": 1_200_000, "student": 1_234_567, "new": 34_567}},
+           "config": {"teacher": "meta-llama/Llama-3.2-1B", "sliding_window": 16, "num_sink_tokens": 4, "layer_types": ["hybrid_sliding"] * 3 + ["full_attention"]}}
+ALIGN = {"parent": "converted", "config": {"learning_rate": 1e-2}, "data": {"mixture": {"text": 0.25}},
+         "figures": {"relative_error": [{"layer": 0, "before": 0.5, "after": 0.0625}, {"layer": 1, "before": 0.25, "after": 0.125}]}}
+MERGE = {"config": {"method": "linear", "experts": [{"name": "math", "weight": 0.6}, {"name": "code", "weight": 0.4}]}}
+EVALUATE = {"parent": "merged", "config": {"examples": 128}, "figures": {
+    "exact_match": {"recall": 0.75, "code": 0.5}, "teacher_exact_match": {"recall": 1.0, "code": 0.25}, "recovery": {"recall": 0.75, "code": 2.0},
+    "perplexity": {"recall": 1.5, "text": 9.25}, "teacher_perplexity": {"recall": 1.25, "text": 9.0}, "c_0": 0.5, "alpha_star": 0.0}}
+STAGES = {"convert": CONVERT, "align": ALIGN, "distill:math": {"parent": "aligned"}, "merge": MERGE, "evaluate": EVALUATE}
+RESULTS = {"students": {"converted": {"exact_match": {"recall": 0.125, "code": 0.0}}, "student": {"exact_match": {"recall": 0.75, "code": 0.5}}},
+           "sample": {"prompt": "a private prompt", "output": "x"}}
+
+
+def record(folder, stages=STAGES):
+    """A checkpoint directory with the record of `stages` and nothing else."""
+    folder.mkdir(exist_ok=True)
+    for stage, entry in stages.items():
+        add_provenance(folder, stage, stages=read_provenance(folder), **entry)
+    return folder
+
+
+def parts(text):
+    """The YAML block, and the sections by title."""
+    _, block, body = text.split("---\n", 2)
+    sections = re.split(r"^## (.*)\n", body, flags=re.MULTILINE)
+    return yaml.safe_load(block), {"": sections[0], **dict(zip(sections[1::2], sections[2::2], strict=True))}
+
+
+def card(folder, results=None):
+    return parts(write_card(folder, results).read_text(encoding="utf-8"))
+
+
+# --- what it says ----------------------------------------------------------------------------------------------
+
+
+def test_the_metadata_are_those_of_the_hub(tmp_path):
+    assert card(record(tmp_path))[0] == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["xlstm-hybrid", "xlstm", "distillation", "merge"],
+        "base_model": "meta-llama/Llama-3.2-1B"}
+
+
+def test_a_local_teacher_is_named_but_is_no_base_model_of_the_hub(tmp_path):
+    metadata, sections = card(record(tmp_path, {"convert": {"config": {"teacher": "tiny_teacher"}}}))
+    assert "base_model" not in metadata and metadata["tags"] == ["xlstm-hybrid", "xlstm"]
+    assert "# A hybrid xLSTM student of tiny_teacher\n" in sections[""]
+
+
+def test_the_licence_is_the_one_that_stages_name(tmp_path):
+    metadata, sections = card(record(tmp_path / "one", {"convert": {"config": {"license": "apache-2.0"}}, "align": {"data": {"licence": "apache-2.0"}}}))
+    assert metadata["license"] == "apache-2.0" and "licence" not in sections["Limits"]
+    metadata, sections = card(record(tmp_path / "two", {"convert": {"config": {"license": "apache-2.0"}}, "align": {"data": {"license": "mit"}}}))
+    assert "license" not in metadata and "several licences (apache-2.0, mit): all of them apply" in sections["Limits"]
+    metadata, sections = card(record(tmp_path / "none"))
+    assert "license" not in metadata and "No stage recorded a licence" in sections["Limits"]
+
+
+def test_the_summary_is_what_conversion_recorded(tmp_path):
+    text = card(record(tmp_path))[1][""]
+    for fact in ("the Transformer meta-llama/Llama-3.2-1B", "1,234,567 parameters, of these 34,567 that its teacher does not have",
+                 "3 hybrid_sliding, 1 full_attention", "a window of 16 tokens and 4 sink tokens"):
+        assert fact in text
+
+
+def test_the_figures_are_those_of_the_last_evaluation(tmp_path):
+    text = card(record(tmp_path))[1]["Figures"]
+    assert "| domain | exact match | of the teacher | recovery | perplexity | teacher's perplexity |" in text
+    assert "| recall | 75.0 % | 100.0 % | 75.0 % | 1.5 | 1.25 |\n| code | 50.0 % | 25.0 % | 200.0 % | – | – |\n| text | – | – | – | 9.25 | 9 |" in text
+    assert "C_0 = 0.50" in text and "α\\* = 0.000" in text and "each stage" not in text
+    add_provenance(tmp_path, "evaluate", stages=read_provenance(tmp_path), figures={"exact_match": {"recall": 0.25}})
+    text = card(tmp_path)[1]["Figures"]
+    assert "| domain | exact match |\n| :-- | --: |\n| recall | 25.0 % |" in text and "C_0" not in text
+
+
+def test_every_stage_is_told_in_order_with_settings_and_figures(tmp_path):
+    text = card(record(tmp_path))[1]["How it was made"]
+    assert re.findall(r"^### (.*)$", text, flags=re.MULTILINE) == ["1. convert", "2. align", "3. distill:math", "4. merge", "5. evaluate"]
+    assert "from Llama-3.2-1B, 1.9 s" in text and "from aligned" in text
+    assert "| layer_types | 3 × hybrid_sliding, full_attention |" in text and "| learning_rate | 0.01 |" in text and "| mixture.text | 0.25 |" in text
+    assert "relative_error:\n\n| layer | before | after |\n| :-- | --: | --: |\n| 0 | 0.5 | 0.0625 |\n| 1 | 0.25 | 0.125 |" in text
+    assert "experts:\n\n| name | weight |\n| :-- | --: |\n| math | 0.6 |\n| code | 0.4 |" in text
+    assert re.search(r"Made with python [\d.]+, torch \S+ transformers \S+ convert, align, distill:math, merge, evaluate\.", text)
+
+
+def test_the_limits_name_what_was_lost_and_what_was_not_measured(tmp_path):
+    text = card(record(tmp_path / "judged"))[1]["Limits"]
+    assert "- It scores below its teacher on: recall.\n" in text and "further back than 16 tokens" in text and "on nothing else" in text
+    text = card(record(tmp_path / "bare", {"convert": {"parent": "x"}}))[1]["Limits"]
+    assert "No stage recorded an evaluation" in text and "below its teacher" not in text and "further back" not in text
+
+
+def test_results_add_the_scores_of_earlier_stages_and_pictures_but_no_samples(tmp_path):
+    record(tmp_path)
+    for name in ("domains.png", "win_and_tie.png", "](evil).png"):
+        (tmp_path / name).write_bytes(b"")
+    text = card(tmp_path, RESULTS)[1]["Figures"]
+    assert "| domain | converted | student |\n| :-- | --: | --: |\n| recall | 12.5 % | 75.0 % |\n| code | 0.0 % | 50.0 % |" in text
+    assert re.findall(r"!\[.*", text) == ["![domains](domains.png)", "![win and tie](win_and_tie.png)"]
+    assert "private prompt" not in (tmp_path / "README.md").read_text()
+    assert "![" not in card(tmp_path)[1]["Figures"]  # pictures come with the results of a run
+
+
+# --- what it cannot say ----------------------------------------------------------------------------------------
+
+
+def numbers(text):
+    return set(re.findall(r"\d+(?:\.\d+)?", text))
+
+
+def test_no_number_comes_from_anywhere_but_the_record(tmp_path):
+    empty = write_card(record(tmp_path / "empty", {"convert": {}})).read_text(encoding="utf-8")
+    known = numbers(xlstm_hybrid.card.TEMPLATE.read_text(encoding="utf-8")) | numbers((tmp_path / "empty" / "provenance.json").read_text())
+    assert numbers(empty) <= known
+    assert "Figures" not in parts(empty)[1]
+
+
+def test_a_checkpoint_without_a_record_has_no_card(tmp_path):
+    with pytest.raises(CheckpointError, match="no provenance.json, expected a record of its stages"):
+        write_card(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("results", [
+    {"students": {"student": {"exact_match": {"recall": 0.875, "code": 0.5}}}}, {"students": {"student": {"perplexity": {}}}}, {"students": {}}, {},
+])
+def test_results_of_another_checkpoint_are_refused(results, tmp_path):
+    with pytest.raises(CheckpointError, match=r"recorded exact match {'recall': 0.75, 'code': 0.5}, the results have .* not of this checkpoint"):
+        write_card(record(tmp_path), results)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_results_cannot_stand_in_for_an_evaluation_that_no_stage_recorded(tmp_path):
+    with pytest.raises(CheckpointError, match="recorded exact match None"):
+        write_card(record(tmp_path, {"convert": CONVERT}), RESULTS)
+
+
+def test_no_path_of_the_machine_reaches_the_card(tmp_path):
+    record(tmp_path, {"convert": {"parent": tmp_path / "teacher", "config": {"teacher": str(tmp_path / "teacher"), "log": "~/log.txt"}}})
+    text = write_card(tmp_path).read_text()
+    assert str(tmp_path) not in text and str(Path.home()) not in text and "~/" not in text and "student of teacher" in text
+
+
+def test_text_of_the_record_stays_text(tmp_path):
+    name = "a|b\n# title\n---\n<script> [x](y) $title ${figures} `c`"
+    metadata, sections = card(record(tmp_path, {"convert": {"config": {"teacher": name, "license": 'mit"\ntags: [x]'}}}))
+    assert metadata["license"] == 'mit"\ntags: [x]' and metadata["tags"] == ["xlstm-hybrid", "xlstm"]
+    shown = "a\\|b # title --- \\<script> \\[x\\](y) $title ${figures} \\`c\\`"
+    assert f"# A hybrid xLSTM student of {shown}\n" in sections[""] and f"| teacher | {shown} |" in sections["How it was made"]
+
+
+# --- details ---------------------------------------------------------------------------------------------------
+
+
+def test_long_and_repeated_lists_are_told_in_few_words():
+    assert listed(["a"] * 30 + ["b"]) == "30 × a, b" and listed([1, 2, 3]) == "1, 2, 3" and listed([]) == "–"
+    assert listed(list(range(20))) == "0, 1, 2, 3, 4, 5, 6, 7, and 12 more"
+
+
+def test_nested_settings_become_dotted_names():
+    rows, tables = flat({"a": {"b": 1.0, "c": {"d": True, "e": None}}, "f": {"g": [{"x": 1}, {"x": 2}]}, "n": 12_345, "mixed": [{"x": 1}, {"y": 2}]})
+    assert rows == [("a.b", "1"), ("a.c.d", "True"), ("a.c.e", "–"), ("n", "12,345"), ("mixed", "{'x': 1}, {'y': 2}")]
+    assert tables == [("f.g", [["x"], ["1"], ["2"]])]
+
+
+def test_the_card_is_replaced_as_a_whole_and_rewriting_changes_nothing(tmp_path):
+    first = write_card(record(tmp_path), RESULTS).read_bytes()
+    assert write_card(tmp_path, RESULTS).read_bytes() == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "provenance.json"]
+
+
+def test_the_code_on_the_card_is_code():
+    block = re.search(r"```python\n(.*?)```", xlstm_hybrid.card.TEMPLATE.read_text(), flags=re.DOTALL)[1]
+    assert subprocess.run([sys.executable, "-c", "import ast, sys; ast.parse(sys.stdin.read())"], input=block, text=True).returncode == 0
