@@ -147,18 +147,30 @@ class Space:
         """<x, y> over the last dim, which is kept."""
         return self.product("dot", x, y).sum(-1, keepdim=True)
 
-    def cut(self, name, x, segment):
-        """[B, T, H, K] -> [n B H, L, K], chunks first."""
-        (B, _, H, K), (t, n, L) = x.shape, segment
-        y = self(name, n, B, H, L, K)
-        y.copy_(x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4))
+    def cut(self, name, x, segment, weight=None):
+        """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1]."""
+        x = chunks_of(x, segment)
+        y = self(name, *x.shape)
+        if weight is None:
+            y.copy_(x)
+        else:
+            torch.mul(x, weight.view(*x.shape[:-1], 1), out=y)
         return y.flatten(0, 2)
 
 
-def put(x, segment, y):
-    """Write y [n B H, L, K] to where `Space.cut` takes it from."""
-    (B, _, H, K), (t, n, L) = x.shape, segment
-    x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4).copy_(y.view(n, B, H, L, K))
+def chunks_of(x, segment):
+    """The segment's part of x [B, T, H, K], seen as [n, B, H, L, K]."""
+    t, n, L = segment
+    return x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4)
+
+
+def put(x, segment, y, weight=None):
+    """Write y [n B H, L, K], times weight [n B H, L, 1], to where `Space.cut` takes it from."""
+    x = chunks_of(x, segment)
+    if weight is None or x.dtype != y.dtype:
+        x.copy_((y if weight is None else y.mul_(weight)).view(x.shape))
+    else:
+        torch.mul(y.view(x.shape), weight.view(*x.shape[:-1], 1), out=x)
 
 
 def scan(x, new, decay, start, backwards=False):
@@ -185,15 +197,13 @@ class Piece:
         lanes = gates.decay.shape[1]
         self.chunks, self.here = slice(t // L, t // L + self.n), slice(t // L * lanes, (t // L + self.n) * lanes)
         self.gates, self.space, self.decay = gates, space, gates.decay[self.chunks]
-        self.q, self.k, self.v = (space.cut(name, x, segment) for name, x in zip("qkv", (q, k, v), strict=True))
         self.write, self.carry = gates.write[self.here, :size], gates.carry[self.here, :size]
         self.intra = None if gates.intra is None else gates.intra[self.here, :size]
-        self.k_write = space.product("k_write", self.k, self.write)
+        self.same = self.intra is not None and gates.document is None  # a token weighs as much in its chunk as in the state after it
+        self.q, self.v = space.cut("q", q, segment), space.cut("v", v, segment)
         self.q_carry = space.product("q_carry", self.q, self.carry)
-        if self.intra is None:
-            self.k_intra = self.k
-        else:
-            self.k_intra = self.k_write if gates.document is None else space.product("k_intra", self.k, self.intra)
+        self.k_write = space.cut("k_write", k, segment, self.write)
+        self.k_intra = self.k_write if self.same else space.cut("k_intra", k, segment, self.intra)
 
     def pattern(self):
         """What the scores are multiplied with, [L, L] or [n B H, L, L]: the causal mask, and the weights that are not in k_intra."""
@@ -222,22 +232,21 @@ class Piece:
         return x
 
     def forward(self, C, n):
-        """h, 1 / den, and the states around each chunk."""
+        """The numerator of h, 1 / den, and the states around each chunk."""
         space = self.space
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
         Cs, ns = self.states(C, n)
         num = space.matmul("num", scores, self.v).baddbmm_(self.q_carry, Cs[:-1].flatten(0, 1))
         inverse_den = inverse(scores.sum(-1, keepdim=True) + space.dot(self.q_carry, ns[:-1].flatten(0, 1)[:, None]))
-        return num.mul_(inverse_den), inverse_den, Cs, ns
+        return num, inverse_den, Cs, ns
 
-    def backward(self, dh, inverse_den, C, n, dC, dn):
-        """From dh, the state before and the gradient of the state after to (dq, dk, dv), the gradient of the state before, and what
-        `gate_gradients` needs of each token."""
+    def backward(self, dnum, inverse_den, C, n, dC, dn):
+        """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight or None, the gradient of the state
+        before, and what `gate_gradients` needs of each token."""
         space, pattern = self.space, self.pattern()
         Cs, ns = self.states(C, n)
         C, n = Cs[:-1].flatten(0, 1), ns[:-1].flatten(0, 1)
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(pattern)
-        dnum = dh.mul_(inverse_den)
         dscores = space.matmul("dscores", dnum, self.v.transpose(1, 2))
         dq = space.matmul("dq", dnum, C.transpose(1, 2))  # through the carried state, without its weight yet
         dden = (space.dot(scores, dscores) + space.dot(self.q_carry, dq)).mul_(-inverse_den)
@@ -253,8 +262,11 @@ class Piece:
         later = space.matmul("later", self.v, dC.transpose(1, 2)).add_(dn[:, None])
         dv = space.matmul("dv", scores.transpose(1, 2), dnum).baddbmm_(self.k_write, dC)
         per_token = space.dot(own, self.k_intra), space.dot(later, self.k_write), through[..., None].expand_as(dden)
-        dk = later.mul_(self.write).add_(own if self.intra is None else own.mul_(self.intra))
-        return (dq, dk, dv), (dCs[0], dns[0]), per_token
+        if self.same:
+            dk = later.add_(own), self.write
+        else:
+            dk = later.mul_(self.write).add_(own if self.intra is None else own.mul_(self.intra)), None
+        return ((dq, None), dk, (dv, None)), (dCs[0], dns[0]), per_token
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_streaming", mutates_args=())
@@ -269,8 +281,9 @@ def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: 
         if keep:
             kept_C[j], kept_n[j] = C, n
         x = Piece(q, k, v, gates, segment, L, space)
-        y, inverse_den[x.here, : segment[2]], Cs, ns = x.forward(C, n)
-        put(h, segment, y)
+        num, weight, Cs, ns = x.forward(C, n)
+        put(h, segment, num, weight)
+        inverse_den[x.here, : segment[2]] = weight
         C, n = Cs[-1], ns[-1]
     m = gates.m.to(dtype, copy=True)
     rounded = (gates.m - finite(m).double()).exp().to(dtype)  # what rounding m loses goes into C and n
@@ -297,10 +310,10 @@ def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m:
     dC, dn = dC.flatten(0, 1) * rounded[:, None, None], dn.flatten(0, 1) * rounded[:, None]
     for j, segment in reversed(list(enumerate(segments(q, v, L)))):
         x, size = Piece(q, k, v, gates, segment, L, space), segment[2]
-        dh_piece = space.cut("dh", dh, segment)
-        grads, (dC, dn), of_tokens = x.backward(dh_piece, inverse_den[x.here, :size], kept_C[j], kept_n[j], dC, dn)
+        weight = inverse_den[x.here, :size]
+        grads, (dC, dn), of_tokens = x.backward(space.cut("dnum", dh, segment, weight), weight, kept_C[j], kept_n[j], dC, dn)
         for total, y in zip(totals, grads, strict=True):
-            put(total, segment, y)
+            put(total, segment, *y)
         for total, y in zip(per_token, of_tokens, strict=True):
             total[x.here, :size] = y
     di, df = gate_gradients(*per_token, f)

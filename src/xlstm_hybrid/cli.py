@@ -16,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
 )
+EXTRAS = {"trl": "train", "datasets": "train", "peft": "train", "matplotlib": "train"}
 RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe with the settings of the stage.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
 
@@ -163,6 +164,11 @@ def main():
         app()
     except XLSTMHybridError as error:
         Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{EXTRAS[error.name]}]'", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: finished stages are kept, start the same command again to go on")

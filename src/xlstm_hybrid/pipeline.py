@@ -45,6 +45,12 @@ def collate(rows):
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
+def load(checkpoint):
+    """`(model, tokenizer)`: float32 weights, in eval mode, on the GPU where there is one."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(checkpoint)
+
+
 # --- stages ----------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +92,7 @@ def align(student, out, recipe, overwrite=False):
     from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start = time.time()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), AutoTokenizer.from_pretrained(student)
+    model, tokenizer = load(student)
     held_out = packed_rows(tokenizer, recipe.data["mixture"], 16, recipe.data["sequence_length"], recipe.seed + HELD_OUT_SEED)
     batches = [{k: v for k, v in collate(held_out[j : j + 8]).items() if k != "labels"} for j in (0, 8)]
     before = measure_alignment(model, batches)
@@ -110,8 +116,8 @@ def distill(student, teacher, out, recipe, mixture, name, overwrite=False):
     from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
 
     start = time.time()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), AutoTokenizer.from_pretrained(student)
-    teacher_model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model, tokenizer = load(student)
+    teacher_model, _ = load(teacher)
     with tempfile.TemporaryDirectory() as work:
         trainer = SparseKDTrainer(
             model=model,
@@ -148,7 +154,7 @@ def finish(model, tokenizer, out, log, stage, parents, config, figures, start, o
 
 def evaluate(model_dir, recipe, progress=None):
     """Exact match (greedy, batched, through the cache) and perplexity of one checkpoint on every domain; plus perplexity of real text."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model_dir)
+    model, tokenizer = load(model_dir)
     settings, result = recipe.evaluate, {"exact_match": {}, "perplexity": {}, "samples": {}}
     for domain in tasks.DOMAINS:
         examples = tasks.test_examples(domain, settings["examples"])
@@ -167,16 +173,16 @@ def evaluate(model_dir, recipe, progress=None):
 @torch.no_grad()
 def mean_gates(model_dir, recipe):
     """Mean output gate per layer and head (1: mLSTM, 0: window) over held-out rows: [hybrid layers][heads]."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model_dir)
+    model, tokenizer = load(model_dir)
     rows = packed_rows(tokenizer, recipe.data["mixture"], 8, recipe.data["sequence_length"], recipe.seed + HELD_OUT_SEED)
-    batch = {k: v for k, v in collate(rows).items() if k != "labels"}
+    batch = {k: v.to(model.device) for k, v in collate(rows).items() if k != "labels"}
     return [gate.mean((0, 1)).tolist() for gate in model(**batch, use_cache=False, output_gates=True)["gates"]]
 
 
 def sample(model_dir, prompt):
     """A greedy continuation, as a user would ask for it."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    model, tokenizer = load(model_dir)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False)
     return {"prompt": prompt, "output": tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)}
 

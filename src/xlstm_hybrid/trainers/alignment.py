@@ -93,7 +93,7 @@ def measure_alignment(model, batches):
     """Relative error per hybrid layer over `batches` of model inputs; `{layer: error}`, in the order of the layers."""
     error, target = defaultdict(float), defaultdict(float)
     for batch in batches:
-        out = model(**batch, teacher_forced=True)
+        out = model(**{k: v.to(model.device) for k, v in batch.items()}, teacher_forced=True)
         for n, (e, t) in enumerate(zip(out.error.tolist(), out.target.tolist(), strict=True)):
             error[n] += e
             target[n] += t
