@@ -52,8 +52,8 @@ def test_alpha_star_is_the_smallest_tolerance_that_suffices(name):
 
 
 def test_the_tolerance_is_relative_and_inclusive():
-    result = win_and_tie({"a": 0.27, "b": 45.0}, {"a": 0.3, "b": 50.0}, [0.0999, 0.1])  # 1 - .27 / .3 is .1 and a rounding error
-    assert result.curve == [0, 1] and (result.wins, result.ties, result.losses) == (0, 0, 2)
+    result = win_and_tie({"a": 0.72, "b": 40.0}, {"a": 0.8, "b": 44.0}, [0.0999, 0.1])  # 1 - .72 / .8 is .1 and a rounding error
+    assert result.curve == [0.5, 1] and (result.wins, result.ties, result.losses) == (0, 0, 2)
     assert win_and_tie({"a": 0.1 + 0.2}, {"a": 0.3}).ties == win_and_tie({"a": 0.3}, {"a": 0.1 + 0.2}).ties == 1
 
 

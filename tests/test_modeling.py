@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
 from xlstm_hybrid.cache import HybridCacheLayer
@@ -183,6 +184,23 @@ def test_attention_implementations_agree(student):
     torch.testing.assert_close(outputs["sdpa"][:, 4:], outputs["eager"][:, 4:], atol=2e-5, rtol=1e-4)  # eager rounds its softmax to float32
 
 
+@torch.no_grad()
+def test_kernels_without_masks_get_the_positions_that_tell_documents_apart():
+    """Flash attention reads document starts from position_ids; a stand-in shows that the layers that would call it hand them on."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append(kwargs["position_ids"])
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register("stand_in", flash)
+    AttentionMaskInterface.register("stand_in", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    model = tiny_student(**MIXED)
+    model.config._attn_implementation = "stand_in"
+    model(token_ids(1, 36), use_cache=False, **PACKINGS["seq_idx"])
+    assert len(seen) == 2 and all(torch.equal(p, POSITIONS) for p in seen)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, ids = tiny_student().train(), token_ids(2, 20)
     gradients = []
@@ -233,7 +251,7 @@ def test_teacher_forcing_measures_the_distance_to_the_attention_that_was_replace
             layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x, key=(kind, n): before_o.__setitem__(key, x[0]))
     hidden = teacher(ids, use_cache=False, output_hidden_states=True).hidden_states
     for n, layer in enumerate(model.model.layers):
-        tokens, masks, rope = model.model.prepare(hidden[n], None, None, None)
+        tokens, masks, rope, _ = model.model.prepare(hidden[n], None, None, None)
         layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks)
         target = before_o["teacher", n]
         torch.testing.assert_close(out.error[n], ((before_o["hybrid", n] - target) ** 2).sum(), rtol=1e-5, atol=0)

@@ -241,8 +241,8 @@ class Piece:
         return num, inverse_den, Cs, ns
 
     def backward(self, dnum, inverse_den, C, n, dC, dn):
-        """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight or None, the gradient of the state
-        before, and what `gate_gradients` needs of each token."""
+        """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight or None, the gradient
+        of the state before, and what `gate_gradients` needs of each token."""
         space, pattern = self.space, self.pattern()
         Cs, ns = self.states(C, n)
         C, n = Cs[:-1].flatten(0, 1), ns[:-1].flatten(0, 1)
@@ -262,11 +262,9 @@ class Piece:
         later = space.matmul("later", self.v, dC.transpose(1, 2)).add_(dn[:, None])
         dv = space.matmul("dv", scores.transpose(1, 2), dnum).baddbmm_(self.k_write, dC)
         per_token = space.dot(own, self.k_intra), space.dot(later, self.k_write), through[..., None].expand_as(dden)
-        if self.same:
-            dk = later.add_(own), self.write
-        else:
-            dk = later.mul_(self.write).add_(own if self.intra is None else own.mul_(self.intra)), None
-        return ((dq, None), dk, (dv, None)), (dCs[0], dns[0]), per_token
+        if not self.same:
+            own, later = own if self.intra is None else own.mul_(self.intra), later.mul_(self.write)
+        return ((dq, None), (later.add_(own), self.write if self.same else None), (dv, None)), (dCs[0], dns[0]), per_token
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_streaming", mutates_args=())
@@ -358,8 +356,8 @@ def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
     dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
     C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, i, f, C, n))
-    rows = max(1, ENTRIES // (L * q.shape[2] * max(q.shape[3], v.shape[3])))  # of the batch at a time, for the cache's sake
-    parts = zip(*(x.split(rows) for x in (q, k, v, i, f, C, n, m.detach())), strict=True)
+    inputs, rows = (q, k, v, i, f, C, n, m.detach()), max(1, ENTRIES // (L * q.shape[2] * max(q.shape[3], v.shape[3])))
+    parts = [inputs] if rows >= len(q) else zip(*(x.split(rows) for x in inputs), strict=True)  # of the batch, for the cache's sake
     h, C, n, m = zip(*(streaming_forward(*part, L, keep)[:4] for part in parts), strict=True)
     join = (lambda x: x[0]) if len(h) == 1 else torch.cat
     return join(h), MLSTMState(join(C), join(n), join(m).detach())

@@ -160,7 +160,7 @@ def merge(experts, out, *, weights=None, method="linear", base=None, overwrite=F
         given = [Checkpoint(d, stack, w) for d, w in zip(experts, weights, strict=True)]
         start = Checkpoint(base, stack) if base is not None else None
         if wrong := mismatches(given, start):
-            raise MergeError(f"{len(wrong)} mismatches, merge checkpoints of one start and one shape only:\n  " + "\n  ".join(wrong))
+            raise MergeError(f"{len(wrong)} mismatches: {'; '.join(wrong)}. Merge checkpoints of one start and one shape only")
         check_space(out, sum(file.stat().st_size for file in given[0].files))
         with staged(out, overwrite=overwrite) as folder:
             ordered = sorted(given, key=lambda c: (c.weight, c.name, str(c.directory)))

@@ -157,14 +157,12 @@ class HybridAttention(nn.Module):
         query, key = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
         return query, key, raw[2].transpose(1, 2), raw
 
-    def attend(self, query, key, value, mask, sliding_window=None, **kwargs):
+    def attend(self, query, key, value, mask, sliding_window=None, implementation=None, **kwargs):
         """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
-        name = self.config._attn_implementation
-        if self.layer_type == "hybrid_sliding" and mask is not None and name not in ("eager", "sdpa"):
-            name = "sdpa"  # flash and flex kernels have no mask for window + sinks
-        if name == "eager" and mask is not None and mask.dtype == torch.bool:
+        implementation = implementation or self.config._attn_implementation
+        if implementation == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
 
@@ -187,7 +185,8 @@ class HybridAttention(nn.Module):
             where = {"window": self.sliding_window, "sinks": self.num_sink_tokens, "index": tokens.index, "document": tokens.document}
             window, weights = window_attention(q, k, v, **where, scale=self.scaling), None
         else:
-            window, weights = self.attend(query, key, value, mask)
+            dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
+            window, weights = self.attend(query, key, value, mask, implementation=dense)
         o = o[..., None]
         return (o * memory + (1 - o) * window).to(value.dtype), weights
 
@@ -204,7 +203,7 @@ class HybridAttention(nn.Module):
             h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
         return self.o_proj(h.flatten(-2)), weights
 
-    def teacher_forced(self, hidden_states, position_embeddings, tokens, masks, counted):
+    def teacher_forced(self, hidden_states, position_embeddings, tokens, masks, counted, position_ids=None):
         """The teacher's attention on these inputs, and how far the student's mixer is from it (METHOD 1.2).
 
         Only the mixer's own parameters receive gradients: layers stay independent.
@@ -216,7 +215,7 @@ class HybridAttention(nn.Module):
             projected = self.project(hidden_states, position_embeddings)
             teacher_type, window = self.config.teacher_layer_types[self.layer_idx], self.config.teacher_sliding_window
             teacher_window = window if teacher_type == "sliding_attention" else None
-            target, _ = self.attend(*projected[:3], masks["teacher", teacher_type], teacher_window)
+            target, _ = self.attend(*projected[:3], masks["teacher", teacher_type], teacher_window, position_ids=position_ids)
             output = self.o_proj(target.flatten(-2))
         dtype = torch.promote_types(target.dtype, torch.float32)
         if self.layer_type != "hybrid_sliding":
@@ -329,7 +328,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         self.post_init()
 
     def prepare(self, inputs_embeds, attention_mask, position_ids, past_key_values, teacher=False, **kwargs):
-        """`(tokens, masks, position_embeddings)` that the layers share; the last two are dicts over layer kinds."""
+        """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
@@ -368,7 +367,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             if kind in masks:
                 continue
             if kind[0] == "hybrid_sliding":
-                banded = not filled and config._attn_implementation == "sdpa" and not (self.training and config.attention_dropout)
+                banded = not filled and config._attn_implementation != "eager" and not (self.training and config.attention_dropout)
                 masks[kind] = None if banded and not torch.compiler.is_compiling() else tokens.visible(*kind[1:])[:, None]  # None: no T x T mask
                 if filled:
                     masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1)
@@ -376,7 +375,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 masks[kind] = attention_mask_of(config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared)
             else:
                 masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
-        return tokens, masks, {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()}
+        return tokens, masks, {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()}, position_ids
 
     @merge_with_config_defaults
     @capture_outputs
@@ -396,11 +395,10 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             past_key_values = adopt_cache(past_key_values, self.config)
-        tokens, masks, rope = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states, position_embeddings=rope[kind], tokens=tokens, masks=masks, past_key_values=past_key_values, **kwargs
-            )
+            where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
+            hidden_states = layer(hidden_states, **where, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
@@ -415,13 +413,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         """
         with torch.no_grad():
             hidden_states = self.embed_tokens(input_ids)
-            tokens, masks, rope = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
+            tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
         counted = tokens.real if counted is None else counted & tokens.real
         errors, targets = [], []
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
             with torch.no_grad():
                 x = layer.attention_input(hidden_states)
-            attention, error, target = layer.self_attn.teacher_forced(x, rope[kind], tokens, masks, counted)
+            attention, error, target = layer.self_attn.teacher_forced(x, rope[kind], tokens, masks, counted, position_ids)
             errors.append(error)
             targets.append(target)
             with torch.no_grad():
