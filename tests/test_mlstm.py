@@ -396,3 +396,10 @@ def test_the_streaming_operator_tells_the_compiler_the_truth():
     x, state = inputs(100), carried()
     args = [a.requires_grad_() for a in (*x, state.C, state.n)]
     torch.library.opcheck(torch.ops.xlstm_kernels.mlstm_streaming.default, (*args, state.m, 64, True))
+
+
+def test_training_goes_on_after_inference():
+    """Scratch memory outlives a call; what inference_mode made must not be in the way of a gradient."""
+    with torch.inference_mode():
+        run(("streaming", 64), inputs(37))
+    assert_same(everything(("streaming", 64), inputs(37), carried()), truth(37))

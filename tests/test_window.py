@@ -274,3 +274,11 @@ def test_the_banded_form_compiles_into_one_graph():
 def test_the_banded_operator_tells_the_compiler_the_truth():
     args = *(a.requires_grad_() for a in inputs(100)), 0.5, W, 4, None, None
     torch.library.opcheck(torch.ops.xlstm_kernels.window_banded.default, args)
+
+
+def test_training_goes_on_after_inference():
+    """Scratch memory outlives a call; what inference_mode made must not be in the way of a gradient."""
+    settings = {"window": W, "sinks": 4}
+    with torch.inference_mode():
+        window_attention(*inputs(ROWS + 1), **settings, backend="banded")
+    assert_same(everything("banded", inputs(ROWS + 1), **settings), everything("reference", inputs(ROWS + 1), **settings))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.reference import MLSTMState, calculation_dtype, finite, forget_gate, fresh_state
+from xlstm_kernels.scratch import space_of
 
 ENTRIES = 2**18  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
 SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
@@ -118,44 +119,15 @@ def segments(q, v, L):
     return whole + ([(T - T % L, 1, T % L)] if T % L else [])
 
 
-class Space:
-    """Scratch memory by name, the same for every segment: fresh memory costs several times a multiplication in page faults."""
-
-    def __init__(self, like):
-        self.like, self.buffers, self.mask = like, {}, None
-
-    def __call__(self, name, *shape):
-        size = torch.Size(shape).numel()
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = self.like.new_empty(size)
-        return self.buffers[name][:size].view(shape)
-
-    def causal(self, L):
-        """Ones on and below the diagonal [L, L]."""
-        if self.mask is None or len(self.mask) != L:
-            self.mask = self.like.new_ones(L, L).tril()
-        return self.mask
-
-    def product(self, name, x, y):
-        """x * y in the shape of x."""
-        return torch.mul(x, y, out=self(name, *x.shape))
-
-    def matmul(self, name, x, y):
-        return torch.bmm(x, y, out=self(name, len(x), x.shape[1], y.shape[2]))
-
-    def dot(self, x, y):
-        """<x, y> over the last dim, which is kept."""
-        return self.product("dot", x, y).sum(-1, keepdim=True)
-
-    def cut(self, name, x, segment, weight=None):
-        """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1]."""
-        x = chunks_of(x, segment)
-        y = self(name, *x.shape)
-        if weight is None:
-            y.copy_(x)
-        else:
-            torch.mul(x, weight.view(*x.shape[:-1], 1), out=y)
-        return y.flatten(0, 2)
+def cut(space, name, x, segment, weight=None):
+    """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1]."""
+    x = chunks_of(x, segment)
+    y = space(name, *x.shape)
+    if weight is None:
+        y.copy_(x)
+    else:
+        torch.mul(x, weight.view(*x.shape[:-1], 1), out=y)
+    return y.flatten(0, 2)
 
 
 def chunks_of(x, segment):
@@ -165,7 +137,7 @@ def chunks_of(x, segment):
 
 
 def put(x, segment, y, weight=None):
-    """Write y [n B H, L, K], times weight [n B H, L, 1], to where `Space.cut` takes it from."""
+    """Write y [n B H, L, K], times weight [n B H, L, 1], to where `cut` takes it from."""
     x = chunks_of(x, segment)
     if weight is None or x.dtype != y.dtype:
         x.copy_((y if weight is None else y.mul_(weight)).view(x.shape))
@@ -200,10 +172,10 @@ class Piece:
         self.write, self.carry = gates.write[self.here, :size], gates.carry[self.here, :size]
         self.intra = None if gates.intra is None else gates.intra[self.here, :size]
         self.same = self.intra is not None and gates.document is None  # a token weighs as much in its chunk as in the state after it
-        self.q, self.v = space.cut("q", q, segment), space.cut("v", v, segment)
+        self.q, self.v = cut(space, "q", q, segment), cut(space, "v", v, segment)
         self.q_carry = space.product("q_carry", self.q, self.carry)
-        self.k_write = space.cut("k_write", k, segment, self.write)
-        self.k_intra = self.k_write if self.same else space.cut("k_intra", k, segment, self.intra)
+        self.k_write = cut(space, "k_write", k, segment, self.write)
+        self.k_intra = self.k_write if self.same else cut(space, "k_intra", k, segment, self.intra)
 
     def pattern(self):
         """What the scores are multiplied with, [L, L] or [n B H, L, L]: the causal mask, and the weights that are not in k_intra."""
@@ -271,7 +243,7 @@ class Piece:
 def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool) -> list[Tensor]:
     """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, and the state before each segment."""
     (B, _, H, _), dtype = q.shape, C.dtype
-    gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), Space(C)
+    gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
     h, inverse_den = torch.empty_like(v, memory_format=torch.contiguous_format), torch.zeros_like(gates.write)
     C, n = C.flatten(0, 1), n.flatten(0, 1)
     kept_C, kept_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
@@ -302,14 +274,14 @@ def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m:
                        kept_n: Tensor, dh: Tensor, dC: Tensor, dn: Tensor, L: int) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v, i, f, C, n."""
     B, _, H, _ = q.shape
-    gates, space = chunk_gates(i, f, m, L, kept_C.dtype), Space(kept_C)
+    gates, space = chunk_gates(i, f, m, L, kept_C.dtype), space_of("mlstm", kept_C.dtype, q.device)
     totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     per_token = [torch.zeros_like(gates.write) for _ in range(3)]
     dC, dn = dC.flatten(0, 1) * rounded[:, None, None], dn.flatten(0, 1) * rounded[:, None]
     for j, segment in reversed(list(enumerate(segments(q, v, L)))):
         x, size = Piece(q, k, v, gates, segment, L, space), segment[2]
         weight = inverse_den[x.here, :size]
-        grads, (dC, dn), of_tokens = x.backward(space.cut("dnum", dh, segment, weight), weight, kept_C[j], kept_n[j], dC, dn)
+        grads, (dC, dn), of_tokens = x.backward(cut(space, "dnum", dh, segment, weight), weight, kept_C[j], kept_n[j], dC, dn)
         for total, y in zip(totals, grads, strict=True):
             put(total, segment, *y)
         for total, y in zip(per_token, of_tokens, strict=True):

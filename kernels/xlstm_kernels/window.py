@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xlstm_kernels.reference import calculation_dtype
+from xlstm_kernels.scratch import space_of
 
 ROWS = 64  # queries per block: a block reads W + ROWS keys where W are needed, but narrower matrices multiply more slowly
 SCORES = 2**20  # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
@@ -48,10 +49,10 @@ def visible(t, s, start, window, sinks):
     return (s <= t) & (s >= start) & ((t - s < window) | (s - start < sinks))
 
 
-def blocks(row, N, window, sinks, like):
+def blocks(row, N, window, sinks, dtype, device):
     """Cut the queries of a row into blocks. The oldest key in reach moves forward with the query: the first one's bounds the block."""
     known = {}  # most blocks look alike
-    position = torch.arange(N, device=like.device)
+    position = torch.arange(N, device=device)
     start = None if row.start is None else row.start.tolist()
     for begin in range(0, N, ROWS):
         end = min(begin + ROWS, N)
@@ -64,7 +65,7 @@ def blocks(row, N, window, sinks, like):
         if bias is None:
             s = torch.cat([position[first:sink_end], position[low:end]])
             begins = row.start[begin:end, None] if start else 0
-            bias = torch.zeros(end - begin, len(s), dtype=like.dtype, device=like.device)
+            bias = torch.zeros(end - begin, len(s), dtype=dtype, device=device)
             bias.masked_fill_(~visible(position[begin:end, None], s, begins, window, sinks), float("-inf"))
             if alike:
                 known[pattern] = bias, spans = bias, hidden_spans(bias)
@@ -82,18 +83,24 @@ def hidden_spans(bias):
 
 
 class Heads:
-    """One row's tensors seen as [G, R, N, K|V], in the dtype of the calculation block by block."""
+    """One row's tensor seen as [G, R, N, K|V]; blocks of it are copied into scratch memory in the dtype of the calculation."""
 
-    def __init__(self, x, groups, place, dtype):
+    def __init__(self, x, groups, place=None):
         x = x if place is None else x[place]
-        self.x, self.dtype = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3), dtype
+        self.x = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
-    def queries(self, lanes, block):
-        return self.x[lanes, :, block.begin : block.end].to(self.dtype).flatten(1, 2)  # [g, R rows, K]
+    def queries(self, lanes, block, space, name):
+        """[g, R rows, K|V]"""
+        x = self.x[lanes, :, block.begin : block.end]
+        return space(name, *x.shape).copy_(x).flatten(1, 2)
 
-    def keys(self, lanes, block):
-        x = self.x[lanes, 0]
-        return torch.cat([x[:, block.sink : block.sink_end], x[:, block.low : block.end]], 1).to(self.dtype)  # [g, S' + band, K|V]
+    def keys(self, lanes, block, space, name):
+        """[g, S' + band, K|V]"""
+        x, S = self.x[lanes, 0], block.sink_end - block.sink
+        y = space(name, x.shape[0], S + block.end - block.low, x.shape[2])
+        y[:, :S].copy_(x[:, block.sink : block.sink_end])
+        y[:, S:].copy_(x[:, block.low : block.end])
+        return y
 
     def add_to_keys(self, lanes, block, dx):
         x, S = self.x[lanes, 0], block.sink_end - block.sink
@@ -104,26 +111,12 @@ class Heads:
         self.x[lanes, :, block.begin : block.end] = y.unflatten(1, (self.x.shape[1], -1))
 
 
-class Scratch:
-    """Two buffers for scores, reused by every block: fresh memory would cost more in page faults than the softmax in time."""
-
-    def __init__(self, like):
-        self.buffers = [like.new_empty(0), like.new_empty(0)]
-
-    def __call__(self, which, *shape):
-        size = torch.Size(shape).numel()
-        if self.buffers[which].numel() < size:
-            self.buffers[which] = self.buffers[which].new_empty(size)
-        return self.buffers[which][:size].view(shape)
-
-
-def weights(q, k, block, scratch):
+def weights(q, k, block, space):
     """Attention weights of a block [g, R rows, S' + band]; q is scaled."""
-    g, rows, keys = q.shape[0], q.shape[1], k.shape[1]
-    scores = torch.bmm(q, k.transpose(1, 2), out=scratch(0, g, rows, keys))
+    scores = space.matmul("scores", q, k.transpose(1, 2))
     for span in block.spans:
         scores.unflatten(1, (-1, block.end - block.begin))[..., span].add_(block.bias[:, span])
-    return torch.softmax(scores, -1, out=scratch(1, g, rows, keys))
+    return torch.softmax(scores, -1, out=space("weights", *scores.shape))
 
 
 def lanes_of(block, groups, repeats):
@@ -137,16 +130,15 @@ def banded_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, s
     """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     h = v.new_empty(*q.shape[:3], v.shape[3])
-    like = q.new_empty(0, dtype=dtype)
-    scratch = Scratch(like)
+    space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
-        qs, ks, vs = (Heads(x[b], G, row.place, dtype) for x in (q, k, v))
+        qs, ks, vs = (Heads(x[b], G, row.place) for x in (q, k, v))
         out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
-        hs = Heads(out, G, None, dtype)
-        for block in blocks(row, len(out), window, sinks, like):
+        hs = Heads(out, G)
+        for block in blocks(row, len(out), window, sinks, dtype, q.device):
             for lanes in lanes_of(block, G, q.shape[2] // G):
-                p = weights(qs.queries(lanes, block) * scale, ks.keys(lanes, block), block, scratch)
-                hs.set_queries(lanes, block, p @ vs.keys(lanes, block))
+                p = weights(qs.queries(lanes, block, space, "q").mul_(scale), ks.keys(lanes, block, space, "k"), block, space)
+                hs.set_queries(lanes, block, space.matmul("h", p, vs.keys(lanes, block, space, "v")))
         if row.place is not None:
             h[b] = 0
             h[b, row.place] = out
@@ -164,15 +156,14 @@ def banded_backward(q: Tensor, k: Tensor, v: Tensor, dh: Tensor, scale: float, w
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     wanted = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    like = q.new_empty(0, dtype=dtype)
-    scratch, dscratch = Scratch(like), Scratch(like)
+    space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
-        tensors = [Heads(x[b], G, row.place, dtype) for x in (q, k, v, dh)]
+        tensors = [Heads(x[b], G, row.place) for x in (q, k, v, dh)]
         grads = [x[b] if row.place is None else torch.zeros_like(x[b, : len(row.place)]) for x in wanted]
-        views = [Heads(x, G, None, dtype) for x in grads]
-        for block in blocks(row, len(grads[0]), window, sinks, like):
+        views = [Heads(x, G) for x in grads]
+        for block in blocks(row, len(grads[0]), window, sinks, dtype, q.device):
             for lanes in lanes_of(block, G, q.shape[2] // G):
-                block_backward(tensors, views, lanes, block, scale, scratch, dscratch)
+                block_backward(tensors, views, lanes, block, scale, space)
         if row.place is not None:
             for x, compact in zip(wanted, grads, strict=True):
                 x[b, row.place] = compact
@@ -198,17 +189,16 @@ def differentiate(ctx, dh):
 banded_forward.register_autograd(differentiate, setup_context=save)
 
 
-def block_backward(tensors, grads, lanes, block, scale, scratch, dscratch):
+def block_backward(tensors, grads, lanes, block, scale, space):
     """Set the block's dq, add its share to dk and dv."""
-    (q, dh), (k, v) = (x.queries(lanes, block) for x in (tensors[0], tensors[3])), (x.keys(lanes, block) for x in tensors[1:3])
-    q = q * scale
-    p = weights(q, k, block, scratch)
-    grads[2].add_to_keys(lanes, block, p.transpose(1, 2) @ dh)
-    dp = torch.bmm(dh, v.transpose(1, 2), out=dscratch(0, *p.shape))
-    mean = torch.mul(p, dp, out=dscratch(1, *p.shape)).sum(-1, keepdim=True)
-    ds = dp.sub_(mean).mul_(p)
-    grads[0].set_queries(lanes, block, (ds @ k).mul_(scale))
-    grads[1].add_to_keys(lanes, block, ds.transpose(1, 2) @ q)
+    q, dh = tensors[0].queries(lanes, block, space, "q").mul_(scale), tensors[3].queries(lanes, block, space, "dh")
+    k, v = (x.keys(lanes, block, space, name) for x, name in zip(tensors[1:3], "kv", strict=True))
+    p = weights(q, k, block, space)
+    grads[2].add_to_keys(lanes, block, space.matmul("dkeys", p.transpose(1, 2), dh))
+    dp = space.matmul("dp", dh, v.transpose(1, 2))
+    ds = dp.sub_(space.dot(p, dp)).mul_(p)
+    grads[0].set_queries(lanes, block, space.matmul("dq", ds, k).mul_(scale))
+    grads[1].add_to_keys(lanes, block, space.matmul("dkeys", ds.transpose(1, 2), q))
 
 
 def window_banded(q, k, v, *, window, sinks, index, document, scale):

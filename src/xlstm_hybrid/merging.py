@@ -107,7 +107,7 @@ def check_weights(weights, count):
 
 
 def mismatches(experts, base=None):
-    """Every reason why checkpoints cannot be merged, one line each; all are compared with the first."""
+    """Every reason why checkpoints cannot be merged, one text each; all are compared with the first."""
     first, wrong = experts[0], []
     start = first.stages[:-1]
     for other in [*experts[1:], *([base] if base else [])]:

@@ -57,7 +57,7 @@ def score_rows(results, kind, show):
     recovery = ((results.get("win_and_tie") or {}).get(final(results)) or {}).get("recovery") if kind == "exact_match" else None
     domains = list(dict.fromkeys(domain for scores in columns.values() for domain in scores))
     head = ["domain", *columns, *(["recovery"] if recovery else [])]
-    return [head, *([d, *(show(scores.get(d)) for scores in columns.values()), *([percent(recovery.get(d))] if recovery else [])] for d in domains)]
+    return [head, *([d, *(show(scores.get(d)) for scores in columns.values()), *([show(recovery.get(d))] if recovery else [])] for d in domains)]
 
 
 def verdict_rows(results):
@@ -71,14 +71,17 @@ def verdict_rows(results):
 
 
 def table(results):
-    """A `rich` table for the terminal: domains down, teacher, student stages and the final student's recovery across; then C_0 and alpha*."""
+    """A `rich` table for the terminal, 80 columns wide: domains down, teacher, student stages and recovery across; then C_0 and alpha*."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    (head, *rows), last = score_rows(results, "exact_match", percent), final(results)
-    made = Table(title=Text(f"Exact match: {results.get('title', '')}"), title_justify="left")
+    head, *rows = score_rows(results, "exact_match", lambda share: percent(share).removesuffix(" %"))
+    title = Text(f"Exact match in %: {results.get('title', '')}")
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in head:
-        made.add_column(Text(column), justify="left" if column == "domain" else "right", style="bold" if column == last else None)
+        first = column == "domain"
+        made.add_column(Text(column), justify="left" if first else "right", no_wrap=first, style="bold" if column == final(results) else None)
     for row in rows:
         made.add_row(*map(Text, row))
     made.add_section()
@@ -193,27 +196,29 @@ def draw_before_and_after(axes, names, before, after):
 
 
 def draw_curves(axes, names, curve):
-    """One line per layer; on a logarithmic scale where the values span more than a factor of five."""
+    """One line per layer."""
     count, values = max(len(entry["error"]) for entry in curve), [v for entry in curve for v in entry["error"]]
     for n, colour in enumerate(ordered_colours(count)):
         points = [(entry["step"], entry["error"][n]) for entry in curve if n < len(entry["error"])]
         axes.plot(*zip(*points, strict=True), color=colour, label=names[n] if n < len(names) else str(n))
-    axes.set(xlabel="step", title="Alignment error in training")
-    if 0 < 5 * min(values) < max(values):
-        axes.set_yscale("log")
-        plain_log_ticks(axes)
-    else:
-        axes.set_ylim(0, None)
+    axes.set_title("Alignment error in training")
+    scale_steps(axes, values)
     axes.legend(title="layer", ncols=1 + (count - 1) // 8, fontsize=8)
 
 
-def plain_log_ticks(axes):
-    """Ticks at 1, 2 and 5 of each decade, written as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def scale_steps(axes, values):
+    """Whole steps across; up from zero, or logarithmic with plain numbers where positive values span more than a factor of five."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if 0 < 5 * min(values) < max(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, None)
 
 
 def draw_losses(results):
@@ -233,7 +238,8 @@ def draw_losses(results):
                 linestyle="-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
                 label=name if axes is panels[0] else None,
             )
-        axes.set(xlabel="step", title=titles[term], ylim=(0, None))
+        axes.set_title(titles[term])
+        scale_steps(axes, [e[term] for log in logs.values() for e in log if term in e])
     panels[0].set_ylabel("nats per token" if terms != ["loss"] else "loss")
     made.legend(loc="outside lower center", ncols=len(logs), title="expert")
     return made
