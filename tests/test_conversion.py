@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import xlstm_hybrid.teachers
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
-from xlstm_hybrid.conversion import INITS, Transfer, convert, empty_student, plan_shards
+from xlstm_hybrid.conversion import INITS, Transfer, convert, empty_student
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.families import student_config
+from xlstm_hybrid.weights import plan_shards
 
 GATES = ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import xlstm_hybrid.merging
+import xlstm_hybrid.weights
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, weight_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.merging import MERGES, linear, merge, task_arithmetic
@@ -312,7 +313,7 @@ def test_a_failure_between_shards_leaves_the_previous_result(experts, tmp_path, 
         written.append(path)
         save_file(weights, path, metadata)
 
-    monkeypatch.setattr(xlstm_hybrid.merging, "save_file", full)
+    monkeypatch.setattr(xlstm_hybrid.weights, "save_file", full)
     with pytest.raises(CheckpointWriteError, match="could not write out .No space left on device."):
         merge(experts, tmp_path / "out", weights=[1, 0, 0], overwrite=True, shard_bytes=1)
     assert len(written) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["experts", "out"]

@@ -3,7 +3,6 @@
 Everything is checked from configuration and headers before the first byte is written. Tensors stream: one output shard is in memory at a time.
 """
 import copy
-import json
 import math
 import re
 import time
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import initialization as init
 
 from xlstm_hybrid.artifacts import add_provenance, check_space, staged, write_manifest
@@ -20,6 +18,7 @@ from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacher
 from xlstm_hybrid.families import family_of, student_config
 from xlstm_hybrid.modeling import MLSTMMixer, XLSTMHybridForCausalLM
 from xlstm_hybrid.teachers import open_teacher
+from xlstm_hybrid.weights import SHARD_BYTES, write_weights
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INITS = {  # in words, what `_init_weights` does with each new parameter
@@ -31,7 +30,6 @@ INITS = {  # in words, what `_init_weights` does with each new parameter
     "ogate_weight": "zeros",
     "ogate_bias": "mlstm_output_gate_bias",
 }
-SHARD_BYTES = 4 * 2**30
 SHOWN = 3  # names per kind of mistake in an error
 
 
@@ -205,32 +203,6 @@ class Transfer:
         )
 
 
-def plan_shards(sizes, shard_bytes):
-    """Names in order, cut into shards of at most `shard_bytes` bytes, or of one tensor that is larger."""
-    shards, filled = [], shard_bytes
-    for name, size in sizes.items():
-        if filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def write_weights(transfer, directory, shard_bytes):
-    """Write `model.safetensors`, or shards with an index, in transformers' layout; one shard is in memory at a time."""
-    sizes = {name: transfer.bytes_of(name) for name in transfer.expected}
-    shards = plan_shards(sizes, shard_bytes)
-    files = [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: transfer.tensor(name) for name in names}, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = {"total_size": sum(sizes.values()), "total_parameters": sum(math.prod(shape) for shape in transfer.expected.values())}
-        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, overwrite=False,
             shard_bytes=SHARD_BYTES, **overrides):
     """Convert a teacher into a student directory that `AutoModelForCausalLM` loads, with tokenizer, chat template and generation config.
@@ -260,7 +232,7 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
         report = transfer.report()
         check_space(out, sum(transfer.bytes_of(name) for name in transfer.expected))
         with staged(out, overwrite=overwrite) as directory:
-            write_weights(transfer, directory, shard_bytes)
+            write_weights(directory, transfer.expected, lambda name: transfer.dtype_of(name).itemsize, transfer.tensor, shard_bytes)
             transfer.config.save_pretrained(directory)
             report.files = source.copy_files(directory)
             chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": report.layer_types,

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from xlstm_hybrid.artifacts import (
-    INDEX,
     MANIFEST,
-    SINGLE,
     add_provenance,
     check_space,
     contained,
@@ -25,14 +22,11 @@ from xlstm_hybrid.artifacts import (
     write_manifest,
 )
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
+from xlstm_hybrid.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, write_weights
 
-# Copied from the first expert: JSON and text only, no pickle and no code.
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-           "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json")
 NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache"}  # config keys in which experts may differ
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # per element, by safetensors' names
-SHARD_BYTES = 4 * 2**30
 
 
 def linear(experts, weights, base=None):
@@ -164,7 +158,9 @@ def merge(experts, out, *, weights=None, method="linear", base=None, overwrite=F
         check_space(out, sum(file.stat().st_size for file in given[0].files))
         with staged(out, overwrite=overwrite) as folder:
             ordered = sorted(given, key=lambda c: (c.weight, c.name, str(c.directory)))
-            write_weights(folder, given[0].headers, lambda name: merged(name, ordered, start, method), shard_bytes)
+            headers = given[0].headers
+            shapes = {name: shape for name, (_, shape) in headers.items()}
+            write_weights(folder, shapes, lambda name: BYTES[headers[name][0]], lambda name: merged(name, ordered, start, method), shard_bytes)
             carry(given[0], folder)
             record = {"method": method, "experts": [{"name": c.name, "weight": c.weight} for c in given]}
             record |= {"base": start.name} if start else {}
@@ -194,33 +190,10 @@ def carry(expert, folder):
     """Copy configuration and tokenizer files, without keys that name code or a path."""
     config = {key: value for key, value in expert.config.items() if key not in NOT_CARRIED}
     write_json(folder / "config.json", config)
-    for name in CARRIED:
+    for name in (GENERATION, *TOKENIZER_FILES):
         file = contained(expert.directory, name)
         if name == "tokenizer_config.json" and file.is_file():
             kept = {k: v for k, v in read_json(file, expert.name).items() if k not in NOT_CARRIED and not k.endswith("_file")}
             write_json(folder / name, kept)
         elif file.is_file():
             shutil.copyfile(file, folder / name)
-
-
-def write_weights(folder, headers, make, shard_bytes):
-    """Write tensors in the order of `headers` as `model.safetensors`, or as shards with an index; one shard is in memory at a time.
-
-    Args:
-        headers: name -> (dtype by safetensors' name, shape).
-        make: name -> tensor.
-    """
-    sizes = {name: math.prod(shape) * BYTES[dtype] for name, (dtype, shape) in headers.items()}
-    shards, filled = [], shard_bytes
-    for name, size in sizes.items():
-        if not shards or filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    files = [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: make(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

@@ -307,12 +307,9 @@ class Road:
         scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in judged.items()}
         teacher = scores.pop("teacher")
         log = json.loads((aligned / "training_log.json").read_text())
-        curve = [
-            {"step": e["step"], "error": [v for k, v in sorted(e.items()) if k.endswith("relative_error")]}
-            for e in log
-            if "layer_0/relative_error" in e
-        ]
         layers = next(s for s in read_provenance(aligned) if s["stage"] == "align")["figures"]["relative_error"]
+        keys = [f"layer_{layer['layer']}/relative_error" for layer in layers]
+        curve = [{"step": e["step"], "error": [e[k] for k in keys]} for e in log if keys[0] in e]
         losses = {name: [e for e in json.loads((d / "training_log.json").read_text()) if "loss" in e] for name, d in experts.items()}
         return {
             "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM",

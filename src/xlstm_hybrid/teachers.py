@@ -15,13 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from xlstm_hybrid.artifacts import weight_files
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.families import FAMILIES, family_of
+from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = (  # plain text and JSON: a student directory holds no pickles and no code
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-)
-GENERATION = "generation_config.json"
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
 
