@@ -22,7 +22,7 @@ from torch import Tensor
 from xlstm_kernels.reference import MLSTMState, calculation_dtype, finite, forget_gate, fresh_state
 from xlstm_kernels.scratch import space_of
 
-ENTRIES = 2**18  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
+ENTRIES = 2**17  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
 SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
 
 
@@ -37,14 +37,14 @@ class Gates(NamedTuple):
     m: log-scale after the last token [B H]
     """
 
-    intra: torch.Tensor | None
-    write: torch.Tensor
-    carry: torch.Tensor
-    decay: torch.Tensor
-    a: torch.Tensor
-    M: torch.Tensor
-    document: torch.Tensor | None
-    m: torch.Tensor
+    intra: Tensor | None
+    write: Tensor
+    carry: Tensor
+    decay: Tensor
+    a: Tensor
+    M: Tensor
+    document: Tensor | None
+    m: Tensor
 
 
 def into_chunks(x, L, fill):
@@ -137,7 +137,7 @@ def chunks_of(x, segment):
 
 
 def put(x, segment, y, weight=None):
-    """Write y [n B H, L, K], times weight [n B H, L, 1], to where `cut` takes it from."""
+    """Write y [n B H, L, K], times weight [n B H, L, 1], to where `cut` takes it from; y may be lost."""
     x = chunks_of(x, segment)
     if weight is None or x.dtype != y.dtype:
         x.copy_((y if weight is None else y.mul_(weight)).view(x.shape))

@@ -27,8 +27,8 @@ class Row(NamedTuple):
     """One row without its padding. place [N]: where the real tokens lie, None if all T are real; start [N]: where the document of
     each begins, counted in real tokens, None if the row is one document."""
 
-    place: torch.Tensor | None
-    start: torch.Tensor | None
+    place: Tensor | None
+    start: Tensor | None
 
 
 class Block(NamedTuple):
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     sink: int
     sink_end: int
     low: int
-    bias: torch.Tensor
+    bias: Tensor
     spans: list
 
 
