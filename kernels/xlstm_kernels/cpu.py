@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.reference import MLSTMState, calculation_dtype, finite, forget_gate, fresh_state
+from xlstm_kernels.reference import FORGET_ALL, MLSTMState, calculation_dtype, finite, fresh_state
 from xlstm_kernels.scratch import space_of
 
 ENTRIES = 2**17  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
@@ -30,9 +30,10 @@ class Gates(NamedTuple):
     """What the gates say about every chunk, before any key is looked at. Weights in the dtype of the calculation, exponents in float64.
 
     intra: weight of a token in the rows of its own chunk [N B H, L, 1], None if it differs too much from row to row (then a and M are used)
-    write, carry: weight of a token in the state after the chunk; of the state before the chunk in a row [N B H, L, 1]
-    decay: of the state before the chunk in the state after it [N, B H]
-    a, M: exponents of tokens and rows [N B H, L]
+    write: weight of a token in the state after the chunk [N B H, L, 1]
+    carry: weight of the state before the chunk in a row [N B H, L, 1], or [N B H, 1, 1] if it is the same in all
+    decay: weight of the state before the chunk in the state after it [N, B H]
+    a, M: exponents of tokens and rows [N B H, L], None if intra is there; M is finite
     document: number of the token's document within the chunk [N B H, L], None if no document starts anywhere
     m: log-scale after the last token [B H]
     """
@@ -41,8 +42,8 @@ class Gates(NamedTuple):
     write: Tensor
     carry: Tensor
     decay: Tensor
-    a: Tensor
-    M: Tensor
+    a: Tensor | None
+    M: Tensor | None
     document: Tensor | None
     m: Tensor
 
@@ -50,9 +51,9 @@ class Gates(NamedTuple):
 def into_chunks(x, L, fill):
     """[B, T, H] -> [N, B H, L], the last chunk filled up."""
     B, T, H = x.shape
-    N = -(-T // L)
-    x = F.pad(x.transpose(1, 2).reshape(B * H, T), (0, N * L - T), value=fill)
-    return x.view(B * H, N, L).transpose(0, 1)
+    x = x.transpose(1, 2).reshape(B * H, T)
+    x = F.pad(x, (0, -T % L), value=fill) if T % L else x
+    return x.unflatten(1, (-1, L)).transpose(0, 1).contiguous()
 
 
 def running_max(a, document):
@@ -80,35 +81,48 @@ def carried_scales(decay, peak, m):
 
 def chunk_gates(i, f, m, L, dtype):
     """Everything that depends on the gates alone: i, f [B, T, H], m [B, H] of the state carried in."""
-    logf, starts = forget_gate(f.double())
+    logf, starts = F.logsigmoid(f.double()), None
+    if (logf < FORGET_ALL).any():
+        starts = logf < FORGET_ALL
+        logf = logf.masked_fill(starts, 0.0)
     b = into_chunks(logf, L, 0.0).cumsum(-1)
-    a = into_chunks(i.double(), L, float("-inf")) - b
-    document = into_chunks(starts.to(torch.int32), L, 0).cumsum(-1) if starts.any() else None
-    own = running_max(a, document)
-    untouched = torch.ones_like(a, dtype=torch.bool) if document is None else document == 0  # no document has started in the chunk yet
-    gone = ~untouched[..., -1]
-    m = carried_scales(b[..., -1].masked_fill(gone, float("-inf")), b[..., -1] + own[..., -1], m.double().flatten())
-    m_in = m[:-1, :, None].masked_fill(~untouched, float("-inf"))
-    M = torch.maximum(own, m_in)
-
+    a = into_chunks(i.double(), L, float("-inf")) - b  # [N, B H, L]
+    document = None if starts is None else into_chunks(starts.to(torch.int32), L, 0).cumsum(-1)
+    own, decay = running_max(a, document), b[..., -1]
+    if document is not None:
+        decay = decay.masked_fill(document[..., -1] > 0, float("-inf"))
+    m = carried_scales(decay, b[..., -1] + own[..., -1], m.double().flatten())
+    m_in = m[:-1, :, None]
     if document is None:
+        M = torch.maximum(own, m_in)
         R = M[..., -1:]
-    else:  # M at the last token of the document in the chunk
-        last = torch.searchsorted(document.contiguous(), document.contiguous(), right=True) - 1
-        R = M.gather(-1, last)
-    alike = (R - M).nan_to_num(0.0, posinf=0.0).max() <= SPREAD  # inf: nothing has been written yet, there is no weight to lose
-    frame = R if alike else M
-    intra = (a - finite(R)).exp().to(dtype) if alike else None
-    survives = None if document is None else document == document[..., -1:]
-    if alike:
-        write = intra if document is None else intra * survives
     else:
-        write = a - finite(M[..., -1:])
-        write = (write if document is None else write.masked_fill(~survives, float("-inf"))).exp().to(dtype)
-    carry = (m_in - finite(frame)).exp().to(dtype)
-    columns = [None if x is None else x.flatten(0, 1)[..., None] for x in (intra, write, carry)]
-    document = None if document is None else document.flatten(0, 1)
-    return Gates(*columns, carry[..., -1], a.flatten(0, 1), M.flatten(0, 1), document, m[-1])
+        m_in = m_in.masked_fill(document > 0, float("-inf"))
+        M = torch.maximum(own, m_in)
+        R = M.gather(-1, torch.searchsorted(document, document, right=True) - 1)  # M at the last token of the document in the chunk
+    if (R - M).nan_to_num_(0.0, posinf=0.0).max() <= SPREAD:  # inf: nothing has been written yet, there is no weight to lose
+        return alike(a, R, m_in, document, m[-1], dtype)
+    return different(a, M, m_in, document, m[-1], dtype)
+
+
+def alike(a, R, m_in, document, m, dtype):
+    """The gates of chunks whose tokens weigh the same in every row, but for a factor of the row."""
+    R = finite(R)
+    intra, carry = (a - R).exp().to(dtype), (m_in - R).exp().to(dtype)
+    write = intra if document is None else intra * (document == document[..., -1:])
+    intra, write, carry = (x.flatten(0, 1)[..., None] for x in (intra, write, carry))
+    return Gates(intra, write, carry, carry[:, -1, 0].view(a.shape[:2]), None, None, None if document is None else document.flatten(0, 1), m)
+
+
+def different(a, M, m_in, document, m, dtype):
+    """The gates of chunks whose tokens need a weight for every row."""
+    M = finite(M)
+    write, carry = a - M[..., -1:], (m_in - M).exp().to(dtype)
+    if document is not None:
+        write = write.masked_fill(document != document[..., -1:], float("-inf"))
+        document = document.flatten(0, 1)
+    write, carry = (x.flatten(0, 1)[..., None] for x in (write.exp().to(dtype), carry))
+    return Gates(None, write, carry, carry[:, -1, 0].view(a.shape[:2]), a.flatten(0, 1), M.flatten(0, 1), document, m)
 
 
 def segments(q, v, L):
@@ -188,7 +202,7 @@ class Piece:
         if g.intra is not None:
             return causal if same is None else torch.mul(causal, same, out=self.space("pattern", *same.shape))
         hidden = causal == 0 if same is None else (causal == 0) | ~same
-        a, M = g.a[self.here, :size], finite(g.M[self.here, :size])
+        a, M = g.a[self.here, :size], g.M[self.here, :size]
         return (a[:, None, :] - M[:, :, None]).masked_fill_(hidden, float("-inf")).to(self.q.dtype).exp_()
 
     def states(self, C, n):
@@ -319,8 +333,8 @@ def gate_gradients(own, later, through, f):
     after = own.flip(-1).double().cumsum(-1).flip(-1)  # of the tokens from t on, in rows not before them
     before = later.double().cumsum(-1) - later
     tokens = [x.transpose(0, 1).reshape(B, H, -1)[..., :T].transpose(1, 2) for x in (own + later, before - after + through)]
-    starts = forget_gate(f)[1]
-    return tokens[0], (tokens[1] * torch.sigmoid(-f.double())).masked_fill(starts, 0.0)
+    f = f.double()
+    return tokens[0], (tokens[1] * torch.sigmoid(-f)).masked_fill_(F.logsigmoid(f) < FORGET_ALL, 0.0)
 
 
 def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
