@@ -99,7 +99,7 @@ def test_every_stage_is_told_in_order_with_settings_and_figures(tmp_path):
     assert "| layer_types | 3 × hybrid_sliding, full_attention |" in text and "| learning_rate | 0.01 |" in text and "| mixture.text | 0.25 |" in text
     assert "relative_error:\n\n| layer | before | after |\n| :-- | --: | --: |\n| 0 | 0.5 | 0.0625 |\n| 1 | 0.25 | 0.125 |" in text
     assert "experts:\n\n| name | weight |\n| :-- | --: |\n| math | 0.6 |\n| code | 0.4 |" in text
-    assert re.search(r"Made with python [\d.]+, torch \S+ transformers \S+ convert, align, distill:math, merge, evaluate\.", text)
+    assert re.search(r"Made with python [\d.]+, torch \S+, transformers [^:]+: convert, align, distill:math, merge, evaluate\.", text)
 
 
 def test_the_limits_name_what_was_lost_and_what_was_not_measured(tmp_path):
