@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
-from xlstm_kernels import MLSTMState
+from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
 
 from xlstm_hybrid.errors import CacheError
 
@@ -74,7 +74,7 @@ class HybridCacheLayer(CacheLayerMixin):
     """mLSTM state and [sinks | ring] of one hybrid layer.
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
-    slot_index: [B, S + W] index of the token in each slot, -1 where empty.  count: [B] real tokens of the present document.
+    count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
     """
 
     is_compileable = False
@@ -85,7 +85,7 @@ class HybridCacheLayer(CacheLayerMixin):
     def __init__(self, sliding_window, num_sink_tokens=0, **kwargs):
         super().__init__()
         self.sliding_window, self.num_sink_tokens = sliding_window, num_sink_tokens
-        self.state, self.slot_index, self.count, self.seen_tokens = None, None, None, 0
+        self.state, self.count, self.seen_tokens = None, None, 0
 
     def lazy_initialization(self, key_states, value_states):
         B, G = key_states.shape[:2]
@@ -93,18 +93,49 @@ class HybridCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
         self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
-        self.slot_index = torch.full((B, slots), -1, dtype=torch.long, device=self.device)
         self.count = torch.zeros(B, dtype=torch.long, device=self.device)
         self.is_initialized = True
+
+    @property
+    def slot_index(self):
+        """[B, S + W] index of the token in each slot, -1 where empty."""
+        return self.index_of_slots(self.count[:, None])
+
+    def index_of_slots(self, count):
+        """The same for a row that holds `count` [B, 1] tokens."""
+        S, W, last = self.num_sink_tokens, self.sliding_window, count - 1
+        slot = torch.arange(S + W, device=count.device)[None]
+        held = torch.where(slot < S, slot, last - (last - (slot - S)) % W)
+        return torch.where((held > last) | (held < 0), -1, held)
 
     def visible(self, tokens):
         """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its ring slot while
         it is inside the window and from its sink slot afterwards, never from both."""
-        distance = tokens.index[:, :, None] - self.slot_index[:, None]
+        slot_index = self.slot_index
+        distance = tokens.index[:, :, None] - slot_index[:, None]
         inside = distance < self.sliding_window
-        sink = torch.arange(self.slot_index.shape[1], device=distance.device) < self.num_sink_tokens
-        held = (self.slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
+        sink = torch.arange(slot_index.shape[1], device=distance.device) < self.num_sink_tokens
+        held = (slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
         return (held & (inside != sink)) | ~tokens.real[:, :, None]
+
+    def step(self, query, key, value, features, gates, tokens, scale):
+        """One token, in place: nothing is allocated that depends on the window or the context.
+
+        Args:
+            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H].
+        Returns:
+            h [B, 1, H, V].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if self.state is None:
+            self.state = fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32))
+        index = tokens.index[:, 0]
+        h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, sinks=self.num_sink_tokens, scale=scale)
+        self.count = torch.where(index < 0, self.count, index + 1)
+        self.seen_tokens += 1
+        return h
 
     def update(self, key_states, value_states, tokens, **kwargs):
         """Put T new tokens into the slots; padding writes nothing, a document start empties them.
@@ -114,23 +145,20 @@ class HybridCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        T, S, W = key_states.shape[2], self.num_sink_tokens, self.sliding_window
+        T = key_states.shape[2]
         self.seen_tokens += T
         document, restarted = tokens.document[:, -1:], tokens.start.any(-1, keepdim=True)
         inside = tokens.real & (tokens.document == document)
         kept = torch.where(restarted, 0, self.count[:, None])  # tokens of the present document that came before this call
         count = torch.where(inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, kept)
-        slot = torch.arange(S + W, device=key_states.device)[None]
-        last = count - 1
-        wanted = torch.where(slot < S, slot, last - (last - (slot - S)) % W)  # index that each slot holds from now on
-        wanted = torch.where((wanted > last) | (wanted < 0), -1, wanted)
+        wanted = self.index_of_slots(count)  # index that each slot holds from now on
         new = wanted >= kept
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
         self.keys = _pick(key_states, source, new, self.keys)
         self.values = _pick(value_states, source, new, self.values)
-        self.slot_index, self.count = wanted, count[:, 0]
+        self.count = count[:, 0]
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length):
@@ -146,7 +174,7 @@ class HybridCacheLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = MLSTMState(*(change(x) for x in self.state))
         if self.is_initialized:
-            self.keys, self.values, self.slot_index, self.count = (change(x) for x in (self.keys, self.values, self.slot_index, self.count))
+            self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
 
     def offload(self):
         self._tensors(lambda x: x.to("cpu", non_blocking=True))
@@ -155,7 +183,7 @@ class HybridCacheLayer(CacheLayerMixin):
         self._tensors(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self):
-        self.keys = self.values = self.state = self.slot_index = self.count = None
+        self.keys = self.values = self.state = self.count = None
         self.is_initialized, self.seen_tokens = False, 0
 
     def reorder_cache(self, beam_idx):

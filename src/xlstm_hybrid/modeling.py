@@ -6,6 +6,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -104,21 +105,24 @@ class MLSTMMixer(nn.Module):
         """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], float32 at least (Hedgehog, applied after RoPE)."""
         return torch.softmax(x @ feature_map, -1, dtype=torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
 
-    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None):
+    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None):
         """Mix-ready output of the mLSTM.
 
         Args:
             query, key, value: after QK-norm and RoPE, heads repeated, [B, H, T, K | V].
             tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
             state: MLSTMState of the tokens before, or None.
+            step: `HybridCacheLayer.step` for one token, which mixes the branches and keeps the state.
         Returns:
-            `(h [B, T, H, V], o [B, T, H], MLSTMState)`.
+            `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None.
         """
         i, f, o = self.gates(hidden_states, qkv)
         real, start = tokens.real[..., None], tokens.start[..., None]
         i = torch.where(real, i, float("-inf"))
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
         q, k = self.features(query, self.q_map), self.features(key, self.k_map)
+        if step is not None:
+            return step(features=(q, k), gates=(i, f, o)), o, None
         h, state = mlstm(q, k, value.transpose(1, 2), i, f, state=state, chunk_size=self.config.mlstm_chunk_size)
         return h, o, state
 
@@ -171,11 +175,13 @@ class HybridAttention(nn.Module):
         query, key, value, (q, k, v) = projected
         n = self.num_key_value_groups
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
-        memory, o, state = self.mlstm(
-            hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens, None if cache is None else cache.state
-        )
+        inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
+        held = cache is not None and cache.is_initialized and (cache.keys, cache.values)
+        if held and mask is None:  # one token after a filled cache, see `prepare`
+            h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
+            return h.to(value.dtype), None
+        memory, o, state = self.mlstm(*inputs, None if cache is None else cache.state)
         if cache is not None:
-            held = cache.is_initialized and (cache.keys, cache.values)
             cache.update(key, value, tokens)
             cache.state = state
             if held:
@@ -367,10 +373,12 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             if kind in masks:
                 continue
             if kind[0] == "hybrid_sliding":
-                banded = not filled and config._attn_implementation != "eager" and not (self.training and config.attention_dropout)
-                masks[kind] = None if banded and not torch.compiler.is_compiling() else tokens.visible(*kind[1:])[:, None]  # None: no T x T mask
-                if filled:
-                    masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1)
+                dense = config._attn_implementation == "eager" or (self.training and config.attention_dropout)
+                step = T == 1 and not torch.is_grad_enabled()
+                masks[kind] = None  # no T x T mask: banded attention from an empty cache, a step from a filled one
+                if dense or (filled and not step):
+                    masks[kind] = tokens.visible(*kind[1:])[:, None]
+                    masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1) if filled else masks[kind]
             elif kind[0] == "teacher":
                 masks[kind] = attention_mask_of(config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared)
             else:

@@ -1,0 +1,143 @@
+"""Compile every Triton kernel for a GPU that is not there, and say what each entry of the tile tables costs on it.
+
+    python kernels/aot.py --chips 90                 every entry for sm_90
+    python kernels/aot.py --chips 80,100 --one       one entry per kernel
+    python kernels/aot.py --chips 90 --json -        the same as JSON on standard output
+
+An entry fails if it spills registers (STACK > 0), wants more shared memory than the chip has, or multiplies half-precision matrices
+without tensor cores. Exit code 1 if any does.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from xlstm_kernels.gpu.launch import SHARED, recording
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
+            torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
+MODULES = ("mlstm", "window", "decode", "head_loss")
+TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma|mma\.sync", 100: r"tcgen05|wgmma|mma\.sync"}
+
+
+def cases(module):
+    """[(name, function)]: each function calls the module's wrappers on meta tensors of one head dim and dtype, forward and backward."""
+    return importlib.import_module(f"xlstm_kernels.gpu.{module}").aot_cases()
+
+
+def described(launch):
+    """(signature, constants, attributes) as triton's compiler wants them, specialised as at a real start."""
+    signature, constants, attributes, args = {}, {}, {}, iter(launch.args)
+    for j, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constants:
+            signature[name], constants[j,] = "constexpr", launch.constants[name]
+            continue
+        value = next(args)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[name], constants[j,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[j,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i64" if value >= 2**31 else "i32"
+            if value % 16 == 0:
+                attributes[j,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    assert next(args, None) is None, f"{launch.kernel.__name__}: more arguments than parameters"
+    return signature, constants, attributes
+
+
+def key_of(launch):
+    signature, constants, attributes = described(launch)
+    return launch.kernel.__name__, repr((signature, constants, attributes, launch.tile))
+
+
+def compiled(launch, capability):
+    """What one kernel needs on a chip: registers, bytes of stack and shared memory, and whether it uses tensor cores."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = described(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages, "enable_fp_fusion": True}
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx, usage = result.asm["ptx"], resources(result.asm["cubin"])
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "shared": result.metadata.shared,
+            "tensor_cores": bool(re.search(TENSOR_CORES[capability], ptx)), "wgmma": "wgmma" in ptx,
+            "dots": "tt.dot" in result.asm["ttir"]}  # fmt: skip
+
+
+def resources(cubin):
+    import triton.backends.nvidia as nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return dict(re.findall(r"(REG|STACK):(\d+)", text))
+
+
+def launches_of(module, name, capability, one):
+    """The distinct starts of a case; with `one`, the first of each kernel."""
+    with recording(capability) as launches:
+        dict(cases(module))[name]()
+    found = {}
+    for launch in launches:
+        found.setdefault(launch.kernel.__name__ if one else key_of(launch), launch)
+    return list(found.values())
+
+
+def examine(job):
+    """Rows of one case on one chip."""
+    module, name, capability, one = job
+    rows = []
+    for launch in launches_of(module, name, capability, one):
+        row = {"module": module, "case": name, "kernel": launch.kernel.__name__, "chip": capability, **launch.tile._asdict()}
+        row |= compiled(launch, capability)
+        half = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
+        red = [f"STACK {row['stack']}"] if row["stack"] else []
+        red += [f"shared {row['shared']} of {SHARED[capability] * 1024}"] if row["shared"] > SHARED[capability] * 1024 else []
+        red += ["no tensor cores"] if half and row["dots"] and not row["tensor_cores"] else []
+        rows.append(row | {"red": red})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", default="90", help="compute capabilities, such as 80,90,100")
+    parser.add_argument("--modules", default=",".join(MODULES))
+    parser.add_argument("--one", action="store_true", help="the first case of each module only, one entry per kernel")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--json", help="file, or - for standard output")
+    args = parser.parse_args()
+    jobs = []
+    for module in args.modules.split(","):
+        names = [name for name, _ in cases(module)]
+        jobs += [(module, name, int(c), args.one) for c in args.chips.split(",") for name in (names[:1] if args.one else names)]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        rows = [row for found in pool.map(examine, jobs) for row in found]
+    out = sys.stderr if args.json == "-" else sys.stdout
+    for r in rows:
+        verdict = "RED  " + ", ".join(r["red"]) if r["red"] else "ok"
+        print(f"sm_{r['chip']:<4} {r['module']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44} warps {r['num_warps']} stages {r['num_stages']} "
+              f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {'wgmma' if r['wgmma'] else 'mma' if r['tensor_cores'] else '-':5} {verdict}",
+              file=out)  # fmt: skip
+    if args.json:
+        text = json.dumps(rows, indent=1)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+    sys.exit(any(r["red"] for r in rows))
+
+
+if __name__ == "__main__":
+    main()
