@@ -104,7 +104,8 @@ def test_the_model_decodes_in_place_and_as_with_gradients_enabled():
     mask = torch.ones_like(ids)
     mask[1, :5] = 0  # left padding in one row
     mask[0, 17] = 0  # and a token in the middle that is not there
-    caches = [student(ids[:, :11], attention_mask=mask[:, :11], past_key_values=DynamicCache(config=student.config)).past_key_values for _ in range(2)]
+    begin = {"input_ids": ids[:, :11], "attention_mask": mask[:, :11]}
+    caches = [student(**begin, past_key_values=DynamicCache(config=student.config)).past_key_values for _ in range(2)]
     addresses = [caches[0].layers[0].keys.data_ptr(), caches[0].layers[0].state.C.data_ptr()]
     for t in range(11, 30):
         now = {"attention_mask": mask[:, : t + 1]}

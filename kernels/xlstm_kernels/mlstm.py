@@ -7,8 +7,6 @@ from xlstm_kernels.reference import MLSTMState, mlstm_chunkwise, mlstm_parallel,
 
 BACKENDS = {"recurrent": mlstm_recurrent, "chunkwise": mlstm_chunkwise, "parallel": mlstm_parallel, "streaming": mlstm_streaming}
 
-FEW = 128  # tokens up to which the streaming form's bookkeeping costs more than it saves
-
 
 def expect(name, x, **dims):
     """Raise ValueError unless x has the sizes `dims` and a floating dtype."""
@@ -48,8 +46,7 @@ def choose_backend(q):
     """What "auto" runs: the form with the least work for this device and length."""
     if q.is_cuda and "triton" in BACKENDS:
         return "triton"
-    T = q.shape[1]
-    return "recurrent" if T == 1 else "chunkwise" if T <= FEW else "streaming"
+    return "recurrent" if q.shape[1] == 1 else "streaming"
 
 
 def mlstm(q, k, v, i, f, *, state=None, chunk_size=64, backend="auto"):

@@ -9,6 +9,7 @@ Distances count real tokens: padding is taken out first, so that a row becomes d
 are one band and, before it, the sinks of the block's first document; both are slices, wherever the padding was.
 """
 
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from xlstm_kernels.reference import calculation_dtype
 from xlstm_kernels.scratch import space_of
 
-ROWS = 64  # queries per block: a block reads W + ROWS keys where W are needed, but narrower matrices multiply more slowly
+ROWS = {"forward": 128, "backward": 64}  # queries per block: a block reads W + rows keys where W are needed, but narrower matrices multiply more slowly
+SHORT = 256  # tokens up to which one call of causal attention is cheaper than blocks
+KEPT = 2**22  # entries of keys up to which their copy is scratch memory that is kept
 SCORES = 2**20  # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
 
 
@@ -49,27 +52,30 @@ def visible(t, s, start, window, sinks):
     return (s <= t) & (s >= start) & ((t - s < window) | (s - start < sinks))
 
 
-def blocks(row, N, window, sinks, dtype, device):
+def blocks(row, N, rows, window, sinks, dtype, device):
     """Cut the queries of a row into blocks. The oldest key in reach moves forward with the query: the first one's bounds the block."""
-    known = {}  # most blocks look alike
-    position = torch.arange(N, device=device)
     start = None if row.start is None else row.start.tolist()
-    for begin in range(0, N, ROWS):
-        end = min(begin + ROWS, N)
+    for begin in range(0, N, rows):
+        end = min(begin + rows, N)
         first = start[begin] if start else 0
         low = max(first, begin - window + 1)
         sink_end = min(first + sinks, low)
-        pattern = (min(low - first, sinks), begin - low, end - low)
-        alike = not start or start[end - 1] == first
-        bias, spans = known.get(pattern, (None, None)) if alike else (None, [slice(None)])
-        if bias is None:
-            s = torch.cat([position[first:sink_end], position[low:end]])
-            begins = row.start[begin:end, None] if start else 0
-            bias = torch.zeros(end - begin, len(s), dtype=dtype, device=device)
-            bias.masked_fill_(~visible(position[begin:end, None], s, begins, window, sinks), float("-inf"))
-            if alike:
-                known[pattern] = bias, spans = bias, hidden_spans(bias)
+        bias, spans = usual_bias(begin - low, end - low, sink_end - first, window, sinks, dtype, device)
+        if start and start[end - 1] != first:  # documents begin inside
+            begins, t, s = row.start[begin:end, None], torch.arange(begin, end, device=device)[:, None], torch.arange(low, end, device=device)
+            unseen = torch.cat([(begins > first).expand(-1, sink_end - first), ~visible(t, s, begins, window, sinks)], 1)
+            bias, spans = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf")), [slice(None)]
         yield Block(begin, end, first, sink_end, low, bias, spans)
+
+
+@lru_cache(maxsize=64)
+def usual_bias(begin, end, lead, window, sinks, dtype, device):
+    """Bias of a block within one document, and its spans: queries [begin, end) and keys [0, end) counted from the band's first key, after
+    `lead` sinks. A band that begins less than S tokens into the document begins with its last S - lead sinks."""
+    t, s = torch.arange(begin, end, device=device)[:, None], torch.arange(-lead, end, device=device)
+    unseen = ~visible(t, s, -lead, window, sinks) & (s >= 0)
+    bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
+    return bias, hidden_spans(bias)
 
 
 def hidden_spans(bias):
@@ -83,32 +89,69 @@ def hidden_spans(bias):
 
 
 class Heads:
-    """One row's tensor seen as [G, R, N, K|V]; blocks of it are copied into scratch memory in the dtype of the calculation."""
+    """Queries of one row without its padding, x [T, H, K|V], seen as [G, R, N, K|V]; blocks of it are copied into scratch memory."""
 
     def __init__(self, x, groups, place=None):
         x = x if place is None else x[place]
         self.x = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
-    def queries(self, lanes, block, space, name):
-        """[g, R rows, K|V]"""
+    def load(self, lanes, block, space, name, scale=1.0):
+        """[g, R rows, K|V] in the dtype of the calculation"""
         x = self.x[lanes, :, block.begin : block.end]
-        return space(name, *x.shape).copy_(x).flatten(1, 2)
+        y = space(name, *x.shape)
+        return (torch.mul(x, scale, out=y) if x.dtype == y.dtype else y.copy_(x).mul_(scale)).flatten(1, 2)
 
-    def keys(self, lanes, block, space, name):
-        """[g, S' + band, K|V]"""
-        x, S = self.x[lanes, 0], block.sink_end - block.sink
-        y = space(name, x.shape[0], S + block.end - block.low, x.shape[2])
-        y[:, :S].copy_(x[:, block.sink : block.sink_end])
-        y[:, S:].copy_(x[:, block.low : block.end])
-        return y
-
-    def add_to_keys(self, lanes, block, dx):
-        x, S = self.x[lanes, 0], block.sink_end - block.sink
-        x[:, block.sink : block.sink_end] += dx[:, :S]
-        x[:, block.low : block.end] += dx[:, S:]
-
-    def set_queries(self, lanes, block, y):
+    def store(self, lanes, block, y):
         self.x[lanes, :, block.begin : block.end] = y.unflatten(1, (self.x.shape[1], -1))
+
+
+class Keys:
+    """Keys or values of one row without its padding, x [T, G, K|V], copied to [G, N, K|V].
+
+    A block's sinks are laid over the tokens just before its band: no later block reads those, and sinks and band become one slice.
+    """
+
+    def __init__(self, x, place, space, name):
+        self.x = x if place is None else x[place]
+        N, G, K = self.x.shape
+        self.band = (space(name, G, N, K) if self.x.numel() <= KEPT else torch.empty(G, N, K, **space.options)).copy_(self.x.transpose(0, 1))
+
+    def load(self, lanes, block):
+        """[g, S' + band, K|V]"""
+        S = block.sink_end - block.sink
+        if S:
+            self.band[lanes, block.low - S : block.low] = self.x[block.sink : block.sink_end, lanes].transpose(0, 1)
+        return self.band[lanes, block.low - S : block.end]
+
+
+class KeyGradients:
+    """Sums of what the blocks say about keys or values, [G, N, K|V]. The sinks' share waits in `shared` while it is not added to."""
+
+    def __init__(self, keys, sinks):
+        self.total, self.sink = torch.zeros_like(keys.band), 0
+        self.shared = keys.band.new_zeros(len(keys.band), sinks, keys.band.shape[2])
+
+    def add(self, lanes, block, x, y):
+        """Add x^T y [g, S' + band, K|V]."""
+        if block.sink != self.sink:
+            self.settle(block.sink)
+        S = block.sink_end - block.sink
+        if S:
+            laid, shared = self.total[lanes, block.low - S : block.low], self.shared[lanes, :S]
+            finished = laid.clone()
+            laid.copy_(shared)
+        self.total[lanes, block.low - S : block.end].baddbmm_(x.transpose(1, 2), y)
+        if S:
+            shared.copy_(laid)
+            laid.copy_(finished)
+
+    def settle(self, sink=None):
+        """Add the sinks' share to their tokens, and go on to the document that begins at `sink`."""
+        here = self.total[:, self.sink : self.sink + self.shared.shape[1]]
+        here += self.shared[:, : here.shape[1]]  # of what lies beyond a short document nothing was added
+        self.shared.zero_()
+        self.sink = sink
+        return self.total.transpose(0, 1)
 
 
 def weights(q, k, block, space):
@@ -125,90 +168,95 @@ def lanes_of(block, groups, repeats):
     return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
 
 
-@torch.library.custom_op("xlstm_kernels::window_banded", mutates_args=())
 def banded_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, index: Tensor | None, document: Tensor | None) -> Tensor:
     """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
-    dtype, G = calculation_dtype(q, k, v), k.shape[2]
+    dtype, G, every = calculation_dtype(q, k, v), k.shape[2], slice(None)
     h = v.new_empty(*q.shape[:3], v.shape[3])
     space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
-        qs, ks, vs = (Heads(x[b], G, row.place) for x in (q, k, v))
+        queries, keys, values = Heads(q[b], G, row.place), Keys(k[b], row.place, space, "k"), Keys(v[b], row.place, space, "v")
         out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
         hs = Heads(out, G)
-        for block in blocks(row, len(out), window, sinks, dtype, q.device):
-            for lanes in lanes_of(block, G, q.shape[2] // G):
-                p = weights(qs.queries(lanes, block, space, "q").mul_(scale), ks.keys(lanes, block, space, "k"), block, space)
-                hs.set_queries(lanes, block, space.matmul("h", p, vs.keys(lanes, block, space, "v")))
+        for block in blocks(row, len(out), ROWS["forward"], window, sinks, dtype, q.device):
+            x = queries.load(every, block, space, "q").unflatten(1, (-1, block.end - block.begin))  # [G, R, rows, K]
+            heads = (x.shape[0], x.shape[1], -1, -1)
+            sides = (y.load(every, block)[:, None].expand(heads) for y in (keys, values))
+            hs.store(every, block, scaled_dot_product_attention(x, *sides, attn_mask=block.bias, scale=scale).flatten(1, 2))
         if row.place is not None:
             h[b] = 0
             h[b, row.place] = out
     return h
 
 
-@banded_forward.register_fake
+banded_op = torch.library.custom_op("xlstm_kernels::window_banded", banded_forward, mutates_args=())
+
+
+@banded_op.register_fake
 def _(q, k, v, scale, window, sinks, index, document):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
 @torch.library.custom_op("xlstm_kernels::window_banded_backward", mutates_args=())
-def banded_backward(q: Tensor, k: Tensor, v: Tensor, dh: Tensor, scale: float, window: int, sinks: int, index: Tensor | None,
+def banded_backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, scale: float, window: int, sinks: int, index: Tensor | None,
                     document: Tensor | None) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
-    wanted = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
-        tensors = [Heads(x[b], G, row.place) for x in (q, k, v, dh)]
-        grads = [x[b] if row.place is None else torch.zeros_like(x[b, : len(row.place)]) for x in wanted]
-        views = [Heads(x, G) for x in grads]
-        for block in blocks(row, len(grads[0]), window, sinks, dtype, q.device):
+        sides = [Heads(x[b], G, row.place) for x in (q, h, dh)]
+        keys = [Keys(x[b], row.place, space, name) for x, name in ((k, "k"), (v, "v"))]
+        totals = [KeyGradients(x, sinks) for x in keys]
+        dq = grads[0][b] if row.place is None else torch.empty_like(grads[0][b, : len(row.place)])
+        for block in blocks(row, len(dq), ROWS["backward"], window, sinks, dtype, q.device):
             for lanes in lanes_of(block, G, q.shape[2] // G):
-                block_backward(tensors, views, lanes, block, scale, space)
-        if row.place is not None:
-            for x, compact in zip(wanted, grads, strict=True):
-                x[b, row.place] = compact
-    return [x.to(like.dtype) for x, like in zip(wanted, (q, k, v), strict=True)]
+                block_backward(*sides, *keys, Heads(dq, G), *totals, lanes, block, scale, space)
+        compact = dq, *(x.settle() for x in totals)
+        for x, y in zip(grads, compact, strict=True):
+            x[b, slice(None) if row.place is None else row.place] = y.to(x.dtype)
+    return grads
 
 
 @banded_backward.register_fake
-def _(q, k, v, dh, scale, window, sinks, index, document):
+def _(q, k, v, h, dh, scale, window, sinks, index, document):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def save(ctx, inputs, output):
     q, k, v, *ctx.rule, index, document = inputs
-    ctx.save_for_backward(q, k, v, index, document)
+    ctx.save_for_backward(q, k, v, output, index, document)
 
 
 def differentiate(ctx, dh):
-    q, k, v, index, document = ctx.saved_tensors
+    *tensors, index, document = ctx.saved_tensors
     with torch.autocast(dh.device.type, enabled=False):
-        return *banded_backward(q, k, v, dh, *ctx.rule, index, document), None, None, None, None, None
+        return *banded_backward(*tensors, dh, *ctx.rule, index, document), None, None, None, None, None
 
 
-banded_forward.register_autograd(differentiate, setup_context=save)
+banded_op.register_autograd(differentiate, setup_context=save)
 
 
-def block_backward(tensors, grads, lanes, block, scale, space):
+def block_backward(queries, outputs, upstream, keys, values, dq, dk, dv, lanes, block, scale, space):
     """Set the block's dq, add its share to dk and dv."""
-    q, dh = tensors[0].queries(lanes, block, space, "q").mul_(scale), tensors[3].queries(lanes, block, space, "dh")
-    k, v = (x.keys(lanes, block, space, name) for x, name in zip(tensors[1:3], "kv", strict=True))
+    q, h, dh = (x.load(lanes, block, space, name, c) for x, name, c in ((queries, "q", scale), (outputs, "h", 1.0), (upstream, "dh", 1.0)))
+    k, v = keys.load(lanes, block), values.load(lanes, block)
     p = weights(q, k, block, space)
-    grads[2].add_to_keys(lanes, block, space.matmul("dkeys", p.transpose(1, 2), dh))
-    dp = space.matmul("dp", dh, v.transpose(1, 2))
-    ds = dp.sub_(space.dot(p, dp)).mul_(p)
-    grads[0].set_queries(lanes, block, space.matmul("dq", ds, k).mul_(scale))
-    grads[1].add_to_keys(lanes, block, space.matmul("dkeys", ds.transpose(1, 2), q))
+    dv.add(lanes, block, p, dh)
+    dp = space.matmul("scores", dh, v.transpose(1, 2))
+    ds = dp.sub_(space.dot(h, dh)).mul_(p)  # <h, dh> = sum of p dp
+    dq.store(lanes, block, space.matmul("h", ds, k).mul_(scale))
+    dk.add(lanes, block, ds, q)
 
 
 def window_banded(q, k, v, *, window, sinks, index, document, scale):
-    """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory. Up to W tokens it is plain causal attention."""
-    if index is None and document is None and q.shape[1] <= window:
+    """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory. Up to W tokens it is causal attention."""
+    if index is None and document is None and q.shape[1] <= min(window, SHORT):
         dtype = calculation_dtype(q, k, v)
         queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
         h = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
         return h.transpose(1, 2).to(v.dtype)
-    return banded_forward(q, k, v, scale, window, sinks, index, document)
+    watched = torch.compiler.is_compiling() or type(q) is not Tensor or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    return (banded_op if watched else banded_forward)(q, k, v, scale, window, sinks, index, document)
 
 
 def window_reference(q, k, v, *, window, sinks, index, document, scale):
