@@ -403,3 +403,40 @@ def test_training_goes_on_after_inference():
     with torch.inference_mode():
         run(("streaming", 64), inputs(37))
     assert_same(everything(("streaming", 64), inputs(37), carried()), truth(37))
+
+
+@every_form
+def test_packed_sequences_have_states_of_their_own(form):
+    ends, x, state = [0, 1, 6, 37], inputs(B=1), carried(B=3)
+    cu_seqlens = torch.tensor(ends)
+
+    def packed(upstream):
+        y, own = [a.clone().requires_grad_() for a in x], MLSTMState(*(a.clone().requires_grad_() for a in state))
+        h, last = mlstm(*y, state=own, cu_seqlens=cu_seqlens, backend=form[0], chunk_size=form[1])
+        (h * upstream).sum().backward()
+        found = {"h": h.detach(), **{n: a.detach() for n, a in zip("Cnm", last, strict=True)}}
+        return found | {f"d{n}": a.grad for n, a in zip("qkvifCn", [*y, *own[:2]], strict=True)}
+
+    upstream = waves(1, 37, 3, 16, step=0.4)
+    got = packed(upstream)
+    for j, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        y, own = [z[:, a:b].clone().requires_grad_() for z in x], MLSTMState(*(z[j : j + 1].clone().requires_grad_() for z in state))
+        h, last = mlstm(*y, state=own, backend=TRUTH[0])
+        (h * upstream[:, a:b]).sum().backward()
+        alone = {"h": h.detach(), **{f"d{n}": z.grad for n, z in zip("qkvif", y, strict=True)}}
+        assert_same({n: got[n][:, a:b] for n in alone}, alone)
+        states = {**{n: z.detach() for n, z in zip("Cnm", last, strict=True)}, "dC": own.C.grad, "dn": own.n.grad}
+        assert_same({n: got[n][j : j + 1] for n in states}, states)
+
+
+@pytest.mark.parametrize(("cu_seqlens", "message"), [
+    (torch.tensor([0, 5, 30]), r"expected 0, increasing, up to T=37, got \[0, 5, 30\]"),
+    (torch.tensor([0, 5, 5, 37]), "increasing"),
+    (torch.tensor([0.0, 37.0]), "expected int32 or int64"),
+    (torch.tensor([[0, 37]]), r"\[N \+ 1\].*got torch.int64 \[1, 2\]"),
+])  # fmt: skip
+def test_packing_that_does_not_cover_the_row_is_refused(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        mlstm(*inputs(B=1), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="one row"):
+        mlstm(*inputs(B=2), cu_seqlens=torch.tensor([0, 37]))

@@ -310,7 +310,7 @@ def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m:
         for total, y in zip(per_token, of_tokens, strict=True):
             total[x.here, :size] = y
     di, df = gate_gradients(*per_token, f)
-    return [*totals, di.to(i.dtype), df.to(f.dtype), dC.unflatten(0, (B, H)).clone(), dn.unflatten(0, (B, H)).clone()]
+    return [*totals, di.to(i.dtype).contiguous(), df.to(f.dtype).contiguous(), dC.unflatten(0, (B, H)).clone(), dn.unflatten(0, (B, H)).clone()]
 
 
 @streaming_backward.register_fake

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.gpu.launch import unavailable
 from xlstm_kernels.mlstm import check, expect
 from xlstm_kernels.reference import FORGET_ALL, calculation_dtype
 
@@ -107,7 +108,24 @@ def step_torch(*args):
     return (step_in_graphs if torch.compiler.is_compiling() else step_both)(*args)  # eager calls are spared the dispatcher's 20 us
 
 
-STEPS = {"torch": step_torch}
+def step_triton(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale):
+    from xlstm_kernels.gpu.decode import hybrid_step_triton  # needs triton
+
+    return hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks=sinks, scale=scale)
+
+
+STEPS = {"torch": step_torch, "triton": step_triton}
+
+
+def choose_step(q, v, C, keys):
+    """What "auto" runs: the fused kernel where there is one that can be believed."""
+    K, V = q.shape[3], v.shape[3]
+    if q.is_cuda and K <= 128 and V <= 256 and C.dtype == torch.float32 and keys.dtype != torch.float64 and unavailable(q) is None:
+        from xlstm_kernels.selfcheck import believed
+
+        if believed("hybrid_step", str(q.device), keys.dtype, K, V):
+            return "triton"
+    return "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):
@@ -130,9 +148,11 @@ def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, s
     expect("state.C", C, B=B, H=H, K=phi_q.shape[3], V=v.shape[3])
     refuse_gradients(q, k, v, phi_q, phi_k, i, f, o, *state)
     if backend == "auto":
-        backend = "torch"
+        backend = choose_step(q, v, C, keys)
     if backend not in STEPS:
         raise ValueError(f"backend={backend!r} is not one of {sorted(STEPS)}")
+    if backend == "triton" and (reason := unavailable(q)):
+        raise ValueError(f"backend='triton': {reason}")
     return STEPS[backend](q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale)
 
 

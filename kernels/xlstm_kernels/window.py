@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from xlstm_kernels.gpu.launch import unavailable
 from xlstm_kernels.reference import calculation_dtype
 from xlstm_kernels.scratch import space_of
 
-ROWS = {"forward": 128, "backward": 64}  # queries per block: a block reads W + rows keys where W are needed, but narrower matrices multiply more slowly
+ROWS = {"forward": 128, "backward": 64}  # queries per block: a block reads W + rows keys where W are needed, but narrow matrices multiply slowly
 SHORT = 256  # tokens up to which one call of causal attention is cheaper than blocks
 KEPT = 2**22  # entries of keys up to which their copy is scratch memory that is kept
 SCORES = 2**20  # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
@@ -276,7 +277,24 @@ def window_reference(q, k, v, *, window, sinks, index, document, scale):
     return torch.stack(h)
 
 
-BACKENDS = {"reference": window_reference, "banded": window_banded}
+def window_triton(*args, **kwargs):
+    from xlstm_kernels.gpu.window import window_triton as run  # needs triton
+
+    return run(*args, **kwargs)
+
+
+BACKENDS = {"reference": window_reference, "banded": window_banded, "triton": window_triton}
+
+
+def choose_backend(q, k, v):
+    """What "auto" runs: the kernel where there is one that can be believed."""
+    K, V = q.shape[3], v.shape[3]
+    if q.is_cuda and K <= 128 and V <= 256 and calculation_dtype(q, k, v) == torch.float32 and unavailable(q) is None:
+        from xlstm_kernels.selfcheck import believed
+
+        if believed("window_attention", str(q.device), v.dtype, K, V):
+            return "triton"
+    return "banded"
 
 
 def rows_of(index, document, q):
@@ -311,7 +329,8 @@ def check_index(index, place, expected, b):
 
 def whole(index, document, T):
     """True if every row is known to be one document without padding; where looking is expensive, nothing is known."""
-    if (index is None and document is None) or torch.compiler.is_compiling():
+    given = [x for x in (index, document) if x is not None]
+    if not given or torch.compiler.is_compiling() or given[0].device.type != "cpu":
         return False
     numbered = index is None or torch.equal(index, torch.arange(T, device=index.device).expand_as(index))
     return numbered and (document is None or torch.equal(document, document[:, :1].expand_as(document)))
@@ -354,8 +373,10 @@ def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale
         index = document = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
-        backend = "banded"
+        backend = choose_backend(q, k, v)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
+    if backend == "triton" and (reason := unavailable(q)):
+        raise ValueError(f"backend='triton': {reason}")
     with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
         return BACKENDS[backend](q, k, v, window=window, sinks=sinks, index=index, document=document, scale=scale)

@@ -19,12 +19,14 @@ class Tokens:
     real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this call.
     index: [B, T] position among the real tokens of its document, -1 at padding.
     document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
+    plain: True if every row is known to be one document without padding.
     """
 
     real: torch.Tensor
     start: torch.Tensor
     index: torch.Tensor
     document: torch.Tensor
+    plain: bool = False
 
     @classmethod
     def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
@@ -61,7 +63,10 @@ class Tokens:
         document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
         base = torch.where(start, ordinal, 0).cummax(-1).values
         index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
-        return cls(real, start, torch.where(real, index, -1), document)
+        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
+        looked_at = T > 1 and not torch.compiler.is_compiling()  # looking waits for the GPU: once per call, and never for one token
+        plain = not given or (looked_at and not bool((start | ~real).any()))
+        return cls(real, start, torch.where(real, index, -1), document, plain)
 
     def visible(self, window, sinks):
         """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""

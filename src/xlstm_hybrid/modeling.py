@@ -188,8 +188,9 @@ class HybridAttention(nn.Module):
                 key, value = torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            where = {"window": self.sliding_window, "sinks": self.num_sink_tokens, "index": tokens.index, "document": tokens.document}
-            window, weights = window_attention(q, k, v, **where, scale=self.scaling), None
+            where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
+            window = window_attention(q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where)
+            weights = None
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
@@ -358,7 +359,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         if teacher:
             kinds = kinds + [("teacher", kind) for kind in config.teacher_layer_types]
         masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for kind in kinds)
-        packed = needs_packing and T > 1 and bool(tokens.start.any())
+        packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
         if packed and past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise CacheError(
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "

@@ -1,0 +1,92 @@
+"""A kernel is believed after it has been checked: once per machine, with a verdict on disk and one clear warning if it is wrong."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from xlstm_kernels import trust
+from xlstm_kernels.trust import trusted
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLSTM_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trust, "KNOWN", {})
+    return tmp_path / "cache"
+
+
+def verdicts(folder):
+    (path,) = folder.glob("verdicts-*.json")
+    return json.loads(path.read_text())["verdicts"]
+
+
+def test_a_right_kernel_is_checked_once_and_remembered_on_disk(fresh, monkeypatch):
+    calls = []
+
+    def check(device, dtype, K, V):
+        calls.append((device, dtype, K, V))
+        return {"output 0": 1e-6, "gradient 3": 9e-5}
+
+    for _ in range(2):
+        assert trusted("mlstm", check, CPU, torch.float32, K=64, V=128)
+    assert calls == [(CPU, torch.float32, 64, 128)]
+    assert verdicts(fresh) == {"mlstm (K 64, V 128, float32)": {"right": True, "errors": {"output 0": 1e-6, "gradient 3": 9e-5}}}
+    monkeypatch.setattr(trust, "KNOWN", {})  # as another process would begin
+    assert trusted("mlstm", check, CPU, torch.float32, K=64, V=128) and len(calls) == 1
+    assert trusted("mlstm", check, CPU, torch.bfloat16, K=64, V=128) and len(calls) == 2  # another dtype is another kernel
+
+
+@pytest.mark.parametrize("error", [0.3, float("nan"), float("inf")])
+def test_a_wrong_gradient_means_one_warning_and_the_plain_form(fresh, error):
+    def check(device, dtype, K):
+        return {"output 0": 1e-6, "gradient 1": error}
+
+    said = r"mlstm \(K 64, float32\).*'gradient 1'.*0.0001 is allowed.*torch form runs instead.*verdicts-.*backend=\"triton\""
+    with pytest.warns(RuntimeWarning, match=said):
+        assert not trusted("mlstm", check, CPU, torch.float32, K=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not trusted("mlstm", check, CPU, torch.float32, K=64)
+    assert verdicts(fresh)["mlstm (K 64, float32)"]["right"] is False
+
+
+def test_a_kernel_that_does_not_run_is_a_wrong_kernel():
+    def check(device, dtype, K):
+        raise RuntimeError("ptxas died")
+
+    with pytest.warns(RuntimeWarning, match="RuntimeError: ptxas died"):
+        assert not trusted("mlstm", check, CPU, torch.float32, K=64)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"verdicts": {"mlstm (K 64, float32)": true}}', '{"verdicts": 3}'])
+def test_a_damaged_file_costs_a_check_and_is_replaced(fresh, content):
+    path = trust.verdict_file(CPU)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert trusted("mlstm", lambda *_, **__: {"output 0": 0.0}, CPU, torch.float32, K=64)
+    assert verdicts(fresh)["mlstm (K 64, float32)"]["right"] is True
+    assert [p.name for p in fresh.iterdir()] == [path.name]
+
+
+def test_a_folder_that_cannot_be_written_costs_checks_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XLSTM_KERNELS_CACHE", str(tmp_path / "file"))
+    assert trusted("mlstm", lambda *_, **__: {"output 0": 0.0}, CPU, torch.float32, K=64)
+
+
+def test_the_check_itself_does_not_ask_again():
+    def check(device, dtype, K):
+        assert not trusted("mlstm", check, device, dtype, K=K)
+        return {"output 0": 0.0}
+
+    assert trusted("mlstm", check, CPU, torch.float32, K=64)
+
+
+def test_other_sources_are_other_surroundings(monkeypatch):
+    before = trust.verdict_file(CPU)
+    changed = {**trust.surroundings(CPU), "sources": "another"}
+    monkeypatch.setattr(trust, "surroundings", lambda device: changed)
+    assert trust.verdict_file(CPU) != before
