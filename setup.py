@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init
 
 TRAIN = ["trl>=1.16,<2", "peft>=0.21", "datasets>=4", "accelerate>=1.10", "matplotlib>=3.8"]
 EVAL = ["lm-eval>=0.4.13", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"]  # its interpreter and compiler need no GPU
 
 setup(
     name="xlstm-hybrid",

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from xlstm_kernels.gpu.launch import SHARED, recording
+from xlstm_kernels.gpu.launch import SHARED, Tile, recording
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
             torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
@@ -113,6 +113,26 @@ def examine(job):
     return rows
 
 
+def tables_of(module):
+    """The tile tables of a module, wherever it keeps them."""
+    values = list(vars(importlib.import_module(f"xlstm_kernels.gpu.{module}")).values())
+    values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
+    is_table = lambda x: isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())  # noqa: E731
+    return {id(x): x for x in values if is_table(x)}.values()
+
+
+def never_reached(module, capability):
+    """Entries of the module's tables for a chip that none of its cases looks up."""
+    with recording(capability) as launches:
+        for _, case in cases(module):
+            case()
+    missing = []
+    for table in tables_of(module):
+        row = capability if any(c == capability for c, _, _ in table) else 80
+        missing += [key for key in table if key[0] == row and (id(table), key) not in launches.entries]
+    return missing
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="90", help="compute capabilities, such as 80,90,100")
@@ -130,9 +150,14 @@ def main():
     out = sys.stderr if args.json == "-" else sys.stdout
     for r in rows:
         verdict = "RED  " + ", ".join(r["red"]) if r["red"] else "ok"
+        cores = "wgmma" if r["wgmma"] else "mma" if r["tensor_cores"] else "-"
         print(f"sm_{r['chip']:<4} {r['module']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44} warps {r['num_warps']} stages {r['num_stages']} "
-              f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {'wgmma' if r['wgmma'] else 'mma' if r['tensor_cores'] else '-':5} {verdict}",
-              file=out)  # fmt: skip
+              f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {cores:5} {verdict}", file=out)  # fmt: skip
+    missing = {} if args.one else {(m, c): never_reached(m, int(c)) for m in args.modules.split(",") for c in args.chips.split(",")}
+    for (module, c), entries in missing.items():
+        for entry in entries:
+            rows.append({"module": module, "chip": int(c), "entry": entry, "red": ["no case reaches this entry"]})
+            print(f"sm_{c:<4} {module:10} RED  no case reaches the entry {entry}", file=out)
     if args.json:
         text = json.dumps(rows, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")

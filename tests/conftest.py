@@ -7,6 +7,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels' tests run in its interpreter, or else on the GPU
+
 torch.set_num_threads(1)
 
 

@@ -194,7 +194,6 @@ class Piece:
         self.intra = None if gates.intra is None else gates.intra[self.here, :size]
         self.same = self.intra is not None and gates.document is None  # a token weighs as much in its chunk as in the state after it
         self.q, self.v = cut(space, "q", q, segment), cut(space, "v", v, segment)
-        self.q_carry = space.product("q_carry", self.q, self.carry)
         self.k_write = cut(space, "k_write", k, segment, self.write)
         self.k_intra = self.k_write if self.same else cut(space, "k_intra", k, segment, self.intra)
 
@@ -224,30 +223,45 @@ class Piece:
         scan(x, new, self.decay.view(self.decay.shape + (1,) * (new.dim() - 2)), start, backwards)
         return x
 
+    def decayed(self, name, new, x):
+        """decay_c x_c of each chunk [n B H, ...] and the x after the last one, x_{c+1} = decay_c x_c + new_c; new is lost."""
+        new = new.unflatten(0, (self.n, -1))
+        y, decay = self.space(name, *new.shape), self.decay.view(self.decay.shape + (1,) * (new.dim() - 2))
+        for y_c, new_c, decay_c in zip(y.unbind(), new.unbind(), decay.unbind(), strict=True):
+            torch.mul(x, decay_c, out=y_c)
+            x = new_c.add_(y_c)
+        return y.flatten(0, 1), x.clone()
+
     def forward(self, C, n):
-        """The numerator of h, 1 / den, and the states around each chunk."""
+        """The numerator of h, 1 / den, and the state after the last chunk."""
         space = self.space
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
-        Cs, ns = self.states(C, n)
-        num = space.matmul("num", scores, self.v).baddbmm_(self.q_carry, Cs[:-1].flatten(0, 1))
-        inverse_den = inverse(scores.sum(-1, keepdim=True) + space.dot(self.q_carry, ns[:-1].flatten(0, 1)[:, None]))
-        return num, inverse_den, Cs, ns
+        if self.carry.shape[1] == 1:  # a row sees the state before the chunk as much decayed as the state after the chunk does
+            new_C, new_n, q = space.matmul("new", self.k_write.transpose(1, 2), self.v), self.k_write.sum(1), self.q
+            (Cs, C), (ns, n) = self.decayed("C", new_C, C), self.decayed("n", new_n, n)
+        else:
+            Cs, ns = self.states(C, n)
+            q = space.product("q_carry", self.q, self.carry)
+            (Cs, C), (ns, n) = ((x[:-1].flatten(0, 1), x[-1]) for x in (Cs, ns))
+        num = space.matmul("num", scores, self.v).baddbmm_(q, Cs)
+        inverse_den = inverse(scores.sum(-1, keepdim=True) + space.dot(q, ns[:, None]))
+        return num, inverse_den, C, n
 
     def backward(self, dnum, inverse_den, C, n, dC, dn):
         """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight or None, the gradient
         of the state before, and what `gate_gradients` needs of each token."""
-        space, pattern = self.space, self.pattern()
+        space, pattern, q_carry = self.space, self.pattern(), self.space.product("q_carry", self.q, self.carry)
         Cs, ns = self.states(C, n)
         C, n = Cs[:-1].flatten(0, 1), ns[:-1].flatten(0, 1)
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(pattern)
         dscores = space.matmul("dscores", dnum, self.v.transpose(1, 2))
         dq = space.matmul("dq", dnum, C.transpose(1, 2))  # through the carried state, without its weight yet
-        dden = (space.dot(scores, dscores) + space.dot(self.q_carry, dq)).mul_(-inverse_den)
+        dden = (space.dot(scores, dscores) + space.dot(q_carry, dq)).mul_(-inverse_den)
         dscores.add_(dden).mul_(pattern)
         dq.addcmul_(dden, n[:, None]).mul_(self.carry).baddbmm_(dscores, self.k_intra)
 
-        dCs = self.scanned("dC", space.matmul("new", self.q_carry.transpose(1, 2), dnum), dC, backwards=True)
-        dns = self.scanned("dn", space.product("dot", self.q_carry, dden).sum(1), dn, backwards=True)
+        dCs = self.scanned("dC", space.matmul("new", q_carry.transpose(1, 2), dnum), dC, backwards=True)
+        dns = self.scanned("dn", space.product("dot", q_carry, dden).sum(1), dn, backwards=True)
         dC, dn = dCs[1:].flatten(0, 1), dns[1:].flatten(0, 1)
         through = self.decay.flatten()[:, None] * (space.dot(C, dC).sum(1) + space.dot(n, dn))  # [n B H, 1]
 
@@ -271,10 +285,9 @@ def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: 
         if keep:
             kept_C[j], kept_n[j] = C, n
         x = Piece(q, k, v, gates, segment, L, space)
-        num, weight, Cs, ns = x.forward(C, n)
+        num, weight, C, n = x.forward(C, n)
         put(h, segment, num, weight)
         inverse_den[x.here, : segment[2]] = weight
-        C, n = Cs[-1], ns[-1]
     m = gates.m.to(dtype, copy=True)
     rounded = (gates.m - finite(m).double()).exp().to(dtype)  # what rounding m loses goes into C and n
     state = (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m.view(B, H)

@@ -91,7 +91,8 @@ def step_window(q, k, v, keys, values, index, sinks, scale):
 def step_both(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tensor, f: Tensor, o: Tensor, C: Tensor, n: Tensor, m: Tensor,
               keys: Tensor, values: Tensor, index: Tensor, sinks: int, scale: float | None) -> Tensor:  # fmt: skip
     """o * mLSTM + (1 - o) * window. An operation of its own in compiled graphs, because its way depends on the values of `index`."""
-    memory = step_memory(phi_q, phi_k, v.repeat_interleave(q.shape[2] // v.shape[2], 2), i, f, C, n, m)
+    repeats = q.shape[2] // v.shape[2]
+    memory = step_memory(phi_q, phi_k, v if repeats == 1 else v.repeat_interleave(repeats, 2), i, f, C, n, m)
     window = step_window(q, k, v, keys, values, index, sinks, scale)
     return torch.lerp(window.to(o.dtype), memory.to(o.dtype), o[..., None]).to(v.dtype)
 

@@ -82,11 +82,11 @@ def rows_step(logits, targets, rule, gradient):
     norm = outcomes.logsumexp(1)
     terms, d = compare(outcomes, norm, targets, rule)
     top = z.gather(1, targets.logp.argmax(1, keepdim=True))[:, 0]
-    rivals = (z >= top[:, None]).sum(1) + ((total > 0) & (frame >= top))  # the id itself is one
+    rivals = (z >= top[:, None]).sum(1) + ((total != 0) & (frame >= top))  # the id itself is one
     terms = Terms(norm - (z_label - best), *terms, (rivals == 1) & some[:, 0])
     if gradient is None:
         return terms, None
-    logits.mul_(torch.where(total > 0, d[:, -1] / total, 0.0)[:, None])
+    logits.mul_(torch.where(total != 0, d[:, -1] / total, 0.0)[:, None])
     logits.scatter_(1, ids, torch.where(some, d.gather(1, entry), logits.gather(1, ids)))
     logits.scatter_add_(1, label, -targets.ce[:, None])
     return terms, (logits if slope is None else logits.mul_(slope)).to(gradient)

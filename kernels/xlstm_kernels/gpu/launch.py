@@ -33,6 +33,14 @@ class Launch(NamedTuple):
     tile: Tile
 
 
+class Recording(list):
+    """Launches, and which entries of which tables were looked up for them: {(id of the table, key)}."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = set()
+
+
 def interpreted():
     """True if triton runs in its interpreter, where CPU tensors are welcome."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -78,7 +86,10 @@ def look_up(table, device, width, dtype):
     widths = sorted(w for c, w, d in table if c == row and d == kind and w >= width)
     if not widths:
         raise ValueError(f"width {width}: the largest in the tile table for sm_{row}, {kind} precision, is {max(w for _, w, _ in table)}")
-    return table[row, widths[0], kind]
+    key = row, widths[0], kind
+    if RECORDED.get() is not None:
+        RECORDED.get().entries.add((id(table), key))
+    return table[key]
 
 
 def launch(kernel, grid, *args, tile, **constants):
@@ -108,7 +119,7 @@ def recording(capability):
     """`with recording(90) as launches:` collects what would be started on that chip; tensors may be on the meta device."""
     stack = contextlib.ExitStack()
     stack.enter_context(setting(CHIP, capability))
-    launches = stack.enter_context(setting(RECORDED, []))
+    launches = stack.enter_context(setting(RECORDED, Recording()))
 
     @contextlib.contextmanager
     def block():

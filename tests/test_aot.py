@@ -1,0 +1,68 @@
+"""Every Triton kernel compiles for GPUs that are not here: nothing spills, shared memory suffices, half precision meets tensor cores."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("mlstm", "window", "decode", "head_loss")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def compiled(*options):
+    """Rows of `kernels/aot.py`, run where triton is not the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"}
+    run = [sys.executable, str(ROOT / "kernels/aot.py"), "--jobs", "1", "--json", "-", *options]
+    result = subprocess.run(run, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)
+
+
+def assert_sound(rows):
+    assert rows
+    assert not {f"{r['kernel']}, {r['case']}, sm_{r['chip']}" if "kernel" in r else f"{r['module']} {r['entry']}": r["red"] for r in rows if r["red"]}
+
+
+@needs_triton
+@pytest.mark.parametrize("module", MODULES)
+def test_every_table_entry_compiles_for_sm_90(module):
+    assert_sound(compiled("--modules", module, "--chips", "90"))
+
+
+@needs_triton
+@pytest.mark.parametrize("module", MODULES)
+def test_one_entry_of_every_kernel_compiles_for_sm_80_and_sm_100(module):
+    rows = compiled("--modules", module, "--chips", "80,100", "--one")
+    assert {r["chip"] for r in rows} == {80, 100}
+    assert_sound(rows)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["80", "86", "100"])
+@pytest.mark.parametrize("module", MODULES)
+def test_every_table_entry_compiles_for_the_other_chips(module, chip):
+    assert_sound(compiled("--modules", module, "--chips", chip))
+
+
+@needs_triton
+def test_a_tile_that_is_too_large_is_found_out():
+    program = """
+import torch, aot
+from xlstm_kernels.gpu import launch
+real = launch.look_up
+def greedy(table, device, width, dtype):
+    return real(table, device, width, dtype)._replace(num_stages=40, num_warps=4)
+from xlstm_kernels.gpu import window
+window.look_up = greedy
+rows = aot.examine(("window", window.aot_cases()[0][0], 90, True))
+assert any("shared" in reason or "STACK" in reason for row in rows for reason in row["red"]), rows
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
