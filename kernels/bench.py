@@ -209,6 +209,12 @@ def row(operation, which, T, d, times, baseline):
             "ratio": {name: round(r, 3) for name, r in ratios.items()}}
 
 
+def once(candidate, x, dh=None):
+    h = candidate(x)
+    if dh is not None:
+        h.backward(dh)
+
+
 def bench_sequence(T, d, seconds, skip, absent):
     """Rows of forward and forward+backward; baselines that cannot run are noted in `absent` with the reason."""
     for which in ("forward", "forward+backward"):
@@ -220,7 +226,7 @@ def bench_sequence(T, d, seconds, skip, absent):
             reason = reason_against(SEQUENCE[name], x, grad) if name in BASELINES else None
             absent |= {f"{name}, {which}": reason} if reason else {}
             names += [] if reason else [name]
-        run = {n: (lambda n=n: SEQUENCE[n](x).backward(dh)) if grad else (lambda n=n: SEQUENCE[n](x)) for n in names}
+        run = {name: partial(once, SEQUENCE[name], x, dh if grad else None) for name in names}
         with torch.set_grad_enabled(grad):
             yield row("sequence", which, T, d, rounds(run, seconds), "sdpa")
 
@@ -320,7 +326,7 @@ def arguments():
     parser.add_argument("--contexts", type=integers, default=[1024, 8192, 32768], help="tokens remembered in the decode benchmarks")
     parser.add_argument("--memory", type=integers, default=[8192], help="T of the memory benchmarks")
     parser.add_argument("--dims", type=integers, default=[64, 128], help="head dims")
-    parser.add_argument("--kept", type=integers, default=[], help="teacher entries per token of the head loss benchmark, such as 64,256 (minutes each)")
+    parser.add_argument("--kept", type=integers, default=[], help="teacher entries of the head loss benchmark, such as 64,256 (minutes each)")
     parser.add_argument("--seconds", type=float, default=10, help="per line of the table, three rounds at least")
     parser.add_argument("--skip", type=lambda text: text.split(","), default=["sdpa math", "flex"],
                         help="candidates to leave out, separated by commas; 'sdpa math,flex' by default, which take minutes")  # fmt: skip
