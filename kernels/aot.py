@@ -88,21 +88,25 @@ def resources(cubin):
     return dict(re.findall(r"(REG|STACK):(\d+)", text))
 
 
-def launches_of(module, name, capability, one):
-    """The distinct starts of a case; with `one`, the first of each kernel."""
-    with recording(capability) as launches:
-        dict(cases(module))[name]()
-    found = {}
-    for launch in launches:
-        found.setdefault(launch.kernel.__name__ if one else key_of(launch), launch)
-    return list(found.values())
+def launches_of(module, capability, one):
+    """{case: its starts that no case before it made}; with `one`, the first start of each kernel."""
+    seen, found = set(), {}
+    for name, case in cases(module):
+        with recording(capability) as launches:
+            case()
+        for launch in launches:
+            key = launch.kernel.__name__ if one else key_of(launch)
+            if key not in seen:
+                seen.add(key)
+                found.setdefault(name, []).append(launch)
+    return found
 
 
 def examine(job):
     """Rows of one case on one chip."""
     module, name, capability, one = job
     rows = []
-    for launch in launches_of(module, name, capability, one):
+    for launch in launches_of(module, capability, one)[name]:
         row = {"module": module, "case": name, "kernel": launch.kernel.__name__, "chip": capability, **launch.tile._asdict()}
         row |= compiled(launch, capability)
         half = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
@@ -137,14 +141,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="90", help="compute capabilities, such as 80,90,100")
     parser.add_argument("--modules", default=",".join(MODULES))
-    parser.add_argument("--one", action="store_true", help="the first case of each module only, one entry per kernel")
+    parser.add_argument("--one", action="store_true", help="one entry per kernel")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", help="file, or - for standard output")
     args = parser.parse_args()
-    jobs = []
-    for module in args.modules.split(","):
-        names = [name for name, _ in cases(module)]
-        jobs += [(module, name, int(c), args.one) for c in args.chips.split(",") for name in (names[:1] if args.one else names)]
+    chips = [int(c) for c in args.chips.split(",")]
+    jobs = [(m, name, c, args.one) for m in args.modules.split(",") for c in chips for name in launches_of(m, c, args.one)]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = [row for found in pool.map(examine, jobs) for row in found]
     out = sys.stderr if args.json == "-" else sys.stdout

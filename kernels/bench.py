@@ -356,15 +356,18 @@ def main():
         for T in args.memory:
             result["rows"].append(bench_memory(T, d, args.skip))
             show(result["rows"][-1])
-    if args.kept:
-        import bench_head_loss
+    result["head_loss"] = []
+    if args.kept and args.device == "cpu":
+        import bench_head_loss as head
 
-        result["head_loss"] = bench_head_loss.bench(args.kept)
+        for r in head.bench(args.kept):
+            result["head_loss"].append(r)
+            head.show(r)
     for name, reason in result["absent"].items():
         print(f"not timed: {name}: {reason}")
-    result["targets"] = verdicts(result["rows"])
+    result["targets"] = verdicts(result["rows"]) + (head.verdicts(result["head_loss"]) if result["head_loss"] else [])
     for t in result["targets"]:
-        print(f"{'met' if t['met'] else 'NOT MET':8} d {t['d']}, {t['target']}: {t['figure']} (must {t['must']}, aim {t['aim']})")
+        print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}{', d ' + str(t['d']) if 'd' in t else ''}: {t['figure']} (must {t['must']})")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

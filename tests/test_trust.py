@@ -1,11 +1,13 @@
 """A kernel is believed after it has been checked: once per machine, with a verdict on disk and one clear warning if it is wrong."""
 
+import importlib.util
 import json
 import warnings
 
 import pytest
 import torch
 from xlstm_kernels import trust
+from xlstm_kernels.selfcheck import CHECKS
 from xlstm_kernels.trust import trusted
 
 CPU = torch.device("cpu")
@@ -90,3 +92,29 @@ def test_other_sources_are_other_surroundings(monkeypatch):
     changed = {**trust.surroundings(CPU), "sources": "another"}
     monkeypatch.setattr(trust, "surroundings", lambda device: changed)
     assert trust.verdict_file(CPU) != before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("operation", "dims"), [
+    ("mlstm", {"K": 16, "V": 32}), ("hybrid_step", {"K": 16, "V": 32}), ("head_loss", {"M": 16}),
+    pytest.param("window_attention", {"K": 16, "V": 32}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_checks_find_our_kernels_right(operation, dims):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU: in the interpreter
+    assert trusted(operation, CHECKS[operation], device, torch.float32, **dims)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_checks_find_a_wrong_gradient(monkeypatch):
+    from xlstm_kernels.gpu import mlstm as kernels
+
+    right = kernels.mlstm_triton
+
+    def wrong(q, k, v, i, f, state):
+        h, last = right(q, k, v, i, f, state)
+        return h + (f - f.detach()).mean() * 1e-2, last  # the values are right, the gradient of f is not
+
+    monkeypatch.setattr(kernels, "mlstm_triton", wrong)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.warns(RuntimeWarning, match="gradient 4"):
+        assert not trusted("mlstm", CHECKS["mlstm"], device, torch.float32, K=16, V=16)

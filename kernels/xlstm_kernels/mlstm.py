@@ -3,7 +3,6 @@
 import torch
 
 from xlstm_kernels.cpu import mlstm_streaming
-from xlstm_kernels.gpu.launch import unavailable
 from xlstm_kernels.reference import MLSTMState, calculation_dtype, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 
 
@@ -57,10 +56,18 @@ def check_state(state, B, H, K, V):
             raise ValueError(f"state.{name}: expected float32 or float64, got {x.dtype}; pass the state on in the dtype it was returned in")
 
 
+def insist(device):
+    """Raise ValueError if no Triton kernel can run on the device."""
+    from xlstm_kernels.selfcheck import why_not  # imports the compiler
+
+    if reason := why_not(str(device)):
+        raise ValueError(f"backend='triton': {reason}")
+
+
 def choose_backend(q, k, v, i, f, state):
     """What "auto" runs: the form with the least work for this device and length, of those that can be believed."""
     K, V, tensors = q.shape[3], v.shape[3], (q, k, v, i, f, *(state or ()))
-    if q.is_cuda and K <= 128 and V <= 256 and calculation_dtype(*tensors) == torch.float32 and unavailable(q) is None:
+    if q.is_cuda and K <= 128 and V <= 256 and calculation_dtype(*tensors) == torch.float32:
         from xlstm_kernels.selfcheck import believed
 
         if believed("mlstm", str(q.device), v.dtype, K, V):
@@ -105,8 +112,8 @@ def mlstm(q, k, v, i, f, *, state=None, chunk_size=64, cu_seqlens=None, backend=
         backend = choose_backend(q, k, v, i, f, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
-    if backend == "triton" and (reason := unavailable(q)):
-        raise ValueError(f"backend='triton': {reason}")
+    if backend == "triton":
+        insist(q.device)
     form, args = BACKENDS[backend], (q, k, v, i, f, state, chunk_size)
     with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
         if cu_seqlens is None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from xlstm_kernels.gpu.launch import unavailable
 from xlstm_kernels.trust import trusted
 
 T = 300  # several chunks and blocks of any table entry, the last one not full
@@ -123,8 +124,19 @@ def check_head_loss(device, dtype, M):
 CHECKS = {"mlstm": check_mlstm, "window_attention": check_window, "hybrid_step": check_step, "head_loss": check_head_loss}
 
 
+# Both are asked while a graph is compiled, not in the graph.
+
+
+@torch.compiler.assume_constant_result
+def why_not(device):
+    """Why no Triton kernel can run on a device, given by its name, or None."""
+    return unavailable(torch.empty(0, device=device))
+
+
 @torch.compiler.assume_constant_result
 def believed(operation, device, dtype, *dims):
-    """True if the operation's kernel is right on this device, see `trust.trusted`; asked at compile time in compiled graphs."""
+    """True if the operation's kernel can run on this device, given by its name, and is right there, see `trust.trusted`."""
+    if unavailable(torch.empty(0, device=device)):
+        return False
     names = ("M",) if operation == "head_loss" else ("K", "V")
     return trusted(operation, CHECKS[operation], torch.device(device), dtype, **dict(zip(names, dims, strict=True)))
