@@ -53,7 +53,7 @@ def into_chunks(x, L, fill):
     B, T, H = x.shape
     x = x.transpose(1, 2).reshape(B * H, T)
     x = F.pad(x, (0, -T % L), value=fill) if T % L else x
-    return x.unflatten(1, (-1, L)).transpose(0, 1).contiguous()
+    return x.view(B * H, -1, L).transpose(0, 1).contiguous()
 
 
 def running_max(a, document):
@@ -88,11 +88,11 @@ def carried_scales(decay, peak, m, forgets=True):
 def chunk_gates(i, f, m, L, dtype):
     """Everything that depends on the gates alone: i, f [B, T, H], m [B, H] of the state carried in."""
     logf, starts = F.logsigmoid(f.double()), None
-    if (logf < FORGET_ALL).any():
+    if logf.amin() < FORGET_ALL:
         starts = logf < FORGET_ALL
         logf = logf.masked_fill(starts, 0.0)
     b = into_chunks(logf, L, 0.0).cumsum(-1)
-    a = into_chunks(i.double(), L, float("-inf")) - b  # [N, B H, L]
+    a = into_chunks(i, L, float("-inf")) - b  # [N, B H, L]
     document = None if starts is None else into_chunks(starts.to(torch.int32), L, 0).cumsum(-1)
     own, decay = running_max(a, document), b[..., -1]
     if document is not None:
@@ -278,7 +278,7 @@ def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: 
     """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, and the state before each segment."""
     (B, _, H, _), dtype = q.shape, C.dtype
     gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
-    h, inverse_den = torch.empty_like(v, memory_format=torch.contiguous_format), torch.zeros_like(gates.write)
+    h, inverse_den = torch.empty_like(v, memory_format=torch.contiguous_format), gates.write.new_zeros(gates.write.shape if keep else 0)
     C, n = C.flatten(0, 1), n.flatten(0, 1)
     kept_C, kept_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
     for j, segment in enumerate(pieces):
@@ -287,7 +287,8 @@ def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: 
         x = Piece(q, k, v, gates, segment, L, space)
         num, weight, C, n = x.forward(C, n)
         put(h, segment, num, weight)
-        inverse_den[x.here, : segment[2]] = weight
+        if keep:
+            inverse_den[x.here, : segment[2]] = weight
     m = gates.m.to(dtype, copy=True)
     rounded = (gates.m - finite(m).double()).exp().to(dtype)  # what rounding m loses goes into C and n
     state = (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m.view(B, H)
@@ -301,7 +302,8 @@ streaming_op = torch.library.custom_op("xlstm_kernels::mlstm_streaming", streami
 def _(q, k, v, i, f, C, n, m, L, keep):
     (B, T, H, K), V = q.shape, v.shape[3]
     N, kept = -(-T // L), len(segments(q, v, L)) if keep else 0
-    shapes = (B, H, K, V), (B, H, K), (B, H), (B * H,), (N * B * H, L, 1), (kept, B * H, K, V), (kept, B * H, K)
+    weights = (N * B * H, L, 1) if keep else (0,)
+    shapes = (B, H, K, V), (B, H, K), (B, H), (B * H,), weights, (kept, B * H, K, V), (kept, B * H, K)
     return [v.new_empty(v.shape), *(C.new_empty(shape) for shape in shapes)]
 
 

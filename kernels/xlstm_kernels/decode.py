@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.mlstm import check, expect, insist
-from xlstm_kernels.reference import FORGET_ALL, calculation_dtype
+from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, without_autocast
 
 
 def mlstm_step(q, k, v, i, f, state):
@@ -32,7 +32,7 @@ def step_memory(q, k, v, i, f, C, n, m):
     out_dtype, dtype = v.dtype, C.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, 1, K | V]
     i, f = i[:, 0].to(dtype), f[:, 0].to(dtype)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q.device):
         logf = F.threshold(F.logsigmoid(f), FORGET_ALL, float("-inf"))
         new_m = torch.maximum(logf + m, i)
         scale = new_m.clamp_min(torch.finfo(dtype).min)  # finite, also where nothing has been written
@@ -71,7 +71,7 @@ def step_window(q, k, v, keys, values, index, sinks, scale):
     (B, _, H, K), G, slots = q.shape, k.shape[2], keys.shape[2]
     window, row, oldest = slots - sinks, torch.arange(B, device=q.device), int(index.min())
     ring, dtype, mask, padding = index.clamp_min(0) % window + sinks, calculation_dtype(q, keys, values), None, None
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q.device):
         if oldest < 0:
             padding = (index < 0)[:, None, None, None]
             k, v = (torch.where(padding, held[row, :, ring][:, None], x) for held, x in ((keys, k), (values, v)))

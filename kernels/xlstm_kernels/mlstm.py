@@ -3,7 +3,7 @@
 import torch
 
 from xlstm_kernels.cpu import mlstm_streaming
-from xlstm_kernels.reference import MLSTMState, calculation_dtype, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
+from xlstm_kernels.reference import MLSTMState, calculation_dtype, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, without_autocast
 
 
 def mlstm_triton(*args, **kwargs):
@@ -115,7 +115,7 @@ def mlstm(q, k, v, i, f, *, state=None, chunk_size=64, cu_seqlens=None, backend=
     if backend == "triton":
         insist(q.device)
     form, args = BACKENDS[backend], (q, k, v, i, f, state, chunk_size)
-    with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
+    with without_autocast(q.device):
         if cu_seqlens is None:
             h, state = form(*args)
         else:

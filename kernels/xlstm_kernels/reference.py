@@ -11,6 +11,7 @@ fresh one; they return (h [B, T, H, V] in v's dtype, MLSTMState). i = -inf write
 Shapes are checked in `mlstm`, not here.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ def fresh_state(q, v, dtype):
 def calculation_dtype(*tensors):
     """float32, or float64 if any tensor is."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def without_autocast(device):
+    """A context in which autocast does not run the matrix products in half precision; entering it is spared where there is no autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
 
 
 def prepare(q, k, v, i, f, state):

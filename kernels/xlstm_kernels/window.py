@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xlstm_kernels.mlstm import insist
-from xlstm_kernels.reference import calculation_dtype
+from xlstm_kernels.reference import calculation_dtype, without_autocast
 from xlstm_kernels.scratch import space_of
 
 ROWS = {"forward": 128, "backward": 64}  # queries per block: a block reads W + rows keys where W are needed, but narrow matrices multiply slowly
@@ -378,5 +378,5 @@ def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale
         raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
     if backend == "triton":
         insist(q.device)
-    with torch.autocast(q.device.type, enabled=False):  # autocast would run the matrix products in half precision
+    with without_autocast(q.device):
         return BACKENDS[backend](q, k, v, window=window, sinks=sinks, index=index, document=document, scale=scale)
