@@ -210,9 +210,10 @@ def row(operation, which, T, d, times, baseline):
 
 
 def once(candidate, x, dh=None):
+    """One call, and the gradients of what it read; they are not added to earlier ones, as those of activations never are."""
     h = candidate(x)
     if dh is not None:
-        h.backward(dh)
+        torch.autograd.grad(h, list(x.values()), dh, allow_unused=True)
 
 
 def bench_sequence(T, d, seconds, skip, absent):

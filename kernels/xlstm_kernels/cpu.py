@@ -236,7 +236,7 @@ class Piece:
         """The numerator of h, 1 / den, and the state after the last chunk."""
         space = self.space
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
-        if self.carry.shape[1] == 1:  # a row sees the state before the chunk as much decayed as the state after the chunk does
+        if self.carry.shape[1] == 1 and C.shape[-1] <= self.q.shape[1]:  # all rows see the state as decayed as the next state does
             new_C, new_n, q = space.matmul("new", self.k_write.transpose(1, 2), self.v), self.k_write.sum(1), self.q
             (Cs, C), (ns, n) = self.decayed("C", new_C, C), self.decayed("n", new_n, n)
         else:

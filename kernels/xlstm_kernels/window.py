@@ -202,19 +202,23 @@ def banded_backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, scal
                     document: Tensor | None) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
         sides = [Heads(x[b], G, row.place) for x in (q, h, dh)]
         keys = [Keys(x[b], row.place, space, name) for x, name in ((k, "k"), (v, "v"))]
         totals = [KeyGradients(x, sinks) for x in keys]
         dq = grads[0][b] if row.place is None else torch.empty_like(grads[0][b, : len(row.place)])
+        dqs = Heads(dq, G)
         for block in blocks(row, len(dq), ROWS["backward"], window, sinks, dtype, q.device):
             for lanes in lanes_of(block, G, q.shape[2] // G):
-                block_backward(*sides, *keys, Heads(dq, G), *totals, lanes, block, scale, space)
-        compact = dq, *(x.settle() for x in totals)
-        for x, y in zip(grads, compact, strict=True):
-            x[b, slice(None) if row.place is None else row.place] = y.to(x.dtype)
+                block_backward(*sides, *keys, dqs, *totals, lanes, block, scale, space)
+        for x, y in zip(grads, (dq, *(x.settle() for x in totals)), strict=True):
+            if row.place is not None:
+                x[b] = 0
+                x[b, row.place] = y.to(x.dtype)
+            elif x is not grads[0]:  # dq is there already
+                x[b] = y
     return grads
 
 
