@@ -3,6 +3,7 @@
 Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
 
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.record import Piece, Step
+
+ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
 
 
 @dataclass
@@ -68,6 +72,15 @@ class Tokens:
         plain = not given or (looked_at and not bool((start | ~real).any()))
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
+    def slice(self, begin, end):
+        """The same of the tokens `begin` to `end`, as a call of its own would have it."""
+        documents = self.document[:, begin - 1 : begin] if begin else 0
+        parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
+        return Tokens(*parts, plain=self.plain)
+
+    def map(self, change):
+        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain)
+
     def visible(self, window, sinks):
         """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""
         q, k = self.index[:, :, None], self.index[:, None, :]
@@ -80,10 +93,14 @@ class HybridCacheLayer(CacheLayerMixin):
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
+
+    A recurrent state is not invertible. With `record_past` the layer keeps a copy of itself from before the last `depth` tokens and the
+    inputs of the calls since; taking tokens back repeats the calls that stay. What whole calls leave behind is bitwise what they left the
+    first time; a call that is cut gives what the shorter call gives, to rounding. Memory: the layer once more, and `depth` tokens' inputs.
     """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # once `record_past` is set, as for transformers' own sliding layers
     is_sliding = True  # full-attention masks are sized from other layers
     supports_early_init = False
 
@@ -91,6 +108,81 @@ class HybridCacheLayer(CacheLayerMixin):
         super().__init__()
         self.sliding_window, self.num_sink_tokens = sliding_window, num_sink_tokens
         self.state, self.count, self.seen_tokens = None, None, 0
+        self.depth, self.base, self.calls, self.pending = 0, None, [], None
+
+    @property
+    def record_past(self):
+        return self.depth > 0
+
+    @record_past.setter
+    def record_past(self, on):  # transformers assigns it
+        self.depth = (self.depth or ROLLBACK_TOKENS) if on else 0
+        self.forget()
+
+    def activate_past_recording(self):
+        if not self.record_past:
+            self.record_past = True
+
+    def forget(self):
+        """Drop the record; a new one starts with the next call."""
+        self.base, self.calls, self.pending = None, [], None
+
+    @property
+    def recorded(self):
+        """Number of last tokens that can be taken back."""
+        return sum(len(call) for call in self.calls)
+
+    def record(self, memory, chunk_size):
+        """Keep the mLSTM's (k, v, i, f) of a call until `update` brings the rest of it."""
+        self.pending = tuple(x.detach() for x in memory), chunk_size
+
+    def note(self, call):
+        """Record a call before it changes the layer; what is older than `depth` tokens goes into the base."""
+        if self.base is None:
+            self.base = HybridCacheLayer(self.sliding_window, self.num_sink_tokens)
+            self.base.take_over(self)
+            self.base._tensors(lambda x: x.detach().clone())  # steps write in place
+        self.calls.append(call)
+        excess = max(self.recorded - self.depth, 0)
+        while excess >= len(self.calls[0]):
+            excess -= len(self.calls[0])
+            self.calls.pop(0).repeat(self.base)
+        if excess and len(oldest := self.calls[0]) > self.depth:
+            cut = len(oldest) - self.depth
+            oldest.slice(0, cut).repeat(self.base)
+            self.calls[0] = oldest.slice(cut, len(oldest)).map(torch.clone)  # a slice would hold the whole call's memory
+
+    def take_over(self, other):
+        """Become what `other` is, its tensors included; the record stays."""
+        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device"):
+            setattr(self, name, getattr(other, name, None))
+
+    def rollback(self, tokens, keep_record=True):
+        """Take the last tokens (columns, padding included) back.
+
+        Raises:
+            CacheError: the record does not reach that far; nothing has changed.
+        """
+        if tokens > self.recorded:
+            arm = "xlstm_hybrid.state.remember(cache, tokens) before they come, or keep a snapshot(cache)"
+            why = f"the record holds {self.recorded} tokens" if self.record_past else "a recurrent state is not invertible"
+            raise CacheError(f"cannot remove {tokens} tokens: {why}. Call {arm}, or compute the prefix again")
+        if tokens:
+            left = self.recorded - tokens
+            base, calls = (copy.deepcopy(self.base) if keep_record else self.base), []
+            for call in self.calls:
+                if left:
+                    calls.append(call if len(call) <= left else call.slice(0, left))
+                    calls[-1].repeat(base)
+                    left -= len(calls[-1])
+            self.calls = calls
+            self.take_over(base)
+        if not keep_record:
+            self.forget()
+
+    def crop(self, tokens_to_remove):
+        """Take the last `-tokens_to_remove` tokens back, as transformers does after each round of assisted decoding; the record starts anew."""
+        self.rollback(tokens_removed(tokens_to_remove), keep_record=False)
 
     def lazy_initialization(self, key_states, value_states):
         B, G = key_states.shape[:2]
@@ -131,6 +223,8 @@ class HybridCacheLayer(CacheLayerMixin):
         Returns:
             h [B, 1, H, V].
         """
+        if self.record_past:
+            self.note(Step(query, key, value, features, gates, tokens, scale))
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -148,6 +242,9 @@ class HybridCacheLayer(CacheLayerMixin):
         Args:
             key_states, value_states: [B, G, T, K | V].
         """
+        if self.record_past:
+            memory, chunk_size = self.pending
+            self.note(Piece(memory, key_states.detach(), value_states.detach(), tokens, chunk_size))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         T = key_states.shape[2]
@@ -180,6 +277,9 @@ class HybridCacheLayer(CacheLayerMixin):
             self.state = MLSTMState(*(change(x) for x in self.state))
         if self.is_initialized:
             self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
+        if self.base is not None:
+            self.base._tensors(change)
+            self.calls = [call.map(change) for call in self.calls]
 
     def offload(self):
         self._tensors(lambda x: x.to("cpu", non_blocking=True))
@@ -190,6 +290,7 @@ class HybridCacheLayer(CacheLayerMixin):
     def reset(self):
         self.keys = self.values = self.state = self.count = None
         self.is_initialized, self.seen_tokens = False, 0
+        self.forget()
 
     def reorder_cache(self, beam_idx):
         self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -200,12 +301,47 @@ class HybridCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices):
         self._tensors(lambda x: x[indices])
 
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """Keys and values of a layer that keeps the teacher's sliding attention. With `record_past` it holds `depth` tokens more than the window
+    needs; transformers' own holds every token since the last `crop`, and cuts keys that it no longer has without a word."""
+
+    depth = ROLLBACK_TOKENS
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.is_initialized and not self.record_past:
+            self.trim(0)  # recording may have been switched off
+        attended = super().update(key_states, value_states, *args, **kwargs)
+        self.trim(self.depth if self.record_past else 0)
+        return attended
+
+    def trim(self, more):
+        begin = max(self.keys.shape[-2] - (self.sliding_window - 1 + more), 0)
+        self.keys, self.values = self.keys[:, :, begin:], self.values[:, :, begin:]
+
+    @property
+    def recorded(self):
+        """Number of last tokens that can be taken back: all of them while the window has lost none."""
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        return held if held == self.cumulative_length else held - (self.sliding_window - 1)
+
     def crop(self, tokens_to_remove):
-        if tokens_to_remove:
+        tokens = tokens_removed(tokens_to_remove)
+        if tokens > self.recorded:
             raise CacheError(
-                f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible. "
-                "Keep a copy.deepcopy of the cache from before them, or compute the prefix again"
+                f"cannot remove {tokens} tokens: the window has kept {self.recorded} more than it needs. Call "
+                "xlstm_hybrid.state.remember(cache, tokens) before they come, or compute the prefix again"
             )
+        if tokens:
+            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            self.cumulative_length -= tokens
+
+
+def tokens_removed(tokens_to_remove):
+    """The count behind transformers' argument of `crop`, which is negative."""
+    if tokens_to_remove > 0:
+        raise CacheError(f"crop({tokens_to_remove}): expected minus the number of tokens to remove")
+    return -tokens_to_remove
 
 
 def _pick(new, source, chosen, old):
@@ -236,7 +372,9 @@ def adopt_cache(cache, config):
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
             cache.layers[j] = HybridCacheLayer(window, sinks)
-        if kind == "sliding_attention" and layer.get_seq_length() == 0:
+        if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
             static = isinstance(layer, StaticSlidingWindowLayer)
-            cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else DynamicSlidingWindowLayer(window)
+            cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)
+        if cache.layers[j] is not layer and getattr(layer, "record_past", False):
+            cache.layers[j].record_past, cache.layers[j].depth = True, getattr(layer, "depth", ROLLBACK_TOKENS)
     return cache

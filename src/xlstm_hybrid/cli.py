@@ -135,6 +135,36 @@ def evaluate(
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
+    length: Annotated[int | None, typer.Option(help="Tokens of the random rows; by default enough for the window to wrap.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the copy that is checked; float64 where it fits, else float32, by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--json", help="File for the results, JSON.")] = None,
+):
+    """Prove on MODEL that cache, padding, packing, beams, rollback and files change nothing. Exit code 1 if a check fails."""
+    from rich.table import Table
+
+    from xlstm_hybrid.verify import as_json, verify_checkpoint
+
+    table = Table("check", "dtype", "largest difference", "allowed", "verdict", caption="in standard deviations of the logits")
+    with Console(stderr=True).status("checking") as status:
+        results = verify_checkpoint(model, length=length, dtype=dtype, device=device, report=lambda r: status.update(f"after: {r.name}"))
+    for r in results:
+        allowed = f"{'>= ' if r.at_least else ''}{r.allowed:.1e}"
+        table.add_row(r.name, r.dtype, f"{r.difference:.2e}", allowed, "passed" if r.passed else "FAILED", style=None if r.passed else "red")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for r in results:
+        if r.note:
+            console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        out.write_text(json.dumps(as_json(results, model=Path(model).name, device=device), indent=1))
+    if not all(r.passed for r in results):
+        raise typer.Exit(1)
+
+
+@app.command()
 def card(
     directory: Annotated[Path, typer.Argument(help="Checkpoint with a provenance.json.")],
     results: Annotated[Path | None, typer.Option(help="results.json of a run.")] = None,

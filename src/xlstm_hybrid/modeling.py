@@ -102,10 +102,10 @@ class MLSTMMixer(nn.Module):
 
     @staticmethod
     def features(x, feature_map):
-        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], float32 at least (Hedgehog, applied after RoPE)."""
-        return torch.softmax(x @ feature_map, -1, dtype=torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], calculated in float32 at least (Hedgehog, applied after RoPE)."""
+        return torch.softmax(x @ feature_map, -1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype).transpose(1, 2)
 
-    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None):
+    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None, record=None):
         """Mix-ready output of the mLSTM.
 
         Args:
@@ -113,6 +113,7 @@ class MLSTMMixer(nn.Module):
             tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
             state: MLSTMState of the tokens before, or None.
             step: `HybridCacheLayer.step` for one token, which mixes the branches and keeps the state.
+            record: `HybridCacheLayer.record`, called with what rolling back will have to repeat.
         Returns:
             `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None.
         """
@@ -123,7 +124,10 @@ class MLSTMMixer(nn.Module):
         q, k = self.features(query, self.q_map), self.features(key, self.k_map)
         if step is not None:
             return step(features=(q, k), gates=(i, f, o)), o, None
-        h, state = mlstm(q, k, value.transpose(1, 2), i, f, state=state, chunk_size=self.config.mlstm_chunk_size)
+        inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size
+        if record is not None:
+            record(inputs, chunk_size)
+        h, state = mlstm(q, *inputs, state=state, chunk_size=chunk_size)
         return h, o, state
 
 
@@ -180,7 +184,8 @@ class HybridAttention(nn.Module):
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
             return h.to(value.dtype), None
-        memory, o, state = self.mlstm(*inputs, None if cache is None else cache.state)
+        remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
+        memory, o, state = self.mlstm(*inputs, **remembered)
         if cache is not None:
             cache.update(key, value, tokens)
             cache.state = state
@@ -287,7 +292,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _is_stateful = True  # a recurrent state cannot be rolled back
+    _is_stateful = False  # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
     _can_record_outputs = {
         "hidden_states": HybridDecoderLayer,
         "attentions": OutputRecorder(HybridAttention, index=1),
@@ -467,6 +472,14 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         return attention_mask  # the model derives its masks from the 2-D one and from the cache
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        """As in transformers; but assisted decoding, too, feeds a filled cache only what it has not seen (transformers feeds the whole prompt)."""
+        lengths = [kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None]
+        whole = input_ids.shape[1] in lengths  # else the caller passes new tokens only
+        if next_sequence_length is None and past_key_values is not None and whole and kwargs.get("inputs_embeds") is None:
+            next_sequence_length = max(input_ids.shape[1] - past_key_values.get_seq_length(), 0) or None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values=past_key_values, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,268 @@
+"""What a model knows after reading, as an object: prefill once, answer many.
+
+    cache = prefill(model, **tokenizer(document, return_tensors="pt"))
+    for question in questions:
+        model.generate(**tokenizer(document + question, return_tensors="pt"), past_key_values=snapshot(cache))
+
+A state is the transformers `Cache` that the model returns; nothing wraps it. Its size does not depend on the document where all layers are
+hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, W window, S sinks.
+"""
+
+import copy
+import hashlib
+import json
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from xlstm_kernels import MLSTMState
+
+from xlstm_hybrid.artifacts import write_file
+from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
+from xlstm_hybrid.errors import CacheError
+
+FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
+# Fields of a config in which a state's writer and its reader may differ
+INDIFFERENT = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "mlstm_chunk_size",
+               "attention_dropout", "initializer_range", "mlstm_output_gate_bias", "mlstm_context", "bos_token_id", "eos_token_id", "pad_token_id",
+               "quantization_config"}  # fmt: skip
+SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
+
+
+# --- making and handing round ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prefill(model, input_ids, attention_mask=None, *, past_key_values=None, piece=None, rollback=0, **inputs):
+    """Read tokens and return the cache; no logits are kept.
+
+    Args:
+        input_ids, attention_mask: [B, T]; 0 in the mask is padding. After a filled cache the mask covers its tokens too.
+        past_key_values: cache to go on from; it is changed.
+        piece: tokens per forward call, which bounds the memory of a long prompt; None reads all at once.
+        rollback: tokens that can be taken back later, see `remember`.
+    """
+    cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
+    if rollback:
+        remember(cache, rollback)
+    seen, T = cache.get_seq_length(), input_ids.shape[1]
+    for begin in range(0, T, piece or T):
+        end = min(begin + (piece or T), T)
+        mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - T + end]
+        part = {name: x[:, begin:end] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        model(input_ids[:, begin:end], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **part)
+    assert cache.get_seq_length() == seen + T
+    return cache
+
+
+def snapshot(cache):
+    """An independent copy: whatever happens to one, the other does not see it. Its record of past tokens is copied as well."""
+    try:
+        return copy.deepcopy(cache)
+    except RuntimeError as error:  # torch copies leaves only
+        raise CacheError("cannot copy a cache that carries gradients: fill it under torch.no_grad()") from error
+
+
+def restore(cache, saved):
+    """Make `cache` what `saved` was; `saved` stays independent. For code that holds on to the one object."""
+    cache.layers = snapshot(saved).layers
+    return cache
+
+
+def fork(cache, rows):
+    """A copy in which each row stands `rows` times, in order; the cache itself is unchanged."""
+    if rows < 1:
+        raise CacheError(f"fork: rows={rows}, expected at least 1")
+    copied = snapshot(cache)
+    copied.batch_repeat_interleave(rows)
+    return copied
+
+
+# --- taking back -------------------------------------------------------------------------------------------------
+
+
+def remember(cache, tokens):
+    """From now on keep what taking back the last `tokens` tokens needs; 0 stops it. Returns the cache.
+
+    It costs the cache's memory once more, the mLSTM's inputs of `tokens` tokens, and, where a step falls out of the record, that step again.
+    """
+    if tokens < 0:
+        raise CacheError(f"remember: tokens={tokens}, expected 0 or more")
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            if not (tokens and layer.record_past):  # a record in use only changes its length
+                layer.record_past = tokens > 0
+            layer.depth = tokens
+    return cache
+
+
+def recorded(cache):
+    """Number of last tokens that `rollback` can take back now."""
+    found = []
+    for j, layer in enumerate(cache.layers):
+        if isinstance(layer, HybridCacheLayer | SlidingLayer):
+            found.append(layer.recorded)
+        elif type(layer) is DynamicLayer:
+            found.append(layer.get_seq_length())
+        else:
+            raise CacheError(f"layer {j} is a {type(layer).__name__}, which cannot take tokens back; use a DynamicCache")
+    return min(found, default=0)
+
+
+def rollback(cache, tokens):
+    """Take the last `tokens` tokens (columns, padding included) back, in place. Returns the cache.
+
+    Bitwise the state from before where whole calls go, and to rounding where a call is cut. The record stays: going back further is possible.
+
+    Raises:
+        CacheError: the record does not reach that far; nothing has changed.
+    """
+    if not 0 <= tokens <= (found := recorded(cache)):
+        raise CacheError(f"cannot take {tokens} tokens back: {found} are recorded; call remember(cache, {max(tokens, 1)}) before they come, "
+                         "or keep a snapshot(cache)")  # fmt: skip
+    for layer in cache.layers:
+        layer.rollback(tokens) if isinstance(layer, HybridCacheLayer) else layer.crop(-tokens)
+    return cache
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def behaviour(config):
+    """The fields of a config that decide what a state means, as JSON has them."""
+    fields = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in INDIFFERENT}))
+    return dict(sorted(fields.items()))
+
+
+@torch.no_grad()
+def weights_digest(model):
+    """SHA-256 over names, dtypes, shapes and evenly spaced elements of all parameters: tells checkpoints apart without reading them whole."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.named_parameters()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        if not x.is_meta:
+            flat = x.detach().reshape(-1)
+            chosen = flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].contiguous().cpu()
+            digest.update(chosen.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensors_of(layer):
+    """`{name: tensor}` of a filled layer."""
+    tensors = {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, HybridCacheLayer):
+        tensors |= dict(zip("Cnm", layer.state, strict=True)) | {"count": layer.count}
+    return tensors
+
+
+def save_state(cache, path, model):
+    """Write a filled cache to one safetensors file, whole or not at all. Its record of past tokens is not part of it.
+
+    The header holds the format's version, the config's fields, a digest of the weights, the number of tokens and each layer's kind: `load_state`
+    refuses what another model wrote. The file holds what was read in compressed form: treat it as the text itself.
+
+    Raises:
+        CacheError: an empty cache, or one with layers that are not ours or plainly dynamic.
+        CheckpointWriteError: the disk refused; what was at `path` is untouched.
+    """
+    from safetensors.torch import save
+
+    tensors = {}
+    for j, layer in enumerate(cache.layers):
+        if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
+            raise CacheError(f"layer {j} is a {type(layer).__name__}, expected HybridCacheLayer or a dynamic layer; use a DynamicCache")
+        if not layer.is_initialized:
+            raise CacheError(f"layer {j} of the cache is empty: there is nothing to save; read something first (prefill)")
+        tensors |= {f"layers.{j}.{name}": x.detach().cpu().contiguous().clone() for name, x in tensors_of(layer).items()}
+        if type(layer) is SlidingLayer and layer.cumulative_length >= layer.sliding_window:
+            for name in ("keys", "values"):  # what a record holds beyond the window stays here
+                held = tensors[f"layers.{j}.{name}"]
+                tensors[f"layers.{j}.{name}"] = held[:, :, held.shape[2] - layer.sliding_window + 1 :].contiguous()
+    if not tensors:
+        raise CacheError("the cache has no layers: there is nothing to save; read something first (prefill)")
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": json.dumps(behaviour(model.config)), "weights": weights_digest(model),
+              "seen_tokens": str(cache.get_seq_length()), "layer_types": json.dumps(model.config.layer_types)}  # fmt: skip
+    write_file(path, save(tensors, header))
+
+
+def load_state(path, model):
+    """The cache in a file of `save_state`, on the model's devices.
+
+    Raises:
+        CacheError: no such file or a damaged one, another format, or one that another model wrote; it names the first difference.
+    """
+    from pathlib import Path
+
+    from safetensors import SafetensorError, safe_open
+
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            check_header(header, model, name)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no dict)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{name}: cannot be read as a state ({error}); make it again with save_state") from error
+    try:
+        seen = int(header["seen_tokens"])
+    except (KeyError, ValueError) as error:
+        raise CacheError(f"{name}: the header has no number of tokens, it is damaged; make it again with save_state") from error
+    cache = adopt_cache(DynamicCache(config=model.config), model.config)
+    layers, rows = model.get_decoder().layers, set()
+    for j, layer in enumerate(cache.layers):
+        found = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
+        check_tensors(found, layer, j, model.config, seen, name)
+        rows.add(found["keys"].shape[0])
+        fill(layer, {key: x.to(next(layers[j].parameters()).device) for key, x in found.items()}, seen)
+    if tensors or len(rows) != 1:
+        raise CacheError(f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
+                         "damaged; make it again with save_state")  # fmt: skip
+    return cache
+
+
+def check_header(header, model, name):
+    """Raise CacheError unless the header was written for this model."""
+    if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
+        found = f"{header.get('format')} version {header.get('format_version')}"
+        raise CacheError(f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; make it again with this version's save_state")
+    try:
+        theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CacheError(f"{name}: the header has no config, it is damaged; make it again with save_state") from error
+    for field in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(field) != ours.get(field):
+            raise CacheError(f"{name}: another model wrote this state: its {field} is {theirs.get(field)!r}, this model's {ours.get(field)!r}; "
+                             "load the model that wrote it, or read the text again")  # fmt: skip
+    if header.get("weights") != weights_digest(model):
+        raise CacheError(f"{name}: a model of this shape with other weights (or in another dtype) wrote this state; load the one that wrote it, "
+                         "or read the text again")  # fmt: skip
+
+
+def check_tensors(tensors, layer, j, config, seen, name):
+    """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
+    B, slots = tensors["keys"].shape[0] if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
+    H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hybrid = isinstance(layer, HybridCacheLayer)
+    if hybrid:
+        slots = layer.num_sink_tokens + layer.sliding_window
+    elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:
+        slots = layer.sliding_window - 1
+    expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
+    expected |= {"C": (B, H, K, K), "n": (B, H, K), "m": (B, H), "count": (B,)} if hybrid else {}
+    found = {key: tuple(x.shape) for key, x in tensors.items()}
+    if B < 1 or found != expected:
+        raise CacheError(f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state")
+    if hybrid:
+        states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in "Cnm")
+        count = tensors["count"]
+        if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
+            raise CacheError(f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state")
+
+
+def fill(layer, tensors, seen):
+    """Put loaded tensors into an empty layer."""
+    layer.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if isinstance(layer, HybridCacheLayer):
+        layer.state, layer.count, layer.seen_tokens = MLSTMState(*(tensors[key] for key in "Cnm")), tensors["count"], seen
+    elif isinstance(layer, SlidingLayer):
+        layer.cumulative_length = seen

@@ -1,0 +1,324 @@
+"""`verify` says yes to a sound model and no, in the right row, to each defect that has been seen in models of this kind."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import enlarge, tiny_config, tiny_student
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from xlstm_hybrid import XLSTMHybridForCausalLM, cache, modeling
+from xlstm_hybrid.cache import HybridCacheLayer, Tokens
+from xlstm_hybrid.checks import CHECKS, FILES
+from xlstm_hybrid.cli import app
+from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.verify import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
+
+MIXED = {
+    "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
+    "teacher_sliding_window": 5,
+    "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
+}
+STACKS = {"hybrid": {}, "mixed": MIXED, "post-norm": {"norm_position": "post", "qk_norm": "full"}, "no sinks": {"num_sink_tokens": 0},
+          "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]}}  # fmt: skip
+SMALL = {"num_hidden_layers": 2, "sliding_window": 5, "num_sink_tokens": 2}
+PADDING = {name for name in CHECKS if "padding" in name}
+CACHED = {"token by token = parallel", "chunked prefill = full", "cached decoding = uncached", "reordered rows = recomputed",
+          "forked state = recomputed", "rolled back = never seen"}  # fmt: skip
+
+
+def failures(results):
+    return {r.name for r in results if not r.passed}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tiny_student(torch.float32, gain=1.5, **SMALL)
+
+
+@pytest.mark.parametrize("stack", [pytest.param(name, marks=pytest.mark.slow if name in ("post-norm", "windows differ") else ()) for name in STACKS])
+def test_a_sound_model_passes_every_check(stack):
+    results = verify(tiny_student(torch.float32, gain=1.5, **STACKS[stack]), length=32)
+    assert not failures(results), results
+    assert len(results) == len(CHECKS) + 5 - 2 * (stack == "mixed") and not any(r.note for r in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checks_hold_in_lower_precision_too(small, dtype):
+    results = verify(small, length=26, dtype=dtype, only=CACHED)
+    assert not failures(results), results
+    assert any(r.difference > 0 for r in results if r.name in CACHED)  # two ways that round differently were compared, not one with itself
+
+
+def test_a_bfloat16_checkpoint_is_judged_on_its_own_weights():
+    model = rounded(tiny_student(torch.float32, gain=1.5, **SMALL), torch.bfloat16)
+    results = verify(model, length=26, only={*FILES, PACKED, LOW})
+    assert not failures(results), results
+    assert [r.dtype for r in results][-4:] == ["bfloat16"] * 4 and model.dtype == torch.bfloat16
+
+
+def test_the_model_is_left_as_it_was(small):
+    before, training = {n: p.clone() for n, p in small.named_parameters()}, small.training
+    verify(small, length=26)
+    assert all(torch.equal(p, before[n]) for n, p in small.named_parameters()) and small.training == training
+    assert small.config.mlstm_chunk_size == 8 and not small.model.layers[0]._forward_hooks
+
+
+# --- seeded defects: (where, attribute, the wrong version, rows that must turn red and rows that must not) ---------
+
+
+def state_dropped(original):
+    def forward(self, *args, state=None, **kwargs):
+        return original(self, *args, state=None, **kwargs)
+
+    return forward
+
+
+def mask_ignored(original):
+    return classmethod(lambda cls, shape, device, *, attention_mask=None, **kwargs: original(shape, device, **kwargs))
+
+
+def mask_ignored_for_one_row(original):
+    def locate(cls, shape, device, *, attention_mask=None, **kwargs):
+        return original(shape, device, attention_mask=None if shape[0] == 1 else attention_mask, **kwargs)
+
+    return classmethod(locate)
+
+
+def mask_ignored_once_cached(original):
+    def locate(cls, shape, device, *, attention_mask=None, seen=None, **kwargs):
+        return original(shape, device, attention_mask=attention_mask if seen is None else None, seen=seen, **kwargs)
+
+    return classmethod(locate)
+
+
+def documents_share_their_state(original):
+    def locate(cls, shape, device, **kwargs):
+        found = original(shape, device, **kwargs)
+        return replace(found, start=torch.zeros_like(found.start))
+
+    return classmethod(locate)
+
+
+def sinks_forgotten(original):
+    def visible(self, tokens):
+        found = original(self, tokens)
+        found[:, :, : self.num_sink_tokens] = False
+        return found
+
+    return visible
+
+
+def window_off_by_one(original):
+    return lambda self, count: original(self, count + 1)
+
+
+def state_stays_when_beams_move(original):
+    def reorder(self, beam_idx):
+        self.keys, self.values, self.count = (x.index_select(0, beam_idx) for x in (self.keys, self.values, self.count))
+
+    return reorder
+
+
+def ring_stays_when_beams_move(original):
+    def reorder(self, beam_idx):
+        self.state = type(self.state)(*(x.index_select(0, beam_idx) for x in self.state))
+
+    return reorder
+
+
+def ring_stays_when_rolled_back(original):
+    def take_over(self, other):
+        keys, values = self.keys, self.values
+        original(self, other)
+        if keys is not None:
+            self.keys, self.values = keys, values
+
+    return take_over
+
+
+def state_fades_when_forked(original):
+    def repeat(self, repeats):
+        original(self, repeats)
+        self.state = self.state._replace(C=self.state.C * 0.99)
+
+    return repeat
+
+
+def chunks_disagree(original):
+    def mlstm(q, k, v, i, f, *, chunk_size, **kwargs):
+        return original(q, k, v, i, f + 0.01 * (chunk_size == 16), chunk_size=chunk_size, **kwargs)
+
+    return mlstm
+
+
+LOCATE, LAYER = (Tokens, "locate"), HybridCacheLayer
+STEPS = {"token by token = parallel", "cached decoding = uncached"}
+PREFILL, PACKED, BEAMS, FORKED, BACK = ("chunked prefill = full", "packed documents = separate", "reordered rows = recomputed",
+                                        "forked state = recomputed", "rolled back = never seen")  # fmt: skip
+ALONE, INSIDE = ({n for n in PADDING if word in n} for word in ("one row", "inside"))
+DEFECTS = {
+    "state dropped": (MLSTMMixer, "forward", state_dropped, CACHED - STEPS, {PACKED}),
+    "mask ignored": (*LOCATE, mask_ignored, PADDING, CACHED),
+    "mask ignored for one row": (*LOCATE, mask_ignored_for_one_row, ALONE, CACHED | PADDING - ALONE),
+    "mask ignored once cached": (*LOCATE, mask_ignored_once_cached, INSIDE, CACHED),
+    "documents leak": (*LOCATE, documents_share_their_state, {PACKED}, CACHED | PADDING),
+    "sinks forgotten": (LAYER, "visible", sinks_forgotten, {PREFILL}, {"token by token = parallel"}),
+    "window off by one": (LAYER, "index_of_slots", window_off_by_one, {PREFILL}, {"chunkwise = parallel"}),
+    "state not reordered": (LAYER, "reorder_cache", state_stays_when_beams_move, {BEAMS}, {FORKED}),
+    "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {BEAMS}, {FORKED}),
+    "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {BACK}, {BEAMS}),
+    "state not forked": (LAYER, "batch_repeat_interleave", state_fades_when_forked, {FORKED}, {BEAMS}),
+    "chunks disagree": (modeling, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_turns_its_row_red_and_no_unrelated_one(small, monkeypatch, defect):
+    where, name, wrong, red, green = DEFECTS[defect]
+    monkeypatch.setattr(where, name, wrong(getattr(where, name)))
+    assert failures(verify(small, length=26, only=red | green)) == red
+
+
+def test_a_step_that_loses_the_state_is_seen(small, monkeypatch):
+    original = cache.hybrid_step
+
+    def step(*args, **kwargs):
+        h = original(*args, **kwargs)
+        args[8].C.mul_(0.99)
+        return h
+
+    monkeypatch.setattr(cache, "hybrid_step", step)
+    assert failures(verify(small, length=26, only=STEPS | {PACKED})) == STEPS
+
+
+def test_a_state_in_half_precision_is_seen(small, monkeypatch):
+    original = cache.hybrid_step
+
+    def step(*args, **kwargs):
+        h = original(*args, **kwargs)
+        for x in args[8]:
+            x.copy_(x.bfloat16())
+        return h
+
+    monkeypatch.setattr(cache, "hybrid_step", step)
+    assert failures(verify(small, length=26, only=STEPS | {PREFILL})) == STEPS
+
+
+def test_a_bfloat16_model_that_calculates_badly_is_seen(small, monkeypatch):
+    original = MLSTMMixer.gates
+
+    def gates(self, hidden_states, qkv):
+        i, f, o = original(self, hidden_states, qkv)
+        return (i, f, o) if hidden_states.dtype != torch.bfloat16 else (i, f + 0.3, o)
+
+    monkeypatch.setattr(MLSTMMixer, "gates", gates)
+    assert failures(verify(small, length=26, only={LOW, PACKED, *FILES})) == {"bfloat16, one forward = exact", "bfloat16, cached decoding = exact"}
+
+
+def test_weights_that_do_not_survive_the_disk_are_seen(small, monkeypatch):
+    original = XLSTMHybridForCausalLM.save_pretrained
+
+    def save(self, folder, **kwargs):
+        kept = self.state_dict()
+        kept["model.layers.1.self_attn.mlstm.k_map"] = kept["model.layers.1.self_attn.mlstm.k_map"].half().float()
+        original(self, folder, state_dict=kept, **kwargs)
+
+    monkeypatch.setattr(XLSTMHybridForCausalLM, "save_pretrained", save)
+    assert failures(verify(small, length=26, only={LOW, PACKED, *FILES})) == {"saved and loaded model = same"}
+
+
+def test_not_a_number_and_a_crash_are_failures(small, monkeypatch):
+    sick = tiny_student(torch.float32, gain=1.5, **SMALL)
+    with torch.no_grad():
+        sick.model.layers[1].self_attn.mlstm.k_map[0, 0, 0] = float("nan")
+    few = {"chunkwise = parallel", PACKED, BEAMS}
+    assert failures(verify(sick, length=26, only=few)) == few
+
+    def crash(self, beam_idx):
+        raise NotImplementedError("no beams here")
+
+    monkeypatch.setattr(HybridCacheLayer, "reorder_cache", crash)
+    (failed,) = (r for r in verify(small, length=26, only=few) if not r.passed)
+    assert failed.name == "reordered rows = recomputed" and failed.note == "NotImplementedError: no beams here"
+
+
+def test_a_model_whose_memory_is_too_faint_to_prove_anything_does_not_pass(small):
+    deaf = tiny_student(torch.float32, gain=1.5, **SMALL)
+    with torch.no_grad():
+        for layer in deaf.model.layers:
+            layer.self_attn.mlstm.ogate_bias.fill_(-60.0)
+    assert failures(verify(deaf, length=26, only={MEMORY, PACKED, BEAMS})) == {MEMORY}
+
+
+def test_a_student_fresh_from_its_initialisation_can_be_proven():
+    torch.manual_seed(0)
+    fresh = XLSTMHybridForCausalLM(tiny_config(initializer_range=0.2))
+    assert not failures(verify(fresh, length=32))
+
+
+# --- numbers, files, the command -------------------------------------------------------------------------------
+
+
+def test_bounds_grow_with_the_dtype_and_with_the_square_root_of_the_depth():
+    by_dtype = [bound(d, 4) for d in (torch.float64, torch.float32, torch.bfloat16)]
+    assert by_dtype == sorted(by_dtype) and by_dtype[0] < 1e-5
+    assert bound(torch.float32, 40) / bound(torch.float32, 4) == pytest.approx(3)
+
+
+def test_the_default_length_wraps_every_window_and_fills_several_chunks():
+    assert default_length(tiny_config(layer_windows=[3, 90, 12])) == 90 + 3 + 33
+    assert default_length(tiny_config()) == 7 + 3 + 33
+    assert default_length(tiny_config(mlstm_chunk_size=64)) == 131
+
+
+def test_results_become_json_whatever_they_hold():
+    results = [Result("a", float("inf"), 0.1, "float32", 1.0, "it crashed"), Result("b", float("nan"), 0.1, "float32", 1.0)]
+    assert not any(r.passed for r in results)
+    value = json.loads(json.dumps(as_json(results, model="m"), allow_nan=False))
+    assert value["passed"] is False and value["model"] == "m" and [c["difference"] for c in value["checks"]] == [None, None]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"length": 23}, "length=23: expected at least 24"),
+    ({"dtype": torch.int8}, r"dtype=torch.int8: expected one of \['float64'"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(small, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        verify(small, **changes)
+
+
+def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(small, tmp_path):
+    small.save_pretrained(tmp_path / "good")
+    out = CliRunner().invoke(app, ["verify", str(tmp_path / "good"), "--length", "30", "--dtype", "float32", "--json", str(tmp_path / "a.json")])
+    assert out.exit_code == 0, out.output
+    assert "packed documents = separate" in out.output and "FAILED" not in out.output
+    assert json.loads((tmp_path / "a.json").read_text())["passed"] is True
+    weights = small.state_dict()
+    weights.pop("model.layers.1.self_attn.mlstm.q_map")
+    small.save_pretrained(tmp_path / "bad", state_dict=weights)
+    out = CliRunner().invoke(app, ["verify", str(tmp_path / "bad"), "--length", "30"])
+    assert out.exit_code == 1 and "FAILED" in out.output and "missing_keys: model.layers.1.self_attn.mlstm.q_map" in out.output
+
+
+def test_what_is_no_student_is_refused_by_name(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    enlarge(LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape))).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ConfigError, match="llama: a llama model, expected xlstm_hybrid"):
+        verify_checkpoint(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="nowhere: cannot be loaded"):
+        verify_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="dtype=float33"):
+        verify_checkpoint(tmp_path / "llama", dtype="float33")
+
+
+@pytest.mark.slow
+def test_the_installed_command_says_no_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "xlstm_hybrid.cli", "verify", str(tmp_path / "nowhere")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("CheckpointError: nowhere: cannot be loaded") and "Traceback" not in result.stderr
