@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from baselines import all_of, reason_against
-from xlstm_kernels import MLSTMState, hybrid_step, mlstm, mlstm_step, window_attention, window_step
+from xlstm_kernels import MLSTMState, hybrid_step, mix, mlstm, mlstm_step, window_attention, window_step
 from xlstm_kernels.scratch import LOCAL
 
 
@@ -89,7 +89,7 @@ def memory(x, backend="auto"):
 
 
 def hybrid(x, **backends):
-    return torch.lerp(window(x, backends.get("window", "auto")), memory(x, backends.get("mlstm", "auto")), x["o"])
+    return mix(memory(x, backends.get("mlstm", "auto")), window(x, backends.get("window", "auto")), x["o"][..., 0])
 
 
 def layer(x, **backends):

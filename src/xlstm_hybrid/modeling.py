@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
-from xlstm_kernels import mlstm, window_attention
+from xlstm_kernels import mix, mlstm, window_attention
 
 from xlstm_hybrid.cache import HybridCacheLayer, Tokens, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
@@ -199,8 +199,7 @@ class HybridAttention(nn.Module):
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
-        o = o[..., None]
-        return (o * memory + (1 - o) * window).to(value.dtype), weights
+        return mix(memory, window, o).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
