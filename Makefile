@@ -24,10 +24,10 @@ quickstart: install
 
 # One OpenMP thread per worker: tiny models run several times faster than with contended threads.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -60,8 +60,10 @@ def greedy(table, device, width, dtype):
     return real(table, device, width, dtype)._replace(num_stages=40, num_warps=4)
 from xlstm_kernels.gpu import window
 window.look_up = greedy
-rows = aot.examine(("window", window.aot_cases()[0][0], 90, True))
-assert any("shared" in reason or "STACK" in reason for row in rows for reason in row["red"]), rows
+name, launches = next(iter(aot.launches_of("window", 90, True).items()))
+aot.launches_of = lambda *job: {name: launches[:1]}
+(row,) = aot.examine(("window", name, 90, True))
+assert any("shared" in reason or "STACK" in reason for reason in row["red"]), row
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
