@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.mlstm import check, expect, insist
+from xlstm_kernels.dispatch import heads_kernel_is_right, resolve
+from xlstm_kernels.mlstm import check, expect
 from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, without_autocast
 
 
@@ -119,13 +120,7 @@ STEPS = {"torch": step_torch, "triton": step_triton}
 
 def choose_step(q, v, C, keys):
     """What "auto" runs: the fused kernel where there is one that can be believed."""
-    K, V = q.shape[3], v.shape[3]
-    if q.is_cuda and K <= 128 and V <= 256 and C.dtype == torch.float32 and keys.dtype != torch.float64:
-        from xlstm_kernels.selfcheck import believed
-
-        if believed("hybrid_step", str(q.device), keys.dtype, K, V):
-            return "triton"
-    return "torch"
+    return "triton" if heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):
@@ -147,12 +142,7 @@ def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, s
         expect(name, gate, B=B, T=1, H=H)
     expect("state.C", C, B=B, H=H, K=phi_q.shape[3], V=v.shape[3])
     refuse_gradients(q, k, v, phi_q, phi_k, i, f, o, *state)
-    if backend == "auto":
-        backend = choose_step(q, v, C, keys)
-    if backend not in STEPS:
-        raise ValueError(f"backend={backend!r} is not one of {sorted(STEPS)}")
-    if backend == "triton":
-        insist(q.device)
+    backend = resolve(backend, STEPS, q.device, lambda: choose_step(q, v, C, keys))
     return STEPS[backend](q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from xlstm_kernels.dispatch import kernel_is_right, resolve
 from xlstm_kernels.head_rows import NEVER, Rule, Targets, Terms, rows_dense, rows_step
-from xlstm_kernels.mlstm import insist
 from xlstm_kernels.reference import calculation_dtype, finite
 
 IGNORE = -100
@@ -270,12 +270,9 @@ BACKENDS = {"dense": dense, "torch": chunked(rows_step), "triton": chunked(trito
 def choose_backend(hidden, weight, top_ids):
     """What "auto" runs: the kernel where it can run and be believed."""
     M = 1 if top_ids is None else top_ids.shape[2]
-    if hidden.is_cuda and M <= LARGEST_M and calculation_dtype(hidden, weight) == torch.float32:
-        from xlstm_kernels.selfcheck import believed
-
-        if believed("head_loss", str(hidden.device), hidden.dtype, max(16, 1 << (M - 1).bit_length())):
-            return "triton"
-    return "torch"
+    size = max(16, 1 << (M - 1).bit_length())
+    right = M <= LARGEST_M and kernel_is_right("head_loss", hidden, calculation_dtype(hidden, weight), hidden.dtype, size)
+    return "triton" if right else "torch"
 
 
 # --- the public function -----------------------------------------------------------------------------------------
@@ -376,12 +373,7 @@ def head_loss(hidden, weight, labels, top_ids=None, top_logp=None, rest_logp=Non
     check_tensors(hidden, weight, labels, top_ids, top_logp, rest_logp, bias, mask)
     weights = ce_weight, forward_kl_weight, reverse_kl_weight
     check_settings(top_ids, top_logp, rest_logp, weights, outcomes, num_items, logit_scale, softcap, rows)
-    if backend == "auto":
-        backend = choose_backend(hidden, weight, top_ids)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
-    if backend == "triton":
-        insist(hidden.device)
+    backend = resolve(backend, BACKENDS, hidden.device, lambda: choose_backend(hidden, weight, top_ids))
     teacher = None if top_ids is None else (top_ids, top_logp, rest_logp)
     run = evaluate
     if torch.compiler.is_compiling():  # which rows there are is read from the data: there is nothing to trace

@@ -3,6 +3,7 @@
 import torch
 
 from xlstm_kernels.cpu import mlstm_streaming
+from xlstm_kernels.dispatch import heads_kernel_is_right, resolve
 from xlstm_kernels.reference import MLSTMState, calculation_dtype, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, without_autocast
 
 
@@ -56,22 +57,10 @@ def check_state(state, B, H, K, V):
             raise ValueError(f"state.{name}: expected float32 or float64, got {x.dtype}; pass the state on in the dtype it was returned in")
 
 
-def insist(device):
-    """Raise ValueError if no Triton kernel can run on the device."""
-    from xlstm_kernels.selfcheck import why_not  # imports the compiler
-
-    if reason := why_not(str(device)):
-        raise ValueError(f"backend='triton': {reason}")
-
-
 def choose_backend(q, k, v, i, f, state):
     """What "auto" runs: the form with the least work for this device and length, of those that can be believed."""
-    K, V, tensors = q.shape[3], v.shape[3], (q, k, v, i, f, *(state or ()))
-    if q.is_cuda and K <= 128 and V <= 256 and calculation_dtype(*tensors) == torch.float32:
-        from xlstm_kernels.selfcheck import believed
-
-        if believed("mlstm", str(q.device), v.dtype, K, V):
-            return "triton"
+    if heads_kernel_is_right("mlstm", q, v, calculation_dtype(q, k, v, i, f, *(state or ())), v.dtype):
+        return "triton"
     return "recurrent" if q.shape[1] == 1 else "streaming"
 
 
@@ -108,12 +97,7 @@ def mlstm(q, k, v, i, f, *, state=None, chunk_size=64, cu_seqlens=None, backend=
         ValueError: an argument does not fit, with what was expected and what came.
     """
     check(q, k, v, i, f, state, chunk_size, cu_seqlens)
-    if backend == "auto":
-        backend = choose_backend(q, k, v, i, f, state)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
-    if backend == "triton":
-        insist(q.device)
+    backend = resolve(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v, i, f, state))
     form, args = BACKENDS[backend], (q, k, v, i, f, state, chunk_size)
     with without_autocast(q.device):
         if cu_seqlens is None:

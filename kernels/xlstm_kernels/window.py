@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xlstm_kernels.mlstm import insist
+from xlstm_kernels.dispatch import heads_kernel_is_right, resolve
 from xlstm_kernels.reference import calculation_dtype, without_autocast
 from xlstm_kernels.scratch import space_of
 
@@ -292,13 +292,7 @@ BACKENDS = {"reference": window_reference, "banded": window_banded, "triton": wi
 
 def choose_backend(q, k, v):
     """What "auto" runs: the kernel where there is one that can be believed."""
-    K, V = q.shape[3], v.shape[3]
-    if q.is_cuda and K <= 128 and V <= 256 and calculation_dtype(q, k, v) == torch.float32:
-        from xlstm_kernels.selfcheck import believed
-
-        if believed("window_attention", str(q.device), v.dtype, K, V):
-            return "triton"
-    return "banded"
+    return "triton" if heads_kernel_is_right("window_attention", q, v, calculation_dtype(q, k, v), v.dtype) else "banded"
 
 
 def rows_of(index, document, q):
@@ -376,11 +370,6 @@ def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale
     if whole(index, document, q.shape[1]):
         index = document = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "auto":
-        backend = choose_backend(q, k, v)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {sorted(BACKENDS)}")
-    if backend == "triton":
-        insist(q.device)
+    backend = resolve(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v))
     with without_autocast(q.device):
         return BACKENDS[backend](q, k, v, window=window, sinks=sinks, index=index, document=document, scale=scale)

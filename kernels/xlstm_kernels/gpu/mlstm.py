@@ -19,12 +19,12 @@ import torch
 import triton
 from torch import Tensor
 
+from xlstm_kernels.dispatch import LARGEST_K, LARGEST_V
 from xlstm_kernels.gpu.launch import Tile, launch, look_up, unavailable
 from xlstm_kernels.gpu.mlstm_gates import gate_grad_kernel, gate_kernel, scan_kernel
 from xlstm_kernels.gpu.mlstm_kernels import delta_kernel, grad_kernel, join_kernel, output_kernel, state_kernel
 from xlstm_kernels.reference import MLSTMState
 
-LARGEST_K, LARGEST_V = 128, 256
 WIDTHS = (32, 64, 128, 256)  # the larger of K and V
 
 

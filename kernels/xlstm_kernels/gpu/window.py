@@ -24,11 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_kernels.dispatch import LARGEST_K, LARGEST_V
 from xlstm_kernels.gpu.launch import Tile, launch, look_up
 from xlstm_kernels.gpu.window_kernels import window_backward_keys, window_backward_queries, window_backward_sinks, window_forward, window_prepare
 
 LOG2E = 1.4426950408889634
-LARGEST_K, LARGEST_V, LARGEST_SINGLE = 128, 256, 128  # head dims
+LARGEST_SINGLE = 128  # V that float32 has tiles for
 CHUNK = 256  # queries whose share in the sinks' gradients is summed by one program
 HALVES = (torch.bfloat16, torch.float16)
 
