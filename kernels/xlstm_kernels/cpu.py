@@ -23,6 +23,7 @@ from xlstm_kernels.reference import FORGET_ALL, MLSTMState, calculation_dtype, f
 from xlstm_kernels.scratch import space_of
 
 ENTRIES = 2**17  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
+LARGE = 2**15  # entries from which one chunk of one row hides the calls: it is then worked on alone, where it lies, with its state in place
 SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
 
 
@@ -34,6 +35,7 @@ class Gates(NamedTuple):
     carry: weight of the state before the chunk in a row [N B H, L, 1], or [N B H, 1, 1] if it is the same in all
     decay: weight of the state before the chunk in the state after it [N, B H]
     a, M: exponents of tokens and rows [N B H, L], None if intra is there; M is finite
+    reads: for each chunk, whether any row has a weight for the state before it; the first of all has none
     document: number of the token's document within the chunk [N B H, L], None if no document starts anywhere
     m: log-scale after the last token [B H]
     """
@@ -42,6 +44,7 @@ class Gates(NamedTuple):
     write: Tensor
     carry: Tensor
     decay: Tensor
+    reads: list[bool]
     a: Tensor | None
     M: Tensor | None
     document: Tensor | None
@@ -116,8 +119,9 @@ def alike(a, R, m_in, document, m, dtype):
     R = finite(R)
     intra, carry = (a - R).exp().to(dtype), (m_in - R).exp().to(dtype)
     write = intra if document is None else intra * (document == document[..., -1:])
+    reads, document = carry.flatten(1).any(1).tolist(), None if document is None else document.flatten(0, 1)
     intra, write, carry = (x.flatten(0, 1)[..., None] for x in (intra, write, carry))
-    return Gates(intra, write, carry, carry[:, -1, 0].view(a.shape[:2]), None, None, None if document is None else document.flatten(0, 1), m)
+    return Gates(intra, write, carry, carry[:, -1, 0].view(a.shape[:2]), reads, None, None, document, m)
 
 
 def different(a, M, m_in, document, m, dtype):
@@ -127,21 +131,40 @@ def different(a, M, m_in, document, m, dtype):
     if document is not None:
         write = write.masked_fill(document != document[..., -1:], float("-inf"))
         document = document.flatten(0, 1)
+    reads = carry.flatten(1).any(1).tolist()
     write, carry = (x.flatten(0, 1)[..., None] for x in (write.exp().to(dtype), carry))
-    return Gates(None, write, carry, carry[:, -1, 0].view(a.shape[:2]), a.flatten(0, 1), M.flatten(0, 1), document, m)
+    return Gates(None, write, carry, carry[:, -1, 0].view(a.shape[:2]), reads, a.flatten(0, 1), M.flatten(0, 1), document, m)
+
+
+class Segment(NamedTuple):
+    """n chunks of L tokens from token t on."""
+
+    t: int
+    n: int
+    L: int
+
+
+def rows_at_once(q, v, L):
+    """Rows of the batch that are worked on together."""
+    entries = L * q.shape[2] * max(q.shape[3], v.shape[3])  # of one chunk of a row
+    return 1 if entries >= LARGE else max(1, ENTRIES // entries)
 
 
 def segments(q, v, L):
-    """(first token, chunks, tokens per chunk) of the pieces that are worked on at once; what does not fill a chunk comes last."""
+    """The pieces that are worked on at once; what does not fill a chunk comes last."""
     B, T, H, K = q.shape
     entries = B * H * max(K, v.shape[-1])  # per token
     n = max(1, ENTRIES // (entries * L)) if T * entries > 2 * ENTRIES else T  # two small segments cost more than a large one
-    whole = [(t, min(n, T // L - t // L), L) for t in range(0, T - T % L, n * L)]
-    return whole + ([(T - T % L, 1, T % L)] if T % L else [])
+    n = 1 if entries * L >= LARGE * B else n
+    whole = [Segment(t, min(n, T // L - t // L), L) for t in range(0, T - T % L, n * L)]
+    return whole + ([Segment(T - T % L, 1, T % L)] if T % L else [])
 
 
 def cut(space, name, x, segment, weight=None):
-    """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1]."""
+    """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1]; one chunk of one row stays where it is or [L, H, K] as it was."""
+    if len(x) == segment.n == 1 and x.dtype == space.options["dtype"]:
+        x = x[0, segment.t : segment.t + segment.L]
+        return (x if weight is None else torch.mul(x, weight.transpose(0, 1), out=space(name, *x.shape))).transpose(0, 1)
     x = chunks_of(x, segment)
     y = space(name, *x.shape)
     if weight is None:
@@ -154,6 +177,8 @@ def cut(space, name, x, segment, weight=None):
 def chunks_of(x, segment):
     """The segment's part of x [B, T, H, K], seen as [n, B, H, L, K]."""
     t, n, L = segment
+    if len(x) == n == 1:
+        return x[0, t : t + L].transpose(0, 1)[None, None]
     return x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4)
 
 
@@ -178,8 +203,7 @@ def scan(x, new, decay, start, backwards=False):
 
 def inverse(den):
     """1 / den, 0 where nothing has been written, as in `reference.ratio`."""
-    empty = den.abs() < torch.finfo(den.dtype).tiny
-    return den.masked_fill(empty, 1.0).reciprocal_().masked_fill_(empty, 0.0)
+    return den.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0, neginf=0.0)
 
 
 class Piece:
@@ -233,7 +257,24 @@ class Piece:
         return y.flatten(0, 1), x.clone()
 
     def forward(self, C, n):
-        """The numerator of h, 1 / den, and the state after the last chunk."""
+        """The numerator of h, 1 / den, and the state after the last chunk; C and n may be lost."""
+        return self.one_chunk(C, n) if self.n == 1 else self.many_chunks(C, n)
+
+    def one_chunk(self, C, n):
+        space, decay, q = self.space, self.decay[0, :, None], self.q
+        scores = space.matmul("scores", q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
+        num, den = space.matmul("num", scores, self.v), scores.sum(-1, keepdim=True)
+        alike = self.carry.shape[1] == 1  # all rows see the state as decayed as the next state does
+        if alike:
+            C, n = C.mul_(decay[..., None]), n.mul_(decay)
+        if self.gates.reads[self.chunks.start]:
+            q = q if alike else space.product("q_carry", q, self.carry)
+            num, den = num.baddbmm_(q, C), den.baddbmm_(q, n[..., None])
+        if not alike:
+            C, n = C.mul_(decay[..., None]), n.mul_(decay)
+        return num, inverse(den), C.baddbmm_(self.k_write.transpose(1, 2), self.v), n.add_(self.k_write.sum(1))
+
+    def many_chunks(self, C, n):
         space = self.space
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(self.pattern())
         if self.carry.shape[1] == 1 and C.shape[-1] <= self.q.shape[1]:  # all rows see the state as decayed as the next state does
@@ -251,8 +292,8 @@ class Piece:
         """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight or None, the gradient
         of the state before, and what `gate_gradients` needs of each token."""
         space, pattern, q_carry = self.space, self.pattern(), self.space.product("q_carry", self.q, self.carry)
-        Cs, ns = self.states(C, n)
-        C, n = Cs[:-1].flatten(0, 1), ns[:-1].flatten(0, 1)
+        if self.n > 1:
+            C, n = (x[:-1].flatten(0, 1) for x in self.states(C, n))
         scores = space.matmul("scores", self.q, self.k_intra.transpose(1, 2)).mul_(pattern)
         dscores = space.matmul("dscores", dnum, self.v.transpose(1, 2))
         dq = space.matmul("dq", dnum, C.transpose(1, 2))  # through the carried state, without its weight yet
@@ -260,9 +301,10 @@ class Piece:
         dscores.add_(dden).mul_(pattern)
         dq.addcmul_(dden, n[:, None]).mul_(self.carry).baddbmm_(dscores, self.k_intra)
 
-        dCs = self.scanned("dC", space.matmul("new", q_carry.transpose(1, 2), dnum), dC, backwards=True)
-        dns = self.scanned("dn", space.product("dot", q_carry, dden).sum(1), dn, backwards=True)
-        dC, dn = dCs[1:].flatten(0, 1), dns[1:].flatten(0, 1)
+        if self.n > 1:
+            dCs = self.scanned("dC", space.matmul("new", q_carry.transpose(1, 2), dnum), dC, backwards=True)
+            dns = self.scanned("dn", space.product("dot", q_carry, dden).sum(1), dn, backwards=True)
+            dC, dn, before = dCs[1:].flatten(0, 1), dns[1:].flatten(0, 1), (dCs[0], dns[0])
         through = self.decay.flatten()[:, None] * (space.dot(C, dC).sum(1) + space.dot(n, dn))  # [n B H, 1]
 
         own = space.matmul("own", dscores.transpose(1, 2), self.q)
@@ -271,7 +313,11 @@ class Piece:
         per_token = space.dot(own, self.k_intra), space.dot(later, self.k_write), through[..., None].expand_as(dden)
         if not self.same:
             own, later = own if self.intra is None else own.mul_(self.intra), later.mul_(self.write)
-        return ((dq, None), (later.add_(own), self.write if self.same else None), (dv, None)), (dCs[0], dns[0]), per_token
+        if self.n == 1:
+            decay = self.decay[0, :, None]
+            dn = dn.mul_(decay).add_(space.product("dot", q_carry, dden).sum(1))
+            before = dC.mul_(decay[..., None]).baddbmm_(q_carry.transpose(1, 2), dnum), dn
+        return ((dq, None), (later.add_(own), self.write if self.same else None), (dv, None)), before, per_token
 
 
 def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool) -> list[Tensor]:
@@ -279,7 +325,7 @@ def streaming_forward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: 
     (B, _, H, _), dtype = q.shape, C.dtype
     gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
     h, inverse_den = torch.empty_like(v, memory_format=torch.contiguous_format), gates.write.new_zeros(gates.write.shape if keep else 0)
-    C, n = C.flatten(0, 1), n.flatten(0, 1)
+    C, n = C.flatten(0, 1).clone(), n.flatten(0, 1).clone()
     kept_C, kept_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
     for j, segment in enumerate(pieces):
         if keep:
@@ -366,7 +412,7 @@ def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
     dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
     C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, i, f, C, n))
-    inputs, rows = (q, k, v, i, f, C, n, m.detach()), max(1, ENTRIES // (L * q.shape[2] * max(q.shape[3], v.shape[3])))
+    inputs, rows = (q, k, v, i, f, C, n, m.detach()), rows_at_once(q, v, L)
     parts = [inputs] if rows >= len(q) else zip(*(x.split(rows) for x in inputs), strict=True)  # of the batch, for the cache's sake
     plain = type(q) is Tensor and not keep and not torch.compiler.is_compiling()
     forward = streaming_forward if plain else streaming_op  # nobody watches: the dispatcher's 0.1 ms are spared
