@@ -2,12 +2,16 @@
 
 import json
 import os
+import pkgutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from xlstm_hybrid import verbs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -174,6 +178,11 @@ def card(
 
     write_card(directory, json.loads(results.read_text()) if results else None)
     print(f"wrote {directory / 'README.md'}")
+
+
+for found in pkgutil.iter_modules(verbs.__path__):
+    for verb in import_module(f"{verbs.__name__}.{found.name}").VERBS:
+        app.command()(verb)
 
 
 @app.callback(invoke_without_command=True)

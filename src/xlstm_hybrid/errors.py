@@ -35,3 +35,15 @@ class MergeError(XLSTMHybridError):
 
 class EvaluationError(XLSTMHybridError):
     """Results that cannot be compared."""
+
+
+class StoreError(XLSTMHybridError):
+    """A store of teacher targets that is damaged, incomplete, or was made for something else."""
+
+
+class AdapterError(XLSTMHybridError):
+    """Adapters that match nothing in the model, or cannot be used with it."""
+
+
+class ShareError(XLSTMHybridError):
+    """A checkpoint that must not leave this machine as it is."""
