@@ -11,14 +11,20 @@ def blocks(*tensors):
     return zip(*(x.split(max(1, ENTRIES // max(1, tensors[0].numel() // T)), 1) for x in tensors), strict=True)
 
 
+def mixed(memory, window, o):
+    h = torch.empty_like(window, memory_format=torch.contiguous_format)
+    if memory.dtype == window.dtype == o.dtype:
+        return torch.lerp(window, memory, o[..., None], out=h)
+    for out, a, b, gate in blocks(h, memory, window, o):
+        out.copy_(torch.lerp(b.to(gate.dtype), a.to(gate.dtype), gate[..., None]))
+    return h
+
+
 class Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, window, o):
         ctx.save_for_backward(memory, window, o)
-        h = torch.empty_like(window, memory_format=torch.contiguous_format)
-        for out, a, b, gate in blocks(h, memory, window, o):
-            out.copy_(torch.lerp(b.to(gate.dtype), a.to(gate.dtype), gate[..., None]))
-        return h
+        return mixed(memory, window, o)
 
     @staticmethod
     def backward(ctx, dh):
@@ -47,4 +53,5 @@ def mix(memory, window, o):
         raise ValueError(f"memory, window, o: expected [B, T, H, V] twice and [B, T, H], got {found}")
     if torch.compiler.is_compiling() or window.device.type != "cpu":  # a compiler fuses it, a GPU has no cache to keep to
         return torch.lerp(window.to(o.dtype), memory.to(o.dtype), o[..., None]).to(window.dtype)
-    return Mix.apply(memory, window, o)
+    watched = torch.is_grad_enabled() and any(x.requires_grad for x in (memory, window, o))
+    return (Mix.apply if watched else mixed)(memory, window, o)
