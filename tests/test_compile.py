@@ -1,9 +1,12 @@
-"""torch.compile takes the model as one graph and changes no value: forward, backward, decoding."""
+"""torch.compile and torch.export take the model as one graph and change no value: forward, backward, decoding."""
 
 import pytest
 import torch
 from conftest import tiny_student, token_ids
-from transformers import DynamicCache
+from tiny_students import STACKS, every_family, ids_of, student
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+from xlstm_hybrid.state import prefill, remember, rollback, snapshot
 
 
 def loss_and_gradients(forward, student, **inputs):
@@ -44,3 +47,57 @@ def test_decoding_compiles_once_and_gives_the_same_tokens():
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close((*a.state, a.keys, a.values, a.count), (*b.state, b.keys, b.values, b.count))
     assert len(graphs) <= 2  # the second one takes the number of tokens that have been seen as a variable
+
+
+@pytest.mark.parametrize("cache_class", [pytest.param(DynamicCache, marks=pytest.mark.slow), StaticCache])
+@torch.no_grad()
+def test_compiled_decoding_can_be_taken_back(cache_class):
+    """With a record a compiled step calls it between graphs; what it leaves is what eager decoding leaves."""
+    model, ids = tiny_student(num_hidden_layers=1), token_ids(2, 30)
+    caches = []
+    for _ in range(2):
+        cache = DynamicCache(config=model.config) if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=40)
+        caches.append(remember(prefill(model, ids[:, :9], past_key_values=cache), 8))
+    graphs, early = [], 0
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=count)
+    for t in range(9, 17):
+        want = model(ids[:, t : t + 1], past_key_values=caches[0]).logits
+        torch.testing.assert_close(compiled(ids[:, t : t + 1], past_key_values=caches[1]).logits, want)
+        early = early or (len(graphs) if t == 12 else 0)
+    assert len(graphs) == early > 0  # a record that grows compiles nothing anew
+    for cache in caches:
+        rollback(cache, 5)
+        assert cache.get_seq_length() == 12
+    expected = prefill(model, ids[:, :12])
+    for cache in caches:
+        torch.testing.assert_close(model(ids[:, 12:], past_key_values=cache).logits, model(ids[:, 12:], past_key_values=snapshot(expected)).logits)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.slow) for f in every_family])
+@pytest.mark.parametrize("stack", [pytest.param(name, marks=pytest.mark.slow if name == "mixed" else ()) for name in STACKS])
+@torch.no_grad()
+def test_an_exported_program_is_the_model(family, stack):
+    model, ids = student(family, stack), ids_of(20)
+    program = torch.export.export(model, args=(), kwargs={"input_ids": ids, "use_cache": False}, strict=False)
+    other = ids_of(20, seed=3)
+    torch.testing.assert_close(program.module()(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3"])  # no QK-norm, one per head, one for all
+def test_generation_compiled_by_inductor_is_generation(family):
+    model, ids = student(family), ids_of(9)
+    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False}
+    want, compiling = model.generate(ids, **options), CompileConfig(mode="default", fullgraph=True)
+    compiling._compile_all_devices = True
+    torch.compiler.reset()
+    vars(model).pop("_compiled_call", None)
+    assert torch.equal(model.generate(ids, cache_implementation="static", compile_config=compiling, **options), want)
+    torch.compiler.reset()

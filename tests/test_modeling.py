@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
 from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.modeling import MLSTMMixer
 
 W, TOLERANCE = 7, {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 MIXED = {
@@ -236,6 +237,29 @@ def test_new_parameters_start_as_documented():
     assert not mixer.igate_weight.any() and not mixer.fgate_weight.any() and not mixer.ogate_weight.any()
     torch.testing.assert_close(1 / (1 - mixer.fgate_bias.double().sigmoid()), torch.tensor([4.0, 25.398, 161.27, 1024.0]).double(), rtol=2e-4, atol=0)
     torch.testing.assert_close(mixer.ogate_bias, torch.full((4,), -2.0))
+
+
+@torch.no_grad()
+def test_only_the_wanted_logits_are_computed(student):
+    ids = token_ids(2, 9)
+    full = student(ids).logits
+    index, mask = torch.tensor([2, 5]), torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 3] = mask[1, 7] = True
+    for keep, want in ((1, full[:, -1:]), (4, full[:, -4:]), (0, full), (index, full[:, index]), (mask, full[mask])):
+        torch.testing.assert_close(student(ids, logits_to_keep=keep).logits, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 1e-4), (torch.bfloat16, 2**-8), (torch.float32, 1e-4)])
+def test_features_of_sharp_maps_are_exact_to_their_own_rounding(dtype, rounding, autocast):
+    """Exponents of up to 60, so that a product in the narrow dtype would be off by whole per cents; features down to 1e-30 stay."""
+    x, sharp = (torch.sin(torch.arange(1.0, 1 + 4 * 9 * 16) * step).view(4, 9, 16).to(dtype) for step in (0.7, 1.9))
+    x, sharp = x[None], 12 * torch.cat([sharp, sharp], 1)[:, :16]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = MLSTMMixer.features(x, sharp)
+    want = torch.softmax(x.double() @ sharp.double(), -1).transpose(1, 2)
+    assert float(want.min()) < 1e-20 and found.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    torch.testing.assert_close(found.double(), want, atol=1e-37, rtol=rounding)
 
 
 @torch.no_grad()

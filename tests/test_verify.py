@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cache, modeling
-from xlstm_hybrid.cache import HybridCacheLayer, Tokens
+from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.checks import CHECKS, FILES
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.verify import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
 
 MIXED = {
@@ -60,6 +61,22 @@ def test_a_bfloat16_checkpoint_is_judged_on_its_own_weights():
     results = verify(model, length=26, only={*FILES, PACKED, LOW})
     assert not failures(results), results
     assert [r.dtype for r in results][-4:] == ["bfloat16"] * 4 and model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sharp", [3, 10])
+def test_a_float16_checkpoint_with_sharp_feature_maps_is_as_exact_as_its_rounding(sharp):
+    """Sharp maps leave most features below float16's least number, and a rounded product moves the others by whole per cents.
+
+    Past 10, products of features leave float32, too, and a float32 model is no longer its float64 copy.
+    """
+    model = tiny_student(torch.float32, gain=1.5, **SMALL)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if name.endswith(("q_map", "k_map")):
+                x.mul_(sharp)
+    results = verify(rounded(model, torch.float16), length=26, only={*FILES, PACKED, MEMORY, LOW})
+    assert not failures(results), results
+    assert [r.dtype for r in results][-2:] == ["float16"] * 2
 
 
 def test_the_model_is_left_as_it_was(small):

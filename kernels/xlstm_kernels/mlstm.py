@@ -59,7 +59,8 @@ def check_state(state, B, H, K, V):
 
 def choose_backend(q, k, v, i, f, state):
     """What "auto" runs: the form with the least work for this device and length, of those that can be believed."""
-    if heads_kernel_is_right("mlstm", q, v, calculation_dtype(q, k, v, i, f, *(state or ())), v.dtype):
+    widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)  # features may be wider than values
+    if heads_kernel_is_right("mlstm", q, v, calculation_dtype(q, k, v, i, f, *(state or ())), widest):
         return "triton"
     return "recurrent" if q.shape[1] == 1 else "streaming"
 

@@ -4,7 +4,6 @@ Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, 
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
@@ -14,78 +13,6 @@ from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
-
-
-@dataclass
-class Tokens:
-    """Where the T tokens of a forward call stand in their documents.
-
-    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this call.
-    index: [B, T] position among the real tokens of its document, -1 at padding.
-    document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
-    plain: True if every row is known to be one document without padding.
-    """
-
-    real: torch.Tensor
-    start: torch.Tensor
-    index: torch.Tensor
-    document: torch.Tensor
-    plain: bool = False
-
-    @classmethod
-    def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
-        """Find padding and document starts.
-
-        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or at an inner
-        entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the row has seen tokens.
-
-        Args:
-            shape: (B, T).
-            attention_mask: [B, T or more], 0 at padding; its last T columns belong to this call.
-            position_ids: [B or 1, T] as the caller gave them, or None: then nothing restarts.
-            cu_seq_lens: [documents + 1] cumulative lengths, for a batch of one row.
-            seq_idx: [B, T] number of each token's document.
-            seen: [B] real tokens that the row's present document has in the cache.
-        """
-        B, T = shape
-        real = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
-        seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
-        order = torch.arange(T, device=device)
-        latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
-        previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
-        first, previous = previous < 0, previous.clamp_min(0)
-        start = torch.zeros_like(real)
-        if position_ids is not None:
-            position = position_ids.to(device).expand(B, T)
-            start = torch.where(first, (position == 0) & (seen > 0)[:, None], position <= position.gather(1, previous))
-        if seq_idx is not None:
-            number = seq_idx.to(device).expand(B, T)
-            start = start | (~first & (number != number.gather(1, previous)))
-        if cu_seq_lens is not None:
-            start = start | (torch.isin(order, cu_seq_lens[1:-1].to(device)) & ~first)
-        start = start & real
-        document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
-        base = torch.where(start, ordinal, 0).cummax(-1).values
-        index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
-        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
-        looked_at = T > 1 and not torch.compiler.is_compiling()  # looking waits for the GPU: once per call, and never for one token
-        plain = not given or (looked_at and not bool((start | ~real).any()))
-        return cls(real, start, torch.where(real, index, -1), document, plain)
-
-    def slice(self, begin, end):
-        """The same of the tokens `begin` to `end`, as a call of its own would have it."""
-        documents = self.document[:, begin - 1 : begin] if begin else 0
-        parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        return Tokens(*parts, plain=self.plain)
-
-    def map(self, change):
-        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain)
-
-    def visible(self, window, sinks):
-        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""
-        q, k = self.index[:, :, None], self.index[:, None, :]
-        near = (q >= k) & ((q - k < window) | (k < sinks))
-        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[:, :, None]
 
 
 class HybridCacheLayer(CacheLayerMixin):
@@ -99,15 +26,15 @@ class HybridCacheLayer(CacheLayerMixin):
     first time; a call that is cut gives what the shorter call gives, to rounding. Memory: the layer once more, and `depth` tokens' inputs.
     """
 
-    is_compileable = False
+    is_compileable = False  # `static=True` sets it: what a decode step writes keeps its address, as CUDA graphs demand
     is_croppable = True  # once `record_past` is set, as for transformers' own sliding layers
     is_sliding = True  # full-attention masks are sized from other layers
     supports_early_init = False
 
-    def __init__(self, sliding_window, num_sink_tokens=0, **kwargs):
+    def __init__(self, sliding_window, num_sink_tokens=0, static=False, **kwargs):
         super().__init__()
-        self.sliding_window, self.num_sink_tokens = sliding_window, num_sink_tokens
-        self.state, self.count, self.seen_tokens = None, None, 0
+        self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
+        self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
 
     @property
@@ -136,6 +63,7 @@ class HybridCacheLayer(CacheLayerMixin):
         """Keep the mLSTM's (k, v, i, f) of a call until `update` brings the rest of it."""
         self.pending = tuple(x.detach() for x in memory), chunk_size
 
+    @torch.compiler.disable  # the record is a list that grows: a compiled step calls it as it is
     def note(self, call):
         """Record a call before it changes the layer; what is older than `depth` tokens goes into the base."""
         if self.base is None:
@@ -187,11 +115,39 @@ class HybridCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         B, G = key_states.shape[:2]
         slots = self.num_sink_tokens + self.sliding_window
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if self.room is not None and self.keys.shape == (B, G, slots, key_states.shape[-1]) and self.keys.dtype == self.dtype:
+            self.count.zero_()  # a static layer that was reset
+            return
         self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
         self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
-        self.count = torch.zeros(B, dtype=torch.long, device=self.device)
-        self.is_initialized = True
+        self.count, self.room = torch.zeros(B, dtype=torch.long, device=self.device), None
+        self.pin(self.keys, self.values, self.count)
+
+    def pin(self, *tensors):
+        """Tell the compiler that a static layer's tensors stay where they are."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for x in tensors:
+                torch._dynamo.mark_static_address(x)
+
+    def hold(self, state):
+        """Make `state` the layer's own; a static layer copies it to where the last one was."""
+        if self.is_compileable and not torch.is_grad_enabled():
+            if self.room is None:
+                self.room = MLSTMState(*(x.clone() for x in state))
+                self.pin(*self.room)
+            for mine, new in zip(self.room, state, strict=True):
+                mine.copy_(new)
+            state = self.room
+        self.state = state
+
+    def put(self, **tensors):
+        """Replace tensors of the layer; a static layer's in place."""
+        for name, x in tensors.items():
+            if self.is_compileable and not torch.is_grad_enabled():
+                getattr(self, name).copy_(x)
+            else:
+                setattr(self, name, x)
 
     @property
     def slot_index(self):
@@ -229,10 +185,10 @@ class HybridCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if self.state is None:
-            self.state = fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32))
+            self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
         index = tokens.index[:, 0]
         h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, sinks=self.num_sink_tokens, scale=scale)
-        self.count = torch.where(index < 0, self.count, index + 1)
+        self.count.copy_(torch.where(index < 0, self.count, index + 1))
         self.seen_tokens += 1
         return h
 
@@ -258,10 +214,12 @@ class HybridCacheLayer(CacheLayerMixin):
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
-        self.keys = _pick(key_states, source, new, self.keys)
-        self.values = _pick(value_states, source, new, self.values)
-        self.count = count[:, 0]
+        self.put(keys=_pick(key_states, source, new, self.keys), values=_pick(value_states, source, new, self.values), count=count[:, 0].clone())
         return self.keys, self.values
+
+    def skip(self, tokens):
+        """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
+        self.seen_tokens += tokens
 
     def get_mask_sizes(self, query_length):
         return self.seen_tokens + query_length, 0
@@ -275,6 +233,7 @@ class HybridCacheLayer(CacheLayerMixin):
     def _tensors(self, change):
         if self.state is not None:
             self.state = MLSTMState(*(change(x) for x in self.state))
+            self.room = self.state if self.room is not None else None
         if self.is_initialized:
             self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
         if self.base is not None:
@@ -288,8 +247,10 @@ class HybridCacheLayer(CacheLayerMixin):
         self._tensors(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self):
-        self.keys = self.values = self.state = self.count = None
-        self.is_initialized, self.seen_tokens = False, 0
+        """Empty the layer; the memory of a static one is used again."""
+        if not self.is_compileable:
+            self.keys = self.values = self.count = None
+        self.state, self.is_initialized, self.seen_tokens = None, False, 0
         self.forget()
 
     def reorder_cache(self, beam_idx):
@@ -311,9 +272,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.is_initialized and not self.record_past:
             self.trim(0)  # recording may have been switched off
-        attended = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.trim(self.depth if self.record_past else 0)
-        return attended
+        visible = self.sliding_window - 1 + key_states.shape[-2]  # as masks are sized; transformers before 5.18 returns the record too
+        return keys[:, :, -visible:], values[:, :, -visible:]
 
     def trim(self, more):
         begin = max(self.keys.shape[-2] - (self.sliding_window - 1 + more), 0)
@@ -371,7 +333,7 @@ def adopt_cache(cache, config):
                     f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
-            cache.layers[j] = HybridCacheLayer(window, sinks)
+            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
             static = isinstance(layer, StaticSlidingWindowLayer)
             cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)

@@ -34,6 +34,11 @@ class XLSTMHybridConfig(PreTrainedConfig):
 
     model_type = "xlstm_hybrid"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     _rope_type_labels = TEACHER_LAYER_TYPES
 
     vocab_size: int = 32000
@@ -80,7 +85,39 @@ class XLSTMHybridConfig(PreTrainedConfig):
         self.teacher_layer_types = ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
         self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
         self.check()
+        if type(self).__module__ == "xlstm_hybrid.configuration":
+            kwargs.pop("auto_map", None)  # names code beside an exported checkpoint: not used here, and not written again without it
+        self.base_model_tp_plan = self.tensor_parallel_plan()  # an attribute: transformers before 5.18 adds the embedding of a tied model
         super().__post_init__(**kwargs)
+
+    @property
+    def auto_map(self):
+        """Code beside a checkpoint; empty here, but there: TRL reads it of every class that is not transformers' own."""
+        return self.__dict__.setdefault("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value):
+        self.__dict__["auto_map"] = value
+
+    def to_dict(self):
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
+
+    def standardize_rope_params(self):
+        """As in transformers, which before 5.18 puts a rope_theta of its own beside nested dicts."""
+        nested = {kind: self.rope_parameters[kind] for kind in TEACHER_LAYER_TYPES if kind in (self.rope_parameters or {})}
+        self.rope_parameters = nested or self.rope_parameters
+        super().standardize_rope_params()
+
+    def validate_rope(self):
+        """As in transformers, which before 5.18 looks for nested dicts under `layer_types`."""
+        kinds, self.layer_types = self.layer_types, self.teacher_layer_types
+        try:
+            super().validate_rope()
+        finally:
+            self.layer_types = kinds
 
     def check(self):
         """Raise one `ConfigError` that lists every contradiction (a `@strict` validator would wrap it in an error of its own)."""
@@ -105,6 +142,18 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
+
+    def tensor_parallel_plan(self):
+        """Tensor-parallel style of each module. Heads are cut with their mLSTM; a norm over all heads (OLMo) needs them whole on every rank."""
+        whole = self.qk_norm == "full"
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" if whole else "colwise" for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if whole else "rowwise"
+        if self.qk_norm == "head":
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        if "hybrid_sliding" in self.layer_types and not whole:
+            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in modeling.py
+        plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
+        return plan
 
     def window_of(self, layer_idx):
         """Attention window of one layer in tokens; None for full attention."""

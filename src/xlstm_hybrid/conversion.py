@@ -253,6 +253,7 @@ def from_teacher(cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_t
         transfer.check_ties()
         state = {name: transfer.tensor(name) for name in transfer.expected}
         student = cls.from_pretrained(None, config=transfer.config, state_dict=state, dtype=transfer.dtype)
+        student.config.name_or_path = ""  # transformers has put "None" there
         student.generation_config = source.generation_config() or student.generation_config
     student.transfer_report = transfer.report()
     return student

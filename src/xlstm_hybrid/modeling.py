@@ -14,6 +14,7 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
@@ -24,9 +25,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from xlstm_kernels import mix, mlstm, window_attention
 
-from xlstm_hybrid.cache import HybridCacheLayer, Tokens, adopt_cache
+from xlstm_hybrid.cache import adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.record import Tokens
 
 
 @dataclass
@@ -63,10 +65,44 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
         return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
 
 
+class HeadsParallel(TensorParallelLayer):
+    """Tensor-parallel style of `MLSTMMixer`: every parameter is cut along its heads, dim 0, and each rank works on its own.
+
+    Queries, keys and values come from projections that are cut alike; the layer's input, which the gates read, is whole on every rank, so that
+    its gradient has to be summed over them.
+    """
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def validate_param(self, module, param, mesh, parameter_name=None):
+        heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
+        if heads % mesh.size() or groups % mesh.size():
+            raise ConfigError(
+                f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
+                "choose a tp_size that divides both"
+            )
+
+    def shard_param(self, module, param, mesh):
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        whole = module._parameters[param]
+        module._parameters[param] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None), requires_grad=whole.requires_grad)
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+        return (whole.to_local(grad_placements=[Partial()]), *args[1:]), kwargs
+
+
+ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
+
+
 class MLSTMMixer(nn.Module):
     """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1).
 
-    Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32.
+    Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
     """
 
     def __init__(self, config, layer_idx):
@@ -102,8 +138,14 @@ class MLSTMMixer(nn.Module):
 
     @staticmethod
     def features(x, feature_map):
-        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], calculated in float32 at least (Hedgehog, applied after RoPE)."""
-        return torch.softmax(x @ feature_map, -1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype).transpose(1, 2)
+        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], product and softmax in float32 at least (Hedgehog, after RoPE).
+
+        Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the normaliser would be lost.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            features = torch.softmax(x.to(dtype) @ feature_map.to(dtype), -1)  # a rounded exponent is a relative error of the feature
+        return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
 
     def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None, record=None):
         """Mix-ready output of the mLSTM.
@@ -180,17 +222,17 @@ class HybridAttention(nn.Module):
         n = self.num_key_value_groups
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
         inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
-        held = cache is not None and cache.is_initialized and (cache.keys, cache.values)
+        held = cache is not None and cache.is_initialized
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
             return h.to(value.dtype), None
         remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
         memory, o, state = self.mlstm(*inputs, **remembered)
         if cache is not None:
+            seen = (torch.cat([cache.keys, key], 2), torch.cat([cache.values, value], 2)) if held else (key, value)
             cache.update(key, value, tokens)
-            cache.state = state
-            if held:
-                key, value = torch.cat([held[0], key], 2), torch.cat([held[1], value], 2)
+            cache.hold(state)
+            key, value = seen
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
@@ -253,6 +295,8 @@ class HybridMLP(nn.Module):
 class HybridDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
 
+    checkpointing = False
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
@@ -263,6 +307,15 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         if not self.pre_norm:
             self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def gradient_checkpointing(self):
+        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate` would lose the context."""
+        return self.checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.checkpointing = on
 
     def attention_input(self, hidden_states):
         return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
@@ -288,8 +341,11 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"]
+    _keep_in_fp32_modules = ["mlstm", "q_map", "k_map", *_keep_in_fp32_modules_strict]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
     _supports_attention_backend = True
     _is_stateful = False  # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
     _can_record_outputs = {
@@ -329,6 +385,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     """Embeddings, decoder layers and final norm."""
 
     def __init__(self, config):
+        config.check()  # its fields may have been changed since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
@@ -340,55 +397,73 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def prepare(self, inputs_embeds, attention_mask, position_ids, past_key_values, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
-        config, (B, T) = self.config, inputs_embeds.shape[:2]
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigError(
-                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
-            )
-        layers = [layer for layer in past_key_values.layers if isinstance(layer, HybridCacheLayer)] if past_key_values is not None else []
+        config, (B, T), cache = self.config, inputs_embeds.shape[:2], past_key_values
+        present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
+        layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
-        cu_seq_lens = kwargs.get("cu_seq_lens_q")
-        if cu_seq_lens is not None and B != 1:
-            raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {B}; flatten it or pass position_ids that restart")
+        seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
+        self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen)
         tokens = Tokens.locate(
             (B, T),
             inputs_embeds.device,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cu_seq_lens=cu_seq_lens,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             seq_idx=kwargs.get("seq_idx"),
-            seen=filled[0].count if filled else None,
+            seen=filled[0].count.to(inputs_embeds.device) if filled else None,
         )
-        kinds = [mask_key(config, j) for j in range(config.num_hidden_layers)]
+        kinds = [(j, mask_key(config, j)) for j in present]
         if teacher:
-            kinds = kinds + [("teacher", kind) for kind in config.teacher_layer_types]
-        masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for kind in kinds)
+            kinds = kinds + [(None, ("teacher", kind)) for kind in config.teacher_layer_types]
+        masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for _, kind in kinds)
         packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
-        if packed and past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if packed and seen > 0:
             raise CacheError(
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
                 "start each packed row with an empty cache, or pass use_cache=False"
             )
         if position_ids is None:  # positions count real tokens: feature maps follow RoPE, so padding must not shift them
             position_ids = tokens.index.clamp_min(0)
-            if past_key_values is not None and not layers:
-                position_ids = position_ids + past_key_values.get_seq_length()
+            if not layers:
+                position_ids = position_ids + seen
         shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        for j, kind in enumerate(kinds):
+        for j, kind in kinds:
             if kind in masks:
                 continue
             if kind[0] == "hybrid_sliding":
-                dense = config._attn_implementation == "eager" or (self.training and config.attention_dropout)
-                step = T == 1 and not torch.is_grad_enabled()
-                masks[kind] = None  # no T x T mask: banded attention from an empty cache, a step from a filled one
-                if dense or (filled and not step):
-                    masks[kind] = tokens.visible(*kind[1:])[:, None]
-                    masks[kind] = torch.cat([past_key_values.layers[j].visible(tokens)[:, None], masks[kind]], -1) if filled else masks[kind]
+                masks[kind] = self.hybrid_mask(tokens, *kind[1:], cache.layers[j] if filled else None)
             elif kind[0] == "teacher":
                 masks[kind] = attention_mask_of(config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared)
             else:
                 masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
         return tokens, masks, {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()}, position_ids
+
+    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
+        """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
+            )
+        if cu_seq_lens is not None and rows != 1:
+            raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart")
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled() and seen > 0:
+            raise CacheError(
+                f"past_key_values holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
+                "call gradient_checkpointing_disable(), or pass the whole sequence"
+            )
+
+    def hybrid_mask(self, tokens, window, sinks, filled=None):
+        """[B, 1, T, (S + W) + T] of a hybrid layer; None where none is needed: banded attention from an empty cache, a step from a filled one.
+
+        Args:
+            filled: a `HybridCacheLayer` of that kind, if it holds tokens.
+        """
+        dense = self.config._attn_implementation == "eager" or (self.training and self.config.attention_dropout)
+        step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
+        if not dense and (filled is None or step):
+            return None
+        new = tokens.visible(window, sinks)[:, None]
+        return new if filled is None else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -412,6 +487,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, past_key_values=past_key_values, **kwargs)
+        for j, layer in enumerate(self.layers if past_key_values is not None else ()):
+            if isinstance(layer, nn.Identity) and hasattr(past_key_values.layers[j], "skip"):
+                past_key_values.layers[j].skip(hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
@@ -468,17 +546,42 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by what its layers are."""
+        if generation_config.cache_implementation == "quantized" and "hybrid_sliding" in self.config.layer_types:
+            raise CacheError(
+                "cache_implementation='quantized': a hybrid layer's state needs float32 and its window does not grow, there is nothing to quantise; "
+                "leave it out, or load the model in bfloat16, which halves the window"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            adopt_cache(model_kwargs["past_key_values"], self.config)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch` and `transformers serve --continuous-batching`: they keep keys and values in shared pages."""
+        raise CacheError(
+            "continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for the state of an mLSTM; pass a "
+            "left-padded batch to generate(), or read a common prefix once with xlstm_hybrid.state.prefill and answer from fork(cache, rows)"
+        )
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
-        return attention_mask  # the model derives its masks from the 2-D one and from the cache
+        """The model derives its masks from the 2-D one and from the cache. Hybrid layers read no more than the call's own columns: without the
+        others, a compiled step keeps its shapes."""
+        if attention_mask is None or set(config.layer_types) != {"hybrid_sliding"}:
+            return attention_mask
+        return attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
-        """As in transformers; but assisted decoding, too, feeds a filled cache only what it has not seen (transformers feeds the whole prompt)."""
-        lengths = [kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None]
-        whole = input_ids.shape[1] in lengths  # else the caller passes new tokens only
-        if next_sequence_length is None and past_key_values is not None and whole and kwargs.get("inputs_embeds") is None:
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs):
+        """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a filled cache only what it has
+        not seen (transformers feeds the whole prompt)."""
+        lengths = {kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
+        whole = lengths == {input_ids.shape[1]}  # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
+        if next_sequence_length is None and past_key_values is not None and whole and inputs_embeds is None:
             next_sequence_length = max(input_ids.shape[1] - past_key_values.get_seq_length(), 0) or None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values=past_key_values, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -500,6 +603,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
         """
         if teacher_forced:
+            if (self._tp_size or 1) > 1:
+                raise ConfigError(f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process")
             return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
         outputs = self.model(
             input_ids=input_ids,

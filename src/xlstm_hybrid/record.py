@@ -1,4 +1,4 @@
-"""What a hybrid layer's cache records of a call, so that rolling back can repeat it without the model.
+"""What a call is to the cache: where its tokens stand in their documents, and what of it rolling back will have to repeat.
 
 Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V value dim.
 """
@@ -7,6 +7,82 @@ from dataclasses import dataclass, replace
 
 import torch
 from xlstm_kernels import mlstm
+
+
+@dataclass
+class Tokens:
+    """Where the T tokens of a forward call stand in their documents.
+
+    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this call.
+    index: [B, T] position among the real tokens of its document, -1 at padding.
+    document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
+    plain: True if every row is known to be one document without padding.
+    """
+
+    real: torch.Tensor
+    start: torch.Tensor
+    index: torch.Tensor
+    document: torch.Tensor
+    plain: bool = False
+
+    @classmethod
+    def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
+        """Find padding and document starts.
+
+        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or at an inner
+        entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the row has seen tokens.
+
+        Args:
+            shape: (B, T).
+            attention_mask: [B, T or more], 0 at padding; its last T columns belong to this call.
+            position_ids: [B or 1, T] as the caller gave them, or None: then nothing restarts.
+            cu_seq_lens: [documents + 1] cumulative lengths, for a batch of one row.
+            seq_idx: [B, T] number of each token's document.
+            seen: [B] real tokens that the row's present document has in the cache.
+        """
+        B, T = shape
+        real = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
+        seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
+        order = torch.arange(T, device=device)
+        latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
+        previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
+        first, previous = previous < 0, previous.clamp_min(0)
+        start = torch.zeros_like(real)
+        if position_ids is not None:
+            position = position_ids.to(device).expand(B, T)
+            start = torch.where(first, (position == 0) & (seen > 0)[:, None], position <= position.gather(1, previous))
+        if seq_idx is not None:
+            number = seq_idx.to(device).expand(B, T)
+            start = start | (~first & (number != number.gather(1, previous)))
+        if cu_seq_lens is not None:
+            start = start | (torch.isin(order, cu_seq_lens[1:-1].to(device)) & ~first)
+        start = start & real
+        document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
+        base = torch.where(start, ordinal, 0).cummax(-1).values
+        index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
+        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
+        looked_at = T > 1 and not torch.compiler.is_compiling()  # looking waits for the GPU: once per call, and never for one token
+        plain = not given or (looked_at and not bool((start | ~real).any()))
+        return cls(real, start, torch.where(real, index, -1), document, plain)
+
+    def slice(self, begin, end):
+        """The same of the tokens `begin` to `end`, as a call of its own would have it."""
+        documents = self.document[:, begin - 1 : begin] if begin else 0
+        parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
+        return Tokens(*parts, plain=self.plain)
+
+    def map(self, change):
+        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain)
+
+    def to(self, device, **kwargs):
+        """The same on another device: accelerate calls it where a model's layers are on several."""
+        return self.map(lambda x: x.to(device, **kwargs))
+
+    def visible(self, window, sinks):
+        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""
+        q, k = self.index[:, :, None], self.index[:, None, :]
+        near = (q >= k) & ((q - k < window) | (k < sinks))
+        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[:, :, None]
 
 
 @dataclass
@@ -53,7 +129,7 @@ class Piece:
     def repeat(self, layer):
         state = mlstm(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
         layer.update(self.key, self.value, self.tokens)
-        layer.state = state
+        layer.hold(state)
 
     def slice(self, begin, end):
         """Tokens `begin` to `end`, as a call of their own."""

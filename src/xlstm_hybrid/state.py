@@ -11,6 +11,7 @@ hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, 
 import copy
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -143,7 +144,17 @@ def weights_digest(model):
             flat = x.detach().reshape(-1)
             chosen = flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].contiguous().cpu()
             digest.update(chosen.view(torch.uint8).numpy().tobytes())
+    for name, module in model.named_modules():  # an adapter switched on or off makes another model of the same tensors
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            digest.update(f"{name} {list(module.active_adapters)} {module.disable_adapters}".encode())
     return digest.hexdigest()
+
+
+def refuse_parts(model, name):
+    """Raise CacheError where this process has only a part of the model: some heads, or some layers."""
+    if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(model, "_pp_stage", None) is not None:
+        raise CacheError(f"{name}: the model is shared out to several processes, each of which has a part of the state; "
+                         "load it in one process (without tp_plan and distributed_config) to save or load states")  # fmt: skip
 
 
 def tensors_of(layer):
@@ -166,6 +177,7 @@ def save_state(cache, path, model):
     """
     from safetensors.torch import save
 
+    refuse_parts(model, Path(path).name)
     tensors = {}
     for j, layer in enumerate(cache.layers):
         if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
@@ -190,11 +202,10 @@ def load_state(path, model):
     Raises:
         CacheError: no such file or a damaged one, another format, or one that another model wrote; it names the first difference.
     """
-    from pathlib import Path
-
     from safetensors import SafetensorError, safe_open
 
     name = Path(path).name
+    refuse_parts(model, name)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -63,9 +63,10 @@ def bound(dtype, layers):
 
 
 def rounded(model, dtype):
-    """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates stay in float32, buffers as they are."""
+    """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature maps, too) stay in float32,
+    buffers as they are."""
     model = copy.deepcopy(model)
-    kept = model._keep_in_fp32_modules_strict if dtype.itemsize < 4 else ()
+    kept = model._get_dtype_plan(dtype)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if any(part in kept for part in name.split(".")) else dtype)
     return model.eval()
