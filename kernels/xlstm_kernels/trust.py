@@ -20,7 +20,7 @@ ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch
 
 
 def cache_folder():
-    """`$XLSTM_KERNELS_CACHE`, or ~/.cache/xlstm_kernels."""
+    """`$XLSTM_KERNELS_CACHE`, or xlstm_kernels in the user's cache folder."""
     return Path(os.environ.get("XLSTM_KERNELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xlstm_kernels")
 
 
