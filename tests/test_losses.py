@@ -1,4 +1,5 @@
 """The losses against hand-computed numbers and their definitions, and what masks, padding entries and infinities must not do."""
+
 import math
 
 import pytest
@@ -147,8 +148,11 @@ def test_nothing_counted_is_zero_with_a_zero_gradient():
     student[0, 0], none = NAN, torch.zeros_like(mask)
     kept, labels = top_k_targets(teacher, 4), torch.full((2, 5), IGNORE)
     for num_items in (None, 0, torch.tensor(0), 7):
-        for loss in (lambda x, n=num_items: sparse_kl(x, *kept, none, n), lambda x, n=num_items: dense_kl(x, teacher, none, n),
-                     lambda x, n=num_items: cross_entropy(x, labels, n)):
+        for loss in (
+            lambda x, n=num_items: sparse_kl(x, *kept, none, n),
+            lambda x, n=num_items: dense_kl(x, teacher, none, n),
+            lambda x, n=num_items: cross_entropy(x, labels, n),
+        ):
             assert loss(student) == 0 and (gradient(loss, student) == 0).all()
 
 
@@ -267,8 +271,12 @@ def test_bad_input_is_refused_by_name():
         top_k_targets(teacher, 0)
     with pytest.raises(DataError, match=r"labels: expected shape \[2, 4\], got \[2, 5\].*shift"):
         cross_entropy(student[:, :-1], mask.long())
-    for name, bad in {"top_ids": (ids[..., :3], top, rest, mask), "top_logp": (ids, top[:, 1:], rest, mask),
-                      "rest_logp": (ids, top, rest[..., None], mask), "mask": (ids, top, rest, mask[0])}.items():
+    for name, bad in {
+        "top_ids": (ids[..., :3], top, rest, mask),
+        "top_logp": (ids, top[:, 1:], rest, mask),
+        "rest_logp": (ids, top, rest[..., None], mask),
+        "mask": (ids, top, rest, mask[0]),
+    }.items():
         with pytest.raises(DataError, match=f"{name}: expected shape"):
             sparse_kl(student, *bad)
     with pytest.raises(DataError, match="teacher_logits: expected shape"):

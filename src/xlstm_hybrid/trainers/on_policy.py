@@ -1,0 +1,335 @@
+"""On-policy distillation: the student writes, the teacher judges each of its tokens (Agarwal et al. 2024, GKD; METHOD 4).
+
+Dims: B rows, T tokens, n completions per prompt, V vocabulary. No gradient goes through sampling.
+"""
+
+import random
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
+from trl import DistillationConfig, DistillationTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from xlstm_hybrid.errors import ConfigError, DataError
+from xlstm_hybrid.losses import IGNORE, choose_divergence
+from xlstm_hybrid.state import weights_digest
+from xlstm_hybrid.trainers import save_weights
+from xlstm_hybrid.trainers.heads import Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.trainers.rollouts import PromptSampler, ReplayBuffer, pad, sample, seed_of, seeded, until_eos
+from xlstm_hybrid.trainers.safety import resumable
+from xlstm_hybrid.trainers.scale import prepare_teacher
+from xlstm_hybrid.vocabulary import shared_size
+
+SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
+OWN = SOURCES[:2]  # the student itself, now or before
+PATIENCE = 10  # generation batches in a row with too many empty completions, after which training stops
+
+
+@dataclass
+class OnPolicyKDConfig(DistillationConfig):
+    """Arguments of `OnPolicyKDTrainer`. `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p` and `generation_kwargs` are of sampling."""
+
+    divergence: str = field(default="reverse_kl", metadata={"help": "Key of losses.DIVERGENCES, over the whole vocabulary."})
+    jsd_beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward KL, 1 reverse KL, as in GKD."})
+    skew: float = field(default=0.1, metadata={"help": "Of skewed_kl."})
+    csd_weights: str = field(default="us", metadata={"help": "Of csd, see losses.CSD_WEIGHTS."})
+    csd_temperature: float = field(default=1.5, metadata={"help": "Of csd: softens the student's weights."})
+    loss_temperature: float = field(default=1.0, metadata={"help": "Softens both sides of the divergence; `temperature` is that of sampling."})
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt (n). The prompt is read once for all of them."})
+    lmbda: float = field(default=1.0, metadata={"help": "Share of prompts that the student answers; the rest has the data's completions."})
+    seq_kd: bool = field(default=False, metadata={"help": "The rest is answered by the teacher instead of the data."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of cross-entropy beside the divergence, never on the student's own words."})
+    replay_size: int = field(default=0, metadata={"help": "Completions of earlier steps that are kept; 0 keeps none."})
+    replay_share: float = field(default=0.0, metadata={"help": "Share of the student's prompts that is taken from those instead of written anew."})
+    prefill_piece: int | None = field(default=None, metadata={"help": "Tokens per forward while a prompt is read, None for all at once."})
+    max_empty_share: float = field(default=0.9, metadata={"help": "Above this share of empty completions, again and again, training stops."})
+    log_completions: bool = field(default=True, metadata={"help": "Tables of prompts and completions at each log, in completions/ of the run."})
+    num_completions_to_print: int | None = field(default=2, metadata={"help": "Of those, how many go to the screen; None for all."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        choose_divergence(self.divergence, **self.divergence_options)  # raises for what is out of range
+        for name in ("lmbda", "replay_share", "max_empty_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a share between 0 and 1")
+        for name, least in {"num_generations": 1, "replay_size": 0, "ce_weight": 0, "max_completion_length": 1}.items():
+            if not least <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if not 0 < self.loss_temperature < float("inf"):
+            raise ConfigError(f"loss_temperature={self.loss_temperature}: expected a finite number above 0")
+        if bool(self.replay_size) != bool(self.replay_share):
+            raise ConfigError(f"replay_size={self.replay_size}, replay_share={self.replay_share}: set both, or neither")
+        if self.seq_kd and self.lmbda == 1:
+            raise ConfigError("seq_kd=True, lmbda=1: the teacher answers the prompts that the student does not, and there are none; lower lmbda")
+        if self.ce_weight and self.lmbda == 1:
+            raise ConfigError(f"ce_weight={self.ce_weight}, lmbda=1: every completion is the student's own, which has no cross-entropy; lower lmbda")
+        local = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if local % self.num_generations:
+            raise ConfigError(f"num_generations={self.num_generations} does not divide the {local} completions that a device trains on per step "
+                              "(per_device_train_batch_size * gradient_accumulation_steps)")  # fmt: skip
+        unused = {"beta": 1.0, "use_vllm": False, "cache_implementation": None, "pad_to_multiple_of": None, "push_to_hub": False,
+                  "teacher_model_name_or_path": None}  # fmt: skip
+        for name, neutral in unused.items():
+            if getattr(self, name) != neutral:
+                raise ConfigError(f"{name}={getattr(self, name)!r} has no effect here: leave it at {neutral!r} (beta: see divergence, jsd_beta)")
+
+    @property
+    def divergence_options(self):
+        return {name: getattr(self, name) for name in ("jsd_beta", "skew", "csd_weights", "csd_temperature")}
+
+
+# --- trainer -----------------------------------------------------------------------------------------------------
+
+
+@resumable
+class OnPolicyKDTrainer(DistillationTrainer):
+    """Distils `teacher` into `model` on completions that the student samples itself.
+
+    A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind. Every token of a completion,
+    its EOS included, weighs the same; prompts are not scored. Once per step each prompt is read once and answered n times (`sample`); what is
+    drawn depends on seed, step and rank only. Evaluation lets the student answer each prompt once.
+    Logs `divergence` (nats, times loss_temperature squared), `top1_agreement`, `nll` of the completions under the student (with ce_weight: `ce`,
+    of those that are not its own), `completions/*` and `source/*`.
+
+    Args:
+        model: student, a causal LM in memory, or its PEFT model.
+        teacher: causal LM in memory with tensors of its own; it is frozen and put into eval mode.
+        args: `OnPolicyKDConfig`.
+        teacher_tokenizer: needed where the vocabularies have other sizes (padding); ids that are not real are neither written nor compared.
+        kwargs: of `DistillationTrainer`.
+    Raises:
+        ConfigError: models that cannot be compared or that share weights, data that is missing, too few prompts.
+        DataError: an empty prompt, or empty completions again and again. What `safety.resumable` says of checkpoints and losses holds as well.
+    """
+
+    _tag_names = ["xlstm-hybrid", "on-policy-kd"]
+    _name = "On-policy distillation"
+
+    def __init__(self, model, teacher, args=None, teacher_tokenizer=None, processing_class=None, **kwargs):
+        if not isinstance(args, OnPolicyKDConfig):
+            raise ConfigError(f"args={type(args).__name__}: expected an OnPolicyKDConfig")
+        check_models(model, teacher)
+        sizes = [len(m.get_output_embeddings().weight) for m in (model, teacher)]
+        self.size = shared_size(*sizes, processing_class, teacher_tokenizer)
+        check_prompts(kwargs.get("train_dataset"), args)
+        for name, network in ("student", model), ("teacher", teacher):
+            attach(network.get_base_model() if hasattr(network, "get_base_model") else network)
+            check_head(network, name)
+        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        self.teacher_digest = weights_digest(teacher)
+        self.teacher_model = prepare_teacher(self, teacher)
+        if self.size < max(sizes):
+            self.generation_config.suppress_tokens = list(range(self.size, max(sizes)))
+        self.objective = Objective(args.ce_weight, 1.0, args.divergence, "dense", args.loss_temperature, args.divergence_options)
+        self.empty_batches = 0
+        if args.replay_size:
+            self.add_callback(ReplayBuffer(args.replay_size))
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        args, n = self.args, self.args.num_generations
+        prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes // n
+        return PromptSampler(self.train_dataset if dataset is None else dataset, mini_repeat_count=n, batch_size=prompts,
+                             repeat_count=args.gradient_accumulation_steps, shuffle=self.shuffle_dataset, seed=args.seed)  # fmt: skip
+
+    def completion_ids(self, row, prompt_ids):
+        """Ids of the data's completion, cut at `max_completion_length`; an EOS ends it where the data does not."""
+        completion = row.get("completion")
+        if isinstance(completion, list):
+            whole = self.processing_class.apply_chat_template([*row["prompt"], *completion], tokenize=True, return_dict=False,
+                                                              **self.chat_template_kwargs)  # fmt: skip
+            if whole[: len(prompt_ids)] != prompt_ids:
+                raise DataError(f"chat template: the prompt of {str(row['prompt'])[:60]!r} is not the beginning of prompt and completion; use a "
+                                "template that only appends, or text rows")  # fmt: skip
+            ids = until_eos(whole[len(prompt_ids) :], self.eos_token_ids)
+        elif isinstance(completion, str):
+            ids = self.processing_class(text=completion, add_special_tokens=False)["input_ids"]
+        else:
+            raise DataError(f"completion: expected text or messages beside the prompt {str(row['prompt'])[:60]!r}, got {type(completion).__name__}; "
+                            "fill the column, or set lmbda=1 or seq_kd=True")  # fmt: skip
+        if not ids or ids[-1] not in self.eos_token_ids:
+            ids = [*ids, self.eos_token_ids[0]]
+        return ids[: self.max_completion_length]
+
+    # --- completions ---------------------------------------------------------------------------------------------
+
+    def write(self, model, prompts, n, seed):
+        """`sample` from a model that may be wrapped for training, on all ranks together."""
+        longest = torch.tensor([max(map(len, prompts))], device=self.accelerator.device)
+        together = {"width": self.accelerator.gather(longest).max().item(), "synced": True} if self.is_fsdp_enabled else {}
+        with unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as writer:
+            return sample(writer, prompts, n, self.generation_config, seed, self.args.prefill_piece, **together)
+
+    def complete(self, rows):
+        """`(prompts, completions, sources)`, lists of B, for rows in which each prompt stands n times."""
+        training, args = self.model.training, self.args
+        n = args.num_generations if training else 1
+        heads = rows[::n]
+        prompts = [list(ids) for ids in self._tokenize_prompts([row["prompt"] for row in heads])[0]]
+        empty = next((row["prompt"] for row, ids in zip(heads, prompts, strict=True) if not ids), None)
+        if empty is not None:
+            raise DataError(f"prompt {empty!r} has no token: a completion needs something to follow; drop such rows")
+        buffer = next((c for c in self.callback_handler.callbacks if isinstance(c, ReplayBuffer)), None)
+        when = (args.seed, self.state.global_step) if training else (args.seed, prompts)
+        draw = random.Random(seed_of(*when))  # not by rank: all ranks generate together
+        sources = [self.choose(draw, buffer) if training else "student" for _ in heads]
+        rank, groups = self.accelerator.process_index, {}
+        for source, model in ("student", self.model_wrapped), ("teacher", self.teacher_model):
+            places = [j for j, chosen in enumerate(sources) if chosen == source]
+            written = self.write(model, [prompts[j] for j in places], n, seed_of(*when, source, rank)) if places else []
+            groups |= {j: [(prompts[j], ids) for ids in written[k * n : k * n + n]] for k, j in enumerate(places)}
+        own = random.Random(seed_of(*when, "replay", rank))
+        for j, source in enumerate(sources):
+            if source == "replay":
+                groups[j] = buffer.draw(own, n)
+            elif source == "data":
+                groups[j] = [(prompts[j], self.completion_ids(heads[j], prompts[j]))] * n
+        if buffer is not None and training:
+            buffer.add([pair for j, source in enumerate(sources) if source == "student" for pair in groups[j]])
+        pairs = [pair for j in range(len(heads)) for pair in groups[j]]
+        return [list(p) for p, _ in pairs], [list(c) for _, c in pairs], [source for source in sources for _ in range(n)]
+
+    def choose(self, draw, buffer):
+        """One of SOURCES. Both numbers are drawn whatever they decide, so that a source does not depend on those before it."""
+        share, replay = draw.random(), draw.random()
+        if share >= self.args.lmbda:
+            return "teacher" if self.args.seq_kd else "data"
+        return "replay" if buffer is not None and buffer.rows and replay < self.args.replay_share else "student"
+
+    def _prepare_inputs(self, rows):
+        """TRL's, which shuffles the rows of a step: by a seed of the step, or an evaluation in between would change the order."""
+        with seeded(seed_of(self.args.seed, self.state.global_step, "order"), self.accelerator.device):
+            return super()._prepare_inputs(rows)
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's hook, once per optimizer step: the rows of all its micro-batches, prompts and completions joined and padded on the right."""
+        if self.teacher_model.training or any(p.requires_grad for p in self.teacher_model.parameters()):
+            raise ConfigError("the teacher is in training mode or requires gradients: leave it frozen, it is not part of the run")
+        prompts, completions, sources = self.complete(inputs)
+        self.record_completions(prompts, completions, sources)
+        rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+        labels = pad([[IGNORE] * len(p) + c for p, c in zip(prompts, completions, strict=True)], IGNORE)
+        scored = (labels != IGNORE).sum().to(self.accelerator.device)
+        batch = {"input_ids": pad(rows, self._tokenizer.pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0), "labels": labels,
+                 "own": torch.tensor([source in OWN for source in sources])}  # fmt: skip
+        batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
+        return {**batch, "num_items_in_batch": self.accelerator.gather(scored).sum()}
+
+    def record_completions(self, prompts, completions, sources):
+        """Metrics and tables of a generation batch, over all ranks; what is odd about it is said here."""
+        metrics, mode = self._metrics["train" if self.model.training else "eval"], "train" if self.model.training else "eval"
+        ends = set(self.eos_token_ids)
+        facts = [[len(p), len(c), c[-1] in ends, len(c) == 1 and c[0] in ends and s in OWN, s in OWN, *(s == name for name in SOURCES)]
+                 for p, c, s in zip(prompts, completions, sources, strict=True)]  # fmt: skip
+        facts = self.accelerator.gather(torch.tensor(facts, dtype=torch.float32, device=self.accelerator.device))
+        before, length, ended, empty, own, *written = facts.T
+        if mode == "train":
+            self.state.num_input_tokens_seen += int((before + length).sum().item())
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        values = {"mean_length": length.mean(), "min_length": length.min(), "max_length": length.max(), "clipped_ratio": 1 - ended.mean(),
+                  "empty_ratio": empty.sum() / own.sum().clamp_min(1)}  # fmt: skip
+        for name, value in values.items():
+            metrics[f"completions/{name}"].append(value.item())
+        for name, chosen in zip(SOURCES, written, strict=True):
+            metrics[f"source/{name}"].append(chosen.mean().item())
+        if mode == "train":
+            self.check_empty(values["empty_ratio"].item())
+        if self.log_completions:
+            for name, ids in ("prompt", prompts), ("completion", completions):
+                self._logs[name].extend(gather_object(self.processing_class.batch_decode(ids, skip_special_tokens=True)))
+
+    def check_empty(self, share):
+        """Warn of completions that end at once, and stop when next to nothing else comes, batch after batch."""
+        self.empty_batches = self.empty_batches + 1 if share > self.args.max_empty_share else 0
+        if share > 0.5:
+            warnings.warn(f"{share:.0%} of the student's completions end with their first token", stacklevel=2)
+        if self.empty_batches >= PATIENCE:
+            raise DataError(
+                f"step {self.state.global_step}: for {PATIENCE} steps more than {self.args.max_empty_share:.0%} of the student's completions were "
+                "empty, nothing is learned from them; lower lmbda to show it completions of the data, or look at the prompts"
+            )
+
+    # --- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Per-token divergence over the completions, divided by their tokens in the whole step."""
+        self.scored_inputs = dict(inputs)
+        forward = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)  # [B, T]: the token that each position predicts
+        place = (labels != IGNORE).flatten().nonzero().squeeze(-1)
+        labels = torch.where(inputs["own"][:, None], IGNORE, labels) if self.args.ce_weight else labels
+        labels = labels.flatten()[place]
+        items = max(len(place), 1)
+        if self.model.training:  # gradients are averaged over ranks
+            items = inputs["num_items_in_batch"].clamp_min(1) / self.accelerator.num_processes
+
+        def judge(hidden, teacher):
+            return Selection("dense", size=self.size)(hidden, teacher, place), head_of(teacher, self.size)
+
+        with torch.no_grad(), self.accelerator.autocast():
+            targets, teacher_head = self.teacher_model(**forward, with_head=judge)
+        terms = model(
+            **forward, with_head=lambda hidden, student: self.objective(hidden, student, place, labels, targets, items, self.size, teacher_head)
+        )
+        self.record_loss(terms, labels, len(place))
+        return (terms.loss, None) if return_outputs else terms.loss
+
+    @torch.no_grad()
+    def record_loss(self, terms, labels, count):
+        labelled = (labels != IGNORE).sum()
+        sums = torch.stack([x.detach().float() for x in (terms.kl, terms.agreement, terms.ce, labelled, torch.full_like(terms.kl, count))])
+        kl, agreement, ce, labelled, count = self.accelerator.gather(sums).view(-1, 5).sum(0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["divergence"].append(kl / max(count, 1))
+        metrics["top1_agreement"].append(agreement / max(count, 1))
+        if labelled:
+            metrics["ce" if self.args.ce_weight else "nll"].append(ce / labelled)
+
+    def run_facts(self):
+        """For `resumable`: a run with another teacher is another run."""
+        return {"teacher": self.teacher_digest}
+
+    # --- what TRL would do besides -------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_weights(self, output_dir, state_dict)
+
+    def create_model_card(self, *args, **kwargs):
+        """None here: the card is printed from the provenance of a finished student."""
+
+    def _send_telemetry(self):
+        """None: training calls nobody."""
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_models(student, teacher):
+    """Refuse what is no pair of models in memory, or a teacher that would move with the student."""
+    for name, model in ("model", student), ("teacher", teacher):
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(f"{name}: expected a model in memory, got {type(model).__name__}; load it with from_pretrained")
+    places = {p.data_ptr() for p in student.parameters()} - {0}  # 0: a parameter without storage, on the meta device
+    shared = next((name for name, p in teacher.named_parameters() if p.data_ptr() in places), None)
+    if shared:
+        raise ConfigError(f"student and teacher share the weight {shared!r}: the teacher would change with the student; load it a second time")
+
+
+def check_prompts(dataset, args):
+    """Refuse data that lacks a column which the run needs, or is too small for one step."""
+    columns = getattr(dataset, "column_names", None)
+    for name in ("prompt", *(("completion",) if args.lmbda < 1 and not args.seq_kd else ())):
+        if columns is not None and name not in columns:
+            raise ConfigError(f"train_dataset has no column {name!r}, only {columns}; lmbda={args.lmbda}, seq_kd={args.seq_kd} need it")
+    if isinstance(dataset, IterableDataset):
+        if args.num_generations > 1:
+            raise ConfigError(f"num_generations={args.num_generations} with a streamed dataset: load the prompts, or set it to 1")
+        return
+    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // args.num_generations
+    if dataset is not None and len(dataset) < prompts:
+        raise ConfigError(f"train_dataset has {len(dataset)} prompts, one step takes {prompts}: lower per_device_train_batch_size or "
+                          "gradient_accumulation_steps")  # fmt: skip
