@@ -1,14 +1,16 @@
 """Stage I moves the new parameters towards the teacher's attention and nothing else."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_student, token_ids
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment, new_parameters
+from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, attach, measure_alignment, new_parameters, output_terms
 
 LENGTH = 24
 
@@ -17,27 +19,38 @@ def collate(rows):
     return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
-def align(model, folder, rows=16, **settings):
-    positions = [t % 15 for t in range(LENGTH)]  # two documents in a row
-    data = Dataset.from_list([{"input_ids": ids, "labels": ids, "position_ids": positions} for ids in token_ids(rows, LENGTH).tolist()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>"
-    )
-    args = AlignmentConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        **settings,
-    )
-    trainer = AlignmentTrainer(model=model, args=args, train_dataset=data, data_collator=collate, processing_class=tokenizer)
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<pad>")
+
+
+def documents(count=16):
+    """Rows of two documents each."""
+    positions = [t % 15 for t in range(LENGTH)]
+    return Dataset.from_list([{"input_ids": ids, "labels": ids, "position_ids": positions} for ids in token_ids(count, LENGTH).tolist()])
+
+
+def arguments(folder, **settings):
+    shared = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "max_length": None,
+        "remove_unused_columns": False, "disable_tqdm": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    return AlignmentConfig(**(shared | settings))
+
+
+def trainer_of(model, folder, data=None, **settings):
+    data = documents() if data is None else data
+    return AlignmentTrainer(model=model, args=arguments(folder, **settings), train_dataset=data, data_collator=collate, processing_class=tokenizer())
+
+
+def aligned(model, folder, data=None, **settings):
+    trainer = trainer_of(model, folder, data, **settings)
     trainer.train()
     return trainer
+
+
+def align(model, folder, rows=16, **settings):
+    return aligned(model, folder, documents(rows), **settings)
 
 
 def student():
@@ -88,8 +101,14 @@ def test_bad_input_is_named(tmp_path):
     model = student()
     with torch.no_grad():
         model.model.layers[1].self_attn.mlstm.fgate_bias.fill_(float("nan"))
-    with pytest.raises(DataError, match="alignment loss is nan at step 0"):
+    with pytest.raises(DataError, match="none of the 1 steps was finite, nothing was learnt"):
         align(model, tmp_path, max_steps=1)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    for field, value in {"loss_form": "mse", "cosine_weight": -1.0, "stop_gain": float("inf"), "stop_window": 0}.items():
+        with pytest.raises(ConfigError, match=f"{field}="):
+            AlignmentConfig(**settings, **{field: value})
+    with pytest.raises(ConfigError, match="layers_at_a_time=2: call streaming.align_streamed"):
+        align(student(), tmp_path, max_steps=1, layers_at_a_time=2)
 
 
 def test_nothing_pickled_is_saved(tmp_path):
@@ -97,3 +116,184 @@ def test_nothing_pickled_is_saved(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     names = {p.name for p in (tmp_path / "saved").iterdir()}
     assert {"model.safetensors", "config.json"} <= names and not {n for n in names if n.endswith((".bin", ".pt", ".pkl"))}
+
+
+# --- the pass --------------------------------------------------------------------------------------------------
+
+
+def copy_of(model):
+    """A student that no trainer has touched."""
+    twin = type(model)(model.config).to(model.dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("inputs", ["plain", "left", "packed"])
+def test_the_pass_through_the_layers_calls_is_the_model_s_own(inputs):
+    model = tiny_student(layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"])
+    ids, real = token_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    real[0, :5] = 0
+    given = {"plain": {}, "left": {"attention_mask": real}, "packed": {"position_ids": torch.tensor([t % 8 for t in range(20)])[None].expand(2, -1)}}
+    expected = model(input_ids=ids, teacher_forced=True, **given[inputs])
+    attach(model)
+    found = model(input_ids=ids, teacher_forced=True, **given[inputs])
+    for name in ("loss", "error", "target", "num_items"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(model(input_ids=ids, **given[inputs]).logits, copy_of(model)(input_ids=ids, **given[inputs]).logits, rtol=0, atol=0)
+
+
+def test_the_extra_terms_are_what_they_are_called():
+    student, teacher = token_ids(2, 5 * 6).view(2, 5, 6).double().sin(), token_ids(2, 30, seed=1).view(2, 5, 6).double().cos()
+    counted = torch.tensor([[True] * 5, [False, True, True, False, False]])
+    student[1, 0], teacher[1, 3] = float("nan"), float("inf")  # rows that do not count may hold anything
+    cosine, frobenius = output_terms(student, teacher, counted)
+    pairs = [(s, t) for s, t, kept in zip(student.view(-1, 6), teacher.view(-1, 6), counted.flatten(), strict=True) if kept]
+    assert cosine.item() == pytest.approx(sum(1 - (s @ t / (s @ s * (t @ t)) ** 0.5).item() for s, t in pairs), rel=1e-12)
+    assert frobenius.item() == pytest.approx(sum(((s - t) @ (s - t) / 6).item() ** 0.5 for s, t in pairs), rel=1e-12)
+    same = teacher[:1].clone().requires_grad_(True)
+    sum(output_terms(same, teacher[:1], counted[:1])).backward()
+    assert torch.isfinite(same.grad).all() and same.grad.abs().max() < 1e-9  # nothing to learn, and no 0 / 0
+
+
+def gradients(folder, rows, **settings):
+    """Loss and gradients of the first step over `rows`; its learning rate is zero."""
+    trainer, found = trainer_of(tiny_student(gain=1.0), folder, Dataset.from_list(rows), max_steps=1, warmup_steps=1, **settings), {}
+    norm = trainer._get_grad_norm
+
+    def watch(model, grad_norm=None):
+        found.update({n: p.grad.clone() for n, p in new_parameters(model).items()})
+        return norm(model, grad_norm=grad_norm)
+
+    trainer._get_grad_norm = watch
+    trainer.train()
+    return {"loss": torch.tensor(trainer.state.log_history[0]["loss"]), **found}
+
+
+TERMS = {"cosine_weight": 0.5, "frobenius_weight": 2.0}
+LENGTHS = (24, 17, 9, 21)
+
+
+def padded(side, width=LENGTH):
+    for n, ids in zip(LENGTHS, token_ids(4, LENGTH).tolist(), strict=True):
+        pad = [0] * (width - n)
+        yield {"input_ids": pad + ids[:n] if side == "left" else ids[:n] + pad, "attention_mask": pad + [1] * n if side == "left" else [1] * n + pad}
+
+
+def test_padding_packing_and_accumulation_change_neither_loss_nor_gradients(tmp_path):
+    """Four documents as rows padded on the right, on the left, by more than needed, in micro-batches, and all in one row."""
+    documents = [ids[:n] for n, ids in zip(LENGTHS, token_ids(4, LENGTH).tolist(), strict=True)]
+    packed = [{"input_ids": sum(documents, []), "position_ids": [t for ids in documents for t in range(len(ids))]}]
+    ways = {
+        "right": (list(padded("right")), {}),
+        "left": (list(padded("left")), {}),
+        "wider": (list(padded("right", 31)), {}),
+        "packed": (packed, {}),
+        "accumulated": (list(padded("right")), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+    }
+    runs = {name: gradients(tmp_path / name, rows, **TERMS, **settings) for name, (rows, settings) in ways.items()}
+    assert len(runs["right"]) == 1 + 3 * 7 and all(g.abs().max() > 0 for g in runs["right"].values())
+    for found in runs.values():
+        torch.testing.assert_close(found, runs["right"], rtol=1e-9, atol=1e-9)
+
+
+def test_the_loss_is_the_mean_error_per_counted_token_and_its_relative_form_that_over_the_target_s(tmp_path):
+    rows = list(padded("right"))
+    out = tiny_student(gain=1.0)(**collate(rows), teacher_forced=True)
+    found = gradients(tmp_path / "sum", rows)
+    assert found["loss"].item() == pytest.approx(out.loss.item() / sum(LENGTHS), rel=1e-7)
+    relative = gradients(tmp_path / "relative", rows, loss_form="relative")
+    assert relative["loss"].item() == pytest.approx((out.error / out.target).sum().item(), rel=1e-7)  # the Trainer adds up in float32
+    for name, gradient in relative.items():
+        if name != "loss":
+            scale = out.target[int(name.split(".")[2])] / sum(LENGTHS)
+            torch.testing.assert_close(gradient * scale, found[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_teacher_has_no_dropout(tmp_path):
+    """With it no two passes would agree; the student's own copy of the setting is not touched."""
+    model = tiny_student(torch.float32, gain=1.0, attention_dropout=0.5)
+    trainer = align(model, tmp_path, max_steps=1, per_device_train_batch_size=16)
+    expected = measure_alignment(tiny_student(torch.float32, gain=1.0), [{k: v for k, v in collate(documents()).items() if k != "labels"}])
+    for n, error in expected.items():
+        assert trainer.state.log_history[0][f"layer_{n}/relative_error"] == pytest.approx(error, rel=1e-4)
+    assert model.config.attention_dropout == 0.5 and model.training
+
+
+def test_there_is_one_copy_of_the_trunk_and_the_optimiser_holds_new_parameters_only(tmp_path):
+    model = student()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    trainer = align(model, tmp_path, max_steps=1)
+    assert trainer.model is model and {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in new_parameters(model).values()}
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in new_parameters(model))
+
+
+# --- early stop ------------------------------------------------------------------------------------------------
+
+
+STOPPING = {"max_steps": 9, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "stop_window": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+def test_a_layer_that_stops_early_leaves_the_others_as_in_a_run_without_it(tmp_path):
+    free, model = student(), student()
+    align(free, tmp_path / "free", **(STOPPING | {"save_strategy": "no"}))
+    at_stop = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                at_stop.update({n: p.clone() for n, p in new_parameters(model).items()})
+
+    trainer = trainer_of(model, tmp_path / "run", **STOPPING, stop_error=0.0125)
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert set(trainer.stopped) == {2}
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    stopped = next(step for step, entry in logged.items() if entry["layers_stopped"])
+    assert stopped == 6 and logged[9]["layer_2/relative_error"] == trainer.stopped[2] < 0.0125
+    found, free = new_parameters(model), new_parameters(free)
+    for name in found:
+        if ".layers.2." in name:
+            assert torch.equal(found[name], at_stop[name]) and not torch.equal(found[name], free[name])  # not even decayed
+        else:
+            assert torch.equal(found[name], free[name]), name
+    again = student()
+    for step in (3, 7):  # before the layer stopped, inside a window, and after it
+        shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+        resumed = trainer_of(again, tmp_path / "again", **STOPPING, stop_error=0.0125)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.stopped == trainer.stopped and resumed._initial_global_step == step
+        assert all(torch.equal(p, found[name]) for name, p in new_parameters(again).items())
+        shutil.rmtree(tmp_path / "again")
+        again = student()
+
+
+def test_a_layer_without_progress_stops_after_its_patience(tmp_path):
+    settings = {"max_steps": 7, "stop_window": 1, "stop_patience": 2, "stop_gain": 0.5, "learning_rate": 1e-9, "lr_scheduler_kwargs": {"min_lr": 0.0}}
+    trainer = align(student(), tmp_path, **settings)
+    assert set(trainer.stopped) == {0, 1, 2}
+    assert [entry["layers_stopped"] for entry in trainer.state.log_history if "loss" in entry] == [0, 0, 3]  # then nothing is left to learn
+
+
+def test_the_relative_form_is_resumed_with_the_scales_it_began_with(tmp_path):
+    settings = STOPPING | {"max_steps": 4, "loss_form": "relative", "warmup_steps": 1, **TERMS}
+    model, again = student(), student()
+    first = trainer_of(model, tmp_path / "run", **settings)
+    first.train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    second = trainer_of(again, tmp_path / "again", **settings)
+    second.train(resume_from_checkpoint=True)
+    assert torch.equal(first.scales, second.scales)
+    assert all(torch.equal(p, new_parameters(model)[name]) for name, p in new_parameters(again).items())
+
+
+def test_evaluation_measures_the_layers_of_held_out_rows(tmp_path):
+    model = student()
+    trainer = trainer_of(model, tmp_path, max_steps=1)
+    found = trainer.evaluate(documents(8))
+    expected = measure_alignment(model, [{k: v for k, v in collate(documents(8)).items() if k != "labels"}])
+    logged = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    for n, error in expected.items():
+        assert logged[f"eval_layer_{n}/relative_error"] == pytest.approx(error, rel=1e-4)
+    assert found["eval_loss"] > 0

@@ -95,10 +95,10 @@ def owner(pid):
     return f"{hashlib.sha256(platform.node().encode()).hexdigest()[:6]}-{pid}"
 
 
-def remove_abandoned(path):
+def remove_abandoned(path, kind=".tmp"):
     """Remove temporary directories of `path` whose process on this machine was killed; those of other machines stay."""
-    for folder in path.parent.glob(f".tmp-{path.name}-*"):
-        tail = folder.name.removeprefix(f".tmp-{path.name}-").split("-")
+    for folder in path.parent.glob(f"{kind}-{path.name}-*"):
+        tail = folder.name.removeprefix(f"{kind}-{path.name}-").split("-")
         if len(tail) == 3 and tail[1].isdigit() and f"{tail[0]}-{tail[1]}" == owner(tail[1]):
             try:
                 os.kill(int(tail[1]), 0)
@@ -106,6 +106,15 @@ def remove_abandoned(path):
                 shutil.rmtree(folder, ignore_errors=True)
             except OSError:
                 continue  # alive, and somebody else's
+
+
+def clean_abandoned(directory):
+    """Remove what killed processes of this machine left half-written in `directory`, and what a directory that is there was about to replace."""
+    for folder in [*Path(directory).glob(".tmp-*-*-*-*"), *Path(directory).glob(".old-*-*-*-*")]:
+        path = folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]
+        remove_abandoned(path)
+        if path.exists():
+            remove_abandoned(path, ".old")
 
 
 @contextlib.contextmanager
@@ -224,6 +233,24 @@ def contained(directory, name):
     return file
 
 
+def checkpoints_by_step(directory):
+    """Directories `checkpoint-<step>` of a run, the oldest step first."""
+    found = [path for path in Path(directory).glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def newest_verified(directory, level="full"):
+    """`(path, skipped)`: the newest checkpoint of a run that its manifest confirms, or None, and `{name: reason}` of newer ones that it does not."""
+    skipped = {}
+    for path in reversed(checkpoints_by_step(directory)):
+        try:
+            verify(path, level)
+            return path, skipped
+        except CheckpointError as error:
+            skipped[path.name] = str(error)
+    return None, skipped
+
+
 # --- provenance ------------------------------------------------------------------------------------------------
 
 
@@ -274,8 +301,19 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
         stages = read_provenance(parent) if parent is not None and Path(parent).is_dir() else []
     name = None if parent is None else Path(parent).resolve().name if Path(parent).is_dir() else Path(parent).name
     entry = {"stage": stage, "parent": name, "config": config, "data": data, "figures": figures, "seconds": seconds, "versions": versions()}
+    if parent is not None and (Path(parent) / MANIFEST).is_file():
+        entry["parent_manifest"] = digest(Path(parent) / MANIFEST)  # tells starts of the same name apart
     entry = {key: plain(value) for key, value in entry.items() if value is not None}
     write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
+
+
+def relist(directory, name):
+    """Bring one file's entry in the manifest up to date, and no other: what else changed must show. Without a manifest nothing is done."""
+    file, path = Path(directory) / name, Path(directory) / MANIFEST
+    if path.is_file():
+        manifest = read_versioned(path, Path(directory).name)
+        entry = {name: {"size": file.stat().st_size, "sha256": digest(file)}}
+        write_json(path, {**manifest, "files": dict(sorted({**(manifest.get("files") or {}), **entry}.items()))})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
