@@ -1,22 +1,31 @@
-"""The road end to end on the shipped teacher, with two steps per stage: it arrives, it resumes, it refuses to mix settings."""
+"""The road end to end on the shipped teacher, with two steps per stage: it arrives, it resumes, it refuses to mix settings; its stages are verbs."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from xlstm_hybrid import cli
+from xlstm_hybrid import cli, pipeline
 from xlstm_hybrid.artifacts import read_provenance, verify
+from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.pipeline import Road
+from xlstm_hybrid.pipeline import Road, parse_overrides, settings
 from xlstm_hybrid.recipe import load_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+TEACHER = str(RECIPES / "tiny_teacher/tiny-llama")
 
 
 def road(out, **changes):
@@ -30,6 +39,31 @@ def walked(tmp_path_factory):
     return out, road(out).walk()
 
 
+def smoke(folder, **changes):
+    """The smoke recipe with other sections, as a file."""
+    content = yaml.safe_load((RECIPES / "smoke.yaml").read_text()) | {"teacher": TEACHER} | changes
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+def numbers(folder):
+    """A section `data` that streams a file of short texts."""
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"{n}+{n}={2 * n} and so on"}) + "\n" for n in range(60)))
+    return {"sequence_length": 32, "sources": {"a": {"path": "a.jsonl", "text": "text", "streaming": True}}, "held_out": 0.2, "shuffle_buffer": 8}
+
+
+def run(*arguments, fails=None):
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    if fails is not None:
+        assert isinstance(result.exception, fails), result.output
+        return str(result.exception)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    return result.output
+
+
+# --- the road --------------------------------------------------------------------------------------------------
+
+
 def test_the_road_arrives_with_a_student_that_loads_and_generates(walked):
     out, _ = walked
     verify(out / "student")
@@ -40,11 +74,12 @@ def test_the_road_arrives_with_a_student_that_loads_and_generates(walked):
 
 def test_every_stage_leaves_its_record(walked):
     out, results = walked
-    stages = [s["stage"] for s in read_provenance(out / "student")]
-    assert stages == ["convert", "align", "distill:symbols", "distill:memory", "merge", "evaluate"]
+    found = [s["stage"] for s in read_provenance(out / "student")]
+    assert found == ["convert", "align", "distill:symbols", "distill:memory", "merge", "evaluate"]
     recorded = read_provenance(out / "student")[-1]["figures"]
     assert recorded["exact_match"] == results["students"]["student"]["exact_match"]
     assert str(out) not in (out / "student" / "provenance.json").read_text()
+    assert not [p.name for p in out.rglob(".*")], "nothing hidden is left behind"
 
 
 def test_the_report_shows_what_was_measured(walked):
@@ -61,7 +96,7 @@ def test_the_report_shows_what_was_measured(walked):
     assert f"{results['teacher_scores']['exact_match']['recall']:.1%}".rstrip("%")[:4] in report
 
 
-def test_a_second_walk_keeps_every_stage_and_an_interrupted_one_is_made_again(walked, monkeypatch):
+def test_a_second_walk_keeps_every_stage_and_an_interrupted_one_is_made_again(walked):
     out, results = walked
     before = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors") if "student" not in p.parts}
     (out / "merged" / "model.safetensors").write_bytes(b"cut off")
@@ -77,6 +112,71 @@ def test_changed_settings_are_refused_by_name(walked):
         road(out, align={**load_recipe(RECIPES / "smoke.yaml").align, "max_steps": 3}).walk()
 
 
+def test_a_setting_that_no_trainer_has_is_refused_before_anything_runs(tmp_path):
+    align = load_recipe(RECIPES / "smoke.yaml").align
+    with pytest.raises(ConfigError, match=r"align: AlignmentConfig has no setting 'lerning_rate'; did you mean learning_rate"):
+        road(tmp_path / "run", align=align | {"lerning_rate": 1.0}).walk()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_recipe_is_not_walked_by_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="launch its training stages"):
+        road(tmp_path / "run")
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def configs():
+    from xlstm_hybrid.trainers.alignment import AlignmentConfig
+    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
+
+    return AlignmentConfig, SparseKDConfig
+
+
+def test_options_of_the_command_line_are_the_trainers_own_fields():
+    align, distill = configs()
+    found = parse_overrides(align, ["--learning_rate", "5e-3", "--max_steps=7", "--bf16", "false", "--sequences_per_step", "4"])
+    assert found == {"learning_rate": 5e-3, "max_steps": 7, "bf16": False, "sequences_per_step": 4}
+    assert parse_overrides(distill, ["--top_k", "64"]) == {"top_k": 64} and parse_overrides(align, []) == {}
+    for arguments, message in (
+        (["--lerning_rate", "1"], r"the command line: AlignmentConfig has no setting 'lerning_rate'; did you mean learning_rate"),
+        (["--max_steps", "many"], r"AlignmentConfig: argument --max_steps.*invalid int value: 'many'"),
+        (["--top_k", "5"], r"AlignmentConfig has no setting 'top_k'"),
+        (["7"], r"AlignmentConfig.* '7'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_overrides(align, arguments)
+
+
+def test_the_accumulation_follows_from_the_rows_per_step_and_the_processes(monkeypatch):
+    stage = {"sequences_per_step": 64, "per_device_train_batch_size": 2, "max_steps": 10}
+    assert settings.batch_of(stage, "align") == (2, 32) and settings.rows_of(stage, "align") == 640
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert settings.batch_of(stage, "align") == (2, 4) and settings.rows_of(stage, "align") == 640
+    with pytest.raises(ConfigError, match="sequences_per_step=12 is no multiple of 2 rows .* x 8 processes"):
+        settings.batch_of(stage | {"sequences_per_step": 12}, "align")
+    with pytest.raises(ConfigError, match="give one of them"):
+        settings.batch_of(stage | {"gradient_accumulation_steps": 2}, "align")
+
+
+def test_a_trainers_config_gets_numbers_for_text_and_refuses_by_name(tmp_path):
+    align, distill = configs()
+    made = settings.trainer_config(align, {"learning_rate": "1e-3", "max_steps": 4, "sequences_per_step": 6, "bf16": False}, "align", tmp_path, 5)
+    assert (made.learning_rate, made.gradient_accumulation_steps, made.seed, made.output_dir) == (1e-3, 6, 5, str(tmp_path))
+    for wrong, message in (
+        ({"learning_rate": "fast"}, r"align.learning_rate='fast': expected a number of type float"),
+        ({"lr_scheduler_type": "steep"}, r"align: AlignmentConfig refuses its settings \(.*steep"),
+        ({"max_grad_norm": 1.0}, r"max_grad_norm"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings.trainer_config(align, {"max_steps": 1, "bf16": False} | wrong, "align", tmp_path, 0)
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------
+
+
 def test_the_command_line_reports_named_errors_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xlstm-hybrid", "convert", str(tmp_path / "nothing"), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
@@ -84,19 +184,117 @@ def test_the_command_line_reports_named_errors_in_one_line(tmp_path, capsys, mon
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_each_stage_is_a_verb(tmp_path):
-    run = CliRunner().invoke
-    recipe = ["--recipe", str(RECIPES / "smoke.yaml")]
-    teacher = str(RECIPES / "tiny_teacher/tiny-llama")
-    for arguments in (
-        ["convert", teacher, str(tmp_path / "c"), "--sliding-window", "16", "--dtype", "float32"],
-        ["align", str(tmp_path / "c"), str(tmp_path / "a"), *recipe],
-        ["distill", str(tmp_path / "a"), teacher, str(tmp_path / "e"), "--expert", "symbols", *recipe],
-        ["merge", str(tmp_path / "m"), str(tmp_path / "e"), str(tmp_path / "e")],
-        ["evaluate", str(tmp_path / "m"), "--out", str(tmp_path / "r.json"), *recipe],
-        ["card", str(tmp_path / "m")],
-    ):
-        result = run(cli.app, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+def test_each_stage_is_a_verb_and_takes_its_trainers_options(tmp_path):
+    recipe = ["--recipe", smoke(tmp_path)]
+    c, a, e, m = (tmp_path / name for name in "caem")
+    run("convert", TEACHER, c, "--sliding-window", "16", "--dtype", "float32")
+    run("align", c, a, *recipe, "--learning_rate", "3e-3", "--max_steps", "1")
+    recorded = read_provenance(a)[-1]
+    assert recorded["config"]["learning_rate"] == 3e-3 and recorded["config"]["max_steps"] == 1 and recorded["data"]["sequence_length"] == 96
+    assert len([x for x in json.loads((a / "training_log.json").read_text()) if "loss" in x]) == 1
+    run("distill", a, TEACHER, e, *recipe, "--max_steps", "1", "--expert", "symbols", "--top_k=16")
+    assert read_provenance(e)[-1]["config"]["top_k"] == 16 and read_provenance(e)[-1]["data"] == {"arithmetic": 0.5, "code": 0.5}
+    run("merge", m, e, e)
+    run("evaluate", m, "--out", tmp_path / "r.json", *recipe)
+    run("card", m)
     assert set(json.loads((tmp_path / "r.json").read_text())["exact_match"]) == {"arithmetic", "recall", "code", "strings"}
-    assert (tmp_path / "m" / "README.md").is_file()
+    assert (m / "README.md").is_file()
+    assert "name one with --expert" in run("distill", a, TEACHER, tmp_path / "x", *recipe, fails=ConfigError)
+    assert "come behind the positional arguments" in run("align", "--max_steps", "1", a, *recipe, fails=ConfigError)
+    assert "no section on_policy" in run("on-policy", a, TEACHER, tmp_path / "x", *recipe, "--expert", "symbols", fails=ConfigError)
+
+
+def test_rows_that_are_prepared_are_those_that_the_stage_reads(tmp_path):
+    from datasets import load_from_disk
+
+    recipe, tokenizer = smoke(tmp_path), AutoTokenizer.from_pretrained(TEACHER)
+    assert "4 rows of 96 tokens" in run("prepare", TEACHER, tmp_path / "rows", "--recipe", recipe, "--expert", "memory")
+    assert list(load_from_disk(tmp_path / "rows")) == packed_rows(load_recipe(recipe), tokenizer, 4, "memory")
+    assert list(load_from_disk(tmp_path / "rows")) != packed_rows(load_recipe(recipe), tokenizer, 4)
+    recipe = smoke(tmp_path, data=numbers(tmp_path))
+    assert "3 rows of 32 tokens" in run("prepare", TEACHER, tmp_path / "streamed", "--recipe", recipe, "--count", "3")
+    assert list(load_from_disk(tmp_path / "streamed")) == packed_rows(load_recipe(recipe), tokenizer, 3)
+
+
+@pytest.fixture(scope="module")
+def converted(walked):
+    return walked[0] / "converted"
+
+
+def test_an_interrupted_stage_goes_on_from_its_last_checkpoint_with_the_rows_that_come_next(tmp_path, converted, monkeypatch):
+    from xlstm_hybrid.trainers.alignment import AlignmentTrainer
+
+    base = load_recipe(smoke(tmp_path, data=numbers(tmp_path)))
+    recipe = replace(base, align=base.align | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    straight, step, taken = pipeline.align(converted, tmp_path / "straight", recipe), AlignmentTrainer.training_step, []
+
+    def stopping(*args, **kwargs):
+        taken.append(len(taken))
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.align(converted, tmp_path / "stopped", recipe)
+    assert not (tmp_path / "stopped").exists() and (tmp_path / ".run-stopped" / "checkpoint-1").is_dir()
+    assert pipeline.align(converted, tmp_path / "stopped", recipe) == straight
+    assert len(taken) == 3 and not (tmp_path / ".run-stopped").exists()  # the second step was taken again, the first one was not
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_its_own_samples_as_a_stage_of_the_road(tmp_path):
+    base = load_recipe(RECIPES / "smoke.yaml")
+    section = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 6, "bf16": False, "logging_steps": 1, "learning_rate": 1e-5}
+    path = smoke(tmp_path, on_policy=section, experts={"memory": base.experts["memory"]}, merge=None)
+    out = tmp_path / "run"
+    Road(load_recipe(path), out, console=Console(file=open(tmp_path / "console.txt", "w"))).walk()  # noqa: SIM115
+    assert [s["stage"] for s in read_provenance(out / "student")] == ["convert", "align", "distill:memory", "on-policy:memory", "evaluate"]
+    one, two = (load_file(out / name / "memory" / "model.safetensors") for name in ("experts", "on_policy"))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_store_of_the_teachers_targets_stands_in_for_the_teacher(tmp_path, converted):
+    recipe = smoke(tmp_path)
+    run("prepare", TEACHER, tmp_path / "rows", "--recipe", recipe, "--expert", "memory")
+    run("cache-teacher", TEACHER, tmp_path / "rows", tmp_path / "store", "--top-k", "32")
+    shared = ["--recipe", recipe, "--expert", "memory"]
+    run("distill", converted, TEACHER, tmp_path / "online", *shared)
+    run("distill", converted, TEACHER, tmp_path / "stored", *shared, "--teacher", tmp_path / "store")
+    logs = [json.loads((tmp_path / name / "training_log.json").read_text())[0] for name in ("online", "stored")]
+    assert logs[1]["kl"] == pytest.approx(logs[0]["kl"], rel=5e-3) and logs[1]["ce"] == pytest.approx(logs[0]["ce"], rel=1e-5)
+    assert str(tmp_path) not in (tmp_path / "stored" / "provenance.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixture", "streaming"])
+def test_two_processes_under_accelerate_make_the_student_that_one_makes(tmp_path, converted, kind):
+    recipe = smoke(tmp_path, **({"data": numbers(tmp_path)} if kind == "streaming" else {}))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    options = [str(converted), "OUT", "--recipe", str(recipe), "--sequences_per_step", "4", "--per_device_train_batch_size", "1"]
+    launch = [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    for name, command in (("one", ["xlstm_hybrid"]), ("two", [*launch, "-m", "xlstm_hybrid"])):
+        arguments = ["align", *(str(tmp_path / name) if o == "OUT" else o for o in options)]
+        result = subprocess.run([sys.executable, "-m", *command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr[-3000:]
+        verify(tmp_path / name)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    moved = [key for key in one if not torch.equal(one[key], load_file(converted / "model.safetensors")[key])]
+    assert moved and all(".mlstm." in key for key in moved)
+    for key in moved:
+        torch.testing.assert_close(two[key], one[key], atol=2e-4, rtol=2e-3)
+    assert [p.name for p in tmp_path.glob(".*")] == []

@@ -20,8 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
 )
-EXTRAS = {"trl": "train", "datasets": "train", "peft": "train", "matplotlib": "train"}
-RecipeOption = Annotated[Path, typer.Option("--recipe", help="Recipe with the settings of the stage.")]
+EXTRAS = {"trl": "train", "datasets": "train", "peft": "train", "matplotlib": "train", "lm_eval": "eval"}
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
 
 
@@ -70,75 +69,6 @@ def convert(
 
 
 @app.command()
-def align(student: Path, out: Path, recipe: RecipeOption = Path("recipes/tiny.yaml"), overwrite: Overwrite = False):
-    """Stage I: train the new parameters of STUDENT against the attention that they replace."""
-    from xlstm_hybrid.pipeline import align
-    from xlstm_hybrid.recipe import load_recipe
-
-    for layer in align(student, out, load_recipe(recipe), overwrite)["relative_error"]:
-        print(f"layer {layer['layer']}: relative error {layer['before']:.3f} -> {layer['after']:.3f}")
-
-
-@app.command()
-def distill(
-    student: Path,
-    teacher: str,
-    out: Path,
-    expert: Annotated[str, typer.Option(help="Name of the expert in the recipe.")],
-    recipe: RecipeOption = Path("recipes/tiny.yaml"),
-    overwrite: Overwrite = False,
-):
-    """Stage II: distil one domain expert of the recipe from TEACHER into STUDENT."""
-    from xlstm_hybrid.errors import ConfigError
-    from xlstm_hybrid.pipeline import distill
-    from xlstm_hybrid.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    if expert not in loaded.experts:
-        raise ConfigError(f"--expert {expert}: {recipe.name} has {sorted(loaded.experts)}")
-    print(json.dumps(distill(student, teacher, out, loaded, loaded.experts[expert], expert, overwrite)))
-
-
-@app.command()
-def merge(
-    out: Path,
-    experts: list[Path],
-    weights: Annotated[str | None, typer.Option(help="Comma-separated shares in the order of the experts; uniform by default.")] = None,
-    method: Annotated[str, typer.Option(help="Merge method.")] = "linear",
-    base: Annotated[Path | None, typer.Option(help="Common start, for methods that need it.")] = None,
-    overwrite: Overwrite = False,
-):
-    """Stage III: merge EXPERTS into one student at OUT."""
-    from xlstm_hybrid.errors import MergeError
-    from xlstm_hybrid.merging import merge
-
-    try:
-        shares = [float(w) for w in weights.split(",")] if weights else None
-    except ValueError as error:
-        raise MergeError(f"--weights {weights}: expected numbers such as 0.5,0.5") from error
-    merge(experts, out, weights=shares, method=method, base=base, overwrite=overwrite)
-    print(f"merged {len(experts)} experts into {out}")
-
-
-@app.command()
-def evaluate(
-    model: Path,
-    out: Annotated[Path | None, typer.Option(help="File for the scores and samples, JSON.")] = None,
-    recipe: RecipeOption = Path("recipes/tiny.yaml"),
-):
-    """Exact match and perplexity of MODEL on the recipe's domains."""
-    from xlstm_hybrid.pipeline import evaluate
-    from xlstm_hybrid.recipe import load_recipe
-
-    result = evaluate(model, load_recipe(recipe))
-    for domain, score in result["exact_match"].items():
-        print(f"{domain:<12} exact match {score:6.1%}   perplexity {result['perplexity'][domain]:.3f}")
-    print(f"{'text':<12}                      perplexity {result['perplexity']['text']:.3f}")
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1))
-
-
-@app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
     length: Annotated[int | None, typer.Option(help="Tokens of the random rows; by default enough for the window to wrap.")] = None,
@@ -182,7 +112,7 @@ def card(
 
 for found in pkgutil.iter_modules(verbs.__path__):
     for verb in import_module(f"{verbs.__name__}.{found.name}").VERBS:
-        app.command()(verb)
+        app.command(context_settings=getattr(verb, "context_settings", None))(verb)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,178 @@
+"""Packed rows of T tokens each, from a mix of sources or from the tiny domains, and the data sets that the trainers read."""
+
+import copy
+import hashlib
+import json
+import random
+from itertools import islice
+
+from xlstm_hybrid import tasks
+from xlstm_hybrid.data.documents import IGNORE
+from xlstm_hybrid.data.streams import SHUFFLE_BUFFER, Stream, open_source
+from xlstm_hybrid.errors import ConfigError, DataError, XLSTMHybridError
+
+HELD_OUT_SEED = 1_000_003  # added to the seed of the tiny domains for rows that nothing trains on
+HELD_OUT = 0.01  # share of a source's documents that nothing trains on
+ROW = ("input_ids", "labels", "position_ids")
+
+
+class Rows:
+    """Packed rows of `length` tokens from several streams, without end: `{"input_ids", "labels", "position_ids"}`, lists of ints.
+
+    The source furthest below its share of tokens comes next. Positions restart with each document, and with each piece of one that goes on in the
+    next row. Rows with nothing to score are left out. `state_dict()` is plain JSON data; `load_state_dict` goes on exactly after that row.
+    """
+
+    def __init__(self, streams, length):
+        self.streams, self.length = {s.name: s for s in streams}, length
+        self.spent, self.rest, self.count = dict.fromkeys(self.streams, 0), None, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while True:
+            row = {key: [] for key in ROW}
+            while len(row["input_ids"]) < self.length:
+                self.fill(row)
+            if any(label != IGNORE for label in row["labels"]):
+                self.count += 1
+                return row
+
+    def fill(self, row):
+        """Put the next document, or as much of it as there is room for, into the row."""
+        ids, labels, splits = self.rest or self.next_document()
+        room = self.length - len(row["input_ids"])
+        row["input_ids"] += ids[:room]
+        row["labels"] += [IGNORE, *labels[1:room]]  # nothing predicts a first token, that of a continued piece neither
+        row["position_ids"] += range(min(room, len(ids)))
+        self.rest = (ids[room:], labels[room:], splits) if splits and len(ids) > room else None
+
+    def next_document(self):
+        name = min(self.streams, key=lambda n: self.spent[n] / self.streams[n].source.weight)
+        source = self.streams[name].source
+        ids, labels = next(self.streams[name])
+        self.spent[name] += len(ids)
+        return list(ids), list(labels), (source.overlong or ("cut" if source.is_chat else "split")) == "split"
+
+    def state_dict(self):
+        return copy.deepcopy({"spent": self.spent, "rest": self.rest, "count": self.count, "streams": {n: s.state for n, s in self.streams.items()}})
+
+    def load_state_dict(self, state):
+        """Raises DataError for a state of other sources."""
+        if set(state["streams"]) != set(self.streams):
+            raise DataError(f"the state is of the sources {sorted(state['streams'])}, the recipe has {sorted(self.streams)}: start the data anew")
+        state = copy.deepcopy(state)
+        self.spent, self.rest, self.count = state["spent"], state["rest"], state["count"]
+        for name, stream in self.streams.items():
+            stream.resume(state["streams"][name])
+
+
+def open_streams(recipe, tokenizer, expert=None, test=False):
+    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of the documents that nothing trains on.
+
+    Raises:
+        DataError: see `open_source`.
+    """
+    data, name = recipe.data, "align" if expert is None else expert
+    options = {"buffer": data.get("shuffle_buffer", SHUFFLE_BUFFER), "held_out": data.get("held_out", HELD_OUT), "test": test}
+    sources = recipe.mix(expert)["sources"]
+    return [Stream(n, s, open_source(s, recipe), tokenizer, seed=f"{recipe.seed}-{name}", **options) for n, s in sources.items()]
+
+
+def open_rows(recipe, tokenizer, expert=None, test=False):
+    """Rows of stage I, or of one expert, from the recipe's sources."""
+    return Rows(open_streams(recipe, tokenizer, expert, test), recipe.length)
+
+
+def packed_rows(recipe, tokenizer, count, expert=None, test=False):
+    """A list of `count` packed rows of a stage; `test`: rows that nothing trains on."""
+    mix = recipe.mix(expert)
+    if "sources" in mix:
+        return list(islice(open_rows(recipe, tokenizer, expert, test), count))
+    seed = recipe.seed + HELD_OUT_SEED if test else recipe.seed if expert is None else f"{recipe.seed}-{expert}"
+    stream = tasks.documents(random.Random(seed), tokenizer, mix["mixture"])
+    return [tasks.packed_row(stream, recipe.length) for _ in range(count)]
+
+
+def train_dataset(recipe, tokenizer, count, expert=None, cache=None):
+    """The `count` rows that a training stage reads.
+
+    Returns:
+        `datasets.Dataset`; on disk below `cache` if the rows come from sources; or a `datasets.IterableDataset`, if one of the sources streams.
+    Raises:
+        DataError: see `open_source` and `Stream`.
+    """
+    from datasets import Dataset, Features, IterableDataset, Sequence, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    mix = recipe.mix(expert)
+    if "mixture" in mix:
+        return Dataset.from_list(packed_rows(recipe, tokenizer, count, expert))
+    features = Features({key: Sequence(Value("int32")) for key in ROW})
+    if any(not s.whole for s in open_streams(recipe, tokenizer, expert)):
+        return IterableDataset.from_generator(lambda: islice(open_rows(recipe, tokenizer, expert), count), features=features)
+    try:
+        named = fingerprint(recipe, expert, count)
+        return Dataset.from_generator(lambda: islice(open_rows(recipe, tokenizer, expert), count), features, cache_dir=cache, fingerprint=named)
+    except DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, XLSTMHybridError) else error from None
+
+
+def prompts(recipe, tokenizer, count, expert):
+    """`count` questions of one expert for on-policy distillation: a `datasets.Dataset` with the columns "prompt" and "completion".
+
+    Of a conversation the prompt is all but its last answer; both columns hold messages, for the tiny domains text.
+
+    Raises:
+        ConfigError: the expert reads plain text, which asks nothing.
+        DataError: see `open_source` and `Stream`.
+    """
+    from datasets import Dataset
+
+    mix = recipe.mix(expert)
+    if "mixture" in mix:
+        return Dataset.from_list(list(domain_questions(mix["mixture"], f"{recipe.seed}-{expert}-prompts", count)))
+    if plain := sorted(n for n, s in mix["sources"].items() if not s.is_chat):
+        raise ConfigError(f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages")
+    streams, spent, found = open_streams(recipe, tokenizer, expert), {}, []
+    for stream in streams:
+        stream.encode = lambda messages: (question(messages), [0])  # in the place of token ids; nothing is scored here
+        spent[stream.name] = 0
+    while len(found) < count:
+        stream = min(streams, key=lambda s: spent[s.name] / s.source.weight)
+        spent[stream.name] += 1
+        found.append(next(stream)[0])
+    return Dataset.from_list(found)
+
+
+def question(messages):
+    """A conversation as {"prompt", "completion"}, cut before its last answer."""
+    turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns or not turns[-1]:
+        raise DataError("no message before the assistant's last one: nothing is asked")
+    return {"prompt": messages[: turns[-1]], "completion": messages[turns[-1] : turns[-1] + 1]}
+
+
+def domain_questions(mixture, seed, count):
+    """Questions of the tiny domains in the shares of a mixture; text asks nothing and is left out."""
+    shares = {name: share for name, share in mixture.items() if name != "text"}
+    if not shares:
+        raise ConfigError("the mixture holds text only, which asks nothing; on-policy distillation needs prompts")
+    rng, streams = random.Random(seed), {name: tasks.examples(name, seed) for name in shares}
+    for _ in range(count):
+        example = next(streams[rng.choices(list(shares), list(shares.values()))[0]])
+        yield {"prompt": example.prompt, "completion": example.answer}
+
+
+def fingerprint(recipe, expert, count):
+    """A name for rows, of everything in the recipe that they depend on."""
+    what = [recipe.data, recipe.experts.get(expert), recipe.seed, str(expert), count, recipe.teacher]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def collate(rows):
+    """Rows of equal length to a batch of tensors [B, T]."""
+    import torch
+
+    return {key: torch.tensor([row[key] for row in rows]) for key in ROW if key in rows[0]}

@@ -1,0 +1,11 @@
+"""The stages of a recipe, each a checkpoint directory in and one out, and the road that walks them and resumes.
+
+teacher -> convert -> align -> distil (one expert per domain mix) -> on-policy -> merge -> evaluate -> report and card
+"""
+
+from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
+from xlstm_hybrid.pipeline.road import Road
+from xlstm_hybrid.pipeline.settings import parse_overrides
+from xlstm_hybrid.pipeline.stages import align, distill, load, on_policy, prepare
+
+__all__ = ["Road", "align", "distill", "evaluate", "load", "mean_gates", "on_policy", "parse_overrides", "prepare", "sample"]

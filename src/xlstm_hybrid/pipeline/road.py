@@ -1,0 +1,244 @@
+"""The road: all stages of a recipe in one directory. A finished stage is kept, an interrupted one starts again."""
+
+import hashlib
+import json
+import resource
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from xlstm_hybrid import tasks
+from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
+from xlstm_hybrid.card import write_card
+from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.evaluation import win_and_tie
+from xlstm_hybrid.merging import merge
+from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
+from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
+from xlstm_hybrid.pipeline.stages import align, distill, on_policy
+from xlstm_hybrid.recipe import resolve_teacher
+from xlstm_hybrid.report import table, write_report
+
+
+def fingerprint(directory):
+    """SHA-256 of a checkpoint's manifest, or of its config and weight sizes where it has none: what a later stage was built from."""
+    directory = Path(directory)
+    manifest = directory / "manifest.json"
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+    sizes = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+
+def check_settings(recipe):
+    """Raise ConfigError, before anything runs, for a setting that the trainers do not have."""
+    from xlstm_hybrid.trainers.alignment import AlignmentConfig
+    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
+
+    sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
+    if recipe.on_policy is not None:
+        from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
+
+        sections["on_policy"] = OnPolicyKDConfig
+    for name, config in sections.items():
+        parser, settings = Parser(config), getattr(recipe, name)
+        parser.check(settings, f"{recipe.path.name}, {name}")
+        parser.typed(settings, name)
+        batch_of(settings, name)
+
+
+class Road:
+    """Walks a recipe in `out`.
+
+    Args:
+        redo: make stages again whose settings or parents have changed; otherwise that is a ConfigError.
+    Raises:
+        ConfigError: settings that no trainer has; more than one process.
+    """
+
+    def __init__(self, recipe, out=None, redo=False, console=None):
+        if processes() > 1:
+            raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
+        self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
+        self.console, self.seconds = console or Console(emoji=False), {}
+        self.teacher = resolve_teacher(recipe)
+        self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
+        self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
+        self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
+
+    def spec(self, settings, parents):
+        parents = [fingerprint(p) if Path(p).is_dir() else str(p) for p in parents]
+        return json.loads(json.dumps({"settings": settings, "seed": self.recipe.seed, "parents": parents}, default=str))
+
+    def stage(self, name, settings, parents, build):
+        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents."""
+        directory, spec = self.folder[name], self.spec(settings, parents)
+        note = self.out / "stages" / f"{name.replace(':', '-')}.json"
+        known = directory.exists() and note.is_file()
+        if known and self.keep(name, directory, json.loads(note.read_text()), spec):
+            return directory
+        self.console.rule(f"{name}")
+        start = time.time()
+        build(directory, known or directory.exists())
+        self.seconds[name] = round(time.time() - start, 1)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"spec": spec, "seconds": self.seconds[name]})
+        self.console.print(f"{name}: {self.seconds[name]:.0f} s")
+        return directory
+
+    def keep(self, name, directory, before, spec):
+        """Whether a stage that was made `before` can stay; ConfigError where it was made otherwise and must not be made again."""
+        changed = sorted(k for k in spec if spec[k] != before["spec"].get(k))
+        if changed and not self.redo:
+            raise ConfigError(f"{directory.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it")
+        if changed:
+            return False
+        try:
+            verify(directory, level="size")
+        except CheckpointError as error:
+            self.console.print(f"[yellow]{name}: made again, {error}[/yellow]")
+            return False
+        self.seconds[name] = before["seconds"]
+        self.console.print(f"[dim]{name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
+        return True
+
+    def judge(self, name, directory):
+        """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice."""
+        spec = self.spec(self.recipe.evaluate, [directory])
+        path = self.out / "evaluation" / f"{name}.json"
+        if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == spec:
+            self.seconds[f"evaluate:{name}"] = kept["seconds"]
+            return kept["result"]
+        start = time.time()
+        result = evaluate(directory, self.recipe, progress=lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.seconds[f"evaluate:{name}"] = round(time.time() - start, 1)
+        write_json(path, {"spec": spec, "seconds": self.seconds[f"evaluate:{name}"], "result": result})
+        return result
+
+    def walk(self):
+        """All stages; returns the results that the report shows."""
+        recipe, start = self.recipe, time.time()
+        check_settings(recipe)
+        self.out.mkdir(parents=True, exist_ok=True)
+        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
+        aligned = self.stage("align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o))
+        experts = {name: self.expert(name, aligned) for name in recipe.experts}
+        student = self.merged(experts)
+        models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
+        if recipe.merge is None:
+            models.pop(f"expert {next(iter(experts))}")
+        judged = {}
+        if recipe.evaluate is not None:
+            self.console.rule("evaluate")
+            judged = {name: self.judge(name, directory) for name, directory in (models | {"student": student}).items()}
+        results = self.results(judged, aligned, experts, student)
+        results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
+        self.conclude(results, student)
+        return results
+
+    def revision(self):
+        return {"revision": self.recipe.revision} if self.recipe.revision else {}
+
+    def build_converted(self, directory, overwrite):
+        report = convert(self.teacher, directory, overwrite=overwrite, **self.recipe.student, **self.revision())
+        self.console.print(str(report))
+
+    def expert(self, name, aligned):
+        """One expert: distilled, then on its own samples if the recipe asks for it."""
+        recipe, mixture = self.recipe, self.recipe.experts[name]
+        reads = {"mixture": mixture, "length": recipe.length} | {k: v for k, v in recipe.data.items() if k in ("held_out", "shuffle_buffer")}
+        reads |= {"teacher_dtype": recipe.teacher_dtype} if recipe.teacher_dtype != "float32" else {}
+        expert = self.stage(
+            f"distill:{name}",
+            recipe.distill | reads,
+            [aligned, self.teacher],
+            lambda d, o: distill(aligned, self.teacher, d, recipe, name, overwrite=o),
+        )
+        if recipe.on_policy is None:
+            return expert
+        return self.stage(
+            f"on-policy:{name}",
+            recipe.on_policy | reads,
+            [expert, self.teacher],
+            lambda d, o: on_policy(expert, self.teacher, d, recipe, name, overwrite=o),
+        )
+
+    def merged(self, experts):
+        """The student: the experts merged, or the only expert."""
+        recipe = self.recipe
+        if recipe.merge is None:
+            return next(iter(experts.values()))
+        weights = [recipe.merge["weights"][name] for name in experts]
+        return self.stage(
+            "merge",
+            recipe.merge,
+            list(experts.values()),
+            lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o),
+        )
+
+    def results(self, judged, aligned, experts, student):
+        log = json.loads((aligned / "training_log.json").read_text())
+        layers = next(s for s in read_provenance(aligned) if s["stage"] == "align")["figures"]["relative_error"]
+        keys = [f"layer_{layer['layer']}/relative_error" for layer in layers]
+        curve = [{"step": e["step"], "error": [e[k] for k in keys]} for e in log if keys and keys[0] in e]
+        losses = {name: [e for e in json.loads((d / "training_log.json").read_text()) if "loss" in e] for name, d in experts.items()}
+        results = {
+            "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM",
+            "teacher": Path(str(self.teacher)).name,
+            **scores_of(judged),
+            "alignment": {"layers": layers, "curve": curve},
+            "distillation": losses,
+            "gates": mean_gates(student, self.recipe),
+            "seconds": dict(self.seconds),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        if judged and "examples" in self.recipe.evaluate:
+            results["sample"] = sample(student, tasks.test_examples("strings", 1)[0].prompt)
+        return results
+
+    def conclude(self, results, last):
+        """Report and pictures; `student/` is the last checkpoint with its evaluation in the provenance, its card and the pictures."""
+        write_json(self.out / "results.json", results)
+        write_report(results, self.out)
+        with staged(self.out / "student", overwrite=True) as folder:
+            for file in [*last.iterdir(), *self.out.glob("*.png")]:
+                if file.name != "manifest.json":
+                    shutil.copy(file, folder / file.name)
+            if results.get("students"):
+                seconds = results["seconds"].get("whole run")
+                add_provenance(folder, "evaluate", parent=last, config=self.recipe.evaluate, figures=figures_of(results), seconds=seconds)
+            write_card(folder, results if results.get("students") else None)
+            write_manifest(folder)
+        if results.get("win_and_tie"):
+            self.console.print(table(results))
+        self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
+
+
+def scores_of(judged):
+    """The part of the results that comes from evaluations; {} where there is none."""
+    scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in judged.items()}
+    if not scores:
+        return {}
+    teacher = scores.pop("teacher")
+    found = {"teacher_scores": teacher, "students": scores}
+    if teacher["exact_match"]:
+        found["win_and_tie"] = {name: asdict(win_and_tie(s["exact_match"], teacher["exact_match"])) for name, s in scores.items()}
+    return found
+
+
+def figures_of(results):
+    """What the provenance keeps of the final student's evaluation."""
+    student, verdict = results["students"]["student"], results.get("win_and_tie", {}).get("student", {})
+    figures = {
+        "exact_match": student["exact_match"],
+        "perplexity": student["perplexity"],
+        "teacher_exact_match": results["teacher_scores"]["exact_match"],
+        "teacher_perplexity": results["teacher_scores"]["perplexity"],
+        **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery") if k in verdict},
+    }
+    return {k: v for k, v in figures.items() if v != {}}

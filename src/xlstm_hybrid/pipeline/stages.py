@@ -1,0 +1,258 @@
+"""The training stages: a checkpoint directory in, one out.
+
+Each runs in one process, or in every process of `accelerate launch`; the first one writes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xlstm_hybrid.artifacts import add_provenance, owner, staged, write_manifest
+from xlstm_hybrid.conversion import DTYPES
+from xlstm_hybrid.data import collate, packed_rows, prompts, train_dataset
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
+from xlstm_hybrid.recipe import resolve_path
+
+HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
+LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
+
+
+def load(checkpoint, dtype="float32", revision=None, device=None):
+    """`(model, tokenizer)` in eval mode on `device`, by default the GPU where there is one; safetensors only, and no code from the checkpoint.
+
+    Raises:
+        ConfigError: a dtype that we do not know.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    where = {"revision": revision} if revision and not Path(checkpoint).is_dir() else {}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **where)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def place_of(args):
+    """Where a stage loads its student: on the process's device, or in main memory if accelerate will shard it."""
+    return "cpu" if sharded(args) else args.device
+
+
+def sharded(args):
+    """Whether accelerate will shard the model: then it is not called outside of training."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def load_teacher(teacher, recipe, args):
+    """The teacher of a stage, in the recipe's dtype; at the recipe's revision if it is the recipe's teacher."""
+    revision = recipe.revision if str(teacher) == recipe.teacher else None
+    return load(teacher, recipe.teacher_dtype, revision, place_of(args))[0]
+
+
+@contextmanager
+def workspace(out, settings=None):
+    """A directory beside `out` for what a stage needs while it runs.
+
+    With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command goes on from the newest
+    checkpoint in it. Otherwise each process has its own, which is gone afterwards.
+    """
+    out = Path(out).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (settings or {}).get("save_strategy", "no") != "no":
+        folder = out.parent / f".run-{out.name}"
+        folder.mkdir(exist_ok=True)
+        yield folder
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent))  # `staged` removes it if this process is killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def train(trainer, work):
+    """Train, from the newest good checkpoint in `work` if there is one."""
+    trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
+
+
+def rows_cache(work):
+    """Where a process keeps its rows."""
+    return str(work / f"rows-{os.environ.get('RANK', 0)}")
+
+
+def align(student, out, recipe, overwrite=False, overrides=None):
+    """Stage I: train feature maps and gates of a converted student.
+
+    Args:
+        overrides: fields of `AlignmentConfig` that go before the recipe's.
+    Returns:
+        The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains on (of a sharded model:
+        on the first and the last rows that it was trained on).
+    """
+    from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
+
+    start, settings = time.time(), recipe.align | (overrides or {})
+    with workspace(out, settings) as work:
+        args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
+        if args.layers_at_a_time:
+            return align_in_groups(student, out, recipe, args, rows_of(settings, "align"), work, overwrite)
+        model, tokenizer = load(student, device=place_of(args))
+        batches = held_out_batches(recipe, tokenizer)
+        before = {} if sharded(args) else measure_alignment(model, batches)
+        data = train_dataset(recipe, tokenizer, rows_of(settings, "align"), cache=rows_cache(work))
+        trainer = AlignmentTrainer(model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
+        train(trainer, work)
+        log = trainer.state.log_history
+        after = {} if sharded(args) else measure_alignment(model.float(), batches)
+        if sharded(args):
+            before, after = logged_errors(log, 0), logged_errors(log, -1)
+        figures = {"relative_error": [{"layer": n, "before": before[n], "after": after[n]} for n in before]}
+        finish(trainer, out, "align", [student], settings, recipe.data, figures, start, overwrite)
+    return figures
+
+
+def align_in_groups(student, out, recipe, args, count, work, overwrite):
+    """Stage I with `layers_at_a_time` layers in memory; interrupted, it goes on from its own folder beside `out`."""
+    from xlstm_hybrid.trainers.streaming import align_streamed
+
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
+    figures = align_streamed(student, out, args, data, collate, tokenizer, dtype=torch.float32, held_out=held_out_batches(recipe, tokenizer),
+                             overwrite=overwrite)  # fmt: skip
+    return {"relative_error": figures["relative_error"]}
+
+
+def held_out_batches(recipe, tokenizer, size=8):
+    rows = packed_rows(recipe, tokenizer, HELD_OUT_ROWS, test=True)
+    size = min(size, max(1, 2**14 // recipe.length))
+    batches = [collate(rows[j : j + size]) for j in range(0, len(rows), size)]
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+
+
+def logged_errors(log, which):
+    """`{layer: relative error}` of the first (0) or last (-1) entry of a log that has them."""
+    ending = "/relative_error"
+    entry = [e for e in log if any(key.endswith(ending) for key in e)][which]
+    return {int(k.removeprefix("layer_").removesuffix(ending)): v for k, v in entry.items() if k.endswith(ending)}
+
+
+def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=None):
+    """Stage II: one domain expert by sparse knowledge distillation; returns the figures that it also writes.
+
+    Args:
+        teacher: checkpoint directory or Hub id. It is loaded unless the setting `teacher` names a store of its targets for these rows.
+        expert: its name in the recipe.
+        overrides: fields of `SparseKDConfig` that go before the recipe's.
+    """
+    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+
+    start, settings = time.time(), recipe.distill | (overrides or {})
+    if (store := settings.get("teacher", "online")) != "online":
+        settings["teacher"] = str(resolve_path(recipe, store) or store)
+    with workspace(out, settings) as work:
+        args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
+        model, tokenizer = load(student, device=place_of(args))
+        data = train_dataset(recipe, tokenizer, rows_of(settings, "distill"), expert, cache=rows_cache(work))
+        trainer = SparseKDTrainer(
+            model=model,
+            teacher=load_teacher(teacher, recipe, args) if args.teacher == "online" else None,
+            args=args,
+            data_collator=collate,
+            processing_class=tokenizer,
+            train_dataset=data,
+        )
+        train(trainer, work)
+        figures = last_figures(trainer.state.log_history)
+        finish(trainer, out, f"distill:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+    return figures
+
+
+def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=None):
+    """Distillation on the student's own samples, after stage II; returns the figures that it also writes.
+
+    Args:
+        expert: its name in the recipe; its data give the prompts.
+        overrides: fields of `OnPolicyKDConfig` that go before the recipe's.
+    Raises:
+        ConfigError: the recipe has no section on_policy.
+    """
+    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+
+    if recipe.on_policy is None:
+        raise ConfigError(f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them")
+    start, settings = time.time(), recipe.on_policy | (overrides or {})
+    with workspace(out, settings) as work:
+        args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
+        model, tokenizer = load(student, device=place_of(args))
+        trainer = OnPolicyKDTrainer(
+            model,
+            load_teacher(teacher, recipe, args),
+            args=args,
+            train_dataset=prompts(recipe, tokenizer, rows_of(settings, "on_policy"), expert),
+            processing_class=tokenizer,
+        )
+        train(trainer, work)
+        figures = last_figures(trainer.state.log_history)
+        finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+    return figures
+
+
+def last_figures(log):
+    last = next((entry for entry in reversed(log) if "loss" in entry), {})
+    return {key: float(last[key]) for key in LOGGED if key in last}
+
+
+def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite):
+    """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until it is there."""
+    from xlstm_hybrid.trainers.checkpoints import collect_weights
+    from xlstm_hybrid.trainers.insight import PLOTS
+
+    accelerator = trainer.accelerator
+    state, _ = collect_weights(trainer)  # None unless the model is sharded
+    model = accelerator.unwrap_model(trainer.model)
+    if state is None and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    accelerator.wait_for_everyone()
+    try:
+        if accelerator.is_main_process:
+            with staged(out, overwrite=overwrite) as folder:
+                model.save_pretrained(folder, state_dict=state)
+                trainer.processing_class.save_pretrained(folder)
+                for picture in sorted((Path(trainer.args.output_dir) / PLOTS).glob("*.png")):
+                    shutil.copyfile(picture, folder / picture.name)
+                (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+                seconds = round(time.time() - start, 1)
+                add_provenance(folder, stage, parent=parents[0], config=settings, data=data, figures=figures, seconds=seconds)
+                write_manifest(folder)
+    finally:
+        accelerator.wait_for_everyone()
+
+
+def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
+    """Write the rows of stage I, or of one expert, as a `datasets` directory, for `cache-teacher` and for a look at them; returns their number.
+
+    Args:
+        tokenizer: checkpoint directory or Hub id.
+        count: rows; what the recipe's steps read by default.
+    """
+    from datasets import Dataset
+
+    if not is_main():
+        return 0
+    section = "align" if expert is None else "distill"
+    count = count or rows_of(getattr(recipe, section), section)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
+        found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
+        if not isinstance(found, Dataset):
+            found = Dataset.from_generator(found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}")
+        found.save_to_disk(folder)
+        return len(found)

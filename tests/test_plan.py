@@ -1,0 +1,226 @@
+"""A plan counts what a model is, predicts the memory that training takes, and says what does not fit. Peaks are those of torch's CPU allocator."""
+
+import gc
+import json
+
+import pytest
+import torch
+from tiny_teachers import FAMILIES, teacher, teacher_config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from typer.testing import CliRunner
+from xlstm_kernels.scratch import LOCAL
+
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli, plan
+from xlstm_hybrid.data import collate
+from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
+from xlstm_hybrid.families import student_config
+from xlstm_hybrid.pipeline.settings import trainer_config
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+H100S = plan.machine_of(8, 80e9)
+
+
+def llama_8b(**changes):
+    return plan.shape_of(LlamaConfig(**LLAMA_8B | changes))
+
+
+# --- counts ----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_that_the_papers_models_have():
+    assert llama_8b().teacher == 8_030_261_248
+    qwen = Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = plan.shape_of(qwen)
+    assert shape.teacher == 7_615_616_512 and (shape.L, shape.H, shape.K) == (28, 28, 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_as_its_model_has_it(family):
+    config = teacher_config(family)
+    shape, student = plan.shape_of(config), XLSTMHybridForCausalLM(student_config(config))
+    parameters = dict(student.named_parameters())
+    assert shape.student == sum(p.numel() for p in parameters.values())
+    assert shape.new == sum(p.numel() for n, p in parameters.items() if ".mlstm." in n) == shape.student - shape.teacher
+    with FlopCounterMode(display=False) as counter:
+        teacher(family)(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert 2 * (shape.matmul + shape.head) == counted.get("aten.mm", 0) + counted.get("aten.addmm", 0)
+
+
+def test_a_layer_that_keeps_attention_costs_no_mixer():
+    kinds = ["full_attention"] * 31 + ["hybrid_sliding"]
+    mixed, job = plan.shape_of(LlamaConfig(**LLAMA_8B), layer_types=kinds), plan.jobs_of()["align"]
+    assert mixed.hybrid == 1 and mixed.new * 32 == llama_8b().new
+    setting = plan.Setting(1, 8, False, "DDP")
+    whole = plan.memory_of(llama_8b(), job, setting, H100S)["activations"]
+    assert plan.memory_of(mixed, job, setting, H100S)["activations"] * 32 == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("window", "length"), [(5, 12), (12, 12), (40, 12), (1, 12)])
+def test_the_mean_number_of_visible_keys_is_counted_by_hand(window, length):
+    assert plan.visible(window, length) == pytest.approx(sum(min(t + 1, window) for t in range(length)) / length)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def peak(run):
+    """Bytes that torch's CPU allocator held at most while `run()` ran, beyond what it held before; the kernels' kept buffers count."""
+    LOCAL.__dict__.clear()
+    gc.collect()  # what is freed meanwhile would count as less
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = most = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def trained(kind, work, rows, length, bf16, checkpointing, **fields):
+    """`(measured, predicted)` bytes of two steps of two micro-batches with the trainer of a stage."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), eos_token="a", pad_token="b")
+    config = LlamaConfig(bos_token_id=None, eos_token_id=None, max_position_embeddings=length, **fields)
+    student = XLSTMHybridForCausalLM(student_config(config, sliding_window=64, num_sink_tokens=4))
+    ids = torch.randint(0, config.vocab_size, (4 * rows, length), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_list([{"input_ids": i, "labels": [-100, *i[1:]], "position_ids": list(range(length))} for i in ids])
+    settings = {"max_steps": 2, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 2, "bf16": bf16, "disable_tqdm": True}
+    settings |= {"gradient_checkpointing": checkpointing} | ({"top_k": 32} if kind == "distill" else {})
+    shared = {"data_collator": collate, "processing_class": tokenizer, "train_dataset": data}
+    if kind == "align":
+        from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer
+
+        held = [student]
+        trainer = AlignmentTrainer(student, args=trainer_config(AlignmentConfig, settings, kind, work, 0), **shared)
+    else:
+        from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+
+        held = [student, LlamaForCausalLM(config)]
+        trainer = SparseKDTrainer(student, held[1], args=trainer_config(SparseKDConfig, settings, kind, work, 0), **shared)
+    before = sum(p.nbytes for model in held for p in model.parameters())
+    measured = before + peak(trainer.train)
+    job = plan.Job(kind, 2, 2 * rows, length, top_k=32, bf16=bf16)
+    setting, machine = plan.Setting(rows, 2, checkpointing, "one GPU"), plan.Machine(1, 1e12, device="cpu")
+    return measured, sum(plan.memory_of(plan.shape_of(config, sliding_window=64), job, setting, machine).values())
+
+
+def shape(D, F, H, G, L, V, **more):
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size")
+    return dict(zip(names, (D, F, H, G, L, V), strict=True)) | more
+
+
+SMALL, WIDE = shape(128, 320, 4, 2, 4, 512), shape(256, 1024, 8, 2, 4, 8192)
+DEEP, HEAVY = shape(256, 768, 4, 2, 8, 1024, tie_word_embeddings=True), shape(384, 1024, 6, 2, 6, 2048)
+CASES = {  # stage, rows, length, bfloat16, checkpointing, model
+    "align": ("align", 4, 512, True, False, SMALL),
+    "distil": ("distill", 2, 256, False, False, SMALL),
+}
+MORE = {
+    "distil, checkpointing": ("distill", 2, 512, True, True, WIDE),
+    "align in float32": ("align", 2, 512, False, False, DEEP),
+    "align a wide model": ("align", 2, 512, True, False, WIDE),
+    "distil, tied": ("distill", 4, 256, True, False, DEEP),
+    "distil, wide": ("distill", 2, 512, False, False, WIDE),
+    "distil, few tokens": ("distill", 1, 128, False, False, HEAVY),
+    "distil, checkpointing, float32": ("distill", 4, 512, False, True, SMALL),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_the_memory_model_agrees_with_what_torch_allocates(tmp_path, case):
+    kind, rows, length, bf16, checkpointing, fields = (CASES | MORE)[case]
+    measured, predicted = trained(kind, tmp_path, rows, length, bf16, checkpointing, **fields)
+    print(f"{case}: measured {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB, {predicted / measured - 1:+.1%}")
+    assert predicted == pytest.approx(measured, rel=plan.ERROR)
+
+
+def test_sharding_divides_what_is_sharded_and_nothing_else():
+    shape_, job = llama_8b(), plan.jobs_of()["distill"]
+    one = plan.memory_of(shape_, job, plan.Setting(1, 64, True, "one GPU"), plan.machine_of(1, 80e9))
+    eight = plan.memory_of(shape_, job, plan.Setting(1, 8, True, "FSDP2"), H100S)
+    for name in ("weights", "gradients", "Adam", "teacher"):
+        assert eight[name] * 8 == one[name]
+    assert eight["layer inputs"] == one["layer inputs"] and eight["gathered layers"] > 0 and "gathered layers" not in one
+
+
+# --- choosing --------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_run_fits_on_its_eight_gpus_and_not_on_one_of_24_gigabytes():
+    found = plan.plan(LlamaConfig(**LLAMA_8B), H100S)
+    assert found.fits and found.stages["distill"].setting.strategy == "FSDP2"
+    assert found.jobs["align"].tokens == 655_360_000 and found.jobs["distill"].tokens == pytest.approx(5e9, rel=1e-3)
+    small = plan.plan(LlamaConfig(**LLAMA_8B), plan.machine_of(1, 24e9))
+    assert not small.fits and small.stages["distill"].peak > 24e9
+
+
+def test_the_choice_fits_gives_the_rows_per_step_and_nothing_that_fits_is_quicker():
+    shape_, job = llama_8b(), plan.jobs_of()["distill"]
+    best = plan.choose(shape_, job, H100S)
+    assert best.fits and best.setting.micro * best.setting.accumulation * 8 == job.sequences
+    others = [plan.estimate(shape_, job, s, H100S) for s in plan.settings_for(job, H100S)]
+    assert not any(o.fits and o.tokens_per_second > best.tokens_per_second for o in others)
+    assert any(not o.fits for o in others)
+
+
+def test_gpus_that_do_not_divide_the_rows_are_refused():
+    with pytest.raises(ConfigError, match="64 rows per step cannot be shared by 7 GPUs"):
+        plan.choose(llama_8b(), plan.jobs_of()["align"], plan.machine_of(7, 80e9))
+
+
+def test_a_store_of_256_entries_over_5_billion_tokens_is_terabytes():
+    found = plan.plan(LlamaConfig(**LLAMA_8B), H100S)
+    assert found.store["stores"][256] == found.jobs["distill"].tokens * (6 * 256 + 8) and 7e12 < found.store["stores"][256] < 8e12
+    assert found.stages[plan.STORE].tokens_per_second > found.stages["distill"].tokens_per_second
+    assert "teacher" not in found.stages[plan.STORE].memory
+
+
+def test_time_is_flops_over_what_the_gpus_give():
+    shape_, job = llama_8b(), plan.jobs_of()["distill"]
+    found = plan.estimate(shape_, job, plan.Setting(1, 8, False, "FSDP2"), H100S)
+    dense = 2 * (shape_.matmul + shape_.head) * 4  # three forwards of the student, one of the teacher
+    assert dense < 8 * 989e12 * 0.35 / found.tokens_per_second < 1.25 * dense
+    assert found.seconds == pytest.approx(job.tokens / found.tokens_per_second)
+
+
+# --- the verb --------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_prints_every_stage_and_every_assumption_and_fails_when_something_does_not_fit(tmp_path):
+    LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
+    result = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--gpus", "8", "--memory", "80", "--json", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0, result.output
+    for words in ("8,030,261,248 parameters", "align", "distill", "FSDP2", "TB", "none of them measured on a GPU", "35%"):
+        assert words in result.output
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"] and written["stages"]["distill"]["memory"]["teacher"] > 0
+    result = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--gpus", "1", "--memory", "24"])
+    assert result.exit_code == 1 and "short" in result.output and "What does not fit" in result.output
+
+
+def test_what_cannot_be_planned_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no configuration"):
+        plan.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedTeacherError, match="'gpt2'"):
+        plan.read_config(tmp_path)
+    with pytest.raises(ConfigError, match="we know the peak of a100"):
+        plan.machine_of(1, 1e9, "tpu")
+    with pytest.raises(ConfigError, match="0 GPUs"):
+        plan.machine_of(0, 1e9)
