@@ -1,4 +1,5 @@
 """A card says what the stages of a checkpoint recorded, all of it that matters, and nothing else."""
+
 import re
 from pathlib import Path
 
@@ -6,28 +7,51 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_student
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import xlstm_hybrid.card
-from xlstm_hybrid.artifacts import add_provenance, read_provenance
+from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
 from xlstm_hybrid.card import flat, listed, write_card
 from xlstm_hybrid.errors import CheckpointError
 
 CONVERT = {
-    "parent": "meta-llama/Llama-3.2-1B", "seconds": 1.94,
-    "config": {"teacher": "meta-llama/Llama-3.2-1B", "sliding_window": 16, "num_sink_tokens": 4,
-               "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid_sliding", "full_attention"]},
-    "figures": {"parameters": {"teacher": 1_200_000, "student": 1_234_567, "new": 34_567}}}
-ALIGN = {"parent": "converted", "config": {"learning_rate": 1e-2}, "data": {"mixture": {"text": 0.25}},
-         "figures": {"relative_error": [{"layer": 0, "before": 0.5, "after": 0.0625}, {"layer": 1, "before": 0.25, "after": 0.125}]}}
+    "parent": "meta-llama/Llama-3.2-1B",
+    "seconds": 1.94,
+    "config": {
+        "teacher": "meta-llama/Llama-3.2-1B",
+        "sliding_window": 16,
+        "num_sink_tokens": 4,
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid_sliding", "full_attention"],
+    },
+    "figures": {"parameters": {"teacher": 1_200_000, "student": 1_234_567, "new": 34_567}},
+}
+ALIGN = {
+    "parent": "converted",
+    "config": {"learning_rate": 1e-2},
+    "data": {"mixture": {"text": 0.25}},
+    "figures": {"relative_error": [{"layer": 0, "before": 0.5, "after": 0.0625}, {"layer": 1, "before": 0.25, "after": 0.125}]},
+}
 MERGE = {"config": {"method": "linear", "experts": [{"name": "math", "weight": 0.6}, {"name": "code", "weight": 0.4}]}}
-EVALUATE = {"parent": "merged", "config": {"examples": 128}, "figures": {
-    "exact_match": {"recall": 0.75, "code": 0.5}, "teacher_exact_match": {"recall": 1.0, "code": 0.25}, "recovery": {"recall": 0.75, "code": 2.0},
-    "perplexity": {"recall": 1.5, "text": 9.25}, "teacher_perplexity": {"recall": 1.25, "text": 9.0}, "c_0": 0.5, "alpha_star": 0.0}}
+EVALUATE = {
+    "parent": "merged",
+    "config": {"examples": 128},
+    "figures": {
+        "exact_match": {"recall": 0.75, "code": 0.5},
+        "teacher_exact_match": {"recall": 1.0, "code": 0.25},
+        "recovery": {"recall": 0.75, "code": 2.0},
+        "perplexity": {"recall": 1.5, "text": 9.25},
+        "teacher_perplexity": {"recall": 1.25, "text": 9.0},
+        "c_0": 0.5,
+        "alpha_star": 0.0,
+    },
+}
 STAGES = {"convert": CONVERT, "align": ALIGN, "distill:math": {"parent": "aligned"}, "merge": MERGE, "evaluate": EVALUATE}
-RESULTS = {"students": {"converted": {"exact_match": {"recall": 0.125, "code": 0.0}}, "student": {"exact_match": {"recall": 0.75, "code": 0.5}}},
-           "sample": {"prompt": "a private prompt", "output": "x"}}
+RESULTS = {
+    "students": {"converted": {"exact_match": {"recall": 0.125, "code": 0.0}}, "student": {"exact_match": {"recall": 0.75, "code": 0.5}}},
+    "sample": {"prompt": "a private prompt", "output": "x"},
+}
 
 
 def record(folder, stages=STAGES):
@@ -53,9 +77,59 @@ def card(folder, results=None):
 
 
 def test_the_metadata_are_those_of_the_hub(tmp_path):
-    assert card(record(tmp_path))[0] == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["xlstm-hybrid", "xlstm", "distillation", "merge"],
-        "base_model": "meta-llama/Llama-3.2-1B"}
+    metadata = card(record(tmp_path))[0]
+    index = metadata.pop("model-index")
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["xlstm-hybrid", "xlstm", "distillation", "merge"],
+        "base_model": "meta-llama/Llama-3.2-1B",
+        "base_model_relation": "finetune",
+    }
+    assert index[0]["name"] == "xlstm-hybrid student of meta-llama/Llama-3.2-1B" and len(index) == 1
+    scores = {(r["dataset"]["name"], m["type"]): m["value"] for r in index[0]["results"] for m in r["metrics"]}
+    assert scores == {("recall", "exact_match"): 0.75, ("code", "exact_match"): 0.5, ("recall", "perplexity"): 1.5, ("text", "perplexity"): 9.25}
+
+
+def test_the_hub_reads_the_card_as_it_was_meant(tmp_path):
+    data = ModelCard.load(write_card(record(tmp_path))).data
+    assert data.base_model == "meta-llama/Llama-3.2-1B" and data.library_name == "transformers"
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    assert found["recall", "exact_match"] == 0.75 and {r.task_type for r in data.eval_results} == {"text-generation"} and len(found) == 4
+
+
+def test_the_data_sets_are_the_hub_ids_of_what_stages_read(tmp_path):
+    sources = {"math": {"path": "allenai/dolmino-mix-1124", "weight": 1.0}, "mine": {"path": "data/rows.jsonl"}, "folder": {"path": "rows"}}
+    more = {"data": {"sources": {"again": {"path": "allenai/dolmino-mix-1124"}, "chat": {"path": "nvidia/OpenCodeInstruct"}}}}
+    metadata, sections = card(record(tmp_path, {"align": {"data": {"sources": sources}}, "distill": {"config": more}}))
+    assert metadata["datasets"] == ["allenai/dolmino-mix-1124", "nvidia/OpenCodeInstruct"]
+    assert "data/rows.jsonl" in sections["How it was made"]
+
+
+def test_time_and_energy_are_those_that_stages_recorded_and_no_others(tmp_path):
+    text = card(record(tmp_path / "plain"))[1]["Time and energy"]
+    assert "| convert | 1.9 s |" in text and "align" not in text and "No stage recorded its energy or emissions." in text
+    stages = {
+        "align": {"seconds": 9000.0, "figures": {"energy_kwh": 1.5, "device": "NVIDIA H100", "peak_memory_mib": 2048}},
+        "evaluate": {"seconds": 99999.0},
+    }
+    text = card(record(tmp_path / "rich", stages))[1]["Time and energy"]
+    assert "| align | 2.5 h |" in text and "| align: energy, kWh | 1.5 |" in text and "| align: device | NVIDIA H100 |" in text
+    assert "No stage recorded its energy" not in text and "27.8" not in text  # the time of an evaluation is that of its whole run
+    record(tmp_path / "run")
+    text = card(tmp_path / "run", RESULTS | {"peak_memory_mib": 777})[1]["Time and energy"]
+    assert "| run: peak memory, MiB | 777 |" in text
+
+
+def test_a_new_card_is_listed_in_the_manifest_and_hides_no_damage(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(record(tmp_path))
+    write_card(tmp_path)
+    verify(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    write_card(tmp_path, RESULTS)
+    with pytest.raises(CheckpointError, match="config.json has SHA-256"):
+        verify(tmp_path)
 
 
 def test_a_local_teacher_is_named_but_is_no_base_model_of_the_hub(tmp_path):
@@ -76,8 +150,12 @@ def test_the_licence_is_the_one_that_stages_name(tmp_path):
 
 def test_the_summary_is_what_conversion_recorded(tmp_path):
     text = card(record(tmp_path))[1][""]
-    for fact in ("the Transformer meta-llama/Llama-3.2-1B", "1,234,567 parameters, of these 34,567 that its teacher does not have",
-                 "3 hybrid_sliding, 1 full_attention", "a window of 16 tokens and 4 sink tokens"):
+    for fact in (
+        "the Transformer meta-llama/Llama-3.2-1B",
+        "1,234,567 parameters, of these 34,567 that its teacher does not have",
+        "3 hybrid_sliding, 1 full_attention",
+        "a window of 16 tokens and 4 sink tokens",
+    ):
         assert fact in text
 
 
@@ -131,7 +209,7 @@ def test_no_number_comes_from_anywhere_but_the_record(tmp_path):
     empty = write_card(record(tmp_path / "empty", {"convert": {}})).read_text(encoding="utf-8")
     known = numbers(xlstm_hybrid.card.TEMPLATE.read_text(encoding="utf-8")) | numbers((tmp_path / "empty" / "provenance.json").read_text())
     assert numbers(empty) <= known
-    assert "Figures" not in parts(empty)[1]
+    assert "Figures" not in parts(empty)[1] and "No stage recorded its time." in parts(empty)[1]["Time and energy"]
 
 
 def test_a_checkpoint_without_a_record_has_no_card(tmp_path):
@@ -140,13 +218,23 @@ def test_a_checkpoint_without_a_record_has_no_card(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("results", [
-    {"students": {"student": {"exact_match": {"recall": 0.875, "code": 0.5}}}}, {"students": {"student": {"perplexity": {}}}}, {"students": {}}, {},
-])
+@pytest.mark.parametrize(
+    "results",
+    [{"students": {"student": {"exact_match": {"recall": 0.875, "code": 0.5}}}}, {"students": {"student": {"perplexity": {}}}}, {"students": {}}, {}],
+)
 def test_results_of_another_checkpoint_are_refused(results, tmp_path):
     with pytest.raises(CheckpointError, match=r"recorded exact match {'recall': 0.75, 'code': 0.5}, the results have .* not of this checkpoint"):
         write_card(record(tmp_path), results)
     assert not (tmp_path / "README.md").exists()
+
+
+def test_an_evaluation_of_perplexities_alone_has_a_card_too(tmp_path):
+    stages = {"convert": CONVERT, "evaluate": {"figures": {"perplexity": {"math": 2.5}}}}
+    results = {"students": {"student": {"exact_match": {}, "perplexity": {"math": 2.5}}}}
+    sections = card(record(tmp_path, stages), results)[1]
+    assert "| math | 2.5 |" in sections["Figures"] and "each stage" not in sections["Figures"] and "nothing is known" not in sections["Limits"]
+    with pytest.raises(CheckpointError, match="not of this checkpoint"):
+        write_card(tmp_path, {"students": {"student": {"exact_match": {}, "perplexity": {"math": 2.0}}}})
 
 
 def test_results_cannot_stand_in_for_an_evaluation_that_no_stage_recorded(tmp_path):

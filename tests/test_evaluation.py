@@ -1,4 +1,5 @@
 """The measure reproduces the published tolerances; scores of a model are what the model says."""
+
 import math
 
 import pytest
@@ -63,11 +64,14 @@ def test_a_teacher_score_of_zero_is_never_lost():
     assert result.recovery == {"a": None, "b": None, "c": pytest.approx(0.1)}
 
 
-@pytest.mark.parametrize(("student", "teacher", "message"), [
-    ({"a": 1.0, "c": 2.0}, {"a": 1.0, "b": 1.0}, "b has no score of the student; c has no score of the teacher"),
-    ({"a": math.nan, "b": math.inf}, {"a": 1.0, "b": -1.0}, "a is nan for the student.*b is inf for the student.*b is -1.0 for the teacher"),
-    ({}, {}, "no benchmark, expected at least one"),
-])
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ({"a": 1.0, "c": 2.0}, {"a": 1.0, "b": 1.0}, "b has no score of the student; c has no score of the teacher"),
+        ({"a": math.nan, "b": math.inf}, {"a": 1.0, "b": -1.0}, "a is nan for the student.*b is inf for the student.*b is -1.0 for the teacher"),
+        ({}, {}, "no benchmark, expected at least one"),
+    ],
+)
 def test_scores_that_cannot_be_compared_are_all_named(student, teacher, message):
     with pytest.raises(EvaluationError, match=message):
         win_and_tie(student, teacher)
@@ -94,8 +98,18 @@ def digits(**special):
 def counter():
     """A Llama taught to count up to nine and stop there, and its tokenizer."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                                         bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=13,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
     rows = torch.tensor([[1, *range(3 + s, 13), *[2] * (s + 1)] for s in range(10)])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
@@ -151,8 +165,13 @@ def test_progress_is_told_after_each_batch(counter):
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
-ROWS = [([3, 4, 5, 9], [-100, 4, 5, 9]), ([7, 7, 8, 9, 10, 3], [-100, -100, 8, 9, 10, 3]), ([5, 5], [-100, 5]), ([6, 6, 7], [-100, -100, -100]),
-        ([4, 12], [4, 12])]  # the label of a first token is never scored
+ROWS = [
+    ([3, 4, 5, 9], [-100, 4, 5, 9]),
+    ([7, 7, 8, 9, 10, 3], [-100, -100, 8, 9, 10, 3]),
+    ([5, 5], [-100, 5]),
+    ([6, 6, 7], [-100, -100, -100]),
+    ([4, 12], [4, 12]),
+]  # the label of a first token is never scored
 
 
 def by_hand(model, rows):

@@ -1,4 +1,5 @@
 """A report shows the numbers of a run and no others; a part that the run lacks is left out."""
+
 import copy
 import io
 import math
@@ -20,21 +21,37 @@ def scores(*values):
 
 def verdict(curve, alpha_star, recovery, wins, ties, losses):
     recovery = dict(zip(DOMAINS, recovery, strict=True))
-    return {"alphas": [0.0, 0.25, 0.5, 1.0], "curve": curve, "alpha_star": alpha_star, "c_0": curve[0], "recovery": recovery,
-            "wins": wins, "ties": ties, "losses": losses}
+    return {
+        "alphas": [0.0, 0.25, 0.5, 1.0],
+        "curve": curve,
+        "alpha_star": alpha_star,
+        "c_0": curve[0],
+        "recovery": recovery,
+        "wins": wins,
+        "ties": ties,
+        "losses": losses,
+    }
 
 
 RESULTS = {
-    "title": "tiny | a *run*", "teacher": "tiny_teacher", "teacher_scores": scores(0.8, 0.9, 0.0, 1.0),
+    "title": "tiny | a *run*",
+    "teacher": "tiny_teacher",
+    "teacher_scores": scores(0.8, 0.9, 0.0, 1.0),
     "students": {"converted": scores(0.4, 0.0, 0.0, 0.5), "expert [a]": scores(0.8, 0.45, 0.0, 1.0), "student": scores(0.9, 0.88, 0.0, 1.0)},
-    "win_and_tie": {"converted": verdict([0.25, 0.25, 0.75, 1], 0.5, [0.5, 0, None, 0.5], 0, 1, 3),
-                    "expert [a]": verdict([0.75, 0.75, 1, 1], 0.0, [1, 0.5, None, 1], 0, 3, 1),
-                    "student": verdict([0.75, 1, 1, 1], 0.0, [1.125, 0.88 / 0.9, None, 1], 1, 2, 1)},
-    "alignment": {"layers": [{"layer": 1, "before": 0.5, "after": 0.05}, {"layer": 3, "before": 0.4, "after": 0.02}],
-                  "curve": [{"step": s, "error": [0.5 / s, 0.4 / s]} for s in range(1, 21)]},
+    "win_and_tie": {
+        "converted": verdict([0.25, 0.25, 0.75, 1], 0.5, [0.5, 0, None, 0.5], 0, 1, 3),
+        "expert [a]": verdict([0.75, 0.75, 1, 1], 0.0, [1, 0.5, None, 1], 0, 3, 1),
+        "student": verdict([0.75, 1, 1, 1], 0.0, [1.125, 0.88 / 0.9, None, 1], 1, 2, 1),
+    },
+    "alignment": {
+        "layers": [{"layer": 1, "before": 0.5, "after": 0.05}, {"layer": 3, "before": 0.4, "after": 0.02}],
+        "curve": [{"step": s, "error": [0.5 / s, 0.4 / s]} for s in range(1, 21)],
+    },
     "distillation": {"a": [{"step": s, "loss": 1 / s, "ce": 2 / s, "kl": 0.5 / s} for s in range(1, 5)], "b": [{"step": 1, "loss": 2.0}]},
-    "gates": [[0.1, 0.9, 0.5], [0.2, 0.8, 0.4]], "sample": {"prompt": "a ```b\nc", "output": " d"},
-    "seconds": {"convert": 1.94, "distill:a": 150.0}, "peak_memory_mib": 1234.4,
+    "gates": [[0.1, 0.9, 0.5], [0.2, 0.8, 0.4]],
+    "sample": {"prompt": "a ```b\nc", "output": " d"},
+    "seconds": {"convert": 1.94, "distill:a": 150.0},
+    "peak_memory_mib": 1234.4,
 }
 
 
@@ -66,8 +83,13 @@ def test_a_full_report_has_all_pictures_and_shows_each_and_a_later_one_without_t
     assert write_report({"title": "again"}, tmp_path / "run") == names(tmp_path / "run") == ["report.md"]
 
 
-NEEDS = {"alignment.png": {"alignment"}, "losses.png": {"distillation"}, "gates.png": {"gates"}, "win_and_tie.png": {"win_and_tie", "students"},
-         "domains.png": set()}
+NEEDS = {
+    "alignment.png": {"alignment"},
+    "losses.png": {"distillation"},
+    "gates.png": {"gates"},
+    "win_and_tie.png": {"win_and_tie", "students"},
+    "domains.png": set(),
+}
 
 
 @pytest.mark.parametrize("part", RESULTS)
@@ -111,8 +133,10 @@ def test_the_tables_hold_the_scores():
 
 def test_the_verdict_is_about_the_last_student():
     text = markdown(RESULTS)
-    assert ("The student **student** against its teacher tiny_teacher on 4 domains: 1 won, 2 tied, 1 lost; C_0 = 0.75 (lossless: the bar is 0.5), "
-            "α\\* = 0.000. Lowest recovery: 97.8 % (recall).") in text
+    assert (
+        "The student **student** against its teacher tiny_teacher on 4 domains: 1 won, 2 tied, 1 lost; C_0 = 0.75 (lossless: the bar is 0.5), "
+        "α\\* = 0.000. Lowest recovery: 97.8 % (recall)."
+    ) in text
     alone = RESULTS | {"students": {"converted": RESULTS["students"]["converted"]}}
     assert "C_0 = 0.25 (not lossless: the bar is 0.5), α\\* = 0.500. Lowest recovery: 0.0 % (recall)." in markdown(alone)
 
@@ -182,6 +206,43 @@ def test_losses_have_a_panel_per_term_that_was_logged():
     assert [p.get_title(loc="left") or p.get_title() for p in panels] == ["Loss", "Cross-entropy", "KL to the teacher"]
     assert [[list(line.get_ydata()) for line in p.lines] for p in panels][1] == [[2 / s for s in range(1, 5)]]
     assert len(report.draw_losses({"distillation": {"b": [{"step": 1, "loss": 2.0}]}}).axes) == 1
+
+
+COMPARISON = {
+    "teacher": "t", "teacher_scores": {"a": 0.5, "b": 0.0, "mt": 5.0}, "cost": "cache bytes", "teacher_cost": 900,
+    "students": {
+        "small": {"scores": {"a": 0.25, "b": 0.1, "mt": 4.0}, "recovery": {"a": 0.5, "b": None, "mt": 0.8}, "cost": 10, "mean_recovery": 0.65,
+                  "pareto": True, "alphas": [0.0, 0.5, 1.0], "curve": [1 / 3, 1.0, 1.0], "alpha_star": 0.2},
+        "big": {"scores": {"a": 0.5, "b": 0.0, "mt": 5.0}, "recovery": {"a": 1.0, "b": None, "mt": 1.0}, "cost": 300, "mean_recovery": 1.0,
+                "pareto": True, "alphas": [0.0, 0.5, 1.0], "curve": [1.0, 1.0, 1.0], "alpha_star": 0.0}}}  # fmt: skip
+
+
+def test_recovery_is_a_map_of_students_and_benchmarks_with_a_blank_where_the_teacher_scored_nothing():
+    axes = report.draw_recovery(COMPARISON).axes[0]
+    assert [t.get_text() for t in axes.texts] == ["50", "–", "80", "100", "–", "100"]
+    assert math.isnan(axes.images[0].get_array().filled(math.nan)[0, 1]) and axes.images[0].get_clim() == (0.5, 1.5)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt"] and [t.get_text() for t in axes.get_yticklabels()] == ["small", "big"]
+
+
+def test_bars_of_benchmarks_share_an_axis_whatever_their_scale():
+    axes = report.draw_tasks(COMPARISON).axes[0]
+    assert [[round(bar.get_height()) for bar in group] for group in axes.containers] == [[50, 0, 100], [25, 10, 80], [50, 0, 100]]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt / 5"]
+
+
+def test_the_front_joins_the_students_that_nobody_beats():
+    axes = report.draw_front(COMPARISON).axes[0]
+    assert (
+        list(map(list, axes.lines[0].get_xydata())) == [[10, 0.65], [300, 1.0]] and axes.get_xlabel() == "cache bytes" and axes.get_xscale() == "log"
+    )
+    assert [t.get_text() for t in axes.texts] == ["small", "big", "t"]
+    without = COMPARISON | {"students": {n: s | {"pareto": None, "cost": None} for n, s in COMPARISON["students"].items()}, "cost": None}
+    assert report.draw_front(without) is None and set(report.comparison_pictures(without)) == {"curve.png", "tasks.png", "recovery.png"}
+
+
+def test_pictures_tell_nothing_of_the_program_that_drew_them():
+    image = report.comparison_pictures(COMPARISON)["curve.png"][0]
+    assert image[:8] == b"\x89PNG\r\n\x1a\n" and b"tEXt" not in image
 
 
 def test_gates_are_drawn_on_a_scale_from_window_to_mlstm():

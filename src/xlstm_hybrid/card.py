@@ -6,13 +6,16 @@ from collections import Counter
 from pathlib import Path
 from string import Template
 
-from xlstm_hybrid.artifacts import PROVENANCE, escaped, markdown_table, plain, read_provenance, write_file
+from xlstm_hybrid.artifacts import PROVENANCE, escaped, markdown_table, plain, read_provenance, relist, write_file
+from xlstm_hybrid.compare import NONE, duration, percent
 from xlstm_hybrid.errors import CheckpointError
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SHOWN = 8  # entries of a list that are written out
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-NONE = "–"
+DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zst)$")
+ENERGY = {"energy_kwh": "energy, kWh", "co2_kg": "CO2 equivalent, kg", "peak_memory_mib": "peak memory, MiB", "device": "device", "gpus": "GPUs",
+          "tokens": "tokens"}  # fmt: skip
 
 
 def write_card(directory, results=None):
@@ -28,19 +31,21 @@ def write_card(directory, results=None):
     stages = read_provenance(directory)
     if not stages:
         raise CheckpointError(f"{directory.name}: no {PROVENANCE}, expected a record of its stages: a card says only what stages recorded")
-    judged = part(next((s for s in reversed(stages) if s["stage"] == "evaluate"), {}), "figures")
+    judged, compared = part(last(stages, "evaluate"), "figures"), last(stages, "compare")
     if results is not None:
         check_results(directory, judged, results)
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        metadata=metadata(stages),
+        metadata=metadata(stages, judged, compared),
         title=title(stages),
         summary=summary(stages),
-        figures=figures(directory, judged, results),
+        figures=figures(directory, judged, compared, results),
+        environment=environment(stages, results),
         stages="\n\n".join(describe(n, s) for n, s in enumerate(stages, 1)),
         versions=versions(stages),
-        limits=limits(stages, judged),
+        limits=limits(stages, judged, compared),
     )
     write_file(directory / "README.md", re.sub(r"\n{3,}", "\n\n", text).encode())
+    relist(directory, "README.md")
     return directory / "README.md"
 
 
@@ -48,7 +53,8 @@ def check_results(directory, judged, results):
     students = results.get("students") or {}
     name = next(reversed(students), None)
     found = plain(students[name].get("exact_match")) if name else None
-    if found is None or found != judged.get("exact_match"):
+    same = found == judged.get("exact_match") if found else judged and plain(students.get(name, {}).get("perplexity")) == judged.get("perplexity")
+    if not same:
         raise CheckpointError(
             f"{directory.name}: its last evaluation recorded exact match {judged.get('exact_match')}, the results have {found} for "
             f"their final student {name!r}: they are not of this checkpoint; leave them out, or name the results of its own run"
@@ -61,6 +67,11 @@ def check_results(directory, judged, results):
 def part(stage, name):
     """One part of a stage's record; {} where there is none."""
     return stage[name] if isinstance(stage.get(name), dict) else {}
+
+
+def last(stages, name):
+    """The last stage of a name, {} where there is none."""
+    return next((s for s in reversed(stages) if s["stage"] == name), {})
 
 
 def converted(stages):
@@ -79,8 +90,38 @@ def licences(stages):
     return list(dict.fromkeys(str(n) for n in named if n))
 
 
-def metadata(stages):
-    """The card's YAML block; strings are JSON strings, which YAML reads as they are."""
+def data_sets(stages):
+    """Hub ids of the data that stages read: the paths of their sources."""
+
+    def sources(value):
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            if key == "sources" and isinstance(inner, dict):
+                yield from (s["path"] for s in inner.values() if isinstance(s, dict) and isinstance(s.get("path"), str))
+            else:
+                yield from sources(inner)
+
+    named = [path for stage in stages for name in ("config", "data") for path in sources(part(stage, name))]
+    return list(dict.fromkeys(path for path in named if HUB_ID.fullmatch(path) and not DATA_FILE.search(path)))
+
+
+def model_index(stages, judged, compared):
+    """The scores of the checkpoint's own evaluations as the Hub reads them."""
+    found, results = {}, []
+    for kind in ("exact_match", "perplexity"):
+        for domain, score in part(judged, kind).items():
+            found.setdefault(domain, []).append((kind, kind.replace("_", " "), score))
+    for task, score in part(part(compared, "figures"), "scores").items():
+        metric = part(part(compared, "config"), "metrics").get(task, "score")
+        found.setdefault(task, []).append((metric.split(",")[0], metric, score))
+    for domain, scores in found.items():
+        metrics = [{"type": kind, "name": name, "value": score} for kind, name, score in scores if score is not None]
+        if metrics:
+            results.append({"task": {"type": "text-generation"}, "dataset": {"name": domain, "type": domain}, "metrics": metrics})
+    return [{"name": f"xlstm-hybrid student of {teacher_of(stages) or 'a Transformer'}", "results": results}] if results else []
+
+
+def metadata(stages, judged, compared):
+    """The card's YAML block; values are JSON, which YAML reads as it is."""
     names, teacher, named = {s["stage"].split(":")[0] for s in stages}, teacher_of(stages), licences(stages)
     entries = {
         "library_name": "transformers",
@@ -88,9 +129,11 @@ def metadata(stages):
         "tags": ["xlstm-hybrid", "xlstm", *(["distillation"] if "distill" in names else []), *(["merge"] if "merge" in names else [])],
     }
     if teacher and HUB_ID.fullmatch(teacher):
-        entries["base_model"] = teacher
+        entries |= {"base_model": teacher, "base_model_relation": "finetune"}
     if len(named) == 1:
         entries["license"] = named[0]
+    entries |= {"datasets": found} if (found := data_sets(stages)) else {}
+    entries |= {"model-index": found} if (found := model_index(stages, judged, compared)) else {}
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in entries.items())
 
 
@@ -112,10 +155,30 @@ def summary(stages):
     return "A causal language model of the xLSTM hybrid architecture" + (": " + "; ".join(facts) if facts else "") + "."
 
 
-def figures(directory, judged, results):
-    """Scores of the checkpoint's own evaluation, and of the stages before it where results are given."""
+def benchmarks(compared):
+    """Scores of the last recorded comparison with the teacher; [] where there is none."""
+    config, found = part(compared, "config"), part(compared, "figures")
+    rows = [
+        [task, part(config, "metrics").get(task), part(config, "shots").get(task), score, part(found, "teacher_scores").get(task)]
+        for task, score in part(found, "scores").items()
+    ]
+    if not rows:
+        return []
+    shown = [[t, m or NONE, number(n), number(s), number(x), percent(part(found, "recovery").get(t))] for t, m, n, s, x in rows]
+    text = (
+        f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost; C_0 = {found['c_0']:.3f}, α\\* = {found['alpha_star']:.3f}; "
+        f"at α = {config['alpha']:g} it is {'' if found['lossless'] else 'not '}lossless (C_α = {found['c_alpha']:.3f}, the bar is 0.5)."
+    )
+    head = ["benchmark", "metric", "shots", "score", config.get("teacher", "teacher"), "recovery"]
+    differed = [escaped(d) for d in config.get("differences") or ()]
+    title = f"Benchmarks, against the teacher; what differed: {'; '.join(differed)}." if differed else "Benchmarks, teacher and student alike:"
+    return [title, markdown_table([head, *shown]), text]
+
+
+def figures(directory, judged, compared, results):
+    """Scores of the checkpoint's own evaluations, and of the stages before them where results are given."""
     if not judged:
-        return ""
+        return "\n\n".join(["## Figures", *found]) if (found := benchmarks(compared)) else ""
     columns = (
         ("exact match", "exact_match", percent),
         ("of the teacher", "teacher_exact_match", percent),
@@ -135,9 +198,9 @@ def figures(directory, judged, results):
     if results is not None:
         students = {name: scores["exact_match"] for name, scores in results["students"].items() if scores.get("exact_match")}
         rows = [[d, *(percent(scores.get(d)) for scores in students.values())] for d in domains if any(d in scores for scores in students.values())]
-        parts += ["Exact match after each stage:", markdown_table([["domain", *students], *rows])]
+        parts += ["Exact match after each stage:", markdown_table([["domain", *students], *rows])] if rows else []
         parts += [f"![{escaped(p.stem.replace('_', ' '))}]({p.name})" for p in sorted(directory.glob("*.png")) if re.fullmatch(r"[\w.-]+", p.name)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *benchmarks(compared)])
 
 
 def describe(position, stage):
@@ -146,7 +209,7 @@ def describe(position, stage):
     began = ([f"from {escaped(parent)}"] if parent else []) + ([f"{seconds:,.1f} s"] if seconds is not None else [])
     parts = [f"### {position}. {escaped(stage['stage'])}", ", ".join(began)]
     for name, label in (("config", "setting"), ("data", "data"), ("figures", "figure")):
-        if stage.get(name) and not (name == "figures" and stage["stage"] == "evaluate"):  # those stand in a section of their own
+        if stage.get(name) and not (name == "figures" and stage["stage"] in ("evaluate", "compare")):  # those stand in a section of their own
             rows, tables = flat(stage[name] if isinstance(stage[name], dict) else {name: stage[name]})
             parts += [markdown_table([[label, "value"], *rows])] if rows else []
             parts += [f"{escaped(key)}:\n\n{markdown_table(table)}" for key, table in tables]
@@ -176,6 +239,25 @@ def listed(values):
     return ", ".join(entries[:SHOWN]) + (f", and {len(entries) - SHOWN} more" if len(entries) > SHOWN else "") if entries else NONE
 
 
+def environment(stages, results):
+    """What making it took, as far as it was recorded."""
+    rows = [[s["stage"], duration(s["seconds"])] for s in stages if s.get("seconds") is not None and s["stage"] != "evaluate"]
+    parts = ["## Time and energy", markdown_table([["stage", "time"], *rows])] if rows else ["## Time and energy", "No stage recorded its time."]
+    noted = [[f"{s['stage']}: {label}", number(value)] for s in stages for key, label in ENERGY.items() if (value := recorded(s, key)) is not None]
+    if results is not None and results.get("peak_memory_mib") is not None:
+        noted.append(["run: peak memory, MiB", number(results["peak_memory_mib"])])
+    parts += [markdown_table([["recorded", "value"], *noted])] if noted else []
+    if not any(recorded(s, key) is not None for s in stages for key in ("energy_kwh", "co2_kg")):
+        parts.append("No stage recorded its energy or emissions.")
+    return "\n\n".join(parts)
+
+
+def recorded(stage, key):
+    """An entry of a stage's figures or settings; None where there is none."""
+    found = [part(stage, name).get(key) for name in ("figures", "config")]
+    return next((x for x in found if isinstance(x, int | float | str) and not isinstance(x, bool)), None)
+
+
 def versions(stages):
     """Versions of what ran, one line per set of them."""
     made = {}
@@ -185,16 +267,19 @@ def versions(stages):
     return "\n".join(f"Made with {escaped(text)}: {escaped(', '.join(names))}." for text, names in made.items())
 
 
-def limits(stages, judged):
+def limits(stages, judged, compared):
     """What the record does not support."""
-    config, below = part(converted(stages), "config"), [d for d, r in part(judged, "recovery").items() if r is not None and r < 1]
-    lines = ["It loads only where the package xlstm-hybrid is imported: transformers alone does not know the architecture."]
+    config, recovery = part(converted(stages), "config"), {**part(judged, "recovery"), **part(part(compared, "figures"), "recovery")}
+    below = [d for d, r in recovery.items() if r is not None and r < 1]
+    lines = []
+    if not any(stage["stage"] == "export" for stage in stages):  # an export carries its code
+        lines.append("It loads only where the package xlstm-hybrid is imported: transformers alone does not know the architecture.")
     if config.get("sliding_window"):
         lines.append(
             f"What lies further back than {config['sliding_window']} tokens reaches its hybrid layers through a state of fixed size (and "
             f"{config.get('num_sink_tokens', 0)} sink tokens): it can be lost, and more easily the more there is to keep."
         )
-    if judged.get("exact_match"):
+    if judged or compared:
         lines.append("It was judged on the tasks above and on nothing else.")
     else:
         lines.append("No stage recorded an evaluation: nothing is known about its quality.")
@@ -212,10 +297,6 @@ def limits(stages, judged):
 
 
 # --- values as text --------------------------------------------------------------------------------------------
-
-
-def percent(score):
-    return NONE if score is None else f"{100 * score:.1f} %"
 
 
 def number(value):

@@ -6,42 +6,17 @@ import re
 from pathlib import Path
 
 from xlstm_hybrid.artifacts import escaped, markdown_table, write_file
+from xlstm_hybrid.compare import NONE, duration, number, percent, scaled_scores
 from xlstm_hybrid.errors import ConfigError
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; the teacher is grey, the final student blue.
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "figure.dpi": 130,
-}
-NONE = "–"
-
-
-# --- numbers as text -------------------------------------------------------------------------------------------
-
-
-def percent(score):
-    return NONE if score is None else f"{100 * score:.1f} %"
-
-
-def number(value):
-    return NONE if value is None else f"{value:.4g}"
-
-
-def duration(seconds):
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False,
+    "lines.linewidth": 1.8, "figure.dpi": 130,
+}  # fmt: skip
 
 
 def final(results):
@@ -79,8 +54,7 @@ def table(results):
     head, *rows = score_rows(results, "exact_match", lambda share: percent(share).removesuffix(" %"))
     title = Text(f"Exact match in %: {results.get('title', '')}")
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for column in head:
-        first = column == "domain"
+    for first, column in zip([True, *[False] * len(head)], head, strict=False):
         made.add_column(Text(column), justify="left" if first else "right", no_wrap=first, style="bold" if column == final(results) else None)
     for row in rows:
         made.add_row(*map(Text, row))
@@ -121,39 +95,26 @@ def draw_win_and_tie(results):
     made, (axes,) = figure()
     done = max(next((a for a, c in zip(v["alphas"], v["curve"], strict=True) if c >= max(v["curve"])), 1) for v in verdicts.values())
     for j, (name, v) in enumerate(verdicts.items()):
-        colour, last = colours(results)[name], name == final(results)
-        axes.plot(
-            v["alphas"],
-            v["curve"],
-            drawstyle="steps-post",
-            color=colour,
-            linestyle="-" if last else DASHES[j % len(DASHES)],
-            linewidth=3.2 if last else 1.8,
-            zorder=2 if last else 3,
-            label=f"{name}: α* = {v['alpha_star']:.3f}",
-        )
+        colour, dashes = colours(results)[name], "-" if name == final(results) else DASHES[j % len(DASHES)]
+        look = {"color": colour, "linestyle": dashes, "linewidth": 3.2 if dashes == "-" else 1.8, "zorder": 2 if dashes == "-" else 3}
+        axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", label=f"{name}: α* = {v['alpha_star']:.3f}", **look)
         height = next((c for a, c in zip(v["alphas"], v["curve"], strict=True) if a >= v["alpha_star"]), v["curve"][-1])
         axes.plot([v["alpha_star"]], [height], "o", color=colour, markeredgecolor="white", markersize=8, zorder=4 + j, clip_on=False)
     axes.axhline(0.5, color="#999999", linewidth=1, zorder=1)
-    axes.set(
-        xlabel="relative tolerance α",
-        ylabel="share of domains won or tied, $C_α$",
-        ylim=(-0.03, 1.05),
-        xlim=(-0.01, min(1, done * 1.1 + 0.02)),
-        title="Win-and-tie rate against the teacher (dots: α*)",
-    )
+    axes.set(xlabel="relative tolerance α", ylabel="share of domains won or tied, $C_α$", title="Win-and-tie rate against the teacher (dots: α*)")
+    axes.set(ylim=(-0.03, 1.05), xlim=(-0.01, min(1, done * 1.1 + 0.02)))
     made.legend(loc="outside right center")
     return made
 
 
-def draw_domains(results):
-    """Exact match per domain: one bar for the teacher and one per student."""
+def draw_domains(results, title="Exact match per domain", label="exact match, %"):
+    """Scores per domain: one bar for the teacher and one per student."""
     teacher, students = (results.get("teacher_scores") or {}).get("exact_match") or {}, results.get("students") or {}
     bars = ({"teacher": teacher} if teacher else {}) | {n: s["exact_match"] for n, s in students.items() if s.get("exact_match")}
     if not bars:
         return None
     domains = list(dict.fromkeys(d for scores in bars.values() for d in scores))
-    made, (axes,) = figure(width=max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1)))
+    made, (axes,) = figure(width=min(24, max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1))))
     colour, width = {"teacher": TEACHER, **(colours(results) if students else {})}, 0.84 / len(bars)
     for j, (name, scores) in enumerate(bars.items()):
         places = [n + (j - (len(bars) - 1) / 2) * width for n, d in enumerate(domains) if d in scores]
@@ -161,8 +122,8 @@ def draw_domains(results):
         drawn = axes.bar(places, heights, width * 0.92, color=colour[name], label=name)
         if name in ("teacher", final(results)):
             axes.bar_label(drawn, [f"{h:.0f}" for h in heights], padding=2, fontsize=8, color=colour[name])
-    axes.set(ylabel="exact match, %", ylim=(0, 108), title="Exact match per domain")
-    axes.set_xticks(range(len(domains)), domains)
+    axes.set(ylabel=label, ylim=(0, 108), title=title)
+    axes.set_xticks(range(len(domains)), domains, **({"rotation": 30, "ha": "right"} if len(domains) > 6 else {}))
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_yticks(range(0, 101, 20))
@@ -185,6 +146,7 @@ def draw_alignment(results):
 
 
 def draw_before_and_after(axes, names, before, after):
+    """A line per layer from the error before to that after."""
     for n, ends in enumerate(zip(before, after, strict=True)):
         axes.plot(ends, [n, n], color="#bbbbbb", linewidth=2, zorder=1)
     axes.scatter(before, range(len(names)), s=48, color=OTHERS[0], label="before", zorder=2)
@@ -232,12 +194,8 @@ def draw_losses(results):
     for axes, term in zip(panels, terms, strict=True):
         for j, (name, log) in enumerate(logs.items()):
             points = [(e["step"], e[term]) for e in log if term in e]
-            axes.plot(
-                *zip(*points, strict=True),
-                color=OTHERS[(j + 2) % len(OTHERS)],
-                linestyle="-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
-                label=name if axes is panels[0] else None,
-            )
+            look = {"color": OTHERS[(j + 2) % len(OTHERS)], "linestyle": "-" if j == 0 else DASHES[(j - 1) % len(DASHES)]}
+            axes.plot(*zip(*points, strict=True), label=name if axes is panels[0] else None, **look)
         axes.set_title(titles[term])
         scale_steps(axes, [e[term] for log in logs.values() for e in log if term in e])
     panels[0].set_ylabel("nats per token" if terms != ["loss"] else "loss")
@@ -265,6 +223,69 @@ def draw_gates(results):
     return made
 
 
+# --- comparisons -----------------------------------------------------------------------------------------------
+
+
+def draw_tasks(comparison):
+    """Scores per benchmark, teacher and students."""
+    teacher, *students = ({"exact_match": scores} for scores in scaled_scores(comparison).values())
+    students = dict(zip(comparison["students"], students, strict=True))
+    return draw_domains({"teacher_scores": teacher, "students": students}, title="Score per benchmark", label="score, %")
+
+
+def draw_recovery(comparison):
+    """Student score over teacher score, students down and benchmarks across; blank where the teacher scored 0."""
+    rows = [[s["recovery"][task] for task in comparison["teacher_scores"]] for s in comparison["students"].values()]
+    made, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
+    image = axes.imshow([[math.nan if r is None else r for r in row] for row in rows], vmin=0.5, vmax=1.5, cmap="PuOr", aspect="auto")
+    for j, row in enumerate(rows):
+        for n, r in enumerate(row):
+            axes.text(n, j, NONE if r is None else f"{100 * r:.0f}", ha="center", va="center", color="black" if r and 0.6 < r < 1.4 else "#888888")
+    axes.set_xticks(range(len(rows[0])), comparison["teacher_scores"], rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), comparison["students"])
+    axes.set(title=f"Recovery: score in % of that of {comparison['teacher']}")
+    axes.grid(visible=False)
+    made.colorbar(image, ax=axes, label="recovery", extend="both")
+    return made
+
+
+def draw_front(comparison):
+    """Mean recovery against cost; students on the Pareto front are filled and joined."""
+    if not (students := {name: s for name, s in comparison["students"].items() if s["pareto"] is not None}):
+        return None
+    made, (axes,) = figure()
+    points = [(name, (s["cost"], s["mean_recovery"]), FINAL if s["pareto"] else "white", FINAL) for name, s in students.items()]
+    front = sorted(point for _, point, fill, _ in points if fill == FINAL)
+    axes.plot([c for c, _ in front], [r for _, r in front], color=FINAL, drawstyle="steps-post", zorder=1)
+    if comparison["teacher_cost"] is not None:
+        points.append((comparison["teacher"], (comparison["teacher_cost"], 1.0), TEACHER, TEACHER))
+    for name, point, fill, edge in points:
+        axes.scatter(*point, s=64, facecolor=fill, edgecolor=edge, zorder=2)
+        axes.annotate(name, point, xytext=(7, -11), textcoords="offset points")
+    costs = [cost for _, (cost, _), _, _ in points]
+    if 0 < 20 * min(costs) < max(costs):
+        axes.set_xscale("log")
+    axes.set(xlabel=comparison["cost"], ylabel="mean recovery", title="Quality against cost (filled: on the Pareto front)")
+    return made
+
+
+def comparison_pictures(comparison):
+    """`{file name: (bytes of a PNG, caption)}` of what `compare.compare` returns.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    curves = {"students": comparison["students"], "win_and_tie": comparison["students"]}
+    drawings = {
+        "curve.png": (draw_win_and_tie, curves, "Share of benchmarks won or tied against the relative tolerance α; the dots are at α*."),
+        "tasks.png": (draw_tasks, comparison, "Score per benchmark, teacher and students."),
+        "recovery.png": (draw_recovery, comparison, "Recovery per benchmark: student score over teacher score."),
+        "front.png": (draw_front, comparison, "Mean recovery against cost."),
+    }
+    drawn = {name: (as_png(draw, content), caption) for name, (draw, content, caption) in drawings.items()}
+    return {name: (image, caption) for name, (image, caption) in drawn.items() if image is not None}
+
+
 PICTURES = {  # file: (drawing, caption)
     "win_and_tie.png": (draw_win_and_tie, "Share of domains that a student wins or ties, against the relative tolerance α; the dots are at α*."),
     "domains.png": (draw_domains, "Exact match per domain, teacher and every student."),
@@ -278,16 +299,23 @@ def write_pictures(results, folder):
     """Draw what the results have; returns `{file name: caption}`. A picture that an earlier report left and this one lacks is removed."""
     written = {}
     for name, (draw, caption) in PICTURES.items():
-        with styled():
-            drawn, buffer = draw(results), io.BytesIO()
-            if drawn is not None:
-                drawn.savefig(buffer, format="png")
-        if drawn is None:
+        image = as_png(draw, results)
+        if image is None:
             (folder / name).unlink(missing_ok=True)
         else:
-            write_file(folder / name, buffer.getvalue())
+            write_file(folder / name, image)
             written[name] = caption
     return written
+
+
+def as_png(draw, results):
+    """The bytes of a picture, None where there is nothing to draw."""
+    with styled():
+        drawn, buffer = draw(results), io.BytesIO()
+        if drawn is None:
+            return None
+        drawn.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def styled():
