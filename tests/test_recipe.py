@@ -116,3 +116,13 @@ def test_all_mistakes_are_listed_at_once(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match=r"sequence_length=0.*merge.weights names"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_that_comes_with_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny.yaml", "recipes/tiny.yaml"):
+        assert load_recipe(name) == load_recipe(RECIPES / "tiny.yaml") and resolve_teacher(load_recipe(name)).is_dir()
+    with pytest.raises(ConfigError, match="no recipe at tiny2"):
+        load_recipe("tiny2")
+    with pytest.raises(ConfigError, match="no recipe at elsewhere/tiny.yaml"):
+        load_recipe("elsewhere/tiny.yaml")

@@ -9,6 +9,7 @@ import yaml
 
 from xlstm_hybrid.errors import ConfigError
 
+SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # in a wheel; in a working copy
 MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # names become folders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -172,14 +173,22 @@ def read_yaml(path):
         raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def shipped(path):
+    """`path`, or the recipe of that name that comes with the package, so that `xlstm-hybrid run tiny` works anywhere."""
+    path = Path(path)
+    names = (path.name, f"{path.name}.yaml")
+    found = (folder / name for folder in SHIPPED for name in names if not path.is_file() and path.parts[:-1] in ((), ("recipes",)))
+    return next((file for file in found if file.is_file()), path)
+
+
 def load_recipe(path):
-    """Read and check a recipe.
+    """Read and check a recipe: a file, or the name of one that comes with the package.
 
     Raises:
         ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no source describes, merge
             weights that do not name the experts. All mistakes are listed.
     """
-    path = Path(path)
+    path = shipped(path)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
