@@ -16,7 +16,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, eager_attention_forward, repeat_kv
@@ -626,3 +631,15 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]
         return result
+
+
+class XLSTMHybridForSequenceClassification(GenericForSequenceClassification, XLSTMHybridPreTrainedModel):
+    """One score or class per row, read from its last real token, as reward models are; arguments as in `LlamaForSequenceClassification`."""
+
+
+class XLSTMHybridForTokenClassification(GenericForTokenClassification, XLSTMHybridPreTrainedModel):
+    """A class per token; arguments as in `LlamaForTokenClassification`."""
+
+
+class XLSTMHybridForQuestionAnswering(GenericForQuestionAnswering, XLSTMHybridPreTrainedModel):
+    """Where an answer begins and ends; arguments as in `LlamaForQuestionAnswering`."""
