@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from xlstm_hybrid import artifacts
 from xlstm_hybrid.artifacts import checkpoints_by_step, newest_verified, verify
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError
-from xlstm_hybrid.trainers import checkpoints, safety, save_weights
+from xlstm_hybrid.trainers import checkpoints, safety
 from xlstm_hybrid.trainers.safety import Interrupted, notes, reproduce, resumable
 
 STEPS = 6
@@ -30,12 +30,6 @@ STEPS = 6
 @resumable
 class Plain(SFTTrainer):
     """TRL's own trainer, with dropout in the student: every kind of randomness is in it."""
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        pass
 
 
 def make(folder, rows=24, peft=None, trainer=Plain, **settings):

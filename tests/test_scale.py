@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.artifacts import checkpoints_by_step, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.trainers import checkpoints, save_weights, scale
+from xlstm_hybrid.trainers import checkpoints, scale
 from xlstm_hybrid.trainers.safety import Interrupted, notes, resumable
 
 ROOT = Path(__file__).parents[1]
@@ -97,12 +97,6 @@ def padded_rows(count=16):
 @resumable
 class Plain(SFTTrainer):
     """TRL's own trainer: all parameters train."""
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        pass
 
 
 def student(dtype=torch.float64, **changes):

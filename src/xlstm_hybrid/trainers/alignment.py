@@ -15,7 +15,6 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.modeling import AlignmentOutput, HybridDecoderLayer, MLSTMMixer, mask_key
-from xlstm_hybrid.trainers import save_weights
 from xlstm_hybrid.trainers.safety import resumable
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
@@ -295,15 +294,6 @@ class AlignmentTrainer(SFTTrainer):
             self.stop(n, error)
 
     # --- saving ------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        """None here: the card is printed from the provenance of a finished student."""
-
-    def _send_telemetry(self):
-        """None: training calls nobody."""
 
 
 def counted_tokens(batch):

@@ -14,7 +14,6 @@ from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.losses import IGNORE
 from xlstm_hybrid.schedules import DeltaCallback, DeltaSchedule, delta_schedule, frobenius, mean_hidden, set_objective
 from xlstm_hybrid.state import weights_digest
-from xlstm_hybrid.trainers import save_weights
 from xlstm_hybrid.trainers.heads import Objective, attach, check_head, head_of
 from xlstm_hybrid.trainers.safety import resumable
 from xlstm_hybrid.trainers.scale import prepare_teacher
@@ -144,12 +143,3 @@ class DeltaKDTrainer(SFTTrainer):
     def run_facts(self):
         """For `resumable`: a run with another teacher is another run."""
         return {"teacher": self.teacher_digest}
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        """None here: the card is printed from the provenance of a finished student."""
-
-    def _send_telemetry(self):
-        """None: training calls nobody."""

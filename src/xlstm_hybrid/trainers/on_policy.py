@@ -16,7 +16,6 @@ from trl.models.utils import unwrap_model_for_generation
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.losses import IGNORE, choose_divergence
 from xlstm_hybrid.state import weights_digest
-from xlstm_hybrid.trainers import save_weights
 from xlstm_hybrid.trainers.heads import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.trainers.rollouts import PromptSampler, ReplayBuffer, pad, sample, seed_of, seeded, until_eos
 from xlstm_hybrid.trainers.safety import resumable
@@ -292,17 +291,6 @@ class OnPolicyKDTrainer(DistillationTrainer):
     def run_facts(self):
         """For `resumable`: a run with another teacher is another run."""
         return {"teacher": self.teacher_digest}
-
-    # --- what TRL would do besides -------------------------------------------------------------------------------
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        """None here: the card is printed from the provenance of a finished student."""
-
-    def _send_telemetry(self):
-        """None: training calls nobody."""
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from xlstm_hybrid.artifacts import checkpoints_by_step, clean_abandoned, newest_verified, verify, write_json
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
-from xlstm_hybrid.trainers import checkpoints, scale
+from xlstm_hybrid.trainers import checkpoints, save_weights, scale
 from xlstm_hybrid.trainers.insight import Insight
 from xlstm_hybrid.trainers.runspec import allowed_changes, check_run_spec, run_spec
 
@@ -184,7 +184,7 @@ def find_checkpoint(trainer, wanted):
 
 
 def resumable(cls):
-    """Class decorator: give a trainer the saving, loading and watching of this module."""
+    """Class decorator: give a trainer the saving, loading and watching of this module; it leaves no pickle, writes no card and calls nobody."""
     train, epoch, step, norm, autocast = cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm, cls.compute_loss_context_manager
 
     @functools.wraps(train)
@@ -244,6 +244,9 @@ def resumable(cls):
     cls._save_checkpoint, cls._load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
     cls._load_optimizer_and_scheduler, cls._load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
     cls._load_best_model = checkpoints.load_best
+    cls._save = save_weights
+    cls.create_model_card = lambda self, *args, **kwargs: None  # the card is printed from the provenance of a finished student
+    cls._send_telemetry = lambda self: None
     return cls
 
 

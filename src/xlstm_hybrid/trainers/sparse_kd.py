@@ -16,7 +16,7 @@ from xlstm_hybrid.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.store import StoreCollator, TeacherStore, number_rows
 from xlstm_hybrid.store.reader import NUMBER
-from xlstm_hybrid.trainers import save_weights, scale
+from xlstm_hybrid.trainers import scale
 from xlstm_hybrid.trainers.heads import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.trainers.safety import resumable
 from xlstm_hybrid.vocabulary import shared_size, vocabulary_hash
@@ -244,15 +244,6 @@ class SparseKDTrainer(SFTTrainer):
             warnings.warn(f"top_k={self.args.top_k} keeps less than {LOW_MASS:.0%} of the teacher's probability: raise it", stacklevel=2)
         for name, value in values.items() if count else ():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _save(self, output_dir=None, state_dict=None):
-        save_weights(self, output_dir, state_dict)
-
-    def create_model_card(self, *args, **kwargs):
-        """None here: the card is printed from the provenance of a finished student."""
-
-    def _send_telemetry(self):
-        """None: training calls nobody."""
 
 
 def keep(ids, logp, rest, k):
