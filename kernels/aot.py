@@ -23,7 +23,7 @@ from xlstm_kernels.gpu.launch import SHARED, Tile, recording
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
             torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
-MODULES = ("mlstm", "window", "decode", "head_loss")
+MODULES = ("mlstm", "window", "decode", "head_loss", "slstm")
 TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma|mma\.sync", 100: r"tcgen05|wgmma|mma\.sync"}
 
 

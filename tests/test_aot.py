@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("mlstm", "window", "decode", "head_loss")
+MODULES = ("mlstm", "window", "decode", "head_loss", "slstm")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

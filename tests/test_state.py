@@ -364,3 +364,12 @@ def test_what_is_no_state_is_neither_written_nor_read(student, tmp_path):
     with pytest.raises(CacheError, match="found None version None"):
         load_state(tmp_path / "c.safetensors", student)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_cache_that_takes_nothing_back_says_so_when_it_is_asked_to_remember():
+    from xlstm_hybrid import DistilXLSTMConfig, DistilXLSTMForCausalLM
+
+    config = DistilXLSTMConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    cache = prefill(DistilXLSTMForCausalLM(config).eval(), token_ids(1, 9))
+    with pytest.raises(CacheError, match="remember: layer 0 is a RecurrentLayer, which takes nothing back"):
+        remember(cache, 3)

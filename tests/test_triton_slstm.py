@@ -11,7 +11,6 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
-from test_aot import assert_sound, compiled
 from xlstm_kernels.gpu import slstm as kernels
 from xlstm_kernels.gpu.launch import Tile, using
 from xlstm_kernels.slstm import SLSTMState, slstm
@@ -112,13 +111,3 @@ def test_that_problem_finds_a_kernel_out_that_forgets_its_padding(monkeypatch):
     with using(TILE):
         errors = kernels.check_slstm_kernel(torch.device(DEVICE), torch.float32, 8)
     assert max(errors.values()) > 1e-2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chips", ["90", "80,100"])
-def test_every_entry_compiles_for_gpus_that_are_not_here(chips):
-    assert_sound(compiled("--modules", "slstm", "--chips", chips))
-
-
-def test_one_entry_of_every_kernel_compiles_for_sm_90():
-    assert_sound(compiled("--modules", "slstm", "--chips", "90", "--one"))

@@ -5,7 +5,8 @@ from xlstm_kernels.head_loss import HeadLoss, head_loss
 from xlstm_kernels.mix import mix
 from xlstm_kernels.mlstm import BACKENDS, mlstm
 from xlstm_kernels.reference import MLSTMState, fresh_state, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
+from xlstm_kernels.slstm import SLSTMState, slstm
 from xlstm_kernels.window import window_attention
 
-__all__ = ["BACKENDS", "HeadLoss", "MLSTMState", "fresh_state", "head_loss", "hybrid_step", "mix", "mlstm", "mlstm_chunkwise", "mlstm_parallel",
-           "mlstm_recurrent", "mlstm_step", "window_attention", "window_step"]  # fmt: skip
+__all__ = ["BACKENDS", "HeadLoss", "MLSTMState", "SLSTMState", "fresh_state", "head_loss", "hybrid_step", "mix", "mlstm", "mlstm_chunkwise",
+           "mlstm_parallel", "mlstm_recurrent", "mlstm_step", "slstm", "window_attention", "window_step"]  # fmt: skip

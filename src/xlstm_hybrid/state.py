@@ -88,7 +88,9 @@ def remember(cache, tokens):
     """
     if tokens < 0:
         raise CacheError(f"remember: tokens={tokens}, expected 0 or more")
-    for layer in cache.layers:
+    for j, layer in enumerate(cache.layers):
+        if not hasattr(layer, "record_past") and type(layer) is not DynamicLayer:
+            raise CacheError(f"remember: layer {j} is a {type(layer).__name__}, which takes nothing back; take a snapshot instead")
         if hasattr(layer, "record_past"):
             if not (tokens and layer.record_past):  # a record in use only changes its length
                 layer.record_past = tokens > 0
