@@ -15,7 +15,36 @@ from xlstm_hybrid.record import Piece, Step
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
 
 
-class HybridCacheLayer(CacheLayerMixin):
+class StateLayer(CacheLayerMixin):
+    """A layer whose size does not depend on the context. It counts columns in `seen_tokens`, padding included, and has `_tensors(change)`, which
+    replaces every tensor x of it, rows first, by change(x)."""
+
+    def get_mask_sizes(self, query_length):
+        return self.seen_tokens + query_length, 0
+
+    def get_seq_length(self):
+        return self.seen_tokens
+
+    def get_max_length(self):
+        return -1
+
+    def offload(self):
+        self._tensors(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        self._tensors(lambda x: x.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx):
+        self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self._tensors(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._tensors(lambda x: x[indices])
+
+
+class HybridCacheLayer(StateLayer):
     """mLSTM state and [sinks | ring] of one hybrid layer.
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
@@ -221,15 +250,6 @@ class HybridCacheLayer(CacheLayerMixin):
         """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
         self.seen_tokens += tokens
 
-    def get_mask_sizes(self, query_length):
-        return self.seen_tokens + query_length, 0
-
-    def get_seq_length(self):
-        return self.seen_tokens
-
-    def get_max_length(self):
-        return -1
-
     def _tensors(self, change):
         if self.state is not None:
             self.state = MLSTMState(*(change(x) for x in self.state))
@@ -240,27 +260,12 @@ class HybridCacheLayer(CacheLayerMixin):
             self.base._tensors(change)
             self.calls = [call.map(change) for call in self.calls]
 
-    def offload(self):
-        self._tensors(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self):
-        self._tensors(lambda x: x.to(self.device, non_blocking=True))
-
     def reset(self):
         """Empty the layer; the memory of a static one is used again."""
         if not self.is_compileable:
             self.keys = self.values = self.count = None
         self.state, self.is_initialized, self.seen_tokens = None, False, 0
         self.forget()
-
-    def reorder_cache(self, beam_idx):
-        self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        self._tensors(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices):
-        self._tensors(lambda x: x[indices])
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):

@@ -33,8 +33,30 @@ INITS = {  # in words, what `_init_weights` does with each new parameter
 SHOWN = 3  # names per kind of mistake in an error
 
 
+class TensorReport:
+    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name -> fate) and `parameters`."""
+
+    def as_dict(self):
+        return asdict(self)
+
+    def summary(self):
+        """The report without one line per tensor, for `provenance.json`."""
+        counts = {name: dict(Counter(getattr(self, name).values())) for name in ("teacher_tensors", "student_tensors")}
+        return {"parameters": self.parameters, **counts}
+
+    def tensor_lines(self, of_teacher, of_student):
+        """Two tables, layers counted together; the arguments head their last columns."""
+        lines = []
+        for title, heading, tensors in (("teacher tensor", of_teacher, self.teacher_tensors), ("student tensor", of_student, self.student_tensors)):
+            rows = Counter((layerless(name), what) for name, what in tensors.items())
+            width = max([len(title), *(len(name) for name, _ in rows)])
+            lines += ["", f"{title:{width}}  number  {heading}"]
+            lines += [f"{name:{width}}  {number:6}  {what}" for (name, what), number in rows.items()]
+        return lines
+
+
 @dataclass
-class TransferReport:
+class TransferReport(TensorReport):
     """What became of every tensor; `str` gives a table.
 
     teacher_tensors: name -> "copied", "recomputed", or whose duplicate it is.
@@ -51,25 +73,10 @@ class TransferReport:
     parameters: dict = field(default_factory=dict)
     files: list = field(default_factory=list)
 
-    def as_dict(self):
-        return asdict(self)
-
-    def summary(self):
-        """The report without one line per tensor, for `provenance.json`."""
-        return {
-            "parameters": self.parameters,
-            "teacher_tensors": dict(Counter(self.teacher_tensors.values())),
-            "student_tensors": dict(Counter(self.student_tensors.values())),
-        }
-
     def __str__(self):
         layers = ", ".join(f"{number} {kind}" for kind, number in Counter(self.layer_types).items())
         lines = [f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"]
-        for title, tensors in (("teacher tensor", self.teacher_tensors), ("student tensor", self.student_tensors)):
-            rows = Counter((layerless(name), what) for name, what in tensors.items())
-            width = max([len(title), *(len(name) for name, _ in rows)])
-            lines += ["", f"{title:{width}}  number  what became of it" if title[0] == "t" else f"{title:{width}}  number  where it comes from"]
-            lines += [f"{name:{width}}  {number:6}  {what}" for (name, what), number in rows.items()]
+        lines += self.tensor_lines("what became of it", "where it comes from")
         share = 100 * self.parameters["new"] / self.parameters["student"]
         lines += ["", f"parameters: teacher {self.parameters['teacher']:,}, student {self.parameters['student']:,}, of these new "
                   f"{self.parameters['new']:,} ({share:.2f} %), all of them and nothing else trainable in stage I"]

@@ -297,10 +297,23 @@ class HybridMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class HybridDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
+class CheckpointedLayer(GradientCheckpointingLayer):
+    """A layer that is checkpointed only where gradients are wanted."""
 
     checkpointing = False
+
+    @property
+    def gradient_checkpointing(self):
+        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate` would lose the context."""
+        return self.checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.checkpointing = on
+
+
+class HybridDecoderLayer(CheckpointedLayer):
+    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -312,15 +325,6 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         if not self.pre_norm:
             self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-
-    @property
-    def gradient_checkpointing(self):
-        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate` would lose the context."""
-        return self.checkpointing and torch.is_grad_enabled()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on):
-        self.checkpointing = on
 
     def attention_input(self, hidden_states):
         return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states

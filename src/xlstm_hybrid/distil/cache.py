@@ -4,12 +4,13 @@ Dims: B batch, F features of the convolution, c tokens that it looks back (its k
 """
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from xlstm_hybrid.cache import StateLayer
 from xlstm_hybrid.errors import CacheError
 
 
-class RecurrentLayer(CacheLayerMixin):
+class RecurrentLayer(StateLayer):
     """What one block remembers.
 
     memory: MLSTMState or SLSTMState, at least float32.  conv: [B, c, F], the last inputs of the present document, 0 where it has fewer.
@@ -37,15 +38,6 @@ class RecurrentLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         raise CacheError("a recurrent block has no keys and values: the cache belongs to another model")
 
-    def get_mask_sizes(self, query_length):
-        return self.seen_tokens + query_length, 0
-
-    def get_seq_length(self):
-        return self.seen_tokens
-
-    def get_max_length(self):
-        return -1
-
     def get_max_cache_shape(self):
         return -1
 
@@ -60,23 +52,8 @@ class RecurrentLayer(CacheLayerMixin):
             self.memory = type(self.memory)(*(change(x) for x in self.memory))
             self.conv, self.count = change(self.conv), change(self.count)
 
-    def offload(self):
-        self._tensors(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self):
-        self._tensors(lambda x: x.to(self.device, non_blocking=True))
-
     def reset(self):
         self.memory, self.conv, self.count, self.seen_tokens, self.is_initialized = None, None, None, 0, False
-
-    def reorder_cache(self, beam_idx):
-        self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        self._tensors(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices):
-        self._tensors(lambda x: x[indices])
 
 
 def adopt_cache(cache, layers):

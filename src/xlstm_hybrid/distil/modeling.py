@@ -19,7 +19,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -30,7 +29,7 @@ from xlstm_kernels.slstm import slstm
 from xlstm_hybrid.distil.cache import adopt_cache, count_after
 from xlstm_hybrid.distil.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import keep_positions
+from xlstm_hybrid.modeling import CheckpointedLayer, keep_positions
 from xlstm_hybrid.record import Tokens
 
 
@@ -198,10 +197,8 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DistilXLSTMLayer(GradientCheckpointingLayer):
+class DistilXLSTMLayer(CheckpointedLayer):
     """A pre-norm residual block: an mLSTM, or an sLSTM followed by a gated MLP with a residual of its own."""
-
-    checkpointing = False
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -209,15 +206,6 @@ class DistilXLSTMLayer(GradientCheckpointingLayer):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = (SLSTMMixer if slstm_block else MLSTMMixer)(config)
         self.mlp_norm, self.mlp = (LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), GatedMLP(config)) if slstm_block else (None, None)
-
-    @property
-    def gradient_checkpointing(self):
-        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate` would lose the context."""
-        return self.checkpointing and torch.is_grad_enabled()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on):
-        self.checkpointing = on
 
     def forward(self, hidden_states, tokens, past_key_values=None, **kwargs):
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]

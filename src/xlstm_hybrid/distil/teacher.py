@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import initialization as init
 
 from xlstm_hybrid.artifacts import add_provenance, check_space, staged, write_manifest
-from xlstm_hybrid.conversion import DTYPES, layerless
+from xlstm_hybrid.conversion import DTYPES, TensorReport
 from xlstm_hybrid.distil.configuration import DistilXLSTMConfig
 from xlstm_hybrid.distil.modeling import DistilXLSTMForCausalLM
 from xlstm_hybrid.errors import CheckpointError, ConfigError
@@ -25,7 +25,7 @@ PUBLISHED = {"num_hidden_layers": 6, "mlstm_num_heads": 4, "slstm_intermediate_s
 
 
 @dataclass
-class DistilReport:
+class DistilReport(TensorReport):
     """What became of every tensor; `str` gives a table.
 
     teacher_tensors: name -> "copied", "left out", or whose duplicate it is.
@@ -42,22 +42,10 @@ class DistilReport:
     parameters: dict = field(default_factory=dict)
     files: list = field(default_factory=list)
 
-    def as_dict(self):
-        return asdict(self)
-
-    def summary(self):
-        """The report without one line per tensor, for `provenance.json`."""
-        counts = {name: dict(Counter(getattr(self, name).values())) for name in ("teacher_tensors", "student_tensors")}
-        return {"parameters": self.parameters, **counts}
-
     def __str__(self):
         blocks = ", ".join(f"{number} {kind}" for kind, number in Counter(self.block_types).items())
         lines = [f"Distil-xLSTM from {self.teacher} ({self.family}, {self.dtype}): {len(self.block_types)} blocks, {blocks}"]
-        for title, tensors in (("teacher tensor", self.teacher_tensors), ("student tensor", self.student_tensors)):
-            rows = Counter((layerless(name), what) for name, what in tensors.items())
-            width = max([len(title), *(len(name) for name, _ in rows)])
-            lines += ["", f"{title:{width}}  number  what it is"]
-            lines += [f"{name:{width}}  {number:6}  {what}" for (name, what), number in rows.items()]
+        lines += self.tensor_lines("what it is", "what it is")
         share = 100 * self.parameters["trainable"] / self.parameters["student"]
         return "\n".join([*lines, "", f"parameters: student {self.parameters['student']:,}, of these trainable {self.parameters['trainable']:,} "
                                       f"({share:.2f} %), frozen {self.parameters['frozen']:,}"])  # fmt: skip
