@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_losses import pair, waves
 
 from xlstm_hybrid import losses
 from xlstm_hybrid.errors import ConfigError, DataError
@@ -30,17 +31,6 @@ VARIANTS = {  # every divergence, those with options at several of them
     "jsd": ("jsd", {}), "jsd .9": ("jsd", {"jsd_beta": 0.9}), "jsd 0": ("jsd", {"jsd_beta": 0}), "jsd 1": ("jsd", {"jsd_beta": 1}),
     **{f"csd {w}": ("csd", {"csd_weights": w, "csd_temperature": 1.5}) for w in CSD_WEIGHTS},
 }  # fmt: skip
-
-
-def waves(*shape, step):
-    return torch.sin(torch.arange(1.0, 1 + torch.Size(shape).numel(), dtype=torch.float64) * step).view(shape)
-
-
-def pair(B=2, T=5, V=11):
-    """Student and teacher logits, and a mask that leaves out a token of each row."""
-    mask = torch.ones(B, T, dtype=torch.bool)
-    mask[0, 1] = mask[-1, -1] = False
-    return 3 * waves(B, T, V, step=0.37), 4 * waves(B, T, V, step=1.13), mask
 
 
 def softmax(scores):

@@ -45,19 +45,24 @@ def write_json(path, value):
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path, what):
-    """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no object."""
-    path = Path(path)
+def read_object(path, limit, refuse):
+    """The object in a JSON file of at most `limit` bytes. Where it is missing, damaged, too large or no object, `refuse(reason)` is raised."""
     try:
-        if path.stat().st_size > JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, expected at most {JSON_BYTES}")
+        if path.stat().st_size > limit:
+            raise ValueError(f"{path.stat().st_size} bytes, expected at most {limit}")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"holds a {type(value).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again") from error
+        raise refuse(error.strerror if isinstance(error, OSError) else error) from error
     return value
+
+
+def read_json(path, what):
+    """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no object."""
+    path = Path(path)
+    refuse = lambda reason: CheckpointError(f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again")  # noqa: E731
+    return read_object(path, JSON_BYTES, refuse)
 
 
 def read_versioned(path, what):

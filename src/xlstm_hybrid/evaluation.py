@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from xlstm_hybrid.artifacts import read_object
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.statistics import ROUNDING, documents, sample_values
 
@@ -290,16 +291,8 @@ def last_part(name):
 
 
 def load_object(file):
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes, expected at most {MAX_BYTES}")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, expected an object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise EvaluationError(f"{file.name} cannot be read ({reason}); name a results file of lm-eval or of this package, or its folder") from error
-    return content
+    advice = "name a results file of lm-eval or of this package, or its folder"
+    return read_object(file, MAX_BYTES, lambda reason: EvaluationError(f"{file.name} cannot be read ({reason}); {advice}"))
 
 
 def is_harness(content):

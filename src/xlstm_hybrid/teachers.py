@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from xlstm_hybrid.artifacts import weight_files
+from xlstm_hybrid.artifacts import read_object, weight_files
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.families import FAMILIES, family_of
 from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES
@@ -45,15 +45,8 @@ class DirectoryTeacher:
         path = self.path / file
         if not path.is_file():
             raise CheckpointError(f"{self.name}: no {file}, expected a checkpoint of transformers; check the path, or download it again")
-        try:
-            if path.stat().st_size > CONFIG_BYTES:
-                raise ValueError(f"{path.stat().st_size} bytes, expected at most {CONFIG_BYTES}")
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"holds a {type(values).__name__}, expected an object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.name}/{file}: cannot be read ({error}); download the checkpoint again") from error
-        return values
+        return read_object(path, CONFIG_BYTES, lambda reason: CheckpointError(f"{self.name}/{file}: cannot be read ({reason}); "
+                                                                              "download the checkpoint again"))  # fmt: skip
 
     def read_config(self):
         """The configuration as data: only the family's own class interprets it, and nothing in it names code to run."""
