@@ -151,7 +151,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
-            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in modeling.py
+            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixers.py
         plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
         return plan
 
