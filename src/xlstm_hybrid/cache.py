@@ -6,10 +6,11 @@ Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, 
 import copy
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
 
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.exact import KeptKeys
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
@@ -49,6 +50,7 @@ class HybridCacheLayer(StateLayer):
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
+    kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
 
     A recurrent state is not invertible. With `record_past` the layer keeps a copy of itself from before the last `depth` tokens and the
     inputs of the calls since; taking tokens back repeats the calls that stay. What whole calls leave behind is bitwise what they left the
@@ -60,11 +62,12 @@ class HybridCacheLayer(StateLayer):
     is_sliding = True  # full-attention masks are sized from other layers
     supports_early_init = False
 
-    def __init__(self, sliding_window, num_sink_tokens=0, static=False, **kwargs):
+    def __init__(self, sliding_window, num_sink_tokens=0, static=False, kept=None, **kwargs):
         super().__init__()
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
+        self.kept = kept
 
     @property
     def record_past(self):
@@ -134,6 +137,8 @@ class HybridCacheLayer(StateLayer):
                     left -= len(calls[-1])
             self.calls = calls
             self.take_over(base)
+            if self.kept is not None:
+                self.kept.crop(tokens)
         if not keep_record:
             self.forget()
 
@@ -256,6 +261,8 @@ class HybridCacheLayer(StateLayer):
             self.room = self.state if self.room is not None else None
         if self.is_initialized:
             self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
+        if self.kept is not None:
+            self.kept.map(change)
         if self.base is not None:
             self.base._tensors(change)
             self.calls = [call.map(change) for call in self.calls]
@@ -265,6 +272,8 @@ class HybridCacheLayer(StateLayer):
         if not self.is_compileable:
             self.keys = self.values = self.count = None
         self.state, self.is_initialized, self.seen_tokens = None, False, 0
+        if self.kept is not None:
+            self.kept.reset()
         self.forget()
 
 
@@ -317,6 +326,18 @@ def _pick(new, source, chosen, old):
     return torch.where(chosen[:, None, :, None], new.gather(2, at), old)
 
 
+def check_memories(layer, j, config):
+    """Raise CacheError where a hybrid layer of a cache remembers other things exactly than layer j of the model does."""
+    if not isinstance(layer, HybridCacheLayer):
+        return
+    found, expected = layer.kept is not None, bool(config.kept_of(j))
+    if found != expected:
+        raise CacheError(
+            f"past_key_values: layer {j} keeps {'some' if found else 'no'} groups' keys, expected {config.kept_of(j) or 'none'}; another model made "
+            "it: start from DynamicCache(config=model.config)"
+        )
+
+
 def adopt_cache(cache, config):
     """Make a fresh stock cache ours: its `hybrid_sliding` layers become `HybridCacheLayer`, its sliding layers get their own window.
 
@@ -327,20 +348,25 @@ def adopt_cache(cache, config):
     """
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
+    moving = any(config.kept_groups or ())  # such a cache has no fixed addresses, and a static one among its layers would be misread
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
+        if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
+            layer = cache.layers[j] = DynamicLayer()
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             if layer.get_seq_length() > 0:
                 raise CacheError(
                     f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
-            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable)
+            kept = KeptKeys(config.kept_window_of(j)) if config.kept_of(j) else None
+            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, kept=kept)
+        check_memories(cache.layers[j], j, config)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
-            static = isinstance(layer, StaticSlidingWindowLayer)
+            static = isinstance(layer, StaticSlidingWindowLayer) and not moving
             cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)
         if cache.layers[j] is not layer and getattr(layer, "record_past", False):
             cache.layers[j].record_past, cache.layers[j].depth = True, getattr(layer, "depth", ROLLBACK_TOKENS)

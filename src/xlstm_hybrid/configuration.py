@@ -24,6 +24,10 @@ class XLSTMHybridConfig(PreTrainedConfig):
         sliding_window: window W of the hybrid layers, in tokens, the present one included.
         num_sink_tokens: first real tokens of a document that stay visible to the window's softmax.
         layer_windows, layer_sinks: the same per layer, for layers that differ; None follows the three fields above (`window_of`, `sinks_of`).
+        kept_groups: per layer the numbers of the key/value groups whose query heads keep the teacher's full attention in a hybrid layer (its window
+            where it had one): no window, sinks or mLSTM for them, and their keys and values of the whole context in the cache. [] or None: no group.
+        kept_positions: "rope", the teacher's, exact without training; "log": none, and logits times log_a(t + a), a = kept_log_base, for students
+            that are trained so (HyPE, arXiv 2601.22156).
         mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
         mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
@@ -72,6 +76,9 @@ class XLSTMHybridConfig(PreTrainedConfig):
     num_sink_tokens: int = 4
     layer_windows: list[int | None] | None = None
     layer_sinks: list[int] | None = None
+    kept_groups: list[list[int]] | None = None
+    kept_positions: str = "rope"
+    kept_log_base: float | int = 500
 
     teacher_model_type: str | None = None
     mlstm_context: int = 4096
@@ -124,7 +131,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         wrong, n = [], self.num_hidden_layers
         if self.num_attention_heads % self.num_key_value_heads:
             wrong.append(f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}")
-        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks"):
+        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"):
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
@@ -140,8 +147,25 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
+        wrong += [] if wrong else self.wrong_memories()
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
+
+    def wrong_memories(self):
+        """What contradicts itself among the fields of exact memories, a list of messages."""
+        wrong, G = [], self.num_key_value_heads
+        for j, kept in enumerate(self.kept_groups or ()):
+            if sorted(set(kept)) != sorted(kept) or not set(kept) <= set(range(G)):
+                wrong.append(f"kept_groups of layer {j} are {kept}: expected different numbers from 0 to {G - 1}")
+            elif kept and self.layer_types[j] != "hybrid_sliding":
+                wrong.append(f"layer {j} is {self.layer_types[j]} with kept_groups {kept}: expected none, all of its groups keep their attention")
+            elif len(kept) == G:
+                wrong.append(f"kept_groups of layer {j} are all {G} groups: make it {self.teacher_layer_types[j]} in layer_types")
+        if self.kept_positions not in ("rope", "log"):
+            wrong.append(f"kept_positions={self.kept_positions!r}: expected 'rope' or 'log'")
+        if not self.kept_log_base > 1:
+            wrong.append(f"kept_log_base={self.kept_log_base}: expected a base above 1")
+        return wrong
 
     def tensor_parallel_plan(self):
         """Tensor-parallel style of each module. Heads are cut with their mLSTM; a norm over all heads (OLMo) needs them whole on every rank."""
@@ -166,6 +190,19 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.layer_sinks is not None:
             return self.layer_sinks[layer_idx]
         return self.num_sink_tokens if self.layer_types[layer_idx] == "hybrid_sliding" else 0
+
+    def kept_of(self, layer_idx):
+        """Numbers of the key/value groups that keep full attention in a hybrid layer, in order."""
+        return sorted(self.kept_groups[layer_idx]) if self.kept_groups else []
+
+    def kept_window_of(self, layer_idx):
+        """Window of a layer's kept groups in tokens, the teacher's own; None for full attention."""
+        return self.teacher_sliding_window if self.teacher_layer_types[layer_idx] == "sliding_attention" else None
+
+    def mixed_heads(self, layer_idx):
+        """Numbers of the query heads that mix an mLSTM with window attention, in order: all but those of kept groups."""
+        repeats, kept = self.num_attention_heads // self.num_key_value_heads, set(self.kept_of(layer_idx))
+        return [h for h in range(self.num_attention_heads) if h // repeats not in kept]
 
     def rope_parameters_of(self, layer_idx):
         """The flat RoPE dict of one layer: that of its teacher layer type where the teacher has several."""

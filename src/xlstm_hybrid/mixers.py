@@ -24,6 +24,8 @@ class HeadsParallel(TensorParallelLayer):
 
     def validate_param(self, module, param, mesh, parameter_name=None):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
+        if any(module.config.kept_groups or ()):
+            raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
         if heads % mesh.size() or groups % mesh.size():
             raise ConfigError(
                 f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
@@ -55,7 +57,7 @@ class MLSTMMixer(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
+        H, K, D = len(config.mixed_heads(layer_idx)), config.head_dim, config.hidden_size
         self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, K)), nn.Parameter(torch.empty(H, K, K))
         self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
         self.fgate_bias = nn.Parameter(torch.empty(H))
@@ -66,7 +68,7 @@ class MLSTMMixer(nn.Module):
         window = self.config.window_of(self.layer_idx)
         low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
         steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
-        return (low * (high / low) ** steps - 1).log().float()
+        return (low * (high / low) ** steps - 1).log().float()[self.config.mixed_heads(self.layer_idx)]
 
     def gates(self, hidden_states, qkv):
         """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.

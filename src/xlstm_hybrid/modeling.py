@@ -32,6 +32,7 @@ from xlstm_kernels import mix, window_attention
 from xlstm_hybrid.cache import adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
 from xlstm_hybrid.mixers import MLSTMMixer
 from xlstm_hybrid.record import Tokens
 
@@ -90,9 +91,12 @@ class HybridAttention(nn.Module):
             self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
         if self.layer_type == "hybrid_sliding":
             self.mlstm = MLSTMMixer(config, layer_idx)
+        kept = config.kept_of(layer_idx)
+        self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
 
     def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K]."""
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K],
+        unrotated is (query, key) before RoPE."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         raw = q.view(heads), k.view(heads), v.view(heads)
@@ -101,8 +105,9 @@ class HybridAttention(nn.Module):
         q, k = q.view(heads), k.view(heads)
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        query, key = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        return query, key, raw[2].transpose(1, 2), raw
+        unrotated = q.transpose(1, 2), k.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
+        return query, key, raw[2].transpose(1, 2), raw, unrotated
 
     def attend(self, query, key, value, mask, sliding_window=None, implementation=None, **kwargs):
         """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
@@ -114,8 +119,27 @@ class HybridAttention(nn.Module):
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
 
     def mix(self, hidden_states, projected, tokens, mask, cache=None):
-        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the window's attention weights; updates the cache layer."""
-        query, key, value, (q, k, v) = projected
+        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the attention weights of window and kept groups; updates the cache layer."""
+        if self.split is None:
+            return self.mix_heads(hidden_states, projected, tokens, mask, cache)
+        h, weights = self.mix_heads(hidden_states, self.split.projected(projected, kept=False), tokens, mask, cache)
+        full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
+        return self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)
+
+    def keep(self, projected, tokens, cache=None):
+        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it had one."""
+        query, key, value, _, unrotated = projected
+        if self.config.kept_positions == "log":
+            query, key = unrotated
+            query = log_scaled(query, tokens.index, self.config.kept_log_base)
+        held, spare = (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        key, value, mask = held.append(key, value, tokens, spare, masked=dense == "eager")
+        return self.attend(query, key, value, mask, implementation=dense)
+
+    def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
+        """`mix` for the heads that do not keep full attention."""
+        query, key, value, (q, k, v), _ = projected
         n = self.num_key_value_groups
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
         inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
@@ -147,7 +171,7 @@ class HybridAttention(nn.Module):
             cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             h, weights = self.mix(hidden_states, projected, tokens, mask, cache)
         else:
-            query, key, value, _ = projected
+            query, key, value, *_ = projected
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
             h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)

@@ -20,6 +20,7 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.artifacts import write_file
 from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.exact import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
@@ -164,6 +165,8 @@ def tensors_of(layer):
     tensors = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, HybridCacheLayer):
         tensors |= dict(zip("Cnm", layer.state, strict=True)) | {"count": layer.count}
+        if layer.kept is not None:
+            tensors |= {f"kept_{name}": getattr(layer.kept, name) for name in ("keys", "values", "place")}
     return tensors
 
 
@@ -253,14 +256,17 @@ def check_header(header, model, name):
 def check_tensors(tensors, layer, j, config, seen, name):
     """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
     B, slots = tensors["keys"].shape[0] if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
-    H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    hybrid = isinstance(layer, HybridCacheLayer)
+    H, E, K = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim
+    G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
         slots = layer.num_sink_tokens + layer.sliding_window
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:
         slots = layer.sliding_window - 1
     expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
     expected |= {"C": (B, H, K, K), "n": (B, H, K), "m": (B, H), "count": (B,)} if hybrid else {}
+    if E:
+        columns = tensors["kept_place"].shape[-1] if "kept_place" in tensors else 0
+        expected |= {"kept_keys": (B, E, columns, K), "kept_values": (B, E, columns, K), "kept_place": (B, columns)}
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if B < 1 or found != expected:
         raise CacheError(f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state")
@@ -269,6 +275,16 @@ def check_tensors(tensors, layer, j, config, seen, name):
         count = tensors["count"]
         if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
             raise CacheError(f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state")
+        if E and not fits(tensors["kept_place"], count, seen):
+            raise CacheError(f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state")
+
+
+def fits(place, count, seen):
+    """Whether the places [B, N] of kept columns belong to rows of `count` [B] tokens."""
+    if place.dtype != torch.long or place.shape[1] > seen or not bool((place >= -1).all()):
+        return False
+    last = place.amax(-1) if place.shape[1] else torch.full_like(count, -1)
+    return bool(torch.where(last < 0, count == 0, last % DOCUMENT == count - 1).all())
 
 
 def fill(layer, tensors, seen):
@@ -277,5 +293,7 @@ def fill(layer, tensors, seen):
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if isinstance(layer, HybridCacheLayer):
         layer.state, layer.count, layer.seen_tokens = MLSTMState(*(tensors[key] for key in "Cnm")), tensors["count"], seen
+        if layer.kept is not None:
+            layer.kept.keys, layer.kept.values, layer.kept.place = (tensors[f"kept_{key}"] for key in ("keys", "values", "place"))
     elif isinstance(layer, SlidingLayer):
         layer.cumulative_length = seen
