@@ -1,5 +1,7 @@
 """What a hybrid layer remembers exactly: kept groups are the teacher's attention, however the tokens reach the layer."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import tiny_student, token_ids
@@ -7,13 +9,16 @@ from test_modeling import LENGTHS, PACKINGS, in_pieces
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
+from xlstm_hybrid import sparse
 from xlstm_hybrid.allocation import keep_groups
+from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.checks import CHECKS, Subject
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.exact import DOCUMENT, KeptKeys
+from xlstm_hybrid.exact import DOCUMENT, KeptKeys, spread
 from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.state import load_state, prefill, remember, rollback, save_state, snapshot
 
+GOLDEN = [13656260, 12150260, 3947708]  # of `spread`: states on disk hold such scores
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 KEPT = {"kept_groups": [[1], [], [0]], "num_attention_heads": 6, "num_key_value_heads": 3}  # mixed heads on both sides of kept ones, and none
 MIXED = {
@@ -26,6 +31,9 @@ STACKS = {
     "kept": KEPT,
     "kept without positions": KEPT | {"kept_positions": "log", "kept_log_base": 3, "qk_norm": "head"},
     "kept beside the teacher's layers": MIXED,
+    "sparse": {"sparse_memory": 3},
+    "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
+    "sparse and kept": KEPT | {"sparse_memory": 4, "sparse_memory_score": "random"},
 }
 
 
@@ -210,6 +218,122 @@ def test_groups_are_given_back_step_by_step_and_the_first_student_stays_what_it_
         keep_groups(once, [[0], [0], []])
 
 
+# --- sparse memory -----------------------------------------------------------------------------------------------
+
+
+def layer_inputs(T, rows=2, H=4, G=2, K=8):
+    """q, k, v [B, H | G, T, K], scores [B, G, T] with equal ones among them, and `Tokens` with padding and three documents in the last row."""
+    waves = [
+        torch.sin(torch.arange(1.0, 1 + rows * n * T * K, dtype=torch.float64) * step).view(rows, n, T, K)
+        for n, step in ((H, 0.7), (G, 1.3), (G, 2.1))
+    ]
+    scores = (torch.sin(torch.arange(rows * G * T, dtype=torch.float64) * 3.7).view(rows, G, T) * 4).round()
+    mask = torch.ones(rows, T).long()
+    mask[-1, [0, 1, 9, T - 12]] = 0
+    number = (torch.arange(T) >= 15).long() + (torch.arange(T) >= T - 14).long()
+    return *waves, scores, Tokens.locate((rows, T), "cpu", attention_mask=mask, seq_idx=torch.stack([torch.zeros(T).long()] * (rows - 1) + [number]))
+
+
+def by_definition(q, k, v, scores, tokens, window, sinks, capacity):
+    """Token by token, row by row: who is visible is counted as the docstring of the config says it."""
+    h = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=q.dtype)
+    for b, head, t in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        if not tokens.real[b, t]:
+            continue
+        g, index, s = head // (q.shape[1] // k.shape[1]), tokens.index[b].tolist(), scores[b, head // (q.shape[1] // k.shape[1])].tolist()
+        mine = [j for j in range(t + 1) if tokens.real[b, j] and tokens.document[b, j] == tokens.document[b, t]]
+        left = [j for j in mine if index[t] - index[j] >= window and index[j] >= sinks]
+        best = sorted(left, key=lambda j: (-s[j], index[j]))[:capacity]
+        see = [j for j in mine if index[t] - index[j] < window or index[j] < sinks or j in best]
+        weight = (q[b, head, t] @ k[b, g, see].T / q.shape[-1] ** 0.5).softmax(-1)
+        h[b, t, head] = weight @ v[b, g, see]
+    return h
+
+
+@pytest.mark.parametrize(("window", "sinks", "capacity"), [(4, 2, 3), (7, 0, 1), (1, 1, 6), (3, 5, 40)])
+def test_the_best_tokens_that_left_the_window_are_visible_and_nobody_comes_back(window, sinks, capacity, monkeypatch):
+    q, k, v, scores, tokens = layer_inputs(41)
+    want = by_definition(q, k, v, scores, tokens, window, sinks, capacity)
+    for block in (1, 5, 64):
+        monkeypatch.setattr(sparse, "BLOCK", block)
+        h, _ = sparse.sparse_attention(q, k, v, tokens, scores, HybridCacheLayer(window, sinks, capacity=capacity))
+        torch.testing.assert_close(torch.where(tokens.real[..., None, None], h, 0.0), want, **TOLERANCE)
+
+
+def test_blocks_of_queries_have_the_gradients_of_all_at_once_and_see_a_bounded_number_of_keys(monkeypatch):
+    *inputs, scores, tokens = layer_inputs(90)
+    gradients, keys, attention = [], [], sparse.grouped_attention
+    monkeypatch.setattr(sparse, "grouped_attention", lambda *x: keys.append(x[1].shape[2]) or attention(*x))
+    for block in (1000, 6):
+        monkeypatch.setattr(sparse, "BLOCK", block)
+        leaf = [x.clone().requires_grad_() for x in inputs]
+        h, _ = sparse.sparse_attention(*leaf, tokens, scores, HybridCacheLayer(6, 2, capacity=5))
+        (h * torch.cos(h.detach() * 9) * tokens.real[..., None, None]).sum().backward()
+        gradients.append([x.grad for x in leaf])
+    torch.testing.assert_close(gradients[0], gradients[1], **TOLERANCE)
+    assert keys == [90] + [6] + [2 + 6 + 5 + 6] * 14 and all(g.abs().max() > 0.01 for g in gradients[0])
+
+
+@torch.no_grad()
+def test_a_residual_is_what_the_state_answers_to_a_tokens_own_key():
+    """The mLSTM token by token, as its equations say, in float64."""
+    B, T, H, K = 2, 23, 4, 8
+    k, v, i, f = (
+        torch.sin(torch.arange(1.0, 1 + B * T * H * n, dtype=torch.float64) * step).view(B, T, H, n)
+        for n, step in ((K, 0.3), (K, 1.7), (1, 2.3), (1, 0.9))
+    )
+    k, i, f = k.softmax(-1), 2 * i[..., 0], 3 + f[..., 0]
+    tokens = Tokens.locate((B, T), "cpu")
+    C, n, residual = torch.zeros(B, H, K, K).double(), torch.zeros(B, H, K).double(), torch.zeros(B, T, H).double()
+    for t in range(T):
+        forget, write = f[:, t].sigmoid()[..., None], i[:, t].exp()[..., None] * k[:, t]
+        C, n = forget[..., None] * C + write[..., None] * v[:, t, :, None], forget * n + write
+        answer = (k[:, t, :, None] @ C)[:, :, 0] / (k[:, t] * n).sum(-1, keepdim=True)
+        residual[:, t] = (v[:, t] - answer).square().sum(-1)
+    key = torch.zeros(B, 2, T, K).double()
+    whole = sparse.scores_of("residual", tokens, key, ((k, v, i, f), 8))
+    torch.testing.assert_close(whole, residual.view(B, T, 2, 2).mean(-1).transpose(1, 2), **TOLERANCE)
+    share = i.exp() / (i.exp() + f.sigmoid())
+    want = (residual * share).view(B, T, 2, 2).mean(-1).transpose(1, 2)
+    torch.testing.assert_close(sparse.scores_of("weighted", tokens, key, ((k, v, i, f), 8)), want, **TOLERANCE)
+    assert residual[:, 0].max() < 1e-25 and residual[:, 1:].min() > 0  # alone, a token is given back as it is
+
+
+@torch.no_grad()
+def test_the_most_recent_chosen_tokens_are_a_wider_window_and_room_for_all_is_full_attention():
+    ids = token_ids(2, 40)
+    plain = tiny_student()
+    wide = tiny_student(sliding_window=11)
+    recent = tiny_student(sparse_memory=4, sparse_memory_score="recency")
+    every = tiny_student(sparse_memory=60)
+    full = tiny_student(layer_types=["full_attention"] * 3)
+    for model in (wide, recent, every):
+        model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(recent(ids).logits, wide(ids).logits, **TOLERANCE)
+    for layer in every.model.layers:
+        layer.self_attn.mlstm.ogate_bias.fill_(-1e4)
+    full.load_state_dict({k: v for k, v in plain.state_dict().items() if ".mlstm." not in k})
+    torch.testing.assert_close(every(ids).logits, full(ids).logits, **TOLERANCE)
+    assert (recent(ids).logits - plain(ids).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_sparse_memory_is_as_large_at_any_context_and_empty_slots_are_empty():
+    model = tiny_student(sparse_memory=6)
+    short, long = (prefill(model, token_ids(1, T)).layers[0].sparse for T in (12, 200))
+    assert [x.shape for x in short] == [x.shape for x in long] and (long.index[..., 1:] > long.index[..., :-1]).all()
+    assert short.index[0].tolist() == [[3, 4, -1, -1, -1, -1]] * 2  # 12 tokens less 3 sinks and a window of 7
+    assert not short.keys[:, :, 2:].any() and (short.score[:, :, 2:] == -torch.inf).all() and long.index.min() >= 3
+
+
+def test_random_scores_differ_between_layers_and_tokens_and_never_change():
+    index = torch.arange(4000)[None]
+    a, b = (spread(index, j)[0] for j in (0, 100))
+    assert len(a.unique()) > 3990 and int(a.min()) >= 0 and int(a.max()) < 2**24 and (a == b).sum() < 5
+    assert abs(float(a.double().mean()) / 2**23 - 1) < 0.03 and abs(float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])) < 0.05
+    assert a[:3].tolist() == GOLDEN
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -220,6 +344,8 @@ BAD = {
     r"layer 1 is full_attention with kept_groups \[0\]": {**MIXED, "kept_groups": [[], [0], []]},
     "kept_positions='none'": {"kept_positions": "none"},
     "kept_log_base=1": {"kept_log_base": 1},
+    "sparse_memory=-1": {"sparse_memory": -1},
+    "sparse_memory_score='best'": {"sparse_memory_score": "best"},
 }
 
 
@@ -235,3 +361,5 @@ def test_a_cache_with_other_memories_is_refused():
     for reader, writer in ((plain, kept), (kept, plain)):
         with pytest.raises(CacheError, match="layer 0 keeps"):
             reader(token_ids(1, 4), past_key_values=prefill(writer, token_ids(1, 9)))
+    with pytest.raises(CacheError, match="layer 0 has a sparse memory of 2 tokens, expected 0"):
+        plain(token_ids(1, 4), past_key_values=prefill(tiny_student(sparse_memory=2), token_ids(1, 9)))

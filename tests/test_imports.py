@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROAD = ["xlstm_kernels", "configuration", "record", "exact", "cache", "mixers", "modeling", "state", "checks", "verify", "families", "teachers", "conversion",
+ROAD = ["xlstm_kernels", "configuration", "record", "exact", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify", "families", "teachers", "conversion",
         "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline", "verbs", "cli"]  # fmt: skip
 LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "recipe": {"errors"},
           "vocabulary": {"errors"}}  # fmt: skip

@@ -7,6 +7,7 @@ from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+SCORES = ("residual", "weighted", "recency", "random")
 
 
 @strict
@@ -28,6 +29,9 @@ class XLSTMHybridConfig(PreTrainedConfig):
             where it had one): no window, sinks or mLSTM for them, and their keys and values of the whole context in the cache. [] or None: no group.
         kept_positions: "rope", the teacher's, exact without training; "log": none, and logits times log_a(t + a), a = kept_log_base, for students
             that are trained so (HyPE, arXiv 2601.22156).
+        sparse_memory: (key, value) pairs per key/value group and hybrid layer that stay visible to the window's softmax after they have left the
+            window, those that score best; 0: none. The cache grows by so much, at any context.
+        sparse_memory_score: "residual", "weighted", or for comparison "recency" or "random" (see `sparse.scores_of`).
         mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
         mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
@@ -79,6 +83,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
     kept_groups: list[list[int]] | None = None
     kept_positions: str = "rope"
     kept_log_base: float | int = 500
+    sparse_memory: int = 0
+    sparse_memory_score: str = "residual"
 
     teacher_model_type: str | None = None
     mlstm_context: int = 4096
@@ -165,6 +171,10 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"kept_positions={self.kept_positions!r}: expected 'rope' or 'log'")
         if not self.kept_log_base > 1:
             wrong.append(f"kept_log_base={self.kept_log_base}: expected a base above 1")
+        if self.sparse_memory < 0:
+            wrong.append(f"sparse_memory={self.sparse_memory}: expected 0 or more tokens")
+        if self.sparse_memory_score not in SCORES:
+            wrong.append(f"sparse_memory_score={self.sparse_memory_score!r}: expected one of {list(SCORES)}")
         return wrong
 
     def tensor_parallel_plan(self):

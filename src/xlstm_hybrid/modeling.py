@@ -29,12 +29,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from xlstm_kernels import mix, window_attention
 
-from xlstm_hybrid.cache import adopt_cache
+from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
 from xlstm_hybrid.mixers import MLSTMMixer
 from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.sparse import scores_of, sparse_attention
 
 
 @dataclass
@@ -143,6 +144,8 @@ class HybridAttention(nn.Module):
         n = self.num_key_value_groups
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
         inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
+        if self.config.sparse_memory:
+            return self.mix_sparse(inputs, query, key, value, tokens, cache)
         held = cache is not None and cache.is_initialized
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
@@ -162,6 +165,23 @@ class HybridAttention(nn.Module):
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
+        return mix(memory, window, o).to(value.dtype), weights
+
+    def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
+        """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
+        config, read = self.config, []
+        layer = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
+        memory, o, state = self.mlstm(*inputs, state=layer.state, record=lambda *call: read.append(call))
+        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx)
+        attend = None
+        if config._attn_implementation == "eager" or (self.training and config.attention_dropout):
+            attend = partial(self.attend, implementation="eager" if config._attn_implementation == "eager" else "sdpa")
+        window, weights = sparse_attention(query, key, value, tokens, scores, layer, attend, self.scaling)
+        if cache is not None:
+            if cache.record_past:
+                cache.record(*read[0])
+            cache.update(key, value, tokens, scores)
+            cache.hold(state)
         return mix(memory, window, o).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
@@ -383,6 +403,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         Args:
             filled: a `HybridCacheLayer` of that kind, if it holds tokens.
         """
+        if self.config.sparse_memory:
+            return None  # what is visible depends on the layer, see `sparse_attention`
         dense = self.config._attn_implementation == "eager" or (self.training and self.config.attention_dropout)
         step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
         if not dense and (filled is None or step):

@@ -20,7 +20,7 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.artifacts import write_file
 from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.exact import DOCUMENT
+from xlstm_hybrid.exact import DOCUMENT, SparseSlots
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
@@ -165,6 +165,8 @@ def tensors_of(layer):
     tensors = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, HybridCacheLayer):
         tensors |= dict(zip("Cnm", layer.state, strict=True)) | {"count": layer.count}
+        if layer.sparse is not None:
+            tensors |= {"scores": layer.scores} | {f"sparse_{name}": x for name, x in layer.sparse._asdict().items()}
         if layer.kept is not None:
             tensors |= {f"kept_{name}": getattr(layer.kept, name) for name in ("keys", "values", "place")}
     return tensors
@@ -264,6 +266,9 @@ def check_tensors(tensors, layer, j, config, seen, name):
         slots = layer.sliding_window - 1
     expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
     expected |= {"C": (B, H, K, K), "n": (B, H, K), "m": (B, H), "count": (B,)} if hybrid else {}
+    if hybrid and (L := config.sparse_memory):
+        expected |= {"scores": (B, G, slots), "sparse_keys": (B, G, L, K), "sparse_values": (B, G, L, K)}
+        expected |= {"sparse_score": (B, G, L), "sparse_index": (B, G, L)}
     if E:
         columns = tensors["kept_place"].shape[-1] if "kept_place" in tensors else 0
         expected |= {"kept_keys": (B, E, columns, K), "kept_values": (B, E, columns, K), "kept_place": (B, columns)}
@@ -275,6 +280,8 @@ def check_tensors(tensors, layer, j, config, seen, name):
         count = tensors["count"]
         if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
             raise CacheError(f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state")
+        if "sparse_index" in tensors and not bool((tensors["sparse_index"] < count[:, None, None]).all()):
+            raise CacheError(f"{name}: layer {j} has chosen tokens beyond its {seen}, it is damaged; make it again with save_state")
         if E and not fits(tensors["kept_place"], count, seen):
             raise CacheError(f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state")
 
@@ -293,6 +300,8 @@ def fill(layer, tensors, seen):
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if isinstance(layer, HybridCacheLayer):
         layer.state, layer.count, layer.seen_tokens = MLSTMState(*(tensors[key] for key in "Cnm")), tensors["count"], seen
+        if layer.capacity:
+            layer.scores, layer.sparse = tensors["scores"], SparseSlots(*(tensors[f"sparse_{field}"] for field in SparseSlots._fields))
         if layer.kept is not None:
             layer.kept.keys, layer.kept.values, layer.kept.place = (tensors[f"kept_{key}"] for key in ("keys", "values", "place"))
     elif isinstance(layer, SlidingLayer):
