@@ -24,6 +24,11 @@ class HeadsParallel(TensorParallelLayer):
 
     def validate_param(self, module, param, mesh, parameter_name=None):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
+        if module.config.window_dropout:
+            raise ConfigError(
+                f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
+                "set it to 0"
+            )
         if heads % mesh.size() or groups % mesh.size():
             raise ConfigError(
                 f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
@@ -47,7 +52,7 @@ ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
 
 
 class MLSTMMixer(nn.Module):
-    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1).
+    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1). What varies are the config's `memory_*` and `mixer_*`.
 
     Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
     """
@@ -57,8 +62,9 @@ class MLSTMMixer(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
         self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, K)), nn.Parameter(torch.empty(H, K, K))
-        self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
-        self.fgate_bias = nn.Parameter(torch.empty(H))
+        if config.memory_cell != "linear":
+            self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
+            self.fgate_bias = nn.Parameter(torch.empty(H))
         self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
 
     def forget_bias(self):
@@ -78,10 +84,22 @@ class MLSTMMixer(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             x = hidden_states.to(dtype)
-            i = nn.functional.linear(x, self.igate_weight.to(dtype))
-            f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
+            if self.config.memory_cell == "linear":  # everything is written, nothing forgotten
+                i = x.new_zeros(qkv.shape[:-1])
+                f = i + float("inf")
+            else:
+                i = nn.functional.linear(x, self.igate_weight.to(dtype))
+                f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
             o = torch.sigmoid((qkv.to(dtype) * self.ogate_weight.to(dtype)).sum(-1) + self.ogate_bias.to(dtype))
         return i, f, o
+
+    def clamped(self, o, tokens):
+        """The output gate [B, T, H] where branches are left out: 1 is the memory alone, 0 the window alone."""
+        if self.config.mixer_branches != "both":
+            return torch.full_like(o, self.config.mixer_branches == "memory")
+        if tokens.blind is None:
+            return o
+        return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
 
     @staticmethod
     def features(x, feature_map):
@@ -98,15 +116,21 @@ class MLSTMMixer(nn.Module):
         """Mix-ready output of the mLSTM.
 
         Args:
-            query, key, value: after QK-norm and RoPE, heads repeated, [B, H, T, K | V].
+            query, key, value: after QK-norm and, unless `memory_rope` is False, RoPE, heads repeated, [B, H, T, K | V].
             tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
             state: MLSTMState of the tokens before, or None.
             step: `HybridCacheLayer.step` for one token, which mixes the branches and keeps the state.
             record: `HybridCacheLayer.record`, called with what rolling back will have to repeat.
         Returns:
-            `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None.
+            `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None. Without a memory branch h and the
+            state are None.
         """
         i, f, o = self.gates(hidden_states, qkv)
+        o = self.clamped(o, tokens)
+        if self.config.mixer_branches == "window":
+            if record is not None:
+                record((), self.config.mlstm_chunk_size)
+            return None if step is None else step(features=(), gates=()), o, None
         real, start = tokens.real[..., None], tokens.start[..., None]
         i = torch.where(real, i, float("-inf"))
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
