@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
+from tiny_teachers import teacher, teacher_config
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
+from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.plan import shape_of
 from xlstm_hybrid.state import prefill
 from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
 from xlstm_hybrid.verify import MEMORY, verify
@@ -22,6 +25,9 @@ OPTIONS = {
     "window": {"mixer_branches": "window"},
     "linear": {"memory_cell": "linear"},
     "no rope": {"memory_rope": False},
+    "signed": {"memory_feature_map": "softmax_signed"},
+    "wide": {"memory_feature_dim": 40},
+    "narrow and signed": {"memory_feature_dim": 5, "memory_feature_map": "softmax_signed", "memory_cell": "linear"},
     "no rope, all at once": {"memory_rope": False, "memory_cell": "linear", "mixer_branches": "memory", "qk_norm": "head"},
 }
 
@@ -59,7 +65,8 @@ def test_every_check_holds_for_every_choice(any_choice):
 def test_every_choice_is_another_function_and_survives_saving(any_choice, tmp_path):
     ids, changes = token_ids(2, 20), any_choice.config.to_diff_dict()
     default = tiny_student(num_hidden_layers=2, qk_norm=any_choice.config.qk_norm)
-    default.load_state_dict(any_choice.state_dict(), strict=False)
+    same = {name: x for name, x in any_choice.state_dict().items() if x.shape == default.state_dict().get(name, x).shape}
+    default.load_state_dict(same, strict=False)
     found = logits_of(any_choice, ids)
     assert (found - logits_of(default, ids)).abs().max() > 0.1
     any_choice.save_pretrained(tmp_path)
@@ -80,6 +87,28 @@ def test_compiled_steps_generate_what_eager_ones_do(any_choice):
     compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True
     assert torch.equal(any_choice.generate(ids, compile_config=compiled, **options), any_choice.generate(ids, **options))
+
+
+def test_conversion_takes_the_choices_and_writes_them(tmp_path):
+    chosen = {
+        "mixer_branches": "memory",
+        "memory_cell": "linear",
+        "memory_rope": False,
+        "memory_feature_map": "softmax_signed",
+        "memory_feature_dim": 7,
+    }
+    report = convert(teacher("llama"), tmp_path / "student", sliding_window=7, num_sink_tokens=2, **chosen)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert {name: getattr(loaded.config, name) for name in chosen} == chosen
+    assert report.parameters["new"] == 3 * 6 * (2 * 10 * 7 + 3 * 10 + 1)  # 3 layers, 6 heads of 10: two maps and the output gate
+    made = XLSTMHybridForCausalLM.from_teacher(teacher("llama"), sliding_window=7, num_sink_tokens=2, **chosen)
+    assert torch.equal(logits_of(made, token_ids(1, 20)), logits_of(loaded, token_ids(1, 20)))
+
+
+def test_a_plan_refuses_features_whose_memory_was_never_measured():
+    assert shape_of(teacher_config("llama"), memory_cell="linear").new < shape_of(teacher_config("llama")).new
+    with pytest.raises(ConfigError, match="20 features for a head_dim of 10"):
+        shape_of(teacher_config("llama"), memory_feature_map="softmax_signed")
 
 
 # --- branches ----------------------------------------------------------------------------------------------------
@@ -228,6 +257,33 @@ def test_a_linear_memory_is_an_mlstm_that_writes_everything_and_forgets_nothing(
             if name in missing:
                 x.fill_(1e9 if "bias" in name else 0)
     torch.testing.assert_close(logits_of(linear, ids), logits_of(mlstm, ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("changes", "features"), [({}, 16), ({"memory_feature_dim": 40}, 40), ({"memory_feature_dim": 5}, 5)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_features_are_a_softmax_over_all_columns_and_their_negatives(changes, features, signed):
+    config = tiny_config(memory_feature_map="softmax_signed" if signed else "softmax", **changes)
+    mixer = MLSTMMixer(config, 0)
+    assert config.memory_features == features * (1 + signed)
+    x, P = torch.randn(2, 4, 3, 16, dtype=torch.float64), torch.randn(4, 16, features, dtype=torch.float64)
+    assert mixer.q_map.shape == P.shape
+    found = mixer.features(x, P, signed)
+    for b, h, t in ((0, 0, 0), (1, 3, 2)):
+        seen = [math.exp(float(x[b, h, t] @ P[h, :, j]) * sign) for sign in ((1, -1) if signed else (1,)) for j in range(features)]
+        torch.testing.assert_close(found[b, t, h], torch.tensor(seen, dtype=torch.float64) / sum(seen), **TOLERANCE)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("width", [5, 16, 40, 70])
+def test_a_fresh_map_begins_with_the_identity_and_no_two_features_are_the_same(width, signed):
+    kind = "softmax_signed" if signed else "softmax"
+    model = XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1, memory_feature_dim=width, memory_feature_map=kind))
+    first = model.model.layers[0].self_attn.mlstm.k_map[2]
+    assert torch.equal(first[:, :16], torch.eye(16)[:, :width])
+    every = torch.cat([first, -first], 1) if signed else first
+    assert len(set(map(tuple, every.T.tolist()))) == every.shape[1]
+    found = MLSTMMixer.features(torch.randn(1, 1, 9, 16), first, signed)[0, :, 0]
+    assert len(set(map(tuple, found.T.tolist()))) == every.shape[1]
 
 
 @pytest.mark.parametrize("rope", [True, False])

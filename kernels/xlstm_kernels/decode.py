@@ -127,8 +127,8 @@ STEPS = {"torch": step_torch, "triton": step_triton}
 
 
 def choose_step(q, v, C, keys):
-    """What "auto" runs: the fused kernel where there is one that can be believed."""
-    return "triton" if heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
+    """What "auto" runs: the fused kernel where there is one that can be believed; that was tried with as many features as key dims."""
+    return "triton" if C.shape[2] == q.shape[3] and heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):

@@ -7,8 +7,11 @@ from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
-BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear")
-MIXER = {"mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True}  # fields of the mixer and what they were first
+BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear"), ("softmax", "softmax_signed")
+MIXER = {  # fields of the mixer, and what they were before there was a choice
+    "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
+    "memory_feature_dim": None,
+}  # fmt: skip
 
 
 @strict
@@ -35,6 +38,9 @@ class XLSTMHybridConfig(PreTrainedConfig):
             Benfeghoul et al. 2025, arXiv 2510.05901); stage I and evaluation keep it. `XLSTMHybridModel.window_dropout` overrides it for a schedule.
         memory_cell: "mlstm" (Beck et al. 2024); "linear": nothing is gated, i = 0 and f = inf, the linear attention of Katharopoulos et al. 2020.
         memory_rope: whether the feature maps read queries and keys after RoPE, or before it (after QK-norm in any case).
+        memory_feature_map: "softmax", of x P_h (Hauzenberger et al. 2026); "softmax_signed", of [x P_h, -x P_h], twice as many features (Hedgehog,
+            Zhang et al. 2024, arXiv 2402.04347).
+        memory_feature_dim: columns of each head's P_h; None: head_dim. The state grows with the features.
 
     Raises:
         ConfigError: fields that contradict each other.
@@ -89,6 +95,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
     window_dropout: float | int = 0.0
     memory_cell: str = "mlstm"
     memory_rope: bool = True
+    memory_feature_map: str = "softmax"
+    memory_feature_dim: int | None = None
 
     def __post_init__(self, **kwargs):
         n = self.num_hidden_layers
@@ -159,9 +167,11 @@ class XLSTMHybridConfig(PreTrainedConfig):
     def wrong_mixer(self):
         """What contradicts itself among the fields of the mixer, a list of messages."""
         wrong = []
-        for name, allowed in (("mixer_branches", BRANCHES), ("memory_cell", CELLS)):
+        for name, allowed in (("mixer_branches", BRANCHES), ("memory_cell", CELLS), ("memory_feature_map", FEATURE_MAPS)):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}")
+        if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
+            wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
         if not 0 <= self.window_dropout < 1:
             wrong.append(f"window_dropout={self.window_dropout}: expected a probability of at least 0 and below 1")
         elif self.window_dropout and self.mixer_branches != "both":
@@ -179,6 +189,11 @@ class XLSTMHybridConfig(PreTrainedConfig):
             plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixers.py
         plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
         return plan
+
+    @property
+    def memory_features(self):
+        """Features per head, which are the rows of the memory's state."""
+        return (self.memory_feature_dim or self.head_dim) * (2 if self.memory_feature_map == "softmax_signed" else 1)
 
     def window_of(self, layer_idx):
         """Attention window of one layer in tokens; None for full attention."""

@@ -1,6 +1,6 @@
 """The recurrent branch of a hybrid layer: feature maps, gates and the mLSTM, and how it is shared out to several processes.
 
-Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, V value dim.
+Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value dim.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
@@ -61,11 +61,20 @@ class MLSTMMixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
-        self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, K)), nn.Parameter(torch.empty(H, K, K))
+        P = config.memory_feature_dim or K
+        self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, P)), nn.Parameter(torch.empty(H, K, P))
         if config.memory_cell != "linear":
             self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
             self.fgate_bias = nn.Parameter(torch.empty(H))
         self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
+
+    def first_map(self):
+        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
+        so that no two features are the same and gradients tell them apart."""
+        K, P = self.q_map.shape[1:]
+        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)  # the signed map brings the other sign itself
+        scales = [sign * 0.5**n for n in range(-(-P // K)) for sign in signs]
+        return torch.cat([scale * torch.eye(K, dtype=self.q_map.dtype) for scale in scales], 1)[:, :P]
 
     def forget_bias(self):
         """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
@@ -102,14 +111,16 @@ class MLSTMMixer(nn.Module):
         return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
 
     @staticmethod
-    def features(x, feature_map):
-        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], product and softmax in float32 at least (Hedgehog, after RoPE).
+    def features(x, feature_map, signed=False):
+        """softmax(x P_h) or, if `signed`, softmax([x P_h, -x P_h]) over the features: [B, H, T, K] -> [B, T, H, F], product and softmax in float32
+        at least (Hedgehog, Zhang et al. 2024; here after RoPE).
 
         Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the normaliser would be lost.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            features = torch.softmax(x.to(dtype) @ feature_map.to(dtype), -1)  # a rounded exponent is a relative error of the feature
+            exponents = x.to(dtype) @ feature_map.to(dtype)  # a rounded exponent is a relative error of the feature
+            features = torch.softmax(torch.cat([exponents, -exponents], -1) if signed else exponents, -1)
         return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
 
     def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None, record=None):
@@ -134,7 +145,8 @@ class MLSTMMixer(nn.Module):
         real, start = tokens.real[..., None], tokens.start[..., None]
         i = torch.where(real, i, float("-inf"))
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        q, k = self.features(query, self.q_map), self.features(key, self.k_map)
+        signed = self.config.memory_feature_map == "softmax_signed"
+        q, k = self.features(query, self.q_map, signed), self.features(key, self.k_map, signed)
         if step is not None:
             return step(features=(q, k), gates=(i, f, o)), o, None
         inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size

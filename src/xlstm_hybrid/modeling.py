@@ -270,7 +270,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
-                init.copy_(feature_map, torch.eye(feature_map.shape[-1], dtype=feature_map.dtype).expand_as(feature_map))
+                init.copy_(feature_map, module.first_map().expand_as(feature_map))
             for name in ("igate_weight", "fgate_weight", "ogate_weight"):
                 if hasattr(module, name):  # a linear memory has an output gate only
                     init.zeros_(getattr(module, name))

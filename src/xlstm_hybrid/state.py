@@ -256,14 +256,14 @@ def check_header(header, model, name):
 def check_tensors(tensors, layer, j, config, seen, name):
     """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
     B, slots = tensors["keys"].shape[0] if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
-    H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    H, G, K, F = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.memory_features
     hybrid = isinstance(layer, HybridCacheLayer)
     if hybrid:
         slots = layer.num_sink_tokens + layer.sliding_window
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:
         slots = layer.sliding_window - 1
     expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
-    memory = {"C": (B, H, K, K), "n": (B, H, K), "m": (B, H)} if hybrid and config.mixer_branches != "window" else {}
+    memory = {"C": (B, H, F, K), "n": (B, H, F), "m": (B, H)} if hybrid and config.mixer_branches != "window" else {}
     expected |= {**memory, "count": (B,)} if hybrid else {}
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if B < 1 or found != expected:
