@@ -7,10 +7,10 @@ import copy
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
-from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
+from xlstm_kernels import MLSTMState, fresh_state, hybrid_step, window_step
 
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.exact import KeptKeys, SparseSlots, choose
+from xlstm_hybrid.exact import KeptKeys, SparseSlots
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
@@ -169,8 +169,8 @@ class HybridCacheLayer(StateLayer):
                 torch._dynamo.mark_static_address(x)
 
     def hold(self, state):
-        """Make `state` the layer's own; a static layer copies it to where the last one was."""
-        if self.is_compileable and not torch.is_grad_enabled():
+        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one was."""
+        if state is not None and self.is_compileable and not torch.is_grad_enabled():
             if self.room is None:
                 self.room = MLSTMState(*(x.clone() for x in state))
                 self.pin(*self.room)
@@ -213,7 +213,8 @@ class HybridCacheLayer(StateLayer):
         """One token, in place: nothing is allocated that depends on the window or the context.
 
         Args:
-            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H].
+            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H]. Both are () where
+                there is no memory.
         Returns:
             h [B, 1, H, V].
         """
@@ -222,10 +223,13 @@ class HybridCacheLayer(StateLayer):
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if self.state is None:
-            self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
-        index = tokens.index[:, 0]
-        h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, sinks=self.num_sink_tokens, scale=scale)
+        index, slots = tokens.index[:, 0], {"sinks": self.num_sink_tokens, "scale": scale}
+        if features:
+            if self.state is None:
+                self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
+            h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, **slots)
+        else:
+            self.state, h = None, window_step(q, k, v, self.keys, self.values, index, **slots)
         self.count.copy_(torch.where(index < 0, self.count, index + 1))
         self.seen_tokens += 1
         return h
@@ -254,25 +258,13 @@ class HybridCacheLayer(StateLayer):
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
         if self.capacity:
-            self.compete(key_states, value_states, tokens.index.masked_fill(~inside, -1), scores, count, restarted)
+            S, ring = self.num_sink_tokens, self.slot_index.masked_fill(restarted, -1)
+            old = self.keys[:, :, S:], self.values[:, :, S:], self.scores[..., S:], ring[:, None, S:]
+            come = key_states, value_states, scores, tokens.index.masked_fill(~inside, -1)[:, None]
+            self.sparse = self.sparse.forget(restarted).compete(old, come, S, count - self.sliding_window)
             self.scores = _pick(scores[..., None], source, new, self.scores[..., None])[..., 0]
         self.put(keys=_pick(key_states, source, new, self.keys), values=_pick(value_states, source, new, self.values), count=count[:, 0].clone())
         return self.keys, self.values
-
-    def compete(self, key, value, index, scores, count, restarted):
-        """Choose among the tokens that have left the window by the time that the row holds `count` [B, 1] tokens.
-
-        Args:
-            index: [B, T] of the new tokens, -1 for those of earlier documents; scores: [B, G, T]; restarted: [B, 1] bool, see `update`.
-        """
-        S, W, G = self.num_sink_tokens, self.sliding_window, key.shape[1]
-        old = torch.cat([self.sparse.index, self.slot_index[:, None, S:].expand(-1, G, -1)], -1)
-        old = old.masked_fill(restarted[..., None], -1)
-        index = torch.cat([old, index[:, None].expand(-1, G, -1)], -1)
-        index = torch.where((index >= S) & (index < (count - W)[..., None]), index, -1)
-        score = torch.cat([self.sparse.score, self.scores[..., S:], scores], -1).masked_fill(index < 0, float("-inf"))
-        keys, values = (torch.cat(x, 2) for x in ((self.sparse.keys, self.keys[:, :, S:], key), (self.sparse.values, self.values[:, :, S:], value)))
-        self.sparse = choose(keys, values, score, index, self.capacity)
 
     def skip(self, tokens):
         """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
@@ -354,19 +346,10 @@ def _pick(new, source, chosen, old):
 
 def check_memories(layer, j, config):
     """Raise CacheError where a hybrid layer of a cache remembers other things exactly than layer j of the model does."""
-    if not isinstance(layer, HybridCacheLayer):
-        return
-    found, expected = layer.kept is not None, bool(config.kept_of(j))
+    found, expected = (layer.kept is not None, layer.capacity), (bool(config.kept_of(j)), config.sparse_memory)
     if found != expected:
-        raise CacheError(
-            f"past_key_values: layer {j} keeps {'some' if found else 'no'} groups' keys, expected {config.kept_of(j) or 'none'}; another model made "
-            "it: start from DynamicCache(config=model.config)"
-        )
-    if layer.capacity != config.sparse_memory:
-        raise CacheError(
-            f"past_key_values: layer {j} has a sparse memory of {layer.capacity} tokens, expected {config.sparse_memory}; another model made it: "
-            "start from DynamicCache(config=model.config)"
-        )
+        words = [f"{'some' if kept else 'no'} kept groups and a sparse memory of {chosen} tokens" for kept, chosen in (found, expected)]
+        raise CacheError(f"past_key_values: layer {j} has {words[0]}, expected {words[1]}; start from DynamicCache(config=model.config)")
 
 
 def adopt_cache(cache, config):
@@ -375,16 +358,23 @@ def adopt_cache(cache, config):
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
     """
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
+        if kind == "hybrid_sliding" and config.mixer_branches == "memory":
+            window, sinks = 1, 0  # nothing reads them
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
+        if isinstance(layer, HybridCacheLayer) and (layer.sliding_window, layer.num_sink_tokens) != (window, sinks):
+            raise CacheError(
+                f"past_key_values: layer {j} holds a window of {layer.sliding_window} and {layer.num_sink_tokens} sinks, expected {window} and "
+                f"{sinks}: another model made it, or mixer_branches has changed since; start from DynamicCache(config=model.config)"
+            )
         if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
             layer = cache.layers[j] = DynamicLayer()
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
@@ -395,7 +385,8 @@ def adopt_cache(cache, config):
                 )
             kept = KeptKeys(config.kept_window_of(j)) if config.kept_of(j) else None
             cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, kept=kept, capacity=config.sparse_memory)
-        check_memories(cache.layers[j], j, config)
+        if isinstance(cache.layers[j], HybridCacheLayer):
+            check_memories(cache.layers[j], j, config)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
             static = isinstance(layer, StaticSlidingWindowLayer) and not moving
             cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)

@@ -140,13 +140,19 @@ class HybridAttention(nn.Module):
 
     def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
         """`mix` for the heads that do not keep full attention."""
-        query, key, value, (q, k, v), _ = projected
-        n = self.num_key_value_groups
+        query, key, value, (q, k, v), unrotated = projected
+        n, branches = self.num_key_value_groups, self.config.mixer_branches
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
-        inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
+        memory_q, memory_k = (query, key) if self.config.memory_rope else unrotated
+        inputs = hidden_states, qkv, memory_q, repeat_kv(memory_k, n), repeat_kv(value, n), tokens
         if self.config.sparse_memory:
             return self.mix_sparse(inputs, query, key, value, tokens, cache)
         held = cache is not None and cache.is_initialized
+        if held and cache.state is None and branches != "window":
+            raise CacheError(
+                f"past_key_values: layer {self.layer_idx} has no state, it was filled with mixer_branches='window', now {branches!r}; "
+                "start from DynamicCache(config=model.config)"
+            )
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
             return h.to(value.dtype), None
@@ -157,6 +163,8 @@ class HybridAttention(nn.Module):
             cache.update(key, value, tokens)
             cache.hold(state)
             key, value = seen
+        if branches == "memory":
+            return memory.to(value.dtype), None
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
@@ -165,7 +173,7 @@ class HybridAttention(nn.Module):
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
-        return mix(memory, window, o).to(value.dtype), weights
+        return (window if branches == "window" else mix(memory, window, o)).to(value.dtype), weights
 
     def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
         """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
@@ -182,7 +190,7 @@ class HybridAttention(nn.Module):
                 cache.record(*read[0])
             cache.update(key, value, tokens, scores)
             cache.hold(state)
-        return mix(memory, window, o).to(value.dtype), weights
+        return (window if memory is None else mix(memory, window, o)).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
@@ -304,10 +312,12 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
-                init.copy_(feature_map, torch.eye(feature_map.shape[-1], dtype=feature_map.dtype).expand_as(feature_map))
-            for weight in (module.igate_weight, module.fgate_weight, module.ogate_weight):
-                init.zeros_(weight)
-            init.copy_(module.fgate_bias, module.forget_bias())
+                init.copy_(feature_map, module.first_map().expand_as(feature_map))
+            for name in ("igate_weight", "fgate_weight", "ogate_weight"):
+                if hasattr(module, name):  # a linear memory has an output gate only
+                    init.zeros_(getattr(module, name))
+            if hasattr(module, "fgate_bias"):
+                init.copy_(module.fgate_bias, module.forget_bias())
             init.constant_(module.ogate_bias, float(self.config.mlstm_output_gate_bias))
 
 
@@ -327,7 +337,9 @@ def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs)
 
 
 class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
-    """Embeddings, decoder layers and final norm."""
+    """Embeddings, decoder layers and final norm. Set `window_dropout` to have another probability than the config's, as a schedule does."""
+
+    window_dropout = None
 
     def __init__(self, config):
         config.check()  # its fields may have been changed since it was made
@@ -385,6 +397,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
+        if wrong := self.config.wrong_mixer():  # its fields may be changed between two calls
+            raise ConfigError("; ".join(wrong))
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
                 f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
@@ -412,6 +426,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         new = tokens.visible(window, sinks)[:, None]
         return new if filled is None else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
 
+    def blind_rows(self, real):
+        """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is [B, T]."""
+        p = self.config.window_dropout if self.window_dropout is None else self.window_dropout
+        if not p or not self.training or not torch.is_grad_enabled():
+            return None
+        return torch.rand(len(real), device=real.device) < p
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
@@ -431,6 +452,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         if past_key_values is not None:
             past_key_values = adopt_cache(past_key_values, self.config)
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        tokens.blind = self.blind_rows(tokens.real)
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, past_key_values=past_key_values, **kwargs)
