@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from xlstm_hybrid.arena.data import LONG
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.distil import DistilXLSTMConfig
@@ -19,7 +20,7 @@ TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
 EVALUATE = {"lengths": list, "rows": int, "tokens": int, "batch_tokens": int, "short_rows": int, "text_rows": int}
 TEACHER = "teacher"  # stands among the arms in results: the teacher itself
-MEASURES = ("short", "recovery", "perplexity", "gap")  # of an ordering, besides KIND@LENGTH such as multikey@512
+MEASURES = ("short", "perplexity")  # of an ordering, besides KIND@LENGTH such as multikey@512
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Arena:
     teachers: {name: checkpoint directory, relative to the file}; the first one is where every arm runs.
     evaluate: {"lengths": tokens of the recall tests, "rows": most rows of a test, "tokens": most tokens of a recall test (at least 8 rows are read),
         "batch_tokens": of one forward, "short_rows": rows per short task, "text_rows": rows of text for the perplexity}.
-    orderings: [{"claim", "better", "worse", "measure", "source"}]: what somebody published, as two arms and a measure of MEASURES or KIND@LENGTH.
+    orderings: [{"claim", "better", "worse", "measures", "source"}]: what somebody published, as two arms (ARM, or ARM/ROW of its `evaluate`) and
+        measures, each of MEASURES or KIND@LENGTH.
     The rest: see `Arm`.
     """
 
@@ -265,13 +267,24 @@ def road_faults(arena):
 
 def ordering_faults(arena):
     """Mistakes of the published orderings."""
-    wrong, keys = [], {"claim", "better", "worse", "measure", "source"}
+    wrong, keys = [], {"claim", "better", "worse", "measures", "source"}
     for j, entry in enumerate(arena.orderings):
         if not isinstance(entry, dict) or set(entry) != keys:
             wrong.append(f"orderings[{j}]: expected exactly the keys {sorted(keys)}")
             continue
-        wrong += [f"orderings[{j}].{side}: no arm {entry[side]!r}" for side in ("better", "worse") if entry[side].split("/")[0] not in arena.arms]
-        kind, at, length = str(entry["measure"]).partition("@")
-        if not (entry["measure"] in MEASURES or (at and kind and length.isdigit() and int(length) in arena.evaluate["lengths"])):
-            wrong.append(f"orderings[{j}].measure={entry['measure']!r}: expected one of {list(MEASURES)} or KIND@LENGTH of a test")
+        wrong += [f"orderings[{j}].{side}: no arm or row {entry[side]!r}" for side in ("better", "worse") if not is_row(arena, entry[side])]
+        measures = entry["measures"] if isinstance(entry["measures"], list) else []
+        wrong += [] if measures else [f"orderings[{j}].measures: expected a list"]
+        wrong += [f"orderings[{j}]: {m!r}, expected one of {list(MEASURES)} or KIND@LENGTH of a test" for m in measures if not is_measure(arena, m)]
     return wrong
+
+
+def is_row(arena, name):
+    """Whether ARM or ARM/ROW names a row of results."""
+    arm, _, row = str(name).partition("/")
+    return arm in arena.arms and (not row or row in arena.arms[arm].evaluate)
+
+
+def is_measure(arena, measure):
+    kind, _, length = str(measure).partition("@")
+    return measure in MEASURES or (kind in LONG and length.isdigit() and int(length) in arena.evaluate["lengths"])

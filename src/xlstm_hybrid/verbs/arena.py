@@ -22,7 +22,9 @@ def arena(
 ):
     """Run every arm of an arena on the same teacher with the same budget, and report. Started again, it goes on with what is missing."""
     from xlstm_hybrid.arena.arms import load_arena
+    from xlstm_hybrid.arena.report import write_report
     from xlstm_hybrid.arena.runner import check_settings, choose_jobs, run
+    from xlstm_hybrid.arena.summary import summarise
 
     chosen = load_arena(settings)
     jobs = choose_jobs(chosen, out, only, numbers(seeds), tier, teacher)
@@ -33,6 +35,8 @@ def arena(
         check_settings(chosen, dict.fromkeys(job.arm for job in jobs))
         states = run(chosen, jobs, workers=workers, minutes=budget_minutes, redo=redo)
         print(", ".join(f"{count} {state}" for state in dict.fromkeys(states.values()) if (count := list(states.values()).count(state))))
+    files = write_report(summarise(chosen, out), docs or out)
+    print(f"wrote {', '.join(files)} in {docs or out}")
 
 
 def numbers(text):
