@@ -1,4 +1,4 @@
-"""The arena's report: `arena.md`, pictures and `results.json`, all from one summary. No number is written by hand; words are in `report_template.md`."""
+"""The arena's report: `arena.md`, pictures and `results.json`, all from one summary; words are in `report_template.md`."""
 
 import math
 from pathlib import Path
@@ -128,13 +128,13 @@ def show_levers(summary, teacher):
 def show_goals(summary, teacher):
     """Both goals; of the arms that miss one, only the nearest are named."""
     texts = {"constant": "Constant memory: single ≥ .95 at 32 W within 2x the bytes of the reference, and C_0 ≥ .5.",
-             "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, and C_0 ≥ .5."}  # fmt: skip
+             "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, C_0 ≥ .5."}  # fmt: skip
     parts = []
     for goal, text in texts.items():
         found = [g for g in summary["goals"] if g["goal"] == goal and g["teacher"] == teacher]
         met = [g["name"] for g in found if g["met"]]
-        table = [["arm", "single", *(["multikey / teacher's"] if goal == "growing" else []), "bytes / " + ("reference's" if goal == "constant" else "teacher's"),
-                  "C_0", "met"]]  # fmt: skip
+        more = ["multikey / teacher's"] if goal == "growing" else []
+        table = [["arm", "single", *more, "bytes / reference's" if goal == "constant" else "bytes / teacher's", "C_0", "met"]]
         for g in sorted(found, key=lambda g: (-g["met"], -g["single"]))[:8]:
             more = [share(g["multikey"])] if goal == "growing" else []
             table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])

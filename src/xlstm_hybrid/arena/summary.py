@@ -25,7 +25,7 @@ SHARES = ("accuracy", "excess", "beyond")
 
 
 def stat(values, rows=None):
-    """Mean of the values of s seeds with a 95 % interval: Student's t over seeds, or with one seed the bootstrap over its `rows` [n], if there are any.
+    """Mean of the values of s seeds with a 95 % interval: Student's t over seeds; with one seed, the bootstrap over its `rows` [n] if there are any.
 
     Returns:
         {"mean", "low", "high", "values", "over": "seeds", "rows" or None (no interval)}; None where no value is there.
@@ -213,8 +213,8 @@ def excess_gain(difference, arena, length):
 def goals(arena, teacher, rows):
     """The two goals of the arena for every row that has the figures.
 
-    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5. growing: single >= .95 and multi-key >= .60 of the teacher's at
-    64 W with at most 5 % of its bytes, C_0 >= .5.
+    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5. growing: single >= .95 and multi-key >= .60 of the
+    teacher's at 64 W with at most 5 % of its bytes, C_0 >= .5.
     """
     by_name = {row["name"]: row for row in rows}
     reference, judge = by_name.get(next(iter(arena.arms))), by_name.get(TEACHER)
