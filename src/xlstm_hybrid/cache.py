@@ -7,7 +7,7 @@ import copy
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
-from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
+from xlstm_kernels import MLSTMState, fresh_state, hybrid_step, window_step
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.record import Piece, Step
@@ -160,8 +160,8 @@ class HybridCacheLayer(StateLayer):
                 torch._dynamo.mark_static_address(x)
 
     def hold(self, state):
-        """Make `state` the layer's own; a static layer copies it to where the last one was."""
-        if self.is_compileable and not torch.is_grad_enabled():
+        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one was."""
+        if state is not None and self.is_compileable and not torch.is_grad_enabled():
             if self.room is None:
                 self.room = MLSTMState(*(x.clone() for x in state))
                 self.pin(*self.room)
@@ -204,7 +204,8 @@ class HybridCacheLayer(StateLayer):
         """One token, in place: nothing is allocated that depends on the window or the context.
 
         Args:
-            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H].
+            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H]. Both are () where
+                there is no memory.
         Returns:
             h [B, 1, H, V].
         """
@@ -213,10 +214,13 @@ class HybridCacheLayer(StateLayer):
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if self.state is None:
-            self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
-        index = tokens.index[:, 0]
-        h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, sinks=self.num_sink_tokens, scale=scale)
+        index, slots = tokens.index[:, 0], {"sinks": self.num_sink_tokens, "scale": scale}
+        if features:
+            if self.state is None:
+                self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
+            h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, **slots)
+        else:
+            self.state, h = None, window_step(q, k, v, self.keys, self.values, index, **slots)
         self.count.copy_(torch.where(index < 0, self.count, index + 1))
         self.seen_tokens += 1
         return h
@@ -323,15 +327,22 @@ def adopt_cache(cache, config):
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
     """
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
+        if kind == "hybrid_sliding" and config.mixer_branches == "memory":
+            window, sinks = 1, 0  # nothing reads them
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
+        if isinstance(layer, HybridCacheLayer) and (layer.sliding_window, layer.num_sink_tokens) != (window, sinks):
+            raise CacheError(
+                f"past_key_values: layer {j} holds a window of {layer.sliding_window} and {layer.num_sink_tokens} sinks, expected {window} and "
+                f"{sinks}: another model made it, or mixer_branches has changed since; start from DynamicCache(config=model.config)"
+            )
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             if layer.get_seq_length() > 0:
                 raise CacheError(

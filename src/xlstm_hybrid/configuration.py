@@ -7,6 +7,11 @@ from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear"), ("softmax", "softmax_signed")
+MIXER = {  # fields of the mixer, and what they were before there was a choice
+    "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
+    "memory_feature_dim": None,
+}  # fmt: skip
 
 
 @strict
@@ -27,6 +32,15 @@ class XLSTMHybridConfig(PreTrainedConfig):
         mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
         mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
+        mixer_branches: "both"; "memory" or "window" clamp the output gate to 1 or 0: the other branch is not calculated and the cache does not hold
+            it. A student trained so is a baseline; as an attribute of a loaded model it shows what each branch remembers, with a fresh cache.
+        window_dropout: probability that a row of a training batch does without its window in all layers, o = 1 (scheduled sliding-window dropout,
+            Benfeghoul et al. 2025, arXiv 2510.05901); stage I and evaluation keep it. `XLSTMHybridModel.window_dropout` overrides it for a schedule.
+        memory_cell: "mlstm" (Beck et al. 2024); "linear": nothing is gated, i = 0 and f = inf, the linear attention of Katharopoulos et al. 2020.
+        memory_rope: whether the feature maps read queries and keys after RoPE, or before it (after QK-norm in any case).
+        memory_feature_map: "softmax", of x P_h (Hauzenberger et al. 2026); "softmax_signed", of [x P_h, -x P_h], twice as many features (Hedgehog,
+            Zhang et al. 2024, arXiv 2402.04347).
+        memory_feature_dim: columns of each head's P_h; None: head_dim. The state grows with the features.
 
     Raises:
         ConfigError: fields that contradict each other.
@@ -77,6 +91,12 @@ class XLSTMHybridConfig(PreTrainedConfig):
     mlstm_context: int = 4096
     mlstm_output_gate_bias: float | int = -2.0
     mlstm_chunk_size: int = 64
+    mixer_branches: str = "both"
+    window_dropout: float | int = 0.0
+    memory_cell: str = "mlstm"
+    memory_rope: bool = True
+    memory_feature_map: str = "softmax"
+    memory_feature_dim: int | None = None
 
     def __post_init__(self, **kwargs):
         n = self.num_hidden_layers
@@ -140,8 +160,23 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
+        wrong += self.wrong_mixer()
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
+
+    def wrong_mixer(self):
+        """What contradicts itself among the fields of the mixer, a list of messages."""
+        wrong = []
+        for name, allowed in (("mixer_branches", BRANCHES), ("memory_cell", CELLS), ("memory_feature_map", FEATURE_MAPS)):
+            if getattr(self, name) not in allowed:
+                wrong.append(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}")
+        if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
+            wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
+        if not 0 <= self.window_dropout < 1:
+            wrong.append(f"window_dropout={self.window_dropout}: expected a probability of at least 0 and below 1")
+        elif self.window_dropout and self.mixer_branches != "both":
+            wrong.append(f"window_dropout={self.window_dropout} with mixer_branches={self.mixer_branches!r}: expected 0, there is one branch only")
+        return wrong
 
     def tensor_parallel_plan(self):
         """Tensor-parallel style of each module. Heads are cut with their mLSTM; a norm over all heads (OLMo) needs them whole on every rank."""
@@ -151,9 +186,14 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
-            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in modeling.py
+            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixers.py
         plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
         return plan
+
+    @property
+    def memory_features(self):
+        """Features per head, which are the rows of the memory's state."""
+        return (self.memory_feature_dim or self.head_dim) * (2 if self.memory_feature_map == "softmax_signed" else 1)
 
     def window_of(self, layer_idx):
         """Attention window of one layer in tokens; None for full attention."""
