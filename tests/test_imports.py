@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROAD = ["xlstm_kernels", "configuration", "record", "exact", "cache", "mixers", "modeling", "state", "checks", "verify", "families", "teachers",
-        "conversion", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline", "arena", "verbs", "cli"]  # fmt: skip
+ROAD = ["xlstm_kernels", "configuration", "record", "exact", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify", "families",
+        "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline", "arena", "verbs",
+        "cli"]  # fmt: skip
 LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "recipe": {"errors"},
           "vocabulary": {"errors"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency", "report",
