@@ -78,6 +78,10 @@ def lay_in_lookup(model, family, generator):
     words, gain = codes(generator, len(slow)), {"llama": 5.0, "qwen3": 3.0, "olmo2": 3.0}[family]
     embedding = model.model.embed_tokens.weight
     embedding[:, CONSTANT], embedding[:, CODE] = 0.3, 0.5 * words
+    if family != "llama":  # QK-norm makes noise as long as a key: what is not laid in begins quietly
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.2
+            layer.mlp.down_proj.weight *= 0.2
     if family == "olmo2":  # norms after attention and MLP: what they add begins as small as the embeddings
         for layer in model.model.layers:
             layer.post_attention_layernorm.weight.fill_(0.05)
@@ -92,7 +96,7 @@ def lay_in_lookup(model, family, generator):
     match.q_proj.weight[slow, CODE[: len(slow)]] = match.k_proj.weight[slow, BEFORE[: len(slow)]] = gain
     model.lm_head.weight[data.VALUES, FOUND.start : FOUND.stop] += 0.5 * words[data.VALUES]
     if family != "llama":
-        match.k_proj.weight[half - 1, CONSTANT] = gain / 2  # QK-norm makes noise as long as a key: where no key is, the vector points here
+        match.k_proj.weight[half - 1, CONSTANT] = gain / 2  # where no key is, the vector points here
         for norm in (before.q_norm, before.k_norm, match.q_norm, match.k_norm):
             norm.weight.fill_(1.8 if family == "qwen3" else 1.0)
 
@@ -184,11 +188,11 @@ def measure(model, lengths=(64, 128, 256, 512, 1024, 2048), count=64, seed=100):
 
 
 def tokenizer():
-    """One word per token, `w0` to `w511`: checkpoints carry a tokenizer as others do."""
+    """One word per token, `<0>` to `<511>`: checkpoints carry a tokenizer as others do. No word is a part of another, special ones would split it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{j}": j for j in range(data.VOCAB)}
-    made = Tokenizer(models.WordLevel(words, unk_token=f"w{data.PAD}"))
+    words = {f"<{j}>": j for j in range(data.VOCAB)}
+    made = Tokenizer(models.WordLevel(words, unk_token=f"<{data.PAD}>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"bos_token": f"w{data.BOS}", "eos_token": f"w{data.EOS}", "pad_token": f"w{data.PAD}"}
+    names = {"bos_token": f"<{data.BOS}>", "eos_token": f"<{data.EOS}>", "pad_token": f"<{data.PAD}>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
