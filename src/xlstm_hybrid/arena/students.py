@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
 from xlstm_hybrid.arena import data
+from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.data import IGNORE, collate
@@ -37,13 +37,6 @@ LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement"
 
 def seed_of(seed, what):
     return 10 * seed + SEEDS[what]
-
-
-def word_tokenizer(size):
-    """A tokenizer whose words are the ids themselves, "17 3 250": the arena's rows need none, but trainers ask for one."""
-    inner = Tokenizer(models.WordLevel({str(j): j for j in range(size)}, unk_token="0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=str(data.PAD), eos_token=str(data.EOS), unk_token=None)
 
 
 def load(directory):
@@ -115,12 +108,11 @@ class Road:
         self.facts["figures"][stage] = {key: float(last[key]) for key in LOGGED if key in last}
         return trainer.accelerator.unwrap_model(trainer.model)
 
-    def shared(self, model, rows):
+    def shared(self, rows):
         """What every trainer is given."""
         from datasets import Dataset
 
-        tokenizer = word_tokenizer(model.config.vocab_size)
-        return {"train_dataset": Dataset.from_list(rows), "data_collator": collate, "processing_class": tokenizer}
+        return {"train_dataset": Dataset.from_list(rows), "data_collator": collate, "processing_class": tokenizer()}
 
     def align(self, model):
         args, rows = self.args_of("align"), self.rows_of("align")
@@ -128,7 +120,7 @@ class Road:
         batch = {"input_ids": collate(held)["input_ids"]}
         before = measure_alignment(model, [batch])
         with self.timed("align", sum(len(r["input_ids"]) for r in rows)):
-            self.train(AlignmentTrainer(model=model, args=args, **self.shared(model, rows)), "align")
+            self.train(AlignmentTrainer(model=model, args=args, **self.shared(rows)), "align")
         after = measure_alignment(model, [batch])
         self.facts["figures"]["align"]["relative_error"] = [{"layer": n, "before": before[n], "after": after[n]} for n in before]
         return model
@@ -138,21 +130,21 @@ class Road:
         args, rows = self.args_of("distill", changes), self.rows_of("distill", changes, share)
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
-            trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(model, rows))
+            trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
     def on_policy(self, model):
         args, rows = self.args_of("on_policy"), self.rows_of("on_policy")
         rows = [question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
-        shared = {k: v for k, v in self.shared(model, rows).items() if k != "data_collator"}
+        shared = {k: v for k, v in self.shared(rows).items() if k != "data_collator"}
         with self.timed("on_policy", sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
             return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), "on_policy")
 
     def delta(self, model):
         args, rows = self.args_of("delta"), self.rows_of("delta")
         with self.timed("delta", sum(len(r["input_ids"]) for r in rows)):
-            return self.train(DeltaKDTrainer(model, load(self.teacher_dir), args, **self.shared(model, rows)), "delta")
+            return self.train(DeltaKDTrainer(model, load(self.teacher_dir), args, **self.shared(rows)), "delta")
 
     def experts(self, model):
         """One student per expert from the same start, each with its part of the steps, merged."""
@@ -229,7 +221,12 @@ def question(ids, labels, longest):
         raise DataError("a row without a scored word asks nothing: raise its length or its recall_share")
     cut = begins[-1]
     end = next((t for t in range(cut, len(ids)) if labels[t] == IGNORE), len(ids))
-    return {"prompt": " ".join(map(str, ids[:cut])), "completion": " ".join(map(str, ids[cut : min(end, cut + longest)]))}
+    return {"prompt": spelt(ids[:cut]), "completion": spelt(ids[cut : min(end, cut + longest)])}
+
+
+def spelt(ids):
+    """Ids in the words of the arena's tokenizer."""
+    return " ".join(f"<{j}>" for j in ids)
 
 
 def teacher_digest(directory):
