@@ -25,7 +25,7 @@ SHAPE = {"vocab_size": data.VOCAB, "hidden_size": 192, "num_hidden_layers": 4, "
          "bos_token_id": data.BOS, "eos_token_id": data.EOS, "pad_token_id": data.PAD}  # fmt: skip
 REACH = 2304  # positions that training visits: the longest test and some room
 STAGES = ({"length": 128, "rows": 24, "steps": 500, "recall_share": 0.3}, {"length": 512, "rows": 6, "steps": 250, "recall_share": 0.35},
-          {"length": 2048, "rows": 2, "steps": 100, "recall_share": 0.4})  # fmt: skip
+          {"length": 2048, "rows": 2, "steps": 200, "recall_share": 0.5})  # fmt: skip
 CONSTANT, CODE, BEFORE, FOUND = 0, range(1, 33), range(96, 128), range(128, 160)  # of the residual stream: what the laid-in lookup reads and writes
 
 
