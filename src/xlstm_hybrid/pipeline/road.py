@@ -13,6 +13,7 @@ from rich.console import Console
 from xlstm_hybrid import tasks
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.card import write_card
+from xlstm_hybrid.claims import held
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
@@ -56,16 +57,17 @@ class Road:
 
     Args:
         redo: make stages again whose settings or parents have changed; otherwise that is a ConfigError.
+        start: an aligned student from elsewhere, in the place of the recipe's own convert and align.
     Raises:
         ConfigError: settings that no trainer has; more than one process.
     """
 
-    def __init__(self, recipe, out=None, redo=False, console=None):
+    def __init__(self, recipe, out=None, redo=False, console=None, start=None):
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
         self.console, self.seconds = console or Console(emoji=False), {}
-        self.teacher = resolve_teacher(recipe)
+        self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
         self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
@@ -75,18 +77,21 @@ class Road:
         return json.loads(json.dumps({"settings": settings, "seed": self.recipe.seed, "parents": parents}, default=str))
 
     def stage(self, name, settings, parents, build):
-        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents."""
+        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents.
+
+        Of several launches in one run directory one builds a stage, and the others wait for it and keep it.
+        """
         directory, spec = self.folder[name], self.spec(settings, parents)
         note = self.out / "stages" / f"{name.replace(':', '-')}.json"
-        known = directory.exists() and note.is_file()
-        if known and self.keep(name, directory, json.loads(note.read_text()), spec):
-            return directory
-        self.console.rule(f"{name}")
-        start = time.time()
-        build(directory, known or directory.exists())
-        self.seconds[name] = round(time.time() - start, 1)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"spec": spec, "seconds": self.seconds[name]})
+        with held(note.with_name(f".claim-{note.stem}"), lambda who: self.console.print(f"{name}: waiting for another launch (process {who})")):
+            if directory.exists() and note.is_file() and self.keep(name, directory, json.loads(note.read_text()), spec):
+                return directory
+            self.console.rule(f"{name}")
+            start = time.time()
+            build(directory, directory.exists())
+            self.seconds[name] = round(time.time() - start, 1)
+            write_json(note, {"spec": spec, "seconds": self.seconds[name]})
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return directory
 
@@ -125,8 +130,7 @@ class Road:
         recipe, start = self.recipe, time.time()
         check_settings(recipe)
         self.out.mkdir(parents=True, exist_ok=True)
-        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
-        aligned = self.stage("align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o))
+        converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
         student = self.merged(experts)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
@@ -140,6 +144,17 @@ class Road:
         results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
         self.conclude(results, student)
         return results
+
+    def start(self):
+        """`(converted, aligned)`: what all experts start from; of a start from elsewhere, which has its record, the second alone."""
+        recipe = self.recipe
+        if self.given is not None:
+            verify(self.given)
+            return None, self.given
+        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
+        return converted, self.stage(
+            "align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o)
+        )
 
     def revision(self):
         return {"revision": self.recipe.revision} if self.recipe.revision else {}
@@ -167,6 +182,10 @@ class Road:
             [expert, self.teacher],
             lambda d, o: on_policy(expert, self.teacher, d, recipe, name, overwrite=o),
         )
+
+    def expert_folder(self, name):
+        """Where a finished expert is: after its last stage."""
+        return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
 
     def merged(self, experts):
         """The student: the experts merged, or the only expert."""
