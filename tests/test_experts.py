@@ -96,7 +96,11 @@ def test_one_launch_makes_the_experts_that_several_made(recipe, both, tmp_path):
     for name, directory in found.items():
         one, several = weights(directory), weights(both[1][name])
         assert all(torch.equal(one[key], several[key]) for key in one | several)
-    assert f"next, merge them: xlstm-hybrid merge {tmp_path}/run/merged {found['symbols']} {found['memory']}" in said(tmp_path / "run")
+    again = f"xlstm-hybrid experts {recipe.path} --out {tmp_path}/run --start {start} --merge"
+    assert f"next, merge them as the recipe says: {again}" in said(tmp_path / "run")
+    made(recipe, tmp_path / "run", start=start, merge=True)
+    assert f"next, judge the student: xlstm-hybrid evaluate {tmp_path}/run/merged --recipe {recipe.path}" in said(tmp_path / "run")
+    assert [s["stage"] for s in read_provenance(tmp_path / "run" / "merged")][-3:] == ["distill:symbols", "distill:memory", "merge"]
 
 
 def test_the_road_goes_on_from_the_experts_and_a_second_call_keeps_them(recipe, both):

@@ -9,7 +9,7 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.road import Road, check_settings
 
 
-def make_experts(recipe, out=None, only=(), start=None, redo=False, console=None):
+def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False, console=None):
     """Distil domain experts, on their own samples too where the recipe has a section `on_policy` (METHOD 1.4).
 
     Launches that share `out`, each with other experts, may run at once: the start is made by one of them, the others wait for it.
@@ -19,6 +19,7 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, console=None
         only: names of the experts to make; all by default.
         start: aligned student that they start from; by default the recipe's, converted and aligned in `out` unless it is there.
         redo: make again what was made with other settings or from another start.
+        merge: make one student of the experts as well, as soon as all of them are there.
     Returns:
         `{name: directory}` of the experts of the recipe that are there, in its order.
     Raises:
@@ -42,7 +43,8 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, console=None
         raise ConfigError(f"{aligned.name} has changed while experts were made from it: make {', '.join(made)} again with --redo")
     road.console.print(expert_table(road, before))
     done = {name: road.expert_folder(name) for name in recipe.experts if road.expert_folder(name).is_dir()}
-    road.console.print(next_step(road, done, start), soft_wrap=True, markup=False, highlight=False)
+    student = road.merged(done, aligned) if merge and len(done) == len(recipe.experts) else None
+    road.console.print(next_step(road, done, start, student), soft_wrap=True, markup=False, highlight=False)
     return done
 
 
@@ -78,22 +80,16 @@ def expert_table(road, start):
     return table
 
 
-def next_step(road, done, start):
+def next_step(road, done, start, student):
     """What to run next, in words that a shell understands behind the colon."""
-    recipe, missing = road.recipe, [name for name in road.recipe.experts if name not in done]
+    recipe = road.recipe
+    missing = [part for name in recipe.experts if name not in done for part in ("--only", name)]
     here = ["--out", str(road.out)] if str(road.out) != recipe.out else []
+    again = ["xlstm-hybrid", "experts", str(recipe.path), *here, *(["--start", str(start)] if start else [])]
     if missing:
-        again = [*here, *(["--start", str(start)] if start else []), *(part for name in missing for part in ("--only", name))]
-        return f"next, the other experts: {shlex.join(['xlstm-hybrid', 'experts', str(recipe.path), *again])}"
-    if start is None:
-        return f"next, merge them, judge and report: {shlex.join(['xlstm-hybrid', 'run', str(recipe.path), *here])}"
-    if recipe.merge is None:
-        return f"next, judge it: {shlex.join(['xlstm-hybrid', 'evaluate', *map(str, done.values()), '--recipe', str(recipe.path)])}"
-    return f"next, merge them: {shlex.join(merge_command(road, done))}"
-
-
-def merge_command(road, done):
-    """The verb that merges experts of a start from elsewhere as the recipe says."""
-    merge = road.recipe.merge
-    weights = ",".join(str(merge["weights"][name]) for name in done)
-    return ["xlstm-hybrid", "merge", str(road.out / "merged"), *map(str, done.values()), "--method", merge["method"], "--weights", weights]
+        return f"next, the other experts: {shlex.join([*again, *missing])}"
+    if student is not None:
+        return f"next, judge the student: {shlex.join(['xlstm-hybrid', 'evaluate', str(student), '--recipe', str(recipe.path)])}"
+    if start is not None:  # `run` would make the recipe's own start
+        return f"next, merge them as the recipe says: {shlex.join([*again, '--merge'])}"
+    return f"next, merge them, judge and report: {shlex.join(['xlstm-hybrid', 'run', str(recipe.path), *here])}"

@@ -17,8 +17,9 @@ from xlstm_hybrid.claims import held
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.merge_settings import NEED_STATISTICS
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
+from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, on_policy
 from xlstm_hybrid.recipe import resolve_teacher
@@ -41,12 +42,14 @@ def check_settings(recipe):
     from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
 
     sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
-    if recipe.on_policy is not None:
+    found = {name: getattr(recipe, name) for name in (*sections, "on_policy")} | {"merge.on_policy": (recipe.merge or {}).get("on_policy")}
+    if found["on_policy"] is not None or found["merge.on_policy"] is not None:
         from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
 
-        sections["on_policy"] = OnPolicyKDConfig
+        sections |= {name: OnPolicyKDConfig for name in ("on_policy", "merge.on_policy") if found[name] is not None}
+    base_of(recipe, recipe.path)  # raises for a path that is not there
     for name, config in sections.items():
-        parser, settings = Parser(config), getattr(recipe, name)
+        parser, settings = Parser(config), found[name]
         parser.check(settings, f"{recipe.path.name}, {name}")
         parser.typed(settings, name)
         batch_of(settings, name)
@@ -132,7 +135,7 @@ class Road:
         self.out.mkdir(parents=True, exist_ok=True)
         converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
-        student = self.merged(experts)
+        student = self.merged(experts, aligned)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
@@ -187,18 +190,30 @@ class Road:
         """Where a finished expert is: after its last stage."""
         return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
 
-    def merged(self, experts):
-        """The student: the experts merged, or the only expert."""
-        recipe = self.recipe
-        if recipe.merge is None:
+    def merged(self, experts, aligned):
+        """The student: the experts merged as the recipe says, or the only expert."""
+        recipe, section = self.recipe, self.recipe.merge
+        if section is None:
             return next(iter(experts.values()))
-        weights = [recipe.merge["weights"][name] for name in experts]
-        return self.stage(
-            "merge",
-            recipe.merge,
-            list(experts.values()),
-            lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o),
+        base, parents = base_of(recipe, aligned), list(experts.values())
+        parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
+        return self.stage("merge", section, parents, lambda d, o: self.build_merged(d, o, experts, aligned, self.spec(section, parents)))
+
+    def build_merged(self, directory, overwrite, experts, aligned, spec):
+        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""
+        section, files = self.recipe.merge, None
+        if section["method"] in NEED_STATISTICS:
+            settings = {"method": section["method"], **section.get("statistics", {})}
+            files = [
+                expert_statistics(self.recipe, n, d, self.out / "statistics" / f"{n}.safetensors", self.spec(settings, [d]))
+                for n, d in experts.items()
+            ]
+        table = self.out / "stages" / f"search-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]}.json"
+        found = merge_experts(
+            self.recipe, experts, directory, aligned, self.teacher, files, table, overwrite, lambda c: self.console.print(f"  {candidate(c)}")
         )
+        if found is not None:
+            self.console.print(f"weights of {', '.join(experts)}: {', '.join(f'{w:.3f}' for w in found.weights)}")
 
     def results(self, judged, aligned, experts, student):
         log = json.loads((aligned / "training_log.json").read_text())
@@ -236,6 +251,11 @@ class Road:
         if results.get("win_and_tie"):
             self.console.print(table(results))
         self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
+
+
+def candidate(found):
+    """A candidate of a search in few words."""
+    return f"{', '.join(f'{w:.3f}' for w in found.weights)}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
 
 
 def scores_of(judged):
