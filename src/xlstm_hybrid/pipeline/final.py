@@ -157,5 +157,5 @@ def compare_sides(recipe, teacher, folder, judged=None):
 
 def measure_sides(recipe, teacher, student, report=lambda text: None):
     """The efficiency report of teacher and student, in the dtype that the recipe teaches in."""
-    return measure_checkpoints(source_of(recipe, teacher), student, settings_of(recipe.evaluate), names=("student", last_part(teacher)), dtype=recipe.teacher_dtype,
-                               report=report)  # fmt: skip
+    return measure_checkpoints(source_of(recipe, teacher), student, settings_of(recipe.evaluate), names=("student", last_part(teacher)),
+                               dtype=recipe.teacher_dtype, report=report)  # fmt: skip
