@@ -13,7 +13,8 @@ ROAD = ["xlstm_kernels", "configuration", "record", "cache", "modeling", "state"
 LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "recipe": {"errors"},
           "vocabulary": {"errors"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
-        "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip; these import leaves and what stands before them here; the road may import them
+        "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip
+# these import leaves and what stands before them here; the road may import them
 STAGES = {"trainers", "pipeline", "verbs", "cli"}  # modules of the road that use the side
 EXTRAS = {"trl", "peft", "datasets", "lm_eval", "matplotlib", "accelerate"}
 SOURCES = sorted([*(ROOT / "src/xlstm_hybrid").rglob("*.py"), *(ROOT / "kernels/xlstm_kernels").rglob("*.py")])
