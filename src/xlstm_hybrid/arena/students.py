@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
+from xlstm_hybrid.allocation import keep_groups
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
@@ -52,6 +53,9 @@ def changed(model, changes):
     """
     if not changes:
         return model
+    changes = dict(changes)
+    if "kept_groups" in changes:
+        model = keep_groups(model, changes.pop("kept_groups"))  # the groups that stay mixed keep their mixers
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version")}
     made = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
     missing, unexpected = made.load_state_dict(model.state_dict(), strict=False)
