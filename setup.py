@@ -26,8 +26,9 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
     packages=[*find_packages("src"), *find_packages("kernels"), "xlstm_hybrid.recipes"],
-    package_data={"xlstm_hybrid": ["card_template.md", "lm_eval_tasks/*"],
-                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "tiny_teacher/*.*", "tiny_teacher/tiny-llama/*"]},
+    package_data={"xlstm_hybrid": ["card_template.md", "arena/report_template.md", "lm_eval_tasks/*"],
+                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "arena/teachers/*/*", "tiny_teacher/*.*",
+                                           "tiny_teacher/tiny-llama/*"]},
     install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves
     extras_require={"train": TRAIN, "eval": EVAL, "eval-paper": EVAL_PAPER, "energy": ENERGY, "test": TEST, "serve": SERVE, "quant": QUANT,
                     "gpu": ["triton>=3.6"], "all": sorted({*TRAIN, *EVAL, *TEST})},

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.merge_settings import section_faults
 
 SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # in a wheel; in a working copy
 MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
@@ -84,7 +85,7 @@ class Recipe:
         nothing trains on) hold for every stage.
     align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is calculated.
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are merged.
-    merge: {"method", "weights": {expert: share}}; None for one expert.
+    merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for held-out documents of the
         sources, or None. For teacher and final student also: "harness" [names of the verb harness], "limit" (first documents of each), "chat",
         "long_context" {"lengths", and "kinds", "samples", "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
@@ -126,7 +127,6 @@ class Recipe:
 MIXES = {"mixture", "sources"}
 DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5)}  # type, least, most
 SECTIONS = {  # the keys of a section, or of its kinds
-    "merge": [{"method", "weights"}],
     "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}],
 }
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}  # of teacher and student only
@@ -300,12 +300,14 @@ def mix_faults(where, mix):
 
 def stage_faults(content):
     """Mistakes of the training stages that can be seen without their trainers."""
-    wrong = []
-    for stage in ("align", "distill", "on_policy"):
-        steps = content.get(stage, {}).get("max_steps")
-        if stage in content and (not isinstance(steps, int) or steps < 1):
+    wrong, sections = [], {stage: content[stage] for stage in ("align", "distill", "on_policy") if stage in content}
+    if isinstance(joint := content.get("merge", {}).get("on_policy"), dict):
+        sections["merge.on_policy"] = joint
+    for stage, section in sections.items():
+        steps = section.get("max_steps")
+        if not isinstance(steps, int) or steps < 1:
             wrong.append(f"{stage}.max_steps={steps!r}: expected a number of steps")
-        sequences = content.get(stage, {}).get("sequences_per_step", 1)
+        sequences = section.get("sequences_per_step", 1)
         if not isinstance(sequences, int) or sequences < 1:
             wrong.append(f"{stage}.sequences_per_step={sequences!r}: expected a number of rows")
     return wrong
@@ -317,11 +319,7 @@ def merge_faults(content):
         return ["experts: expected at least one"]
     if merge is None:
         return ["merge: expected method and weights, as there are several experts"] if len(experts) > 1 else []
-    weights = merge.get("weights")
-    if not isinstance(weights, dict) or set(weights) != set(experts):
-        named = sorted(weights) if isinstance(weights, dict) else weights
-        return [f"merge.weights names {named}, the experts are {sorted(experts)}"]
-    return [f"merge.weights: {n} is {w!r}, expected a number" for n, w in weights.items() if not is_number(w)]
+    return section_faults(merge, experts)
 
 
 def resolve_path(recipe, path):

@@ -168,7 +168,7 @@ def plan(model, length, dtype, seed, only):
         stock_windows = "inside" in name and "sliding_attention" in config.layer_types  # transformers' windows count padding
         if (only is None or name in only) and not stock_windows:
             yield name, partial(check, subject), subject, bound(dtype, layers)
-    if (only is None or MEMORY in only) and "hybrid_sliding" in config.layer_types:
+    if (only is None or MEMORY in only) and "hybrid_sliding" in config.layer_types and config.mixer_branches != "window":
         yield MEMORY, partial(memory_lost, subject), subject, POWER * bound(dtype, layers), None, True
     for name, check in FILES.items():
         if only is None or name in only:

@@ -14,13 +14,14 @@ from rich.console import Console
 from xlstm_hybrid import tasks
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.card import write_card
+from xlstm_hybrid.claims import held
 from xlstm_hybrid.compare import record
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
 from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.merge_settings import NEED_STATISTICS
 from xlstm_hybrid.pipeline.final import (
     MISSING,
     check_evaluation,
@@ -33,6 +34,7 @@ from xlstm_hybrid.pipeline.final import (
     units_of,
 )
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
+from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, on_policy
 from xlstm_hybrid.recipe import FINAL, resolve_teacher
@@ -55,12 +57,14 @@ def check_settings(recipe):
     from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
 
     sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
-    if recipe.on_policy is not None:
+    found = {name: getattr(recipe, name) for name in (*sections, "on_policy")} | {"merge.on_policy": (recipe.merge or {}).get("on_policy")}
+    if found["on_policy"] is not None or found["merge.on_policy"] is not None:
         from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
 
-        sections["on_policy"] = OnPolicyKDConfig
+        sections |= {name: OnPolicyKDConfig for name in ("on_policy", "merge.on_policy") if found[name] is not None}
+    base_of(recipe, recipe.path)  # raises for a path that is not there
     for name, config in sections.items():
-        parser, settings = Parser(config), getattr(recipe, name)
+        parser, settings = Parser(config), found[name]
         parser.check(settings, f"{recipe.path.name}, {name}")
         parser.typed(settings, name)
         batch_of(settings, name)
@@ -71,16 +75,17 @@ class Road:
 
     Args:
         redo: make stages again whose settings or parents have changed; otherwise that is a ConfigError.
+        start: an aligned student from elsewhere, in the place of the recipe's own convert and align.
     Raises:
         ConfigError: settings that no trainer has; more than one process.
     """
 
-    def __init__(self, recipe, out=None, redo=False, console=None):
+    def __init__(self, recipe, out=None, redo=False, console=None, start=None):
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
         self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
-        self.teacher = resolve_teacher(recipe)
+        self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
         self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
@@ -90,18 +95,21 @@ class Road:
         return json.loads(json.dumps({"settings": settings, "seed": self.recipe.seed, "parents": parents}, default=str))
 
     def stage(self, name, settings, parents, build):
-        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents."""
+        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents.
+
+        Of several launches in one run directory one builds a stage, and the others wait for it and keep it.
+        """
         directory, spec = self.folder[name], self.spec(settings, parents)
         note = self.out / "stages" / f"{name.replace(':', '-')}.json"
-        known = directory.exists() and note.is_file()
-        if known and self.keep(name, directory, json.loads(note.read_text()), spec):
-            return directory
-        self.console.rule(f"{name}")
-        start = time.time()
-        build(directory, known or directory.exists())
-        self.seconds[name] = round(time.time() - start, 1)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"spec": spec, "seconds": self.seconds[name]})
+        with held(note.with_name(f".claim-{note.stem}"), lambda who: self.console.print(f"{name}: waiting for another launch (process {who})")):
+            if directory.exists() and note.is_file() and self.keep(name, directory, json.loads(note.read_text()), spec):
+                return directory
+            self.console.rule(f"{name}")
+            start = time.time()
+            build(directory, directory.exists())
+            self.seconds[name] = round(time.time() - start, 1)
+            write_json(note, {"spec": spec, "seconds": self.seconds[name]})
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return directory
 
@@ -187,10 +195,9 @@ class Road:
         check_settings(recipe)
         check_evaluation(recipe)
         self.out.mkdir(parents=True, exist_ok=True)
-        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
-        aligned = self.stage("align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o))
+        converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
-        student = self.merged(experts)
+        student = self.merged(experts, aligned)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
@@ -204,6 +211,17 @@ class Road:
         results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
         self.conclude(results, student)
         return results
+
+    def start(self):
+        """`(converted, aligned)`: what all experts start from; of a start from elsewhere, which has its record, the second alone."""
+        recipe = self.recipe
+        if self.given is not None:
+            verify(self.given)
+            return None, self.given
+        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
+        return converted, self.stage(
+            "align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o)
+        )
 
     def revision(self):
         return {"revision": self.recipe.revision} if self.recipe.revision else {}
@@ -232,18 +250,34 @@ class Road:
             lambda d, o: on_policy(expert, self.teacher, d, recipe, name, overwrite=o),
         )
 
-    def merged(self, experts):
-        """The student: the experts merged, or the only expert."""
-        recipe = self.recipe
-        if recipe.merge is None:
+    def expert_folder(self, name):
+        """Where a finished expert is: after its last stage."""
+        return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
+
+    def merged(self, experts, aligned):
+        """The student: the experts merged as the recipe says, or the only expert."""
+        recipe, section = self.recipe, self.recipe.merge
+        if section is None:
             return next(iter(experts.values()))
-        weights = [recipe.merge["weights"][name] for name in experts]
-        return self.stage(
-            "merge",
-            recipe.merge,
-            list(experts.values()),
-            lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o),
+        base, parents = base_of(recipe, aligned), list(experts.values())
+        parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
+        return self.stage("merge", section, parents, lambda d, o: self.build_merged(d, o, experts, aligned, self.spec(section, parents)))
+
+    def build_merged(self, directory, overwrite, experts, aligned, spec):
+        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""
+        section, files = self.recipe.merge, None
+        if section["method"] in NEED_STATISTICS:
+            settings = {"method": section["method"], **section.get("statistics", {})}
+            files = [
+                expert_statistics(self.recipe, n, d, self.out / "statistics" / f"{n}.safetensors", self.spec(settings, [d]))
+                for n, d in experts.items()
+            ]
+        table = self.out / "stages" / f"search-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]}.json"
+        found = merge_experts(
+            self.recipe, experts, directory, aligned, self.teacher, files, table, overwrite, lambda c: self.console.print(f"  {candidate(c)}")
         )
+        if found is not None:
+            self.console.print(f"weights of {', '.join(experts)}: {', '.join(f'{w:.3f}' for w in found.weights)}")
 
     def results(self, judged, aligned, experts, student):
         log = json.loads((aligned / "training_log.json").read_text())
@@ -286,6 +320,11 @@ class Road:
         if results.get("win_and_tie"):
             self.console.print(table(results))
         self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
+
+
+def candidate(found):
+    """A candidate of a search in few words."""
+    return f"{', '.join(f'{w:.3f}' for w in found.weights)}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
 
 
 def scores_of(judged):
