@@ -133,6 +133,9 @@ class Road:
             raise ConfigError(f"{what} was made with other {', '.join(names)}: pass --redo to make it again, or another --out to keep it")
         return bool(names)
 
+    def say(self, who, what):
+        self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
+
     def judge(self, name, directory, known=None):
         """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
         settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
@@ -142,7 +145,7 @@ class Road:
             self.seconds[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
-        result = evaluate(directory, self.recipe, lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"), known)
+        result = evaluate(directory, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[f"evaluate:{name}"] = round(time.time() - start, 1)
         write_json(path, {"spec": spec, "seconds": self.seconds[f"evaluate:{name}"], "result": result})
@@ -154,10 +157,10 @@ class Road:
         if not units_of(self.recipe.evaluate):
             return {}, {}
         if not harness_installed():
-            self.console.print(f"[yellow]{MISSING}[/yellow]", markup=True)
+            self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
             return {}, {"notes": [MISSING]}
         sides = {"teacher": self.teacher, "student": student}
-        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.console.print(f"  {side:>12}  {line}"))
+        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.say(side, line))
         self.seconds |= {f"harness:{side}": round(sum(unit["seconds"] for unit in found.values()), 1) for side, found in self.harness.items()}
         rows = long_context_rows(self.harness)
         return {side: domain_scores(folder / side, found) for side, found in self.harness.items()}, {"long_context": rows} if rows else {}
@@ -181,7 +184,7 @@ class Road:
                 self.seconds["efficiency"] = before["seconds"]
                 return json.loads((folder / "efficiency.json").read_text())
         start = time.time()
-        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.console.print(f"  {'efficiency':>12}  {what}"))
+        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.say("efficiency", what))
         image = as_png(draw_efficiency, {"efficiency": found})
         write_efficiency(found, folder, {picture_name(0): image} if image else {})
         self.seconds["efficiency"] = round(time.time() - start, 1)
