@@ -25,6 +25,9 @@ OPTIONS = {
     "window": {"mixer_branches": "window"},
     "linear": {"memory_cell": "linear"},
     "no rope": {"memory_rope": False},
+    "delta": {"memory_cell": "delta"},
+    "delta of positive features, no rope": {"memory_cell": "delta", "memory_feature_map": "softmax_signed", "memory_rope": False},
+    "delta alone": {"memory_cell": "delta", "memory_feature_dim": 40, "mixer_branches": "memory"},
     "signed": {"memory_feature_map": "softmax_signed"},
     "wide": {"memory_feature_dim": 40},
     "narrow and signed": {"memory_feature_dim": 5, "memory_feature_map": "softmax_signed", "memory_cell": "linear"},
@@ -286,6 +289,19 @@ def test_a_fresh_map_begins_with_the_identity_and_no_two_features_are_the_same(w
     assert len(set(map(tuple, found.T.tolist()))) == every.shape[1]
 
 
+@pytest.mark.parametrize("kind", [None, "softmax", "softmax_signed"])
+def test_the_delta_rule_reads_features_of_length_one_and_prefers_signed_ones(kind):
+    config = tiny_config(memory_cell="delta", memory_feature_map=kind)
+    assert config.memory_feature_map == (kind or "silu") and tiny_config().memory_feature_map == "softmax"
+    mixer, x, P = MLSTMMixer(config, 0), torch.randn(2, 4, 3, 16, dtype=torch.float64), torch.randn(4, 16, 16, dtype=torch.float64)
+    found, y = mixer.read(x, P), (x @ P).transpose(1, 2)
+    want = y * torch.sigmoid(y) if kind is None else mixer.features(x, P, kind == "softmax_signed")
+    torch.testing.assert_close(found, want / want.norm(dim=-1, keepdim=True), atol=1e-4, rtol=1e-4)
+    zero = torch.zeros_like(x).requires_grad_()
+    mixer.read(zero, P).sum().backward()
+    assert zero.grad.isfinite().all() and zero.grad.abs().max() < 1e5
+
+
 @pytest.mark.parametrize("rope", [True, False])
 def test_without_rope_the_memory_does_not_know_how_far_apart_tokens_are(rope):
     """Positions that grow in steps of three are the same to it; it still knows their order."""
@@ -301,7 +317,9 @@ def test_without_rope_the_memory_does_not_know_how_far_apart_tokens_are(rope):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"mixer_branches": "windows"}, "expected one of"), ({"memory_cell": "gru"}, "expected one of"), ({"window_dropout": 1.0}, "below 1"),
-     ({"window_dropout": -0.1}, "at least 0"), ({"window_dropout": 0.5, "mixer_branches": "memory"}, "one branch only")],
+     ({"window_dropout": -0.1}, "at least 0"), ({"window_dropout": 0.5, "mixer_branches": "memory"}, "one branch only"),
+     ({"memory_feature_map": "silu"}, "positive features"), ({"memory_feature_map": "relu"}, "expected one of"),
+     ({"memory_feature_dim": 0}, "at least 1 feature")],
 )  # fmt: skip
 def test_choices_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):

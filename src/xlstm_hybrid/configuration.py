@@ -7,7 +7,7 @@ from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
-BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear"), ("softmax", "softmax_signed")
+BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear", "delta"), ("softmax", "softmax_signed", "silu")
 MIXER = {  # fields of the mixer, and what they were before there was a choice
     "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
     "memory_feature_dim": None,
@@ -44,10 +44,13 @@ class XLSTMHybridConfig(PreTrainedConfig):
             it. A student trained so is a baseline; as an attribute of a loaded model it shows what each branch remembers, with a fresh cache.
         window_dropout: probability that a row of a training batch does without its window in all layers, o = 1 (scheduled sliding-window dropout,
             Benfeghoul et al. 2025, arXiv 2510.05901); stage I and evaluation keep it. `XLSTMHybridModel.window_dropout` overrides it for a schedule.
-        memory_cell: "mlstm" (Beck et al. 2024); "linear": nothing is gated, i = 0 and f = inf, the linear attention of Katharopoulos et al. 2020.
+        memory_cell: "mlstm" (Beck et al. 2024); "linear": nothing is gated, i = 0 and f = inf, the linear attention of Katharopoulos et al. 2020;
+            "delta": the gated delta rule (Yang et al. 2024, arXiv 2412.06464), features of length 1, no normaliser; the gates are the mLSTM's
+            parameters, with sigmoid(i) for exp(i).
         memory_rope: whether the feature maps read queries and keys after RoPE, or before it (after QK-norm in any case).
         memory_feature_map: "softmax", of x P_h (Hauzenberger et al. 2026); "softmax_signed", of [x P_h, -x P_h], twice as many features (Hedgehog,
-            Zhang et al. 2024, arXiv 2402.04347).
+            Zhang et al. 2024, arXiv 2402.04347); "silu", of x P_h, for the delta rule alone: its keys have to be able to be orthogonal, and no
+            normaliser asks for positive ones. None: "silu" for the delta rule, else "softmax".
         memory_feature_dim: columns of each head's P_h; None: head_dim. The state grows with the features.
 
     Raises:
@@ -108,7 +111,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
     window_dropout: float | int = 0.0
     memory_cell: str = "mlstm"
     memory_rope: bool = True
-    memory_feature_map: str = "softmax"
+    memory_feature_map: str | None = None
     memory_feature_dim: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -117,6 +120,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.teacher_layer_types = ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
         self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
+        self.memory_feature_map = self.memory_feature_map or ("silu" if self.memory_cell == "delta" else "softmax")
         self.check()
         if type(self).__module__ == "xlstm_hybrid.configuration":
             kwargs.pop("auto_map", None)  # names code beside an exported checkpoint: not used here, and not written again without it
@@ -184,6 +188,10 @@ class XLSTMHybridConfig(PreTrainedConfig):
         for name, allowed in (("mixer_branches", BRANCHES), ("memory_cell", CELLS), ("memory_feature_map", FEATURE_MAPS)):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}")
+        if self.memory_feature_map == "silu" and self.memory_cell != "delta":
+            wrong.append(
+                f"memory_feature_map='silu' with memory_cell={self.memory_cell!r}: its normaliser needs positive features, expected a softmax"
+            )
         if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
             wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
         if not 0 <= self.window_dropout < 1:

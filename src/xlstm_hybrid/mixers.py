@@ -7,7 +7,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 import torch
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 from xlstm_hybrid.errors import ConfigError
 
@@ -54,7 +54,7 @@ ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
 
 
 class MLSTMMixer(nn.Module):
-    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1). What varies are the config's `memory_*` and `mixer_*`.
+    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1), or what the config's `memory_*` and `mixer_*` say.
 
     Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
     """
@@ -112,6 +112,20 @@ class MLSTMMixer(nn.Module):
             return o
         return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
 
+    def read(self, x, feature_map):
+        """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
+        kind, cell = self.config.memory_feature_map, self.config.memory_cell
+        if cell != "delta":
+            return self.features(x, feature_map, kind == "softmax_signed")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            if kind == "silu":
+                features = nn.functional.silu(x.to(dtype) @ feature_map.to(dtype)).transpose(1, 2)
+            else:
+                features = self.features(x.to(dtype), feature_map, kind == "softmax_signed")
+            features = features * (features.square().sum(-1, keepdim=True) + 1e-6).rsqrt()  # of length 1, also close to 0 with a finite slope
+        return features if x.dtype == torch.float16 else features.to(x.dtype)
+
     @staticmethod
     def features(x, feature_map, signed=False):
         """softmax(x P_h) or, if `signed`, softmax([x P_h, -x P_h]) over the features: [B, H, T, K] -> [B, T, H, F], product and softmax in float32
@@ -147,12 +161,12 @@ class MLSTMMixer(nn.Module):
         real, start = tokens.real[..., None], tokens.start[..., None]
         i = torch.where(real, i, float("-inf"))
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        signed = self.config.memory_feature_map == "softmax_signed"
-        q, k = self.features(query, self.q_map, signed), self.features(key, self.k_map, signed)
+        q, k = self.read(query, self.q_map), self.read(key, self.k_map)
         if step is not None:
             return step(features=(q, k), gates=(i, f, o)), o, None
         inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size
         if record is not None:
             record(inputs, chunk_size)
-        h, state = mlstm(q, *inputs, state=state, chunk_size=chunk_size)
+        run = delta if self.config.memory_cell == "delta" else mlstm
+        h, state = run(q, *inputs, state=state, chunk_size=chunk_size)
         return h, o, state

@@ -180,7 +180,7 @@ class HybridAttention(nn.Module):
         config, read = self.config, []
         layer = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
         memory, o, state = self.mlstm(*inputs, state=layer.state, record=lambda *call: read.append(call))
-        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx)
+        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx, config.memory_cell)
         attend = None
         if config._attn_implementation == "eager" or (self.training and config.attention_dropout):
             attend = partial(self.attend, implementation="eager" if config._attn_implementation == "eager" else "sdpa")

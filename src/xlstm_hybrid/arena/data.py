@@ -5,7 +5,7 @@ A document is a run of segments, one token per word:
     text    words of a first-order chain: each has four successors with probabilities .7, .15, .1, .05
     fact    FACT key value            a key has one value per document
     ask     ASK key value             of an earlier fact, near or far: what a memory is for
-    short   COPY a b c d = a b c d    REVERSE a b c d = d c b a    MAX a b c = m    ADD a b = (a + b) mod 32
+    short   COPY a b c d = a b c d    REVERSE a b c d = d c b a    MAX a b c = m    ADD a b = a + b, both below 10
 
 Answers are one token each: a score is a share of argmax hits in one forward pass. All words are random numbers of a seeded generator, the chain of
 `text` is the same for every seed.  Dims: n rows, L tokens of a row, q answers of a row.
@@ -38,14 +38,15 @@ def text(rng, count, start=None):
 
 def short_task(rng, kind):
     """`(question, answer)` of one short task; the question ends with the word before the first answer."""
-    a = [int(x) + NUMBERS[0] for x in rng.integers(32, size=4)]
+    a = [int(x) + NUMBERS[0] for x in rng.integers(len(NUMBERS), size=4)]
     if kind == "copy":
         return [COPY, *a, EQUALS], a
     if kind == "reverse":
         return [REVERSE, *a, EQUALS], a[::-1]
     if kind == "max":
         return [MAX, *a[:3], EQUALS], [max(a[:3])]
-    return [ADD, *a[:2], EQUALS], [(a[0] + a[1] - 2 * NUMBERS[0]) % 32 + NUMBERS[0]]
+    a, b = (int(x) for x in rng.integers(10, size=2))
+    return [ADD, a + NUMBERS[0], b + NUMBERS[0], EQUALS], [a + b + NUMBERS[0]]
 
 
 # --- training rows ---------------------------------------------------------------------------------------------
