@@ -35,7 +35,6 @@ STACKS = {
     "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
     "sparse beside a delta rule": {"sparse_memory": 4, "memory_cell": "delta", "mixer_norm": True},
     "kept beside a wider linear memory before RoPE": KEPT | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
-    "kept beside a window alone": KEPT | {"mixer_branches": "window"},
     "sparse and kept": KEPT | {"sparse_memory": 4, "sparse_memory_score": "random"},
 }
 
