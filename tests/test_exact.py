@@ -31,16 +31,10 @@ STACKS = {
     "kept": KEPT,
     "kept without positions": KEPT | {"kept_positions": "log", "kept_log_base": 3, "qk_norm": "head"},
     "kept beside the teacher's layers": MIXED,
-    "sparse": {"sparse_memory": 3},
     "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
-    "sparse recency, no memory, kept": KEPT | {"sparse_memory": 2, "sparse_memory_score": "recency", "mixer_branches": "window"},
-    "sparse and kept, signed features before RoPE": {
-        "memory_feature_map": "softmax_signed",
-        "memory_rope": False,
-        "sparse_memory": 3,
-        "kept_groups": [[1], [0], []],
-    },
-    "no window, kept": KEPT | {"mixer_branches": "memory", "memory_cell": "linear"},
+    "sparse beside a delta rule": {"sparse_memory": 4, "memory_cell": "delta", "mixer_norm": True},
+    "kept beside a wider linear memory before RoPE": KEPT | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
+    "sparse and kept": KEPT | {"sparse_memory": 4, "sparse_memory_score": "random"},
 }
 
 
@@ -353,10 +347,10 @@ BAD = {
     r"layer 1 is full_attention with kept_groups \[0\]": {**MIXED, "kept_groups": [[], [0], []]},
     "kept_positions='none'": {"kept_positions": "none"},
     "kept_log_base=1": {"kept_log_base": 1},
-    "sparse_memory=4 with mixer_branches='memory': there is no window": {"sparse_memory": 4, "mixer_branches": "memory"},
-    "sparse_memory=4 with mixer_branches='window': nothing tells the residual": {"sparse_memory": 4, "mixer_branches": "window"},
     "sparse_memory=-1": {"sparse_memory": -1},
     "sparse_memory_score='best'": {"sparse_memory_score": "best"},
+    "sparse_memory=2 with mixer_branches='window'": {"sparse_memory": 2, "mixer_branches": "window"},
+    "mixer_combine='joint' with an exact memory": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
 }
 
 
@@ -370,7 +364,7 @@ def test_memories_that_contradict_themselves_are_refused(message):
 def test_a_cache_with_other_memories_is_refused():
     plain, kept = tiny_student(), tiny_student(kept_groups=[[0]] * 3)
     for reader, writer in ((plain, kept), (kept, plain)):
-        with pytest.raises(CacheError, match="kept groups and a sparse memory of 0"):
+        with pytest.raises(CacheError, match="kept groups and sparse memory"):
             reader(token_ids(1, 4), past_key_values=prefill(writer, token_ids(1, 9)))
-    with pytest.raises(CacheError, match="sparse memory of 2 tokens, expected no kept groups and a sparse memory of 0"):
+    with pytest.raises(CacheError, match=r"False, 2\), expected .*False, 0\)"):
         plain(token_ids(1, 4), past_key_values=prefill(tiny_student(sparse_memory=2), token_ids(1, 9)))

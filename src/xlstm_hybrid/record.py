@@ -6,7 +6,7 @@ Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V va
 from dataclasses import dataclass, replace
 
 import torch
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 
 @dataclass
@@ -118,7 +118,8 @@ class Piece:
     """T tokens that came in one call.
 
     memory: the mLSTM's (k, v, i, f), [B, T, H, ...], or () where the layer has no memory; key, value: [B, G, T, K | V]; tokens: `Tokens`;
-    chunk_size: of the mLSTM in that call.  scores: [B, G, T] of a layer with a sparse memory.
+    chunk_size: of the mLSTM in that call.
+    scores: [B, G, T] of a layer with a sparse memory.
     """
 
     memory: tuple
@@ -134,7 +135,8 @@ class Piece:
     def repeat(self, layer):
         state = None
         if self.memory:
-            state = mlstm(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
+            run = delta if layer.cell == "delta" else mlstm
+            state = run(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
         layer.update(self.key, self.value, self.tokens, self.scores)
         layer.hold(state)
 
