@@ -12,13 +12,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from xlstm_hybrid import allocation
+from xlstm_hybrid import allocation, efficiency
 from xlstm_hybrid.allocation import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.footprint import cache_bytes
 from xlstm_hybrid.longcontext import documents
+from xlstm_hybrid.pipeline import harness
+from xlstm_hybrid.plan import machine_of, plan
 from xlstm_hybrid.state import prefill, tensors_of
 
 # --- bytes -------------------------------------------------------------------------------------------------------
@@ -48,6 +50,15 @@ def test_bytes_from_the_config_are_the_bytes_of_the_tensors(name, dtype):
         cache = prefill(model, token_ids(1, length))
         held = sum(x.numel() * x.element_size() for layer in cache.layers for x in tensors_of(layer).values())
         assert sum(cache_bytes(model.config, length, dtype).values()) == held, length
+        if "teacher_sliding_window" not in LAYOUTS[name]:  # what slid out of a prompt's keys is freed with the next token
+            assert efficiency.cache_bytes(cache) == harness.cache_bytes(model, token_ids(1, length)) == held
+
+
+def test_the_plan_of_a_run_names_the_cache():
+    found = plan(teacher("llama").config, machine_of(1, 80e9)).cache
+    length, K, G, H = 4096, 10, 2, 6
+    assert found["length"] == length and sum(found["teacher"].values()) == 3 * length * G * 2 * K * 2
+    assert sum(found["student"].values()) == 3 * (G * 516 * 2 * K * 2 + H * (K * K + K + 1) * 4 + 8)
 
 
 def test_parts_are_what_they_say():

@@ -377,7 +377,7 @@ def adopt_cache(cache, config):
         if isinstance(layer, HybridCacheLayer) and (held := layer.remembers) != wanted:
             raise CacheError(
                 f"past_key_values: layer {j} has window, sinks, memory, kept groups and sparse memory {held}, expected {wanted}: another model made "
-                "it, or its config has changed since; start from DynamicCache(config=model.config)"
+                "it, or mixer_branches or the like have changed since; start from DynamicCache(config=model.config)"
             )
         if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
             layer = cache.layers[j] = DynamicLayer()

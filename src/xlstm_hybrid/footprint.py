@@ -39,6 +39,21 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
     return parts
 
 
+def tensors_in(value, seen=None):
+    """Every tensor that an object holds, in tuples, lists, dicts and attributes at any depth, once each."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else vars(value).values()
+    for part in parts:
+        if isinstance(part, torch.Tensor | list | tuple | dict) or (hasattr(part, "__dict__") and not callable(part)):
+            yield from tensors_in(part, seen)
+
+
 def pair(config, dtype):
     """Bytes of a key and its value."""
     return 2 * config.head_dim * dtype.itemsize
