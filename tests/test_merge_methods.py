@@ -11,9 +11,6 @@ from xlstm_hybrid.artifacts import write_manifest
 from xlstm_hybrid.errors import CheckpointError, MergeError
 from xlstm_hybrid.merge_methods import (
     MERGES,
-    NEED_KEYS,
-    NEED_STATISTICS,
-    OPTIONS,
     check_options,
     elected_mean,
     fisher_diagonals,
@@ -22,6 +19,7 @@ from xlstm_hybrid.merge_methods import (
     threshold,
     weights_digest,
 )
+from xlstm_hybrid.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
 
 linear, task_arithmetic, ties, dare = (MERGES[name] for name in ("linear", "task_arithmetic", "ties", "dare"))
 SHARES = [0.5, 0.25, 0.25]
@@ -54,6 +52,10 @@ def call(method, tensors, weights, base=BASE, **options):
 
 def two_or_three(method):
     return (experts(2), [0.5, 0.5]) if method == "slerp" else (experts(), SHARES)
+
+
+def test_every_method_that_settings_name_is_there_and_no_other():
+    assert set(METHODS) == set(MERGES) and set(OPTIONS) <= set(METHODS)
 
 
 # --- what all share --------------------------------------------------------------------------------------------
@@ -264,6 +266,18 @@ def test_the_fisher_of_drawn_labels_is_reproducible_and_is_not_that_of_the_data(
     assert not torch.equal(one, fisher_diagonals(small, batches, labels="data")[0]["model.norm.weight"])
     with pytest.raises(MergeError, match="labels='x': expected 'model' or 'data'"):
         fisher_diagonals(small, batches, labels="x")
+
+
+def test_the_fisher_counts_the_tokens_that_labels_score(small):
+    """Of two packed documents, the second from token 5 on: its first token and the question of the first are not scored."""
+    ids = token_ids(1, 9)
+    labels, positions = ids.clone(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    labels[0, [0, 1, 5]] = -100
+    found, _ = fisher_diagonals(small, [{"input_ids": ids, "labels": labels, "position_ids": positions}], labels="data")
+    logp = [small(part).logits[0, :-1].float().log_softmax(-1) for part in (ids[:, :5], ids[:, 5:])]
+    likelihood = logp[0].gather(-1, ids[0, 1:5, None])[1:].sum() + logp[1].gather(-1, ids[0, 6:, None]).sum()
+    expected = torch.autograd.grad(likelihood, small.model.norm.weight)[0].square()
+    torch.testing.assert_close(found["model.norm.weight"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gram_matrices_are_mean_outer_products_of_real_tokens_inputs(small):

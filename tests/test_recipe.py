@@ -39,13 +39,58 @@ def source(**fields):
     return lambda content: content.update(data={"sequence_length": 8, "sources": {"a": fields}})
 
 
+def search(group_weights=None, **settings):
+    """A change that lets a search find the weights."""
+    section = {"method": "linear", "search": settings} | ({"group_weights": group_weights} if group_weights else {})
+    return lambda content: content.update(merge=section)
+
+
 BREAKS = {
     r"unknown keys \['learning_rate'\]": lambda c: c.update(learning_rate=1),
     r"missing keys \['align'\]": without("align"),
     r"evaluate: expected exactly the keys": lambda c: c["evaluate"].pop("examples"),
     r"evaluate.examples=0: expected a number of at least 1": lambda c: c["evaluate"].update(examples=0),
+    r"evaluate.limit=0: expected a number of at least 1": lambda c: c["evaluate"].update(limit=0),
+    r"evaluate.harness=\[\]: expected names": lambda c: c["evaluate"].update(harness=[]),
+    r"evaluate.harness='domains': expected list": lambda c: c["evaluate"].update(harness="domains"),
+    r"evaluate.alpha=1.5: expected a share between 0 and 1": lambda c: c["evaluate"].update(alpha=1.5),
+    r"evaluate.long_context: unknown keys \['sizes'\].*evaluate.long_context: expected lengths": lambda c: c["evaluate"].update(
+        long_context={"sizes": [1]}
+    ),
+    r"evaluate.long_context.samples=0: expected a number": lambda c: c["evaluate"].update(long_context={"lengths": [64], "samples": 0}),
+    r"evaluate.efficiency.rounds=True: expected int": lambda c: c["evaluate"].update(efficiency={"rounds": True}),
+    r"evaluate: \['limit'\] without harness or long_context": lambda c: [c["evaluate"].pop(k) for k in ("harness", "long_context")],
     r"merge.weights names \['other'\], the experts are \['memory', 'symbols'\]": lambda c: c["merge"].update(weights={"other": 1.0}),
     r"merge: expected method and weights, as there are several experts": without("merge"),
+    r"merge.method='mean': expected one of linear, .*on_policy": lambda c: c["merge"].update(method="mean"),
+    r"merge: unknown keys \['weight'\], expected some of": lambda c: c["merge"].update(weight=1),
+    r"merge.weights: .*, expected shares of at least 0 whose sum is 1": lambda c: c["merge"].update(weights={"symbols": 0.7, "memory": 0.7}),
+    r"merge.weights: .*, expected shares": lambda c: c["merge"].update(weights={"symbols": 1.5, "memory": -0.5}),
+    r"merge.weights: .*'half'.*, expected shares": lambda c: c["merge"].update(weights={"symbols": "half", "memory": 0.5}),
+    r"merge: expected either weights or search": lambda c: c["merge"].pop("weights"),
+    r"merge: expected either weights or search, which finds them": lambda c: c["merge"].update(search={"examples": 4}),
+    r"merge.options: density=2: expected a share above 0, at most 1": lambda c: c["merge"].update(method="ties", options={"density": 2}),
+    r"merge.options: density: it takes no options": lambda c: c["merge"].update(options={"density": 0.5}),
+    r"merge.options: expected names and values, got 0.5": lambda c: c["merge"].update(method="ties", options=0.5),
+    r"merge.base='aligned': expected 'aligned' or a path, for one of dare": lambda c: c["merge"].update(base="aligned"),
+    r"merge.base=5: expected 'aligned' or a path": lambda c: c["merge"].update(method="ties", base=5),
+    r"merge.group_weights: 'heads' is no module group": lambda c: c["merge"].update(group_weights={"heads": {"symbols": 1, "memory": 0}}),
+    r"merge.group_weights.gates names \['symbols'\]": lambda c: c["merge"].update(group_weights={"gates": {"symbols": 1}}),
+    r"merge.statistics: linear takes none, only fisher, regmean": lambda c: c["merge"].update(statistics={"rows": 8}),
+    r"merge.statistics.rows=0: expected a whole number of at least 1": lambda c: c["merge"].update(method="fisher", statistics={"rows": 0}),
+    r"merge.statistics.labels='both': expected one of": lambda c: c["merge"].update(method="fisher", statistics={"labels": "both"}),
+    r"merge.search: unknown keys \['prompts'\]": search(prompts=5),
+    r"merge.search.parts=7: expected a divisor of 60": search(examples=4, parts=7),
+    r"merge.search: expected either examples, of the tiny domains, or documents": search(budget=5),
+    r"merge.search.documents: expected sources for every expert": search(documents=5),
+    r"merge.search: expected two experts or more, and no group_weights": search(group_weights={"gates": {"symbols": 1, "memory": 0}}, examples=4),
+    r"merge: method on_policy merges no weights, leave out base, options": lambda c: c["merge"].update(method="on_policy", base="a", options={}),
+    r"merge: method on_policy needs the section on_policy": lambda c: c["merge"].update(method="on_policy"),
+    r"merge.on_policy.max_steps=None: expected a number of steps": lambda c: c["merge"].update(method="on_policy", on_policy={"lmbda": 1}),
+    r"merge.method='slerp': expected two experts, got 3": lambda c: (
+        c["experts"].update(third={"text": 1.0}),
+        c["merge"].update(method="slerp", weights={"symbols": 1, "memory": 0, "third": 0}),
+    ),
     r"seed: expected int, got str": lambda c: c.update(seed="7"),
     r"name='../elsewhere': expected letters": lambda c: c.update(name="../elsewhere"),
     r"align.max_steps=None: expected a number of steps": lambda c: c["align"].pop("max_steps"),

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from xlstm_hybrid.claims import take
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, DataError, StoreError
 from xlstm_hybrid.store import StoreCollator, TeacherStore, build_store, number_rows, plan_store, planned_bytes, row_input, store_bytes
 from xlstm_hybrid.store.layout import round_down_mass
-from xlstm_hybrid.store.writer import entry_of, refresh_index, shard_name, take, write_shard
+from xlstm_hybrid.store.writer import entry_of, refresh_index, shard_name, write_shard
 
 V, K, ROWS, T = 97, 12, 10, 24
 SPEC = {"teacher": "waves", "weights": "0", "tokenizer": "words", "template": None}

@@ -132,7 +132,7 @@ def staged(path, overwrite=False):
     Args:
         overwrite: replace what is there, once the new one is complete; otherwise a non-empty `path` is refused.
     Raises:
-        CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False.
+        CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False, before the block or after it.
         CheckpointWriteError: the disk refused; what was at `path` is untouched.
     """
     path = Path(path).absolute()
@@ -149,7 +149,7 @@ def staged(path, overwrite=False):
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
-        exchange(temporary, path, retired)
+        exchange(temporary, path, retired, overwrite)
     except OSError as error:
         raise CheckpointWriteError(f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
                                    "what was there before is untouched") from error
@@ -158,9 +158,11 @@ def staged(path, overwrite=False):
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def exchange(new, path, retired):
-    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails."""
+def exchange(new, path, retired, overwrite):
+    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails. What came meanwhile is not replaced unasked."""
     there = path.exists()
+    if there and not overwrite and any(path.iterdir()):
+        raise CheckpointError(f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it")
     if there:
         os.rename(path, retired)
     try:
@@ -310,6 +312,21 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
         entry["parent_manifest"] = digest(Path(parent) / MANIFEST)  # tells starts of the same name apart
     entry = {key: plain(value) for key, value in entry.items() if value is not None}
     write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
+
+
+def append_stage(directory, stage, config=None, figures=None):
+    """Add what was measured of a finished checkpoint to its record, and the record to its manifest.
+
+    Raises:
+        CheckpointError: no record of stages, or files that are not those of the manifest.
+    """
+    stages = read_provenance(directory)
+    if not stages:
+        raise CheckpointError(f"{Path(directory).name}: no record of stages, expected a checkpoint that this package made; name its directory")
+    if (Path(directory) / MANIFEST).is_file():
+        verify(directory)
+    add_provenance(directory, stage, stages=stages, config=config, figures=figures)
+    relist(directory, PROVENANCE)
 
 
 def relist(directory, name):

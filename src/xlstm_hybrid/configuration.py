@@ -9,10 +9,12 @@ LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear", "delta"), ("softmax", "softmax_signed", "silu")
-MIXER = {  # fields of the mixer, and what they were before there was a choice
+MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
     "memory_feature_dim": None, "mixer_norm": False, "mixer_combine": "gate", "mixer_gate_input": "qkv",
+    "kept_groups": None, "kept_positions": "rope", "kept_log_base": 500, "sparse_memory": 0, "sparse_memory_score": "residual",
 }  # fmt: skip
+SCORES = ("residual", "weighted", "recency", "random")
 
 
 @strict
@@ -30,6 +32,13 @@ class XLSTMHybridConfig(PreTrainedConfig):
         sliding_window: window W of the hybrid layers, in tokens, the present one included.
         num_sink_tokens: first real tokens of a document that stay visible to the window's softmax.
         layer_windows, layer_sinks: the same per layer, for layers that differ; None follows the three fields above (`window_of`, `sinks_of`).
+        kept_groups: per layer the numbers of the key/value groups whose query heads keep the teacher's full attention in a hybrid layer (its window
+            where it had one): no window, sinks or mLSTM for them, and their keys and values of the whole context in the cache. [] or None: no group.
+        kept_positions: "rope", the teacher's, exact without training; "log": none, and logits times log_a(t + a), a = kept_log_base, for students
+            that are trained so (HyPE, arXiv 2601.22156).
+        sparse_memory: (key, value) pairs per key/value group and hybrid layer that stay visible to the window's softmax after they have left the
+            window, those that score best; 0: none. The cache grows by so much, at any context.
+        sparse_memory_score: "residual", "weighted", or for comparison "recency" or "random" (see `sparse.scores_of`).
         mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
         mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
@@ -95,6 +104,11 @@ class XLSTMHybridConfig(PreTrainedConfig):
     num_sink_tokens: int = 4
     layer_windows: list[int | None] | None = None
     layer_sinks: list[int] | None = None
+    kept_groups: list[list[int]] | None = None
+    kept_positions: str = "rope"
+    kept_log_base: float | int = 500
+    sparse_memory: int = 0
+    sparse_memory_score: str = "residual"
 
     teacher_model_type: str | None = None
     mlstm_context: int = 4096
@@ -158,7 +172,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         wrong, n = [], self.num_hidden_layers
         if self.num_attention_heads % self.num_key_value_heads:
             wrong.append(f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}")
-        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks"):
+        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"):
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
@@ -175,6 +189,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.norm_position not in ("pre", "post"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
         wrong += self.wrong_mixer()
+        wrong += [] if wrong else self.wrong_memories()
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
 
@@ -193,13 +208,35 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
             wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
         if self.mixer_combine == "joint":  # there is no gate to clamp, and features stand alone as in linear attention
-            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0)):
+            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0), ("sparse_memory", 0)):
                 if getattr(self, name) != needed:
                     wrong.append(f"mixer_combine='joint' with {name}={getattr(self, name)!r}: expected {needed!r}")
         if not 0 <= self.window_dropout < 1:
             wrong.append(f"window_dropout={self.window_dropout}: expected a probability of at least 0 and below 1")
         elif self.window_dropout and self.mixer_branches != "both":
             wrong.append(f"window_dropout={self.window_dropout} with mixer_branches={self.mixer_branches!r}: expected 0, there is one branch only")
+        return wrong
+
+    def wrong_memories(self):
+        """What contradicts itself among the fields of exact memories, a list of messages."""
+        wrong, G = [], self.num_key_value_heads
+        for j, kept in enumerate(self.kept_groups or ()):
+            if sorted(set(kept)) != sorted(kept) or not set(kept) <= set(range(G)):
+                wrong.append(f"kept_groups of layer {j} are {kept}: expected different numbers from 0 to {G - 1}")
+            elif kept and self.layer_types[j] != "hybrid_sliding":
+                wrong.append(f"layer {j} is {self.layer_types[j]} with kept_groups {kept}: expected none, all of its groups keep their attention")
+            elif len(kept) == G:
+                wrong.append(f"kept_groups of layer {j} are all {G} groups: make it {self.teacher_layer_types[j]} in layer_types")
+        if self.kept_positions not in ("rope", "log"):
+            wrong.append(f"kept_positions={self.kept_positions!r}: expected 'rope' or 'log'")
+        if not self.kept_log_base > 1:
+            wrong.append(f"kept_log_base={self.kept_log_base}: expected a base above 1")
+        if self.sparse_memory < 0:
+            wrong.append(f"sparse_memory={self.sparse_memory}: expected 0 or more tokens")
+        if self.sparse_memory_score not in SCORES:
+            wrong.append(f"sparse_memory_score={self.sparse_memory_score!r}: expected one of {list(SCORES)}")
+        if self.sparse_memory and self.mixer_branches != "both":
+            wrong.append(f"sparse_memory={self.sparse_memory} with mixer_branches={self.mixer_branches!r}: expected 'both', it scores the tokens")
         return wrong
 
     def tensor_parallel_plan(self):
@@ -230,6 +267,19 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.layer_sinks is not None:
             return self.layer_sinks[layer_idx]
         return self.num_sink_tokens if self.layer_types[layer_idx] == "hybrid_sliding" else 0
+
+    def kept_of(self, layer_idx):
+        """Numbers of the key/value groups that keep full attention in a hybrid layer, in order."""
+        return sorted(self.kept_groups[layer_idx]) if self.kept_groups else []
+
+    def kept_window_of(self, layer_idx):
+        """Window of a layer's kept groups in tokens, the teacher's own; None for full attention."""
+        return self.teacher_sliding_window if self.teacher_layer_types[layer_idx] == "sliding_attention" else None
+
+    def mixed_heads(self, layer_idx):
+        """Numbers of the query heads that mix an mLSTM with window attention, in order: all but those of kept groups."""
+        repeats, kept = self.num_attention_heads // self.num_key_value_heads, set(self.kept_of(layer_idx))
+        return [h for h in range(self.num_attention_heads) if h // repeats not in kept]
 
     def rope_parameters_of(self, layer_idx):
         """The flat RoPE dict of one layer: that of its teacher layer type where the teacher has several."""

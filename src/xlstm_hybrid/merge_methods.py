@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 from xlstm_hybrid.artifacts import MANIFEST, digest, read_versioned, weight_files
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
+from xlstm_hybrid.merge_settings import LABELS, option_faults
 
 BLOCK = 2**20  # elements that are worked on at a time
+NOT_SCORED = -100
 RIDGE = 1e-6  # of the mean squared input: pulls what no input of a layer determines to the plain mean
 
 
@@ -210,36 +212,11 @@ MERGES = {
     "fisher": fisher,
     "regmean": regmean,
 }
-NEED_BASE = {"task_arithmetic", "ties", "dare", "dare_ties"}
-NEED_KEYS = {"dare", "dare_ties"}
-NEED_TWO = {"slerp"}
-NEED_STATISTICS = {"fisher": "fisher", "regmean": "gram"}  # method: kind of statistics
-OPTIONS = {  # method: the options that a caller may set
-    "task_arithmetic": {"scale"},
-    "ties": {"density", "scale"},
-    "dare": {"drop", "seed", "scale"},
-    "dare_ties": {"drop", "seed", "scale"},
-    "fisher": {"floor"},
-    "regmean": {"alpha"},
-}
-ALLOWED = {  # option: what it may be, in words and as a test
-    "scale": ("a number above 0", lambda x: 0 < x < math.inf),
-    "density": ("a share above 0, at most 1", lambda x: 0 < x <= 1),
-    "drop": ("a share of at least 0, below 1", lambda x: 0 <= x < 1),
-    "seed": ("a whole number", lambda x: x == int(x)),
-    "floor": ("a number above 0", lambda x: 0 < x < math.inf),
-    "alpha": ("a share between 0 and 1", lambda x: 0 <= x <= 1),
-}
 
 
 def check_options(method, options):
     """Raise MergeError for options that `method` does not have or that are out of range, all of them named."""
-    known = OPTIONS.get(method, set())
-    wrong = [f"{name}: expected one of {sorted(known)}" if known else f"{name}: it takes no options" for name in options if name not in known]
-    for name, value in options.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if name in known and not (number and ALLOWED[name][1](value)):
-            wrong.append(f"{name}={value!r}: expected {ALLOWED[name][0]}")
+    wrong = option_faults(method, options)
     if wrong:
         raise MergeError(f"method={method!r} with options {sorted(options)}: {'; '.join(wrong)}")
 
@@ -248,34 +225,38 @@ def check_options(method, options):
 
 
 def rows_of(batches):
-    """Single rows [1, T] of batches of tensors [B, T]."""
+    """`(row, counted)`: single rows [1, T] of batches of tensors [B, T], and which of the T - 1 last tokens count: those that the mask keeps and,
+    where there are labels, that they score. A packed document's first token is not scored: nothing in the row predicts it."""
     for batch in batches:
         for j in range(len(batch["input_ids"])):
-            yield {key: value[j : j + 1] for key, value in batch.items() if key != "labels"}
+            row = {key: value[j : j + 1] for key, value in batch.items()}
+            counted = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0, 1:].bool()
+            if (labels := row.pop("labels", None)) is not None:
+                counted &= labels[0, 1:] != NOT_SCORED
+            yield row, counted
 
 
 def fisher_diagonals(model, batches, *, labels="model", seed=0):
     """Diagonals of the Fisher information per sequence: the mean over rows of (d log p(y | x) / d theta)^2.
 
     Args:
-        batches: dicts of tensors [B, T] with `input_ids`, and `attention_mask` where rows are padded.
+        batches: dicts of tensors [B, T] with `input_ids`, `attention_mask` where rows are padded, `labels` where not all tokens count (-100).
         labels: "model" draws every y_t from the model's own distribution after x_<t, which gives the Fisher information (Matena and Raffel 2022);
             "data" takes y = x, the empirical one.
         seed: of the draws.
     Returns:
         `({parameter name: float32 tensor}, number of rows)`. Tied parameters stand under their first name.
     """
-    if labels not in ("model", "data"):
+    if labels not in LABELS:
         raise MergeError(f"labels={labels!r}: expected 'model' or 'data'")
     generator, rows = torch.Generator().manual_seed(seed), 0
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     squares = {name: torch.zeros_like(p, dtype=torch.float32, device="cpu") for name, p in parameters.items()}
-    for row in rows_of(batches):
+    for row, counted in rows_of(batches):
         logp = model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]
         drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator)[:, 0]
         target = (row["input_ids"][0, 1:] if labels == "data" else drawn).to(logp.device)
-        counted = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0, 1:].bool().to(logp.device)
-        likelihood = logp.gather(-1, target[:, None])[:, 0][counted].sum()
+        likelihood = logp.gather(-1, target[:, None])[:, 0][counted.to(logp.device)].sum()
         for name, gradient in zip(parameters, torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True), strict=True):
             if gradient is not None:
                 squares[name] += gradient.float().square().cpu()
@@ -327,7 +308,7 @@ def weights_digest(directory):
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def measure_statistics(checkpoint, batches, out, kind, **options):
+def measure_statistics(checkpoint, batches, out, kind, device="cpu", **options):
     """Write what `fisher` or `regmean` needs of one expert to a safetensors file, which appears complete or not at all.
 
     Args:
@@ -335,6 +316,7 @@ def measure_statistics(checkpoint, batches, out, kind, **options):
         batches: what the expert is good at: dicts of tensors [B, T], see `fisher_diagonals`.
         out: the file; not inside of the checkpoint, whose manifest lists no such file.
         kind: "fisher" or "gram".
+        device: where the model runs; the statistics are summed up in main memory.
         options: of `fisher_diagonals`.
     Returns:
         The number of rows ("fisher") or tokens ("gram") that were read.
@@ -344,8 +326,8 @@ def measure_statistics(checkpoint, batches, out, kind, **options):
     out, measures = Path(out), {"fisher": fisher_diagonals, "gram": gram_matrices}
     if kind not in measures or out.resolve().is_relative_to(Path(checkpoint).resolve()):
         raise MergeError(f"kind={kind!r}, out={out.name}: expected one of {sorted(measures)}, and a file outside of {Path(checkpoint).name}")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tensors, *shared, items = measures[kind](model, batches, **options)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    tensors, *shared, items = measures[kind](model.eval().to(device), batches, **options)
     if not items:
         raise MergeError(f"{out.name}: no tokens to measure {kind} statistics on; give at least one batch")
     notes = {"kind": kind, "items": str(items), "weights": weights_digest(checkpoint), "shared": json.dumps(shared[0] if shared else {})}

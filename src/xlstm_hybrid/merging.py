@@ -29,28 +29,15 @@ from xlstm_hybrid.artifacts import (
     write_manifest,
 )
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
-from xlstm_hybrid.merge_methods import MERGES, NEED_BASE, NEED_KEYS, NEED_STATISTICS, NEED_TWO, Statistics, check_options, linear
+from xlstm_hybrid.merge_methods import MERGES, Statistics, check_options, linear
+from xlstm_hybrid.merge_settings import GROUPS, NEED_BASE, NEED_KEYS, NEED_STATISTICS, NEED_TWO, group_of, on_simplex
 from xlstm_hybrid.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards
 
 NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}  # config keys in which experts may differ
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # by safetensors' names  # fmt: skip
-GROUPS = {  # module group: names of its tensors; the first that fits
-    "feature_maps": re.compile(r"\.mlstm\.[qk]_map$"),
-    "gates": re.compile(r"\.mlstm\."),
-    "attention": re.compile(r"\.self_attn\."),
-    "mlp": re.compile(r"\.mlp\."),
-    "embeddings": re.compile(r"(^|\.)(embed_tokens|lm_head)\."),
-    "norms": re.compile(r"norm\."),
-    "other": re.compile(""),
-}
 SHOWN = 3  # tokens of a vocabulary that are named
-
-
-def group_of(name):
-    """Module group of a tensor, a key of `GROUPS`."""
-    return next(group for group, pattern in GROUPS.items() if pattern.search(name))
 
 
 class Checkpoint:
@@ -122,7 +109,7 @@ class Checkpoint:
 def check_weights(weights, count):
     """`weights` as floats on the simplex, uniform if None; MergeError otherwise."""
     weights = [1 / count] * count if weights is None else [float(w) for w in weights]
-    if len(weights) != count or any(not w >= 0 for w in weights) or not math.isclose(sum(weights), 1, rel_tol=0, abs_tol=1e-6):
+    if len(weights) != count or not on_simplex(weights):
         raise MergeError(f"weights {weights}: expected {count} shares of at least 0 whose sum is 1, one per expert")
     return weights
 

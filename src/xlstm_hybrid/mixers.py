@@ -30,6 +30,8 @@ class HeadsParallel(TensorParallelLayer):
                     f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
                     "load it without tp_plan"
                 )
+        if any(module.config.kept_groups or ()):
+            raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
         if module.config.window_dropout:
             raise ConfigError(
                 f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
@@ -66,7 +68,7 @@ class MLSTMMixer(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
+        H, K, D = len(config.mixed_heads(layer_idx)), config.head_dim, config.hidden_size
         P = config.memory_feature_dim or K
         self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, P)), nn.Parameter(torch.empty(H, K, P))
         if config.memory_cell != "linear":
@@ -91,7 +93,7 @@ class MLSTMMixer(nn.Module):
         window = self.config.window_of(self.layer_idx)
         low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
         steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
-        return (low * (high / low) ** steps - 1).log().float()
+        return (low * (high / low) ** steps - 1).log().float()[self.config.mixed_heads(self.layer_idx)]
 
     def gates(self, hidden_states, qkv):
         """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
@@ -197,7 +199,7 @@ class JointMixer(MLSTMMixer):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.joint_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.joint_scale = nn.Parameter(torch.empty(len(config.mixed_heads(layer_idx))))
 
     def forward(self, hidden_states, qkv, query, key, value, tokens, window_q, window_k, scale):
         """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, T])`; arguments as in `MLSTMMixer.forward`.

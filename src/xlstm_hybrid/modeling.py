@@ -29,11 +29,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from xlstm_kernels import mix, window_attention
 
-from xlstm_hybrid.cache import adopt_cache
+from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
 from xlstm_hybrid.mixers import JointMixer, MLSTMMixer
 from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.sparse import scores_of, sparse_attention
 
 
 @dataclass
@@ -90,6 +92,8 @@ class HybridAttention(nn.Module):
             self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
         if self.layer_type == "hybrid_sliding":
             self.mlstm = (JointMixer if config.mixer_combine == "joint" else MLSTMMixer)(config, layer_idx)
+        kept = config.kept_of(layer_idx)
+        self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
 
     def project(self, hidden_states, position_embeddings):
         """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K],
@@ -116,7 +120,26 @@ class HybridAttention(nn.Module):
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
 
     def mix(self, hidden_states, projected, tokens, mask, cache=None):
-        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the window's attention weights; updates the cache layer."""
+        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the attention weights of window and kept groups; updates the cache layer."""
+        if self.split is None:
+            return self.mix_heads(hidden_states, projected, tokens, mask, cache)
+        h, weights = self.mix_heads(hidden_states, self.split.projected(projected, kept=False), tokens, mask, cache)
+        full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
+        return self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)
+
+    def keep(self, projected, tokens, cache=None):
+        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it had one."""
+        query, key, value, _, unrotated = projected
+        if self.config.kept_positions == "log":
+            query, key = unrotated
+            query = log_scaled(query, tokens.index, self.config.kept_log_base)
+        held, spare = (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        key, value, mask = held.append(key, value, tokens, spare, masked=dense == "eager")
+        return self.attend(query, key, value, mask, implementation=dense)
+
+    def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
+        """`mix` for the heads that do not keep full attention."""
         query, key, value, (q, k, v), unrotated = projected
         n, branches = self.num_key_value_groups, self.config.mixer_branches
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
@@ -125,6 +148,8 @@ class HybridAttention(nn.Module):
         if self.config.mixer_combine == "joint":
             h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
             return self.mlstm.normed(h).to(value.dtype), weights
+        if self.config.sparse_memory:
+            return self.mix_sparse(inputs, query, key, value, tokens, cache)
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
             raise CacheError(
@@ -153,6 +178,23 @@ class HybridAttention(nn.Module):
             window, weights = self.attend(query, key, value, mask, implementation=dense)
         h = window if branches == "window" else mix(memory, window, o)
         return self.mlstm.normed(h).to(value.dtype), weights
+
+    def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
+        """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
+        config, read = self.config, []
+        layer = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
+        memory, o, state = self.mlstm(*inputs, state=layer.state, record=lambda *call: read.append(call))
+        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx, config.memory_cell)
+        attend = None
+        if config._attn_implementation == "eager" or (self.training and config.attention_dropout):
+            attend = partial(self.attend, implementation="eager" if config._attn_implementation == "eager" else "sdpa")
+        window, weights = sparse_attention(query, key, value, tokens, scores, layer, attend, self.scaling)
+        if cache is not None:
+            if cache.record_past:
+                cache.record(*read[0])
+            cache.update(key, value, tokens, scores)
+            cache.hold(state)
+        return self.mlstm.normed(mix(memory, window, o)).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
@@ -357,7 +399,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if wrong := self.config.wrong_mixer():  # its fields may be changed between two calls
+        if wrong := self.config.wrong_mixer() or self.config.wrong_memories():  # its fields may be changed between two calls
             raise ConfigError("; ".join(wrong))
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
@@ -377,6 +419,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         Args:
             filled: a `HybridCacheLayer` of that kind, if it holds tokens.
         """
+        if self.config.sparse_memory:
+            return None  # what is visible depends on the layer, see `sparse_attention`
         dense = self.config._attn_implementation == "eager" or (self.training and self.config.attention_dropout)
         step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
         if not dense and (filled is None or step):

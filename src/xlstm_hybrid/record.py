@@ -119,6 +119,7 @@ class Piece:
 
     memory: the mLSTM's (k, v, i, f), [B, T, H, ...], or () where the layer has no memory; key, value: [B, G, T, K | V]; tokens: `Tokens`;
     chunk_size: of the mLSTM in that call.
+    scores: [B, G, T] of a layer with a sparse memory.
     """
 
     memory: tuple
@@ -126,6 +127,7 @@ class Piece:
     value: torch.Tensor
     tokens: object
     chunk_size: int
+    scores: torch.Tensor | None = None
 
     def __len__(self):
         return self.key.shape[2]
@@ -135,14 +137,16 @@ class Piece:
         if self.memory:
             run = delta if layer.cell == "delta" else mlstm
             state = run(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
-        layer.update(self.key, self.value, self.tokens)
+        layer.update(self.key, self.value, self.tokens, self.scores)
         layer.hold(state)
 
     def slice(self, begin, end):
         """Tokens `begin` to `end`, as a call of their own."""
         memory = tuple(x[:, begin:end] for x in self.memory)
-        return Piece(memory, self.key[:, :, begin:end], self.value[:, :, begin:end], self.tokens.slice(begin, end), self.chunk_size)
+        key, value, scores = (x if x is None else x[:, :, begin:end] for x in (self.key, self.value, self.scores))
+        return Piece(memory, key, value, self.tokens.slice(begin, end), self.chunk_size, scores)
 
     def map(self, change):
         memory = tuple(change(x) for x in self.memory)
-        return replace(self, memory=memory, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change))
+        scores = None if self.scores is None else change(self.scores)
+        return replace(self, memory=memory, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change), scores=scores)

@@ -12,9 +12,9 @@ from xlstm_hybrid.artifacts import MANIFEST, digest, escaped, markdown_table, wr
 from xlstm_hybrid.errors import MergeError
 from xlstm_hybrid.evaluation import win_and_tie
 from xlstm_hybrid.merge_methods import weights_digest
+from xlstm_hybrid.merge_settings import PARTS
 from xlstm_hybrid.merging import merge
 
-PARTS = 60  # weights are whole sixtieths: halves, thirds, quarters, fifths, sixths and tenths are exact, and equal candidates are recognised
 DECIMALS = 9  # objectives that differ by less are equal: rounding must not choose
 
 

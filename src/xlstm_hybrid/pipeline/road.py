@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -13,15 +14,31 @@ from rich.console import Console
 from xlstm_hybrid import tasks
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.card import write_card
+from xlstm_hybrid.claims import held
+from xlstm_hybrid.compare import record
 from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
+from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.merge_settings import NEED_STATISTICS
+from xlstm_hybrid.pipeline.final import (
+    MISSING,
+    check_evaluation,
+    compare_sides,
+    domain_scores,
+    harness_installed,
+    judge_sides,
+    long_context_rows,
+    measure_sides,
+    units_of,
+)
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
+from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, on_policy
-from xlstm_hybrid.recipe import resolve_teacher
-from xlstm_hybrid.report import table, write_report
+from xlstm_hybrid.recipe import FINAL, resolve_teacher
+from xlstm_hybrid.report import as_png, table, write_report
 
 
 def fingerprint(directory):
@@ -40,12 +57,14 @@ def check_settings(recipe):
     from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
 
     sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
-    if recipe.on_policy is not None:
+    found = {name: getattr(recipe, name) for name in (*sections, "on_policy")} | {"merge.on_policy": (recipe.merge or {}).get("on_policy")}
+    if found["on_policy"] is not None or found["merge.on_policy"] is not None:
         from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
 
-        sections["on_policy"] = OnPolicyKDConfig
+        sections |= {name: OnPolicyKDConfig for name in ("on_policy", "merge.on_policy") if found[name] is not None}
+    base_of(recipe, recipe.path)  # raises for a path that is not there
     for name, config in sections.items():
-        parser, settings = Parser(config), getattr(recipe, name)
+        parser, settings = Parser(config), found[name]
         parser.check(settings, f"{recipe.path.name}, {name}")
         parser.typed(settings, name)
         batch_of(settings, name)
@@ -56,16 +75,17 @@ class Road:
 
     Args:
         redo: make stages again whose settings or parents have changed; otherwise that is a ConfigError.
+        start: an aligned student from elsewhere, in the place of the recipe's own convert and align.
     Raises:
         ConfigError: settings that no trainer has; more than one process.
     """
 
-    def __init__(self, recipe, out=None, redo=False, console=None):
+    def __init__(self, recipe, out=None, redo=False, console=None, start=None):
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
-        self.console, self.seconds = console or Console(emoji=False), {}
-        self.teacher = resolve_teacher(recipe)
+        self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
+        self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
         self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
@@ -75,27 +95,27 @@ class Road:
         return json.loads(json.dumps({"settings": settings, "seed": self.recipe.seed, "parents": parents}, default=str))
 
     def stage(self, name, settings, parents, build):
-        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents."""
+        """Run `build(directory, overwrite)` unless its directory is there, verified, and made from the same settings and parents.
+
+        Of several launches in one run directory one builds a stage, and the others wait for it and keep it.
+        """
         directory, spec = self.folder[name], self.spec(settings, parents)
         note = self.out / "stages" / f"{name.replace(':', '-')}.json"
-        known = directory.exists() and note.is_file()
-        if known and self.keep(name, directory, json.loads(note.read_text()), spec):
-            return directory
-        self.console.rule(f"{name}")
-        start = time.time()
-        build(directory, known or directory.exists())
-        self.seconds[name] = round(time.time() - start, 1)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"spec": spec, "seconds": self.seconds[name]})
+        with held(note.with_name(f".claim-{note.stem}"), lambda who: self.console.print(f"{name}: waiting for another launch (process {who})")):
+            if directory.exists() and note.is_file() and self.keep(name, directory, json.loads(note.read_text()), spec):
+                return directory
+            self.console.rule(f"{name}")
+            start = time.time()
+            build(directory, directory.exists())
+            self.seconds[name] = round(time.time() - start, 1)
+            write_json(note, {"spec": spec, "seconds": self.seconds[name]})
         self.console.print(f"{name}: {self.seconds[name]:.0f} s")
         return directory
 
     def keep(self, name, directory, before, spec):
         """Whether a stage that was made `before` can stay; ConfigError where it was made otherwise and must not be made again."""
-        changed = sorted(k for k in spec if spec[k] != before["spec"].get(k))
-        if changed and not self.redo:
-            raise ConfigError(f"{directory.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it")
-        if changed:
+        if self.changed(directory.name, before["spec"], spec):
             return False
         try:
             verify(directory, level="size")
@@ -106,40 +126,102 @@ class Road:
         self.console.print(f"[dim]{name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return True
 
-    def judge(self, name, directory):
-        """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice."""
-        spec = self.spec(self.recipe.evaluate, [directory])
+    def changed(self, what, before, spec):
+        """Whether `what` was made otherwise and has to be made again; ConfigError where it must not be."""
+        names = sorted(k for k in spec if spec[k] != before.get(k))
+        if names and not self.redo:
+            raise ConfigError(f"{what} was made with other {', '.join(names)}: pass --redo to make it again, or another --out to keep it")
+        return bool(names)
+
+    def judge(self, name, directory, known=None):
+        """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
+        settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
+        spec = self.spec(settings | ({"known": known["exact_match"]} if known else {}), [directory])
         path = self.out / "evaluation" / f"{name}.json"
         if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == spec:
             self.seconds[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
-        result = evaluate(directory, self.recipe, progress=lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"))
+        result = evaluate(directory, self.recipe, lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"), known)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[f"evaluate:{name}"] = round(time.time() - start, 1)
         write_json(path, {"spec": spec, "seconds": self.seconds[f"evaluate:{name}"], "result": result})
         return result
 
+    def by_harness(self, student):
+        """`({"teacher", "student": what lm-eval found on the domains}, parts of the results)`; nothing where the recipe does not ask for lm-eval."""
+        folder = self.out / "evaluation" / "harness"
+        if not units_of(self.recipe.evaluate):
+            return {}, {}
+        if not harness_installed():
+            self.console.print(f"[yellow]{MISSING}[/yellow]", markup=True)
+            return {}, {"notes": [MISSING]}
+        sides = {"teacher": self.teacher, "student": student}
+        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.console.print(f"  {side:>12}  {line}"))
+        self.seconds |= {f"harness:{side}": round(sum(unit["seconds"] for unit in found.values()), 1) for side, found in self.harness.items()}
+        rows = long_context_rows(self.harness)
+        return {side: domain_scores(folder / side, found) for side, found in self.harness.items()}, {"long_context": rows} if rows else {}
+
+    def beside_the_teacher(self, student):
+        """The comparison with the teacher where the recipe names tasks of lm-eval, the costs where it asks for them."""
+        found, folder = {}, self.out / "evaluation"
+        if units_of(self.recipe.evaluate) and (comparison := compare_sides(self.recipe, self.teacher, folder, self.harness)):
+            found["comparison"] = comparison
+        if "efficiency" in self.recipe.evaluate:
+            found["efficiency"] = self.costs(student)
+        return found
+
+    def costs(self, student):
+        """The efficiency report of teacher and student, kept like a stage."""
+        folder, note = self.out / "efficiency", self.out / "stages" / "efficiency.json"
+        spec = self.spec(self.recipe.evaluate["efficiency"] | {"dtype": self.recipe.teacher_dtype}, [self.teacher, student])
+        if (folder / "efficiency.json").is_file() and note.is_file():
+            before = json.loads(note.read_text())
+            if not self.changed("efficiency", before["spec"], spec):
+                self.seconds["efficiency"] = before["seconds"]
+                return json.loads((folder / "efficiency.json").read_text())
+        start = time.time()
+        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.console.print(f"  {'efficiency':>12}  {what}"))
+        image = as_png(draw_efficiency, {"efficiency": found})
+        write_efficiency(found, folder, {picture_name(0): image} if image else {})
+        self.seconds["efficiency"] = round(time.time() - start, 1)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"spec": spec, "seconds": self.seconds["efficiency"]})
+        return json.loads((folder / "efficiency.json").read_text())
+
     def walk(self):
         """All stages; returns the results that the report shows."""
         recipe, start = self.recipe, time.time()
         check_settings(recipe)
+        check_evaluation(recipe)
         self.out.mkdir(parents=True, exist_ok=True)
-        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
-        aligned = self.stage("align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o))
+        converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
-        student = self.merged(experts)
+        student = self.merged(experts, aligned)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
-        judged = {}
+        judged, measured = {}, {}
         if recipe.evaluate is not None:
             self.console.rule("evaluate")
-            judged = {name: self.judge(name, directory) for name, directory in (models | {"student": student}).items()}
-        results = self.results(judged, aligned, experts, student)
+            known, measured = self.by_harness(student)
+            judged = {name: self.judge(name, directory, known.get(name)) for name, directory in (models | {"student": student}).items()}
+            measured |= self.beside_the_teacher(student)
+        results = self.results(judged, aligned, experts, student) | measured
         results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
         self.conclude(results, student)
         return results
+
+    def start(self):
+        """`(converted, aligned)`: what all experts start from; of a start from elsewhere, which has its record, the second alone."""
+        recipe = self.recipe
+        if self.given is not None:
+            verify(self.given)
+            return None, self.given
+        converted = self.stage("convert", recipe.student | self.revision(), [self.teacher], self.build_converted)
+        return converted, self.stage(
+            "align", recipe.align | {"data": recipe.data}, [converted], lambda d, o: align(converted, d, recipe, overwrite=o)
+        )
 
     def revision(self):
         return {"revision": self.recipe.revision} if self.recipe.revision else {}
@@ -168,18 +250,34 @@ class Road:
             lambda d, o: on_policy(expert, self.teacher, d, recipe, name, overwrite=o),
         )
 
-    def merged(self, experts):
-        """The student: the experts merged, or the only expert."""
-        recipe = self.recipe
-        if recipe.merge is None:
+    def expert_folder(self, name):
+        """Where a finished expert is: after its last stage."""
+        return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
+
+    def merged(self, experts, aligned):
+        """The student: the experts merged as the recipe says, or the only expert."""
+        recipe, section = self.recipe, self.recipe.merge
+        if section is None:
             return next(iter(experts.values()))
-        weights = [recipe.merge["weights"][name] for name in experts]
-        return self.stage(
-            "merge",
-            recipe.merge,
-            list(experts.values()),
-            lambda d, o: merge(list(experts.values()), d, weights=weights, method=recipe.merge["method"], overwrite=o),
+        base, parents = base_of(recipe, aligned), list(experts.values())
+        parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
+        return self.stage("merge", section, parents, lambda d, o: self.build_merged(d, o, experts, aligned, self.spec(section, parents)))
+
+    def build_merged(self, directory, overwrite, experts, aligned, spec):
+        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""
+        section, files = self.recipe.merge, None
+        if section["method"] in NEED_STATISTICS:
+            settings = {"method": section["method"], **section.get("statistics", {})}
+            files = [
+                expert_statistics(self.recipe, n, d, self.out / "statistics" / f"{n}.safetensors", self.spec(settings, [d]))
+                for n, d in experts.items()
+            ]
+        table = self.out / "stages" / f"search-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]}.json"
+        found = merge_experts(
+            self.recipe, experts, directory, aligned, self.teacher, files, table, overwrite, lambda c: self.console.print(f"  {candidate(c)}")
         )
+        if found is not None:
+            self.console.print(f"weights of {', '.join(experts)}: {', '.join(f'{w:.3f}' for w in found.weights)}")
 
     def results(self, judged, aligned, experts, student):
         log = json.loads((aligned / "training_log.json").read_text())
@@ -211,12 +309,22 @@ class Road:
                     shutil.copy(file, folder / file.name)
             if results.get("students"):
                 seconds = results["seconds"].get("whole run")
-                add_provenance(folder, "evaluate", parent=last, config=self.recipe.evaluate, figures=figures_of(results), seconds=seconds)
+                config = self.recipe.evaluate | ({"lm_eval": version("lm_eval")} if self.harness else {})
+                add_provenance(folder, "evaluate", parent=last, config=config, figures=figures_of(results), seconds=seconds)
+            if results.get("comparison"):
+                record(results["comparison"], "student", folder)
+            if results.get("efficiency"):
+                record_costs(results["efficiency"], folder)
             write_card(folder, results if results.get("students") else None)
             write_manifest(folder)
         if results.get("win_and_tie"):
             self.console.print(table(results))
         self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
+
+
+def candidate(found):
+    """A candidate of a search in few words."""
+    return f"{', '.join(f'{w:.3f}' for w in found.weights)}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
 
 
 def scores_of(judged):
@@ -240,5 +348,6 @@ def figures_of(results):
         "teacher_exact_match": results["teacher_scores"]["exact_match"],
         "teacher_perplexity": results["teacher_scores"]["perplexity"],
         **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery") if k in verdict},
+        "long_context": results.get("long_context", {}),
     }
     return {k: v for k, v in figures.items() if v != {}}

@@ -230,7 +230,8 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                     shutil.copyfile(picture, folder / picture.name)
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
                 seconds = round(time.time() - start, 1)
-                add_provenance(folder, stage, parent=parents[0], config=settings, data=data, figures=figures, seconds=seconds)
+                config = {**settings, "seed": trainer.args.seed}
+                add_provenance(folder, stage, parent=parents[0], config=config, data=data, figures=figures, seconds=seconds)
                 write_manifest(folder)
     finally:
         accelerator.wait_for_everyone()

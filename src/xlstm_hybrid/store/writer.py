@@ -4,10 +4,8 @@ Shards are cut by the data alone, so every process knows them. A shard is writte
 all, and whoever writes it writes the same bytes. Claims only keep two processes from the same work; nothing depends on them.
 """
 
-import contextlib
 import hashlib
 import os
-import time
 import uuid
 from bisect import bisect_right
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from xlstm_hybrid.artifacts import check_space, contained, digest, owner, read_json, sync, weight_files, write_json
+from xlstm_hybrid.claims import claimed, gone
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.store.layout import FORMAT_VERSION, KINDS, LARGEST_K, LARGEST_VOCABULARY, pack, row_input, store_bytes
 
@@ -22,7 +21,6 @@ INDEX = "index.json"
 SHARD_TOKENS = 2**18  # 400 MB with 256 entries
 MOST_SHARDS = 40_000  # whose entries an index of 16 MB holds
 SPARE = 1.05  # of the estimated size that must be free
-CLAIM_SECONDS = 600  # without a sign of life after which a claim of another machine counts for nothing
 STEP = "use another directory, or delete this one to build it again"
 
 
@@ -218,56 +216,6 @@ def refresh_index(out, spec, first):
 def shard_of(first, n):
     """The shard that holds row n, by the first rows of all."""
     return bisect_right(first, n) - 1
-
-
-# --- claims: an optimisation --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def claimed(path):
-    """`(True if this process may work under the claim, function that gives a sign of life)`; the claim goes with the block."""
-    mine = take(path)
-    try:
-        yield mine, lambda: os.utime(path) if path.exists() else None
-    finally:
-        if mine:
-            path.unlink(missing_ok=True)
-
-
-def take(path):
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        if holder_lives(path):
-            return False
-        path.unlink(missing_ok=True)
-        return take(path)
-    with os.fdopen(handle, "w") as file:
-        file.write(owner(os.getpid()))
-    return True
-
-
-def holder_lives(path):
-    """Whether the process that holds a claim works on: it gave a sign of life lately and, if it is of this machine, it is there."""
-    try:
-        text, age = path.read_text(), time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    return age < CLAIM_SECONDS and not gone(text)
-
-
-def gone(text):
-    """Whether `text`, made by `owner`, names a process of this machine that is no more, or this one itself."""
-    pid = text.rpartition("-")[2]
-    if not pid.isdigit() or text != owner(pid):
-        return False  # not written yet, or of another machine
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False  # alive, and somebody else's
-    return int(pid) == os.getpid()
 
 
 def remove_abandoned(out):

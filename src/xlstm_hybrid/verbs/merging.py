@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-CALIBRATION_SEED = 1  # of the prompts that a search judges by: others than those that the results are measured on
-
 
 def merge(
     out: Annotated[Path, typer.Argument(help="Directory of the merged student, made new.")],
@@ -67,21 +65,54 @@ def searched(experts, out, teacher, count, budget, settings):
     """Weights under the win-and-tie objective on held-out prompts of the tiny domains; candidates are kept beside `out`, a second call goes on."""
     from rich.console import Console
 
-    from xlstm_hybrid import tasks
-    from xlstm_hybrid.evaluation import exact_match
-    from xlstm_hybrid.pipeline import load
-    from xlstm_hybrid.search import search_merge
-
-    examples = {domain: tasks.test_examples(domain, count, seed=CALIBRATION_SEED) for domain in tasks.DOMAINS}
-
-    def judge(directory):
-        model, tokenizer = load(directory)
-        return {domain: exact_match(model, tokenizer, rows).score for domain, rows in examples.items()}
+    from xlstm_hybrid.pipeline import merging
 
     with Console(stderr=True).status("judging the teacher") as status:
-        table, calibration = out.with_name(f"{out.name}.search.json"), f"{count} prompts per domain, seed {CALIBRATION_SEED}"
-        return search_merge(experts, out, judge, judge(teacher), calibration=calibration, table=table, budget=budget,
-                            progress=lambda c: status.update(f"last candidate: {c.scores}"), **settings)  # fmt: skip
+        judge, calibration = merging.domain_judge(count)
+        return merging.searched(experts, out, teacher, judge, calibration, out.with_name(f"{out.name}.search.json"), budget=budget,
+                                progress=lambda c: status.update(f"last candidate: {c.scores}"), **settings)  # fmt: skip
 
 
-VERBS = [merge]
+def statistics(
+    expert: Annotated[Path, typer.Argument(help="Checkpoint of an expert.")],
+    data: Annotated[Path, typer.Argument(help="What it is good at: a recipe, or rows as `prepare` writes them.")],
+    out: Annotated[Path, typer.Option(help="File of the statistics, .safetensors; `merge --statistics` reads it.")],
+    method: Annotated[str, typer.Option(help="fisher or regmean.")] = "fisher",
+    name: Annotated[str | None, typer.Option("--expert", help="Whose rows of the recipe; those of its only expert by default.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows that are read.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward of regmean; fisher takes them one by one.")] = 8,
+    labels: Annotated[str, typer.Option(help="Of fisher: 'model' draws the tokens from the expert, 'data' takes those of the rows.")] = "model",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is at OUT.")] = False,
+):
+    """Measure what the merge methods fisher and regmean need to know of EXPERT."""
+    from itertools import islice
+
+    from xlstm_hybrid.errors import CheckpointWriteError
+    from xlstm_hybrid.pipeline.merging import write_statistics
+
+    if out.exists() and not overwrite:
+        raise CheckpointWriteError(f"{out.name} exists already: choose another file, or pass --overwrite")
+    found = list(islice(read_rows(expert, data, name, rows), rows))
+    count = write_statistics(expert, found, out, method, {"batch_size": batch_size, "labels": labels})
+    print(f"{method} statistics of {expert.name} over {count} {'rows' if method == 'fisher' else 'tokens'} in {out}")
+
+
+def read_rows(expert, data, name, count):
+    """Packed rows of a folder of `prepare`, or of a recipe's expert."""
+    from transformers import AutoTokenizer
+
+    from xlstm_hybrid.data import packed_rows
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.verbs.stages import read
+
+    if data.is_dir():
+        from datasets import load_from_disk
+
+        if name is not None:
+            raise ConfigError(f"--expert {name}: {data.name} holds rows already; leave it out, or name a recipe")
+        return iter(load_from_disk(data))
+    recipe, name = read(data, name)
+    return iter(packed_rows(recipe, AutoTokenizer.from_pretrained(expert, trust_remote_code=False), count, name))
+
+
+VERBS = [merge, statistics]

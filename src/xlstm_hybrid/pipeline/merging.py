@@ -1,0 +1,151 @@
+"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or searched for."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from xlstm_hybrid import tasks
+from xlstm_hybrid.artifacts import write_json
+from xlstm_hybrid.data import collate, open_streams, packed_rows
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.evaluation import exact_match, perplexity
+from xlstm_hybrid.merge_methods import measure_statistics
+from xlstm_hybrid.merge_settings import NEED_BASE, NEED_STATISTICS
+from xlstm_hybrid.merging import merge
+from xlstm_hybrid.pipeline.stages import load, workspace
+from xlstm_hybrid.recipe import resolve_path
+from xlstm_hybrid.search import search_merge
+
+ALIGNED = "aligned"  # name of the common start in a recipe
+CALIBRATION_SEED = 1  # of the prompts that a search judges by: others than those that the results are measured on
+STATISTICS = {"rows": 64, "batch_size": 8}
+SEARCH = {"batch_size": 64}
+
+
+def base_of(recipe, aligned):
+    """Directory of the common start that the recipe's method needs; None for one that needs none.
+
+    Raises:
+        ConfigError: a path that is not there.
+    """
+    if recipe.merge is None or recipe.merge["method"] not in NEED_BASE:
+        return None
+    name = recipe.merge.get("base", ALIGNED)
+    base = aligned if name == ALIGNED else resolve_path(recipe, name)
+    if base is None:
+        raise ConfigError(f"{recipe.path.name}: merge.base={name!r} is not there: name a checkpoint, relative to the recipe, or 'aligned'")
+    return base
+
+
+def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table=None, overwrite=False, progress=None):
+    """Merge experts into `out` by the recipe's method, options and weights.
+
+    Args:
+        experts: {name: directory}.
+        aligned: their common start.
+        teacher: against which a search judges its candidates.
+        statistics: files of `measure_statistics` in the order of `experts`, for methods that need them.
+        table: file in which a search keeps its candidates, so that an interrupted one goes on.
+        progress: called with every new candidate.
+    Returns:
+        Search, None where the recipe gives the weights.
+    """
+    section, directories = recipe.merge, list(experts.values())
+    settings = {"method": section["method"], "options": section.get("options"), "base": base_of(recipe, aligned), "statistics": statistics}
+    if "search" not in section:
+        groups = {group: [shares[name] for name in experts] for group, shares in section.get("group_weights", {}).items()}
+        weights = [section["weights"][name] for name in experts]
+        merge(directories, out, weights=weights, group_weights=groups or None, overwrite=overwrite, **settings)
+        return None
+    asked = SEARCH | section["search"]
+    judge, calibration = judge_of(recipe, asked)
+    limits = {name: asked[name] for name in ("parts", "budget") if name in asked}
+    return searched(directories, out, teacher, judge, calibration, table, recipe.revision, progress, overwrite=overwrite, **limits, **settings)
+
+
+# --- search ----------------------------------------------------------------------------------------------------
+
+
+def judge_of(recipe, settings):
+    """`(function of model and tokenizer -> {benchmark: score}, words for the calibration set)` of the settings of a search."""
+    if "documents" not in settings:
+        return domain_judge(settings["examples"], settings["batch_size"])
+    count, before = settings["documents"], (recipe.evaluate or {}).get("documents", 0)
+
+    def judge(model, tokenizer):
+        scores = {}
+        for expert in recipe.experts:
+            for stream in open_streams(recipe, tokenizer, expert, test=True):
+                rows = [(ids[: recipe.length], labels[: recipe.length]) for ids, labels in islice(stream, before, before + count)]
+                scores[f"{expert}/{stream.name}"] = 1 / perplexity(model, rows, batch_size=settings["batch_size"])
+        return scores
+
+    return judge, f"inverse perplexity of {count} held-out documents per source, behind the first {before}"
+
+
+def domain_judge(count, batch_size=64):
+    """`judge_of` for exact match on `count` prompts per tiny domain."""
+    examples = {domain: tasks.test_examples(domain, count, seed=CALIBRATION_SEED) for domain in tasks.DOMAINS}
+
+    def judge(model, tokenizer):
+        return {domain: exact_match(model, tokenizer, rows, batch_size=batch_size).score for domain, rows in examples.items()}
+
+    return judge, f"{count} prompts per domain, seed {CALIBRATION_SEED}"
+
+
+def searched(experts, out, teacher, judge, calibration, table, revision=None, progress=None, **settings):
+    """Weights under the win-and-tie objective against `teacher`; candidates are kept in `table`, a second call goes on.
+
+    Args:
+        judge, calibration: of `judge_of`.
+        settings: of `search.search_merge`.
+    """
+    goal = judge(*load(teacher, revision=revision))
+    with workspace(out) as work:
+        return search_merge(experts, out, lambda folder: judge(*load(folder)), goal, calibration=calibration, table=table, work=work,
+                            progress=progress, **settings)  # fmt: skip
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def batches_of(rows, size):
+    return [collate(rows[j : j + size]) for j in range(0, len(rows), size)]
+
+
+def write_statistics(expert, rows, out, method, settings=None):
+    """Write what `method` needs of one expert to the file `out`; returns the number of rows or tokens that were read.
+
+    Args:
+        rows: packed rows of what the expert is good at.
+        settings: {"batch_size", "labels", "seed"}; the last two are of "fisher" alone.
+    Raises:
+        ConfigError: a method that needs no statistics.
+    """
+    if method not in NEED_STATISTICS:
+        raise ConfigError(f"method={method!r} needs no statistics, expected one of {', '.join(NEED_STATISTICS)}")
+    settings = STATISTICS | (settings or {})
+    options = {name: settings[name] for name in ("labels", "seed") if name in settings and method == "fisher"}
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return measure_statistics(expert, batches_of(rows, settings["batch_size"]), out, NEED_STATISTICS[method], device, **options)
+
+
+def expert_statistics(recipe, name, expert, file, spec):
+    """The recipe's statistics of one expert in `file`, measured unless those of `spec` are there, as a note beside it says.
+
+    The rows are the first that its distillation reads.
+    """
+    note = file.with_suffix(".json")
+    if file.is_file() and note.is_file() and json.loads(note.read_text()) == spec:
+        return file
+    settings = STATISTICS | recipe.merge.get("statistics", {})
+    tokenizer = AutoTokenizer.from_pretrained(expert, trust_remote_code=False)
+    note.unlink(missing_ok=True)
+    write_statistics(expert, packed_rows(recipe, tokenizer, settings["rows"], name), file, recipe.merge["method"], settings)
+    write_json(note, spec)
+    return file
