@@ -237,6 +237,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"sparse_memory_score={self.sparse_memory_score!r}: expected one of {list(SCORES)}")
         if self.sparse_memory and self.mixer_branches != "both":
             wrong.append(f"sparse_memory={self.sparse_memory} with mixer_branches={self.mixer_branches!r}: expected 'both', it scores the tokens")
+        if self.mixer_combine == "joint" and (self.sparse_memory or any(self.kept_groups or ())):
+            wrong.append("mixer_combine='joint' with an exact memory: expected sparse_memory=0 and no kept_groups, it is a baseline without a cache")
         return wrong
 
     def tensor_parallel_plan(self):

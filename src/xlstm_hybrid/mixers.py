@@ -24,14 +24,14 @@ class HeadsParallel(TensorParallelLayer):
 
     def validate_param(self, module, param, mesh, parameter_name=None):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
+        if any(module.config.kept_groups or ()):
+            raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
         for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
             if (found := getattr(module.config, field)) != needed:
                 raise ConfigError(
                     f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
                     "load it without tp_plan"
                 )
-        if any(module.config.kept_groups or ()):
-            raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
         if module.config.window_dropout:
             raise ConfigError(
                 f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "

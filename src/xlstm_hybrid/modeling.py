@@ -145,11 +145,11 @@ class HybridAttention(nn.Module):
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
         memory_q, memory_k = (query, key) if self.config.memory_rope else unrotated
         inputs = hidden_states, qkv, memory_q, repeat_kv(memory_k, n), repeat_kv(value, n), tokens
+        if self.config.sparse_memory:
+            return self.mix_sparse(inputs, query, key, value, tokens, cache)
         if self.config.mixer_combine == "joint":
             h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
             return self.mlstm.normed(h).to(value.dtype), weights
-        if self.config.sparse_memory:
-            return self.mix_sparse(inputs, query, key, value, tokens, cache)
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
             raise CacheError(

@@ -58,9 +58,10 @@ def changed(model, changes):
         model = keep_groups(model, changes.pop("kept_groups"))  # the groups that stay mixed keep their mixers
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version")}
     made = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
-    missing, unexpected = made.load_state_dict(model.state_dict(), strict=False)
-    if wrong := [*missing, *unexpected]:
+    weights, shapes = model.state_dict(), {name: x.shape for name, x in made.state_dict().items()}
+    if wrong := sorted(name for name in {*weights, *shapes} if name not in weights or weights[name].shape != shapes.get(name)):
         raise ConfigError(f"{changes} changes the parameters of the student ({len(wrong)}, first {wrong[0]}): train an arm of its own")
+    made.load_state_dict(weights)
     return made.eval()
 
 
