@@ -16,11 +16,12 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.10,<2.14'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,test]'
 	touch $@
 
 quickstart: install
 	$(BIN)/xlstm-hybrid run recipes/tiny.yaml
+	$(BIN)/xlstm-hybrid push runs/tiny/student somebody/tiny-xlstm --dry-run
 
 # One OpenMP thread per worker: tiny models run several times faster than with contended threads.
 test: install

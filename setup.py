@@ -10,6 +10,8 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init
 
 TRAIN = ["trl>=1.16,<2", "peft>=0.21", "datasets>=4", "accelerate>=1.10", "matplotlib>=3.8"]
 EVAL = ["lm-eval>=0.4.13", "matplotlib>=3.8"]
+EVAL_PAPER = ["lm-eval[math,ifeval]>=0.4.13"]
+ENERGY = ["nvidia-ml-py>=12"]  # imported as pynvml
 SERVE = ["fastapi", "uvicorn", "openai"]
 QUANT = ["bitsandbytes>=0.50"]
 TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"]  # its interpreter and compiler need no GPU
@@ -24,10 +26,11 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
     packages=[*find_packages("src"), *find_packages("kernels"), "xlstm_hybrid.recipes"],
-    package_data={"xlstm_hybrid": ["card_template.md", "lm_eval_tasks/*"],
-                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "tiny_teacher/*.*", "tiny_teacher/tiny-llama/*"]},
+    package_data={"xlstm_hybrid": ["card_template.md", "arena/report_template.md", "lm_eval_tasks/*"],
+                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "arena/teachers/*/*", "tiny_teacher/*.*",
+                                           "tiny_teacher/tiny-llama/*"]},
     install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "serve": SERVE, "quant": QUANT, "gpu": ["triton>=3.6"],
-                    "all": sorted({*TRAIN, *EVAL, *TEST})},
+    extras_require={"train": TRAIN, "eval": EVAL, "eval-paper": EVAL_PAPER, "energy": ENERGY, "test": TEST, "serve": SERVE, "quant": QUANT,
+                    "gpu": ["triton>=3.6"], "all": sorted({*TRAIN, *EVAL, *TEST})},
     entry_points={"console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"]},
 )

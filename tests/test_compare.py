@@ -272,6 +272,32 @@ def test_a_task_that_one_side_lacks_is_refused_or_left_out_by_choice(tmp_path):
         judged(student, other, common=True)
 
 
+def test_a_task_that_only_the_student_has_is_refused_too(tmp_path):
+    teacher = harness(tmp_path / "t", "teacher", {"arc": ANSWERS["arc"][0]})
+    with pytest.raises(EvaluationError, match="2 reasons .* gsm8k has no score of teacher; code has no score of teacher"):
+        judged(teacher, student_of(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1])
+def test_a_score_of_the_teacher_that_is_none_is_refused(tmp_path, wrong):
+    content = json.loads(next(teacher_of(tmp_path).glob("results_*.json")).read_text())
+    content["results"]["arc"]["acc_norm,none"] = wrong
+    with pytest.raises(EvaluationError, match=rf"1 reasons .* arc \(acc_norm,none\) is {wrong} for teacher, expected a finite score of at least 0"):
+        judged(changed(tmp_path / "t", **content), student_of(tmp_path))
+
+
+def test_results_without_samples_have_a_verdict_but_no_paired_statistics(tmp_path):
+    teacher = teacher_of(tmp_path)
+    full, bare = (judged(teacher, student_of(tmp_path, name, samples=name == "full")) for name in ("full", "bare"))
+    mine, its = bare["students"]["bare"], full["students"]["full"]
+    assert all(mine[key] == its[key] for key in ("scores", "c_0", "alpha_star", "lossless", "wins"))
+    assert mine["paired"] == {} and mine["resampled"] is None and set(its["paired"]) == set(ANSWERS) and its["resampled"]
+    assert "no paired statistics of arc, gsm8k, code: bare came without samples" in bare["notes"]
+    (tmp_path / "full" / f"samples_arc_{DATE}.jsonl").unlink()
+    part = judged(teacher, tmp_path / "full")["students"]["full"]
+    assert set(part["paired"]) == {"gsm8k", "code"} and part["resampled"] is None  # an interval of alpha* needs every benchmark
+
+
 def test_other_documents_or_prompts_are_refused(tmp_path):
     teacher, student = teacher_of(tmp_path), student_of(tmp_path)
     rows = [sample(j, {"acc_norm": float(a)}, prompt="other" if j < 3 else "p") for j, a in enumerate(ANSWERS["arc"][1])]

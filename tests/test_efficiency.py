@@ -12,10 +12,11 @@ from conftest import enlarge
 from tiny_teachers import teacher
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency, efficiency_report
 from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
 from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.pipeline import costs
 from xlstm_hybrid.verbs import efficiency as verb
 from xlstm_hybrid.verify import Result, bound
 
@@ -68,7 +69,7 @@ def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
 @pytest.mark.parametrize("cache", efficiency.CACHES)
 def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state(llama, student, cache, monkeypatch):
     for model in (llama, student):
-        assert verb.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
+        assert costs.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
     step = HybridCacheLayer.step
 
     def forgetful(self, *arguments, **named):
@@ -76,7 +77,7 @@ def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(HybridCacheLayer, "step", forgetful)
-    assert verb.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
+    assert costs.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
 
 
 def test_models_of_two_dtypes_are_not_compared(llama, student):
@@ -259,7 +260,7 @@ def test_settings_that_measure_nothing_are_refused(wrong):
 
 @pytest.mark.parametrize("shape, parameters", [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)])
 def test_shapes_are_those_of_the_published_models(shape, parameters):
-    made = {role: verb.random_model(shape, role, "bfloat16", "meta") for role in verb.SIDES}
+    made = {role: verb.random_model(shape, role, "bfloat16", "meta") for role in efficiency.SIDES}
     assert sum(x.numel() for x in made["teacher"].parameters()) == parameters and made["teacher"].dtype == torch.bfloat16
     gates = {x.dtype for name, x in made["student"].named_parameters() if "gate_weight" in name and "mlstm" in name}
     assert gates == {torch.float32} and made["student"].dtype == torch.bfloat16
@@ -271,7 +272,7 @@ def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
              "initializer_range": 0.02 * (3584 / 64) ** 0.5}  # fmt: skip
     monkeypatch.setitem(verb.SHAPES, "qwen2.5-7b", (kind, fields | small))
     student, judge = (verb.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher"))
-    results = list(verb.checks(student, judge, "dynamic", lambda: verb.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)))
+    results = list(costs.checks(student, judge, "dynamic", lambda: verb.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)))
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 
@@ -286,7 +287,7 @@ def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     assert all(check["passed"] for check in pair["checks"]) and len(pair["checks"]) > 15
     (row,) = pair["rows"]
     assert row["absent"] == {} and (row["length"], row["batch"]) == (40, 2)
-    for side in verb.SIDES:
+    for side in efficiency.SIDES:
         assert row["prefill"][side]["seconds"] > 0 and len(row["prefill"][side]["rounds"]) == 2
         assert row["decode"][side]["tokens_per_second"] == pytest.approx(4 / row["decode"][side]["seconds"])
         assert row["memory"][side]["prefill_peak_bytes"] >= 0
@@ -306,10 +307,10 @@ def test_the_report_says_what_is_missing_and_why(llama, student, here, cache):
     assert context["memory"]["gain"]["cache_bytes"] > prompt["memory"]["gain"]["cache_bytes"]
     prompt["absent"]["teacher, decoding"] = "out of memory"
     pair["energy"] = {"source": None, "absent": "NVML reports no energy"}
-    text = "\n".join(verb.notes(pair))
+    text = "\n".join(efficiency_report.notes(pair))
     assert "12 tokens, batch 1, teacher, decoding: out of memory." in text and "Energy: no figure. NVML reports no energy." in text
     assert "Contexts beyond 64 tokens" in text
-    rows = dict(verb.tables(pair))["Time to first token, ms"]
+    rows = dict(efficiency_report.tables(pair))["Time to first token, ms"]
     assert rows[0] == ["tokens", "batch", "teacher", "student", "gain"] and rows[2] == [80, 1, "–", "–", "–"]
     assert float(rows[1][2]) == pytest.approx(1e3 * prompt["prefill"]["teacher"]["seconds"], rel=1e-3)
 

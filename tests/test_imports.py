@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROAD = ["xlstm_kernels", "configuration", "record", "cache", "modeling", "state", "checks", "verify", "families", "teachers", "conversion",
-        "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline", "verbs", "cli"]  # fmt: skip
+ROAD = ["xlstm_kernels", "configuration", "record", "exact", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify", "families",
+        "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline", "arena", "verbs",
+        "cli"]  # fmt: skip
 LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "merge_settings": set(),
           "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}}  # fmt: skip
-SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency", "report",
-        "card", "push"]  # import leaves and what stands before them here; the road may import them  # fmt: skip
-STAGES = {"trainers", "pipeline", "verbs", "cli"}  # modules of the road that use the side
+SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
+        "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip
+# those of SIDE import leaves and what stands before them here; the road may import them
+STAGES = {"trainers", "pipeline", "arena", "verbs", "cli"}  # modules of the road that use the side
 EXTRAS = {"trl", "peft", "datasets", "lm_eval", "matplotlib", "accelerate"}
 SOURCES = sorted([*(ROOT / "src/xlstm_hybrid").rglob("*.py"), *(ROOT / "kernels/xlstm_kernels").rglob("*.py")])
 

@@ -174,6 +174,16 @@ def test_merged_students_load_and_a_student_merged_with_itself_is_itself(tmp_pat
     assert {p.dtype for p in mixed.parameters()} == {p.dtype for p in a.parameters()} == {torch.bfloat16, torch.float32}  # gates stay float32
 
 
+def test_a_config_field_that_an_older_version_did_not_write_has_its_default(experts, tmp_path):
+    fields = json.loads((experts[0] / "config.json").read_text())
+    known = fields | {"memory_cell": "mlstm", "memory_rope": True, "window_dropout": 0.3}  # the last one is of the training alone
+    (experts[1] / "config.json").write_text(json.dumps(known))
+    merge(experts, tmp_path / "out")
+    (experts[1] / "config.json").write_text(json.dumps(known | {"memory_cell": "linear"}))
+    with pytest.raises(MergeError, match="config memory_cell: 'mlstm' in math, 'linear' in code"):
+        merge(experts, tmp_path / "other")
+
+
 # --- module groups, options, statistics ------------------------------------------------------------------------
 
 

@@ -15,17 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from xlstm_hybrid import cli, pipeline
+from xlstm_hybrid import cli, efficiency, pipeline
 from xlstm_hybrid.artifacts import read_provenance, verify
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.pipeline import Road, parse_overrides, settings
+from xlstm_hybrid.pipeline import Road, costs, parse_overrides, settings
 from xlstm_hybrid.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 TEACHER = str(RECIPES / "tiny_teacher/tiny-llama")
+SCORES = {"examples": 6, "text_chunks": 2, "batch_size": 6}  # the smoke recipe's, without lm-eval and costs
 
 
 def road(out, **changes):
@@ -35,8 +36,12 @@ def road(out, **changes):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
+    """A whole run; memory is measured in this process and the student's forms are not proven again, which other tests do."""
     out = tmp_path_factory.mktemp("road") / "run"
-    return out, road(out).walk()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficiency, "apart", lambda function, *arguments: function(*arguments))
+        patch.setattr(costs, "verify", lambda student: [])
+        return out, road(out).walk()
 
 
 def smoke(folder, **changes):
@@ -75,8 +80,8 @@ def test_the_road_arrives_with_a_student_that_loads_and_generates(walked):
 def test_every_stage_leaves_its_record(walked):
     out, results = walked
     found = [s["stage"] for s in read_provenance(out / "student")]
-    assert found == ["convert", "align", "distill:symbols", "distill:memory", "merge", "evaluate"]
-    recorded = read_provenance(out / "student")[-1]["figures"]
+    assert found == ["convert", "align", "distill:symbols", "distill:memory", "merge", "evaluate", "compare", "efficiency"]
+    recorded = read_provenance(out / "student")[-3]["figures"]
     assert recorded["exact_match"] == results["students"]["student"]["exact_match"]
     assert str(out) not in (out / "student" / "provenance.json").read_text()
     assert not [p.name for p in out.rglob(".*")], "nothing hidden is left behind"
@@ -91,6 +96,7 @@ def test_the_report_shows_what_was_measured(walked):
         assert results["win_and_tie"][name]["alpha_star"] == verdict.alpha_star
     assert len(results["gates"]) == 4 and all(0 < g < 1 for layer in results["gates"] for g in layer)
     report = (out / "report.md").read_text()
+    assert "## Cost beside the teacher" in report and "## Long context" in report
     pictures = {p.name for p in out.glob("*.png")}
     assert len(pictures) >= 5 and all(p in report for p in pictures)
     assert f"{results['teacher_scores']['exact_match']['recall']:.1%}".rstrip("%")[:4] in report
@@ -248,7 +254,7 @@ def test_an_interrupted_stage_goes_on_from_its_last_checkpoint_with_the_rows_tha
 def test_a_student_learns_from_its_own_samples_as_a_stage_of_the_road(tmp_path):
     base = load_recipe(RECIPES / "smoke.yaml")
     section = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 6, "bf16": False, "logging_steps": 1, "learning_rate": 1e-5}
-    path = smoke(tmp_path, on_policy=section, experts={"memory": base.experts["memory"]}, merge=None)
+    path = smoke(tmp_path, on_policy=section, experts={"memory": base.experts["memory"]}, merge=None, evaluate=SCORES)
     out = tmp_path / "run"
     Road(load_recipe(path), out, console=Console(file=open(tmp_path / "console.txt", "w"))).walk()  # noqa: SIM115
     assert [s["stage"] for s in read_provenance(out / "student")] == ["convert", "align", "distill:memory", "on-policy:memory", "evaluate"]

@@ -50,6 +50,16 @@ BREAKS = {
     r"missing keys \['align'\]": without("align"),
     r"evaluate: expected exactly the keys": lambda c: c["evaluate"].pop("examples"),
     r"evaluate.examples=0: expected a number of at least 1": lambda c: c["evaluate"].update(examples=0),
+    r"evaluate.limit=0: expected a number of at least 1": lambda c: c["evaluate"].update(limit=0),
+    r"evaluate.harness=\[\]: expected names": lambda c: c["evaluate"].update(harness=[]),
+    r"evaluate.harness='domains': expected list": lambda c: c["evaluate"].update(harness="domains"),
+    r"evaluate.alpha=1.5: expected a share between 0 and 1": lambda c: c["evaluate"].update(alpha=1.5),
+    r"evaluate.long_context: unknown keys \['sizes'\].*evaluate.long_context: expected lengths": lambda c: c["evaluate"].update(
+        long_context={"sizes": [1]}
+    ),
+    r"evaluate.long_context.samples=0: expected a number": lambda c: c["evaluate"].update(long_context={"lengths": [64], "samples": 0}),
+    r"evaluate.efficiency.rounds=True: expected int": lambda c: c["evaluate"].update(efficiency={"rounds": True}),
+    r"evaluate: \['limit'\] without harness or long_context": lambda c: [c["evaluate"].pop(k) for k in ("harness", "long_context")],
     r"merge.weights names \['other'\], the experts are \['memory', 'symbols'\]": lambda c: c["merge"].update(weights={"other": 1.0}),
     r"merge: expected method and weights, as there are several experts": without("merge"),
     r"merge.method='mean': expected one of linear, .*on_policy": lambda c: c["merge"].update(method="mean"),

@@ -314,6 +314,16 @@ def test_bf16_autocast_gives_nearly_the_float32_loss_and_zero_for_equal_models(b
     assert abs(same.state.log_history[0]["kl"]) < 1e-6
 
 
+def test_window_dropout_falls_on_a_line_over_the_run_and_hides_rows_of_every_step(build, monkeypatch):
+    student, seen = tiny_student(torch.float32, num_hidden_layers=1, gain=1.0), []
+    draw = student.model.blind_rows
+    monkeypatch.setattr(student.model, "blind_rows", lambda real: seen.append((student.model.window_dropout, rows := draw(real))) or rows)
+    build(student=student, max_steps=3, window_dropout=0.9, window_dropout_end=0.1).train()
+    seen = [(p, rows) for p, rows in seen if rows is not None]  # the trainer also probes the model, in evaluation
+    assert [p for p, _ in seen] == pytest.approx([0.9, 0.5, 0.1]) and all(len(rows) == 4 for _, rows in seen)
+    assert student.model.window_dropout is None and student.config.window_dropout == 0
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from conftest import enlarge, tiny_config, tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cache, modeling
+from xlstm_hybrid import XLSTMHybridForCausalLM, cache, mixers
 from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.checks import CHECKS, FILES
 from xlstm_hybrid.cli import app
@@ -191,7 +191,7 @@ DEFECTS = {
     "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {BEAMS}, {FORKED}),
     "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {BACK}, {BEAMS}),
     "state not forked": (LAYER, "batch_repeat_interleave", state_fades_when_forked, {FORKED}, {BEAMS}),
-    "chunks disagree": (modeling, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
+    "chunks disagree": (mixers, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
 }
 
 

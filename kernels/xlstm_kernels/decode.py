@@ -64,10 +64,10 @@ def window_step(q, k, v, keys, values, index, *, sinks, scale=None):
     """
     check_slots(q, k, v, keys, values, index, sinks)
     refuse_gradients(q, k, v)
-    return step_window(q, k, v, keys, values, index, sinks, scale)
+    return (window_in_graphs if torch.compiler.is_compiling() else step_window)(q, k, v, keys, values, index, sinks, scale)
 
 
-def step_window(q, k, v, keys, values, index, sinks, scale):
+def step_window(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor, sinks: int, scale: float | None) -> Tensor:
     """h [B, 1, H, V] of the window; the new key and value are written into the slots."""
     (B, _, H, K), G, slots = q.shape, k.shape[2], keys.shape[2]
     window, row, oldest = slots - sinks, torch.arange(B, device=q.device), int(index.min())
@@ -86,6 +86,14 @@ def step_window(q, k, v, keys, values, index, sinks, scale):
         q = q.reshape(B, G, H // G, K).to(dtype)  # the query heads of a group are its queries: nothing is repeated
         h = F.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype), attn_mask=mask, scale=scale).reshape(B, 1, H, -1)
     return (h if padding is None else h.masked_fill(padding, 0.0)).to(v.dtype)
+
+
+window_in_graphs = torch.library.custom_op("xlstm_kernels::window_step", step_window, mutates_args=("keys", "values"))
+
+
+@window_in_graphs.register_fake
+def _(q, k, v, keys, values, index, sinks, scale):
+    return v.new_empty(*q.shape[:3], v.shape[3])
 
 
 def step_both(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tensor, f: Tensor, o: Tensor, C: Tensor, n: Tensor, m: Tensor,
@@ -119,8 +127,8 @@ STEPS = {"torch": step_torch, "triton": step_triton}
 
 
 def choose_step(q, v, C, keys):
-    """What "auto" runs: the fused kernel where there is one that can be believed."""
-    return "triton" if heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
+    """What "auto" runs: the fused kernel where there is one that can be believed; that was tried with as many features as key dims."""
+    return "triton" if C.shape[2] == q.shape[3] and heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):

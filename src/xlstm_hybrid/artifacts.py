@@ -314,6 +314,21 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
     write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
 
 
+def append_stage(directory, stage, config=None, figures=None):
+    """Add what was measured of a finished checkpoint to its record, and the record to its manifest.
+
+    Raises:
+        CheckpointError: no record of stages, or files that are not those of the manifest.
+    """
+    stages = read_provenance(directory)
+    if not stages:
+        raise CheckpointError(f"{Path(directory).name}: no record of stages, expected a checkpoint that this package made; name its directory")
+    if (Path(directory) / MANIFEST).is_file():
+        verify(directory)
+    add_provenance(directory, stage, stages=stages, config=config, figures=figures)
+    relist(directory, PROVENANCE)
+
+
 def relist(directory, name):
     """Bring one file's entry in the manifest up to date, and no other: what else changed must show. Without a manifest nothing is done."""
     file, path = Path(directory) / name, Path(directory) / MANIFEST

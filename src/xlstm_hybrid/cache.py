@@ -6,10 +6,11 @@ Dims: B batch, T new tokens, H query heads, G key/value heads, K query/key dim, 
 import copy
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
-from xlstm_kernels import MLSTMState, fresh_state, hybrid_step
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from xlstm_kernels import MLSTMState, delta_hybrid_step, fresh_state, hybrid_step, window_step
 
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.exact import KeptKeys, SparseSlots, choose
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
@@ -49,6 +50,9 @@ class HybridCacheLayer(StateLayer):
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
+    cell: the config's `memory_cell`.
+    sparse, scores: `SparseSlots` and [B, G, S + W], what the tokens in the slots are worth, of a layer with `capacity`; or None.
+    kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
 
     A recurrent state is not invertible. With `record_past` the layer keeps a copy of itself from before the last `depth` tokens and the
     inputs of the calls since; taking tokens back repeats the calls that stay. What whole calls leave behind is bitwise what they left the
@@ -60,11 +64,13 @@ class HybridCacheLayer(StateLayer):
     is_sliding = True  # full-attention masks are sized from other layers
     supports_early_init = False
 
-    def __init__(self, sliding_window, num_sink_tokens=0, static=False, **kwargs):
+    def __init__(self, sliding_window, num_sink_tokens=0, static=False, cell="mlstm", kept=None, capacity=0, **kwargs):
         super().__init__()
+        self.cell = cell
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
+        self.kept, self.capacity, self.scores, self.sparse = kept, capacity, None, None
 
     @property
     def record_past(self):
@@ -96,7 +102,7 @@ class HybridCacheLayer(StateLayer):
     def note(self, call):
         """Record a call before it changes the layer; what is older than `depth` tokens goes into the base."""
         if self.base is None:
-            self.base = HybridCacheLayer(self.sliding_window, self.num_sink_tokens)
+            self.base = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, cell=self.cell, capacity=self.capacity)
             self.base.take_over(self)
             self.base._tensors(lambda x: x.detach().clone())  # steps write in place
         self.calls.append(call)
@@ -111,7 +117,7 @@ class HybridCacheLayer(StateLayer):
 
     def take_over(self, other):
         """Become what `other` is, its tensors included; the record stays."""
-        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device"):
+        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device", "scores", "sparse"):
             setattr(self, name, getattr(other, name, None))
 
     def rollback(self, tokens, keep_record=True):
@@ -134,6 +140,8 @@ class HybridCacheLayer(StateLayer):
                     left -= len(calls[-1])
             self.calls = calls
             self.take_over(base)
+            if self.kept is not None:
+                self.kept.crop(tokens)
         if not keep_record:
             self.forget()
 
@@ -151,6 +159,9 @@ class HybridCacheLayer(StateLayer):
         self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
         self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
         self.count, self.room = torch.zeros(B, dtype=torch.long, device=self.device), None
+        if self.capacity:
+            self.sparse = SparseSlots.empty(key_states, value_states, self.capacity)
+            self.scores = self.sparse.score.new_zeros(B, G, slots)
         self.pin(self.keys, self.values, self.count)
 
     def pin(self, *tensors):
@@ -160,8 +171,8 @@ class HybridCacheLayer(StateLayer):
                 torch._dynamo.mark_static_address(x)
 
     def hold(self, state):
-        """Make `state` the layer's own; a static layer copies it to where the last one was."""
-        if self.is_compileable and not torch.is_grad_enabled():
+        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one was."""
+        if state is not None and self.is_compileable and not torch.is_grad_enabled():
             if self.room is None:
                 self.room = MLSTMState(*(x.clone() for x in state))
                 self.pin(*self.room)
@@ -204,7 +215,8 @@ class HybridCacheLayer(StateLayer):
         """One token, in place: nothing is allocated that depends on the window or the context.
 
         Args:
-            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H].
+            query, key, value: [B, H | G, 1, K | V]; features: (q, k) of the mLSTM, [B, 1, H, K]; gates: (i, f, o), [B, 1, H]. Both are () where
+                there is no memory.
         Returns:
             h [B, 1, H, V].
         """
@@ -213,23 +225,28 @@ class HybridCacheLayer(StateLayer):
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if self.state is None:
-            self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
-        index = tokens.index[:, 0]
-        h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, sinks=self.num_sink_tokens, scale=scale)
+        index, slots = tokens.index[:, 0], {"sinks": self.num_sink_tokens, "scale": scale}
+        if features:
+            if self.state is None:
+                self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
+            run = delta_hybrid_step if self.cell == "delta" else hybrid_step
+            h = run(q, k, v, *features, *gates, self.state, self.keys, self.values, index, **slots)
+        else:
+            self.state, h = None, window_step(q, k, v, self.keys, self.values, index, **slots)
         self.count.copy_(torch.where(index < 0, self.count, index + 1))
         self.seen_tokens += 1
         return h
 
-    def update(self, key_states, value_states, tokens, **kwargs):
+    def update(self, key_states, value_states, tokens, scores=None, **kwargs):
         """Put T new tokens into the slots; padding writes nothing, a document start empties them.
 
         Args:
             key_states, value_states: [B, G, T, K | V].
+            scores: [B, G, T] of a layer with a sparse memory.
         """
         if self.record_past:
             memory, chunk_size = self.pending
-            self.note(Piece(memory, key_states.detach(), value_states.detach(), tokens, chunk_size))
+            self.note(Piece(memory, key_states.detach(), value_states.detach(), tokens, chunk_size, scores))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         T = key_states.shape[2]
@@ -243,8 +260,26 @@ class HybridCacheLayer(StateLayer):
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
+        if self.capacity:
+            self.compete(key_states, value_states, tokens.index.masked_fill(~inside, -1), scores, count, restarted)
+            self.scores = _pick(scores[..., None], source, new, self.scores[..., None])[..., 0]
         self.put(keys=_pick(key_states, source, new, self.keys), values=_pick(value_states, source, new, self.values), count=count[:, 0].clone())
         return self.keys, self.values
+
+    def compete(self, key, value, index, scores, count, restarted):
+        """Choose among the tokens that have left the window by the time that the row holds `count` [B, 1] tokens.
+
+        Args:
+            index: [B, T] of the new tokens, -1 for those of earlier documents; scores: [B, G, T]; restarted: [B, 1] bool, see `update`.
+        """
+        S, W, G = self.num_sink_tokens, self.sliding_window, key.shape[1]
+        old = torch.cat([self.sparse.index, self.slot_index[:, None, S:].expand(-1, G, -1)], -1)
+        old = old.masked_fill(restarted[..., None], -1)
+        index = torch.cat([old, index[:, None].expand(-1, G, -1)], -1)
+        index = torch.where((index >= S) & (index < (count - W)[..., None]), index, -1)
+        score = torch.cat([self.sparse.score, self.scores[..., S:], scores], -1).masked_fill(index < 0, float("-inf"))
+        keys, values = (torch.cat(x, 2) for x in ((self.sparse.keys, self.keys[:, :, S:], key), (self.sparse.values, self.values[:, :, S:], value)))
+        self.sparse = choose(keys, values, score, index, self.capacity)
 
     def skip(self, tokens):
         """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
@@ -256,6 +291,10 @@ class HybridCacheLayer(StateLayer):
             self.room = self.state if self.room is not None else None
         if self.is_initialized:
             self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
+        if self.kept is not None:
+            self.kept.map(change)
+        if self.is_initialized and self.capacity:
+            self.scores, self.sparse = change(self.scores), SparseSlots(*(change(x) for x in self.sparse))
         if self.base is not None:
             self.base._tensors(change)
             self.calls = [call.map(change) for call in self.calls]
@@ -264,7 +303,10 @@ class HybridCacheLayer(StateLayer):
         """Empty the layer; the memory of a static one is used again."""
         if not self.is_compileable:
             self.keys = self.values = self.count = None
+        self.scores = self.sparse = None
         self.state, self.is_initialized, self.seen_tokens = None, False, 0
+        if self.kept is not None:
+            self.kept.reset()
         self.forget()
 
 
@@ -317,30 +359,63 @@ def _pick(new, source, chosen, old):
     return torch.where(chosen[:, None, :, None], new.gather(2, at), old)
 
 
+def check_memories(layer, j, config):
+    """Raise CacheError where a hybrid layer of a cache remembers other things exactly than layer j of the model does."""
+    if not isinstance(layer, HybridCacheLayer):
+        return
+    found, expected = layer.kept is not None, bool(config.kept_of(j))
+    if found != expected:
+        raise CacheError(
+            f"past_key_values: layer {j} keeps {'some' if found else 'no'} groups' keys, expected {config.kept_of(j) or 'none'}; another model made "
+            "it: start from DynamicCache(config=model.config)"
+        )
+    if layer.capacity != config.sparse_memory:
+        raise CacheError(
+            f"past_key_values: layer {j} has a sparse memory of {layer.capacity} tokens, expected {config.sparse_memory}; another model made it: "
+            "start from DynamicCache(config=model.config)"
+        )
+
+
 def adopt_cache(cache, config):
     """Make a fresh stock cache ours: its `hybrid_sliding` layers become `HybridCacheLayer`, its sliding layers get their own window.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`; or the model works without one.
     """
+    if config.mixer_combine == "joint":
+        raise CacheError("mixer_combine='joint' has no cache: tokens would move from the window into the state; pass use_cache=False")
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
+    moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
+        if kind == "hybrid_sliding" and config.mixer_branches == "memory":
+            window, sinks = 1, 0  # nothing reads them
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
+        wanted = window, sinks, config.memory_cell
+        if isinstance(layer, HybridCacheLayer) and (held := (layer.sliding_window, layer.num_sink_tokens, layer.cell)) != wanted:
+            raise CacheError(
+                f"past_key_values: layer {j} has window, sinks and memory {held}, expected {wanted}: another model made it, or mixer_branches has "
+                "changed since; start from DynamicCache(config=model.config)"
+            )
+        if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
+            layer = cache.layers[j] = DynamicLayer()
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             if layer.get_seq_length() > 0:
                 raise CacheError(
                     f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
-            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable)
+            kept = KeptKeys(config.kept_window_of(j)) if config.kept_of(j) else None
+            more = {"cell": config.memory_cell, "kept": kept, "capacity": config.sparse_memory}
+            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, **more)
+        check_memories(cache.layers[j], j, config)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
-            static = isinstance(layer, StaticSlidingWindowLayer)
+            static = isinstance(layer, StaticSlidingWindowLayer) and not moving
             cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)
         if cache.layers[j] is not layer and getattr(layer, "record_past", False):
             cache.layers[j].record_past, cache.layers[j].depth = True, getattr(layer, "depth", ROLLBACK_TOKENS)

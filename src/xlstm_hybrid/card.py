@@ -9,11 +9,14 @@ from string import Template
 from xlstm_hybrid.artifacts import PROVENANCE, escaped, markdown_table, plain, read_provenance, relist, write_file
 from xlstm_hybrid.compare import NONE, duration, percent
 from xlstm_hybrid.errors import CheckpointError
+from xlstm_hybrid.report_sections import EXPLAINED, LONG_CONTEXT, long_context_table
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+SECTIONS = ("evaluate", "compare", "efficiency")  # stages whose figures stand in a section of their own
 SHOWN = 8  # entries of a list that are written out
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zst)$")
+COSTS = (("cache, MB", "cache_bytes", 1e-6), ("decoding, tokens/s", "tokens_per_second", 1), ("first token, ms", "first_token_s", 1e3))
 ENERGY = {"energy_kwh": "energy, kWh", "co2_kg": "CO2 equivalent, kg", "peak_memory_mib": "peak memory, MiB", "device": "device", "gpus": "GPUs",
           "tokens": "tokens"}  # fmt: skip
 
@@ -34,11 +37,13 @@ def write_card(directory, results=None):
     judged, compared = part(last(stages, "evaluate"), "figures"), last(stages, "compare")
     if results is not None:
         check_results(directory, judged, results)
+    judged = without_repeats(judged, compared)
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=metadata(stages, judged, compared),
         title=title(stages),
         summary=summary(stages),
         figures=figures(directory, judged, compared, results),
+        costs=costs(last(stages, "efficiency")),
         environment=environment(stages, results),
         stages="\n\n".join(describe(n, s) for n, s in enumerate(stages, 1)),
         versions=versions(stages),
@@ -59,6 +64,14 @@ def check_results(directory, judged, results):
             f"{directory.name}: its last evaluation recorded exact match {judged.get('exact_match')}, the results have {found} for "
             f"their final student {name!r}: they are not of this checkpoint; leave them out, or name the results of its own run"
         )
+
+
+def without_repeats(judged, compared):
+    """The figures of an evaluation without the exact match that the comparison shows again, as tasks of lm-eval: `domain_` and the domain's name."""
+    scores = part(part(compared, "figures"), "scores")
+    if not all(scores.get(f"domain_{domain}") == score for domain, score in part(judged, "exact_match").items()):
+        return judged
+    return {key: value for key, value in judged.items() if key not in ("exact_match", "teacher_exact_match", "recovery", "c_0", "alpha_star")}
 
 
 # --- parts of the card -----------------------------------------------------------------------------------------
@@ -179,6 +192,8 @@ def figures(directory, judged, compared, results):
     """Scores of the checkpoint's own evaluations, and of the stages before them where results are given."""
     if not judged:
         return "\n\n".join(["## Figures", *found]) if (found := benchmarks(compared)) else ""
+    far = judged.get(LONG_CONTEXT)
+    far = ["Long context:", long_context_table(far), EXPLAINED] if far else []
     columns = (
         ("exact match", "exact_match", percent),
         ("of the teacher", "teacher_exact_match", percent),
@@ -189,7 +204,8 @@ def figures(directory, judged, compared, results):
     columns = [(label, part(judged, key), show) for label, key, show in columns if part(judged, key)]
     domains = list(dict.fromkeys(d for _, scores, _ in columns for d in scores))
     rows = [[d, *(show(scores.get(d)) for _, scores, show in columns)] for d in domains]
-    parts = ["## Figures", markdown_table([["domain", *(c[0] for c in columns)], *rows])] if rows else ["## Figures"]
+    parts = ["## Figures", *benchmarks(compared), *far]
+    parts += [markdown_table([["domain", *(c[0] for c in columns)], *rows])] if rows else []
     if judged.get("c_0") is not None and judged.get("alpha_star") is not None:
         parts.append(
             f"Win-and-tie rate against the teacher at zero tolerance: C_0 = {judged['c_0']:.2f}. Smallest relative tolerance at which "
@@ -200,7 +216,23 @@ def figures(directory, judged, compared, results):
         rows = [[d, *(percent(scores.get(d)) for scores in students.values())] for d in domains if any(d in scores for scores in students.values())]
         parts += ["Exact match after each stage:", markdown_table([["domain", *students], *rows])] if rows else []
         parts += [f"![{escaped(p.stem.replace('_', ' '))}]({p.name})" for p in sorted(directory.glob("*.png")) if re.fullmatch(r"[\w.-]+", p.name)]
-    return "\n\n".join([*parts, *benchmarks(compared)])
+    return "\n\n".join(parts)
+
+
+def costs(stage):
+    """What the last efficiency report recorded; "" where there is none."""
+    rows, config = part(stage, "figures").get("rows"), part(stage, "config")
+    if not rows:
+        return ""
+    where = escaped(config.get("gpu") or config.get("cpu") or "machine unknown")
+    text = (f"{where}, {escaped(config.get('dtype', NONE))}; times are {escaped(config.get('clock', NONE))}; {config.get('checks_passed', 0)} checks "
+            "passed before anything was measured. Gain: how much less, or faster, than the teacher; above 1 the student is ahead.")  # fmt: skip
+    shown = [
+        [what, row["tokens"], row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
+                                              for side, scale in (("teacher", factor), ("student", factor), ("gain", 1)))]
+        for what, key, factor in COSTS for row in rows
+    ]  # fmt: skip
+    return "\n\n".join(["## Cost beside the teacher", text, markdown_table([["figure", "tokens", "batch", "teacher", "student", "gain"], *shown])])
 
 
 def describe(position, stage):
@@ -209,7 +241,7 @@ def describe(position, stage):
     began = ([f"from {escaped(parent)}"] if parent else []) + ([f"{seconds:,.1f} s"] if seconds is not None else [])
     parts = [f"### {position}. {escaped(stage['stage'])}", ", ".join(began)]
     for name, label in (("config", "setting"), ("data", "data"), ("figures", "figure")):
-        if stage.get(name) and not (name == "figures" and stage["stage"] in ("evaluate", "compare")):  # those stand in a section of their own
+        if stage.get(name) and not (name == "figures" and stage["stage"] in SECTIONS):
             rows, tables = flat(stage[name] if isinstance(stage[name], dict) else {name: stage[name]})
             parts += [markdown_table([[label, "value"], *rows])] if rows else []
             parts += [f"{escaped(key)}:\n\n{markdown_table(table)}" for key, table in tables]

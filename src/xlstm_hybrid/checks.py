@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.errors import CheckpointError
@@ -175,7 +176,7 @@ def memory_lost(s):
     lost = snapshot(cache)
     for layer in lost.layers:
         if isinstance(layer, HybridCacheLayer):
-            layer.state = None
+            layer.state = MLSTMState(*(x.new_full(x.shape, empty) for x, empty in zip(layer.state, (0.0, 0.0, float("-inf")), strict=True)))
     yield s.read(s.ids[:2, begin:], cache=lost), s.read(s.ids[:2, begin:], cache=cache)
 
 

@@ -7,19 +7,8 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
-from xlstm_hybrid.artifacts import (
-    MANIFEST,
-    PROVENANCE,
-    add_provenance,
-    escaped,
-    markdown_table,
-    read_provenance,
-    relist,
-    verify,
-    write_file,
-    write_json,
-)
-from xlstm_hybrid.errors import CheckpointError, EvaluationError
+from xlstm_hybrid.artifacts import append_stage, escaped, markdown_table, write_file, write_json
+from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation import read_results, win_and_tie
 from xlstm_hybrid.statistics import LEVEL, RESAMPLES, compare_pairs, holm, resampled_verdict
 
@@ -364,19 +353,13 @@ def record(comparison, student, directory):
         EvaluationError: no such student in the comparison.
         CheckpointError: the directory has no record of stages, or files that are not those of its manifest.
     """
-    directory, found = Path(directory), comparison["students"].get(student)
+    found = comparison["students"].get(student)
     if found is None:
         raise EvaluationError(f"record: {student!r} is not compared, expected one of {', '.join(comparison['students'])}")
-    stages = read_provenance(directory)
-    if not stages:
-        raise CheckpointError(f"{directory.name}: no record of stages, expected a checkpoint that this package made; name its directory")
-    if (directory / MANIFEST).is_file():
-        verify(directory)
     config = {key: comparison[key] for key in ("teacher", "alpha", "metrics", "shots", "differences", "seed", "resamples")}
     figures = {key: found[key] for key in ("scores", "recovery", "c_alpha", "c_0", "alpha_star", "lossless", "wins", "ties", "losses")}
     figures |= {"teacher_scores": comparison["teacher_scores"], "resampled": found["resampled"]}
-    add_provenance(directory, "compare", stages=stages, config=config, figures=plain_floats(figures))
-    relist(directory, PROVENANCE)
+    append_stage(directory, "compare", config=config, figures=plain_floats(figures))
 
 
 def plain_floats(value):

@@ -7,6 +7,13 @@ from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
+BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear", "delta"), ("softmax", "softmax_signed", "silu")
+MIXER = {  # fields of the mixer, and what they were before there was a choice
+    "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
+    "memory_feature_dim": None, "mixer_norm": False, "mixer_combine": "gate", "mixer_gate_input": "qkv",
+}  # fmt: skip
+SCORES = ("residual", "weighted", "recency", "random")
 
 
 @strict
@@ -24,9 +31,33 @@ class XLSTMHybridConfig(PreTrainedConfig):
         sliding_window: window W of the hybrid layers, in tokens, the present one included.
         num_sink_tokens: first real tokens of a document that stay visible to the window's softmax.
         layer_windows, layer_sinks: the same per layer, for layers that differ; None follows the three fields above (`window_of`, `sinks_of`).
+        kept_groups: per layer the numbers of the key/value groups whose query heads keep the teacher's full attention in a hybrid layer (its window
+            where it had one): no window, sinks or mLSTM for them, and their keys and values of the whole context in the cache. [] or None: no group.
+        kept_positions: "rope", the teacher's, exact without training; "log": none, and logits times log_a(t + a), a = kept_log_base, for students
+            that are trained so (HyPE, arXiv 2601.22156).
+        sparse_memory: (key, value) pairs per key/value group and hybrid layer that stay visible to the window's softmax after they have left the
+            window, those that score best; 0: none. The cache grows by so much, at any context.
+        sparse_memory_score: "residual", "weighted", or for comparison "recency" or "random" (see `sparse.scores_of`).
         mlstm_context: training context in tokens; the slowest forget gate starts with a time constant of four times this.
         mlstm_output_gate_bias: initial logit of the gate that mixes mLSTM (1) and window attention (0).
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
+        mixer_branches: "both"; "memory" or "window" clamp the output gate to 1 or 0: the other branch is not calculated and the cache does not hold
+            it. A student trained so is a baseline; as an attribute of a loaded model it shows what each branch remembers, with a fresh cache.
+        window_dropout: probability that a row of a training batch does without its window in all layers, o = 1 (scheduled sliding-window dropout,
+            Benfeghoul et al. 2025, arXiv 2510.05901); stage I and evaluation keep it. `XLSTMHybridModel.window_dropout` overrides it for a schedule.
+        memory_cell: "mlstm" (Beck et al. 2024); "linear": nothing is gated, i = 0 and f = inf, the linear attention of Katharopoulos et al. 2020;
+            "delta": the gated delta rule (Yang et al. 2024, arXiv 2412.06464), features of length 1, no normaliser; the gates are the mLSTM's
+            parameters, with sigmoid(i) for exp(i).
+        memory_rope: whether the feature maps read queries and keys after RoPE, or before it (after QK-norm in any case).
+        memory_feature_map: "softmax", of x P_h (Hauzenberger et al. 2026); "softmax_signed", of [x P_h, -x P_h], twice as many features (Hedgehog,
+            Zhang et al. 2024, arXiv 2402.04347); "silu", of x P_h, for the delta rule alone: its keys have to be able to be orthogonal, and no
+            normaliser asks for positive ones. None: "silu" for the delta rule, else "softmax".
+        memory_feature_dim: columns of each head's P_h; None: head_dim. The state grows with the features.
+        mixer_norm: an RMS norm of each head's mix before W_o, with a learned weight (Beck et al. 2024). Hauzenberger et al. 2026 leave it out.
+        mixer_combine: "gate" (Hauzenberger et al. 2026); "joint": one normaliser over the window's exponentials and the features of the tokens that
+            the window does not see, with a learned factor per head (LoLCATs, Zhang et al. 2024, arXiv 2410.10254). A baseline: quadratic, without
+            a cache (use_cache is False), and for memory_cell="linear" alone.
+        mixer_gate_input: what the output gate reads, "qkv" (Hauzenberger et al. 2026) or "x", the layer's input.
 
     Raises:
         ConfigError: fields that contradict each other.
@@ -72,11 +103,25 @@ class XLSTMHybridConfig(PreTrainedConfig):
     num_sink_tokens: int = 4
     layer_windows: list[int | None] | None = None
     layer_sinks: list[int] | None = None
+    kept_groups: list[list[int]] | None = None
+    kept_positions: str = "rope"
+    kept_log_base: float | int = 500
+    sparse_memory: int = 0
+    sparse_memory_score: str = "residual"
 
     teacher_model_type: str | None = None
     mlstm_context: int = 4096
     mlstm_output_gate_bias: float | int = -2.0
     mlstm_chunk_size: int = 64
+    mixer_branches: str = "both"
+    window_dropout: float | int = 0.0
+    memory_cell: str = "mlstm"
+    memory_rope: bool = True
+    memory_feature_map: str | None = None
+    memory_feature_dim: int | None = None
+    mixer_norm: bool = False
+    mixer_combine: str = "gate"
+    mixer_gate_input: str = "qkv"
 
     def __post_init__(self, **kwargs):
         n = self.num_hidden_layers
@@ -84,6 +129,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.teacher_layer_types = ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
         self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
+        self.memory_feature_map = self.memory_feature_map or ("silu" if self.memory_cell == "delta" else "softmax")
+        self.use_cache = self.use_cache and self.mixer_combine != "joint"
         self.check()
         if type(self).__module__ == "xlstm_hybrid.configuration":
             kwargs.pop("auto_map", None)  # names code beside an exported checkpoint: not used here, and not written again without it
@@ -124,7 +171,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         wrong, n = [], self.num_hidden_layers
         if self.num_attention_heads % self.num_key_value_heads:
             wrong.append(f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}")
-        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks"):
+        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"):
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
@@ -140,8 +187,58 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
+        wrong += self.wrong_mixer()
+        wrong += [] if wrong else self.wrong_memories()
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
+
+    def wrong_mixer(self):
+        """What contradicts itself among the fields of the mixer, a list of messages."""
+        wrong = []
+        choices = {"mixer_branches": BRANCHES, "memory_cell": CELLS, "memory_feature_map": FEATURE_MAPS, "mixer_combine": COMBINATIONS,
+                   "mixer_gate_input": GATE_INPUTS}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                wrong.append(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}")
+        if self.memory_feature_map == "silu" and self.memory_cell != "delta":
+            wrong.append(
+                f"memory_feature_map='silu' with memory_cell={self.memory_cell!r}: its normaliser needs positive features, expected a softmax"
+            )
+        if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
+            wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
+        if self.mixer_combine == "joint":  # there is no gate to clamp, and features stand alone as in linear attention
+            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0)):
+                if getattr(self, name) != needed:
+                    wrong.append(f"mixer_combine='joint' with {name}={getattr(self, name)!r}: expected {needed!r}")
+        if not 0 <= self.window_dropout < 1:
+            wrong.append(f"window_dropout={self.window_dropout}: expected a probability of at least 0 and below 1")
+        elif self.window_dropout and self.mixer_branches != "both":
+            wrong.append(f"window_dropout={self.window_dropout} with mixer_branches={self.mixer_branches!r}: expected 0, there is one branch only")
+        return wrong
+
+    def wrong_memories(self):
+        """What contradicts itself among the fields of exact memories, a list of messages."""
+        wrong, G = [], self.num_key_value_heads
+        for j, kept in enumerate(self.kept_groups or ()):
+            if sorted(set(kept)) != sorted(kept) or not set(kept) <= set(range(G)):
+                wrong.append(f"kept_groups of layer {j} are {kept}: expected different numbers from 0 to {G - 1}")
+            elif kept and self.layer_types[j] != "hybrid_sliding":
+                wrong.append(f"layer {j} is {self.layer_types[j]} with kept_groups {kept}: expected none, all of its groups keep their attention")
+            elif len(kept) == G:
+                wrong.append(f"kept_groups of layer {j} are all {G} groups: make it {self.teacher_layer_types[j]} in layer_types")
+        if self.kept_positions not in ("rope", "log"):
+            wrong.append(f"kept_positions={self.kept_positions!r}: expected 'rope' or 'log'")
+        if not self.kept_log_base > 1:
+            wrong.append(f"kept_log_base={self.kept_log_base}: expected a base above 1")
+        if self.sparse_memory < 0:
+            wrong.append(f"sparse_memory={self.sparse_memory}: expected 0 or more tokens")
+        if self.sparse_memory_score not in SCORES:
+            wrong.append(f"sparse_memory_score={self.sparse_memory_score!r}: expected one of {list(SCORES)}")
+        if self.sparse_memory and self.mixer_branches != "both":
+            wrong.append(f"sparse_memory={self.sparse_memory} with mixer_branches={self.mixer_branches!r}: expected 'both', it scores the tokens")
+        if self.mixer_combine == "joint" and (self.sparse_memory or any(self.kept_groups or ())):
+            wrong.append("mixer_combine='joint' with an exact memory: expected sparse_memory=0 and no kept_groups, it is a baseline without a cache")
+        return wrong
 
     def tensor_parallel_plan(self):
         """Tensor-parallel style of each module. Heads are cut with their mLSTM; a norm over all heads (OLMo) needs them whole on every rank."""
@@ -151,9 +248,14 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
-            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in modeling.py
+            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixers.py
         plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
         return plan
+
+    @property
+    def memory_features(self):
+        """Features per head, which are the rows of the memory's state."""
+        return (self.memory_feature_dim or self.head_dim) * (2 if self.memory_feature_map == "softmax_signed" else 1)
 
     def window_of(self, layer_idx):
         """Attention window of one layer in tokens; None for full attention."""
@@ -166,6 +268,19 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.layer_sinks is not None:
             return self.layer_sinks[layer_idx]
         return self.num_sink_tokens if self.layer_types[layer_idx] == "hybrid_sliding" else 0
+
+    def kept_of(self, layer_idx):
+        """Numbers of the key/value groups that keep full attention in a hybrid layer, in order."""
+        return sorted(self.kept_groups[layer_idx]) if self.kept_groups else []
+
+    def kept_window_of(self, layer_idx):
+        """Window of a layer's kept groups in tokens, the teacher's own; None for full attention."""
+        return self.teacher_sliding_window if self.teacher_layer_types[layer_idx] == "sliding_attention" else None
+
+    def mixed_heads(self, layer_idx):
+        """Numbers of the query heads that mix an mLSTM with window attention, in order: all but those of kept groups."""
+        repeats, kept = self.num_attention_heads // self.num_key_value_heads, set(self.kept_of(layer_idx))
+        return [h for h in range(self.num_attention_heads) if h // repeats not in kept]
 
     def rope_parameters_of(self, layer_idx):
         """The flat RoPE dict of one layer: that of its teacher layer type where the teacher has several."""

@@ -34,7 +34,7 @@ from xlstm_hybrid.merge_settings import GROUPS, NEED_BASE, NEED_KEYS, NEED_STATI
 from xlstm_hybrid.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards
 
 NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
-INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache"}  # config keys in which experts may differ
+INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}  # config keys in which experts may differ
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # by safetensors' names  # fmt: skip
 SHOWN = 3  # tokens of a vocabulary that are named
@@ -159,8 +159,12 @@ def mismatches(experts, base=None, unrecorded=False):
 
 
 def different_configs(first, other):
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = first.config.get("model_type")
+    default = AutoConfig.for_model(kind).to_dict() if kind in CONFIG_MAPPING else {}  # a field that a version did not know has this value in it
     for key in sorted((set(first.config) | set(other.config)) - INDIFFERENT):
-        mine, its = first.config.get(key), other.config.get(key)
+        mine, its = (c.config.get(key, default.get(key)) for c in (first, other))
         if mine != its:
             yield f"config {key}: {mine!r} in {first.name}, {its!r} in {other.name}"
 

@@ -14,7 +14,6 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -28,12 +27,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
-from xlstm_kernels import mix, mlstm, window_attention
+from xlstm_kernels import mix, window_attention
 
-from xlstm_hybrid.cache import adopt_cache
+from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
+from xlstm_hybrid.mixers import JointMixer, MLSTMMixer
 from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.sparse import scores_of, sparse_attention
 
 
 @dataclass
@@ -70,114 +72,6 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
         return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
 
 
-class HeadsParallel(TensorParallelLayer):
-    """Tensor-parallel style of `MLSTMMixer`: every parameter is cut along its heads, dim 0, and each rank works on its own.
-
-    Queries, keys and values come from projections that are cut alike; the layer's input, which the gates read, is whole on every rank, so that
-    its gradient has to be summed over them.
-    """
-
-    def should_use_local_tensors(self, module):
-        return True
-
-    def validate_param(self, module, param, mesh, parameter_name=None):
-        heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
-        if heads % mesh.size() or groups % mesh.size():
-            raise ConfigError(
-                f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
-                "choose a tp_size that divides both"
-            )
-
-    def shard_param(self, module, param, mesh):
-        from torch.distributed.tensor import Shard, distribute_tensor
-
-        whole = module._parameters[param]
-        module._parameters[param] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None), requires_grad=whole.requires_grad)
-
-    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        whole = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
-        return (whole.to_local(grad_placements=[Partial()]), *args[1:]), kwargs
-
-
-ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
-
-
-class MLSTMMixer(nn.Module):
-    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1).
-
-    Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
-    """
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        H, K, D = config.num_attention_heads, config.head_dim, config.hidden_size
-        self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, K)), nn.Parameter(torch.empty(H, K, K))
-        self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
-        self.fgate_bias = nn.Parameter(torch.empty(H))
-        self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
-
-    def forget_bias(self):
-        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
-        window = self.config.window_of(self.layer_idx)
-        low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
-        steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
-        return (low * (high / low) ** steps - 1).log().float()
-
-    def gates(self, hidden_states, qkv):
-        """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
-
-        Args:
-            hidden_states: input of the layer, [B, T, D].
-            qkv: projections before QK-norm and RoPE, heads repeated, [B, T, H, 3 K].
-        """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            x = hidden_states.to(dtype)
-            i = nn.functional.linear(x, self.igate_weight.to(dtype))
-            f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
-            o = torch.sigmoid((qkv.to(dtype) * self.ogate_weight.to(dtype)).sum(-1) + self.ogate_bias.to(dtype))
-        return i, f, o
-
-    @staticmethod
-    def features(x, feature_map):
-        """softmax(x P_h) over the features: [B, H, T, K] -> [B, T, H, K], product and softmax in float32 at least (Hedgehog, after RoPE).
-
-        Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the normaliser would be lost.
-        """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            features = torch.softmax(x.to(dtype) @ feature_map.to(dtype), -1)  # a rounded exponent is a relative error of the feature
-        return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
-
-    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None, record=None):
-        """Mix-ready output of the mLSTM.
-
-        Args:
-            query, key, value: after QK-norm and RoPE, heads repeated, [B, H, T, K | V].
-            tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
-            state: MLSTMState of the tokens before, or None.
-            step: `HybridCacheLayer.step` for one token, which mixes the branches and keeps the state.
-            record: `HybridCacheLayer.record`, called with what rolling back will have to repeat.
-        Returns:
-            `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None.
-        """
-        i, f, o = self.gates(hidden_states, qkv)
-        real, start = tokens.real[..., None], tokens.start[..., None]
-        i = torch.where(real, i, float("-inf"))
-        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        q, k = self.features(query, self.q_map), self.features(key, self.k_map)
-        if step is not None:
-            return step(features=(q, k), gates=(i, f, o)), o, None
-        inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size
-        if record is not None:
-            record(inputs, chunk_size)
-        h, state = mlstm(q, *inputs, state=state, chunk_size=chunk_size)
-        return h, o, state
-
-
 class HybridAttention(nn.Module):
     """Attention layer of the student. `hybrid_sliding`: o * mLSTM + (1 - o) * window attention; else the teacher's own attention."""
 
@@ -197,10 +91,13 @@ class HybridAttention(nn.Module):
         elif config.qk_norm == "full":
             self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
         if self.layer_type == "hybrid_sliding":
-            self.mlstm = MLSTMMixer(config, layer_idx)
+            self.mlstm = (JointMixer if config.mixer_combine == "joint" else MLSTMMixer)(config, layer_idx)
+        kept = config.kept_of(layer_idx)
+        self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
 
     def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K]."""
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K],
+        unrotated is (query, key) before RoPE."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         raw = q.view(heads), k.view(heads), v.view(heads)
@@ -209,8 +106,9 @@ class HybridAttention(nn.Module):
         q, k = q.view(heads), k.view(heads)
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        query, key = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        return query, key, raw[2].transpose(1, 2), raw
+        unrotated = q.transpose(1, 2), k.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
+        return query, key, raw[2].transpose(1, 2), raw, unrotated
 
     def attend(self, query, key, value, mask, sliding_window=None, implementation=None, **kwargs):
         """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
@@ -222,15 +120,45 @@ class HybridAttention(nn.Module):
         return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
 
     def mix(self, hidden_states, projected, tokens, mask, cache=None):
-        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the window's attention weights; updates the cache layer."""
-        query, key, value, (q, k, v) = projected
-        n = self.num_key_value_groups
+        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the attention weights of window and kept groups; updates the cache layer."""
+        if self.split is None:
+            return self.mix_heads(hidden_states, projected, tokens, mask, cache)
+        h, weights = self.mix_heads(hidden_states, self.split.projected(projected, kept=False), tokens, mask, cache)
+        full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
+        return self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)
+
+    def keep(self, projected, tokens, cache=None):
+        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it had one."""
+        query, key, value, _, unrotated = projected
+        if self.config.kept_positions == "log":
+            query, key = unrotated
+            query = log_scaled(query, tokens.index, self.config.kept_log_base)
+        held, spare = (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        key, value, mask = held.append(key, value, tokens, spare, masked=dense == "eager")
+        return self.attend(query, key, value, mask, implementation=dense)
+
+    def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
+        """`mix` for the heads that do not keep full attention."""
+        query, key, value, (q, k, v), unrotated = projected
+        n, branches = self.num_key_value_groups, self.config.mixer_branches
         qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
-        inputs = hidden_states, qkv, query, repeat_kv(key, n), repeat_kv(value, n), tokens
+        memory_q, memory_k = (query, key) if self.config.memory_rope else unrotated
+        inputs = hidden_states, qkv, memory_q, repeat_kv(memory_k, n), repeat_kv(value, n), tokens
+        if self.config.sparse_memory:
+            return self.mix_sparse(inputs, query, key, value, tokens, cache)
+        if self.config.mixer_combine == "joint":
+            h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
+            return self.mlstm.normed(h).to(value.dtype), weights
         held = cache is not None and cache.is_initialized
+        if held and cache.state is None and branches != "window":
+            raise CacheError(
+                f"past_key_values: layer {self.layer_idx} has no state, it was filled with mixer_branches='window', now {branches!r}; "
+                "start from DynamicCache(config=model.config)"
+            )
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
-            return h.to(value.dtype), None
+            return self.mlstm.normed(h).to(value.dtype), None
         remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
         memory, o, state = self.mlstm(*inputs, **remembered)
         if cache is not None:
@@ -238,6 +166,8 @@ class HybridAttention(nn.Module):
             cache.update(key, value, tokens)
             cache.hold(state)
             key, value = seen
+        if branches == "memory":
+            return self.mlstm.normed(memory).to(value.dtype), None
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
@@ -246,7 +176,25 @@ class HybridAttention(nn.Module):
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
-        return mix(memory, window, o).to(value.dtype), weights
+        h = window if branches == "window" else mix(memory, window, o)
+        return self.mlstm.normed(h).to(value.dtype), weights
+
+    def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
+        """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
+        config, read = self.config, []
+        layer = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
+        memory, o, state = self.mlstm(*inputs, state=layer.state, record=lambda *call: read.append(call))
+        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx, config.memory_cell)
+        attend = None
+        if config._attn_implementation == "eager" or (self.training and config.attention_dropout):
+            attend = partial(self.attend, implementation="eager" if config._attn_implementation == "eager" else "sdpa")
+        window, weights = sparse_attention(query, key, value, tokens, scores, layer, attend, self.scaling)
+        if cache is not None:
+            if cache.record_past:
+                cache.record(*read[0])
+            cache.update(key, value, tokens, scores)
+            cache.hold(state)
+        return self.mlstm.normed(mix(memory, window, o)).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
@@ -255,7 +203,7 @@ class HybridAttention(nn.Module):
             cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             h, weights = self.mix(hidden_states, projected, tokens, mask, cache)
         else:
-            query, key, value, _ = projected
+            query, key, value, *_ = projected
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
             h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
@@ -349,7 +297,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"]
+    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
     _keep_in_fp32_modules = ["mlstm", "q_map", "k_map", *_keep_in_fp32_modules_strict]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -368,11 +316,11 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
-                init.copy_(feature_map, torch.eye(feature_map.shape[-1], dtype=feature_map.dtype).expand_as(feature_map))
-            for weight in (module.igate_weight, module.fgate_weight, module.ogate_weight):
-                init.zeros_(weight)
-            init.copy_(module.fgate_bias, module.forget_bias())
-            init.constant_(module.ogate_bias, float(self.config.mlstm_output_gate_bias))
+                init.copy_(feature_map, module.first_map().expand_as(feature_map))
+            first = {"fgate_bias": module.forget_bias(), "ogate_bias": self.config.mlstm_output_gate_bias, "norm_weight": 1.0}
+            for name, parameter in module.named_parameters(recurse=False):  # which there are is for the config to say
+                if not name.endswith("_map"):
+                    init.copy_(parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter))
 
 
 def mask_key(config, layer_idx):
@@ -391,7 +339,9 @@ def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs)
 
 
 class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
-    """Embeddings, decoder layers and final norm."""
+    """Embeddings, decoder layers and final norm. Set `window_dropout` to have another probability than the config's, as a schedule does."""
+
+    window_dropout = None
 
     def __init__(self, config):
         config.check()  # its fields may have been changed since it was made
@@ -449,6 +399,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
+        if wrong := self.config.wrong_mixer():  # its fields may be changed between two calls
+            raise ConfigError("; ".join(wrong))
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
                 f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
@@ -467,12 +419,21 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         Args:
             filled: a `HybridCacheLayer` of that kind, if it holds tokens.
         """
+        if self.config.sparse_memory:
+            return None  # what is visible depends on the layer, see `sparse_attention`
         dense = self.config._attn_implementation == "eager" or (self.training and self.config.attention_dropout)
         step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
         if not dense and (filled is None or step):
             return None
         new = tokens.visible(window, sinks)[:, None]
         return new if filled is None else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
+
+    def blind_rows(self, real):
+        """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is [B, T]."""
+        p = self.config.window_dropout if self.window_dropout is None else self.window_dropout
+        if not p or not self.training or not torch.is_grad_enabled():
+            return None
+        return torch.rand(len(real), device=real.device) < p
 
     @merge_with_config_defaults
     @capture_outputs
@@ -493,6 +454,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         if past_key_values is not None:
             past_key_values = adopt_cache(past_key_values, self.config)
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        tokens.blind = self.blind_rows(tokens.real)
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, past_key_values=past_key_values, **kwargs)

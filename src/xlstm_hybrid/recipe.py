@@ -87,7 +87,8 @@ class Recipe:
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for held-out documents of the
-        sources, or None.
+        sources, or None. For teacher and final student also: "harness" [names of the verb harness], "limit" (first documents of each), "chat",
+        "long_context" {"lengths", and "kinds", "samples", "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
     name: str
@@ -128,6 +129,9 @@ DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5
 SECTIONS = {  # the keys of a section, or of its kinds
     "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}],
 }
+FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}  # of teacher and student only
+LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
+EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
 TYPES = {"name": str, "teacher": str, "out": str, "student": dict, "data": dict, "align": dict, "distill": dict, "experts": dict, "merge": dict,
          "evaluate": dict, "on_policy": dict, "revision": str, "teacher_dtype": str, "seed": int}  # fmt: skip
@@ -209,11 +213,9 @@ def faults(content):
     """What is wrong inside the sections of a recipe, in words."""
     wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (not NAME.fullmatch(content["name"]))
     for section, kinds in SECTIONS.items():
-        if section in content and set(content[section]) not in kinds:
+        if section in content and set(content[section]) - (set(FINAL) if section == "evaluate" else set()) not in kinds:
             wrong.append(f"{section}: expected exactly the keys {' or '.join(str(sorted(k)) for k in kinds)}, got {sorted(content[section])}")
-    wrong += [
-        f"evaluate.{k}={v!r}: expected a number of at least 1" for k, v in content.get("evaluate", {}).items() if not isinstance(v, int) or v < 1
-    ]
+    wrong += evaluate_faults(content.get("evaluate", {}))
     wrong += data_faults(content["data"]) + stage_faults(content)
     for name, section in content["experts"].items():
         where = f"experts.{name}"
@@ -224,6 +226,38 @@ def faults(content):
         else:
             wrong += mix_faults(where, as_mix(section))
     return wrong + merge_faults(content)
+
+
+def evaluate_faults(section):
+    """Mistakes of the section `evaluate` that can be seen without lm-eval."""
+    wrong = [f"evaluate.{k}={v!r}: expected a number of at least 1" for k, v in section.items()
+             if (k not in FINAL or k == "limit") and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]  # fmt: skip
+    wrong += type_faults("evaluate", {k: v for k, v in section.items() if k in FINAL and k != "limit"}, FINAL)
+    for name, known in (("long_context", LONG_CONTEXT), ("efficiency", EFFICIENCY)):
+        wrong += type_faults(f"evaluate.{name}", section[name], known) if isinstance(section.get(name), dict) else []
+    if isinstance(section.get("long_context"), dict) and "lengths" not in section["long_context"]:
+        wrong.append("evaluate.long_context: expected lengths, such as [4k, 16k]")
+    if is_number(alpha := section.get("alpha", 0)) and not 0 <= alpha <= 1:
+        wrong.append(f"evaluate.alpha={alpha!r}: expected a share between 0 and 1")
+    names = section.get("harness", ["?"])
+    if isinstance(names, list) and not (names and all(isinstance(n, str) and n for n in names)):
+        wrong.append(f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]")
+    if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
+        wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
+    return wrong
+
+
+def type_faults(where, section, known):
+    """Unknown keys of a section, values of another type than `known` {key: type} says, and numbers below 1."""
+    unknown = sorted(map(str, set(section) - set(known)))
+    wrong = [f"{where}: unknown keys {unknown}, expected some of {sorted(known)}"] * bool(unknown)
+    for key, value in section.items():
+        kind = known.get(key, object)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object):
+            wrong.append(f"{where}.{key}={value!r}: expected {getattr(kind, '__name__', 'a number')}")
+        elif kind is int and value < 1:
+            wrong.append(f"{where}.{key}={value!r}: expected a number of at least 1")
+    return wrong
 
 
 def data_faults(data):

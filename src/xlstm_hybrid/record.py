@@ -6,7 +6,7 @@ Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V va
 from dataclasses import dataclass, replace
 
 import torch
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Tokens:
     index: [B, T] position among the real tokens of its document, -1 at padding.
     document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
     plain: True if every row is known to be one document without padding.
+    blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
     """
 
     real: torch.Tensor
@@ -24,6 +25,7 @@ class Tokens:
     index: torch.Tensor
     document: torch.Tensor
     plain: bool = False
+    blind: torch.Tensor | None = None
 
     @classmethod
     def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
@@ -69,10 +71,11 @@ class Tokens:
         """The same of the tokens `begin` to `end`, as a call of its own would have it."""
         documents = self.document[:, begin - 1 : begin] if begin else 0
         parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        return Tokens(*parts, plain=self.plain)
+        return Tokens(*parts, plain=self.plain, blind=self.blind)
 
     def map(self, change):
-        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain)
+        blind = None if self.blind is None else change(self.blind)
+        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain, blind=blind)
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""
@@ -114,7 +117,9 @@ class Step:
 class Piece:
     """T tokens that came in one call.
 
-    memory: the mLSTM's (k, v, i, f), [B, T, H, ...]; key, value: [B, G, T, K | V]; tokens: `Tokens`; chunk_size: of the mLSTM in that call.
+    memory: the mLSTM's (k, v, i, f), [B, T, H, ...], or () where the layer has no memory; key, value: [B, G, T, K | V]; tokens: `Tokens`;
+    chunk_size: of the mLSTM in that call.
+    scores: [B, G, T] of a layer with a sparse memory.
     """
 
     memory: tuple
@@ -122,20 +127,26 @@ class Piece:
     value: torch.Tensor
     tokens: object
     chunk_size: int
+    scores: torch.Tensor | None = None
 
     def __len__(self):
         return self.key.shape[2]
 
     def repeat(self, layer):
-        state = mlstm(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
-        layer.update(self.key, self.value, self.tokens)
+        state = None
+        if self.memory:
+            run = delta if layer.cell == "delta" else mlstm
+            state = run(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
+        layer.update(self.key, self.value, self.tokens, self.scores)
         layer.hold(state)
 
     def slice(self, begin, end):
         """Tokens `begin` to `end`, as a call of their own."""
         memory = tuple(x[:, begin:end] for x in self.memory)
-        return Piece(memory, self.key[:, :, begin:end], self.value[:, :, begin:end], self.tokens.slice(begin, end), self.chunk_size)
+        key, value, scores = (x if x is None else x[:, :, begin:end] for x in (self.key, self.value, self.scores))
+        return Piece(memory, key, value, self.tokens.slice(begin, end), self.chunk_size, scores)
 
     def map(self, change):
         memory = tuple(change(x) for x in self.memory)
-        return replace(self, memory=memory, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change))
+        scores = None if self.scores is None else change(self.scores)
+        return replace(self, memory=memory, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change), scores=scores)

@@ -2,12 +2,13 @@
 
 import io
 import math
-import re
 from pathlib import Path
 
 from xlstm_hybrid.artifacts import escaped, markdown_table, write_file
 from xlstm_hybrid.compare import NONE, duration, number, percent, scaled_scores
+from xlstm_hybrid.efficiency_report import draw_efficiency
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.report_sections import benchmarks, costs, fenced, long_context
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; the teacher is grey, the final student blue.
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
@@ -291,6 +292,7 @@ PICTURES = {  # file: (drawing, caption)
     "domains.png": (draw_domains, "Exact match per domain, teacher and every student."),
     "alignment.png": (draw_alignment, "Alignment error per layer: squared error of the mixer over the squared output of the attention it replaces."),
     "losses.png": (draw_losses, "Losses of the experts in distillation."),
+    "efficiency.png": (draw_efficiency, "What teacher (dashed) and student (solid) cost against the context."),
     "gates.png": (draw_gates, "Mean output gate of every head on held-out rows: 1 reads the mLSTM only, 0 the window only."),
 }
 
@@ -341,6 +343,8 @@ def write_report(results, run_dir):
             "alignment": {"layers": [{"layer", "before", "after"}], "curve": [{"step", "error": [per layer]}]}, relative squared errors.
             "distillation": {expert: [{"step", "loss", "ce", "kl"}]}, nats per token.
             "gates": [[mean output gate per head] per hybrid layer].
+            "comparison": `compare.plain_floats` of `compare.compare`.  "efficiency": what `efficiency_report.write_efficiency` takes.
+            "long_context": rows of `report_sections.HEAD`, with "task".  "notes": sentences on how it was judged.
             "sample": {"prompt", "output"}.  "seconds": {stage: seconds}.  "peak_memory_mib": number.
     Raises:
         ConfigError: matplotlib is not installed.
@@ -359,16 +363,18 @@ def markdown(results, pictures=()):
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
-    parts = [f"# {escaped(results.get('title', 'Report'))}", *verdict(results)]
+    parts = [f"# {escaped(results.get('title', 'Report'))}", *verdict(results), *map(escaped, results.get("notes") or [])]
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
         parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)]), *shown("domains.png", "win_and_tie.png")]
     if len(perplexities) > 1:
         parts += ["## Perplexity", markdown_table(perplexities)]
+    parts += [*benchmarks(results), *long_context(results)]
     for title, name in (("Alignment", "alignment.png"), ("Distillation", "losses.png"), ("Output gates", "gates.png")):
         parts += [f"## {title}", *shown(name)] if name in pictures else []
     if sample := results.get("sample"):
         parts += ["## A sample", "Prompt:", fenced(sample["prompt"]), "Greedy continuation:", fenced(sample["output"])]
+    parts += [*costs(results), *shown("efficiency.png")]
     if seconds := results.get("seconds"):
         parts += ["## Time and memory", markdown_table([["stage", "time"], *([stage, duration(s)] for stage, s in seconds.items())])]
     if "peak_memory_mib" in results:
@@ -391,9 +397,3 @@ def verdict(results):
     recovered = {domain: r for domain, r in v["recovery"].items() if r is not None}
     worst = min(recovered, key=recovered.get, default=None)
     return [text + (f" Lowest recovery: {percent(recovered[worst])} ({escaped(worst)})." if worst else "")]
-
-
-def fenced(text):
-    """A code block that its text cannot end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"

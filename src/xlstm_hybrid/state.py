@@ -19,13 +19,15 @@ from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.artifacts import write_file
 from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
+from xlstm_hybrid.configuration import MIXER
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.exact import DOCUMENT, SparseSlots
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
 INDIFFERENT = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "mlstm_chunk_size",
                "attention_dropout", "initializer_range", "mlstm_output_gate_bias", "mlstm_context", "bos_token_id", "eos_token_id", "pad_token_id",
-               "quantization_config"}  # fmt: skip
+               "quantization_config", "window_dropout"}  # fmt: skip
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
 
@@ -132,7 +134,8 @@ def rollback(cache, tokens):
 
 def behaviour(config):
     """The fields of a config that decide what a state means, as JSON has them."""
-    fields = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in INDIFFERENT}))
+    fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in MIXER and v == MIXER[k])}  # older states lack those
+    fields = json.loads(json.dumps(fields))
     return dict(sorted(fields.items()))
 
 
@@ -163,7 +166,12 @@ def tensors_of(layer):
     """`{name: tensor}` of a filled layer."""
     tensors = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, HybridCacheLayer):
-        tensors |= dict(zip("Cnm", layer.state, strict=True)) | {"count": layer.count}
+        tensors |= {} if layer.state is None else dict(zip("Cnm", layer.state, strict=True))
+        tensors["count"] = layer.count
+        if layer.sparse is not None:
+            tensors |= {"scores": layer.scores} | {f"sparse_{name}": x for name, x in layer.sparse._asdict().items()}
+        if layer.kept is not None:
+            tensors |= {f"kept_{name}": getattr(layer.kept, name) for name in ("keys", "values", "place")}
     return tensors
 
 
@@ -253,22 +261,41 @@ def check_header(header, model, name):
 def check_tensors(tensors, layer, j, config, seen, name):
     """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
     B, slots = tensors["keys"].shape[0] if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
-    H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    hybrid = isinstance(layer, HybridCacheLayer)
+    H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
+    G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
         slots = layer.num_sink_tokens + layer.sliding_window
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:
         slots = layer.sliding_window - 1
     expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
-    expected |= {"C": (B, H, K, K), "n": (B, H, K), "m": (B, H), "count": (B,)} if hybrid else {}
+    memory = {"C": (B, H, F, K), "n": (B, H, F), "m": (B, H)} if hybrid and config.mixer_branches != "window" else {}
+    expected |= {**memory, "count": (B,)} if hybrid else {}
+    if hybrid and (L := config.sparse_memory):
+        expected |= {"scores": (B, G, slots), "sparse_keys": (B, G, L, K), "sparse_values": (B, G, L, K)}
+        expected |= {"sparse_score": (B, G, L), "sparse_index": (B, G, L)}
+    if E:
+        columns = tensors["kept_place"].shape[-1] if "kept_place" in tensors else 0
+        expected |= {"kept_keys": (B, E, columns, K), "kept_values": (B, E, columns, K), "kept_place": (B, columns)}
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if B < 1 or found != expected:
         raise CacheError(f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state")
     if hybrid:
-        states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in "Cnm")
+        states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in memory)
         count = tensors["count"]
         if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
             raise CacheError(f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state")
+        if "sparse_index" in tensors and not bool((tensors["sparse_index"] < count[:, None, None]).all()):
+            raise CacheError(f"{name}: layer {j} has chosen tokens beyond its {seen}, it is damaged; make it again with save_state")
+        if E and not fits(tensors["kept_place"], count, seen):
+            raise CacheError(f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state")
+
+
+def fits(place, count, seen):
+    """Whether the places [B, N] of kept columns belong to rows of `count` [B] tokens."""
+    if place.dtype != torch.long or place.shape[1] > seen or not bool((place >= -1).all()):
+        return False
+    last = place.amax(-1) if place.shape[1] else torch.full_like(count, -1)
+    return bool(torch.where(last < 0, count == 0, last % DOCUMENT == count - 1).all())
 
 
 def fill(layer, tensors, seen):
@@ -276,6 +303,11 @@ def fill(layer, tensors, seen):
     layer.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if isinstance(layer, HybridCacheLayer):
-        layer.state, layer.count, layer.seen_tokens = MLSTMState(*(tensors[key] for key in "Cnm")), tensors["count"], seen
+        layer.state = MLSTMState(*(tensors[key] for key in "Cnm")) if "C" in tensors else None
+        layer.count, layer.seen_tokens = tensors["count"], seen
+        if layer.capacity:
+            layer.scores, layer.sparse = tensors["scores"], SparseSlots(*(tensors[f"sparse_{field}"] for field in SparseSlots._fields))
+        if layer.kept is not None:
+            layer.kept.keys, layer.kept.values, layer.kept.place = (tensors[f"kept_{key}"] for key in ("keys", "values", "place"))
     elif isinstance(layer, SlidingLayer):
         layer.cumulative_length = seen

@@ -151,6 +151,18 @@ def test_examples(domain, count, seed=0):
     raise DataError(f"{domain}: only {len(found)} distinct held-out prompts exist, {count} were asked for")
 
 
+def dataset(domain, examples=200, **_):
+    """Held-out examples of a domain as a task file of lm-eval reads them: `{"test": Dataset}`; those that `evaluate` takes."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)])}
+
+
+def process_results(doc, results):
+    """Score of one document, as lm-eval asks for it: 1 if the whole output is the answer, surrounding blanks aside."""
+    return {"exact_match": float(results[0].strip() == doc["answer"].strip())}
+
+
 # --- real text -------------------------------------------------------------------------------------------------
 
 

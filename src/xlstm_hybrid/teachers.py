@@ -209,3 +209,16 @@ def download(repository, revision):
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise CheckpointError(f"teacher {repository!r} (revision {revision or 'main'}): no such directory, and the Hub gave nothing "
                               f"({type(error).__name__}: {reason}); check the name, your access to it, and HF_HUB_OFFLINE") from error
+
+
+def local_source(checkpoint, revision=None):
+    """The directory of a checkpoint; of a hub id the snapshot at the revision.
+
+    Raises:
+        ConfigError: a revision of a directory. CheckpointError: see `download`.
+    """
+    if not Path(checkpoint).is_dir():
+        return Path(download(str(checkpoint), revision))
+    if revision is not None:
+        raise ConfigError(f"--revision {revision}: only a hub id has revisions, {Path(checkpoint).name} is a directory; leave it out")
+    return Path(checkpoint)

@@ -1,20 +1,20 @@
 """What a run measures of a checkpoint: scores on the tiny domains, perplexity of held-out documents, output gates, a sample."""
 
-from dataclasses import asdict
 from itertools import islice
 
 import torch
 
 from xlstm_hybrid import tasks
 from xlstm_hybrid.data import collate, open_streams, packed_rows
-from xlstm_hybrid.evaluation import exact_match, perplexity
+from xlstm_hybrid.evaluation import ExactMatch, exact_match, perplexity
 from xlstm_hybrid.pipeline.stages import load
 
 
-def evaluate(model_dir, recipe, progress=None):
+def evaluate(model_dir, recipe, progress=None, known=None):
     """Scores of one checkpoint as the recipe's section `evaluate` asks for them.
 
     With "examples": exact match (greedy, batched, through the cache) and perplexity on every domain of `tasks`, and perplexity of real text.
+    What is `known` already, {"exact_match": {domain: share}, "samples": {domain: [...]}}, is not measured again.
     With "documents": perplexity of so many held-out documents of every source of the recipe, each cut to a row's length.
 
     Returns:
@@ -23,16 +23,18 @@ def evaluate(model_dir, recipe, progress=None):
     model, tokenizer = load(model_dir)
     if "documents" in recipe.evaluate:
         return judge_sources(model, tokenizer, recipe, progress)
-    return judge_domains(model, tokenizer, recipe.evaluate, progress)
+    return judge_domains(model, tokenizer, recipe.evaluate, progress, known or {"exact_match": {}, "samples": {}})
 
 
-def judge_domains(model, tokenizer, settings, progress=None):
+def judge_domains(model, tokenizer, settings, progress, known):
     result = {"exact_match": {}, "perplexity": {}, "samples": {}}
     for domain in tasks.DOMAINS:
         examples = tasks.test_examples(domain, settings["examples"])
-        judged = exact_match(model, tokenizer, examples, batch_size=settings["batch_size"])
-        result["exact_match"][domain] = judged.score
-        result["samples"][domain] = [asdict(s) if not isinstance(s, dict) else s for s in judged.samples]
+        if domain in known["exact_match"]:
+            judged = ExactMatch(known["exact_match"][domain], known["samples"][domain])
+        else:
+            judged = exact_match(model, tokenizer, examples, batch_size=settings["batch_size"])
+        result["exact_match"][domain], result["samples"][domain] = judged.score, judged.samples
         result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
         if progress:
             progress(domain, f"{judged.score:6.1%}")

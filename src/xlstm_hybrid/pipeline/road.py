@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -14,16 +15,30 @@ from xlstm_hybrid import tasks
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.card import write_card
 from xlstm_hybrid.claims import held
+from xlstm_hybrid.compare import record
 from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
+from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
 from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
+from xlstm_hybrid.pipeline.final import (
+    MISSING,
+    check_evaluation,
+    compare_sides,
+    domain_scores,
+    harness_installed,
+    judge_sides,
+    long_context_rows,
+    measure_sides,
+    units_of,
+)
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
 from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
-from xlstm_hybrid.recipe import MIXES, resolve_teacher
-from xlstm_hybrid.report import table, write_report
+from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
+from xlstm_hybrid.report import as_png, table, write_report
 
 
 def fingerprint(directory):
@@ -69,7 +84,7 @@ class Road:
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
-        self.console, self.seconds = console or Console(emoji=False), {}
+        self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
         self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {
             "convert": self.out / "converted",
@@ -105,10 +120,7 @@ class Road:
 
     def keep(self, name, directory, before, spec):
         """Whether a stage that was made `before` can stay; ConfigError where it was made otherwise and must not be made again."""
-        changed = sorted(k for k in spec if spec[k] != before["spec"].get(k))
-        if changed and not self.redo:
-            raise ConfigError(f"{directory.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it")
-        if changed:
+        if self.changed(directory.name, before["spec"], spec):
             return False
         try:
             verify(directory, level="size")
@@ -119,24 +131,77 @@ class Road:
         self.console.print(f"[dim]{name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return True
 
-    def judge(self, name, directory):
-        """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice."""
-        spec = self.spec(self.recipe.evaluate, [directory])
+    def changed(self, what, before, spec):
+        """Whether `what` was made otherwise and has to be made again; ConfigError where it must not be."""
+        names = sorted(k for k in spec if spec[k] != before.get(k))
+        if names and not self.redo:
+            raise ConfigError(f"{what} was made with other {', '.join(names)}: pass --redo to make it again, or another --out to keep it")
+        return bool(names)
+
+    def say(self, who, what):
+        self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
+
+    def judge(self, name, directory, known=None):
+        """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
+        settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
+        spec = self.spec(settings | ({"known": known["exact_match"]} if known else {}), [directory])
         path = self.out / "evaluation" / f"{name}.json"
         if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == spec:
             self.seconds[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
-        result = evaluate(directory, self.recipe, progress=lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"))
+        result = evaluate(directory, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[f"evaluate:{name}"] = round(time.time() - start, 1)
         write_json(path, {"spec": spec, "seconds": self.seconds[f"evaluate:{name}"], "result": result})
         return result
 
+    def by_harness(self, student):
+        """`({"teacher", "student": what lm-eval found on the domains}, parts of the results)`; nothing where the recipe does not ask for lm-eval."""
+        folder = self.out / "evaluation" / "harness"
+        if not units_of(self.recipe.evaluate):
+            return {}, {}
+        if not harness_installed():
+            self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
+            return {}, {"notes": [MISSING]}
+        sides = {"teacher": self.teacher, "student": student}
+        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.say(side, line))
+        self.seconds |= {f"harness:{side}": round(sum(unit["seconds"] for unit in found.values()), 1) for side, found in self.harness.items()}
+        rows = long_context_rows(self.harness)
+        return {side: domain_scores(folder / side, found) for side, found in self.harness.items()}, {"long_context": rows} if rows else {}
+
+    def beside_the_teacher(self, student):
+        """The comparison with the teacher where the recipe names tasks of lm-eval, the costs where it asks for them."""
+        found, folder = {}, self.out / "evaluation"
+        if units_of(self.recipe.evaluate) and (comparison := compare_sides(self.recipe, self.teacher, folder, self.harness)):
+            found["comparison"] = comparison
+        if "efficiency" in self.recipe.evaluate:
+            found["efficiency"] = self.costs(student)
+        return found
+
+    def costs(self, student):
+        """The efficiency report of teacher and student, kept like a stage."""
+        folder, note = self.out / "efficiency", self.out / "stages" / "efficiency.json"
+        spec = self.spec(self.recipe.evaluate["efficiency"] | {"dtype": self.recipe.teacher_dtype}, [self.teacher, student])
+        if (folder / "efficiency.json").is_file() and note.is_file():
+            before = json.loads(note.read_text())
+            if not self.changed("efficiency", before["spec"], spec):
+                self.seconds["efficiency"] = before["seconds"]
+                return json.loads((folder / "efficiency.json").read_text())
+        start = time.time()
+        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.say("efficiency", what))
+        image = as_png(draw_efficiency, {"efficiency": found})
+        write_efficiency(found, folder, {picture_name(0): image} if image else {})
+        self.seconds["efficiency"] = round(time.time() - start, 1)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"spec": spec, "seconds": self.seconds["efficiency"]})
+        return json.loads((folder / "efficiency.json").read_text())
+
     def walk(self):
         """All stages; returns the results that the report shows."""
         recipe, start = self.recipe, time.time()
         check_settings(recipe)
+        check_evaluation(recipe)
         self.out.mkdir(parents=True, exist_ok=True)
         converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
@@ -144,11 +209,13 @@ class Road:
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
-        judged = {}
+        judged, measured = {}, {}
         if recipe.evaluate is not None:
             self.console.rule("evaluate")
-            judged = {name: self.judge(name, directory) for name, directory in (models | {"student": student}).items()}
-        results = self.results(judged, aligned, experts, student)
+            known, measured = self.by_harness(student)
+            judged = {name: self.judge(name, directory, known.get(name)) for name, directory in (models | {"student": student}).items()}
+            measured |= self.beside_the_teacher(student)
+        results = self.results(judged, aligned, experts, student) | measured
         results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
         self.conclude(results, student)
         return results
@@ -262,7 +329,12 @@ class Road:
                     shutil.copy(file, folder / file.name)
             if results.get("students"):
                 seconds = results["seconds"].get("whole run")
-                add_provenance(folder, "evaluate", parent=last, config=self.recipe.evaluate, figures=figures_of(results), seconds=seconds)
+                config = self.recipe.evaluate | ({"lm_eval": version("lm_eval")} if self.harness else {})
+                add_provenance(folder, "evaluate", parent=last, config=config, figures=figures_of(results), seconds=seconds)
+            if results.get("comparison"):
+                record(results["comparison"], "student", folder)
+            if results.get("efficiency"):
+                record_costs(results["efficiency"], folder)
             write_card(folder, results if results.get("students") else None)
             write_manifest(folder)
         if results.get("win_and_tie"):
@@ -296,5 +368,6 @@ def figures_of(results):
         "teacher_exact_match": results["teacher_scores"]["exact_match"],
         "teacher_perplexity": results["teacher_scores"]["perplexity"],
         **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery") if k in verdict},
+        "long_context": results.get("long_context", {}),
     }
     return {k: v for k, v in figures.items() if v != {}}

@@ -178,6 +178,8 @@ class AlignmentTrainer(SFTTrainer):
     def __init__(self, model, args=None, **kwargs):
         if not new_parameters(model):
             raise ConfigError("nothing to align: no layer of the model is hybrid_sliding; convert the teacher with hybrid layers")
+        if model.config.mixer_branches == "window":
+            raise ConfigError("nothing to align: mixer_branches='window' leaves the new parameters out; go on with stage II")
         if getattr(args, "layers_at_a_time", 0) and not hasattr(model, "streamed_layers"):
             raise ConfigError(
                 f"layers_at_a_time={args.layers_at_a_time}: call streaming.align_streamed(checkpoint, ...), which loads so many at a time"

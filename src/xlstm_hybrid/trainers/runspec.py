@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from xlstm_hybrid.configuration import MIXER
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.trainers.scale import plain_name
 
@@ -49,6 +50,7 @@ def model_facts(model):
     neutral = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "_attn_implementation")
     trained = sorted(plain_name(name) for name, p in model.named_parameters() if p.requires_grad)
     fields = {k: v for k, v in fields.items() if k not in neutral and not k.endswith("token_id")}  # the Trainer aligns these with the tokenizer's
+    fields = {k: v for k, v in fields.items() if not (k in MIXER and v == MIXER[k])}  # older runs know nothing of them
     return {"config": fields, "trained": trained}
 
 

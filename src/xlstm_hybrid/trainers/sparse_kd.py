@@ -17,6 +17,7 @@ from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.store import StoreCollator, TeacherStore, number_rows
 from xlstm_hybrid.store.reader import NUMBER
 from xlstm_hybrid.trainers import scale
+from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
 from xlstm_hybrid.trainers.heads import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.trainers.safety import resumable
 from xlstm_hybrid.vocabulary import shared_size, vocabulary_hash
@@ -49,6 +50,8 @@ class SparseKDConfig(SFTConfig):
     csd_temperature: float = field(default=1.5, metadata={"help": "Of the student's weights in csd."})
     train: str = field(default="all", metadata={"help": "all; attention: projections and mixers; mixer: what conversion added. PEFT: all."})
     head_rows: int | None = field(default=None, metadata={"help": "Tokens whose logits exist at once; by default what a fixed workspace holds."})
+    window_dropout: float | None = field(default=None, metadata={"help": "Share of rows that do without their window; None: the student's own."})
+    window_dropout_end: float | None = field(default=None, metadata={"help": "What it comes to, on a line, in the run's last step."})
     max_skipped_steps: int = field(default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."})
     allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
 
@@ -67,6 +70,7 @@ class SparseKDConfig(SFTConfig):
             raise ConfigError(f"head_rows={self.head_rows}: expected at least 1, or None")
         choose_divergence(self.divergence, **self.divergence_options)
         self.check_combination()
+        self.window_schedule  # noqa: B018 (raises for what is out of range)
         unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
@@ -89,6 +93,15 @@ class SparseKDConfig(SFTConfig):
                               "expectation under it, which is forward_kl on 'tail' or 'gemma' outcomes; choose those, or targets='topk'")  # fmt: skip
         if self.teacher != "online" and self.packing:
             raise ConfigError("packing=True with a teacher store: its rows are packed already, and would not be found again; set packing=False")
+
+    @property
+    def window_schedule(self):
+        """`WindowDropoutSchedule`, or None where none is asked for."""
+        if self.window_dropout is None:
+            if self.window_dropout_end is not None:
+                raise ConfigError(f"window_dropout_end={self.window_dropout_end} without window_dropout: set what it begins with")
+            return None
+        return WindowDropoutSchedule(self.window_dropout, self.window_dropout_end)
 
     @property
     def divergence_options(self):
@@ -151,6 +164,8 @@ class SparseKDTrainer(SFTTrainer):
         check_head(self.model, "student")
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the scored tokens of a step, shifted, for any model class
         self.objective = Objective(args.ce_weight, args.kl_weight, args.divergence, args.outcomes, args.temperature, args.divergence_options)
+        if args.window_schedule is not None:
+            self.add_callback(args.window_schedule)
         self.teacher = None
         self.teacher_facts = self.store.spec if self.store is not None else weights_digest(teacher)
         if self.store is None:

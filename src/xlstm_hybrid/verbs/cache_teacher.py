@@ -34,8 +34,9 @@ def cache_teacher(
     import torch
 
     from xlstm_hybrid.store import TeacherStore, plan_store, planned_bytes
+    from xlstm_hybrid.teachers import local_source
 
-    source = open_source(teacher, revision)
+    source = local_source(teacher, revision)
     if dtype == "auto" and rows.suffix in RECIPE:
         dtype = recipe_of(rows).teacher_dtype
     data, tokenizer, config = read_rows(rows, source, expert), load_tokenizer(source), load_config(source)
@@ -68,18 +69,6 @@ VERBS = [cache_teacher]
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
-
-
-def open_source(teacher, revision):
-    """The teacher's local directory; of a hub id the snapshot at the revision."""
-    from xlstm_hybrid.errors import ConfigError
-    from xlstm_hybrid.teachers import download
-
-    if Path(teacher).is_dir():
-        if revision is not None:
-            raise ConfigError(f"--revision {revision}: only a hub id has revisions, {Path(teacher).name} is a directory; leave it out")
-        return Path(teacher)
-    return Path(download(teacher, revision))
 
 
 def load_tokenizer(source):

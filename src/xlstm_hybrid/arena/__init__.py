@@ -1,0 +1,1 @@
+"""The arena: the same teacher, the same budget, every method; `docs/arena.md` is what it found."""
