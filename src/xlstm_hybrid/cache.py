@@ -7,7 +7,7 @@ import copy
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
-from xlstm_kernels import MLSTMState, fresh_state, hybrid_step, window_step
+from xlstm_kernels import MLSTMState, delta_hybrid_step, fresh_state, hybrid_step, window_step
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.exact import KeptKeys, SparseSlots, choose
@@ -50,6 +50,7 @@ class HybridCacheLayer(StateLayer):
 
     keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
+    cell: the config's `memory_cell`.
     sparse, scores: `SparseSlots` and [B, G, S + W], what the tokens in the slots are worth, of a layer with `capacity`; or None.
     kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
 
@@ -63,8 +64,9 @@ class HybridCacheLayer(StateLayer):
     is_sliding = True  # full-attention masks are sized from other layers
     supports_early_init = False
 
-    def __init__(self, sliding_window, num_sink_tokens=0, static=False, kept=None, capacity=0, **kwargs):
+    def __init__(self, sliding_window, num_sink_tokens=0, static=False, cell="mlstm", kept=None, capacity=0, **kwargs):
         super().__init__()
+        self.cell = cell
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
@@ -100,7 +102,7 @@ class HybridCacheLayer(StateLayer):
     def note(self, call):
         """Record a call before it changes the layer; what is older than `depth` tokens goes into the base."""
         if self.base is None:
-            self.base = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=self.capacity)
+            self.base = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, cell=self.cell, capacity=self.capacity)
             self.base.take_over(self)
             self.base._tensors(lambda x: x.detach().clone())  # steps write in place
         self.calls.append(call)
@@ -227,7 +229,8 @@ class HybridCacheLayer(StateLayer):
         if features:
             if self.state is None:
                 self.hold(fresh_state(features[0], q, torch.promote_types(q.dtype, torch.float32)))
-            h = hybrid_step(q, k, v, *features, *gates, self.state, self.keys, self.values, index, **slots)
+            run = delta_hybrid_step if self.cell == "delta" else hybrid_step
+            h = run(q, k, v, *features, *gates, self.state, self.keys, self.values, index, **slots)
         else:
             self.state, h = None, window_step(q, k, v, self.keys, self.values, index, **slots)
         self.count.copy_(torch.where(index < 0, self.count, index + 1))
@@ -379,8 +382,10 @@ def adopt_cache(cache, config):
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`; or the model works without one.
     """
+    if config.mixer_combine == "joint":
+        raise CacheError("mixer_combine='joint' has no cache: tokens would move from the window into the state; pass use_cache=False")
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong
@@ -391,10 +396,11 @@ def adopt_cache(cache, config):
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
-        if isinstance(layer, HybridCacheLayer) and (layer.sliding_window, layer.num_sink_tokens) != (window, sinks):
+        wanted = window, sinks, config.memory_cell
+        if isinstance(layer, HybridCacheLayer) and (held := (layer.sliding_window, layer.num_sink_tokens, layer.cell)) != wanted:
             raise CacheError(
-                f"past_key_values: layer {j} holds a window of {layer.sliding_window} and {layer.num_sink_tokens} sinks, expected {window} and "
-                f"{sinks}: another model made it, or mixer_branches has changed since; start from DynamicCache(config=model.config)"
+                f"past_key_values: layer {j} has window, sinks and memory {held}, expected {wanted}: another model made it, or mixer_branches has "
+                "changed since; start from DynamicCache(config=model.config)"
             )
         if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
             layer = cache.layers[j] = DynamicLayer()
@@ -405,7 +411,8 @@ def adopt_cache(cache, config):
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
             kept = KeptKeys(config.kept_window_of(j)) if config.kept_of(j) else None
-            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, kept=kept, capacity=config.sparse_memory)
+            more = {"cell": config.memory_cell, "kept": kept, "capacity": config.sparse_memory}
+            cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, **more)
         check_memories(cache.layers[j], j, config)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
             static = isinstance(layer, StaticSlidingWindowLayer) and not moving

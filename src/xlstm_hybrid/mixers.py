@@ -7,7 +7,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 import torch
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 from xlstm_hybrid.errors import ConfigError
 
@@ -26,6 +26,12 @@ class HeadsParallel(TensorParallelLayer):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
         if any(module.config.kept_groups or ()):
             raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
+        for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
+            if (found := getattr(module.config, field)) != needed:
+                raise ConfigError(
+                    f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
+                    "load it without tp_plan"
+                )
         if module.config.window_dropout:
             raise ConfigError(
                 f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
@@ -54,7 +60,7 @@ ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
 
 
 class MLSTMMixer(nn.Module):
-    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1). What varies are the config's `memory_*` and `mixer_*`.
+    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1), or what the config's `memory_*` and `mixer_*` say.
 
     Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
     """
@@ -68,7 +74,11 @@ class MLSTMMixer(nn.Module):
         if config.memory_cell != "linear":
             self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
             self.fgate_bias = nn.Parameter(torch.empty(H))
-        self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
+        if config.mixer_combine == "gate":
+            read = 3 * K if config.mixer_gate_input == "qkv" else D
+            self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, read)), nn.Parameter(torch.empty(H))
+        if config.mixer_norm:
+            self.norm_weight = nn.Parameter(torch.empty(H, K))
 
     def first_map(self):
         """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
@@ -101,7 +111,9 @@ class MLSTMMixer(nn.Module):
             else:
                 i = nn.functional.linear(x, self.igate_weight.to(dtype))
                 f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
-            o = torch.sigmoid((qkv.to(dtype) * self.ogate_weight.to(dtype)).sum(-1) + self.ogate_bias.to(dtype))
+            weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
+            read_qkv = self.config.mixer_gate_input == "qkv"
+            o = torch.sigmoid((qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias))
         return i, f, o
 
     def clamped(self, o, tokens):
@@ -111,6 +123,28 @@ class MLSTMMixer(nn.Module):
         if tokens.blind is None:
             return o
         return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
+
+    def normed(self, h):
+        """h [B, T, H, V] of the layer's heads before W_o, with a `mixer_norm` each on the scale of its weight."""
+        if not self.config.mixer_norm:
+            return h
+        x = h.to(torch.promote_types(h.dtype, torch.float32))
+        x = x * (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
+        return (x * self.norm_weight.to(x.dtype)).to(h.dtype)
+
+    def read(self, x, feature_map):
+        """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
+        kind, cell = self.config.memory_feature_map, self.config.memory_cell
+        if cell != "delta":
+            return self.features(x, feature_map, kind == "softmax_signed")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            if kind == "silu":
+                features = nn.functional.silu(x.to(dtype) @ feature_map.to(dtype)).transpose(1, 2)
+            else:
+                features = self.features(x.to(dtype), feature_map, kind == "softmax_signed")
+            features = features * (features.square().sum(-1, keepdim=True) + 1e-6).rsqrt()  # of length 1, also close to 0 with a finite slope
+        return features if x.dtype == torch.float16 else features.to(x.dtype)
 
     @staticmethod
     def features(x, feature_map, signed=False):
@@ -147,12 +181,39 @@ class MLSTMMixer(nn.Module):
         real, start = tokens.real[..., None], tokens.start[..., None]
         i = torch.where(real, i, float("-inf"))
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        signed = self.config.memory_feature_map == "softmax_signed"
-        q, k = self.features(query, self.q_map, signed), self.features(key, self.k_map, signed)
+        q, k = self.read(query, self.q_map), self.read(key, self.k_map)
         if step is not None:
             return step(features=(q, k), gates=(i, f, o)), o, None
         inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size
         if record is not None:
             record(inputs, chunk_size)
-        h, state = mlstm(q, *inputs, state=state, chunk_size=chunk_size)
+        run = delta if self.config.memory_cell == "delta" else mlstm
+        h, state = run(q, *inputs, state=state, chunk_size=chunk_size)
         return h, o, state
+
+
+class JointMixer(MLSTMMixer):
+    """One softmax over both branches (LoLCATs, Zhang et al. 2024): tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the
+    document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h) per head. Every pair of tokens is calculated: a baseline for short rows.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.joint_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def forward(self, hidden_states, qkv, query, key, value, tokens, window_q, window_k, scale):
+        """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, T])`; arguments as in `MLSTMMixer.forward`.
+
+        Args:
+            window_q, window_k: after QK-norm and RoPE, heads repeated, [B, H, T, K]; scale: of their products.
+        """
+        window, sinks, T = self.config.window_of(self.layer_idx), self.config.sinks_of(self.layer_idx), query.shape[2]
+        near, past = (tokens.visible(*seen)[:, None] for seen in ((window, sinks), (T, 0)))  # [B, 1, T, T]
+        q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            close = window_q.to(dtype) @ window_k.to(dtype).transpose(-1, -2) * scale
+            far = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)).clamp_min(torch.finfo(dtype).tiny).log() + self.joint_scale.to(dtype)[:, None, None]
+            weights = torch.softmax(torch.where(near, close, far).masked_fill(~past, float("-inf")), -1)
+            h = weights @ value.to(dtype)
+        return h.transpose(1, 2), weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2), weights

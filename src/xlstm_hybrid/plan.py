@@ -164,9 +164,9 @@ def shape_of(teacher_config, name="teacher", **student):
         ConfigError: a mixer whose memory the model of this module was not fitted to. Choices that only need less are planned as the default.
     """
     config = student_config(teacher_config, **{k: v for k, v in student.items() if k not in ("dtype", "shard_bytes")})
-    if config.memory_features != config.head_dim:
-        raise ConfigError(f"{config.memory_features} features for a head_dim of {config.head_dim}: memory was measured with equal numbers only; "
-                          "leave memory_feature_dim and memory_feature_map out to plan, and measure one step of the run")  # fmt: skip
+    if config.memory_features != config.head_dim or config.memory_cell == "delta":
+        raise ConfigError(f"memory_cell={config.memory_cell!r}, {config.memory_features} features for a head_dim of {config.head_dim}: bytes were "
+                          "measured for the mLSTM with as many features; plan without these choices, and measure one step of the run")  # fmt: skip
     model = empty_student(config)
     count = {n: p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys}
     new = sum(p.numel() for m in model.modules() if isinstance(m, MLSTMMixer) for p in m.parameters(recurse=False))

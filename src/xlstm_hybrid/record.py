@@ -6,7 +6,7 @@ Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V va
 from dataclasses import dataclass, replace
 
 import torch
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 
 @dataclass
@@ -135,7 +135,8 @@ class Piece:
     def repeat(self, layer):
         state = None
         if self.memory:
-            state = mlstm(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
+            run = delta if layer.cell == "delta" else mlstm
+            state = run(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
         layer.update(self.key, self.value, self.tokens, self.scores)
         layer.hold(state)
 

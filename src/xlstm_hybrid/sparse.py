@@ -6,7 +6,7 @@ softmax. Dims: B batch, T tokens, H query heads, G key/value heads, R = H / G, K
 
 import torch
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
-from xlstm_kernels import mlstm
+from xlstm_kernels import delta, mlstm
 
 from xlstm_hybrid.cache import HybridCacheLayer
 from xlstm_hybrid.exact import sparse_visible, spread
@@ -15,7 +15,7 @@ BLOCK = 64  # least number of queries at a time
 
 
 @torch.no_grad()
-def scores_of(kind, tokens, key, call, state=None, layer_idx=0):
+def scores_of(kind, tokens, key, call, state=None, layer_idx=0, cell="mlstm"):
     """[B, G, T], float32 at least: how much a token is worth keeping, fixed when it is read.
 
     "residual": |v - h|^2, h the mLSTM's answer to the token's own key just after it was written, mean over the query heads of the group.
@@ -26,6 +26,7 @@ def scores_of(kind, tokens, key, call, state=None, layer_idx=0):
         key: of the window, [B, G, T, K].
         call: what the mixer records: (k, v, i, f) of the mLSTM, [B, T, H, ...], padding masked, and its chunk size.
         state: the mLSTM's before these tokens.
+        cell: the config's `memory_cell`; the delta rule's answer is read from its own state.
     """
     groups, dtype = key.shape[1], torch.promote_types(key.dtype, torch.float32)
     if kind in ("recency", "random"):
@@ -33,7 +34,7 @@ def scores_of(kind, tokens, key, call, state=None, layer_idx=0):
         return index[:, None].expand(-1, groups, -1).to(dtype)
     (k, v, i, f), chunk_size = call
     v = v.to(dtype)
-    answer, _ = mlstm(k, k, v, i, f, state=state, chunk_size=chunk_size)
+    answer, _ = (delta if cell == "delta" else mlstm)(k, k, v, i, f, state=state, chunk_size=chunk_size)
     residual = (v - answer).square().sum(-1)  # [B, T, H]
     if kind == "weighted":
         residual = residual * torch.sigmoid(i.to(dtype) - logsigmoid(f.to(dtype)))

@@ -144,14 +144,17 @@ def check_settings(arena, arms):
     """Every trainer's config of the arms is made once, before anything runs; ConfigError lists what they refuse."""
     from xlstm_hybrid.arena.students import Road
 
-    wrong = []
+    wrong, seen = [], set()
     for name in arms:
         road = Road(arena, arm_of(arena, name), next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
         for stage in road.arm.road:
+            mark = hashed([stage, arena.settings(road.arm, stage)[0]])
             try:
-                road.args_of(stage)
+                if mark not in seen:
+                    road.args_of(stage)
             except ConfigError as error:
                 wrong.append(str(error))
+            seen.add(mark)
     if wrong:
         raise ConfigError(f"{arena.path.name}: {'; '.join(wrong)}")
 

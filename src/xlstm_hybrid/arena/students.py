@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
+from xlstm_hybrid.allocation import keep_groups
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
@@ -52,11 +53,15 @@ def changed(model, changes):
     """
     if not changes:
         return model
+    changes = dict(changes)
+    if "kept_groups" in changes:
+        model = keep_groups(model, changes.pop("kept_groups"))  # the groups that stay mixed keep their mixers
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version")}
     made = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
-    missing, unexpected = made.load_state_dict(model.state_dict(), strict=False)
-    if wrong := [*missing, *unexpected]:
+    weights, shapes = model.state_dict(), {name: x.shape for name, x in made.state_dict().items()}
+    if wrong := sorted(name for name in {*weights, *shapes} if name not in weights or weights[name].shape != shapes.get(name)):
         raise ConfigError(f"{changes} changes the parameters of the student ({len(wrong)}, first {wrong[0]}): train an arm of its own")
+    made.load_state_dict(weights)
     return made.eval()
 
 

@@ -9,6 +9,7 @@ Dims: n rows, L tokens of a row, K head dim.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -169,6 +170,24 @@ def train(family, out, stages=STAGES, seed=0, learning_rate=1.5e-3, progress=pri
         add_provenance(folder, "teacher", config=config, figures={"accuracy": figures}, seconds=round(time.time() - start, 1))
         write_manifest(folder)
     return figures
+
+
+def provide(arena, names, out, make=True):
+    """Point an arena at its teachers: at the file's directories where they are there, else at OUT/teachers/NAME, trained first if `make`.
+
+    Raises:
+        ConfigError: a teacher that is not there and whose name is no family.
+    """
+    for name in names:
+        if name not in arena.teachers or arena.teacher_dir(name).is_dir():
+            continue
+        directory = (Path(out) / "teachers" / name).absolute()
+        if not directory.is_dir() and name not in FAMILIES:
+            raise ConfigError(f"{arena.path.name}: no teacher at {arena.teachers[name]}, and {name!r} is none of the families that can be trained: "
+                              f"expected a checkpoint there, or one of {', '.join(FAMILIES)}")  # fmt: skip
+        arena.teachers[name] = str(directory)
+        if make and not directory.is_dir():
+            train(name, directory)
 
 
 @torch.no_grad()

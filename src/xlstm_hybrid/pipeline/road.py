@@ -21,7 +21,7 @@ from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_
 from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merge_settings import NEED_STATISTICS
+from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.pipeline.final import (
     MISSING,
     check_evaluation,
@@ -36,8 +36,8 @@ from xlstm_hybrid.pipeline.final import (
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
 from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
-from xlstm_hybrid.pipeline.stages import align, distill, on_policy
-from xlstm_hybrid.recipe import FINAL, resolve_teacher
+from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
+from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
 
 
@@ -86,7 +86,12 @@ class Road:
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
         self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
         self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
-        self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
+        self.folder = {
+            "convert": self.out / "converted",
+            "align": self.out / "aligned",
+            "merge": self.out / "merged",
+            "multi-teacher": self.out / "taught",
+        }
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
         self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
 
@@ -258,13 +263,25 @@ class Road:
         return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
 
     def merged(self, experts, aligned):
-        """The student: the experts merged as the recipe says, or the only expert."""
+        """The student: the experts merged as the recipe says, what they taught on its own samples, or the only expert."""
         recipe, section = self.recipe, self.recipe.merge
         if section is None:
             return next(iter(experts.values()))
-        base, parents = base_of(recipe, aligned), list(experts.values())
-        parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
-        return self.stage("merge", section, parents, lambda d, o: self.build_merged(d, o, experts, aligned, self.spec(section, parents)))
+        settings, student = {k: v for k, v in section.items() if k != "on_policy"}, aligned
+        if section["method"] != ON_POLICY:
+            base, parents = base_of(recipe, aligned), list(experts.values())
+            parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
+            spec = self.spec(settings, parents)
+            student = self.stage("merge", settings, parents, lambda d, o: self.build_merged(d, o, experts, aligned, spec))
+        if "on_policy" not in section:
+            return student
+        reads = {"weights": section.get("weights"), "experts": recipe.experts} | {k: v for k, v in self.recipe.data.items() if k not in MIXES}
+        return self.stage(
+            "multi-teacher",
+            section["on_policy"] | reads,
+            [student, *experts.values()],
+            lambda d, o: multi_teacher(student, experts, d, recipe, overwrite=o),
+        )
 
     def build_merged(self, directory, overwrite, experts, aligned, spec):
         """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""

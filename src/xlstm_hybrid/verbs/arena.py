@@ -25,8 +25,10 @@ def arena(
     from xlstm_hybrid.arena.report import write_report
     from xlstm_hybrid.arena.runner import check_settings, choose_jobs, run
     from xlstm_hybrid.arena.summary import summarise
+    from xlstm_hybrid.arena.teacher import provide
 
     chosen = load_arena(settings)
+    provide(chosen, teacher or list(chosen.teachers)[:1], out, make=not (list_only or report_only))
     jobs = choose_jobs(chosen, out, only, numbers(seeds), tier, teacher)
     if list_only:
         show(chosen, jobs)

@@ -1,0 +1,452 @@
+"""The arena runs what its file says, resumes, writes failures down, and its figures are those of models whose recall is known."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_student
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary
+from xlstm_hybrid.arena.students import Road, changed, load, question
+from xlstm_hybrid.arena.teacher import tokenizer
+from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.merging import merge
+
+SETTING = {
+    "name": "tiny",
+    "teachers": {"llama": "teacher"},
+    "seeds": [0, 1],
+    "student": {"sliding_window": 16, "num_sink_tokens": 2, "mlstm_context": 64},
+    "data": {"length": 48, "recall_share": 0.5},
+    "align": {"max_steps": 2, "per_device_train_batch_size": 4},
+    "distill": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "top_k": 8},
+    "on_policy": {"max_steps": 1, "per_device_train_batch_size": 4, "max_completion_length": 1},
+    "evaluate": {"lengths": [64, 256], "rows": 8, "tokens": 1024, "batch_tokens": 512, "short_rows": 8, "text_rows": 2},
+    "arms": {"hybrid": {"tier": 1, "about": "the reference"}},
+}
+
+
+def write(folder, **changes):
+    """An arena's file; JSON is YAML."""
+    path = folder / "arena.yaml"
+    path.write_text(json.dumps({**SETTING, **changes}))
+    return path
+
+
+def arena_of(folder, **changes):
+    return arms.load_arena(write(folder, **changes))
+
+
+@pytest.fixture(scope="module")
+def minute(tmp_path_factory):
+    """A folder with a teacher of one layer."""
+    folder = tmp_path_factory.mktemp("arena")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=data.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+                         num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    return folder
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": {"a": {"colour": "red"}}}, r"arms.a: arm: unknown keys \['colour'\]"),
+        ({"arms": {"a": {"student": {"sliding_windows": 3}}}}, r"no options \['sliding_windows'\]"),
+        ({"arms": {"a": {"stages": ["distill", "align"]}}}, "in this order"),
+        ({"arms": {"a": {"start": "b", "stages": []}, "b": {"start": "a", "stages": []}}}, "circle"),
+        ({"arms": {"a": {"start": "nobody", "stages": []}}}, "expected another arm"),
+        ({"arms": {"teacher": {}}}, "not 'teacher'"),
+        ({"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}}, "3 steps are not 2 equal parts"),
+        ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
+        ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "a hybrid student has no such stage"),
+        ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
+        ({"seeds": [-1]}, "-1 is no number"),
+        ({"evaluate": {"lengths": [64]}}, "exactly the keys"),
+        ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "x", "measures": ["short"], "source": "s"}]}, "no arm or row 'x'"),
+        ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "hybrid", "measures": ["single@65"], "source": "s"}]}, "'single@65', expected"),
+        ({"colour": "red"}, r"unknown keys \['colour'\]"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused_by_name(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        arena_of(tmp_path, **changes)
+
+
+def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
+    """Stage by stage the same rows: what an arm costs more is another arm's start, or a stage of its own."""
+    arena = arms.load_arena()
+    usual = arena.tokens(arena.arms["hybrid"])
+    assert usual == (80 + 240) * 16 * 256
+    others = {name: arena.tokens(arm) for name, arm in arena.arms.items() if arena.tokens(arm) != usual}
+    untrained, extended = {"window-untrained", "sparse-free", "kept-free"}, {"on-policy", "on-policy-jsd", "off-policy"}
+    assert others == dict.fromkeys(untrained, 0) | dict.fromkeys(extended, 60 * 16 * 256)
+    assert 12 <= sum(arm.tier == 1 for arm in arena.arms.values()) <= 16 and list(arena.arms)[0] == "hybrid"
+
+
+def test_all_shipped_settings_are_accepted_by_their_trainers():
+    arena = arms.load_arena()
+    runner.check_settings(arena, arena.arms)
+    wrong = replace(arena.arms["hybrid"], distill={"kl_weights": 0.5}, align={"loss_form": "cubic"})
+    with pytest.raises(ConfigError, match="(?s)loss_form='cubic'.*no setting 'kl_weights'"):
+        runner.check_settings(replace(arena, arms={"hybrid": wrong}), ["hybrid"])
+
+
+def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(minute):
+    arena = arena_of(minute, arms={"a": {}, "b": {"student": {"num_sink_tokens": 0}}, "c": {"data": {"recall_share": 0.9}}})
+    rows = lambda arm, seed, stage: Road(arena, arena.arms[arm], "llama", seed, minute / "w", None).rows_of(stage)  # noqa: E731
+    assert rows("a", 0, "distill") == rows("b", 0, "distill") and len(rows("a", 0, "distill")) == 8
+    assert rows("a", 0, "distill") != rows("a", 1, "distill") and rows("a", 0, "distill") != rows("a", 0, "align")
+    assert rows("a", 0, "distill") != rows("c", 0, "distill")
+
+
+# --- runner ------------------------------------------------------------------------------------------------------
+
+
+def run(arena, out, only=None, seeds=(0,), **options):
+    return runner.run(arena, runner.choose_jobs(arena, out, only, list(seeds)), workers=0, progress=lambda text: None, **options)
+
+
+ROADS = {
+    "hybrid": {"tier": 1, "about": "the reference", "evaluate": {"memory": {"mixer_branches": "memory"}}},
+    "broken": {"student": {"layer_types": ["hybrid_sliding"] * 3}},
+    "after-broken": {"start": "broken", "stages": []},
+    "sparse-free": {"start": "hybrid", "stages": [], "student": {"sparse_memory": 4}},
+    "experts": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}}},
+    "rollouts": {"start": "hybrid", "stages": ["on_policy"]},
+    "lora": {"lora": {"targets": "projections", "r": 2}, "stages": ["distill"]},
+}
+
+
+@pytest.fixture(scope="module")
+def ran(minute):
+    """`(arena, run directory, {arm: status})` of one seed of all kinds of roads."""
+    arena = arena_of(minute, arms=ROADS)
+    return arena, minute / "run", {job.arm: state for job, state in run(arena, minute / "run").items()}
+
+
+def result_of(out, arm, seed=0):
+    return json.loads((out / "results/llama" / arm / f"{seed}.json").read_text())
+
+
+def test_a_failure_is_written_down_and_the_others_go_on(ran):
+    _, out, states = ran
+    assert {arm for arm, state in states.items() if state == runner.FAILED} == {"broken", "after-broken"}
+    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 8
+    assert "layer_types" in result_of(out, "broken")["error"] and "ConfigError" in result_of(out, "broken")["error"]
+    assert "starts from llama/broken/0, which is failed" in result_of(out, "after-broken")["error"]
+
+
+def test_a_result_says_what_was_read_and_what_came_of_it(ran):
+    _, out, _ = ran
+    found = result_of(out, "hybrid")
+    assert found["facts"]["tokens"] == {"align": 2 * 4 * 48, "distill": 2 * 4 * 48} and set(found["rows"]) == {"main", "memory"}
+    assert found["facts"]["cpu_seconds"]["distill"] > 0 and math.isfinite(found["facts"]["figures"]["distill"]["ce"])
+    cell = found["rows"]["main"]["recall"]["multikey"]["64"]
+    assert cell["coverage"] == 18 / 64 and cell["n"] == 8 * 4 and len(cell["rows"]) == 8
+    assert found["rows"]["memory"]["recall"]["single"]["64"]["coverage"] == 0  # that row has no window
+    assert all(row["cached"]["passed"] for row in found["rows"].values())
+    assert result_of(out, "experts")["facts"]["tokens"] == {"align": 384, "distill x": 192, "distill y": 192}
+    assert list(result_of(out, "rollouts")["facts"]["tokens"]) == ["on_policy"]
+
+
+def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_things(ran, minute, monkeypatch):
+    arena, out, _ = ran
+    kept = {}
+
+    def watched(made, *args, **options):
+        kept.update({folder.name: load(folder).state_dict() for folder in made})
+        merge(made, *args, **options)
+
+    monkeypatch.setattr(students, "merge", watched)
+    Road(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).walk(minute / "experts")
+    merged, name = load(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(kept["x"][name], kept["y"][name])
+    torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
+    torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])  # a run can be had again
+
+
+def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
+    arena, out, _ = ran
+    path, student = out / "results/llama/lora/0.json", out / "students/llama/lora/0/model.safetensors"
+    before = path.stat().st_mtime_ns, student.stat().st_mtime_ns
+    assert run(arena, out, ["lora"])[runner.Job("llama", "lora", 0, out)] == runner.DONE
+    assert (path.stat().st_mtime_ns, student.stat().st_mtime_ns) == before
+    evaluate = {**arena.evaluate, "short_rows": 4}
+    assert run(replace(arena, evaluate=evaluate), out, ["lora"])[runner.Job("llama", "lora", 0, out)] == runner.STALE
+    assert path.stat().st_mtime_ns == before[0]
+    states = run(replace(arena, evaluate=evaluate), out, ["lora"], redo=True)
+    assert set(states.values()) == {runner.DONE} and len(result_of(out, "lora")["rows"]["main"]["short_rows"]["copy"]) == 4
+    assert student.stat().st_mtime_ns == before[1]  # judged anew, not trained
+    learned = replace(arena.arms["lora"], distill={"learning_rate": 2e-3})
+    other = replace(arena, evaluate=evaluate, arms={**arena.arms, "lora": learned})
+    assert run(other, out, ["lora"], redo=True)[runner.Job("llama", "lora", 0, out)] == runner.DONE
+    assert student.stat().st_mtime_ns != before[1]
+
+
+def test_a_damaged_result_is_named(ran, tmp_path):
+    arena, out, _ = ran
+    job = runner.Job("llama", "hybrid", 0, tmp_path)
+    shutil.copytree(out / "results", tmp_path / "results")
+    job.result.write_text("{")
+    with pytest.raises(EvaluationError, match="llama/hybrid/0.json cannot be read"):
+        runner.status_of(arena, job)
+
+
+def test_no_job_is_begun_when_the_time_is_up(minute, tmp_path):
+    arena = arena_of(minute)
+    assert set(run(arena, tmp_path, minutes=-1).values()) == {runner.MISSING} and not (tmp_path / "results").exists()
+
+
+def test_an_unknown_arm_or_teacher_is_refused(minute):
+    with pytest.raises(ConfigError, match="no arm nobody"):
+        runner.choose_jobs(arena_of(minute), minute, ["nobody"])
+    with pytest.raises(ConfigError, match="no teacher nobody"):
+        runner.choose_jobs(arena_of(minute), minute, teachers=["nobody"])
+
+
+def test_an_arm_brings_those_that_it_starts_from(ran):
+    arena, out, _ = ran
+    assert [job.arm for job in runner.choose_jobs(arena, out, ["rollouts"], [0])] == ["teacher", "hybrid", "rollouts"]
+    assert [job.arm for job in runner.choose_jobs(arena, out, None, [0], tier=1)] == ["teacher", "hybrid"]
+
+
+@pytest.mark.slow
+def test_worker_processes_leave_the_same_results_and_a_killed_one_is_written_down(minute, tmp_path, monkeypatch):
+    arena = arena_of(minute, arms={"hybrid": {}, "worse": {"student": {"num_sink_tokens": 0}}})
+    jobs = runner.choose_jobs(arena, tmp_path, ["hybrid"], [0])
+    assert set(runner.run(arena, jobs, workers=2, progress=lambda text: None).values()) == {runner.DONE}
+    run(arena, tmp_path / "here", ["hybrid"])
+    there, here = (result_of(folder, "hybrid")["rows"]["main"] for folder in (tmp_path, tmp_path / "here"))
+    assert there["short_rows"] == here["short_rows"] and there["recall"] == here["recall"]
+    monkeypatch.setattr(runner, "in_process", kill)
+    states = runner.run(arena, runner.choose_jobs(arena, tmp_path, ["worse"], [0]), workers=2, progress=lambda text: None)
+    assert states[runner.Job("llama", "worse", 0, tmp_path)] == runner.FAILED
+    assert "exit code -9" in result_of(tmp_path, "worse")["error"]
+
+
+def kill(arena, job):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- students ----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_ends_before_the_answer_to_its_last_ask():
+    ids = [data.BOS, 300, data.FACT, 40, 170, data.ASK, 40, 170, data.MAX, 230, 231, 232, data.EQUALS, 232]
+    labels = [-100] * 7 + [170] + [-100] * 5 + [232]
+    read = lambda row: {name: tokenizer()(text)["input_ids"] for name, text in row.items()}  # noqa: E731
+    assert read(question(ids, labels, 4)) == {"prompt": ids[:7], "completion": [170]}
+    assert read(question(ids[8:], labels[8:], 4)) == {"prompt": ids[8:13], "completion": [232]}
+
+
+def test_the_same_weights_under_another_config_say_what_that_config_says():
+    student = tiny_student(torch.float32, vocab_size=data.VOCAB, gain=1.0)
+    ids = data.tests("single", 64, 2)["input_ids"]
+    other = changed(student, {"mixer_branches": "window"})
+    assert not torch.allclose(other(ids).logits, student(ids).logits)
+    student.config.mixer_branches = "window"
+    torch.testing.assert_close(other(ids).logits, student(ids).logits)
+    student.config.mixer_branches = "both"
+    kept = changed(student, {"kept_groups": [[0], [], []]})
+    assert kept.config.kept_groups == [[0], [], []] and kept(ids).logits.isfinite().all()
+    with pytest.raises(ConfigError, match="changes the parameters"):
+        changed(student, {"memory_feature_dim": 32})
+
+
+# --- judge -------------------------------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """Answers what it was told within the last `reach` tokens, and nothing else."""
+
+    def __init__(self, reach):
+        super().__init__()
+        self.reach, self.device, self.generation_config = reach, torch.device("cpu"), None
+        self.config = SimpleNamespace(model_type="llama")
+
+    def forward(self, input_ids, **kwargs):
+        logits = torch.zeros(*input_ids.shape, data.VOCAB)
+        for row, ids in enumerate(input_ids.tolist()):
+            for t in range(2, len(ids)):
+                for s in range(max(2, t - self.reach + 1), t):
+                    if ids[t - 1] == data.ASK and ids[s - 2] == data.FACT and ids[s - 1] == ids[t]:
+                        logits[row, t, ids[s]] = 9.0
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("kind", data.LONG)
+def test_recall_of_a_model_that_sees_a_window_is_the_share_of_facts_in_it(kind):
+    test = data.tests(kind, 128, 6, seed=3)
+    hits = judge.hits_of(Oracle(32), test, 256)
+    assert torch.equal(hits, test["depth"] < 32)
+    cell = judge.recall_cell(hits, test["depth"], 128, (32, 0), 32)
+    assert cell["accuracy"] == (test["depth"] < 32).double().mean() and cell["coverage"] == 0.25 and cell["beyond"] == 0
+    assert cell["excess"] == pytest.approx((cell["accuracy"] - 0.25) / 0.75)
+    assert [p["accuracy"] for p in cell["by_distance"] if p["to"] <= 32] == [1.0] * ((test["depth"] < 32).any().item())
+    assert sum(p["answers"] for p in cell["by_distance"]) == cell["n"] and all(p["accuracy"] == 0 for p in cell["by_distance"] if p["from"] >= 32)
+
+
+def test_a_model_that_remembers_everything_has_an_excess_of_one():
+    test = data.tests("multiquery", 128, 4)
+    cell = judge.recall_cell(judge.hits_of(Oracle(10**6), test, 10**6), test["depth"], 128, (32, 4), 32)
+    assert (cell["accuracy"], cell["excess"], cell["beyond"], cell["beyond_n"]) == (1.0, 1.0, 1.0, int((test["depth"] >= 32).sum()))
+
+
+def test_the_window_of_a_row_is_its_own():
+    student = tiny_student(torch.float32, vocab_size=data.VOCAB)
+    assert judge.seen_by(student, 32, 4) == (7, 3)
+    student.config.mixer_branches = "memory"
+    assert judge.seen_by(student, 32, 4) == (0, 0)
+    assert judge.seen_by(Oracle(1), 32, 4) == (32, 4)
+
+
+def test_bytes_are_those_of_the_cache_and_only_full_attention_grows(minute):
+    teacher = load(minute / "teacher")
+    assert judge.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}  # one layer, one group, keys and values of 8 floats
+    found = judge.bytes_at(tiny_student(torch.float32, vocab_size=data.VOCAB), [64, 128])
+    state, window = 4 * (16 * 16 + 16 + 1) * 4, 2 * 2 * (7 + 3) * 16 * 4
+    assert found["64"] == found["128"] == 3 * (state + window + 8)  # eight bytes: the count of tokens
+
+
+def test_a_cache_that_tells_something_else_is_found(monkeypatch):
+    student = tiny_student(torch.float32, vocab_size=data.VOCAB)
+    good = judge.cached_check(student, 64, 512)
+    assert good["passed"] and good["same"] == 1 and good["answers"] == 8
+    right = judge.prefill
+    monkeypatch.setattr(judge, "prefill", lambda model, ids, **k: right(model, ids.roll(1, 1), **k))
+    assert not judge.cached_check(student, 64, 512)["passed"]
+
+
+# --- summary and report ------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_student_t_over_seeds_and_bootstrap_over_rows_of_one():
+    three = summary.stat([0.1, 0.2, 0.6])
+    assert three["mean"] == pytest.approx(0.3) and three["over"] == "seeds"
+    assert three["high"] - 0.3 == pytest.approx(4.303 * math.sqrt(0.07) / math.sqrt(3))  # variance of the sample: .07
+    one = summary.stat([0.5], [0.0, 1.0] * 50)
+    assert one["over"] == "rows" and one["low"] == pytest.approx(0.40, abs=0.021) and one["high"] == pytest.approx(0.60, abs=0.021)
+    assert summary.stat([]) is None and summary.stat([0.5])["low"] is None
+
+
+def judged_as(recall, short=0.5, size=1000, window=4):
+    """A row of results with recall {kind: accuracy} at 64 and 128."""
+
+    def cell(length, accuracy):
+        depth = torch.tensor([[1], [length - 1]])
+        made = judge.recall_cell(torch.tensor([[True], [False]]), depth, length, (window, 0), window)
+        c = made["coverage"]
+        return {**made, "accuracy": accuracy, "excess": (accuracy - c) / (1 - c)}
+
+    tests = {kind: {str(n): cell(n, recall.get(kind, 0.0)) for n in (64, 128)} for kind in data.LONG}
+    return {"recall": tests, "short": dict.fromkeys(data.SHORT, short), "short_rows": {t: [0.0, 1.0] for t in data.SHORT}, "perplexity": 10.0,
+            "cache_bytes": {"64": size, "128": size}, "cached": {"answers": 8, "same": 1.0, "error": 1e-7, "passed": True}}  # fmt: skip
+
+
+FIGURES = {  # arm: (single of three seeds, bytes)
+    "teacher": ((1.0, 1.0, 1.0), 40_000),
+    "hybrid": ((0.2, 0.3, 0.4), 1000),
+    "better": ((0.97, 0.98, 0.96), 1500),
+    "same": ((0.1, 0.9, 0.2), 3000),
+    "worse": ((0.1, 0.2, 0.3), 1000),
+}
+
+
+@pytest.fixture
+def constructed(minute, tmp_path):
+    """An arena whose results are written by hand: W = 4, so that 64 is 16 W and 128 is 32 W."""
+    orderings = [{"claim": f"{a} over {b}", "better": a, "worse": b, "measures": ["single@64"], "source": "a paper"}
+                 for a, b in (("better", "hybrid"), ("worse", "hybrid"), ("same", "hybrid"), ("hybrid", "later"))]  # fmt: skip
+    names = ("hybrid", "better", "same", "worse", "later")
+    arena = arena_of(minute, seeds=[0, 1, 2], student={"sliding_window": 4, "num_sink_tokens": 0}, arms={n: {"about": n} for n in names},
+                     orderings=orderings, evaluate={**SETTING["evaluate"], "lengths": [64, 128]})  # fmt: skip
+    for arm, (singles, size) in FIGURES.items():
+        for seed, single in enumerate(singles):
+            job = runner.Job("llama", arm, seed, tmp_path)
+            job.result.parent.mkdir(parents=True, exist_ok=True)
+            facts = (
+                {} if arm == "teacher" else {"tokens": {"align": 10**6, "distill": 10**6}, "cpu_seconds": {"align": 60.0}, "seconds": {"align": 9.0}}
+            )
+            short = 0.8 if arm == "teacher" else 0.9 if arm == "better" else 0.6
+            rows = {"main": judged_as({"single": single, "multikey": single / 2}, short, size)}
+            job.result.write_text(json.dumps({"format_version": 1, "status": "done", "arm": arm, "seed": seed, "teacher": "llama", "rows": rows,
+                                              "facts": facts, "fingerprints": runner.fingerprints(arena, job)}))  # fmt: skip
+    return arena, tmp_path
+
+
+def test_orderings_are_decided_by_paired_differences(constructed):
+    found = summary.summarise(*constructed)
+    assert [(e["better"], e["verdict"]) for e in found["orderings"]] == [
+        ("better", summary.HOLDS), ("worse", summary.FAILS), ("same", summary.OPEN), ("hybrid", summary.NOT_RUN)]  # fmt: skip
+    worse = found["orderings"][1]["difference"]  # minus a tenth on every seed: the pairs know, the means alone would not
+    assert worse["mean"] == pytest.approx(-0.1) and worse["high"] == pytest.approx(-0.1)
+
+
+def test_goals_levers_and_verdicts_follow_from_the_results(constructed):
+    found = summary.summarise(*constructed)
+    rows = {row["name"]: row for row in found["teachers"]["llama"]["rows"]}
+    assert (rows["better"]["c_0"], rows["better"]["alpha_star"]) == (1.0, 0.0)
+    assert rows["hybrid"]["c_0"] == 0 and rows["hybrid"]["alpha_star"] == pytest.approx(0.25)
+    assert [g["name"] for g in found["goals"] if g["goal"] == "constant" and g["met"]] == ["better"]
+    lever = {e["name"]: e for e in found["levers"]}
+    assert lever["better"]["single"]["mean"] == pytest.approx((0.97 - 0.3) / (1 - 4 / 64)) and lever["better"]["worth_a_gpu"]
+    assert not lever["worse"]["worth_a_gpu"] and found["teachers"]["llama"]["missing"] == ["later"]
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = [("a", 10, 0.5), ("b", 20, 0.4), ("c", 20, 0.9), ("d", 10, 0.5), ("e", 5, 0.1)]
+    assert summary.pareto(points) == ["a", "c", "d", "e"]
+
+
+def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tmp_path):
+    arena, out = constructed
+    files = report.write_report(summary.summarise(arena, out), tmp_path / "docs")
+    page = (tmp_path / "docs/arena.md").read_text()
+    assert "| better | 3 | 1.00 | .000 |" in page and "runnable, not run: later" in page and "$" not in page
+    assert f".97 ± {4.303 * 0.01 / math.sqrt(3):.2f}".replace("0.", ".") in page and "Met by better." in page
+    assert "| worse over hybrid | a paper | llama | single@64 | worse | hybrid | -.100 ± .000 | does not hold |" in page
+    numbers = json.loads((tmp_path / "docs/arena/results.json").read_text())
+    assert numbers["teachers"]["llama"]["rows"][1]["name"] == "hybrid"
+    assert {"arena/single.png", "arena/front_32w.png"} <= set(files) and (tmp_path / "docs/arena/single.png").read_bytes()[:4] == b"\x89PNG"
+    again = report.write_report(json.loads(json.dumps(summary.summarise(arena, out))), tmp_path / "again")
+    assert files == again and page == (tmp_path / "again/arena.md").read_text()
+
+
+def test_a_result_of_other_settings_is_left_out_and_said(constructed):
+    arena, out = constructed
+    found = summary.summarise(replace(arena, distill={**arena.distill, "learning_rate": 5e-4}), out)
+    assert [row["name"] for row in found["teachers"]["llama"]["rows"]] == ["teacher"]
+    assert found["teachers"]["llama"]["stale"] == ["better", "hybrid", "same", "worse"]
+
+
+@pytest.mark.slow
+def test_every_shipped_arm_runs_on_a_minute_teacher(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=data.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+                         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    shrink = lambda given: {**given, **{k: 2 for k in ("max_steps", "per_device_train_batch_size") if k in given}}  # noqa: E731
+    arena, made = arms.load_arena(), {}
+    for name, arm in arena.arms.items():
+        shorter = {"length": 96} if "length" in arm.data else {}
+        small = {"num_hidden_layers": 2, "slstm_intermediate_size": 48} if arm.kind == "distil" else arm.student
+        made[name] = replace(arm, student=small, data={**arm.data, **shorter}, **{s: shrink(getattr(arm, s)) for s in arms.TRAINED})
+    arena = replace(arena, teachers={"llama": str(tmp_path / "teacher")}, arms=made, data={"length": 64, "recall_share": 0.5}, orderings=[],
+                    evaluate={**SETTING["evaluate"], "lengths": [64]}, **{s: shrink(getattr(arena, s)) for s in arms.TRAINED})  # fmt: skip
+    states = run(arena, tmp_path / "run")
+    assert {str(job): result_of(tmp_path / "run", job.arm)["error"] for job, state in states.items() if state != runner.DONE} == {}
+    for job in states:
+        for row in result_of(tmp_path / "run", job.arm)["rows"].values():
+            assert row["cached"].get("passed", "refused" in row["cached"]), job
