@@ -33,6 +33,8 @@ STACKS = {
     "kept beside the teacher's layers": MIXED,
     "sparse": {"sparse_memory": 3},
     "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
+    "sparse beside a delta rule": {"sparse_memory": 4, "memory_cell": "delta", "mixer_norm": True},
+    "kept beside a wider linear memory before RoPE": KEPT | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
     "sparse and kept": KEPT | {"sparse_memory": 4, "sparse_memory_score": "random"},
 }
 
@@ -346,6 +348,8 @@ BAD = {
     "kept_log_base=1": {"kept_log_base": 1},
     "sparse_memory=-1": {"sparse_memory": -1},
     "sparse_memory_score='best'": {"sparse_memory_score": "best"},
+    "sparse_memory=2 with mixer_branches='window'": {"sparse_memory": 2, "mixer_branches": "window"},
+    "mixer_combine='joint' with an exact memory": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
 }
 
 

@@ -184,7 +184,7 @@ def test_without_lm_eval_the_run_says_so_and_judges_by_itself(walked, quick, mon
         monkeypatch.setattr(f"xlstm_hybrid.pipeline.{module}.harness_installed", lambda: False)
     found = road(out, harness=["domains", "gsm8k"]).walk()
     assert found["notes"] == [final.MISSING] and final.MISSING.split(" (")[0] in (out / "report.md").read_text()
-    assert "lm-eval is not installed" in (out.parent / "console.txt").read_text() and not (out / "evaluation" / "harness").exists()
+    assert "pip install 'xlstm-hybrid[eval]'" in (out.parent / "console.txt").read_text() and not (out / "evaluation" / "harness").exists()
     assert found["students"]["student"]["exact_match"]["code"] == pytest.approx(results["students"]["student"]["exact_match"]["code"])
     assert list(found["comparison"]["teacher_scores"]) == ["arithmetic", "recall", "code", "strings"] and "long_context" not in found
     assert "lm_eval" not in read_provenance(out / "student")[1]["config"]

@@ -15,6 +15,7 @@ LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "er
           "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
         "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip
+# those of SIDE import leaves and what stands before them here; the road may import them
 STAGES = {"trainers", "pipeline", "arena", "verbs", "cli"}  # modules of the road that use the side
 EXTRAS = {"trl", "peft", "datasets", "lm_eval", "matplotlib", "accelerate"}
 SOURCES = sorted([*(ROOT / "src/xlstm_hybrid").rglob("*.py"), *(ROOT / "kernels/xlstm_kernels").rglob("*.py")])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.mixers import MLSTMMixer
 from xlstm_hybrid.plan import shape_of
 from xlstm_hybrid.state import prefill
 from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
@@ -28,6 +28,9 @@ OPTIONS = {
     "delta": {"memory_cell": "delta"},
     "delta of positive features, no rope": {"memory_cell": "delta", "memory_feature_map": "softmax_signed", "memory_rope": False},
     "delta alone": {"memory_cell": "delta", "memory_feature_dim": 40, "mixer_branches": "memory"},
+    "normed": {"mixer_norm": True},
+    "normed window": {"mixer_norm": True, "mixer_branches": "window"},
+    "gate of the input": {"mixer_gate_input": "x"},
     "signed": {"memory_feature_map": "softmax_signed"},
     "wide": {"memory_feature_dim": 40},
     "narrow and signed": {"memory_feature_dim": 5, "memory_feature_map": "softmax_signed", "memory_cell": "linear"},
@@ -242,7 +245,7 @@ def test_a_schedule_refuses_what_is_no_probability_and_what_has_no_window():
         with pytest.raises(ConfigError, match="expected"):
             WindowDropoutSchedule(*wrong)
     for model in (torch.nn.Linear(1, 1), XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1, mixer_branches="memory"))):
-        with pytest.raises(ConfigError, match="hybrid student with both branches"):
+        with pytest.raises(ConfigError, match="hybrid student with both branches and a gate"):
             WindowDropoutSchedule(0.5).on_train_begin(None, SimpleNamespace(global_step=0, max_steps=3), None, model=model)
 
 
@@ -319,7 +322,9 @@ def test_without_rope_the_memory_does_not_know_how_far_apart_tokens_are(rope):
     [({"mixer_branches": "windows"}, "expected one of"), ({"memory_cell": "gru"}, "expected one of"), ({"window_dropout": 1.0}, "below 1"),
      ({"window_dropout": -0.1}, "at least 0"), ({"window_dropout": 0.5, "mixer_branches": "memory"}, "one branch only"),
      ({"memory_feature_map": "silu"}, "positive features"), ({"memory_feature_map": "relu"}, "expected one of"),
-     ({"memory_feature_dim": 0}, "at least 1 feature")],
+     ({"memory_feature_dim": 0}, "at least 1 feature"), ({"mixer_combine": "joint"}, "memory_cell='mlstm': expected 'linear'"),
+     ({"mixer_combine": "joint", "memory_cell": "linear", "window_dropout": 0.1}, "window_dropout=0.1: expected 0"),
+     ({"mixer_combine": "sum"}, "expected one of"), ({"mixer_gate_input": "h"}, "expected one of")],
 )  # fmt: skip
 def test_choices_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -331,3 +336,28 @@ def test_an_attribute_that_is_no_choice_is_refused_by_the_next_call(student):
     model.config.mixer_branches = "nothing"
     with pytest.raises(ConfigError, match="mixer_branches='nothing'"):
         model(token_ids(1, 3))
+
+
+# --- norm and gate input -------------------------------------------------------------------------------------------
+
+
+def test_a_normed_mix_has_each_heads_root_mean_square_of_its_weight():
+    mixer = MLSTMMixer(tiny_config(mixer_norm=True), 0)
+    assert mixer.norm_weight.shape == (4, 16)
+    torch.nn.init.constant_(mixer.norm_weight, 3.0)
+    h = torch.randn(2, 5, 4, 16, dtype=torch.float64) * torch.tensor([0.1, 1, 10, 100], dtype=torch.float64)[:, None]
+    found = mixer.normed(h)
+    torch.testing.assert_close(found.square().mean(-1).sqrt(), torch.full((2, 5, 4), 3.0, dtype=torch.float64), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), h / h.norm(dim=-1, keepdim=True), **TOLERANCE)
+    assert torch.equal(MLSTMMixer(tiny_config(), 0).normed(h), h)
+
+
+def test_a_gate_of_the_input_is_a_linear_layer_with_a_sigmoid():
+    mixer = MLSTMMixer(tiny_config(mixer_gate_input="x"), 0)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, qkv = torch.randn(2, 3, 48), torch.randn(2, 3, 4, 48)
+    o = mixer.gates(x, qkv)[2]
+    want = 1 / (1 + math.exp(-(x[1, 2] @ mixer.ogate_weight[3] + mixer.ogate_bias[3]).item()))
+    assert float(o[1, 2, 3]) == pytest.approx(want, rel=1e-5)
+    assert torch.equal(mixer.gates(x, qkv + 1)[2], o)

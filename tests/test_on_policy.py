@@ -236,7 +236,7 @@ def test_replayed_rows_are_earlier_completions_with_their_own_prompts(build):
     trainer.complete = lambda rows: seen.append(complete(rows)) or seen[-1]
     trainer.train()
     written, kept = [], 0
-    for prompts, completions, sources in seen:
+    for prompts, completions, sources, _ in seen:
         for prompt, completion, source in zip(prompts, completions, sources, strict=True):
             assert source == "student" or (prompt, completion) in written[-6:]
             kept += source == "replay"

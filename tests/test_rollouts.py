@@ -113,7 +113,7 @@ seen, complete = [], trainer.complete
 trainer.complete = lambda rows: seen.append(complete(rows)) or seen[-1]
 trainer.train()
 full = {n.replace("module.", ""): p.detach() for n, p in trainer.model.named_parameters()}
-torch.save((full, [completions for _, completions, _ in seen]), f"{out}-{os.environ.get('RANK', 0)}.pt")
+torch.save((full, [step[1] for step in seen]), f"{out}-{os.environ.get('RANK', 0)}.pt")
 """
 
 

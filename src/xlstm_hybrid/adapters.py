@@ -40,7 +40,7 @@ PRESETS = {
     "whole_mixer": (WHOLE,),
 }
 GROUP_OF = dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp") | {"q_map": "feature maps", "k_map": "feature maps"}
-GROUP_OF |= dict.fromkeys(("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"), "gates")
+GROUP_OF |= dict.fromkeys(("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale", "norm_weight"), "gates")
 GROUP_OF |= {"embed_tokens": "embeddings", "lm_head": "head"}
 TIED = ("embed_tokens", "lm_head")
 WRAPPERS = (".base_layer", ".original_module")  # what peft puts into the names of what it wraps

@@ -382,8 +382,10 @@ def adopt_cache(cache, config):
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`; or the model works without one.
     """
+    if config.mixer_combine == "joint":
+        raise CacheError("mixer_combine='joint' has no cache: tokens would move from the window into the state; pass use_cache=False")
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong

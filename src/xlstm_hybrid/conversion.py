@@ -22,13 +22,15 @@ from xlstm_hybrid.weights import SHARD_BYTES, write_weights
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INITS = {  # in words, what `_init_weights` does with each new parameter
-    "q_map": "identity",
+    "q_map": "identity",  # repeated or cut for other numbers of features
     "k_map": "identity",
     "igate_weight": "zeros",
     "fgate_weight": "zeros",
     "fgate_bias": "time constants spaced logarithmically from a quarter of the window to four training contexts",
     "ogate_weight": "zeros",
     "ogate_bias": "mlstm_output_gate_bias",
+    "joint_scale": "zeros",
+    "norm_weight": "ones",
 }
 SHOWN = 3  # names per kind of mistake in an error
 

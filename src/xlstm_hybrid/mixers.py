@@ -26,6 +26,12 @@ class HeadsParallel(TensorParallelLayer):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
         if any(module.config.kept_groups or ()):
             raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
+        for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
+            if (found := getattr(module.config, field)) != needed:
+                raise ConfigError(
+                    f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
+                    "load it without tp_plan"
+                )
         if module.config.window_dropout:
             raise ConfigError(
                 f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
@@ -68,7 +74,11 @@ class MLSTMMixer(nn.Module):
         if config.memory_cell != "linear":
             self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
             self.fgate_bias = nn.Parameter(torch.empty(H))
-        self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, 3 * K)), nn.Parameter(torch.empty(H))
+        if config.mixer_combine == "gate":
+            read = 3 * K if config.mixer_gate_input == "qkv" else D
+            self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, read)), nn.Parameter(torch.empty(H))
+        if config.mixer_norm:
+            self.norm_weight = nn.Parameter(torch.empty(H, K))
 
     def first_map(self):
         """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
@@ -101,7 +111,9 @@ class MLSTMMixer(nn.Module):
             else:
                 i = nn.functional.linear(x, self.igate_weight.to(dtype))
                 f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
-            o = torch.sigmoid((qkv.to(dtype) * self.ogate_weight.to(dtype)).sum(-1) + self.ogate_bias.to(dtype))
+            weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
+            read_qkv = self.config.mixer_gate_input == "qkv"
+            o = torch.sigmoid((qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias))
         return i, f, o
 
     def clamped(self, o, tokens):
@@ -111,6 +123,14 @@ class MLSTMMixer(nn.Module):
         if tokens.blind is None:
             return o
         return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
+
+    def normed(self, h):
+        """h [B, T, H, V] of the layer's heads before W_o, with a `mixer_norm` each on the scale of its weight."""
+        if not self.config.mixer_norm:
+            return h
+        x = h.to(torch.promote_types(h.dtype, torch.float32))
+        x = x * (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
+        return (x * self.norm_weight.to(x.dtype)).to(h.dtype)
 
     def read(self, x, feature_map):
         """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
@@ -170,3 +190,30 @@ class MLSTMMixer(nn.Module):
         run = delta if self.config.memory_cell == "delta" else mlstm
         h, state = run(q, *inputs, state=state, chunk_size=chunk_size)
         return h, o, state
+
+
+class JointMixer(MLSTMMixer):
+    """One softmax over both branches (LoLCATs, Zhang et al. 2024): tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the
+    document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h) per head. Every pair of tokens is calculated: a baseline for short rows.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.joint_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def forward(self, hidden_states, qkv, query, key, value, tokens, window_q, window_k, scale):
+        """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, T])`; arguments as in `MLSTMMixer.forward`.
+
+        Args:
+            window_q, window_k: after QK-norm and RoPE, heads repeated, [B, H, T, K]; scale: of their products.
+        """
+        window, sinks, T = self.config.window_of(self.layer_idx), self.config.sinks_of(self.layer_idx), query.shape[2]
+        near, past = (tokens.visible(*seen)[:, None] for seen in ((window, sinks), (T, 0)))  # [B, 1, T, T]
+        q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            close = window_q.to(dtype) @ window_k.to(dtype).transpose(-1, -2) * scale
+            far = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)).clamp_min(torch.finfo(dtype).tiny).log() + self.joint_scale.to(dtype)[:, None, None]
+            weights = torch.softmax(torch.where(near, close, far).masked_fill(~past, float("-inf")), -1)
+            h = weights @ value.to(dtype)
+        return h.transpose(1, 2), weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2), weights

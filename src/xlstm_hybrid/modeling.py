@@ -33,7 +33,7 @@ from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
-from xlstm_hybrid.mixers import MLSTMMixer
+from xlstm_hybrid.mixers import JointMixer, MLSTMMixer
 from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.sparse import scores_of, sparse_attention
 
@@ -91,7 +91,7 @@ class HybridAttention(nn.Module):
         elif config.qk_norm == "full":
             self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
         if self.layer_type == "hybrid_sliding":
-            self.mlstm = MLSTMMixer(config, layer_idx)
+            self.mlstm = (JointMixer if config.mixer_combine == "joint" else MLSTMMixer)(config, layer_idx)
         kept = config.kept_of(layer_idx)
         self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
 
@@ -147,6 +147,9 @@ class HybridAttention(nn.Module):
         inputs = hidden_states, qkv, memory_q, repeat_kv(memory_k, n), repeat_kv(value, n), tokens
         if self.config.sparse_memory:
             return self.mix_sparse(inputs, query, key, value, tokens, cache)
+        if self.config.mixer_combine == "joint":
+            h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
+            return self.mlstm.normed(h).to(value.dtype), weights
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
             raise CacheError(
@@ -155,7 +158,7 @@ class HybridAttention(nn.Module):
             )
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
-            return h.to(value.dtype), None
+            return self.mlstm.normed(h).to(value.dtype), None
         remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
         memory, o, state = self.mlstm(*inputs, **remembered)
         if cache is not None:
@@ -164,7 +167,7 @@ class HybridAttention(nn.Module):
             cache.hold(state)
             key, value = seen
         if branches == "memory":
-            return memory.to(value.dtype), None
+            return self.mlstm.normed(memory).to(value.dtype), None
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
@@ -173,7 +176,8 @@ class HybridAttention(nn.Module):
         else:
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
-        return (window if branches == "window" else mix(memory, window, o)).to(value.dtype), weights
+        h = window if branches == "window" else mix(memory, window, o)
+        return self.mlstm.normed(h).to(value.dtype), weights
 
     def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
         """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
@@ -190,7 +194,7 @@ class HybridAttention(nn.Module):
                 cache.record(*read[0])
             cache.update(key, value, tokens, scores)
             cache.hold(state)
-        return mix(memory, window, o).to(value.dtype), weights
+        return self.mlstm.normed(mix(memory, window, o)).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
@@ -293,7 +297,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"]
+    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
     _keep_in_fp32_modules = ["mlstm", "q_map", "k_map", *_keep_in_fp32_modules_strict]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -313,12 +317,10 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
                 init.copy_(feature_map, module.first_map().expand_as(feature_map))
-            for name in ("igate_weight", "fgate_weight", "ogate_weight"):
-                if hasattr(module, name):  # a linear memory has an output gate only
-                    init.zeros_(getattr(module, name))
-            if hasattr(module, "fgate_bias"):
-                init.copy_(module.fgate_bias, module.forget_bias())
-            init.constant_(module.ogate_bias, float(self.config.mlstm_output_gate_bias))
+            first = {"fgate_bias": module.forget_bias(), "ogate_bias": self.config.mlstm_output_gate_bias, "norm_weight": 1.0}
+            for name, parameter in module.named_parameters(recurse=False):  # which there are is for the config to say
+                if not name.endswith("_map"):
+                    init.copy_(parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter))
 
 
 def mask_key(config, layer_idx):

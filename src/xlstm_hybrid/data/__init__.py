@@ -4,7 +4,7 @@ source -> documents (token ids and labels) -> mix by shares of tokens -> rows. E
 """
 
 from xlstm_hybrid.data.documents import IGNORE, encode_chat, encode_text
-from xlstm_hybrid.data.rows import ROW, Rows, collate, open_rows, open_streams, packed_rows, prompts, train_dataset
+from xlstm_hybrid.data.rows import ROW, Rows, collate, joint_prompts, open_rows, open_streams, packed_rows, prompts, train_dataset
 from xlstm_hybrid.data.streams import Stream, open_source
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "collate",
     "encode_chat",
     "encode_text",
+    "joint_prompts",
     "open_rows",
     "open_source",
     "open_streams",

@@ -146,6 +146,26 @@ def prompts(recipe, tokenizer, count, expert):
     return Dataset.from_list(found)
 
 
+def joint_prompts(recipe, tokenizer, count, shares):
+    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" that names whose they are.
+
+    Args:
+        shares: {name of an expert: share}; counts are those nearest to them whose sum is `count`.
+    Raises:
+        ConfigError: experts of which some ask in messages and some in text.
+    """
+    from datasets import concatenate_datasets
+
+    exact = {name: share * count / sum(shares.values()) for name, share in shares.items()}
+    rest = sorted(exact, key=lambda name: int(exact[name]) - exact[name])[: count - sum(map(int, exact.values()))]
+    counts = {name: int(exact[name]) + (name in rest) for name in exact}
+    parts = {name: prompts(recipe, tokenizer, n, name).add_column("teacher", [name] * n) for name, n in counts.items() if n}
+    kinds = {name: part.features for name, part in parts.items()}
+    if len({str(kind) for kind in kinds.values()}) > 1:
+        raise ConfigError(f"experts {sorted(kinds)}: some ask in messages and some in text; give all of them sources, or all a mixture")
+    return concatenate_datasets(list(parts.values()))
+
+
 def question(messages):
     """A conversation as {"prompt", "completion"}, cut before its last answer."""
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]

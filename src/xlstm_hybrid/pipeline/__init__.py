@@ -7,6 +7,19 @@ from xlstm_hybrid.pipeline.experts import make_experts
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
 from xlstm_hybrid.pipeline.road import Road
 from xlstm_hybrid.pipeline.settings import parse_overrides
-from xlstm_hybrid.pipeline.stages import align, distill, load, on_policy, prepare
+from xlstm_hybrid.pipeline.stages import align, distill, load, multi_teacher, on_policy, prepare
 
-__all__ = ["Road", "align", "distill", "evaluate", "load", "make_experts", "mean_gates", "on_policy", "parse_overrides", "prepare", "sample"]
+__all__ = [
+    "Road",
+    "align",
+    "distill",
+    "evaluate",
+    "load",
+    "make_experts",
+    "mean_gates",
+    "multi_teacher",
+    "on_policy",
+    "parse_overrides",
+    "prepare",
+    "sample",
+]

@@ -21,7 +21,7 @@ from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_
 from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merge_settings import NEED_STATISTICS
+from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.pipeline.final import (
     MISSING,
     check_evaluation,
@@ -36,8 +36,8 @@ from xlstm_hybrid.pipeline.final import (
 from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
 from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
-from xlstm_hybrid.pipeline.stages import align, distill, on_policy
-from xlstm_hybrid.recipe import FINAL, resolve_teacher
+from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
+from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
 
 
@@ -86,7 +86,12 @@ class Road:
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
         self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
         self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
-        self.folder = {"convert": self.out / "converted", "align": self.out / "aligned", "merge": self.out / "merged"}
+        self.folder = {
+            "convert": self.out / "converted",
+            "align": self.out / "aligned",
+            "merge": self.out / "merged",
+            "multi-teacher": self.out / "taught",
+        }
         self.folder |= {f"distill:{name}": self.out / "experts" / name for name in recipe.experts}
         self.folder |= {f"on-policy:{name}": self.out / "on_policy" / name for name in recipe.experts}
 
@@ -133,6 +138,9 @@ class Road:
             raise ConfigError(f"{what} was made with other {', '.join(names)}: pass --redo to make it again, or another --out to keep it")
         return bool(names)
 
+    def say(self, who, what):
+        self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
+
     def judge(self, name, directory, known=None):
         """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
         settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
@@ -142,7 +150,7 @@ class Road:
             self.seconds[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
-        result = evaluate(directory, self.recipe, lambda what, score: self.console.print(f"  {name:>12}  {what:<12} {score}"), known)
+        result = evaluate(directory, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[f"evaluate:{name}"] = round(time.time() - start, 1)
         write_json(path, {"spec": spec, "seconds": self.seconds[f"evaluate:{name}"], "result": result})
@@ -154,10 +162,10 @@ class Road:
         if not units_of(self.recipe.evaluate):
             return {}, {}
         if not harness_installed():
-            self.console.print(f"[yellow]{MISSING}[/yellow]", markup=True)
+            self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
             return {}, {"notes": [MISSING]}
         sides = {"teacher": self.teacher, "student": student}
-        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.console.print(f"  {side:>12}  {line}"))
+        self.harness = judge_sides(self.recipe, sides, folder, self.redo, lambda side, line: self.say(side, line))
         self.seconds |= {f"harness:{side}": round(sum(unit["seconds"] for unit in found.values()), 1) for side, found in self.harness.items()}
         rows = long_context_rows(self.harness)
         return {side: domain_scores(folder / side, found) for side, found in self.harness.items()}, {"long_context": rows} if rows else {}
@@ -181,7 +189,7 @@ class Road:
                 self.seconds["efficiency"] = before["seconds"]
                 return json.loads((folder / "efficiency.json").read_text())
         start = time.time()
-        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.console.print(f"  {'efficiency':>12}  {what}"))
+        found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.say("efficiency", what))
         image = as_png(draw_efficiency, {"efficiency": found})
         write_efficiency(found, folder, {picture_name(0): image} if image else {})
         self.seconds["efficiency"] = round(time.time() - start, 1)
@@ -255,13 +263,25 @@ class Road:
         return self.folder[f"distill:{name}" if self.recipe.on_policy is None else f"on-policy:{name}"]
 
     def merged(self, experts, aligned):
-        """The student: the experts merged as the recipe says, or the only expert."""
+        """The student: the experts merged as the recipe says, what they taught on its own samples, or the only expert."""
         recipe, section = self.recipe, self.recipe.merge
         if section is None:
             return next(iter(experts.values()))
-        base, parents = base_of(recipe, aligned), list(experts.values())
-        parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
-        return self.stage("merge", section, parents, lambda d, o: self.build_merged(d, o, experts, aligned, self.spec(section, parents)))
+        settings, student = {k: v for k, v in section.items() if k != "on_policy"}, aligned
+        if section["method"] != ON_POLICY:
+            base, parents = base_of(recipe, aligned), list(experts.values())
+            parents += [base] * (base is not None) + [self.teacher] * ("search" in section)
+            spec = self.spec(settings, parents)
+            student = self.stage("merge", settings, parents, lambda d, o: self.build_merged(d, o, experts, aligned, spec))
+        if "on_policy" not in section:
+            return student
+        reads = {"weights": section.get("weights"), "experts": recipe.experts} | {k: v for k, v in self.recipe.data.items() if k not in MIXES}
+        return self.stage(
+            "multi-teacher",
+            section["on_policy"] | reads,
+            [student, *experts.values()],
+            lambda d, o: multi_teacher(student, experts, d, recipe, overwrite=o),
+        )
 
     def build_merged(self, directory, overwrite, experts, aligned, spec):
         """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xlstm_hybrid.artifacts import add_provenance, owner, staged, write_manifest
+from xlstm_hybrid.artifacts import add_provenance, owner, read_provenance, staged, write_manifest
 from xlstm_hybrid.conversion import DTYPES
-from xlstm_hybrid.data import collate, packed_rows, prompts, train_dataset
+from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
 from xlstm_hybrid.recipe import resolve_path
@@ -205,12 +205,53 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     return figures
 
 
-def last_figures(log):
+def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None):
+    """The experts teach one student on its own samples, each on the prompts of its domain; returns the figures that it also writes.
+
+    Args:
+        student: the aligned start of the experts, or what they were merged into.
+        experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares where it has none.
+        overrides: fields of `OnPolicyKDConfig` that go before those of the recipe's section merge.on_policy.
+    Raises:
+        ConfigError: no such section, an expert that the recipe does not have, a tokenizer that is not the student's.
+    """
+    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+
+    section, where = recipe.merge or {}, "merge.on_policy"
+    if "on_policy" not in section:
+        raise ConfigError(f"{recipe.path.name}: no section {where}, expected the fields of OnPolicyKDConfig, max_steps among them")
+    shares = {name: section.get("weights", {}).get(name, 1.0) for name in experts if recipe.mix(name)}
+    taught = {name: share for name, share in shares.items() if share > 0}
+    if not taught:
+        raise ConfigError(f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0")
+    start, settings = time.time(), section["on_policy"] | (overrides or {})
+    with workspace(out, settings) as work:
+        args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
+        model, tokenizer = load(student, device=place_of(args))
+        loaded = {n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args)) for n in taught}
+        trainer = OnPolicyKDTrainer(
+            model,
+            {name: teacher for name, (teacher, _) in loaded.items()},
+            args=args,
+            train_dataset=joint_prompts(recipe, tokenizer, rows_of(settings, where), taught),
+            processing_class=tokenizer,
+            teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
+        )
+        train(trainer, work)
+        figures = last_figures(trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")])
+        data = {"experts": {name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught}}
+        known = read_provenance(student)  # and what the experts went through since then
+        known += [stage for name in experts for stage in read_provenance(experts[name]) if stage not in known]
+        finish(trainer, out, "multi-teacher", [student, *experts.values()], settings, data, figures, start, overwrite, stages=known)
+    return figures
+
+
+def last_figures(log, more=()):
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    return {key: float(last[key]) for key in LOGGED if key in last}
+    return {key: float(last[key]) for key in (*LOGGED, *more) if key in last}
 
 
-def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite):
+def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
     """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until it is there."""
     from xlstm_hybrid.trainers.checkpoints import collect_weights
     from xlstm_hybrid.trainers.insight import PLOTS
@@ -231,7 +272,7 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
                 seconds = round(time.time() - start, 1)
                 config = {**settings, "seed": trainer.args.seed}
-                add_provenance(folder, stage, parent=parents[0], config=config, data=data, figures=figures, seconds=seconds)
+                add_provenance(folder, stage, parent=parents[0], stages=stages, config=config, data=data, figures=figures, seconds=seconds)
                 write_manifest(folder)
     finally:
         accelerator.wait_for_everyone()

@@ -36,8 +36,8 @@ class WindowDropoutSchedule(TrainerCallback):
 
     def assign(self, model, p):
         students = [module for module in model.modules() if isinstance(module, XLSTMHybridModel)]
-        if not students or any(student.config.mixer_branches != "both" for student in students):
-            raise ConfigError(f"window_dropout on a {type(model).__name__}: expected a hybrid student with both branches; leave it out")
+        if not students or any(s.config.mixer_branches != "both" or s.config.mixer_combine != "gate" for s in students):
+            raise ConfigError(f"window_dropout on a {type(model).__name__}: expected a hybrid student with both branches and a gate; leave it out")
         for student in students:
             student.window_dropout = p
 

@@ -1,15 +1,15 @@
-"""On-policy distillation: the student writes, the teacher judges each of its tokens (Agarwal et al. 2024, GKD; METHOD 4).
+"""On-policy distillation: the student writes, a teacher judges each of its tokens (Agarwal et al. 2024, GKD; METHOD 4).
 
-Dims: B rows, T tokens, n completions per prompt, V vocabulary. No gradient goes through sampling.
+Dims: B rows, T tokens, n completions per prompt, D hidden size, V vocabulary. No gradient goes through sampling.
 """
 
+import contextlib
 import random
 import warnings
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
 from trl import DistillationConfig, DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -17,10 +17,10 @@ from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.losses import IGNORE, choose_divergence
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.trainers.heads import Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.trainers.on_policy_checks import check_models, check_prompts, size_with
 from xlstm_hybrid.trainers.rollouts import PromptSampler, ReplayBuffer, pad, sample, seed_of, seeded, until_eos
 from xlstm_hybrid.trainers.safety import resumable
 from xlstm_hybrid.trainers.scale import prepare_teacher
-from xlstm_hybrid.vocabulary import shared_size
 
 SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
 OWN = SOURCES[:2]  # the student itself, now or before
@@ -44,6 +44,7 @@ class OnPolicyKDConfig(DistillationConfig):
     replay_size: int = field(default=0, metadata={"help": "Completions of earlier steps that are kept; 0 keeps none."})
     replay_share: float = field(default=0.0, metadata={"help": "Share of the student's prompts that is taken from those instead of written anew."})
     prefill_piece: int | None = field(default=None, metadata={"help": "Tokens per forward while a prompt is read, None for all at once."})
+    teacher_offload: bool = field(default=False, metadata={"help": "Teachers wait in main memory, and one at a time judges a step's rows."})
     max_empty_share: float = field(default=0.9, metadata={"help": "Above this share of empty completions, again and again, training stops."})
     log_completions: bool = field(default=True, metadata={"help": "Tables of prompts and completions at each log, in completions/ of the run."})
     num_completions_to_print: int | None = field(default=2, metadata={"help": "Of those, how many go to the screen; None for all."})
@@ -90,17 +91,23 @@ class OnPolicyKDTrainer(DistillationTrainer):
     A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind. Every token of a completion,
     its EOS included, weighs the same; prompts are not scored. Once per step each prompt is read once and answered n times (`sample`); what is
     drawn depends on seed, step and rank only. Evaluation lets the student answer each prompt once.
+
+    Several teachers: the column `teacher` of a row names the one that judges it (and, with seq_kd, answers it); no other sees it. All of them
+    are held, on the device, or with `teacher_offload` in main memory, from where one at a time comes to judge its rows of a whole step.
+    Logs `divergence` and `top1_agreement` of each as well, under its name.
     Logs `divergence` (nats, times loss_temperature squared), `top1_agreement`, `nll` of the completions under the student (with ce_weight: `ce`,
     of those that are not its own), `completions/*` and `source/*`.
 
     Args:
         model: student, a causal LM in memory, or its PEFT model.
-        teacher: causal LM in memory with tensors of its own; it is frozen and put into eval mode.
+        teacher: causal LM in memory with tensors of its own, or {name: causal LM}; they are frozen and put into eval mode.
         args: `OnPolicyKDConfig`.
-        teacher_tokenizer: needed where the vocabularies have other sizes (padding); ids that are not real are neither written nor compared.
+        teacher_tokenizer: needed where the vocabularies have other sizes (padding); ids that are not real are neither written nor compared. For
+            several teachers {name: tokenizer}.
         kwargs: of `DistillationTrainer`.
     Raises:
-        ConfigError: models that cannot be compared or that share weights, data that is missing, too few prompts.
+        ConfigError: models that cannot be compared or that share weights, data that is missing, too few prompts, teachers that no one has or that
+            FSDP would have to gather by turns.
         DataError: an empty prompt, or empty completions again and again. What `safety.resumable` says of checkpoints and losses holds as well.
     """
 
@@ -110,16 +117,23 @@ class OnPolicyKDTrainer(DistillationTrainer):
     def __init__(self, model, teacher, args=None, teacher_tokenizer=None, processing_class=None, **kwargs):
         if not isinstance(args, OnPolicyKDConfig):
             raise ConfigError(f"args={type(args).__name__}: expected an OnPolicyKDConfig")
-        check_models(model, teacher)
-        sizes = [len(m.get_output_embeddings().weight) for m in (model, teacher)]
-        self.size = shared_size(*sizes, processing_class, teacher_tokenizer)
-        check_prompts(kwargs.get("train_dataset"), args)
-        for name, network in ("student", model), ("teacher", teacher):
+        self.names = list(teacher) if isinstance(teacher, dict) else [None]  # None: one teacher, of all rows
+        teachers = list(teacher.values()) if isinstance(teacher, dict) else [teacher]
+        tokenizers = teacher_tokenizer if isinstance(teacher_tokenizer, dict) else dict.fromkeys(self.names, teacher_tokenizer)
+        check_models(model, *teachers)
+        sizes = [len(m.get_output_embeddings().weight) for m in (model, *teachers)]
+        self.size = min(size_with(name, sizes[0], size, processing_class, tokenizers.get(name))
+                        for name, size in zip(self.names, sizes[1:], strict=True))  # fmt: skip
+        check_prompts(kwargs.get("train_dataset"), args, self.names)
+        for name, network in ("student", model), *((f"teacher {n or ''}".rstrip(), t) for n, t in zip(self.names, teachers, strict=True)):
             attach(network.get_base_model() if hasattr(network, "get_base_model") else network)
             check_head(network, name)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
-        self.teacher_digest = weights_digest(teacher)
-        self.teacher_model = prepare_teacher(self, teacher)
+        if self.is_fsdp_enabled and (args.teacher_offload or len(teachers) > 1):
+            raise ConfigError("several teachers, or teacher_offload, under FSDP: processes would gather other teachers at other times; use DDP")
+        self.teacher_digest = weights_digest(teacher) if self.names == [None] else {n: weights_digest(t) for n, t in teacher.items()}
+        self.teachers = [t.requires_grad_(False).eval().to("cpu") if args.teacher_offload else prepare_teacher(self, t) for t in teachers]
+        self.teacher_model = self.teachers[0]
         if self.size < max(sizes):
             self.generation_config.suppress_tokens = list(range(self.size, max(sizes)))
         self.objective = Objective(args.ce_weight, 1.0, args.divergence, "dense", args.loss_temperature, args.divergence_options)
@@ -163,8 +177,25 @@ class OnPolicyKDTrainer(DistillationTrainer):
         with unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as writer:
             return sample(writer, prompts, n, self.generation_config, seed, self.args.prefill_piece, **together)
 
+    def judge_of(self, row):
+        """Number of the teacher that judges a row."""
+        if self.names == [None]:
+            return 0
+        if row.get("teacher") not in self.names:
+            raise DataError(f"teacher={row.get('teacher')!r} beside the prompt {str(row['prompt'])[:60]!r}: expected one of {self.names}")
+        return self.names.index(row["teacher"])
+
+    @contextlib.contextmanager
+    def at_work(self, teacher):
+        """A teacher on the device; with `teacher_offload` for as long as the block runs."""
+        try:
+            yield teacher.to(self.accelerator.device) if self.args.teacher_offload else teacher
+        finally:
+            if self.args.teacher_offload:
+                teacher.to("cpu")
+
     def complete(self, rows):
-        """`(prompts, completions, sources)`, lists of B, for rows in which each prompt stands n times."""
+        """`(prompts, completions, sources, judges)`, lists of B, for rows in which each prompt stands n times."""
         training, args = self.model.training, self.args
         n = args.num_generations if training else 1
         heads = rows[::n]
@@ -176,21 +207,26 @@ class OnPolicyKDTrainer(DistillationTrainer):
         when = (args.seed, self.state.global_step) if training else (args.seed, prompts)
         draw = random.Random(seed_of(*when))  # not by rank: all ranks generate together
         sources = [self.choose(draw, buffer) if training else "student" for _ in heads]
-        rank, groups = self.accelerator.process_index, {}
-        for source, model in ("student", self.model_wrapped), ("teacher", self.teacher_model):
-            places = [j for j, chosen in enumerate(sources) if chosen == source]
-            written = self.write(model, [prompts[j] for j in places], n, seed_of(*when, source, rank)) if places else []
-            groups |= {j: [(prompts[j], ids) for ids in written[k * n : k * n + n]] for k, j in enumerate(places)}
+        rank, groups, judges = self.accelerator.process_index, {}, [self.judge_of(row) for row in heads]
+        for number, model in [(None, self.model_wrapped), *enumerate(self.teachers)]:
+            source, drawn = ("student", ()) if number is None else ("teacher", [self.names[number]] * (self.names[number] is not None))
+            places = [j for j, chosen in enumerate(sources) if chosen == source and number in (None, judges[j])]
+            if not places:
+                continue
+            with contextlib.nullcontext(model) if number is None else self.at_work(model) as writer:
+                written = self.write(writer, [prompts[j] for j in places], n, seed_of(*when, source, rank, *drawn))
+            groups |= {j: [(prompts[j], ids, judges[j]) for ids in written[k * n : k * n + n]] for k, j in enumerate(places)}
         own = random.Random(seed_of(*when, "replay", rank))
         for j, source in enumerate(sources):
             if source == "replay":
                 groups[j] = buffer.draw(own, n)
             elif source == "data":
-                groups[j] = [(prompts[j], self.completion_ids(heads[j], prompts[j]))] * n
+                groups[j] = [(prompts[j], self.completion_ids(heads[j], prompts[j]), judges[j])] * n
         if buffer is not None and training:
-            buffer.add([pair for j, source in enumerate(sources) if source == "student" for pair in groups[j]])
-        pairs = [pair for j in range(len(heads)) for pair in groups[j]]
-        return [list(p) for p, _ in pairs], [list(c) for _, c in pairs], [source for source in sources for _ in range(n)]
+            buffer.add([row for j, source in enumerate(sources) if source == "student" for row in groups[j]])
+        written = [row for j in range(len(heads)) for row in groups[j]]
+        prompts, completions, judges = zip(*written, strict=True)
+        return [list(p) for p in prompts], [list(c) for c in completions], [source for source in sources for _ in range(n)], list(judges)
 
     def choose(self, draw, buffer):
         """One of SOURCES. Both numbers are drawn whatever they decide, so that a source does not depend on those before it."""
@@ -206,17 +242,38 @@ class OnPolicyKDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs):
         """TRL's hook, once per optimizer step: the rows of all its micro-batches, prompts and completions joined and padded on the right."""
-        if self.teacher_model.training or any(p.requires_grad for p in self.teacher_model.parameters()):
+        if any(t.training or any(p.requires_grad for p in t.parameters()) for t in self.teachers):
             raise ConfigError("the teacher is in training mode or requires gradients: leave it frozen, it is not part of the run")
-        prompts, completions, sources = self.complete(inputs)
+        prompts, completions, sources, judges = self.complete(inputs)
         self.record_completions(prompts, completions, sources)
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
         labels = pad([[IGNORE] * len(p) + c for p, c in zip(prompts, completions, strict=True)], IGNORE)
         scored = (labels != IGNORE).sum().to(self.accelerator.device)
         batch = {"input_ids": pad(rows, self._tokenizer.pad_token_id), "attention_mask": pad([[1] * len(row) for row in rows], 0), "labels": labels,
-                 "own": torch.tensor([source in OWN for source in sources])}  # fmt: skip
+                 "own": torch.tensor([source in OWN for source in sources]), "judge": torch.tensor(judges)}  # fmt: skip
         batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
+        if self.args.teacher_offload:
+            batch["targets"] = self.judged_ahead(batch)
         return {**batch, "num_items_in_batch": self.accelerator.gather(scored).sum()}
+
+    @torch.no_grad()
+    def judged_ahead(self, batch):
+        """Hidden states of each row's teacher [B, T, D], in main memory, where only one teacher at a time is on the device."""
+        targets, size = None, self.args.per_device_train_batch_size
+        for number, teacher in enumerate(self.teachers):
+            places = (batch["judge"] == number).nonzero()[:, 0]
+            if not len(places):
+                continue
+            with self.at_work(teacher) as judge, self.accelerator.autocast():
+                for rows in places.split(size):
+                    forward = {name: batch[name][rows] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+                    hidden = judge(**forward, with_head=lambda hidden, teacher: hidden).cpu()
+                    if targets is None:
+                        targets = hidden.new_zeros(len(batch["judge"]), *hidden.shape[1:])
+                    if hidden.shape[2] != targets.shape[2]:
+                        raise ConfigError(f"teacher_offload: teachers of hidden sizes {targets.shape[2]} and {hidden.shape[2]}; expected one size")
+                    targets[rows.cpu()] = hidden
+        return targets
 
     def record_completions(self, prompts, completions, sources):
         """Metrics and tables of a generation batch, over all ranks; what is odd about it is said here."""
@@ -255,69 +312,65 @@ class OnPolicyKDTrainer(DistillationTrainer):
     # --- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Per-token divergence over the completions, divided by their tokens in the whole step."""
-        self.scored_inputs = dict(inputs)
+        """Per-token divergence over the completions, divided by their tokens in the whole step; of each row from its own teacher."""
+        self.scored_inputs = {name: x for name, x in inputs.items() if name != "targets"}
         forward = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)  # [B, T]: the token that each position predicts
-        place = (labels != IGNORE).flatten().nonzero().squeeze(-1)
+        scored = labels != IGNORE
         labels = torch.where(inputs["own"][:, None], IGNORE, labels) if self.args.ce_weight else labels
-        labels = labels.flatten()[place]
-        items = max(len(place), 1)
+        items = max(int(scored.sum()), 1)
         if self.model.training:  # gradients are averaged over ranks
             items = inputs["num_items_in_batch"].clamp_min(1) / self.accelerator.num_processes
+        groups = [(number, (inputs["judge"] == number).nonzero()[:, 0]) for number in inputs["judge"].unique().tolist()]
+        judged = [self.targets_of(number, rows, scored[rows], forward, inputs.get("targets")) for number, rows in groups]
 
-        def judge(hidden, teacher):
-            return Selection("dense", size=self.size)(hidden, teacher, place), head_of(teacher, self.size)
+        named = [labels[rows].flatten()[place] for (_, rows), (place, *_) in zip(groups, judged, strict=True)]
 
-        with torch.no_grad(), self.accelerator.autocast():
-            targets, teacher_head = self.teacher_model(**forward, with_head=judge)
-        terms = model(
-            **forward, with_head=lambda hidden, student: self.objective(hidden, student, place, labels, targets, items, self.size, teacher_head)
-        )
-        self.record_loss(terms, labels, len(place))
-        return (terms.loss, None) if return_outputs else terms.loss
+        def objective(hidden, student):
+            parts = zip(groups, named, judged, strict=True)
+            return [self.objective(hidden[rows], student, place, label, targets, items, self.size, head)
+                    for (_, rows), label, (place, targets, head) in parts]  # fmt: skip
+
+        terms = model(**forward, with_head=objective)
+        self.record_loss([number for number, _ in groups], terms, named)
+        loss = sum(term.loss for term in terms)
+        return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
-    def record_loss(self, terms, labels, count):
-        labelled = (labels != IGNORE).sum()
-        sums = torch.stack([x.detach().float() for x in (terms.kl, terms.agreement, terms.ce, labelled, torch.full_like(terms.kl, count))])
-        kl, agreement, ce, labelled, count = self.accelerator.gather(sums).view(-1, 5).sum(0).tolist()
+    def targets_of(self, number, rows, scored, forward, ahead):
+        """`(place [N], targets, LMHead)` of the rows that one teacher judges, by a forward of their own or from what it said ahead."""
+        place, device = scored.flatten().nonzero()[:, 0], self.accelerator.device
+        select = Selection("dense", size=self.size)
+        if ahead is not None:
+            head = head_of(self.teachers[number], self.size)
+            head = head._replace(weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+            return place, select(ahead[rows.cpu()].to(device), None, place), head
+
+        def judge(hidden, teacher):
+            return place, select(hidden, teacher, place), head_of(teacher, self.size)
+
+        with self.accelerator.autocast():
+            return self.teachers[number](**{k: x[rows] if torch.is_tensor(x) else x for k, x in forward.items()}, with_head=judge)
+
+    @torch.no_grad()
+    def record_loss(self, numbers, terms, labels):
+        """Metrics of a micro-batch, over all ranks: of all its tokens, and where there are several teachers of each one's."""
+        sums = torch.zeros(len(self.teachers), 5, device=self.accelerator.device)
+        for number, term, label in zip(numbers, terms, labels, strict=True):
+            found = (term.kl, term.agreement, term.ce, (label != IGNORE).sum(), torch.full_like(term.kl, len(label)))
+            sums[number] = torch.stack([x.detach().float() for x in found])
+        sums = self.accelerator.gather(sums[None]).sum(0)
         metrics = self._metrics["train" if self.model.training else "eval"]
+        kl, agreement, ce, labelled, count = sums.sum(0).tolist()
         metrics["divergence"].append(kl / max(count, 1))
         metrics["top1_agreement"].append(agreement / max(count, 1))
         if labelled:
             metrics["ce" if self.args.ce_weight else "nll"].append(ce / labelled)
+        for name, (kl, agreement, _, _, count) in zip(self.names, sums.tolist(), strict=True):
+            if name is not None and count:
+                metrics[f"{name}/divergence"].append(kl / count)
+                metrics[f"{name}/top1_agreement"].append(agreement / count)
 
     def run_facts(self):
         """For `resumable`: a run with another teacher is another run."""
         return {"teacher": self.teacher_digest}
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def check_models(student, teacher):
-    """Refuse what is no pair of models in memory, or a teacher that would move with the student."""
-    for name, model in ("model", student), ("teacher", teacher):
-        if not isinstance(model, torch.nn.Module):
-            raise ConfigError(f"{name}: expected a model in memory, got {type(model).__name__}; load it with from_pretrained")
-    places = {p.data_ptr() for p in student.parameters()} - {0}  # 0: a parameter without storage, on the meta device
-    shared = next((name for name, p in teacher.named_parameters() if p.data_ptr() in places), None)
-    if shared:
-        raise ConfigError(f"student and teacher share the weight {shared!r}: the teacher would change with the student; load it a second time")
-
-
-def check_prompts(dataset, args):
-    """Refuse data that lacks a column which the run needs, or is too small for one step."""
-    columns = getattr(dataset, "column_names", None)
-    for name in ("prompt", *(("completion",) if args.lmbda < 1 and not args.seq_kd else ())):
-        if columns is not None and name not in columns:
-            raise ConfigError(f"train_dataset has no column {name!r}, only {columns}; lmbda={args.lmbda}, seq_kd={args.seq_kd} need it")
-    if isinstance(dataset, IterableDataset):
-        if args.num_generations > 1:
-            raise ConfigError(f"num_generations={args.num_generations} with a streamed dataset: load the prompts, or set it to 1")
-        return
-    prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // args.num_generations
-    if dataset is not None and len(dataset) < prompts:
-        raise ConfigError(f"train_dataset has {len(dataset)} prompts, one step takes {prompts}: lower per_device_train_batch_size or "
-                          "gradient_accumulation_steps")  # fmt: skip

@@ -96,7 +96,7 @@ class ReplayBuffer(TrainerCallback, ExportableState):
             self.rows.extend(tuple(row) for row in stored["attributes"]["saved"])
 
     def add(self, pairs):
-        """`(prompt ids, completion ids)` of this process; all processes come to hold the same."""
+        """`(prompt ids, completion ids, number of its teacher)` of this process; all processes come to hold the same."""
         self.rows.extend(tuple(pair) for pair in gather_object(pairs))
 
     def draw(self, generator, n):

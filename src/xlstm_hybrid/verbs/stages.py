@@ -81,6 +81,30 @@ def on_policy(
     print(json.dumps(pipeline.on_policy(student, teacher, out, loaded, name, overwrite, overrides)))
 
 
+def multi_teacher(
+    context: typer.Context,
+    student: Annotated[Path, typer.Argument(help="The aligned start of the experts, or what they were merged into.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the taught student, made new.")],
+    expert: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of an expert of the recipe; repeatable.")],
+    recipe: RecipeOption = TINY,
+    overwrite: Overwrite = False,
+):
+    """Distil experts into STUDENT on its own samples: each judges what the student answers to the prompts of its domain.
+
+    The settings are the recipe's merge.on_policy; fields of OnPolicyKDConfig may follow and go before them: --max_steps 100.
+    """
+    from xlstm_hybrid import pipeline
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
+
+    overrides, named = settings_of(context, OnPolicyKDConfig, student, out), [entry.partition("=")[::2] for entry in expert]
+    if wrong := [entry for entry, (name, directory) in zip(expert, named, strict=True) if not (name and directory)]:
+        raise ConfigError(f"--expert {wrong[0]}: expected NAME=DIRECTORY")
+    if len(dict(named)) < len(named):
+        raise ConfigError(f"--expert: {[name for name, _ in named]} names an expert twice")
+    print(json.dumps(pipeline.multi_teacher(student, dict(named), out, read(recipe, required=False)[0], overwrite, overrides)))
+
+
 def prepare(
     tokenizer: Annotated[str, typer.Argument(help="Checkpoint directory or hub id whose tokenizer writes the rows.")],
     out: Annotated[Path, typer.Argument(help="Directory of the rows, made new; `datasets.load_from_disk` and cache-teacher read it.")],
@@ -115,6 +139,6 @@ def evaluate(
         out.write_text(json.dumps(result, indent=1))
 
 
-for verb in (align, distill, on_policy):
+for verb in (align, distill, on_policy, multi_teacher):
     verb.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-VERBS = [align, distill, on_policy, prepare, evaluate]
+VERBS = [align, distill, on_policy, multi_teacher, prepare, evaluate]
