@@ -147,7 +147,7 @@ def check_settings(arena, arms):
     wrong, seen = [], set()
     for name in arms:
         road = Road(arena, arm_of(arena, name), next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
-        for stage in road.arm.road:
+        for stage in (*road.arm.road, *(road.arm.expert_stages or ())[1:]):
             mark = hashed([stage, arena.settings(road.arm, stage)[0]])
             try:
                 if mark not in seen:
