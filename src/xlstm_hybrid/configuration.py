@@ -9,9 +9,10 @@ LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear", "delta"), ("softmax", "softmax_signed", "silu")
-MIXER = {  # fields of the mixer, and what they were before there was a choice
+MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
     "memory_feature_dim": None, "mixer_norm": False, "mixer_combine": "gate", "mixer_gate_input": "qkv",
+    "kept_groups": None, "kept_positions": "rope", "kept_log_base": 500, "sparse_memory": 0, "sparse_memory_score": "residual",
 }  # fmt: skip
 SCORES = ("residual", "weighted", "recency", "random")
 
@@ -207,7 +208,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
             wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
         if self.mixer_combine == "joint":  # there is no gate to clamp, and features stand alone as in linear attention
-            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0)):
+            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0), ("sparse_memory", 0)):
                 if getattr(self, name) != needed:
                     wrong.append(f"mixer_combine='joint' with {name}={getattr(self, name)!r}: expected {needed!r}")
         if not 0 <= self.window_dropout < 1:

@@ -199,7 +199,7 @@ class JointMixer(MLSTMMixer):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.joint_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.joint_scale = nn.Parameter(torch.empty(len(config.mixed_heads(layer_idx))))
 
     def forward(self, hidden_states, qkv, query, key, value, tokens, window_q, window_k, scale):
         """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, T])`; arguments as in `MLSTMMixer.forward`.

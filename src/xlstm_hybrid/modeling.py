@@ -399,7 +399,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if wrong := self.config.wrong_mixer():  # its fields may be changed between two calls
+        if wrong := self.config.wrong_mixer() or self.config.wrong_memories():  # its fields may be changed between two calls
             raise ConfigError("; ".join(wrong))
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
