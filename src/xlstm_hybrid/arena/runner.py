@@ -312,7 +312,7 @@ class Crew:
             self.todo.remove(job)
             if before is None or self.states.get(before) == DONE or status_of(self.arena, before)[0] == DONE:
                 return job
-            self.fail(job, f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}")
+            self.fail(job, f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}: mend that one first")
         return None
 
     def start(self, job):
