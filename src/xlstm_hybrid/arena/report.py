@@ -1,12 +1,13 @@
 """The arena's report: `arena.md`, pictures and `results.json`, all from one summary; words are in `report_template.md`."""
 
+import json
 import math
 from pathlib import Path
 from string import Template
 
 from xlstm_hybrid.arena.arms import TEACHER
-from xlstm_hybrid.arena.summary import MAIN, accuracy, pareto
-from xlstm_hybrid.artifacts import markdown_table, write_file, write_json
+from xlstm_hybrid.arena.summary import MAIN, accuracy, pareto, rounded
+from xlstm_hybrid.artifacts import markdown_table, write_file
 from xlstm_hybrid.report import as_png, figure
 
 FOLDER, PAGE, NUMBERS = "arena", "arena.md", "results.json"
@@ -202,8 +203,8 @@ def palette(count):
 
 
 def draw_curves(summary, teacher, kind):
-    """Accuracy against length, one line per arm, the coverage under them."""
-    W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN]
+    """Accuracy against length, one line per arm of the first tier, the coverage under them."""
+    W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1]
     made, (axes,) = figure(width=8.6, height=4.4)
     x = [n / W for n in lengths]
     axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#dddddd", label="coverage c", zorder=0)
@@ -238,10 +239,11 @@ def draw_front(summary, teacher, length):
         front = pareto(points)
         line = sorted(((b, a) for name, b, a in points if name in front))
         axes.plot([b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color="#0072B2", zorder=1)
-        for name, b, a in points:
-            axes.scatter(b, a, s=34, facecolor="#0072B2" if name in front else "white", edgecolor="#0072B2", zorder=2)
-            axes.annotate(name, (b, a), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
         c = min(1, (summary["window"] + summary["sinks"]) / length)
+        for name, b, a in points:
+            axes.scatter(b, a, s=30, facecolor="#0072B2" if name in front else "white", edgecolor="#0072B2", zorder=2)
+            if name in front or a > c + 0.1:  # what lies on the floor is in the tables
+                axes.annotate(name, (b, a), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
         axes.axhline(c, color="#999999", linewidth=1, linestyle=":")
         axes.set_xscale("log")
         axes.set(xlabel="bytes of one sequence's cache", ylabel="accuracy", ylim=(-0.03, 1.06))
@@ -261,6 +263,7 @@ def draw_distances(summary, teacher):
             axes.plot([math.sqrt(max(p["from"], 8) * p["to"]) for p in parts], [p["accuracy"] for p in parts], "o-", label=row["name"], color=colour)
         axes.axvline(summary["window"], color="#999999", linewidth=1)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="distance, tokens", ylim=(-0.03, 1.04), title=kind)
     panels[0].legend(fontsize=8)
     return made
@@ -319,6 +322,6 @@ def write_report(summary, folder):
         else:
             write_file(folder / FOLDER / name, image)
             drawn[name] = caption
-    write_json(folder / FOLDER / NUMBERS, summary)
+    write_file(folder / FOLDER / NUMBERS, (json.dumps(rounded(summary), ensure_ascii=False) + "\n").encode())
     write_file(folder / PAGE, markdown(summary, drawn).encode())
     return [PAGE, f"{FOLDER}/{NUMBERS}", *(f"{FOLDER}/{name}" for name in drawn)]

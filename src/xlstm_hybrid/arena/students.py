@@ -139,12 +139,13 @@ class Road:
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
-    def on_policy(self, model):
-        args, rows = self.args_of("on_policy"), self.rows_of("on_policy")
+    def on_policy(self, model, name="on_policy", changes=None, share=None):
+        """Distillation on the student's answers to the last question of a row; arguments as of `distill`."""
+        args, rows = self.args_of("on_policy", changes), self.rows_of("on_policy", changes, share)
         rows = [question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
         shared = {k: v for k, v in self.shared(rows).items() if k != "data_collator"}
-        with self.timed("on_policy", sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
-            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), "on_policy")
+        with self.timed(name, sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
+            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), name)
 
     def delta(self, model):
         args, rows = self.args_of("delta"), self.rows_of("delta")
@@ -154,12 +155,15 @@ class Road:
     def experts(self, model):
         """One student per expert from the same start, each with its part of the steps, merged."""
         start, names = self.save(model, self.work / "start", "start", self.teacher_dir), list(self.arm.experts)
-        steps = self.arena.settings(self.arm, "distill")[0]["max_steps"] // len(names)
         made = []
         for number, name in enumerate(names):
             self.seed, seed = self.seed + 1000 * number, self.seed  # experts read rows of their own
             try:
-                expert = self.distill(load(start), f"distill {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share"))
+                expert = load(start)
+                for stage in self.arm.expert_stages or ("distill",):
+                    steps = self.arena.settings(self.arm, stage)[0]["max_steps"] // len(names)
+                    expert = getattr(self, stage)(expert, f"{stage} {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share"))
+                    expert = reloaded(expert)
             finally:
                 self.seed = seed
             made.append(self.save(expert, self.work / name, f"distill:{name}", start))
@@ -196,6 +200,8 @@ class Road:
             for stage in self.arm.road:
                 model = self.experts(model) if stage == "distill" and self.arm.experts else getattr(self, stage)(model)
                 model = reloaded(model)
+            if self.arm.restore:
+                restore(model, load(self.teacher_dir), self.arm.restore)
             self.facts["parameters"] = sum(p.numel() for p in model.parameters())
             with staged(out, overwrite=True) as folder:
                 model.save_pretrained(folder)
@@ -212,6 +218,15 @@ def reloaded(model):
     made = type(model)(model.config).to(torch.float32)
     made.load_state_dict(model.state_dict())
     return made.eval()
+
+
+@torch.no_grad()
+def restore(student, teacher, names):
+    """Give modules of these names, in every layer that has them, the teacher's weights."""
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        if name.split(".")[-2] in names and name in theirs:
+            parameter.copy_(theirs[name])
 
 
 def question(ids, labels, longest):

@@ -93,7 +93,7 @@ def row_of(name, arm, row, results, teachers, facts):
     each, first = list(judged.values()), next(iter(results.values()))
     short = {task: stat([j["short"][task] for j in each], each[0]["short_rows"][task] if len(each) == 1 else None) for task in each[0]["short"]}
     found = {"arm": name, "row": row, "name": name if row == MAIN else f"{name}/{row}", "about": arm.about, "tier": arm.tier, "seeds": list(judged),
-             "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each]),
+             "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None),
              "perplexity": stat([j["perplexity"] for j in each]), "recall": recall_stats(each), "by_distance": distance_stats(each),
              "cache_bytes": each[0]["cache_bytes"], "cached": [j["cached"] for j in each]}  # fmt: skip
     for key in ("tokens", "cpu_seconds", "seconds"):
@@ -102,6 +102,11 @@ def row_of(name, arm, row, results, teachers, facts):
     if name != TEACHER and (both := [seed for seed in judged if seed in teachers]):
         found |= against_teacher([judged[s]["short"] for s in both], [teachers[s]["rows"][MAIN]["short"] for s in both])
     return found
+
+
+def together(judged):
+    """Mean over the short tasks of the first, the second, ... row of each: rows whose mean is that of the tasks."""
+    return [sum(hits) / len(hits) for hits in zip(*judged["short_rows"].values(), strict=True)]
 
 
 def against_teacher(student, teacher):
@@ -238,6 +243,15 @@ def goals(arena, teacher, rows):
 
 def accuracy(row, kind, length):
     return row["recall"][kind][length]["accuracy"]["mean"]
+
+
+def rounded(value, places=6):
+    """The same JSON value with shorter numbers."""
+    if isinstance(value, dict):
+        return {key: rounded(v, places) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v, places) for v in value]
+    return round(value, places) if isinstance(value, float) and abs(value) > 10**-places else value
 
 
 def pareto(points):
