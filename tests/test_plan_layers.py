@@ -30,6 +30,7 @@ LAYOUTS = {
     "plain": {},
     "no window": {"mixer_branches": "memory", "memory_feature_map": "softmax_signed", "memory_feature_dim": 5},
     "no memory": {"mixer_branches": "window"},
+    "joint softmax": {"mixer_combine": "joint", "memory_cell": "linear"},
     "delta rule": {"memory_cell": "delta", "memory_feature_map": "silu", "sparse_memory": 3, "sparse_memory_score": "random"},
     "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]},
     "all of it": MIXED | {"sparse_memory": 6},
