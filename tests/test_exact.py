@@ -57,6 +57,18 @@ def test_every_way_of_reading_gives_the_same_hidden_states(any_student, name):
 
 
 @torch.no_grad()
+def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(any_student):
+    """Documents start while the cache holds chosen tokens and kept keys of the one before."""
+    if "full_attention" in any_student.config.layer_types:
+        pytest.skip("refused, see test_modeling")
+    ids, lengths = token_ids(1, 70), [25, 1, 24, 20]
+    alone = torch.cat([any_student(d, use_cache=False).logits for d in ids.split(lengths, 1)], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    for sizes in ([1] * 70, [20, 31, 19], [48, 22]):
+        torch.testing.assert_close(in_pieces(any_student, ids, sizes, position_ids=positions)[0], alone, **TOLERANCE)
+
+
+@torch.no_grad()
 def test_a_state_file_holds_the_exact_memories(any_student, tmp_path):
     ids = token_ids(2, 30)
     cache = prefill(any_student, ids[:, :20], piece=6)

@@ -95,16 +95,18 @@ def measured(model, config, is_student, kind, count, length, device, **how):
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from xlstm_hybrid import XLSTMHybridForCausalLM
     from xlstm_hybrid.allocation import rank_groups, retrieval_rows
+    from xlstm_hybrid.conversion import from_teacher
     from xlstm_hybrid.longcontext import documents
+    from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
     if is_student:
         student = XLSTMHybridForCausalLM.from_pretrained(model, config=config, dtype="auto")
     else:
-        student = XLSTMHybridForCausalLM.from_teacher(model, sliding_window=config.sliding_window, num_sink_tokens=config.num_sink_tokens)
+        chosen = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
+        student = from_teacher(XLSTMHybridForCausalLM, model, **chosen)
     with Console(stderr=True).status("measuring") as status:
         found = rank_groups(student.to(device), ids, answers, **how, progress=lambda done, of: status.update(f"measured {done} of about {of}"))
     return found | {"kind": kind, "prompt_tokens": length, "window": config.sliding_window, "sinks": config.num_sink_tokens}
