@@ -140,6 +140,9 @@ def show_goals(summary, teacher):
             more = [share(g["multikey"])] if goal == "growing" else []
             table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
+        one = summary["teachers"][teacher]["group_share"]
+        if goal == "growing" and one > 0.05:
+            outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
         parts.append(f"{text} **{outcome}**" + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""))
     return "\n\n".join(parts)
 
