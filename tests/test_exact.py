@@ -350,7 +350,7 @@ BAD = {
     "sparse_memory=-1": {"sparse_memory": -1},
     "sparse_memory_score='best'": {"sparse_memory_score": "best"},
     "sparse_memory=2 with mixer_branches='window'": {"sparse_memory": 2, "mixer_branches": "window"},
-    "mixer_combine='joint' with an exact memory": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
+    "mixer_combine='joint' with sparse_memory=2: expected 0": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
 }
 
 

@@ -11,6 +11,7 @@ from xlstm_kernels import MLSTMState, delta_hybrid_step, fresh_state, hybrid_ste
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.exact import KeptKeys, SparseSlots
+from xlstm_hybrid.joint import absorb
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
@@ -54,6 +55,7 @@ class HybridCacheLayer(StateLayer):
     sparse, scores: `SparseSlots` and [B, G, S + W], what the tokens in the slots are worth, of a layer with `capacity`; or None.
     kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
 
+    read_keys: the features of keys (`JointMixer.read_keys`) of a layer whose state is of the tokens that have left the window; or None.
     A recurrent state is not invertible. With `record_past` the layer keeps a copy of itself from before the last `depth` tokens and the
     inputs of the calls since; taking tokens back repeats the calls that stay. What whole calls leave behind is bitwise what they left the
     first time; a call that is cut gives what the shorter call gives, to rounding. Memory: the layer once more, and `depth` tokens' inputs.
@@ -70,7 +72,7 @@ class HybridCacheLayer(StateLayer):
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
-        self.kept, self.capacity, self.scores, self.sparse = kept, capacity, None, None
+        self.kept, self.capacity, self.scores, self.sparse, self.read_keys = kept, capacity, None, None, None
 
     @property
     def remembers(self):
@@ -122,7 +124,7 @@ class HybridCacheLayer(StateLayer):
 
     def take_over(self, other):
         """Become what `other` is, its tensors included; the record stays."""
-        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device", "scores", "sparse"):
+        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device", "scores", "sparse", "read_keys"):
             setattr(self, name, getattr(other, name, None))
 
     def rollback(self, tokens, keep_record=True):
@@ -265,6 +267,8 @@ class HybridCacheLayer(StateLayer):
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
+        if self.read_keys is not None:
+            absorb(self, key_states, value_states, tokens.index.masked_fill(~inside, -1), count, restarted)
         if self.capacity:
             S, ring = self.num_sink_tokens, self.slot_index.masked_fill(restarted, -1)
             old = self.keys[:, :, S:], self.values[:, :, S:], self.scores[..., S:], ring[:, None, S:]
@@ -358,13 +362,12 @@ def adopt_cache(cache, config):
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model, or with other `mixer_branches`; or the model works without one.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
     """
-    if config.mixer_combine == "joint":
-        raise CacheError("mixer_combine='joint' has no cache: tokens would move from the window into the state; pass use_cache=False")
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
-    moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong
+    # Layers without fixed addresses: the masks beside a static one would be wrong
+    moving = any(config.kept_groups or ()) or config.sparse_memory > 0 or config.mixer_combine == "joint"
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
         if kind == "hybrid_sliding" and config.mixer_branches == "memory":

@@ -228,7 +228,7 @@ def costs(stage):
     text = (f"{where}, {escaped(config.get('dtype', NONE))}; times are {escaped(config.get('clock', NONE))}; {config.get('checks_passed', 0)} checks "
             "passed before anything was measured. Gain: how much less, or faster, than the teacher; above 1 the student is ahead.")  # fmt: skip
     shown = [
-        [what, row["tokens"], row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
+        [what, number(row["tokens"]), row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
                                               for side, scale in (("teacher", factor), ("student", factor), ("gain", 1)))]
         for what, key, factor in COSTS for row in rows
     ]  # fmt: skip

@@ -148,7 +148,11 @@ class HybridAttention(nn.Module):
         if self.config.sparse_memory:
             return self.mix_sparse(inputs, query, key, value, tokens, cache)
         if self.config.mixer_combine == "joint":
-            h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
+            h, _, weights = self.mlstm(*inputs, self.scaling, cache)
+            if cache is not None:
+                cache.read_keys = lambda key: self.mlstm.read_keys(key)  # a copy of the cache must not copy the module
+                cache.record((), self.config.mlstm_chunk_size)
+                cache.update(key, value, tokens)
             return self.mlstm.normed(h).to(value.dtype), weights
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
