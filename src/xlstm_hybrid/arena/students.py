@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
-from xlstm_hybrid.allocation import keep_groups
+from xlstm_hybrid.allocation import keep, keep_groups, rank_groups
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
@@ -32,7 +32,16 @@ CONFIGS = {"align": AlignmentConfig, "distill": SparseKDConfig, "on_policy": OnP
 FACTS = "arena.json"  # in a student's directory: what its training cost and what it logged
 OURS = {"bf16": False, "disable_tqdm": True, "logging_steps": 25}  # an arm may say otherwise
 HELD_OUT_ROWS = 8  # on which an alignment is measured
-SEEDS = {"align": 1, "distill": 2, "on_policy": 3, "delta": 2, "held out": 8, "test": 9}  # rows of stages and tests come from seeds of their own
+SEEDS = {
+    "align": 1,
+    "distill": 2,
+    "on_policy": 3,
+    "delta": 2,
+    "held out": 8,
+    "ranking": 7,
+    "test": 9,
+}  # rows of stages and tests come from seeds of their own
+RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass", "completions/mean_length")
 
 
@@ -180,7 +189,21 @@ class Road:
         make = convert if self.arm.kind == "hybrid" else convert_distil
         seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
         make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | seeded)
+        if self.arm.keep:
+            make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | self.chosen_groups(load(made)))
         return load(made)
+
+    def chosen_groups(self, student):
+        """Options of `convert` that keep the groups which a ranking on rows of their own puts first, or last."""
+        by, count = self.arm.keep["by"], self.arm.keep["groups"]
+        test = data.tests("multikey", RANKING["length"], RANKING["rows"], seed_of(self.seed, "ranking"))
+        answers = torch.zeros_like(test["input_ids"], dtype=torch.bool).scatter(1, test["answer_at"] + 1, True)
+        with self.timed("ranking", 0):
+            found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
+        order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
+        keep(student.config, order[-count:] if by == "worst" else order[:count])
+        self.facts["figures"]["ranking"] = {**found, "kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        return {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
 
     def save(self, model, folder, stage, parent):
         with staged(folder, overwrite=True) as made:
