@@ -228,6 +228,23 @@ def test_results_of_another_checkpoint_are_refused(results, tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+def test_costs_and_long_context_are_those_that_stages_recorded(tmp_path):
+    far = {"task": "needle_4k", "tokens": 4096, "documents": 40, "coverage": 0.126, "excess": -0.025, "teacher_recall": 1.0, "student_recall": 0.104,
+           "teacher_cache_bytes": 8_000_000, "student_cache_bytes": 250_000}  # fmt: skip
+    cost = {"tokens": 4096, "batch": 2, "teacher_cache_bytes": 16_000_000, "student_cache_bytes": 500_000, "gain_cache_bytes": 32.0,
+            "teacher_tokens_per_second": 10.0, "student_tokens_per_second": 25.0, "gain_tokens_per_second": 2.4,
+            "teacher_first_token_s": 0.5, "student_first_token_s": None, "gain_first_token_s": None}  # fmt: skip
+    config = {"cpu": "a processor", "clock": "CPU seconds", "dtype": "float32", "checks_passed": 21}
+    stages = {"convert": CONVERT, "evaluate": {"figures": EVALUATE["figures"] | {"long_context": [far]}},
+              "efficiency": {"config": config, "figures": {"rows": [cost]}}}  # fmt: skip
+    sections = card(record(tmp_path, stages))[1]
+    assert "| needle_4k | 4,096 | 40 | 100.0 % | 10.4 % | 12.6 % | -0.025 | 8 | 0.25 |" in sections["Figures"]
+    costs = sections["Cost beside the teacher"]
+    assert "| cache, MB | 4,096 | 2 | 16 | 0.5 | 32 |" in costs and "| decoding, tokens/s | 4,096 | 2 | 10 | 25 | 2.4 |" in costs
+    assert "| first token, ms | 4,096 | 2 | 500 | – | – |" in costs and "a processor, float32; times are CPU seconds; 21 checks passed" in costs
+    assert "rows" not in sections["How it was made"] and "Cost beside the teacher" not in card(record(tmp_path / "without"))[1]
+
+
 def test_an_evaluation_of_perplexities_alone_has_a_card_too(tmp_path):
     stages = {"convert": CONVERT, "evaluate": {"figures": {"perplexity": {"math": 2.5}}}}
     results = {"students": {"student": {"exact_match": {}, "perplexity": {"math": 2.5}}}}

@@ -13,7 +13,9 @@ from tiny_teachers import teacher
 from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency, efficiency_report
+from xlstm_hybrid.artifacts import add_provenance, read_provenance
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.card import write_card
 from xlstm_hybrid.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.pipeline import costs
@@ -279,8 +281,9 @@ def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
 def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     """The one test whose memory is measured in processes of its own."""
     pytest.importorskip("matplotlib")
+    add_provenance(saved / "small", "convert")
     arguments = ["efficiency", str(saved / "big"), str(saved / "small"), "--out", str(tmp_path / "out"), "--lengths", "40", "--batches", "2"]
-    run = CliRunner().invoke(cli.app, [*arguments, "--rounds", "2", "--steps", "2", "--device", "cpu", "--shapes", "none"])
+    run = CliRunner().invoke(cli.app, [*arguments, "--rounds", "2", "--steps", "2", "--device", "cpu", "--shapes", "none", "--record"])
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "out/efficiency.json").read_text())
     pair = found["pairs"][0]
@@ -296,6 +299,10 @@ def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     assert "small beside big" in report and "| 40 | 2 |" in report and str(saved) not in report
     assert (tmp_path / "out/efficiency.png").read_bytes().startswith(b"\x89PNG")
     assert "Decoding, tokens per second" in run.output
+    stage = read_provenance(saved / "small")[-1]
+    assert stage["stage"] == "efficiency" and stage["config"]["checks_passed"] == len(pair["checks"]) and stage["config"]["teacher"] == "big"
+    assert stage["figures"]["rows"][0]["student_tokens_per_second"] == row["decode"]["student"]["tokens_per_second"]
+    assert "| cache, MB | 40 | 2 |" in write_card(saved / "small").read_text()
 
 
 @pytest.mark.parametrize("cache", efficiency.CACHES)

@@ -1,6 +1,7 @@
 """What leaves the machine is on the list, tells nothing of it, and is what the manifest says; a dry run opens no connection."""
 
 import json
+import re
 import socket
 import struct
 import sys
@@ -146,6 +147,15 @@ def test_a_header_that_is_too_long_is_not_read(folder):
     assert "a header of 1099511627776 bytes" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    "name, least, text", [("tensors", 1, "tensors, expected at most 1"), ("config", 8, "config.json: .* bytes, expected at most 8")]
+)
+def test_headers_and_configurations_beyond_their_caps_do_not_leave(folder, monkeypatch, name, least, text):
+    inspect_folder(folder, REPO)
+    monkeypatch.setitem(xlstm_hybrid.push.CAPS, name, least)
+    assert re.search(text, refused(folder))
+
+
 def test_names_of_this_machine_and_user_do_not_leave(folder, monkeypatch):
     monkeypatch.setattr(xlstm_hybrid.push, "own_names", lambda: ["lovelace"])
     (folder / "LICENSE").write_text("made on lovelace.")
@@ -230,12 +240,23 @@ def test_a_file_that_changes_after_the_check_is_not_uploaded(folder, monkeypatch
 
 def shorter(entries):
     entries[0].size -= 1
-    return entries[:-1]
+    return entries
 
 
-def test_what_arrives_damaged_is_named(folder):
-    with pytest.raises(ShareError, match="someone/a-student at c0ffee: .*missing.* arrived damaged; push again"):
-        push(folder, REPO, api=Hub(shorter))
+def another(entries):
+    next(e for e in entries if e.path.endswith(".safetensors")).lfs.sha256 = "0" * 64
+    return entries
+
+
+def missing(entries):
+    return entries[1:]
+
+
+@pytest.mark.parametrize("damage, found", [(missing, "(missing, expected "), (shorter, " bytes, expected "), (another, "safetensors")])
+def test_what_arrives_damaged_is_named(folder, damage, found):
+    with pytest.raises(ShareError, match="someone/a-student at c0ffee: [^,]*, expected [0-9]+. arrived damaged; push again") as raised:
+        push(folder, REPO, api=Hub(damage))
+    assert found in str(raised.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_named_error_without_the_token(folder):

@@ -165,6 +165,10 @@ def summary(stages):
         facts.append("layers: " + ", ".join(f"{count} {escaped(kind)}" for kind, count in Counter(config["layer_types"]).items()))
     if config.get("sliding_window"):
         facts.append(f"a window of {config['sliding_window']} tokens and {config.get('num_sink_tokens', 0)} sink tokens in its hybrid layers")
+    if isinstance(config.get("kept_groups"), list):
+        facts.append(f"{sum(len(mine) for mine in config['kept_groups'] if isinstance(mine, list))} key/value groups of them keep full attention")
+    if config.get("sparse_memory"):
+        facts.append(f"an exact memory of {config['sparse_memory']} tokens per key/value group")
     return "A causal language model of the xLSTM hybrid architecture" + (": " + "; ".join(facts) if facts else "") + "."
 
 
@@ -228,7 +232,7 @@ def costs(stage):
     text = (f"{where}, {escaped(config.get('dtype', NONE))}; times are {escaped(config.get('clock', NONE))}; {config.get('checks_passed', 0)} checks "
             "passed before anything was measured. Gain: how much less, or faster, than the teacher; above 1 the student is ahead.")  # fmt: skip
     shown = [
-        [what, row["tokens"], row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
+        [what, number(row["tokens"]), row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
                                               for side, scale in (("teacher", factor), ("student", factor), ("gain", 1)))]
         for what, key, factor in COSTS for row in rows
     ]  # fmt: skip
