@@ -67,8 +67,11 @@ def minute(tmp_path_factory):
         ({"arms": {"teacher": {}}}, "not 'teacher'"),
         ({"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}}, "3 steps are not 2 equal parts"),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
-        ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "a hybrid student has no such stage"),
+        ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not walk"),
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
+        ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
+        ({"arms": {"a": {"restore": ["mlp"]}}}, r"restore=\['mlp'\]"),
+        ({"arms": {"a": {"expert_stages": ["on_policy"]}}}, "expected experts as well"),
         ({"seeds": [-1]}, "-1 is no number"),
         ({"evaluate": {"lengths": [64]}}, "exactly the keys"),
         ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "x", "measures": ["short"], "source": "s"}]}, "no arm or row 'x'"),
@@ -84,11 +87,15 @@ def test_a_file_that_says_something_else_is_refused_by_name(tmp_path, changes, s
 def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
     """Stage by stage the same rows: what an arm costs more is another arm's start, or a stage of its own."""
     arena = arms.load_arena()
-    usual = arena.tokens(arena.arms["hybrid"])
-    assert usual == (80 + 240) * 16 * 256
+    usual, more = arena.tokens(arena.arms["hybrid"]), arena.tokens(arena.arms["on-policy"])
+    steps = {
+        stage: getattr(arena, stage)["max_steps"] * getattr(arena, stage)["per_device_train_batch_size"]
+        for stage in ("align", "distill", "on_policy")
+    }
+    assert (usual, more) == ((steps["align"] + steps["distill"]) * arena.data["length"], steps["on_policy"] * arena.data["length"])
     others = {name: arena.tokens(arm) for name, arm in arena.arms.items() if arena.tokens(arm) != usual}
-    untrained, extended = {"window-untrained", "sparse-free", "kept-free"}, {"on-policy", "on-policy-jsd", "off-policy"}
-    assert others == dict.fromkeys(untrained, 0) | dict.fromkeys(extended, 60 * 16 * 256)
+    untrained, extended = {"window-untrained", "sparse-free", "kept-free", "qk-restore"}, {"on-policy", "on-policy-jsd", "off-policy"}
+    assert others == dict.fromkeys(untrained, 0) | dict.fromkeys(extended, more) | {"experts-on-policy": usual + more}
     assert 12 <= sum(arm.tier == 1 for arm in arena.arms.values()) <= 16 and list(arena.arms)[0] == "hybrid"
 
 
@@ -123,6 +130,7 @@ ROADS = {
     "experts": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}}},
     "rollouts": {"start": "hybrid", "stages": ["on_policy"]},
     "lora": {"lora": {"targets": "projections", "r": 2}, "stages": ["distill"]},
+    "restored": {"start": "lora", "stages": [], "restore": ["q_proj", "k_proj"]},
 }
 
 
@@ -140,7 +148,7 @@ def result_of(out, arm, seed=0):
 def test_a_failure_is_written_down_and_the_others_go_on(ran):
     _, out, states = ran
     assert {arm for arm, state in states.items() if state == runner.FAILED} == {"broken", "after-broken"}
-    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 8
+    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 9
     assert "layer_types" in result_of(out, "broken")["error"] and "ConfigError" in result_of(out, "broken")["error"]
     assert "starts from llama/broken/0, which is failed" in result_of(out, "after-broken")["error"]
 
@@ -172,6 +180,15 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
     assert not torch.equal(kept["x"][name], kept["y"][name])
     torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
     torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])  # a run can be had again
+
+
+def test_restored_modules_are_the_teachers_again_and_the_others_what_training_left(ran, minute):
+    _, out, _ = ran
+    trained, restored = (load(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
+    teacher = load(minute / "teacher").state_dict()
+    same = {name for name, x in teacher.items() if torch.equal(x, restored[name]) and not torch.equal(x, trained[name])}
+    assert same == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
+    assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
 
 
 def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):

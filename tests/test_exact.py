@@ -31,7 +31,6 @@ STACKS = {
     "kept": KEPT,
     "kept without positions": KEPT | {"kept_positions": "log", "kept_log_base": 3, "qk_norm": "head"},
     "kept beside the teacher's layers": MIXED,
-    "sparse": {"sparse_memory": 3},
     "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
     "sparse beside a delta rule": {"sparse_memory": 4, "memory_cell": "delta", "mixer_norm": True},
     "kept beside a wider linear memory before RoPE": KEPT | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
@@ -78,13 +77,15 @@ def test_training_in_one_call_has_the_gradients_of_eager_attention_with_and_with
             model.zero_grad()
             logits = model(ids, use_cache=False).logits
             cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     finally:
         model.set_attn_implementation("sdpa")
         model.gradient_checkpointing_disable()
         model.zero_grad()
         model.eval()
-    assert all(g.abs().max() > 0 for g in gradients[0].values())  # no parameter is left out: DDP would wait for it
+    one_branch = model.config.mixer_branches != "both"  # leaves its parameters out
+    assert all(g.abs().max() > 0 or one_branch for g in gradients[0].values())
+    assert one_branch or len(gradients[0]) == len(list(model.parameters()))  # DDP would wait for one that is missing
     torch.testing.assert_close(gradients[0], gradients[1], **TOLERANCE)
     for name, g in gradients[2].items():  # eager attention rounds its softmax to float32
         torch.testing.assert_close(g, gradients[0][name], atol=2e-4 * float(g.abs().max()), rtol=0)
@@ -192,6 +193,15 @@ def test_generation_with_beams_drafts_and_a_static_cache_gives_what_no_cache_giv
     logits, cache = in_pieces(any_student, ids, [5, 1, 3], StaticCache(config=any_student.config, max_cache_len=20))
     torch.testing.assert_close(logits, any_student(ids, use_cache=False).logits, **TOLERANCE)
     assert not cache.is_compileable  # generate then does not compile: what grows has no fixed address
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_a_fresh_one(any_student):
+    ids = token_ids(2, 24)
+    cache = prefill(any_student, token_ids(2, 31, seed=5))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(in_pieces(any_student, ids, [20, 1, 3], cache)[0], in_pieces(any_student, ids, [20, 1, 3])[0])
 
 
 @torch.no_grad()
@@ -349,7 +359,7 @@ BAD = {
     "sparse_memory=-1": {"sparse_memory": -1},
     "sparse_memory_score='best'": {"sparse_memory_score": "best"},
     "sparse_memory=2 with mixer_branches='window'": {"sparse_memory": 2, "mixer_branches": "window"},
-    "mixer_combine='joint' with an exact memory": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
+    "mixer_combine='joint' with sparse_memory=2: expected 0": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
 }
 
 
@@ -363,7 +373,7 @@ def test_memories_that_contradict_themselves_are_refused(message):
 def test_a_cache_with_other_memories_is_refused():
     plain, kept = tiny_student(), tiny_student(kept_groups=[[0]] * 3)
     for reader, writer in ((plain, kept), (kept, plain)):
-        with pytest.raises(CacheError, match="layer 0 keeps"):
+        with pytest.raises(CacheError, match="kept groups and sparse memory"):
             reader(token_ids(1, 4), past_key_values=prefill(writer, token_ids(1, 9)))
-    with pytest.raises(CacheError, match="layer 0 has a sparse memory of 2 tokens, expected 0"):
+    with pytest.raises(CacheError, match=r"False, 2\), expected .*False, 0\)"):
         plain(token_ids(1, 4), past_key_values=prefill(tiny_student(sparse_memory=2), token_ids(1, 9)))

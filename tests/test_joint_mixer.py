@@ -1,11 +1,10 @@
-"""One softmax over window and linear features: the baseline among the mixers that has no gate and no cache."""
+"""One softmax over window and linear features: the baseline among the mixers that has no gate."""
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
 
-from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.evaluation import continuations
+from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.mixers import JointMixer
 from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.state import prefill
@@ -26,13 +25,13 @@ def test_a_joint_softmax_has_one_normaliser_over_the_window_and_the_features_of_
     mixer = JointMixer(config, 0).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
-    q, k, v, wq, wk = (torch.randn(2, 4, T, 16, dtype=torch.float64) for _ in range(5))
-    h, share, _ = mixer(torch.zeros(2, T, 48), None, q, k, v, Tokens.locate((2, T), "cpu"), wq, wk, 0.25)
+    q, k, v = (torch.randn(2, 4, T, 16, dtype=torch.float64) for _ in range(3))
+    h, share, _ = mixer(torch.zeros(2, T, 48), None, q, k, v, Tokens.locate((2, T), "cpu"), 0.25)
     for b, head, t in ((0, 0, 0), (0, 1, 6), (1, 2, 9), (1, 3, 13)):
         phi_q, phi_k = torch.softmax(q[b, head, t] @ mixer.q_map[head], -1), torch.softmax(k[b, head] @ mixer.k_map[head], -1)
         near = [t - s < 7 or s < 3 for s in range(t + 1)]
         far = mixer.joint_scale[head].exp() * (phi_k[: t + 1] @ phi_q)
-        weight = torch.where(torch.tensor(near), (0.25 * wk[b, head, : t + 1] @ wq[b, head, t]).exp(), far)
+        weight = torch.where(torch.tensor(near), (0.25 * k[b, head, : t + 1] @ q[b, head, t]).exp(), far)
         torch.testing.assert_close(h[b, t, head], (weight / weight.sum()) @ v[b, head, : t + 1], **TOLERANCE)
         torch.testing.assert_close(share[b, t, head], weight[~torch.tensor(near)].sum() / weight.sum(), **TOLERANCE)
     assert not share[:, :7].any() and bool((share[:, 10:] > 0).all())
@@ -62,15 +61,42 @@ def test_a_joint_softmax_without_a_rest_is_the_window_and_learns_its_maps_and_fa
     assert len(mixers) == 3 * 3 and all(bool(p.grad.flatten(1).any(1).all() if p.ndim > 1 else p.grad.all()) for p in mixers)
 
 
-def test_a_joint_softmax_works_without_a_cache_and_says_so():
-    model, ids, options = tiny_student(**JOINT), token_ids(2, 9), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    assert model(ids).past_key_values is None
-    for refused in (lambda: model.generate(ids, use_cache=True, **options), lambda: model(ids, use_cache=True), lambda: prefill(model, ids)):
-        with pytest.raises(CacheError, match="pass use_cache=False"):
-            refused()
-    want = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, use_cache=False, **options), want)
-    assert continuations(model, ids.tolist(), [], 3) == want[:, 9:].tolist()  # evaluation knows
+@pytest.mark.parametrize("changes", [{}, {"num_sink_tokens": 0, "memory_feature_map": "softmax_signed", "qk_norm": "head"}], ids=["plain", "signed"])
+def test_every_check_holds_for_a_joint_softmax(changes):
+    results = verify(tiny_student(num_hidden_layers=2, **JOINT, **changes), length=29)
+    assert not [(r.name, r.difference, r.note) for r in results if not r.passed] and len(results) > 16
+
+
+@pytest.mark.parametrize("T", [1, 6, 7, 10, 11, 40])
+@torch.no_grad()
+def test_the_state_is_the_sum_over_the_tokens_that_have_left_the_window(T):
+    """And over no sink: 3 sinks, a window of 7. Pieces of any size leave the same."""
+    model, ids = tiny_student(num_hidden_layers=1, **JOINT), token_ids(2, T)
+    mixer, seen = model.model.layers[0].self_attn.mlstm, []
+    read = mixer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(ids, use_cache=False)
+    read.remove()
+    k, v = mixer.read(seen[0][3], mixer.k_map)[:, 3 : max(T - 7, 3)], seen[0][4][:, :, 3 : max(T - 7, 3)]
+    for piece in (1, 4, 13, T):
+        layer = prefill(model, ids, piece=piece).layers[0]
+        torch.testing.assert_close(layer.state.C, k.transpose(1, 2).transpose(-1, -2) @ v, **TOLERANCE)
+        torch.testing.assert_close(layer.state.n, k.sum(1), **TOLERANCE)
+        assert not layer.state.m.any()
+
+
+def test_a_joint_softmax_generates_with_and_without_a_cache_what_evaluation_reads():
+    model, ids, options = tiny_student(**JOINT), token_ids(2, 9), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    want = model.generate(ids, use_cache=False, **options)
+    for more in ({}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3, "num_beams": 1}):
+        rows = ids[:1] if "prompt_lookup_num_tokens" in more else ids
+        assert torch.equal(model.generate(rows, **options, **more), want[: len(rows)]), more
     assert [gate.shape for gate in model(ids, output_gates=True)["gates"]] == 3 * [(2, 9, 4)]
-    with pytest.raises(ConfigError, match="nothing to verify"):
-        verify(model)
+
+
+def test_a_joint_softmax_stands_beside_kept_groups_and_not_beside_a_sparse_memory():
+    model, ids = tiny_student(kept_groups=[[1], [], [0]], **JOINT), token_ids(2, 25)
+    want, cache = logits_of(model, ids), prefill(model, ids[:, :11])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, 11:], past_key_values=cache, use_cache=True).logits, want[:, 11:], **TOLERANCE)
+    with pytest.raises(ConfigError, match="sparse_memory=4: expected 0"):
+        tiny_config(sparse_memory=4, **JOINT)

@@ -11,11 +11,12 @@ from tiny_teachers import teacher, teacher_config
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
+from xlstm_hybrid.configuration import MIXER
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.mixers import MLSTMMixer
 from xlstm_hybrid.plan import shape_of
-from xlstm_hybrid.state import prefill
+from xlstm_hybrid.state import behaviour, prefill
 from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
 from xlstm_hybrid.verify import MEMORY, verify
 
@@ -338,6 +339,14 @@ def test_an_attribute_that_is_no_choice_is_refused_by_the_next_call(student):
         model(token_ids(1, 3))
 
 
+def test_a_config_without_choices_is_what_it_was_before_there_were_any():
+    """States, merges and runs from before know none of these fields."""
+    config = tiny_config()
+    assert {name: getattr(config, name) for name in MIXER} == MIXER and not behaviour(config).keys() & MIXER.keys()
+    assert {"memory_cell", "sparse_memory"} <= behaviour(tiny_config(memory_cell="delta", sparse_memory=3)).keys()
+    assert "window_dropout" not in behaviour(tiny_config(window_dropout=0.5))  # of the training alone
+
+
 # --- norm and gate input -------------------------------------------------------------------------------------------
 
 
@@ -359,5 +368,5 @@ def test_a_gate_of_the_input_is_a_linear_layer_with_a_sigmoid():
     x, qkv = torch.randn(2, 3, 48), torch.randn(2, 3, 4, 48)
     o = mixer.gates(x, qkv)[2]
     want = 1 / (1 + math.exp(-(x[1, 2] @ mixer.ogate_weight[3] + mixer.ogate_bias[3]).item()))
-    assert float(o[1, 2, 3]) == pytest.approx(want, rel=1e-5)
+    assert o[1, 2, 3].item() == pytest.approx(want, rel=1e-5)
     assert torch.equal(mixer.gates(x, qkv + 1)[2], o)

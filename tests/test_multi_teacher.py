@@ -118,13 +118,13 @@ def test_a_teacher_answers_the_prompts_of_its_domain_that_the_student_does_not(b
 
 def test_a_replayed_completion_keeps_its_teacher(build):
     trainer = build(replay_size=16, replay_share=0.7, max_steps=5, per_device_train_batch_size=4)
-    seen, complete = [], trainer.complete
-    trainer.complete = lambda rows: seen.append(complete(rows)) or seen[-1]
+    sources, batches, complete, generate = [], [], trainer.complete, trainer._generate_and_score_completions
+    trainer.complete = lambda rows: [sources.extend(found[2]) or found for found in [complete(rows)]][0]
+    trainer._generate_and_score_completions = lambda rows: batches.append(generate(rows)) or batches[-1]
     trainer.train()
-    ids = {tuple(trainer.processing_class(prompt)["input_ids"]): trainer.names.index(name) for prompt, name in OWNER.items()}
-    assert any("replay" in sources for _, _, sources, _ in seen)
-    for prompts_, _, _, judges in seen:
-        assert [ids[tuple(prompt)] for prompt in prompts_] == judges
+    assert len(batches) == 5 and sources.count("replay") >= 3
+    for batch in batches:
+        assert [trainer.names[number] for number in batch["judge"].tolist()] == named(trainer, batch)
 
 
 # --- training --------------------------------------------------------------------------------------------------

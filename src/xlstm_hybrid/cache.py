@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from xlstm_kernels import MLSTMState, delta_hybrid_step, fresh_state, hybrid_step, window_step
 
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.exact import KeptKeys, SparseSlots, choose
+from xlstm_hybrid.exact import KeptKeys, SparseSlots
+from xlstm_hybrid.joint import absorb
 from xlstm_hybrid.record import Piece, Step
 
 ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
@@ -54,6 +55,7 @@ class HybridCacheLayer(StateLayer):
     sparse, scores: `SparseSlots` and [B, G, S + W], what the tokens in the slots are worth, of a layer with `capacity`; or None.
     kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
 
+    read_keys: the features of keys (`JointMixer.read_keys`) of a layer whose state is of the tokens that have left the window; or None.
     A recurrent state is not invertible. With `record_past` the layer keeps a copy of itself from before the last `depth` tokens and the
     inputs of the calls since; taking tokens back repeats the calls that stay. What whole calls leave behind is bitwise what they left the
     first time; a call that is cut gives what the shorter call gives, to rounding. Memory: the layer once more, and `depth` tokens' inputs.
@@ -70,7 +72,12 @@ class HybridCacheLayer(StateLayer):
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.state, self.room, self.count, self.seen_tokens = None, None, None, 0
         self.depth, self.base, self.calls, self.pending = 0, None, [], None
-        self.kept, self.capacity, self.scores, self.sparse = kept, capacity, None, None
+        self.kept, self.capacity, self.scores, self.sparse, self.read_keys = kept, capacity, None, None, None
+
+    @property
+    def remembers(self):
+        """What kind of layer it is: window, sinks, cell, whether it keeps groups, capacity of the sparse memory."""
+        return self.sliding_window, self.num_sink_tokens, self.cell, self.kept is not None, self.capacity
 
     @property
     def record_past(self):
@@ -117,7 +124,7 @@ class HybridCacheLayer(StateLayer):
 
     def take_over(self, other):
         """Become what `other` is, its tensors included; the record stays."""
-        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device", "scores", "sparse"):
+        for name in ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device", "scores", "sparse", "read_keys"):
             setattr(self, name, getattr(other, name, None))
 
     def rollback(self, tokens, keep_record=True):
@@ -260,26 +267,16 @@ class HybridCacheLayer(StateLayer):
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - kept + skipped + 1).clamp_min(1)).clamp_max(T - 1)
+        if self.read_keys is not None:
+            absorb(self, key_states, value_states, tokens.index.masked_fill(~inside, -1), count, restarted)
         if self.capacity:
-            self.compete(key_states, value_states, tokens.index.masked_fill(~inside, -1), scores, count, restarted)
+            S, ring = self.num_sink_tokens, self.slot_index.masked_fill(restarted, -1)
+            old = self.keys[:, :, S:], self.values[:, :, S:], self.scores[..., S:], ring[:, None, S:]
+            come = key_states, value_states, scores, tokens.index.masked_fill(~inside, -1)[:, None]
+            self.sparse = self.sparse.forget(restarted).compete(old, come, S, count - self.sliding_window)
             self.scores = _pick(scores[..., None], source, new, self.scores[..., None])[..., 0]
         self.put(keys=_pick(key_states, source, new, self.keys), values=_pick(value_states, source, new, self.values), count=count[:, 0].clone())
         return self.keys, self.values
-
-    def compete(self, key, value, index, scores, count, restarted):
-        """Choose among the tokens that have left the window by the time that the row holds `count` [B, 1] tokens.
-
-        Args:
-            index: [B, T] of the new tokens, -1 for those of earlier documents; scores: [B, G, T]; restarted: [B, 1] bool, see `update`.
-        """
-        S, W, G = self.num_sink_tokens, self.sliding_window, key.shape[1]
-        old = torch.cat([self.sparse.index, self.slot_index[:, None, S:].expand(-1, G, -1)], -1)
-        old = old.masked_fill(restarted[..., None], -1)
-        index = torch.cat([old, index[:, None].expand(-1, G, -1)], -1)
-        index = torch.where((index >= S) & (index < (count - W)[..., None]), index, -1)
-        score = torch.cat([self.sparse.score, self.scores[..., S:], scores], -1).masked_fill(index < 0, float("-inf"))
-        keys, values = (torch.cat(x, 2) for x in ((self.sparse.keys, self.keys[:, :, S:], key), (self.sparse.values, self.values[:, :, S:], value)))
-        self.sparse = choose(keys, values, score, index, self.capacity)
 
     def skip(self, tokens):
         """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
@@ -359,36 +356,18 @@ def _pick(new, source, chosen, old):
     return torch.where(chosen[:, None, :, None], new.gather(2, at), old)
 
 
-def check_memories(layer, j, config):
-    """Raise CacheError where a hybrid layer of a cache remembers other things exactly than layer j of the model does."""
-    if not isinstance(layer, HybridCacheLayer):
-        return
-    found, expected = layer.kept is not None, bool(config.kept_of(j))
-    if found != expected:
-        raise CacheError(
-            f"past_key_values: layer {j} keeps {'some' if found else 'no'} groups' keys, expected {config.kept_of(j) or 'none'}; another model made "
-            "it: start from DynamicCache(config=model.config)"
-        )
-    if layer.capacity != config.sparse_memory:
-        raise CacheError(
-            f"past_key_values: layer {j} has a sparse memory of {layer.capacity} tokens, expected {config.sparse_memory}; another model made it: "
-            "start from DynamicCache(config=model.config)"
-        )
-
-
 def adopt_cache(cache, config):
     """Make a fresh stock cache ours: its `hybrid_sliding` layers become `HybridCacheLayer`, its sliding layers get their own window.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` know one window per model; ours is per layer. A cache in use is checked.
 
     Raises:
-        CacheError: the cache has been filled by another model, or with other `mixer_branches`; or the model works without one.
+        CacheError: the cache has been filled by another model, or with other `mixer_branches`.
     """
-    if config.mixer_combine == "joint":
-        raise CacheError("mixer_combine='joint' has no cache: tokens would move from the window into the state; pass use_cache=False")
     if not isinstance(cache, Cache):
         raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
-    moving = any(config.kept_groups or ()) or config.sparse_memory > 0  # no fixed addresses: masks beside a static layer would be wrong
+    # Layers without fixed addresses: the masks beside a static one would be wrong
+    moving = any(config.kept_groups or ()) or config.sparse_memory > 0 or config.mixer_combine == "joint"
     for j, kind in enumerate(config.layer_types):
         window, sinks = config.window_of(j), config.sinks_of(j)
         if kind == "hybrid_sliding" and config.mixer_branches == "memory":
@@ -396,11 +375,12 @@ def adopt_cache(cache, config):
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
-        wanted = window, sinks, config.memory_cell
-        if isinstance(layer, HybridCacheLayer) and (held := (layer.sliding_window, layer.num_sink_tokens, layer.cell)) != wanted:
+        kept = bool(config.kept_of(j))
+        wanted = window, sinks, config.memory_cell, kept, config.sparse_memory
+        if isinstance(layer, HybridCacheLayer) and (held := layer.remembers) != wanted:
             raise CacheError(
-                f"past_key_values: layer {j} has window, sinks and memory {held}, expected {wanted}: another model made it, or mixer_branches has "
-                "changed since; start from DynamicCache(config=model.config)"
+                f"past_key_values: layer {j} has window, sinks, memory, kept groups and sparse memory {held}, expected {wanted}: another model made "
+                "it, or mixer_branches or the like have changed since; start from DynamicCache(config=model.config)"
             )
         if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
             layer = cache.layers[j] = DynamicLayer()
@@ -410,10 +390,8 @@ def adopt_cache(cache, config):
                     f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
-            kept = KeptKeys(config.kept_window_of(j)) if config.kept_of(j) else None
-            more = {"cell": config.memory_cell, "kept": kept, "capacity": config.sparse_memory}
+            more = {"cell": config.memory_cell, "kept": KeptKeys(config.kept_window_of(j)) if kept else None, "capacity": config.sparse_memory}
             cache.layers[j] = HybridCacheLayer(window, sinks, static=layer.is_compileable and not moving, **more)
-        check_memories(cache.layers[j], j, config)
         if kind == "sliding_attention" and layer.get_seq_length() == 0 and not isinstance(layer, SlidingLayer):
             static = isinstance(layer, StaticSlidingWindowLayer) and not moving
             cache.layers[j] = StaticSlidingWindowLayer(max_cache_len=window, sliding_window=window) if static else SlidingLayer(window)

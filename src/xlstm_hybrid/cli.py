@@ -48,24 +48,28 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the teacher's by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    options: Annotated[
+        Path | None, typer.Option(exists=True, help="YAML or JSON with fields of the student's config, as plan-layers writes it; they win.")
+    ] = None,
     overwrite: Overwrite = False,
 ):
     """Make a student of a teacher: weights copied, new parameters initialised, every tensor accounted for."""
     from xlstm_hybrid.conversion import convert
 
     types = layer_types.split(",") if layer_types and layer_types != "teacher" else layer_types
-    print(
-        convert(
-            teacher,
-            out,
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            layer_types=types,
-            dtype=dtype,
-            revision=revision,
-            overwrite=overwrite,
-        )
-    )
+    fields = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": types, "dtype": dtype}
+    print(convert(teacher, out, **(fields | read_student(options)), revision=revision, overwrite=overwrite))
+
+
+def read_student(path):
+    """Arguments of `convert` in a file, {} without one: a mapping of YAML or JSON; in a recipe it is the section `student`."""
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.recipe import read_yaml
+
+    content = {} if path is None else read_yaml(path)
+    if not isinstance(content, dict) or {"revision", "overwrite", "teacher", "out"} & set(content):
+        raise ConfigError(f"{path.name}: expected fields of the student's config, such as sliding_window; teacher, out and revision are arguments")
+    return content
 
 
 @app.command()

@@ -9,9 +9,10 @@ LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS, FEATURE_MAPS = ("both", "memory", "window"), ("mlstm", "linear", "delta"), ("softmax", "softmax_signed", "silu")
-MIXER = {  # fields of the mixer, and what they were before there was a choice
+MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both", "window_dropout": 0.0, "memory_cell": "mlstm", "memory_rope": True, "memory_feature_map": "softmax",
     "memory_feature_dim": None, "mixer_norm": False, "mixer_combine": "gate", "mixer_gate_input": "qkv",
+    "kept_groups": None, "kept_positions": "rope", "kept_log_base": 500, "sparse_memory": 0, "sparse_memory_score": "residual",
 }  # fmt: skip
 SCORES = ("residual", "weighted", "recency", "random")
 
@@ -55,8 +56,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
         memory_feature_dim: columns of each head's P_h; None: head_dim. The state grows with the features.
         mixer_norm: an RMS norm of each head's mix before W_o, with a learned weight (Beck et al. 2024). Hauzenberger et al. 2026 leave it out.
         mixer_combine: "gate" (Hauzenberger et al. 2026); "joint": one normaliser over the window's exponentials and the features of the tokens that
-            the window does not see, with a learned factor per head (LoLCATs, Zhang et al. 2024, arXiv 2410.10254). A baseline: quadratic, without
-            a cache (use_cache is False), and for memory_cell="linear" alone.
+            the window does not see, with a learned factor per head (LoLCATs, Zhang et al. 2024, arXiv 2410.10254). A baseline: quadratic in
+            the tokens of a call, and for memory_cell="linear" alone; in the cache the state is of the tokens that have left the window.
         mixer_gate_input: what the output gate reads, "qkv" (Hauzenberger et al. 2026) or "x", the layer's input.
 
     Raises:
@@ -130,7 +131,6 @@ class XLSTMHybridConfig(PreTrainedConfig):
         self.teacher_layer_types = ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
         self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
         self.memory_feature_map = self.memory_feature_map or ("silu" if self.memory_cell == "delta" else "softmax")
-        self.use_cache = self.use_cache and self.mixer_combine != "joint"
         self.check()
         if type(self).__module__ == "xlstm_hybrid.configuration":
             kwargs.pop("auto_map", None)  # names code beside an exported checkpoint: not used here, and not written again without it
@@ -207,7 +207,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
             wrong.append(f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim")
         if self.mixer_combine == "joint":  # there is no gate to clamp, and features stand alone as in linear attention
-            for name, needed in (("memory_cell", "linear"), ("mixer_branches", "both"), ("window_dropout", 0)):
+            needs = {"memory_cell": "linear", "memory_rope": True, "mixer_branches": "both", "window_dropout": 0, "sparse_memory": 0}
+            for name, needed in needs.items():
                 if getattr(self, name) != needed:
                     wrong.append(f"mixer_combine='joint' with {name}={getattr(self, name)!r}: expected {needed!r}")
         if not 0 <= self.window_dropout < 1:
@@ -236,8 +237,6 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"sparse_memory_score={self.sparse_memory_score!r}: expected one of {list(SCORES)}")
         if self.sparse_memory and self.mixer_branches != "both":
             wrong.append(f"sparse_memory={self.sparse_memory} with mixer_branches={self.mixer_branches!r}: expected 'both', it scores the tokens")
-        if self.mixer_combine == "joint" and (self.sparse_memory or any(self.kept_groups or ())):
-            wrong.append("mixer_combine='joint' with an exact memory: expected sparse_memory=0 and no kept_groups, it is a baseline without a cache")
         return wrong
 
     def tensor_parallel_plan(self):

@@ -22,6 +22,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.footprint import tensors_in
 
 CACHES = ("dynamic", "static")
 SIDES = ("teacher", "student")
@@ -218,9 +219,7 @@ def storages(tensors):
 
 def cache_bytes(cache):
     """Bytes of the memory that a cache keeps alive; memory that two tensors share counts once."""
-    values = [value for layer in cache.layers for value in vars(layer).values()]
-    values = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-    return storages(x for x in values if isinstance(x, torch.Tensor))
+    return storages(tensors_in(cache.layers))
 
 
 def about(model):

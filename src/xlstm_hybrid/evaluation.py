@@ -174,7 +174,7 @@ def continuations(model, prompts, ends, max_new_tokens):
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        use_cache=getattr(model.config, "mixer_combine", "gate") == "gate",  # the joint softmax, a baseline, has no cache
+        use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=pad,
     )

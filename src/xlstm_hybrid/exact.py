@@ -153,6 +153,23 @@ class SparseSlots(NamedTuple):
         index = torch.full((B, G, capacity), -1, device=key.device)
         return cls(key.new_zeros(B, G, capacity, key.shape[-1]), value.new_zeros(B, G, capacity, value.shape[-1]), score, index)
 
+    def forget(self, rows):
+        """The same without the tokens of `rows` [B, 1] bool, whose document is over."""
+        return self._replace(index=self.index.masked_fill(rows[..., None], -1))
+
+    def compete(self, old, new, sinks, gone):
+        """The slots once more tokens have left the window: the best of those held, of `old` and of `new`.
+
+        Args:
+            old, new: (keys, values [B, G, n, K | V], score [B, G, n], index [B, 1, n], -1 for nothing).
+            sinks: S, tokens that never compete.  gone: [B, 1], those below this index have left.
+        """
+        index = torch.cat([self.index, *(x[3].expand(-1, self.index.shape[1], -1) for x in (old, new))], -1)
+        index = torch.where((index >= sinks) & (index < gone[..., None]), index, -1)
+        keys, values = (torch.cat(x, 2) for x in zip(self[:2], old[:2], new[:2], strict=True))
+        score = torch.cat([self.score, old[2], new[2]], -1).masked_fill(index < 0, float("-inf"))
+        return choose(keys, values, score, index, self.index.shape[-1])
+
 
 def choose(keys, values, score, index, capacity):
     """`SparseSlots` of the best of N tokens: highest score, of equal ones the earlier.

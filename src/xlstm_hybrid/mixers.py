@@ -7,9 +7,11 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 import torch
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.models.llama.modeling_llama import repeat_kv
 from xlstm_kernels import delta, mlstm
 
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.joint import left
 
 
 class HeadsParallel(TensorParallelLayer):
@@ -194,26 +196,46 @@ class MLSTMMixer(nn.Module):
 
 class JointMixer(MLSTMMixer):
     """One softmax over both branches (LoLCATs, Zhang et al. 2024): tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the
-    document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h) per head. Every pair of tokens is calculated: a baseline for short rows.
+    document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h) per head. Every pair of tokens of a call is calculated: a baseline.
     """
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.joint_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.joint_scale = nn.Parameter(torch.empty(len(config.mixed_heads(layer_idx))))
 
-    def forward(self, hidden_states, qkv, query, key, value, tokens, window_q, window_k, scale):
-        """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, T])`; arguments as in `MLSTMMixer.forward`.
+    def read_keys(self, key):
+        """Features [B, n, H, F] of the keys [B, G, n, K] of a cache."""
+        return self.read(repeat_kv(key, len(self.k_map) // key.shape[1]), self.k_map)
+
+    def forward(self, hidden_states, qkv, query, key, value, tokens, scale, layer=None):
+        """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, columns])`; arguments as in `MLSTMMixer.forward`.
 
         Args:
-            window_q, window_k: after QK-norm and RoPE, heads repeated, [B, H, T, K]; scale: of their products.
+            scale: of the products of queries and keys, which are those of the window, too.
+            layer: `HybridCacheLayer` of the tokens before, whose state is of those that have left its ring; it is left as it is.
         """
         window, sinks, T = self.config.window_of(self.layer_idx), self.config.sinks_of(self.layer_idx), query.shape[2]
-        near, past = (tokens.visible(*seen)[:, None] for seen in ((window, sinks), (T, 0)))  # [B, 1, T, T]
+        near = tokens.visible(window, sinks)
+        far, state = tokens.visible(T, 0) & ~near, None
+        if layer is not None and layer.is_initialized:
+            repeats, state = len(self.k_map) // layer.keys.shape[1], layer.state
+            key, value = (torch.cat([repeat_kv(old, repeats), x], 2) for old, x in ((layer.keys, key), (layer.values, value)))
+            near, far = torch.cat([layer.visible(tokens), near], -1), torch.cat([left(layer, tokens), far], -1)
+        near, far = near[:, None], far[:, None]  # [B, 1, T, columns]
         q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
         dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, value, least, factor = q.to(dtype), k.to(dtype), value.to(dtype), torch.finfo(dtype).tiny, self.joint_scale.to(dtype)[:, None, None]
         with torch.autocast(query.device.type, enabled=False):
-            close = window_q.to(dtype) @ window_k.to(dtype).transpose(-1, -2) * scale
-            far = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)).clamp_min(torch.finfo(dtype).tiny).log() + self.joint_scale.to(dtype)[:, None, None]
-            weights = torch.softmax(torch.where(near, close, far).masked_fill(~past, float("-inf")), -1)
-            h = weights @ value.to(dtype)
-        return h.transpose(1, 2), weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2), weights
+            close = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
+            rest = (q @ k.transpose(-1, -2)).clamp_min(least).log() + factor
+            exponents = torch.where(near, close, rest).masked_fill(~(near | far), float("-inf"))
+            if state is None:
+                weights = torch.softmax(exponents, -1)
+                return (weights @ value).transpose(1, 2), weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2), weights
+            den = q @ state.n[..., None].to(dtype)  # [B, H, T, 1]; the state is one more column, of all that it has read
+            empty = (den < least) | (tokens.document > 0)[:, None, :, None]
+            log_den = (den.clamp_min(least).log() + factor).masked_fill(empty, float("-inf"))
+            old, weights = torch.softmax(torch.cat([log_den, exponents], -1), -1).split([1, exponents.shape[-1]], -1)
+            h = weights @ value + old * (q @ state.C.to(dtype)) / den.clamp_min(least)
+            share = old[..., 0] + weights.masked_fill(near, 0.0).sum(-1)
+        return h.transpose(1, 2), share.transpose(1, 2), weights

@@ -148,7 +148,11 @@ class HybridAttention(nn.Module):
         if self.config.sparse_memory:
             return self.mix_sparse(inputs, query, key, value, tokens, cache)
         if self.config.mixer_combine == "joint":
-            h, _, weights = self.mlstm(*inputs, query, repeat_kv(key, n), self.scaling)
+            h, _, weights = self.mlstm(*inputs, self.scaling, cache)
+            if cache is not None:
+                cache.read_keys = lambda key: self.mlstm.read_keys(key)  # a copy of the cache must not copy the module
+                cache.record((), self.config.mlstm_chunk_size)
+                cache.update(key, value, tokens)
             return self.mlstm.normed(h).to(value.dtype), weights
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
@@ -399,7 +403,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if wrong := self.config.wrong_mixer():  # its fields may be changed between two calls
+        if wrong := self.config.wrong_mixer() or self.config.wrong_memories():  # its fields may be changed between two calls
             raise ConfigError("; ".join(wrong))
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(

@@ -16,6 +16,7 @@ from xlstm_kernels.head_loss import WORKSPACE
 from xlstm_hybrid.conversion import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.families import family_of, student_config
+from xlstm_hybrid.footprint import cache_bytes
 from xlstm_hybrid.modeling import MLSTMMixer
 from xlstm_hybrid.store import store_bytes
 
@@ -157,13 +158,20 @@ def read_config(teacher, revision=None):
     return config
 
 
+def config_of(teacher_config, student):
+    """The student's config from the arguments of `convert`."""
+    return student_config(teacher_config, **{k: v for k, v in student.items() if k not in ("dtype", "shard_bytes")})
+
+
 def shape_of(teacher_config, name="teacher", **student):
     """`Shape` of a teacher's student; arguments of `student_config`.
 
     Raises:
         ConfigError: a mixer whose memory the model of this module was not fitted to. Choices that only need less are planned as the default.
     """
-    config = student_config(teacher_config, **{k: v for k, v in student.items() if k not in ("dtype", "shard_bytes")})
+    config = config_of(teacher_config, student)
+    if config.sparse_memory:
+        raise ConfigError(f"sparse_memory={config.sparse_memory}: bytes of training were measured without one; plan with 0, and measure one step")
     if config.memory_features != config.head_dim or config.memory_cell == "delta":
         raise ConfigError(f"memory_cell={config.memory_cell!r}, {config.memory_features} features for a head_dim of {config.head_dim}: bytes were "
                           "measured for the mLSTM with as many features; plan without these choices, and measure one step of the run")  # fmt: skip
@@ -305,7 +313,7 @@ def jobs_of(recipe=None):
 @dataclass
 class Plan:
     """What `plan` found: a shape, a machine, an `Estimate` and its `Job` per stage, and bytes on disk; `STORE` is stage II as it would be with
-    the teacher's targets from a store."""
+    the teacher's targets from a store. cache: {"length", "student", "teacher"}, parts of one sequence's cache in bfloat16, see `cache_bytes`."""
 
     shape: Shape
     machine: Machine
@@ -313,6 +321,7 @@ class Plan:
     stages: dict
     disk: dict
     store: dict
+    cache: dict
     assumptions: list = field(default_factory=list)
 
     @property
@@ -335,7 +344,10 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
     if not jobs["distill"].stored:
         jobs[STORE] = replace(jobs["distill"], stored=True)
     stages = {kind: choose(shape, job, machine) for kind, job in jobs.items()}
-    return Plan(shape, machine, jobs, stages, disk_of(shape, jobs["distill"]), store_costs(shape, jobs["distill"], machine), assumptions(machine))
+    config, length = config_of(teacher_config, recipe.student if recipe else {}), jobs["distill"].length
+    cache = {"length": length, "student": cache_bytes(config, length), "teacher": cache_bytes(config, length, teacher=True)}
+    store = store_costs(shape, jobs["distill"], machine)
+    return Plan(shape, machine, jobs, stages, disk_of(shape, jobs["distill"]), store, cache, assumptions(machine))
 
 
 def disk_of(shape, job):

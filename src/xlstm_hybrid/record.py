@@ -133,6 +133,9 @@ class Piece:
         return self.key.shape[2]
 
     def repeat(self, layer):
+        if layer.read_keys is not None:  # its tokens go into the state when they leave the window
+            layer.update(self.key, self.value, self.tokens)
+            return
         state = None
         if self.memory:
             run = delta if layer.cell == "delta" else mlstm

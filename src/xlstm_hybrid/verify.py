@@ -142,10 +142,8 @@ def verify(model, *, length=None, dtype=None, seed=0, only=None, report: Callabl
         only: names of the checks to run; None runs all.
         report: called with each result as it comes.
     Raises:
-        ConfigError: a length or dtype that cannot be used, or a mixer without a cache, which is what most checks are about.
+        ConfigError: a length or dtype that cannot be used.
     """
-    if model.config.mixer_combine == "joint":
-        raise ConfigError("mixer_combine='joint' has no cache: nothing to verify beyond one forward")
     length = default_length(model.config) if length is None else length
     if length < 24:
         raise ConfigError(f"length={length}: expected at least 24 tokens, which the checks cut into documents and pieces")

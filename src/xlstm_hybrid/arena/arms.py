@@ -14,12 +14,15 @@ from xlstm_hybrid.distil import DistilXLSTMConfig
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe import NAME, SHIPPED, is_number, read_yaml
 
-STAGES = {"hybrid": ("align", "distill", "on_policy"), "distil": ("delta",)}  # of each kind of student, in their order
+STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}  # of each kind of student, in their order
 DEFAULT_STAGES = {"hybrid": ("align", "distill"), "distil": ("delta",)}
 TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers' settings
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
 EVALUATE = {"lengths": list, "rows": int, "tokens": int, "batch_tokens": int, "short_rows": int, "text_rows": int}
+KEPT_BY = ("ablate", "add", "greedy", "worst")
+EXTRAS = ("keep", "lora", "experts", "expert_stages", "merge", "restore")  # of an arm, where it has them
 TEACHER = "teacher"  # stands among the arms in results: the teacher itself
+RESTORED = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MEASURES = ("short", "perplexity")  # of an ordering, besides KIND@LENGTH such as multikey@512
 
 
@@ -32,12 +35,16 @@ class Arm:
     kind: "hybrid" (`conversion.convert`) or "distil" (`distil.convert`, a recurrent student).
     start: another arm, whose student this one begins with instead of a conversion; `student` then changes fields of its config, and its weights stay.
     student: options of `convert`.
+    keep: {"groups": k, "by": a key of KEPT_BY}: the student keeps k KV groups, chosen by a measurement on recall rows (`allocation.rank_groups` of
+        the teacher's windowed student): the best by that method, or as a control the "worst" of an ablation.
     data: {"length", "recall_share"} of the rows of every stage.
     stages: those that are walked, in order; none: the student is judged as it was made. With `start` they have to be named.
     align, distill, on_policy, delta: fields of the trainers' configs, and `length`, `recall_share` where a stage has its own.
     lora: options of `adapters.lora_config` (targets, r, ...) for stage II.
     experts: {name: {"recall_share": ...}}: each is distilled with its data from the same start, for an equal part of the steps; then they are merged.
+    expert_stages: what each expert walks before merging, "distill" or "distill" and "on_policy".
     merge: arguments of `merging.merge` (method, weights as {expert: share}).
+    restore: names of modules, such as q_proj, whose weights become the teacher's again after the last stage (QK-Restore, arXiv 2606.11052).
     evaluate: {row: fields of the config that are changed for it}: more rows of results of the same weights, such as a branch that is switched off.
     """
 
@@ -47,6 +54,7 @@ class Arm:
     kind: str = "hybrid"
     start: str | None = None
     student: dict = field(default_factory=dict)
+    keep: dict | None = None
     data: dict = field(default_factory=dict)
     stages: list | None = None
     align: dict = field(default_factory=dict)
@@ -55,7 +63,9 @@ class Arm:
     delta: dict = field(default_factory=dict)
     lora: dict | None = None
     experts: dict | None = None
+    expert_stages: list | None = None
     merge: dict | None = None
+    restore: list | None = None
     evaluate: dict = field(default_factory=dict)
 
     @property
@@ -115,16 +125,17 @@ class Arena:
         """Everything that the arm's training depends on, as JSON has it."""
         if arm.name == TEACHER:
             return {}
-        settings = {stage: dict(zip(("fields", "rows"), self.settings(arm, stage), strict=True)) for stage in arm.road}
+        walked = (*arm.road, *(arm.expert_stages or ())[1:])
+        settings = {stage: dict(zip(("fields", "rows"), self.settings(arm, stage), strict=True)) for stage in walked}
         started = {} if arm.start is None else {"start": self.resolved(self.arms[arm.start])}
         changes = arm.student if arm.start else self.student_options(arm)
-        more = {name: getattr(arm, name) for name in ("lora", "experts", "merge") if getattr(arm, name)}
+        more = {name: getattr(arm, name) for name in EXTRAS if getattr(arm, name)}
         return {"kind": arm.kind, "student": changes, "stages": list(arm.road), **settings, **more, **started}
 
     def tokens(self, arm):
         """Tokens that the arm's training reads, without those of the arm that it starts from."""
         total = 0
-        for stage in arm.road:
+        for stage in (*arm.road, *(arm.expert_stages or ())[1:]):
             given, rows = self.settings(arm, stage)
             total += given["max_steps"] * given.get("per_device_train_batch_size", 8) * given.get("gradient_accumulation_steps", 1) * rows["length"]
         return total
@@ -217,7 +228,8 @@ def arm_faults(name, entry, arms):
     order = STAGES[arm.kind]
     if list(arm.road) != [s for s in order if s in arm.road]:
         wrong.append(f"stages={arm.stages}: expected some of {list(order)}, in this order")
-    wrong += [f"{s}: a {arm.kind} student has no such stage" for s in TRAINED if getattr(arm, s) and s not in order]
+    walked = {*arm.road, *(arm.expert_stages or ())}
+    wrong += [f"{s}: settings of a stage that it does not walk" for s in TRAINED if getattr(arm, s) and s not in walked]
     if arm.start is not None and (arm.start not in arms or arm.stages is None):
         wrong.append(f"start={arm.start!r}: expected another arm, and the stages that follow")
     wrong += option_faults("student", arm.student, arm.kind) + data_faults("data", arm.data)
@@ -230,16 +242,26 @@ def arm_faults(name, entry, arms):
         wrong = wrong or [f for n, e in arm.experts.items() for f in data_faults(f"experts.{n}", e)]
         if len(arm.experts) < 2 or "distill" not in arm.road or arm.lora:
             wrong.append("experts: expected at least two, the stage distill, and no lora")
-    if arm.merge is not None and arm.experts is None:
-        wrong.append("merge: expected experts as well")
+        if arm.expert_stages not in (None, ["distill"], ["distill", "on_policy"]) or "on_policy" in arm.road and arm.expert_stages:
+            wrong.append(f"expert_stages={arm.expert_stages}: expected [distill], or [distill, on_policy] and no on_policy in stages")
+    if (arm.merge or arm.expert_stages) is not None and arm.experts is None:
+        wrong.append("merge, expert_stages: expected experts as well")
+    if arm.keep is not None and (set(arm.keep) != {"groups", "by"} or arm.keep["by"] not in KEPT_BY or not is_count(arm.keep["groups"]) or arm.start):
+        wrong.append(f"keep={arm.keep}: expected groups (at least 1) and by, one of {list(KEPT_BY)}, and no start")
+    if arm.restore is not None and (arm.kind != "hybrid" or not arm.restore or not set(arm.restore) <= RESTORED):
+        wrong.append(f"restore={arm.restore}: expected some of {sorted(RESTORED)} of a hybrid student")
     return wrong
+
+
+def is_count(x):
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
 
 def evaluate_faults(evaluate):
     wrong = [f"evaluate: expected exactly the keys {sorted(EVALUATE)}, got {sorted(map(str, evaluate))}"] if set(evaluate) != set(EVALUATE) else []
     for name, value in evaluate.items():
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values) or not values:
+        if not all(map(is_count, values)) or not values:
             wrong.append(f"evaluate.{name}={value!r}: expected numbers of at least 1")
     return wrong
 
@@ -254,13 +276,13 @@ def road_faults(arena):
             if at.name in seen:
                 return [f"arms.{arm.name}: start goes round in a circle"]
             seen.add(at.name)
-        for stage in arm.road:
+        for stage in (*arm.road, *(arm.expert_stages or ())[1:]):
             given, rows = arena.settings(arm, stage)
             wrong += data_faults(f"arms.{arm.name}.{stage}", rows)
             steps = given.get("max_steps")
             if not isinstance(steps, int) or steps < 1:
                 wrong.append(f"arms.{arm.name}.{stage}.max_steps={steps!r}: expected a number of steps, here or in the setting")
-            elif stage == "distill" and arm.experts and steps % len(arm.experts):
+            elif stage in ("distill", *(arm.expert_stages or ())) and arm.experts and steps % len(arm.experts):
                 wrong.append(f"arms.{arm.name}: {steps} steps are not {len(arm.experts)} equal parts, one for each expert")
     return wrong
 

@@ -1,12 +1,13 @@
 """The arena's report: `arena.md`, pictures and `results.json`, all from one summary; words are in `report_template.md`."""
 
+import json
 import math
 from pathlib import Path
 from string import Template
 
 from xlstm_hybrid.arena.arms import TEACHER
-from xlstm_hybrid.arena.summary import MAIN, accuracy, pareto
-from xlstm_hybrid.artifacts import markdown_table, write_file, write_json
+from xlstm_hybrid.arena.summary import MAIN, accuracy, pareto, rounded
+from xlstm_hybrid.artifacts import markdown_table, write_file
 from xlstm_hybrid.report import as_png, figure
 
 FOLDER, PAGE, NUMBERS = "arena", "arena.md", "results.json"
@@ -139,6 +140,9 @@ def show_goals(summary, teacher):
             more = [share(g["multikey"])] if goal == "growing" else []
             table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
+        one = summary["teachers"][teacher]["group_share"]
+        if goal == "growing" and one > 0.05:
+            outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
         parts.append(f"{text} **{outcome}**" + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""))
     return "\n\n".join(parts)
 
@@ -202,8 +206,8 @@ def palette(count):
 
 
 def draw_curves(summary, teacher, kind):
-    """Accuracy against length, one line per arm, the coverage under them."""
-    W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN]
+    """Accuracy against length, one line per arm of the first tier, the coverage under them."""
+    W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1]
     made, (axes,) = figure(width=8.6, height=4.4)
     x = [n / W for n in lengths]
     axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#dddddd", label="coverage c", zorder=0)
@@ -238,14 +242,34 @@ def draw_front(summary, teacher, length):
         front = pareto(points)
         line = sorted(((b, a) for name, b, a in points if name in front))
         axes.plot([b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color="#0072B2", zorder=1)
-        for name, b, a in points:
-            axes.scatter(b, a, s=34, facecolor="#0072B2" if name in front else "white", edgecolor="#0072B2", zorder=2)
-            axes.annotate(name, (b, a), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
         c = min(1, (summary["window"] + summary["sinks"]) / length)
+        for name, b, a in points:
+            axes.scatter(b, a, s=30, facecolor="#0072B2" if name in front else "white", edgecolor="#0072B2", zorder=2)
+            if name in front or a > c + 0.1:  # what lies on the floor is in the tables
+                axes.annotate(name, (b, a), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
         axes.axhline(c, color="#999999", linewidth=1, linestyle=":")
         axes.set_xscale("log")
         axes.set(xlabel="bytes of one sequence's cache", ylabel="accuracy", ylim=(-0.03, 1.06))
         axes.set_title(f"{kind} at {in_windows(length, summary['window'])} (filled: on the front; dotted: c)")
+    return made
+
+
+def draw_cost(summary, teacher):
+    """The second view: what training cost against what came of it, short tasks and multikey at 16 W side by side."""
+    length, made = 16 * summary["window"], None
+    rows = [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None]
+    if length in summary["lengths"] and rows:
+        made, panels = figure(2, width=10.5, height=4.2)
+        marks = {
+            "short": lambda r: r["short"]["mean"],
+            f"multikey at {in_windows(length, summary['window'])}": lambda r: accuracy(r, "multikey", str(length)),
+        }
+        for axes, (title, value) in zip(panels, marks.items(), strict=True):
+            for row in rows:
+                point = (row["cpu_seconds"]["mean"] / 60, value(row))
+                axes.scatter(*point, s=30, color="#0072B2")
+                axes.annotate(row["name"], point, xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+            axes.set(xlabel="CPU minutes of training", title=title)
     return made
 
 
@@ -261,6 +285,7 @@ def draw_distances(summary, teacher):
             axes.plot([math.sqrt(max(p["from"], 8) * p["to"]) for p in parts], [p["accuracy"] for p in parts], "o-", label=row["name"], color=colour)
         axes.axvline(summary["window"], color="#999999", linewidth=1)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="distance, tokens", ylim=(-0.03, 1.04), title=kind)
     panels[0].legend(fontsize=8)
     return made
@@ -273,6 +298,7 @@ def pictures(summary, teacher):
         f"{kind}.png": (lambda s, kind=kind: draw_curves(s, teacher, kind), f"Recall against length, {kind}; grey: the coverage.") for kind in KINDS
     }
     found["branches.png"] = (lambda s: draw_distances(s, teacher), "Accuracy by distance with one branch at a time; the line is the window.")
+    found["cost.png"] = (lambda s: draw_cost(s, teacher), "Short tasks and multikey against CPU minutes of training.")
     for n in (16, 32, 64):
         if n * W in lengths:
             found[f"front_{n}w.png"] = (lambda s, n=n: draw_front(s, teacher, n * W), f"Recall against bytes at {n} W, and the Pareto front.")
@@ -296,7 +322,8 @@ def markdown(summary, drawn):
         return f"# The arena\n\n{again}\n\nNo results yet.\n\n{show_missing(summary)}\n"
     fronts = [name for name in drawn if name.startswith("front_")]
     parts = {"generated": again, "setting": show_setting(summary, teacher), "window": summary["window"], "main_table": show_main(summary, teacher),
-             "cached": show_cached(summary, teacher), "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
+             "cached": show_cached(summary, teacher), "cost": shown(["cost.png"]),
+             "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
              "branches": "\n\n".join(p for p in (shown(["branches.png"]), show_branches(summary, teacher)) if p), "front": shown(fronts),
              "levers": show_levers(summary, teacher), "goals": show_goals(summary, teacher), "orderings": show_orderings(summary),
              "others": show_others(summary, teacher), "missing": show_missing(summary)}  # fmt: skip
@@ -319,6 +346,6 @@ def write_report(summary, folder):
         else:
             write_file(folder / FOLDER / name, image)
             drawn[name] = caption
-    write_json(folder / FOLDER / NUMBERS, summary)
+    write_file(folder / FOLDER / NUMBERS, (json.dumps(rounded(summary), ensure_ascii=False) + "\n").encode())
     write_file(folder / PAGE, markdown(summary, drawn).encode())
     return [PAGE, f"{FOLDER}/{NUMBERS}", *(f"{FOLDER}/{name}" for name in drawn)]

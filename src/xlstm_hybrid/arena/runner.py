@@ -147,7 +147,7 @@ def check_settings(arena, arms):
     wrong, seen = [], set()
     for name in arms:
         road = Road(arena, arm_of(arena, name), next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
-        for stage in road.arm.road:
+        for stage in (*road.arm.road, *(road.arm.expert_stages or ())[1:]):
             mark = hashed([stage, arena.settings(road.arm, stage)[0]])
             try:
                 if mark not in seen:
@@ -312,7 +312,7 @@ class Crew:
             self.todo.remove(job)
             if before is None or self.states.get(before) == DONE or status_of(self.arena, before)[0] == DONE:
                 return job
-            self.fail(job, f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}")
+            self.fail(job, f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}: mend that one first")
         return None
 
     def start(self, job):

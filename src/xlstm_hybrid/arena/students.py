@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
-from xlstm_hybrid.allocation import keep_groups
+from xlstm_hybrid.allocation import keep, keep_groups, rank_groups
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
@@ -32,7 +32,16 @@ CONFIGS = {"align": AlignmentConfig, "distill": SparseKDConfig, "on_policy": OnP
 FACTS = "arena.json"  # in a student's directory: what its training cost and what it logged
 OURS = {"bf16": False, "disable_tqdm": True, "logging_steps": 25}  # an arm may say otherwise
 HELD_OUT_ROWS = 8  # on which an alignment is measured
-SEEDS = {"align": 1, "distill": 2, "on_policy": 3, "delta": 2, "held out": 8, "test": 9}  # rows of stages and tests come from seeds of their own
+SEEDS = {
+    "align": 1,
+    "distill": 2,
+    "on_policy": 3,
+    "delta": 2,
+    "held out": 8,
+    "ranking": 7,
+    "test": 9,
+}  # rows of stages and tests come from seeds of their own
+RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass", "completions/mean_length")
 
 
@@ -139,12 +148,13 @@ class Road:
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
-    def on_policy(self, model):
-        args, rows = self.args_of("on_policy"), self.rows_of("on_policy")
+    def on_policy(self, model, name="on_policy", changes=None, share=None):
+        """Distillation on the student's answers to the last question of a row; arguments as of `distill`."""
+        args, rows = self.args_of("on_policy", changes), self.rows_of("on_policy", changes, share)
         rows = [question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
         shared = {k: v for k, v in self.shared(rows).items() if k != "data_collator"}
-        with self.timed("on_policy", sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
-            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), "on_policy")
+        with self.timed(name, sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
+            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), name)
 
     def delta(self, model):
         args, rows = self.args_of("delta"), self.rows_of("delta")
@@ -154,12 +164,15 @@ class Road:
     def experts(self, model):
         """One student per expert from the same start, each with its part of the steps, merged."""
         start, names = self.save(model, self.work / "start", "start", self.teacher_dir), list(self.arm.experts)
-        steps = self.arena.settings(self.arm, "distill")[0]["max_steps"] // len(names)
         made = []
         for number, name in enumerate(names):
             self.seed, seed = self.seed + 1000 * number, self.seed  # experts read rows of their own
             try:
-                expert = self.distill(load(start), f"distill {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share"))
+                expert = load(start)
+                for stage in self.arm.expert_stages or ("distill",):
+                    steps = self.arena.settings(self.arm, stage)[0]["max_steps"] // len(names)
+                    expert = getattr(self, stage)(expert, f"{stage} {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share"))
+                    expert = reloaded(expert)
             finally:
                 self.seed = seed
             made.append(self.save(expert, self.work / name, f"distill:{name}", start))
@@ -176,7 +189,21 @@ class Road:
         make = convert if self.arm.kind == "hybrid" else convert_distil
         seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
         make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | seeded)
+        if self.arm.keep:
+            make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | self.chosen_groups(load(made)))
         return load(made)
+
+    def chosen_groups(self, student):
+        """Options of `convert` that keep the groups which a ranking on rows of their own puts first, or last."""
+        by, count = self.arm.keep["by"], self.arm.keep["groups"]
+        test = data.tests("multikey", RANKING["length"], RANKING["rows"], seed_of(self.seed, "ranking"))
+        answers = torch.zeros_like(test["input_ids"], dtype=torch.bool).scatter(1, test["answer_at"] + 1, True)
+        with self.timed("ranking", 0):
+            found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
+        order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
+        keep(student.config, order[-count:] if by == "worst" else order[:count])
+        self.facts["figures"]["ranking"] = {**found, "kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        return {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
 
     def save(self, model, folder, stage, parent):
         with staged(folder, overwrite=True) as made:
@@ -196,6 +223,8 @@ class Road:
             for stage in self.arm.road:
                 model = self.experts(model) if stage == "distill" and self.arm.experts else getattr(self, stage)(model)
                 model = reloaded(model)
+            if self.arm.restore:
+                restore(model, load(self.teacher_dir), self.arm.restore)
             self.facts["parameters"] = sum(p.numel() for p in model.parameters())
             with staged(out, overwrite=True) as folder:
                 model.save_pretrained(folder)
@@ -212,6 +241,15 @@ def reloaded(model):
     made = type(model)(model.config).to(torch.float32)
     made.load_state_dict(model.state_dict())
     return made.eval()
+
+
+@torch.no_grad()
+def restore(student, teacher, names):
+    """Give modules of these names, in every layer that has them, the teacher's weights."""
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        if name.split(".")[-2] in names and name in theirs:
+            parameter.copy_(theirs[name])
 
 
 def question(ids, labels, longest):

@@ -6,6 +6,7 @@ Dims: s seeds, n rows of a test, L tokens, W window.
 import math
 
 import numpy as np
+from transformers import AutoConfig
 
 from xlstm_hybrid.arena.arms import TEACHER
 from xlstm_hybrid.arena.runner import DONE, FAILED, MISSING, STALE, arm_of, choose_jobs, line_of, status_of
@@ -93,7 +94,7 @@ def row_of(name, arm, row, results, teachers, facts):
     each, first = list(judged.values()), next(iter(results.values()))
     short = {task: stat([j["short"][task] for j in each], each[0]["short_rows"][task] if len(each) == 1 else None) for task in each[0]["short"]}
     found = {"arm": name, "row": row, "name": name if row == MAIN else f"{name}/{row}", "about": arm.about, "tier": arm.tier, "seeds": list(judged),
-             "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each]),
+             "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None),
              "perplexity": stat([j["perplexity"] for j in each]), "recall": recall_stats(each), "by_distance": distance_stats(each),
              "cache_bytes": each[0]["cache_bytes"], "cached": [j["cached"] for j in each]}  # fmt: skip
     for key in ("tokens", "cpu_seconds", "seconds"):
@@ -102,6 +103,11 @@ def row_of(name, arm, row, results, teachers, facts):
     if name != TEACHER and (both := [seed for seed in judged if seed in teachers]):
         found |= against_teacher([judged[s]["short"] for s in both], [teachers[s]["rows"][MAIN]["short"] for s in both])
     return found
+
+
+def together(judged):
+    """Mean over the short tasks of the first, the second, ... row of each: rows whose mean is that of the tasks."""
+    return [sum(hits) / len(hits) for hits in zip(*judged["short_rows"].values(), strict=True)]
 
 
 def against_teacher(student, teacher):
@@ -136,7 +142,8 @@ def summarise(arena, out):
             rows += [row_of(name, arm, row, results, done.get(TEACHER, {}), facts) for row in (MAIN, *arm.evaluate)]
         gone = {name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done}) for name in (STALE, MISSING)}
         failed = {str(job): result["error"] for job, (state, result) in states.items() if state == FAILED}
-        teachers[teacher] = {"rows": rows, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
+        share = group_share(arena, teacher) if rows else None
+        teachers[teacher] = {"rows": rows, "group_share": share, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
     setting = {name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")}
     found = {"format_version": FORMAT_VERSION, "name": arena.name, "setting": setting, "window": arena.window, "sinks": arena.sinks,
              "lengths": arena.evaluate["lengths"], "seeds": arena.seeds, "reference": next(iter(arena.arms)),
@@ -149,6 +156,12 @@ def summarise(arena, out):
             found["goals"] += goals(arena, teacher, content["rows"])
     found["teachers"] = teachers
     return found
+
+
+def group_share(arena, teacher):
+    """One key/value group of one layer as a share of the teacher's cache."""
+    config = AutoConfig.from_pretrained(arena.teacher_dir(teacher))
+    return 1 / (config.num_hidden_layers * config.num_key_value_heads)
 
 
 def measured(judged, measure):
@@ -238,6 +251,15 @@ def goals(arena, teacher, rows):
 
 def accuracy(row, kind, length):
     return row["recall"][kind][length]["accuracy"]["mean"]
+
+
+def rounded(value, places=6):
+    """The same JSON value with shorter numbers."""
+    if isinstance(value, dict):
+        return {key: rounded(v, places) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v, places) for v in value]
+    return round(value, places) if isinstance(value, float) and abs(value) > 10**-places else value
 
 
 def pareto(points):

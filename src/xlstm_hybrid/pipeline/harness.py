@@ -16,6 +16,7 @@ import torch
 from xlstm_hybrid.artifacts import clean_abandoned, read_json, staged, write_json
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation import judged, last_part
+from xlstm_hybrid.footprint import tensors_in
 from xlstm_hybrid.longcontext import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.pipeline import stages
 from xlstm_hybrid.store import weights_hash
@@ -320,18 +321,7 @@ def cache_bytes(model, ids):
     """Bytes of the cache after a prompt [1, L], measured."""
     with torch.inference_mode():
         cache = model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
-    seen = {}
-
-    def visit(value):
-        if isinstance(value, torch.Tensor):
-            seen[id(value)] = value
-        elif isinstance(value, list | tuple | dict):
-            for part in value.values() if isinstance(value, dict) else value:
-                visit(part)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(x.numel() * x.element_size() for x in seen.values())
+    return sum(x.numel() * x.element_size() for x in tensors_in(cache.layers))
 
 
 # --- files and lines ----------------------------------------------------------------------------------------------

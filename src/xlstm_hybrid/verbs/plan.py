@@ -65,6 +65,8 @@ def shown(found):
     yield stages
     yield parts
     yield "disk: " + ", ".join(f"{name} {human(size)}" for name, size in found.disk.items())
+    ours, theirs = (sum(found.cache[side].values()) for side in ("student", "teacher"))
+    yield f"cache of one sequence of {found.cache['length']:,} tokens, bfloat16: {human(ours)}; the teacher's {human(theirs)}"
     yield f"teacher online: {hours(found.store['online_seconds'])} of the time of stage II, no disk; a store of its targets, filled once:"
     for k, size in found.store["stores"].items():
         yield f"  top_k {k:>4}: {human(size)}, {hours(found.store['fill_seconds'])} to fill, read in every run in the place of the teacher"
