@@ -71,6 +71,8 @@ def minute(tmp_path_factory):
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
         ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
         ({"arms": {"a": {"restore": ["mlp"]}}}, r"restore=\['mlp'\]"),
+        ({"arms": {"a": {"freeze": ["q_proj"], "stages": []}}}, "freeze with the stage distill"),
+        ({"arms": {"a": {"distill": {"max_steps": 4}, "experts": {"x": {}, "y": {}}, "merge": {"method": "mean"}}}}, "merge.method='mean'"),
         ({"arms": {"a": {"expert_stages": ["on_policy"]}}}, "expected experts as well"),
         ({"seeds": [-1]}, "-1 is no number"),
         ({"evaluate": {"lengths": [64]}}, "exactly the keys"),
@@ -128,6 +130,8 @@ ROADS = {
     "after-broken": {"start": "broken", "stages": []},
     "sparse-free": {"start": "hybrid", "stages": [], "student": {"sparse_memory": 4}},
     "experts": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}}},
+    "frozen": {"stages": ["distill"], "freeze": ["q_proj", "k_proj"]},
+    "ties": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "ties", "options": {"density": 0.5}}, "stages": ["distill"]},
     "rollouts": {"start": "hybrid", "stages": ["on_policy"]},
     "lora": {"lora": {"targets": "projections", "r": 2}, "stages": ["distill"]},
     "restored": {"start": "lora", "stages": [], "restore": ["q_proj", "k_proj"]},
@@ -148,7 +152,7 @@ def result_of(out, arm, seed=0):
 def test_a_failure_is_written_down_and_the_others_go_on(ran):
     _, out, states = ran
     assert {arm for arm, state in states.items() if state == runner.FAILED} == {"broken", "after-broken"}
-    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 9
+    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 11
     assert "layer_types" in result_of(out, "broken")["error"] and "ConfigError" in result_of(out, "broken")["error"]
     assert "starts from llama/broken/0, which is failed" in result_of(out, "after-broken")["error"]
 
@@ -189,6 +193,13 @@ def test_restored_modules_are_the_teachers_again_and_the_others_what_training_le
     same = {name for name, x in teacher.items() if torch.equal(x, restored[name]) and not torch.equal(x, trained[name])}
     assert same == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
     assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
+
+
+def test_frozen_modules_are_the_teachers_after_training(ran, minute):
+    _, out, _ = ran
+    teacher, frozen = load(minute / "teacher").state_dict(), load(out / "students/llama/frozen/0").state_dict()
+    same = {name.split(".")[-2] for name, x in teacher.items() if "proj" in name and torch.equal(x, frozen[name])}
+    assert same == {"q_proj", "k_proj"}
 
 
 def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
