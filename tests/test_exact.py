@@ -196,6 +196,15 @@ def test_generation_with_beams_drafts_and_a_static_cache_gives_what_no_cache_giv
 
 
 @torch.no_grad()
+def test_a_reset_cache_is_a_fresh_one(any_student):
+    ids = token_ids(2, 24)
+    cache = prefill(any_student, token_ids(2, 31, seed=5))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(in_pieces(any_student, ids, [20, 1, 3], cache)[0], in_pieces(any_student, ids, [20, 1, 3])[0])
+
+
+@torch.no_grad()
 def test_attention_weights_of_kept_heads_are_in_the_output():
     model, ids = tiny_student(kept_groups=[[0]] * 3), token_ids(1, 20)
     model.set_attn_implementation("eager")

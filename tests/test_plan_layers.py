@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from xlstm_hybrid import allocation, efficiency
 from xlstm_hybrid.allocation import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
+from xlstm_hybrid.card import summary
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.errors import ConfigError
@@ -29,6 +30,7 @@ LAYOUTS = {
     "plain": {},
     "no window": {"mixer_branches": "memory", "memory_feature_map": "softmax_signed", "memory_feature_dim": 5},
     "no memory": {"mixer_branches": "window"},
+    "joint softmax": {"mixer_combine": "joint", "memory_cell": "linear"},
     "delta rule": {"memory_cell": "delta", "memory_feature_map": "silu", "sparse_memory": 3, "sparse_memory_score": "random"},
     "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]},
     "all of it": MIXED | {"sparse_memory": 6},
@@ -124,6 +126,18 @@ def test_groups_are_ranked_by_what_they_bring(rows):
                 nll = answers_of(model, ids, answers)["nll"]
             want = found["none"]["nll"] - nll if method == "add" else nll - found["all"]["nll"]
             assert entry["gain"] == pytest.approx(want, abs=1e-6)
+
+
+def test_only_a_group_whose_heads_reach_the_output_can_matter(rows):
+    """A planted group: the output projection reads nobody else, so that every other gain is 0."""
+    model, (ids, answers) = tiny_student(), rows
+    with torch.no_grad():
+        for j, layer in enumerate(model.model.layers):
+            weight = layer.self_attn.o_proj.weight.unflatten(1, (4, 16))
+            weight[:, [h for h in range(4) if (j, h // 2) != (1, 1)]] = 0
+    for method in ("ablate", "add"):
+        gains = {(g["layer"], g["group"]): abs(g["gain"]) for g in rank_groups(model, ids, answers, method=method, batch_size=6)["groups"]}
+        assert gains.pop((1, 1)) > 0.01 and max(gains.values()) < 1e-6
 
 
 def test_greedy_takes_the_best_beside_those_before_it(rows):
@@ -250,6 +264,8 @@ def test_a_measured_plan_becomes_a_student_through_a_file(directory, tmp_path):
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert all(config[name] == value for name, value in fields.items())
+    said = summary([{"stage": "convert", "config": fields}])
+    assert f"{sum(map(len, fields['kept_groups']))} key/value groups" in said and f"memory of {fields['sparse_memory']} tokens" in said
     on_student = invoke(tmp_path / "s", "--budget", "1MB", "--length", 900)
     assert "window 16, sinks 2" in on_student
 

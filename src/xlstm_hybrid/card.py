@@ -165,6 +165,10 @@ def summary(stages):
         facts.append("layers: " + ", ".join(f"{count} {escaped(kind)}" for kind, count in Counter(config["layer_types"]).items()))
     if config.get("sliding_window"):
         facts.append(f"a window of {config['sliding_window']} tokens and {config.get('num_sink_tokens', 0)} sink tokens in its hybrid layers")
+    if isinstance(config.get("kept_groups"), list):
+        facts.append(f"{sum(len(mine) for mine in config['kept_groups'] if isinstance(mine, list))} key/value groups of them keep full attention")
+    if config.get("sparse_memory"):
+        facts.append(f"an exact memory of {config['sparse_memory']} tokens per key/value group")
     return "A causal language model of the xLSTM hybrid architecture" + (": " + "; ".join(facts) if facts else "") + "."
 
 

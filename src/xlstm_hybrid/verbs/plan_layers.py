@@ -95,9 +95,9 @@ def measured(model, config, is_student, kind, count, length, device, **how):
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from xlstm_hybrid import XLSTMHybridForCausalLM
     from xlstm_hybrid.allocation import rank_groups, retrieval_rows
     from xlstm_hybrid.longcontext import documents
+    from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
