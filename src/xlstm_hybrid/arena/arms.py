@@ -12,6 +12,7 @@ from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.distil import DistilXLSTMConfig
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.merge_settings import METHODS, NEED_STATISTICS
 from xlstm_hybrid.recipe import NAME, SHIPPED, is_number, read_yaml
 
 STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}  # of each kind of student, in their order
@@ -20,9 +21,10 @@ TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
 EVALUATE = {"lengths": list, "rows": int, "tokens": int, "batch_tokens": int, "short_rows": int, "text_rows": int}
 KEPT_BY = ("ablate", "add", "greedy", "worst")
-EXTRAS = ("keep", "lora", "experts", "expert_stages", "merge", "restore")  # of an arm, where it has them
+EXTRAS = ("keep", "lora", "experts", "expert_stages", "merge", "freeze", "restore")  # of an arm, where it has them
 TEACHER = "teacher"  # stands among the arms in results: the teacher itself
-RESTORED = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+MERGES = [method for method in METHODS if method not in NEED_STATISTICS]
+MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MEASURES = ("short", "perplexity")  # of an ordering, besides KIND@LENGTH such as multikey@512
 
 
@@ -43,7 +45,8 @@ class Arm:
     lora: options of `adapters.lora_config` (targets, r, ...) for stage II.
     experts: {name: {"recall_share": ...}}: each is distilled with its data from the same start, for an equal part of the steps; then they are merged.
     expert_stages: what each expert walks before merging, "distill" or "distill" and "on_policy".
-    merge: arguments of `merging.merge` (method, weights as {expert: share}).
+    merge: arguments of `merging.merge` (method, weights as {expert: share}, options); where a method has a base, it is the experts' start.
+    freeze: names of modules, such as q_proj, that do not learn in stage II.
     restore: names of modules, such as q_proj, whose weights become the teacher's again after the last stage (QK-Restore, arXiv 2606.11052).
     evaluate: {row: fields of the config that are changed for it}: more rows of results of the same weights, such as a branch that is switched off.
     """
@@ -65,6 +68,7 @@ class Arm:
     experts: dict | None = None
     expert_stages: list | None = None
     merge: dict | None = None
+    freeze: list | None = None
     restore: list | None = None
     evaluate: dict = field(default_factory=dict)
 
@@ -248,8 +252,12 @@ def arm_faults(name, entry, arms):
         wrong.append("merge, expert_stages: expected experts as well")
     if arm.keep is not None and (set(arm.keep) != {"groups", "by"} or arm.keep["by"] not in KEPT_BY or not is_count(arm.keep["groups"]) or arm.start):
         wrong.append(f"keep={arm.keep}: expected groups (at least 1) and by, one of {list(KEPT_BY)}, and no start")
-    if arm.restore is not None and (arm.kind != "hybrid" or not arm.restore or not set(arm.restore) <= RESTORED):
-        wrong.append(f"restore={arm.restore}: expected some of {sorted(RESTORED)} of a hybrid student")
+    for key in ("freeze", "restore"):
+        names = getattr(arm, key)
+        if names is not None and (arm.kind != "hybrid" or not names or not set(names) <= MODULES or (key == "freeze" and "distill" not in arm.road)):
+            wrong.append(f"{key}={names}: expected some of {sorted(MODULES)} of a hybrid student, freeze with the stage distill")
+    if arm.merge is not None and arm.merge.get("method") not in MERGES:
+        wrong.append(f"merge.method={arm.merge.get('method')!r}: expected one of {list(MERGES)}")
     return wrong
 
 

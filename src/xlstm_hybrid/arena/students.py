@@ -21,6 +21,7 @@ from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.data import IGNORE, collate
 from xlstm_hybrid.distil import convert as convert_distil
 from xlstm_hybrid.errors import ConfigError, DataError
+from xlstm_hybrid.merge_settings import NEED_BASE
 from xlstm_hybrid.merging import merge
 from xlstm_hybrid.pipeline.settings import batch_of, trainer_config
 from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
@@ -145,6 +146,8 @@ class Road:
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
             trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
+            for parameter in (p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())):
+                parameter.requires_grad_(False)  # the optimiser is made when training begins
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
@@ -178,6 +181,7 @@ class Road:
             made.append(self.save(expert, self.work / name, f"distill:{name}", start))
         options = dict(self.arm.merge or {})
         weights = options.pop("weights", None)
+        options |= {"base": start} if options.get("method") in NEED_BASE else {}
         merge(made, self.work / "merged", weights=None if weights is None else [weights[n] for n in names], **options)
         return load(self.work / "merged")
 
