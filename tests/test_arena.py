@@ -69,6 +69,11 @@ def minute(tmp_path_factory):
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
         ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not walk"),
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
+        ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
+        ({"arms": {"a": {"restore": ["mlp"]}}}, r"restore=\['mlp'\]"),
+        ({"arms": {"a": {"freeze": ["q_proj"], "stages": []}}}, "freeze with the stage distill"),
+        ({"arms": {"a": {"distill": {"max_steps": 4}, "experts": {"x": {}, "y": {}}, "merge": {"method": "mean"}}}}, "merge.method='mean'"),
+        ({"arms": {"a": {"expert_stages": ["on_policy"]}}}, "expected experts as well"),
         ({"seeds": [-1]}, "-1 is no number"),
         ({"evaluate": {"lengths": [64]}}, "exactly the keys"),
         ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "x", "measures": ["short"], "source": "s"}]}, "no arm or row 'x'"),
@@ -90,10 +95,12 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
         for stage in ("align", "distill", "on_policy")
     }
     assert (usual, more) == ((steps["align"] + steps["distill"]) * arena.data["length"], steps["on_policy"] * arena.data["length"])
-    others = {name: arena.tokens(arm) for name, arm in arena.arms.items() if arena.tokens(arm) != usual}
-    untrained, extended = {"window-untrained", "sparse-free", "kept-free", "qk-restore"}, {"on-policy", "on-policy-jsd", "off-policy"}
-    assert others == dict.fromkeys(untrained, 0) | dict.fromkeys(extended, more) | {"experts-on-policy": usual + more}
-    assert 12 <= sum(arm.tier == 1 for arm in arena.arms.values()) <= 16 and list(arena.arms)[0] == "hybrid"
+    whole = {name: sum(arena.tokens(arena.arms[n]) for n in runner.line_of(arena, name)) for name in arena.arms}  # with the arm that it starts from
+    begun = {arm.start for arm in arena.arms.values()} - {"hybrid"}  # half a road: other arms go on from them
+    others = {name: tokens for name, tokens in whole.items() if tokens != usual and name not in begun}
+    extended = {"on-policy", "on-policy-jsd", "off-policy", "experts-on-policy"}
+    assert others == {"window-untrained": 0} | dict.fromkeys(extended, usual + more)
+    assert 12 <= sum(arm.tier == 1 for arm in arena.arms.values()) <= 20 and list(arena.arms)[0] == "hybrid"
 
 
 def test_all_shipped_settings_are_accepted_by_their_trainers():
@@ -125,6 +132,8 @@ ROADS = {
     "after-broken": {"start": "broken", "stages": []},
     "sparse-free": {"start": "hybrid", "stages": [], "student": {"sparse_memory": 4}},
     "experts": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}}},
+    "frozen": {"stages": ["distill"], "freeze": ["q_proj", "k_proj"]},
+    "ties": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "ties", "options": {"density": 0.5}}, "stages": ["distill"]},
     "rollouts": {"start": "hybrid", "stages": ["on_policy"]},
     "lora": {"lora": {"targets": "projections", "r": 2}, "stages": ["distill"]},
     "restored": {"start": "lora", "stages": [], "restore": ["q_proj", "k_proj"]},
@@ -145,7 +154,7 @@ def result_of(out, arm, seed=0):
 def test_a_failure_is_written_down_and_the_others_go_on(ran):
     _, out, states = ran
     assert {arm for arm, state in states.items() if state == runner.FAILED} == {"broken", "after-broken"}
-    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 9
+    assert all(state == runner.DONE for arm, state in states.items() if "broken" not in arm) and len(states) == 11
     assert "layer_types" in result_of(out, "broken")["error"] and "ConfigError" in result_of(out, "broken")["error"]
     assert "starts from llama/broken/0, which is failed" in result_of(out, "after-broken")["error"]
 
@@ -186,6 +195,13 @@ def test_restored_modules_are_the_teachers_again_and_the_others_what_training_le
     same = {name for name, x in teacher.items() if torch.equal(x, restored[name]) and not torch.equal(x, trained[name])}
     assert same == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
     assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
+
+
+def test_frozen_modules_are_the_teachers_after_training(ran, minute):
+    _, out, _ = ran
+    teacher, frozen = load(minute / "teacher").state_dict(), load(out / "students/llama/frozen/0").state_dict()
+    same = {name.split(".")[-2] for name, x in teacher.items() if "proj" in name and torch.equal(x, frozen[name])}
+    assert same == {"q_proj", "k_proj"}
 
 
 def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
@@ -312,6 +328,14 @@ def test_recall_of_a_model_that_sees_a_window_is_the_share_of_facts_in_it(kind):
     assert sum(p["answers"] for p in cell["by_distance"]) == cell["n"] and all(p["accuracy"] == 0 for p in cell["by_distance"] if p["from"] >= 32)
 
 
+def test_the_first_distance_beyond_a_window_is_its_width():
+    """A token sees W tokens, itself included: a fact W tokens back has just left."""
+    hits, depth = torch.tensor([[True, False, True]]), torch.tensor([[31, 32, 64]])
+    cell = judge.recall_cell(hits, depth, 128, (32, 4), 32)
+    assert (cell["beyond"], cell["beyond_n"]) == (0.5, 2)
+    assert [(p["from"], p["to"], p["accuracy"]) for p in cell["by_distance"]] == [(0, 32, 1.0), (32, 64, 0.0), (64, 128, 1.0)]
+
+
 def test_a_model_that_remembers_everything_has_an_excess_of_one():
     test = data.tests("multiquery", 128, 4)
     cell = judge.recall_cell(judge.hits_of(Oracle(10**6), test, 10**6), test["depth"], 128, (32, 4), 32)
@@ -375,6 +399,7 @@ FIGURES = {  # arm: (single of three seeds, bytes)
     "better": ((0.97, 0.98, 0.96), 1500),
     "same": ((0.1, 0.9, 0.2), 3000),
     "worse": ((0.1, 0.2, 0.3), 1000),
+    "fat": ((1.0, 1.0, 1.0), 2500),
 }
 
 
@@ -383,7 +408,7 @@ def constructed(minute, tmp_path):
     """An arena whose results are written by hand: W = 4, so that 64 is 16 W and 128 is 32 W."""
     orderings = [{"claim": f"{a} over {b}", "better": a, "worse": b, "measures": ["single@64"], "source": "a paper"}
                  for a, b in (("better", "hybrid"), ("worse", "hybrid"), ("same", "hybrid"), ("hybrid", "later"))]  # fmt: skip
-    names = ("hybrid", "better", "same", "worse", "later")
+    names = ("hybrid", "better", "same", "worse", "fat", "later")
     arena = arena_of(minute, seeds=[0, 1, 2], student={"sliding_window": 4, "num_sink_tokens": 0}, arms={n: {"about": n} for n in names},
                      orderings=orderings, evaluate={**SETTING["evaluate"], "lengths": [64, 128]})  # fmt: skip
     for arm, (singles, size) in FIGURES.items():
@@ -393,7 +418,7 @@ def constructed(minute, tmp_path):
             facts = (
                 {} if arm == "teacher" else {"tokens": {"align": 10**6, "distill": 10**6}, "cpu_seconds": {"align": 60.0}, "seconds": {"align": 9.0}}
             )
-            short = 0.8 if arm == "teacher" else 0.9 if arm == "better" else 0.6
+            short = 0.8 if arm == "teacher" else 0.9 if arm in ("better", "fat") else 0.6
             rows = {"main": judged_as({"single": single, "multikey": single / 2}, short, size)}
             job.result.write_text(json.dumps({"format_version": 1, "status": "done", "arm": arm, "seed": seed, "teacher": "llama", "rows": rows,
                                               "facts": facts, "fingerprints": runner.fingerprints(arena, job)}))  # fmt: skip
@@ -430,6 +455,10 @@ def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tm
     page = (tmp_path / "docs/arena.md").read_text()
     assert "| better | 3 | 1.00 | .000 |" in page and "runnable, not run: later" in page and "$" not in page
     assert f".97 ± {4.303 * 0.01 / math.sqrt(3):.2f}".replace("0.", ".") in page and "Met by better." in page
+    gains = {
+        line.split(" | ")[0]: line.split(" | ")[-1] for line in page[page.index("## Levers") : page.index("## Goals")].splitlines() if " | " in line
+    }
+    assert (gains["| better"], gains["| worse"]) == ("yes |", "no |")
     assert "| worse over hybrid | a paper | llama | single@64 | worse | hybrid | -.100 ± .000 | does not hold |" in page
     numbers = json.loads((tmp_path / "docs/arena/results.json").read_text())
     assert numbers["teachers"]["llama"]["rows"][1]["name"] == "hybrid"
@@ -442,7 +471,7 @@ def test_a_result_of_other_settings_is_left_out_and_said(constructed):
     arena, out = constructed
     found = summary.summarise(replace(arena, distill={**arena.distill, "learning_rate": 5e-4}), out)
     assert [row["name"] for row in found["teachers"]["llama"]["rows"]] == ["teacher"]
-    assert found["teachers"]["llama"]["stale"] == ["better", "hybrid", "same", "worse"]
+    assert found["teachers"]["llama"]["stale"] == ["better", "fat", "hybrid", "same", "worse"]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_the_table_names_every_expert_and_the_next_step_follows_from_it(recipe, 
     for name in ("symbols", "memory"):
         record = read_provenance(out / "experts" / name)[-1]
         assert f"{record['figures']['loss']:.4g}" in said(out) and f"experts/{name}" in said(out)
-    assert digest(out / "aligned" / MANIFEST)[:8] in said(out) and "not made yet" in said(out)
+    assert digest(out / "aligned" / MANIFEST)[:8] in said(out) and "not made" in said(out)
     assert f"next, the other experts: xlstm-hybrid experts {recipe.path} --out {out} --only symbols" in said(out)
     assert f"next, merge them, judge and report: xlstm-hybrid run {recipe.path} --out {out}" in said(out)
 

@@ -12,6 +12,7 @@ from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.distil import DistilXLSTMConfig
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.merge_settings import METHODS, NEED_STATISTICS
 from xlstm_hybrid.recipe import NAME, SHIPPED, is_number, read_yaml
 
 STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}  # of each kind of student, in their order
@@ -19,9 +20,11 @@ DEFAULT_STAGES = {"hybrid": ("align", "distill"), "distil": ("delta",)}
 TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers' settings
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
 EVALUATE = {"lengths": list, "rows": int, "tokens": int, "batch_tokens": int, "short_rows": int, "text_rows": int}
-EXTRAS = ("lora", "experts", "expert_stages", "merge", "restore")  # of an arm, where it has them
+KEPT_BY = ("ablate", "add", "greedy", "worst")
+EXTRAS = ("keep", "lora", "experts", "expert_stages", "merge", "freeze", "restore")  # of an arm, where it has them
 TEACHER = "teacher"  # stands among the arms in results: the teacher itself
-RESTORED = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+MERGES = [method for method in METHODS if method not in NEED_STATISTICS]
+MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MEASURES = ("short", "perplexity")  # of an ordering, besides KIND@LENGTH such as multikey@512
 
 
@@ -34,13 +37,16 @@ class Arm:
     kind: "hybrid" (`conversion.convert`) or "distil" (`distil.convert`, a recurrent student).
     start: another arm, whose student this one begins with instead of a conversion; `student` then changes fields of its config, and its weights stay.
     student: options of `convert`.
+    keep: {"groups": k, "by": a key of KEPT_BY}: the student keeps k KV groups, chosen by a measurement on recall rows (`allocation.rank_groups` of
+        the teacher's windowed student): the best by that method, or as a control the "worst" of an ablation.
     data: {"length", "recall_share"} of the rows of every stage.
     stages: those that are walked, in order; none: the student is judged as it was made. With `start` they have to be named.
     align, distill, on_policy, delta: fields of the trainers' configs, and `length`, `recall_share` where a stage has its own.
     lora: options of `adapters.lora_config` (targets, r, ...) for stage II.
     experts: {name: {"recall_share": ...}}: each is distilled with its data from the same start, for an equal part of the steps; then they are merged.
     expert_stages: what each expert walks before merging, "distill" or "distill" and "on_policy".
-    merge: arguments of `merging.merge` (method, weights as {expert: share}).
+    merge: arguments of `merging.merge` (method, weights as {expert: share}, options); where a method has a base, it is the experts' start.
+    freeze: names of modules, such as q_proj, that do not learn in stage II.
     restore: names of modules, such as q_proj, whose weights become the teacher's again after the last stage (QK-Restore, arXiv 2606.11052).
     evaluate: {row: fields of the config that are changed for it}: more rows of results of the same weights, such as a branch that is switched off.
     """
@@ -51,6 +57,7 @@ class Arm:
     kind: str = "hybrid"
     start: str | None = None
     student: dict = field(default_factory=dict)
+    keep: dict | None = None
     data: dict = field(default_factory=dict)
     stages: list | None = None
     align: dict = field(default_factory=dict)
@@ -61,6 +68,7 @@ class Arm:
     experts: dict | None = None
     expert_stages: list | None = None
     merge: dict | None = None
+    freeze: list | None = None
     restore: list | None = None
     evaluate: dict = field(default_factory=dict)
 
@@ -242,16 +250,26 @@ def arm_faults(name, entry, arms):
             wrong.append(f"expert_stages={arm.expert_stages}: expected [distill], or [distill, on_policy] and no on_policy in stages")
     if (arm.merge or arm.expert_stages) is not None and arm.experts is None:
         wrong.append("merge, expert_stages: expected experts as well")
-    if arm.restore is not None and (arm.kind != "hybrid" or not arm.restore or not set(arm.restore) <= RESTORED):
-        wrong.append(f"restore={arm.restore}: expected some of {sorted(RESTORED)} of a hybrid student")
+    if arm.keep is not None and (set(arm.keep) != {"groups", "by"} or arm.keep["by"] not in KEPT_BY or not is_count(arm.keep["groups"]) or arm.start):
+        wrong.append(f"keep={arm.keep}: expected groups (at least 1) and by, one of {list(KEPT_BY)}, and no start")
+    for key in ("freeze", "restore"):
+        names = getattr(arm, key)
+        if names is not None and (arm.kind != "hybrid" or not names or not set(names) <= MODULES or (key == "freeze" and "distill" not in arm.road)):
+            wrong.append(f"{key}={names}: expected some of {sorted(MODULES)} of a hybrid student, freeze with the stage distill")
+    if arm.merge is not None and arm.merge.get("method") not in MERGES:
+        wrong.append(f"merge.method={arm.merge.get('method')!r}: expected one of {list(MERGES)}")
     return wrong
+
+
+def is_count(x):
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
 
 def evaluate_faults(evaluate):
     wrong = [f"evaluate: expected exactly the keys {sorted(EVALUATE)}, got {sorted(map(str, evaluate))}"] if set(evaluate) != set(EVALUATE) else []
     for name, value in evaluate.items():
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values) or not values:
+        if not all(map(is_count, values)) or not values:
             wrong.append(f"evaluate.{name}={value!r}: expected numbers of at least 1")
     return wrong
 

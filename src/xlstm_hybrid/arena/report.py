@@ -140,6 +140,9 @@ def show_goals(summary, teacher):
             more = [share(g["multikey"])] if goal == "growing" else []
             table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
+        one = summary["teachers"][teacher]["group_share"]
+        if goal == "growing" and one > 0.05:
+            outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
         parts.append(f"{text} **{outcome}**" + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""))
     return "\n\n".join(parts)
 
@@ -251,6 +254,25 @@ def draw_front(summary, teacher, length):
     return made
 
 
+def draw_cost(summary, teacher):
+    """The second view: what training cost against what came of it, short tasks and multikey at 16 W side by side."""
+    length, made = 16 * summary["window"], None
+    rows = [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None]
+    if length in summary["lengths"] and rows:
+        made, panels = figure(2, width=10.5, height=4.2)
+        marks = {
+            "short": lambda r: r["short"]["mean"],
+            f"multikey at {in_windows(length, summary['window'])}": lambda r: accuracy(r, "multikey", str(length)),
+        }
+        for axes, (title, value) in zip(panels, marks.items(), strict=True):
+            for row in rows:
+                point = (row["cpu_seconds"]["mean"] / 60, value(row))
+                axes.scatter(*point, s=30, color="#0072B2")
+                axes.annotate(row["name"], point, xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+            axes.set(xlabel="CPU minutes of training", title=title)
+    return made
+
+
 def draw_distances(summary, teacher):
     """What the branches of the reference remember, by distance."""
     rows = [row for row in main_rows(summary, teacher) if row["arm"] == summary["reference"]]
@@ -276,6 +298,7 @@ def pictures(summary, teacher):
         f"{kind}.png": (lambda s, kind=kind: draw_curves(s, teacher, kind), f"Recall against length, {kind}; grey: the coverage.") for kind in KINDS
     }
     found["branches.png"] = (lambda s: draw_distances(s, teacher), "Accuracy by distance with one branch at a time; the line is the window.")
+    found["cost.png"] = (lambda s: draw_cost(s, teacher), "Short tasks and multikey against CPU minutes of training.")
     for n in (16, 32, 64):
         if n * W in lengths:
             found[f"front_{n}w.png"] = (lambda s, n=n: draw_front(s, teacher, n * W), f"Recall against bytes at {n} W, and the Pareto front.")
@@ -299,7 +322,8 @@ def markdown(summary, drawn):
         return f"# The arena\n\n{again}\n\nNo results yet.\n\n{show_missing(summary)}\n"
     fronts = [name for name in drawn if name.startswith("front_")]
     parts = {"generated": again, "setting": show_setting(summary, teacher), "window": summary["window"], "main_table": show_main(summary, teacher),
-             "cached": show_cached(summary, teacher), "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
+             "cached": show_cached(summary, teacher), "cost": shown(["cost.png"]),
+             "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
              "branches": "\n\n".join(p for p in (shown(["branches.png"]), show_branches(summary, teacher)) if p), "front": shown(fronts),
              "levers": show_levers(summary, teacher), "goals": show_goals(summary, teacher), "orderings": show_orderings(summary),
              "others": show_others(summary, teacher), "missing": show_missing(summary)}  # fmt: skip

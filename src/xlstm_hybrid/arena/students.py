@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from xlstm_hybrid.adapters import lora_config
-from xlstm_hybrid.allocation import keep_groups
+from xlstm_hybrid.allocation import keep, keep_groups, rank_groups
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.artifacts import add_provenance, digest, staged, write_json, write_manifest
@@ -21,6 +21,7 @@ from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.data import IGNORE, collate
 from xlstm_hybrid.distil import convert as convert_distil
 from xlstm_hybrid.errors import ConfigError, DataError
+from xlstm_hybrid.merge_settings import NEED_BASE
 from xlstm_hybrid.merging import merge
 from xlstm_hybrid.pipeline.settings import batch_of, trainer_config
 from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
@@ -32,7 +33,16 @@ CONFIGS = {"align": AlignmentConfig, "distill": SparseKDConfig, "on_policy": OnP
 FACTS = "arena.json"  # in a student's directory: what its training cost and what it logged
 OURS = {"bf16": False, "disable_tqdm": True, "logging_steps": 25}  # an arm may say otherwise
 HELD_OUT_ROWS = 8  # on which an alignment is measured
-SEEDS = {"align": 1, "distill": 2, "on_policy": 3, "delta": 2, "held out": 8, "test": 9}  # rows of stages and tests come from seeds of their own
+SEEDS = {
+    "align": 1,
+    "distill": 2,
+    "on_policy": 3,
+    "delta": 2,
+    "held out": 8,
+    "ranking": 7,
+    "test": 9,
+}  # rows of stages and tests come from seeds of their own
+RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass", "completions/mean_length")
 
 
@@ -136,6 +146,8 @@ class Road:
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
             trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
+            for parameter in (p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())):
+                parameter.requires_grad_(False)  # the optimiser is made when training begins
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
@@ -169,6 +181,7 @@ class Road:
             made.append(self.save(expert, self.work / name, f"distill:{name}", start))
         options = dict(self.arm.merge or {})
         weights = options.pop("weights", None)
+        options |= {"base": start} if options.get("method") in NEED_BASE else {}
         merge(made, self.work / "merged", weights=None if weights is None else [weights[n] for n in names], **options)
         return load(self.work / "merged")
 
@@ -180,7 +193,21 @@ class Road:
         make = convert if self.arm.kind == "hybrid" else convert_distil
         seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
         make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | seeded)
+        if self.arm.keep:
+            make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | self.chosen_groups(load(made)))
         return load(made)
+
+    def chosen_groups(self, student):
+        """Options of `convert` that keep the groups which a ranking on rows of their own puts first, or last."""
+        by, count = self.arm.keep["by"], self.arm.keep["groups"]
+        test = data.tests("multikey", RANKING["length"], RANKING["rows"], seed_of(self.seed, "ranking"))
+        answers = torch.zeros_like(test["input_ids"], dtype=torch.bool).scatter(1, test["answer_at"] + 1, True)
+        with self.timed("ranking", 0):
+            found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
+        order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
+        keep(student.config, order[-count:] if by == "worst" else order[:count])
+        self.facts["figures"]["ranking"] = {**found, "kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        return {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
 
     def save(self, model, folder, stage, parent):
         with staged(folder, overwrite=True) as made:

@@ -6,6 +6,7 @@ Dims: s seeds, n rows of a test, L tokens, W window.
 import math
 
 import numpy as np
+from transformers import AutoConfig
 
 from xlstm_hybrid.arena.arms import TEACHER
 from xlstm_hybrid.arena.runner import DONE, FAILED, MISSING, STALE, arm_of, choose_jobs, line_of, status_of
@@ -141,7 +142,8 @@ def summarise(arena, out):
             rows += [row_of(name, arm, row, results, done.get(TEACHER, {}), facts) for row in (MAIN, *arm.evaluate)]
         gone = {name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done}) for name in (STALE, MISSING)}
         failed = {str(job): result["error"] for job, (state, result) in states.items() if state == FAILED}
-        teachers[teacher] = {"rows": rows, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
+        share = group_share(arena, teacher) if rows else None
+        teachers[teacher] = {"rows": rows, "group_share": share, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
     setting = {name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")}
     found = {"format_version": FORMAT_VERSION, "name": arena.name, "setting": setting, "window": arena.window, "sinks": arena.sinks,
              "lengths": arena.evaluate["lengths"], "seeds": arena.seeds, "reference": next(iter(arena.arms)),
@@ -154,6 +156,12 @@ def summarise(arena, out):
             found["goals"] += goals(arena, teacher, content["rows"])
     found["teachers"] = teachers
     return found
+
+
+def group_share(arena, teacher):
+    """One key/value group of one layer as a share of the teacher's cache."""
+    config = AutoConfig.from_pretrained(arena.teacher_dir(teacher))
+    return 1 / (config.num_hidden_layers * config.num_key_value_heads)
 
 
 def measured(judged, measure):

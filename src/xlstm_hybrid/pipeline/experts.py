@@ -60,24 +60,25 @@ def strangers(road, start, names):
 
 
 def expert_table(road, start):
-    """What each expert of the recipe was made of and where its training ended, from its record; "–" for what is not there."""
-    table, shown = Table(title=f"experts of {road.recipe.name}"), ("loss", "kl", "divergence", "top1_agreement")
-    for column in ("expert", "stage", "steps", *shown, "seconds", "start", "checkpoint"):
-        table.add_column(column, justify="left" if column in ("expert", "stage", "start", "checkpoint") else "right", overflow="fold")
-    other = strangers(road, start, road.recipe.experts)
+    """What each stage of an expert took and where it ended, from its record; "–" for what is not there."""
+    table, other = Table(title=f"experts of {road.recipe.name}, in {road.out.name}/"), strangers(road, start, road.recipe.experts)
+    for column in ("checkpoint", "steps", "loss", "divergence", "top-1", "s", "start"):
+        table.add_column(column, justify="left" if column in ("checkpoint", "start") else "right", no_wrap=True)
     for name in road.recipe.experts:
         for stage in ("distill", "on-policy")[: 1 + (road.recipe.on_policy is not None)]:
             folder = road.folder[f"{stage}:{name}"]
             record = next((s for s in reversed(read_provenance(folder)) if s["stage"] == f"{stage}:{name}"), None)
-            if record is None:
-                table.add_row(name, stage, *["–"] * (4 + len(shown)), "not made yet")
-                continue
-            figures = (record.get("figures") or {}).get
-            values = [f"{figures(key):.4g}" if figures(key) is not None else "–" for key in shown]
-            origin = "another" if name in other else start[:8]
-            seconds = f"{record['seconds']:,.0f}" if record.get("seconds") is not None else "–"
-            table.add_row(name, stage, str(record["config"].get("max_steps", "–")), *values, seconds, origin, str(folder.relative_to(road.out)))
+            cells = ["–"] * 5 + ["not made"] if record is None else [*cells_of(record), "another" if name in other else start[:8]]
+            table.add_row(str(folder.relative_to(road.out)), *cells)
     return table
+
+
+def cells_of(record):
+    """Steps, loss, divergence from the teacher (nats), share of its first choices, seconds."""
+    figures, seconds = record.get("figures") or {}, record.get("seconds")
+    values = figures.get("loss"), figures.get("divergence", figures.get("kl")), figures.get("top1_agreement")
+    shown = ["–" if value is None else f"{value:.4g}" for value in values]
+    return [str(record["config"].get("max_steps", "–")), *shown, "–" if seconds is None else f"{seconds:,.0f}"]
 
 
 def next_step(road, done, start, student):

@@ -213,18 +213,20 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
         experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares where it has none.
         overrides: fields of `OnPolicyKDConfig` that go before those of the recipe's section merge.on_policy.
     Raises:
-        ConfigError: no such section, an expert that the recipe does not have, a tokenizer that is not the student's.
+        ConfigError: no number of steps, an expert that the recipe does not have, a tokenizer that is not the student's.
     """
     from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     section, where = recipe.merge or {}, "merge.on_policy"
-    if "on_policy" not in section:
-        raise ConfigError(f"{recipe.path.name}: no section {where}, expected the fields of OnPolicyKDConfig, max_steps among them")
+    start, settings = time.time(), section.get("on_policy", {}) | (overrides or {})
+    if "max_steps" not in settings:
+        raise ConfigError(
+            f"{recipe.path.name}: no section {where}, expected the fields of OnPolicyKDConfig, max_steps among them; or give --max_steps"
+        )
     shares = {name: section.get("weights", {}).get(name, 1.0) for name in experts if recipe.mix(name)}
     taught = {name: share for name, share in shares.items() if share > 0}
     if not taught:
         raise ConfigError(f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0")
-    start, settings = time.time(), section["on_policy"] | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=place_of(args))
@@ -248,7 +250,8 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
 
 def last_figures(log, more=()):
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    return {key: float(last[key]) for key in (*LOGGED, *more) if key in last}
+    latest = {key: entry[key] for entry in log for key in more if key in entry}  # of a teacher that the last step had no prompts of, an earlier one
+    return {key: float(last[key]) for key in LOGGED if key in last} | {key: float(value) for key, value in latest.items()}
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
