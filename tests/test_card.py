@@ -1,5 +1,6 @@
 """A card says what the stages of a checkpoint recorded, all of it that matters, and nothing else."""
 
+import json
 import re
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def test_a_new_card_is_listed_in_the_manifest_and_hides_no_damage(tmp_path):
     write_manifest(record(tmp_path))
     write_card(tmp_path)
     verify(tmp_path)
+    assert "README.md" in json.loads((tmp_path / "manifest.json").read_text())["files"]
     (tmp_path / "config.json").write_text("[]")
     write_card(tmp_path, RESULTS)
     with pytest.raises(CheckpointError, match="config.json has SHA-256"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
+from test_modeling import in_pieces
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.mixers import JointMixer
@@ -65,6 +66,16 @@ def test_a_joint_softmax_without_a_rest_is_the_window_and_learns_its_maps_and_fa
 def test_every_check_holds_for_a_joint_softmax(changes):
     results = verify(tiny_student(num_hidden_layers=2, **JOINT, **changes), length=29)
     assert not [(r.name, r.difference, r.note) for r in results if not r.passed] and len(results) > 16
+
+
+@torch.no_grad()
+def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on():
+    model = tiny_student(num_hidden_layers=2, **JOINT)
+    ids, lengths = token_ids(1, 45), [9, 1, 1, 20, 14]
+    alone = torch.cat([logits_of(model, part) for part in ids.split(lengths, 1)], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    for sizes in ([45], [1] * 45, [4, 25, 16], [15, 5, 5, 5, 5, 5, 5]):
+        torch.testing.assert_close(in_pieces(model, ids, sizes, position_ids=positions)[0], alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("T", [1, 6, 7, 10, 11, 40])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
+from test_modeling import in_pieces
 from tiny_teachers import teacher, teacher_config
 from transformers import AutoModelForCausalLM, CompileConfig
 
@@ -67,6 +68,15 @@ def test_every_check_holds_for_every_choice(any_choice):
     results = verify(any_choice, length=26)
     assert not [(r.name, r.difference, r.note) for r in results if not r.passed]
     assert (MEMORY in [r.name for r in results]) == (any_choice.config.mixer_branches != "window")
+
+
+@torch.no_grad()
+def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(any_choice):
+    ids, lengths = token_ids(1, 45), [9, 1, 1, 20, 14]
+    alone = torch.cat([logits_of(any_choice, part) for part in ids.split(lengths, 1)], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    for sizes in ([45], [1] * 45, [4, 25, 16], [15, 5, 5, 5, 5, 5, 5]):
+        torch.testing.assert_close(in_pieces(any_choice, ids, sizes, position_ids=positions)[0], alone, **TOLERANCE)
 
 
 def test_every_choice_is_another_function_and_survives_saving(any_choice, tmp_path):

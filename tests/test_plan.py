@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,30 @@ def test_time_is_flops_over_what_the_gpus_give():
     dense = 2 * (shape_.matmul + shape_.head) * 4  # three forwards of the student, one of the teacher
     assert dense < 8 * 989e12 * 0.35 / found.tokens_per_second < 1.25 * dense
     assert found.seconds == pytest.approx(job.tokens / found.tokens_per_second)
+
+
+def test_checkpointing_costs_one_more_forward_of_the_student():
+    shape_, job = llama_8b(), replace(plan.jobs_of()["distill"], stored=True)
+    plain, checkpointed = (plan.flops_per_token(shape_, job, on) for on in (False, True))
+    assert checkpointed / plain == pytest.approx(4 / 3)
+    online = replace(job, stored=False)  # the teacher's forward costs the same in both
+    assert plan.flops_per_token(shape_, online, True) - plan.flops_per_token(shape_, online) == pytest.approx(checkpointed - plain)
+
+
+def test_what_fits_leaves_the_reserve_free():
+    shape_, job, setting = llama_8b(), plan.jobs_of()["align"], plan.Setting(1, 64, False, "one GPU")
+    peak = plan.estimate(shape_, job, setting, plan.machine_of(1, 1e12)).peak
+    assert not plan.estimate(shape_, job, setting, plan.machine_of(1, 1.05 * peak)).fits  # 8 % stay free
+    assert plan.estimate(shape_, job, setting, plan.machine_of(1, 1.1 * peak)).fits
+
+
+def test_every_expert_takes_time_and_disk():
+    shape_, one = llama_8b(), plan.jobs_of()["distill"]
+    three, setting = replace(one, experts=3), plan.Setting(1, 8, True, "FSDP2")
+    found = [plan.estimate(shape_, job, setting, H100S) for job in (one, three)]
+    assert found[1].seconds == pytest.approx(3 * found[0].seconds) and found[1].tokens_per_second == found[0].tokens_per_second
+    assert plan.disk_of(shape_, three)["experts"] == 3 * plan.disk_of(shape_, one)["experts"] == 12 * shape_.student
+    assert plan.store_costs(shape_, three, H100S)["online_seconds"] == pytest.approx(3 * plan.store_costs(shape_, one, H100S)["online_seconds"])
 
 
 # --- the verb --------------------------------------------------------------------------------------------------

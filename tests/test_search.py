@@ -12,6 +12,7 @@ from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
 from xlstm_hybrid.card import write_card
 from xlstm_hybrid.errors import EvaluationError, MergeError
 from xlstm_hybrid.evaluation import win_and_tie
+from xlstm_hybrid.merging import merge
 from xlstm_hybrid.search import PARTS, Candidate, first_points, neighbours, search_merge, search_weights, simplex
 
 TEACHER = {"math": 0.8, "code": 0.6, "chat": 0.5}
@@ -58,6 +59,12 @@ def test_the_best_weights_of_a_bowl_are_found_to_a_sixtieth(target):
     assert found.weights == pytest.approx(target, abs=1 / PARTS + 1e-9)
     best = min(found.candidates, key=Candidate.objective)
     assert best.weights == found.weights and len(found.candidates) < 120
+
+
+def test_a_search_walks_on_while_a_step_helps():
+    """From (15, 15, 15, 15) sixtieths two moves of three are wanted, which halving steps alone do not make."""
+    target = (0.3, 0.3, 0.2, 0.2)
+    assert search_weights(bowl(target), 4, TEACHER, parts=1, budget=400).weights == pytest.approx(target, abs=1e-9)
 
 
 def test_the_verdict_of_each_candidate_is_the_measures_and_equal_ones_prefer_even_weights():
@@ -161,6 +168,23 @@ def test_an_interrupted_search_goes_on_and_another_one_does_not(experts, tmp_pat
         search_merge(experts[:2], tmp_path / "more", judge, TEACHER, table=table)
     with pytest.raises(MergeError, match="search.json holds candidates of other experts"):
         search_merge(experts, tmp_path / "more", judge, TEACHER, table=table, calibration="other prompts")
+    with pytest.raises(MergeError, match="search.json holds candidates of other experts, settings or scores"):
+        search_merge(experts, tmp_path / "more", judge, TEACHER | {"math": 0.9}, table=table)
+
+
+def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
+    files, seen = [], []
+    for expert in experts:
+        files.append(tmp_path / f"{expert.name}.safetensors")
+        files[-1].write_text(expert.name)
+
+    def spy(ordered, out, *, statistics, **settings):
+        seen.append([(Path(e).name, Path(s).stem) for e, s in zip(ordered, statistics, strict=True)])
+        return merge(ordered, out, **settings)
+
+    monkeypatch.setattr("xlstm_hybrid.search.merge", spy)
+    search_merge(experts, tmp_path / "out", judge, TEACHER, budget=2, statistics=files)
+    assert len(seen) == 3 and all(expert == measured for pairs in seen for expert, measured in pairs)  # two candidates and the result
 
 
 @pytest.mark.parametrize("content", ["{", '{"spec": 1}', "[]"])

@@ -250,7 +250,8 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
 
 def last_figures(log, more=()):
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    return {key: float(last[key]) for key in (*LOGGED, *more) if key in last}
+    latest = {key: entry[key] for entry in log for key in more if key in entry}  # of a teacher that the last step had no prompts of, an earlier one
+    return {key: float(last[key]) for key in LOGGED if key in last} | {key: float(value) for key, value in latest.items()}
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
