@@ -222,6 +222,18 @@ def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
     assert student.stat().st_mtime_ns != before[1]
 
 
+def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_believed(ran, tmp_path):
+    arena, out, _ = ran
+    job = runner.Job("llama", "sparse-free", 0, tmp_path)
+    for folder in ("results", "students"):
+        shutil.copytree(out / folder / "llama/sparse-free", tmp_path / folder / "llama/sparse-free")
+    found = runner.status_of(arena, job)[1]
+    assert runner.status_of(arena, job)[0] == runner.DONE
+    found["rows"]["main"]["cache_bytes"]["64"] -= 8
+    job.result.write_text(json.dumps(found))
+    assert runner.status_of(arena, job)[0] == runner.STALE
+
+
 def test_a_damaged_result_is_named(ran, tmp_path):
     arena, out, _ = ran
     job = runner.Job("llama", "hybrid", 0, tmp_path)

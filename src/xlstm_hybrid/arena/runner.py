@@ -16,10 +16,14 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+
 from xlstm_hybrid.arena import data
 from xlstm_hybrid.arena.arms import TEACHER, Arm
 from xlstm_hybrid.artifacts import FORMAT_VERSION, owner, read_object, write_json
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
+from xlstm_hybrid.footprint import cache_bytes
 
 RESULT_BYTES = 2**26
 POLL = 0.2  # seconds between two looks at the workers
@@ -99,12 +103,22 @@ def read_result(path):
 
 
 def status_of(arena, job):
-    """`(DONE, FAILED, STALE or MISSING, its result)`; stale: made from other settings, data or another teacher."""
+    """`(DONE, FAILED, STALE or MISSING, its result)`; stale: made from other settings, data or another teacher, or with bytes that are wrong."""
     found = read_result(job.result)
     if found is None:
         return MISSING, None
-    same = found.get("fingerprints") == fingerprints(arena, job)
+    same = found.get("fingerprints") == fingerprints(arena, job) and (found["status"] == FAILED or right_bytes(job, found))
     return (found["status"] if same else STALE), found
+
+
+def right_bytes(job, found):
+    """Whether the bytes of a result are what the student's config says of its cache: a count that has missed a part is not believed."""
+    if not (job.student / "config.json").is_file():
+        return True
+    config, counted = AutoConfig.from_pretrained(job.student), found["rows"]["main"]["cache_bytes"]
+    if config.model_type != "xlstm_hybrid":
+        return True
+    return all(sum(cache_bytes(config, int(length), torch.float32).values()) == count for length, count in counted.items())
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------
@@ -219,8 +233,6 @@ def trained(arena, job, mark, say):
 
 def judged(arena, job, say):
     """{"main": the student as it is, and one entry per row of `evaluate`}."""
-    import torch
-
     from xlstm_hybrid.arena.judge import judge
     from xlstm_hybrid.arena.students import changed, load, seed_of
 
@@ -237,8 +249,6 @@ def judged(arena, job, say):
 
 def in_process(arena, job):
     """`work` in a process of its own with one thread; what it warns of goes to the job's log."""
-    import torch
-
     torch.set_num_threads(1)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "w", encoding="utf-8") as log:

@@ -96,7 +96,8 @@ def row_of(name, arm, row, results, teachers, facts):
     found = {"arm": name, "row": row, "name": name if row == MAIN else f"{name}/{row}", "about": arm.about, "tier": arm.tier, "seeds": list(judged),
              "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None),
              "perplexity": stat([j["perplexity"] for j in each]), "recall": recall_stats(each), "by_distance": distance_stats(each),
-             "cache_bytes": each[0]["cache_bytes"], "cached": [j["cached"] for j in each]}  # fmt: skip
+             "cache_bytes": {n: max(j["cache_bytes"][n] for j in each) for n in each[0]["cache_bytes"]},
+             "cached": [j["cached"] for j in each]}  # fmt: skip
     for key in ("tokens", "cpu_seconds", "seconds"):
         found[key] = stat([sum(sum(f.get(key, {}).values()) for f in line) for line in facts])
     found["parameters"] = first["facts"].get("parameters")
