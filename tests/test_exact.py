@@ -64,7 +64,7 @@ def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(any_stu
     ids, lengths = token_ids(1, 70), [25, 1, 24, 20]
     alone = torch.cat([any_student(d, use_cache=False).logits for d in ids.split(lengths, 1)], 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    for sizes in ([1] * 70, [20, 31, 19], [48, 22]):
+    for sizes in ([1] * 70, [20, 31, 19], [48, 17, 5]):  # the last: a call in which a document starts and outgrows the window
         torch.testing.assert_close(in_pieces(any_student, ids, sizes, position_ids=positions)[0], alone, **TOLERANCE)
 
 
