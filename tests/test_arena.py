@@ -1,5 +1,6 @@
 """The arena runs what its file says, resumes, writes failures down, and its figures are those of models whose recall is known."""
 
+import copy
 import json
 import math
 import shutil
@@ -180,10 +181,12 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
         kept.update({folder.name: load(folder).state_dict() for folder in made})
         merge(made, *args, **options)
 
+    starts, distill = [], Road.distill
+    monkeypatch.setattr(Road, "distill", lambda road, model, *a: (starts.append(copy.deepcopy(model.state_dict())), distill(road, model, *a))[1])
     monkeypatch.setattr(students, "merge", watched)
     Road(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).walk(minute / "experts")
     merged, name = load(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(kept["x"][name], kept["y"][name])
+    assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(kept["x"][name], kept["y"][name])
     torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
     torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])  # a run can be had again
 
@@ -261,6 +264,14 @@ def test_an_arm_brings_those_that_it_starts_from(ran):
     assert [job.arm for job in runner.choose_jobs(arena, out, None, [0], tier=1)] == ["teacher", "hybrid"]
 
 
+def test_a_job_waits_while_the_arm_that_it_starts_from_runs(ran):
+    arena, out, _ = ran
+    first, then = (runner.Job("llama", arm, 7, out) for arm in ("hybrid", "rollouts"))
+    crew = runner.Crew(arena, {}, [then], 2, None, lambda text: None)
+    crew.running[first] = None
+    assert crew.next() is None and crew.todo == [then]
+
+
 @pytest.mark.slow
 def test_worker_processes_leave_the_same_results_and_a_killed_one_is_written_down(minute, tmp_path, monkeypatch):
     arena = arena_of(minute, arms={"hybrid": {}, "worse": {"student": {"num_sink_tokens": 0}}})
@@ -288,6 +299,8 @@ def kill(arena, job):
 def test_a_question_ends_before_the_answer_to_its_last_ask():
     ids = [data.BOS, 300, data.FACT, 40, 170, data.ASK, 40, 170, data.MAX, 230, 231, 232, data.EQUALS, 232]
     labels = [-100] * 7 + [170] + [-100] * 5 + [232]
+    twice, scored = ids[:8] + [data.ASK, 40, 170], labels[:8] + [-100, -100, 170]
+    assert len(question(twice, scored, 4)["prompt"].split()) == 10  # the last of the two
     read = lambda row: {name: tokenizer()(text)["input_ids"] for name, text in row.items()}  # noqa: E731
     assert read(question(ids, labels, 4)) == {"prompt": ids[:7], "completion": [170]}
     assert read(question(ids[8:], labels[8:], 4)) == {"prompt": ids[8:13], "completion": [232]}
