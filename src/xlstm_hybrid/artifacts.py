@@ -27,7 +27,7 @@ SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re
 def write_file(path, content):
     """Write bytes to a temporary file, then rename: a reader sees the old content or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".tmp-{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -101,14 +101,14 @@ def owner(pid):
 
 
 def remove_abandoned(path, kind=".tmp"):
-    """Remove temporary directories of `path` whose process on this machine was killed; those of other machines stay."""
+    """Remove temporary files and directories of `path` whose process on this machine was killed; those of other machines stay."""
     for folder in path.parent.glob(f"{kind}-{path.name}-*"):
         tail = folder.name.removeprefix(f"{kind}-{path.name}-").split("-")
         if len(tail) == 3 and tail[1].isdigit() and f"{tail[0]}-{tail[1]}" == owner(tail[1]):
             try:
                 os.kill(int(tail[1]), 0)
             except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
             except OSError:
                 continue  # alive, and somebody else's
 

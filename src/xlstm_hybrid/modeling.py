@@ -153,7 +153,7 @@ class HybridAttention(nn.Module):
                 cache.read_keys = lambda key: self.mlstm.read_keys(key)  # a copy of the cache must not copy the module
                 cache.record((), self.config.mlstm_chunk_size)
                 cache.update(key, value, tokens)
-            return self.mlstm.normed(h).to(value.dtype), weights
+            return self.normed(h).to(value.dtype), weights
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
             raise CacheError(
@@ -162,7 +162,7 @@ class HybridAttention(nn.Module):
             )
         if held and mask is None:  # one token after a filled cache, see `prepare`
             h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
-            return self.mlstm.normed(h).to(value.dtype), None
+            return self.normed(h).to(value.dtype), None
         remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
         memory, o, state = self.mlstm(*inputs, **remembered)
         if cache is not None:
@@ -171,7 +171,7 @@ class HybridAttention(nn.Module):
             cache.hold(state)
             key, value = seen
         if branches == "memory":
-            return self.mlstm.normed(memory).to(value.dtype), None
+            return self.normed(memory).to(value.dtype), None
         if mask is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
@@ -181,7 +181,14 @@ class HybridAttention(nn.Module):
             dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
             window, weights = self.attend(query, key, value, mask, implementation=dense)
         h = window if branches == "window" else mix(memory, window, o)
-        return self.mlstm.normed(h).to(value.dtype), weights
+        return self.normed(h).to(value.dtype), weights
+
+    def normed(self, h):
+        """h [B, T, H, V] on the scale of `mixer_norm`'s weights where there are some; PEFT may have wrapped the module that holds them."""
+        mixer = self.mlstm
+        while hasattr(mixer, "base_layer"):
+            mixer = mixer.base_layer
+        return mixer.normed(h)
 
     def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
         """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
@@ -198,7 +205,7 @@ class HybridAttention(nn.Module):
                 cache.record(*read[0])
             cache.update(key, value, tokens, scores)
             cache.hold(state)
-        return self.mlstm.normed(mix(memory, window, o)).to(value.dtype), weights
+        return self.normed(mix(memory, window, o)).to(value.dtype), weights
 
     def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
