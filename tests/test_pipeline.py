@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli, efficiency, pipeline
-from xlstm_hybrid.artifacts import read_provenance, verify
+from xlstm_hybrid.artifacts import read_provenance, verify, write_manifest
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation import win_and_tie
 from xlstm_hybrid.pipeline import Road, costs, parse_overrides, settings
+from xlstm_hybrid.pipeline.road import fingerprint
 from xlstm_hybrid.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,17 @@ def test_a_second_walk_keeps_every_stage_and_an_interrupted_one_is_made_again(wa
     after = {p: p.stat().st_mtime_ns for p in before}
     assert {p.parent.name for p in before if before[p] != after[p]} == {"merged"}
     assert again["students"] == results["students"]
+
+
+def test_a_checkpoint_is_known_by_what_it_holds_and_not_by_how_long_it_took(tmp_path):
+    def made(name, weight=b"w", seconds=1.0):
+        (tmp_path / name).mkdir()
+        for file, content in {"model.safetensors": weight, "provenance.json": str(seconds).encode(), "curve.png": str(seconds).encode()}.items():
+            (tmp_path / name / file).write_bytes(content)
+        write_manifest(tmp_path / name)
+        return fingerprint(tmp_path / name)
+
+    assert made("a") == made("b", seconds=2.5) != made("c", weight=b"v")
 
 
 def test_changed_settings_are_refused_by_name(walked):

@@ -41,14 +41,20 @@ from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
 
 
+RECORDS = ("provenance.json", "training_log.json", "README.md")  # and pictures: how a checkpoint was made, with times that no run repeats
+
+
 def fingerprint(directory):
-    """SHA-256 of a checkpoint's manifest, or of its config and weight sizes where it has none: what a later stage was built from."""
+    """SHA-256 over the files of a checkpoint as its manifest lists them, records left out, or over config and weight sizes where it has none: what
+    a later stage was built from. A stage that is made again with the same outcome has the same one."""
     directory = Path(directory)
     manifest = directory / "manifest.json"
     if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
-    sizes = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+        files = json.loads(manifest.read_text())["files"]
+        kept = {name: files[name]["sha256"] for name in sorted(files) if name not in RECORDS and not name.endswith(".png")}
+    else:
+        kept = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
 
 
 def check_settings(recipe):
