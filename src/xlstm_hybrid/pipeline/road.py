@@ -40,7 +40,6 @@ from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_polic
 from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
 
-
 RECORDS = ("provenance.json", "training_log.json", "README.md")  # and pictures: how a checkpoint was made, with times that no run repeats
 
 
