@@ -62,7 +62,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
 
     The defaults are the paper's. In docs/arena.md (one small teacher of Llama's family, mostly three seeds) the mLSTM beat linear attention and the
     delta rule, while RoPE on the memory and the start of the output gate made no difference that could be told from chance. What recalled further is
-    no default, as it costs short tasks or bytes: `layer_windows` of 1 in the layer that retrieves with a wider `memory_feature_dim`, and a kept group.
+    no default, as it costs bytes or short tasks: a wider `memory_feature_dim`, `layer_windows` of 1 in the layer that retrieves, and a kept group.
 
     Raises:
         ConfigError: fields that contradict each other.
