@@ -100,17 +100,26 @@ def owner(pid):
     return f"{hashlib.sha256(platform.node().encode()).hexdigest()[:6]}-{pid}"
 
 
+def dead(text):
+    """Whether `text`, made by `owner`, names a process of this machine that is no more."""
+    pid = text.rpartition("-")[2]
+    if not pid.isdigit() or text != owner(pid):
+        return False  # not written yet, or of another machine
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # alive, and somebody else's
+    return False
+
+
 def remove_abandoned(path, kind=".tmp"):
     """Remove temporary files and directories of `path` whose process on this machine was killed; those of other machines stay."""
     for folder in path.parent.glob(f"{kind}-{path.name}-*"):
         tail = folder.name.removeprefix(f"{kind}-{path.name}-").split("-")
-        if len(tail) == 3 and tail[1].isdigit() and f"{tail[0]}-{tail[1]}" == owner(tail[1]):
-            try:
-                os.kill(int(tail[1]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
-            except OSError:
-                continue  # alive, and somebody else's
+        if len(tail) == 3 and dead("-".join(tail[:2])):
+            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
 
 
 def clean_abandoned(directory):

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 
-from xlstm_hybrid.artifacts import owner
+from xlstm_hybrid.artifacts import dead, owner
 
 CLAIM_SECONDS = 600  # without a sign of life after which a claim of another machine counts for nothing
 BEAT_SECONDS = 60  # between signs of life of `held`
@@ -49,16 +49,7 @@ def holder_lives(path):
 
 def gone(text):
     """Whether `text`, made by `owner`, names a process of this machine that is no more, or this one itself."""
-    pid = text.rpartition("-")[2]
-    if not pid.isdigit() or text != owner(pid):
-        return False  # not written yet, or of another machine
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False  # alive, and somebody else's
-    return int(pid) == os.getpid()
+    return dead(text) or text == owner(os.getpid())
 
 
 @contextlib.contextmanager
