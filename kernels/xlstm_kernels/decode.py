@@ -12,6 +12,14 @@ from xlstm_kernels.mlstm import check, expect
 from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, without_autocast
 
 
+def check_token(q, k, v, i, f, state, whole):
+    """Raise ValueError unless a step can take the inputs; `whole` is the function for more than one token."""
+    check(q, k, v, i, f, state, chunk_size=1)
+    if q.shape[1] != 1:
+        raise ValueError(f"q: expected one token, got T={q.shape[1]}; use {whole} for more")
+    refuse_gradients(q, k, v, i, f, *state)
+
+
 def mlstm_step(q, k, v, i, f, state):
     """`mlstm` for one token without gradients; the state's tensors are overwritten. Returns `(h [B, 1, H, V], state)`.
 
@@ -21,10 +29,7 @@ def mlstm_step(q, k, v, i, f, state):
     Raises:
         ValueError: a shape does not fit, more than one token, or an input that wants gradients.
     """
-    check(q, k, v, i, f, state, chunk_size=1)
-    if q.shape[1] != 1:
-        raise ValueError(f"q: expected one token, got T={q.shape[1]}; use mlstm for more")
-    refuse_gradients(q, k, v, i, f, *state)
+    check_token(q, k, v, i, f, state, "mlstm")
     return step_memory(q, k, v, i, f, *state), state
 
 

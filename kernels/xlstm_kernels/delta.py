@@ -16,7 +16,7 @@ The contract is that of `mlstm`: i = -inf writes nothing, f = +inf forgets nothi
 
 import torch
 
-from xlstm_kernels.decode import refuse_gradients, window_step
+from xlstm_kernels.decode import check_token, window_step
 from xlstm_kernels.mix import mix
 from xlstm_kernels.mlstm import check
 from xlstm_kernels.reference import MLSTMState, forget_gate, prepare, without_autocast
@@ -113,10 +113,7 @@ def delta_step(q, k, v, i, f, state):
     Raises:
         ValueError: a shape does not fit, more than one token, or an input that wants gradients.
     """
-    check(q, k, v, i, f, state, chunk_size=1)
-    if q.shape[1] != 1:
-        raise ValueError(f"q: expected one token, got T={q.shape[1]}; use delta for more")
-    refuse_gradients(q, k, v, i, f, *state)
+    check_token(q, k, v, i, f, state, "delta")
     dtype, C = state.C.dtype, state.C
     with torch.no_grad(), without_autocast(q.device):
         h, new = delta_recurrent(*(x.to(dtype) for x in (q, k, v, i, f)), state)
