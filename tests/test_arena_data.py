@@ -116,7 +116,7 @@ def test_training_a_teacher_writes_a_checkpoint_with_its_accuracies(tmp_path, mo
 
 
 def test_measure_is_right_about_a_model_that_knows_and_one_that_does_not():
-    """A stand-in whose hidden state is the answer itself."""
+    """A stand-in whose likeliest word is the answer itself."""
     tests = {k: data.tests(k, 64 if k in data.LONG else data.SHORT_LENGTH, 8, 100) for k in (*data.LONG, *data.SHORT)}
     known = {}
     for test in tests.values():
@@ -124,12 +124,12 @@ def test_measure_is_right_about_a_model_that_knows_and_one_that_does_not():
             known[tuple(ids)] = dict(zip(at, answers, strict=True))
 
     class Knows:
-        def model(self, input_ids, use_cache):
-            words = torch.tensor([[known.get(tuple(row), {}).get(t, 0) for t in range(len(row))] for row in input_ids.tolist()])
-            return type("Out", (), {"last_hidden_state": torch.nn.functional.one_hot(words, data.VOCAB).float()})
+        device = "cpu"
 
-        def lm_head(self, x):
-            return x if self.right else x.roll(1, -1)
+        def __call__(self, input_ids, use_cache):
+            words = torch.tensor([[known.get(tuple(row), {}).get(t, 0) for t in range(len(row))] for row in input_ids.tolist()])
+            logits = torch.nn.functional.one_hot(words, data.VOCAB).float()
+            return type("Out", (), {"logits": logits if self.right else logits.roll(1, -1)})
 
     for right in (True, False):
         model = Knows()

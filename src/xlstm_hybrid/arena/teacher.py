@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from xlstm_hybrid.arena import data
+from xlstm_hybrid.arena.judge import hits_of
 from xlstm_hybrid.artifacts import add_provenance, staged, write_manifest
 from xlstm_hybrid.errors import ConfigError
 
@@ -190,19 +191,13 @@ def provide(arena, names, out, make=True):
             train(name, directory)
 
 
-@torch.no_grad()
 def measure(model, lengths=(64, 128, 256, 512, 1024, 2048), count=64, seed=100):
     """{kind: {length: accuracy}} of a model on the arena's tests, short kinds under the one length that they have."""
     found = {}
     for kind in (*data.LONG, *data.SHORT):
         for length in lengths if kind in data.LONG else (data.SHORT_LENGTH,):
-            test = data.tests(kind, length, count, seed)
-            hits = []
-            for ids, at, answers in zip(*(test[name].split(8) for name in ("input_ids", "answer_at", "answers")), strict=True):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-                logits = model.lm_head(hidden.take_along_dim(at[..., None], 1))
-                hits.append((logits.argmax(-1) == answers).float())
-            found.setdefault(kind, {})[length] = round(torch.cat(hits).mean().item(), 4)
+            hits = hits_of(model, data.tests(kind, length, count, seed), batch_tokens=16384)
+            found.setdefault(kind, {})[length] = round(hits.double().mean().item(), 4)
     return found
 
 
