@@ -27,7 +27,7 @@ setup(
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
     packages=[*find_packages("src"), *find_packages("kernels"), "xlstm_hybrid.recipes"],
     package_data={"xlstm_hybrid": ["card_template.md", "arena/report_template.md", "lm_eval_tasks/*"],
-                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "arena/teachers/*/*", "tiny_teacher/*.*",
+                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "tiny_teacher/*.*",
                                            "tiny_teacher/tiny-llama/*"]},
     install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves
     extras_require={"train": TRAIN, "eval": EVAL, "eval-paper": EVAL_PAPER, "energy": ENERGY, "test": TEST, "serve": SERVE, "quant": QUANT,
