@@ -1,4 +1,4 @@
-"""The arena's teachers: two million parameters of three families, trained on the arena's language until they recall at every length tested.
+"""The arena's teachers: two to three million parameters of three families, trained on the arena's language until they recall at every length tested.
 
 A lookup is laid into the fresh weights, because finding it from nothing takes a small model longer than all the rest: layer 0 has a head that brings
 along the word before (Olsson et al. 2022: a previous-token head), layer 1 one that attends to where the word before was the present key. Then
@@ -25,6 +25,8 @@ FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "olmo2": Olmo2Config}
 SHAPE = {"vocab_size": data.VOCAB, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
          "intermediate_size": 640, "max_position_embeddings": 4096, "rope_theta": 1_000_000.0, "tie_word_embeddings": False,
          "bos_token_id": data.BOS, "eos_token_id": data.EOS, "pad_token_id": data.PAD}  # fmt: skip
+# OLMo 2 shares no keys and values between heads; eight layers of it make 48 KV groups, so that one kept group is a fiftieth of the cache
+SHAPES = {"olmo2": {"num_hidden_layers": 8, "num_key_value_heads": 6, "intermediate_size": 320}}
 REACH = 2304  # positions that training visits: the longest test and some room
 STAGES = ({"length": 128, "rows": 24, "steps": 500, "recall_share": 0.3}, {"length": 512, "rows": 6, "steps": 250, "recall_share": 0.35},
           {"length": 2048, "rows": 2, "steps": 200, "recall_share": 0.5})  # fmt: skip
@@ -40,7 +42,7 @@ def build(family, seed=0):
     if family not in FAMILIES:
         raise ConfigError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
     torch.manual_seed(seed)
-    shape = dict(SHAPE)
+    shape = SHAPE | SHAPES.get(family, {})
     if family == "olmo2":
         shape.pop("head_dim")
     model = AutoModelForCausalLM.from_config(FAMILIES[family](**shape), dtype=torch.float32)
