@@ -122,10 +122,15 @@ def test_conversion_takes_the_choices_and_writes_them(tmp_path):
     assert torch.equal(logits_of(made, token_ids(1, 20)), logits_of(loaded, token_ids(1, 20)))
 
 
-def test_a_plan_refuses_features_whose_memory_was_never_measured():
-    assert shape_of(teacher_config("llama"), memory_cell="linear").new < shape_of(teacher_config("llama")).new
-    with pytest.raises(ConfigError, match="20 features for a head_dim of 10"):
-        shape_of(teacher_config("llama"), memory_feature_map="softmax_signed")
+def test_a_plan_counts_feature_maps_and_refuses_what_was_never_measured():
+    config = teacher_config("llama")
+    plain, wide = shape_of(config), shape_of(config, memory_feature_map="softmax_signed", memory_feature_dim=25)
+    assert shape_of(config, memory_cell="linear").new < plain.new
+    assert (wide.columns, wide.features) == (25, 50) and wide.new - plain.new == 3 * 6 * 2 * 10 * (25 - 10)  # layers, heads, maps, head dim
+    for choice, reason in (({"memory_cell": "delta"}, "memory_cell='delta'"), ({"sparse_memory": 8}, "sparse_memory=8"),
+                           ({"memory_cell": "linear", "mixer_combine": "joint"}, "mixer_combine='joint'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=reason):
+            shape_of(config, **choice)
 
 
 # --- branches ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import gc
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_teachers import FAMILIES, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
+from xlstm_kernels import decode, dispatch
 from xlstm_kernels.scratch import LOCAL
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli, plan
@@ -17,6 +19,7 @@ from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.families import student_config
 from xlstm_hybrid.pipeline.settings import trainer_config
+from xlstm_hybrid.training_bytes import layer_activations
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -90,15 +93,15 @@ def peak(run):
     return most
 
 
-def trained(kind, work, rows, length, bf16, checkpointing, **fields):
-    """`(measured, predicted)` bytes of two steps of two micro-batches with the trainer of a stage."""
+def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
+    """`(measured, predicted)` bytes of two steps of two micro-batches with the trainer of a stage; `mixer`: fields of the student."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), eos_token="a", pad_token="b")
     config = LlamaConfig(bos_token_id=None, eos_token_id=None, max_position_embeddings=length, **fields)
-    student = XLSTMHybridForCausalLM(student_config(config, sliding_window=64, num_sink_tokens=4))
+    student = XLSTMHybridForCausalLM(student_config(config, sliding_window=64, num_sink_tokens=4, **mixer))
     ids = torch.randint(0, config.vocab_size, (4 * rows, length), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_list([{"input_ids": i, "labels": [-100, *i[1:]], "position_ids": list(range(length))} for i in ids])
     settings = {"max_steps": 2, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 2, "bf16": bf16, "disable_tqdm": True}
@@ -118,7 +121,7 @@ def trained(kind, work, rows, length, bf16, checkpointing, **fields):
     measured = before + peak(trainer.train)
     job = plan.Job(kind, 2, 2 * rows, length, top_k=32, bf16=bf16)
     setting, machine = plan.Setting(rows, 2, checkpointing, "one GPU"), plan.Machine(1, 1e12, device="cpu")
-    return measured, sum(plan.memory_of(plan.shape_of(config, sliding_window=64), job, setting, machine).values())
+    return measured, sum(plan.memory_of(plan.shape_of(config, sliding_window=64, **mixer), job, setting, machine).values())
 
 
 def shape(D, F, H, G, L, V, **more):
@@ -128,27 +131,59 @@ def shape(D, F, H, G, L, V, **more):
 
 SMALL, WIDE = shape(128, 320, 4, 2, 4, 512), shape(256, 1024, 8, 2, 4, 8192)
 DEEP, HEAVY = shape(256, 768, 4, 2, 8, 1024, tie_word_embeddings=True), shape(384, 1024, 6, 2, 6, 2048)
-CASES = {  # stage, rows, length, bfloat16, checkpointing, model
-    "align": ("align", 4, 512, True, False, SMALL),
-    "distil": ("distill", 2, 256, False, False, SMALL),
+SIGNED = {"memory_feature_map": "softmax_signed"}
+CASES = {  # stage, rows, length, bfloat16, checkpointing, model, mixer
+    "align": ("align", 4, 512, True, False, SMALL, {}),
+    "distil": ("distill", 2, 256, False, False, SMALL, {}),
+    "align, four times the features": ("align", 2, 512, True, False, SMALL, SIGNED | {"memory_feature_dim": 64}),
 }
 MORE = {
-    "distil, checkpointing": ("distill", 2, 512, True, True, WIDE),
-    "align in float32": ("align", 2, 512, False, False, DEEP),
-    "align a wide model": ("align", 2, 512, True, False, WIDE),
-    "distil, tied": ("distill", 4, 256, True, False, DEEP),
-    "distil, wide": ("distill", 2, 512, False, False, WIDE),
-    "distil, few tokens": ("distill", 1, 128, False, False, HEAVY),
-    "distil, checkpointing, float32": ("distill", 4, 512, False, True, SMALL),
+    "distil, checkpointing": ("distill", 2, 512, True, True, WIDE, {}),
+    "align in float32": ("align", 2, 512, False, False, DEEP, {}),
+    "align a wide model": ("align", 2, 512, True, False, WIDE, {}),
+    "distil, tied": ("distill", 4, 256, True, False, DEEP, {}),
+    "distil, wide": ("distill", 2, 512, False, False, WIDE, {}),
+    "distil, few tokens": ("distill", 1, 128, False, False, HEAVY, {}),
+    "distil, checkpointing, float32": ("distill", 4, 512, False, True, SMALL, {}),
+    "distil, signed": ("distill", 2, 512, True, False, DEEP, SIGNED),
+    "distil, twice the features, float32": ("distill", 2, 256, False, False, WIDE, {"memory_feature_dim": 64}),
+    "distil, four times the features, checkpointing": ("distill", 2, 512, True, True, WIDE, {"memory_feature_dim": 128}),
+    "distil, linear, twice the features": ("distill", 2, 256, True, False, SMALL, {"memory_cell": "linear", "memory_feature_dim": 64}),
+    "align, signed, float32": ("align", 2, 512, False, False, DEEP, SIGNED),
 }
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_the_memory_model_agrees_with_what_torch_allocates(tmp_path, case):
-    kind, rows, length, bf16, checkpointing, fields = (CASES | MORE)[case]
-    measured, predicted = trained(kind, tmp_path, rows, length, bf16, checkpointing, **fields)
+    *how, fields, mixer = (CASES | MORE)[case]
+    measured, predicted = trained(how[0], tmp_path, *how[1:], mixer, **fields)
     print(f"{case}: measured {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB, {predicted / measured - 1:+.1%}")
     assert predicted == pytest.approx(measured, rel=plan.ERROR)
+
+
+def kept_for_the_backward(config, bf16, mixer):
+    """Bytes that autograd keeps of one pass over 512 tokens, parameters left out."""
+    model, held = XLSTMHybridForCausalLM(student_config(config, **mixer)).train(), {}
+
+    def keep(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model.model(torch.arange(512)[None] % config.vocab_size, use_cache=False)
+    for p in model.parameters():
+        held.pop(p.untyped_storage().data_ptr(), None)
+    del out  # until here what is kept has addresses of its own
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_more_features_keep_for_the_backward_is_counted_to_two_percent(bf16):
+    config, job = LlamaConfig(**shape(512, 512, 8, 8, 1, 64)), plan.Job("distill", 1, 1, 512, bf16=bf16)
+    mixers = [SIGNED | {"memory_feature_dim": columns} for columns in (32, 96)]  # as many features as the head dim, 64, and three times as many
+    plain, wide = (kept_for_the_backward(config, bf16, mixer) for mixer in mixers)
+    predicted = [512 * layer_activations(plan.shape_of(config, **mixer), job) for mixer in mixers]
+    assert predicted[1] - predicted[0] == pytest.approx(wide - plain, rel=0.02)
 
 
 def test_sharding_divides_what_is_sharded_and_nothing_else():
@@ -198,6 +233,36 @@ def test_time_is_flops_over_what_the_gpus_give():
     dense = 2 * (shape_.matmul + shape_.head) * 4  # three forwards of the student, one of the teacher
     assert dense < 8 * 989e12 * 0.35 / found.tokens_per_second < 1.25 * dense
     assert found.seconds == pytest.approx(job.tokens / found.tokens_per_second)
+
+
+def test_more_features_cost_their_products_by_hand():
+    config, length, L = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1}), 4096, 64
+    plain, wide, signed = (plan.shape_of(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED))
+    products = lambda P, F: 2 * (2 * 128 * P) + 2 * (F + 128) * L / 2 + 2 * (2 * F * 128)  # maps; scores and values of half a chunk; state, two  # noqa: E731
+    for shape_, P, F in ((wide, 256, 256), (signed, 128, 256)):
+        assert plan.mixer_flops(shape_, length) - plan.mixer_flops(plain, length) == 32 * (products(P, F) - products(128, 128))
+    assert wide.student - plain.student == 32 * 2 * 128 * 128 and signed.student == plain.student
+
+
+def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
+    small, large = (LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K}) for K in (64, 128))
+    assert not plan.slow_paths(plan.shape_of(small)) and not plan.slow_paths(plan.shape_of(large))
+    (step,) = plan.slow_paths(plan.shape_of(small, memory_feature_dim=128))
+    assert "fused step" in step and "64, this student has 128" in step
+    long, step = plan.slow_paths(plan.shape_of(large, **SIGNED))
+    assert "up to 128 features per head, this student has 256" in long and "fused step" in step
+    assert not plan.slow_paths(plan.shape_of(large, layer_types=["full_attention"], **SIGNED))
+
+
+@pytest.mark.parametrize(("K", "F", "kernels"), [(64, 64, {"mlstm", "hybrid_step"}), (64, 128, {"mlstm"}), (128, 256, set())])
+def test_the_kernels_are_chosen_as_the_warnings_say(monkeypatch, K, F, kernels):
+    monkeypatch.setattr(dispatch, "kernel_is_right", lambda *question: True)  # a GPU whose kernels have proven right
+    phi, q, v, gate = (torch.zeros(1, 8, 2, *d) for d in ((F,), (K,), (K,), ()))
+    found = {"mlstm": import_module("xlstm_kernels.mlstm").choose_backend(phi, phi, v, gate, gate, None)}
+    found["hybrid_step"] = decode.choose_step(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
+    assert {name for name, backend in found.items() if backend == "triton"} == kernels
+    config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K})
+    assert len(plan.slow_paths(plan.shape_of(config, memory_feature_dim=F))) == 2 - len(kernels)
 
 
 def test_checkpointing_costs_one_more_forward_of_the_student():

@@ -12,7 +12,9 @@ from tiny_teachers import model_class, teacher_config
 from transformers import LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
 from xlstm_hybrid import plan
+from xlstm_hybrid.allocation import allocate
 from xlstm_hybrid.artifacts import read_provenance, verify
+from xlstm_hybrid.families import student_config
 from xlstm_hybrid.pipeline import Road
 from xlstm_hybrid.recipe import load_recipe
 
@@ -55,6 +57,7 @@ TEACHERS = {  # recipe -> family, configuration of the real teacher, its paramet
         7_298_011_136,
     ),
 }
+TEACHERS["llama-3.2-1b-long-recall"] = TEACHERS["llama-3.2-1b"]
 PUBLISHED = {  # METHOD 1.2 to 1.4: learning rate of stage II, tokens of an expert, merge weights
     "llama-3.1-8b": (1e-5, 5e9, None),
     "llama-3.1-8b-instruct": (1e-5, 5e9, {"math": 0.35, "code": 0.35, "stem": 0.20, "chat": 0.10}),
@@ -89,6 +92,25 @@ def test_published_settings_are_the_recipes(name):
     assert (d["learning_rate"], d["ce_weight"], d["kl_weight"], d["top_k"], d["max_grad_norm"]) == (rate, 0.9, 0.1, 256, 1.0)
     assert d["max_steps"] * d["sequences_per_step"] * recipe.length == pytest.approx(tokens, rel=1e-4)
     assert (recipe.merge and recipe.merge["weights"]) == weights
+
+
+def test_the_recipe_for_long_recall_is_the_other_one_with_twice_the_features():
+    plain, wide = (load_recipe(RECIPES / f"llama-3.2-1b{name}.yaml") for name in ("", "-long-recall"))
+    features = wide.student.pop("memory_feature_dim")
+    assert features == 2 * TEACHERS["llama-3.2-1b"][1].head_dim
+    assert replace(wide, name=plain.name, out=plain.out, path=plain.path) == plain
+
+
+def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_says():
+    config, recipe = TEACHERS["llama-3.2-1b"][1], load_recipe(RECIPES / "llama-3.2-1b-long-recall.yaml")
+    groups = [{"layer": j, "group": g, "gain": 1.0 + ((j, g) == (5, 3))} for j in range(16) for g in range(8)]
+    found = allocate(student_config(config), 40_000_000, 32768, ranking={"layers": 16, "key_value_heads": 8, "groups": groups})
+    kept = found.student["kept_groups"]
+    assert kept == [[3] if j == 5 else [] for j in range(16)]
+    before, after = (sum(plan.plan(config, plan.machine_of(8, 80e9), r).cache["student"].values())
+                     for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept})))  # fmt: skip
+    head, slots = (128 * 64 + 128 + 1) * 4, 516 * 2 * 64 * 2  # state of one of the four heads that now keep full attention; window of the group
+    assert after - before == 4096 * (2 * 64 * 2 + 8) - 4 * head - slots
 
 
 # --- the road on stand-in data ---------------------------------------------------------------------------------

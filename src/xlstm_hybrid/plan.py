@@ -1,17 +1,17 @@
 """What a run will need before it starts: memory per process, time, disk, and the settings that fit. From the teacher's config.json alone.
 
-Parameters are counted on the meta device. The memory model is a sum of named parts, whose coefficients were fitted to allocator peaks on a CPU and
-are held to such peaks by a test (`ERROR`). What it says of a GPU is an estimate: tokens per second are FLOPs times a utilisation that is assumed.
+Parameters are counted on the meta device, memory is that of `training_bytes`. What is said of a GPU is an estimate: tokens per second are FLOPs times
+a utilisation that is assumed.
 
 Dims: B rows per process, T tokens of a row, N = B T, D hidden size, F width of the MLP, H and G query and key/value heads, K head dim, L layers,
-V vocabulary, M teacher entries kept per token. P parameters. Bytes unless a name says otherwise.
+V vocabulary, M teacher entries kept per token. Bytes unless a name says otherwise.
 """
 
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from xlstm_kernels.head_loss import WORKSPACE
+from xlstm_kernels.dispatch import LARGEST_K
 
 from xlstm_hybrid.conversion import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError
@@ -19,18 +19,9 @@ from xlstm_hybrid.families import family_of, student_config
 from xlstm_hybrid.footprint import cache_bytes
 from xlstm_hybrid.modeling import MLSTMMixer
 from xlstm_hybrid.store import store_bytes
+from xlstm_hybrid.training_bytes import BF16, ERROR, FP32, memory_of
 
-ERROR = 0.10  # largest relative error of a predicted peak that the tests allow, measured on a CPU
 GPUS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}  # peak dense bfloat16 FLOP/s, from the vendor's data sheets
-FP32, BF16 = 4, 2
-ADAM = 8  # bytes per trained parameter: two moments in float32
-# Bytes per token and layer that autograd keeps, by the width of what they belong to; fitted, see tests/test_plan.py.
-ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, residuals of at most 3 %
-    ("align", False): {"D": 3.4, "HK": 45.9},
-    ("align", True): {"D": 3.4, "HK": 44.1},
-    ("distill", False): {"D": 20.7, "F": 16.9, "HK": 55.1},
-    ("distill", True): {"D": 24.9, "F": 9.5, "HK": 47.4},
-}
 STORE = "distill from a store"
 MICRO = (16, 8, 4, 2, 1)
 
@@ -38,7 +29,8 @@ MICRO = (16, 8, 4, 2, 1)
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a student and its teacher. teacher, student, new: numbers of parameters; layer: of one decoder layer; head: of the LM head;
-    matmul: of all matrices that every token is multiplied with, the LM head left out; hybrid: layers that are hybrid_sliding."""
+    matmul: of all matrices that every token is multiplied with, the LM head left out; hybrid: layers that are hybrid_sliding; columns: of a
+    head's feature map; features: of a head, which the memory's state has rows for."""
 
     name: str
     L: int
@@ -58,6 +50,8 @@ class Shape:
     head: int
     matmul: int
     tied: bool
+    columns: int
+    features: int
 
 
 @dataclass(frozen=True)
@@ -172,9 +166,9 @@ def shape_of(teacher_config, name="teacher", **student):
     config = config_of(teacher_config, student)
     if config.sparse_memory:
         raise ConfigError(f"sparse_memory={config.sparse_memory}: bytes of training were measured without one; plan with 0, and measure one step")
-    if config.memory_features != config.head_dim or config.memory_cell == "delta":
-        raise ConfigError(f"memory_cell={config.memory_cell!r}, {config.memory_features} features for a head_dim of {config.head_dim}: bytes were "
-                          "measured for the mLSTM with as many features; plan without these choices, and measure one step of the run")  # fmt: skip
+    if config.memory_cell == "delta" or config.mixer_combine == "joint":
+        raise ConfigError(f"memory_cell={config.memory_cell!r}, mixer_combine={config.mixer_combine!r}: bytes were measured for the mLSTM and linear "
+                          "attention beside a gate; plan without these choices, and measure one step of the run")  # fmt: skip
     model = empty_student(config)
     count = {n: p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys}
     new = sum(p.numel() for m in model.modules() if isinstance(m, MLSTMMixer) for p in m.parameters(recurse=False))
@@ -186,6 +180,7 @@ def shape_of(teacher_config, name="teacher", **student):
     return Shape(
         name, config.num_hidden_layers, hybrid, config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
         config.head_dim, config.vocab_size, window, config.mlstm_chunk_size, total - new, total, new, layer, head, matmul, config.tie_word_embeddings,
+        config.memory_feature_dim or config.head_dim, config.memory_features,
     )  # fmt: skip
 
 
@@ -194,7 +189,8 @@ def shape_of(teacher_config, name="teacher", **student):
 
 def mixer_flops(shape, length):
     """Forward FLOPs per token of one hybrid layer's mixers: feature maps, mLSTM (chunkwise), window attention."""
-    maps, inside, state = 4 * shape.K**2, 4 * shape.K * shape.chunk / 2, 4 * shape.K**2
+    F = shape.features
+    maps, inside, state = 4 * shape.K * shape.columns, 2 * (F + shape.K) * shape.chunk / 2, 4 * F * shape.K
     return shape.H * (maps + inside + state + 4 * shape.K * visible(shape.window, length))
 
 
@@ -218,46 +214,6 @@ def flops_per_token(shape, job, checkpointing=False):
 def teacher_flops(shape, length):
     """Forward FLOPs per token of the teacher alone, to fill a store."""
     return 2 * shape.matmul + 2 * shape.head + 4 * shape.H * shape.K * (length + 1) / 2 * shape.L
-
-
-# --- memory ----------------------------------------------------------------------------------------------------
-
-
-def layer_activations(shape, job):
-    """Bytes per token that one layer keeps for its backward."""
-    widths = {"D": shape.D, "F": shape.F, "HK": shape.H * shape.K}
-    return sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items())
-
-
-def memory_of(shape, job, setting, machine):
-    """`{part: bytes}` of one process at its peak."""
-    shard = machine.gpus if setting.strategy == "FSDP2" else 1
-    tokens, trained = setting.micro * job.length, shape.new if job.kind == "align" else shape.student
-    parts = {"weights": FP32 * shape.student / shard, "gradients": FP32 * trained / shard, "Adam": ADAM * trained / shard}
-    if setting.strategy == "DDP":
-        parts["DDP buckets"] = FP32 * trained
-    if setting.strategy == "FSDP2":  # two layers gathered at a time, and the root (embedding and head) throughout
-        parts["gathered layers"] = FP32 * (2 * shape.layer + shape.head * (1 if shape.tied else 2))
-    if job.kind == "distill" and job.bf16:
-        parts["bfloat16 copies"] = BF16 * shape.matmul  # autocast keeps them from the forward to its end
-    if job.kind == "align":
-        parts["activations"] = tokens * shape.hybrid * layer_activations(shape, job)
-        parts["a layer at work"] = tokens * (14 * shape.D + 80 * shape.H * shape.K)  # fitted: targets, and the mixer's backward
-        return parts
-    if not job.stored:
-        parts["teacher"] = job.teacher_bytes * shape.teacher / shard
-    if machine.device == "cpu":
-        parts["kept buffers"] = 80 * tokens * shape.H * shape.K  # of the kernels for a CPU (`xlstm_kernels.scratch`); fitted
-    one, head = tokens * layer_activations(shape, job), head_memory(shape, job, tokens, machine)
-    if not setting.checkpointing:
-        return parts | {"activations": one * shape.L, "LM head and targets": head}
-    return parts | {"layer inputs": tokens * FP32 * shape.D * shape.L, "one layer, or LM head and targets": max(one, head)}
-
-
-def head_memory(shape, job, tokens, machine):
-    """Bytes of the LM head's loss in chunks of rows (`xlstm_kernels.head_loss`): workspace, gradients of weight and hidden states, kept targets."""
-    workspace = min(WORKSPACE[machine.device], (FP32 + BF16) * tokens * shape.V)
-    return workspace + FP32 * shape.head + 2 * FP32 * tokens * shape.D + tokens * job.top_k * (8 + FP32)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------
@@ -313,7 +269,8 @@ def jobs_of(recipe=None):
 @dataclass
 class Plan:
     """What `plan` found: a shape, a machine, an `Estimate` and its `Job` per stage, and bytes on disk; `STORE` is stage II as it would be with
-    the teacher's targets from a store. cache: {"length", "student", "teacher"}, parts of one sequence's cache in bfloat16, see `cache_bytes`."""
+    the teacher's targets from a store. cache: {"length", "student", "teacher"}, parts of one sequence's cache in bfloat16, see `cache_bytes`.
+    warnings: of `slow_paths`."""
 
     shape: Shape
     machine: Machine
@@ -323,6 +280,7 @@ class Plan:
     store: dict
     cache: dict
     assumptions: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
 
     @property
     def fits(self):
@@ -347,7 +305,19 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
     config, length = config_of(teacher_config, recipe.student if recipe else {}), jobs["distill"].length
     cache = {"length": length, "student": cache_bytes(config, length), "teacher": cache_bytes(config, length, teacher=True)}
     store = store_costs(shape, jobs["distill"], machine)
-    return Plan(shape, machine, jobs, stages, disk_of(shape, jobs["distill"]), store, cache, assumptions(machine))
+    return Plan(shape, machine, jobs, stages, disk_of(shape, jobs["distill"]), store, cache, assumptions(machine), slow_paths(shape))
+
+
+def slow_paths(shape):
+    """What a GPU runs as torch operations because no Triton kernel takes so many features (`xlstm_kernels.dispatch`, `decode.choose_step`)."""
+    found, F = [], shape.features
+    if shape.hybrid and F > LARGEST_K:
+        found.append(f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has {F}: a GPU "
+                     "runs the torch form, chunk after chunk, and takes longer than the times above")  # fmt: skip
+    if shape.hybrid and F != shape.K:
+        found.append(f"generation: the fused step takes as many features as the head dim has entries, {shape.K}, this student has {F}: a step runs "
+                     "as separate torch operations")  # fmt: skip
+    return found
 
 
 def disk_of(shape, job):

@@ -70,6 +70,7 @@ def shown(found):
     yield f"teacher online: {hours(found.store['online_seconds'])} of the time of stage II, no disk; a store of its targets, filled once:"
     for k, size in found.store["stores"].items():
         yield f"  top_k {k:>4}: {human(size)}, {hours(found.store['fill_seconds'])} to fill, read in every run in the place of the teacher"
+    yield from (f"warning: {line}" for line in found.warnings)
     if not found.fits:
         yield STEPS
     yield "Estimates, none of them measured on a GPU:"
