@@ -17,6 +17,7 @@ from xlstm_hybrid.artifacts import read_provenance, verify
 from xlstm_hybrid.families import student_config
 from xlstm_hybrid.pipeline import Road
 from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.verbs.plan import shown
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -99,6 +100,13 @@ def test_the_recipe_for_long_recall_is_the_other_one_with_twice_the_features():
     features = wide.student.pop("memory_feature_dim")
     assert features == 2 * TEACHERS["llama-3.2-1b"][1].head_dim
     assert replace(wide, name=plain.name, out=plain.out, path=plain.path) == plain
+
+
+def test_the_plan_of_the_recipe_for_long_recall_says_what_runs_without_a_kernel():
+    config, machine = TEACHERS["llama-3.2-1b"][1], plan.machine_of(1, 80e9)
+    for name, expected in (("", []), ("-long-recall", ["generation"])):  # its prompts and training have one
+        lines = shown(plan.plan(config, machine, load_recipe(RECIPES / f"llama-3.2-1b{name}.yaml")))
+        assert [line.split(":")[1].strip() for line in lines if str(line).startswith("warning")] == expected
 
 
 def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_says():

@@ -3,6 +3,8 @@
 Dims: N tokens of a micro-batch, D hidden size, F width of the MLP, H query heads, K head dim, E features of a head beyond K, L layers, V vocabulary.
 """
 
+import torch
+from xlstm_kernels.cpu import rows_at_once, segments
 from xlstm_kernels.head_loss import WORKSPACE
 
 ERROR = 0.10  # largest relative error of a predicted peak that the tests allow, measured on a CPU
@@ -17,7 +19,8 @@ ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, resi
 }
 # Per token, head and feature beyond K: phi(q) and phi(k) as the softmax gave them, in float32, and under autocast as the memory reads them, too.
 FEATURES = {False: 2 * FP32, True: 2 * (FP32 + BF16)}
-FEATURES_AT_WORK, FEATURES_IN_BUFFERS = 40, 30  # beside them, of one layer: measured 19 to 43, and 6 to 31 of it in buffers; fewer in wide layers
+# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`xlstm_kernels.scratch`); fitted, E measured.
+WORK, BUFFERS = {"HK": 10, "HE": 14}, {"HK": 70, "HE": 30}
 
 
 def layer_activations(shape, job):
@@ -35,6 +38,14 @@ def more_features(shape):
     return shape.H * max(0, shape.features - shape.K)
 
 
+def in_buffers(shape, job, setting):
+    """Tokens that the mLSTM's form for a CPU works on at once, and has in its buffers."""
+    q, v = (torch.empty(setting.micro, job.length, shape.H, width, device="meta") for width in (max(shape.features, shape.K), shape.K))
+    L = min(shape.chunk, job.length)
+    rows = min(setting.micro, rows_at_once(q, v, L))
+    return rows * max(piece.n * piece.L for piece in segments(q[:rows], v[:rows], L))
+
+
 def memory_of(shape, job, setting, machine):
     """`{part: bytes}` of one process at its peak.
 
@@ -43,6 +54,8 @@ def memory_of(shape, job, setting, machine):
     """
     shard = machine.gpus if setting.strategy == "FSDP2" else 1
     tokens, trained = setting.micro * job.length, shape.new if job.kind == "align" else shape.student
+    widths, held = {"HK": shape.H * shape.K, "HE": more_features(shape)}, in_buffers(shape, job, setting) if machine.device == "cpu" else tokens
+    buffers = held * sum(BUFFERS[name] * width for name, width in widths.items())
     parts = {"weights": FP32 * shape.student / shard, "gradients": FP32 * trained / shard, "Adam": ADAM * trained / shard}
     if setting.strategy == "DDP":
         parts["DDP buckets"] = FP32 * trained
@@ -52,13 +65,12 @@ def memory_of(shape, job, setting, machine):
         parts["bfloat16 copies"] = BF16 * shape.matmul  # autocast keeps them from the forward to its end
     if job.kind == "align":
         parts["activations"] = tokens * shape.hybrid * layer_activations(shape, job)
-        # fitted: targets, and the mixer's backward
-        parts["a layer at work"] = tokens * (14 * shape.D + 80 * shape.H * shape.K + FEATURES_AT_WORK * more_features(shape))
-        return parts
+        work = 14 * shape.D + sum(WORK[name] * width for name, width in widths.items())  # targets, and the mixer's backward
+        return parts | {"a layer at work": tokens * work + buffers}
     if not job.stored:
         parts["teacher"] = job.teacher_bytes * shape.teacher / shard
-    if machine.device == "cpu":  # of the kernels for a CPU (`xlstm_kernels.scratch`); fitted
-        parts["kept buffers"] = tokens * (80 * shape.H * shape.K + FEATURES_IN_BUFFERS * more_features(shape))
+    if machine.device == "cpu":  # the window's buffers, too
+        parts["kept buffers"] = tokens * WORK["HK"] * widths["HK"] + buffers
     one, head = tokens * layer_activations(shape, job), head_memory(shape, job, tokens, machine)
     if not setting.checkpointing:
         return parts | {"activations": one * shape.L, "LM head and targets": head}
