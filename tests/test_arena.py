@@ -492,6 +492,22 @@ def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tm
     assert files == again and page == (tmp_path / "again/arena.md").read_text()
 
 
+def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
+    arena, out = constructed
+    arena = replace(arena, teachers={**arena.teachers, "other": "teacher"})
+    for name in ("teacher", "hybrid", "better"):
+        shutil.copytree(out / "results/llama" / name, out / "results/other" / name)
+    found = summary.summarise(arena, out)
+    assert found["teachers"]["other"]["shape"] == {"parameters": 18_352, "layers": 1, "heads": 2, "groups": 1, "head_dim": 8}
+    report.write_report(found, tmp_path / "docs")
+    page = (tmp_path / "docs/arena.md").read_text()
+    others = page[page.index("### other") : page.index("## Not in the tables")]
+    assert "0.02 M parameters: 1 layers of 2 heads of 8 dims in 1 key/value groups." in others and "| fat |" not in others
+    assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
+    assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
+    assert "- other: runnable, not run: fat, later, same, worse" in page
+
+
 def test_a_result_of_other_settings_is_left_out_and_said(constructed):
     arena, out = constructed
     found = summary.summarise(replace(arena, distill={**arena.distill, "learning_rate": 5e-4}), out)
