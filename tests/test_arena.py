@@ -65,6 +65,8 @@ def minute(tmp_path_factory):
         ({"arms": {"a": {"stages": ["distill", "align"]}}}, "in this order"),
         ({"arms": {"a": {"start": "b", "stages": []}, "b": {"start": "a", "stages": []}}}, "circle"),
         ({"arms": {"a": {"start": "nobody", "stages": []}}}, "expected another arm"),
+        ({"arms": {"a": {"teachers": ["gpt"]}}}, r"arms.a: teachers=\['gpt'\]: expected some of \['llama'\]"),
+        ({"teachers": {"llama": "x", "qwen3": "y"}, "arms": {"a": {"teachers": ["qwen3"]}, "b": {"start": "a", "stages": []}}}, "not made for llama"),
         ({"arms": {"teacher": {}}}, "not 'teacher'"),
         ({"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}}, "3 steps are not 2 equal parts"),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
@@ -256,6 +258,14 @@ def test_an_unknown_arm_or_teacher_is_refused(minute):
         runner.choose_jobs(arena_of(minute), minute, ["nobody"])
     with pytest.raises(ConfigError, match="no teacher nobody"):
         runner.choose_jobs(arena_of(minute), minute, teachers=["nobody"])
+
+
+def test_an_arm_of_one_teacher_is_a_job_of_that_teacher_alone(minute, tmp_path):
+    arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "teacher"}, arms={"all": {}, "one": {"teachers": ["qwen3"]}})
+    jobs = runner.choose_jobs(arena, tmp_path, seeds=[0], teachers=["llama", "qwen3"])
+    assert [(j.teacher, j.arm) for j in jobs] == [("llama", "teacher"), ("llama", "all"), *(("qwen3", name) for name in ("teacher", "all", "one"))]
+    with pytest.raises(ConfigError, match="one made for other teachers than llama"):
+        runner.choose_jobs(arena, tmp_path, only=["one"])
 
 
 def test_an_arm_brings_those_that_it_starts_from(ran):
