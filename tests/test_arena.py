@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary
+from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary, teacher
 from xlstm_hybrid.arena.students import Road, changed, load, question
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
@@ -516,6 +516,20 @@ def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
     assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
     assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
     assert "- other: runnable, not run: fat, later, same, worse" in page
+
+
+def test_teachers_of_a_run_directory_are_found_whichever_is_asked_for(minute, tmp_path, monkeypatch):
+    """A report reads results of every teacher; one that was trained in an earlier run is in OUT, not where the file says."""
+    trained = []
+    monkeypatch.setattr(teacher, "train", lambda name, directory: trained.append((name, directory)))
+    arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "nowhere", "own": "elsewhere"})
+    shutil.copytree(minute / "teacher", tmp_path / "teachers/qwen3")
+    teacher.provide(arena, ["llama"], tmp_path)
+    assert arena.teacher_dir("llama") == minute / "teacher" and arena.teacher_dir("qwen3") == tmp_path / "teachers/qwen3" and not trained
+    with pytest.raises(ConfigError, match="no teacher at .*own.*none of the families"):
+        teacher.provide(arena, ["own"], tmp_path)
+    teacher.provide(arena_of(minute, teachers={"llama": "teacher", "olmo2": "nowhere"}), ["olmo2"], tmp_path)
+    assert trained == [("olmo2", tmp_path / "teachers/olmo2")]
 
 
 def test_a_result_of_other_settings_is_left_out_and_said(constructed):
