@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary
+from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary, teacher
 from xlstm_hybrid.arena.students import Road, changed, load, question
 from xlstm_hybrid.arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
@@ -65,6 +65,8 @@ def minute(tmp_path_factory):
         ({"arms": {"a": {"stages": ["distill", "align"]}}}, "in this order"),
         ({"arms": {"a": {"start": "b", "stages": []}, "b": {"start": "a", "stages": []}}}, "circle"),
         ({"arms": {"a": {"start": "nobody", "stages": []}}}, "expected another arm"),
+        ({"arms": {"a": {"teachers": ["gpt"]}}}, r"arms.a: teachers=\['gpt'\]: expected some of \['llama'\]"),
+        ({"teachers": {"llama": "x", "qwen3": "y"}, "arms": {"a": {"teachers": ["qwen3"]}, "b": {"start": "a", "stages": []}}}, "not made for llama"),
         ({"arms": {"teacher": {}}}, "not 'teacher'"),
         ({"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}}, "3 steps are not 2 equal parts"),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
@@ -256,6 +258,14 @@ def test_an_unknown_arm_or_teacher_is_refused(minute):
         runner.choose_jobs(arena_of(minute), minute, ["nobody"])
     with pytest.raises(ConfigError, match="no teacher nobody"):
         runner.choose_jobs(arena_of(minute), minute, teachers=["nobody"])
+
+
+def test_an_arm_of_one_teacher_is_a_job_of_that_teacher_alone(minute, tmp_path):
+    arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "teacher"}, arms={"all": {}, "one": {"teachers": ["qwen3"]}})
+    jobs = runner.choose_jobs(arena, tmp_path, seeds=[0], teachers=["llama", "qwen3"])
+    assert [(j.teacher, j.arm) for j in jobs] == [("llama", "teacher"), ("llama", "all"), *(("qwen3", name) for name in ("teacher", "all", "one"))]
+    with pytest.raises(ConfigError, match="one made for other teachers than llama"):
+        runner.choose_jobs(arena, tmp_path, only=["one"])
 
 
 def test_an_arm_brings_those_that_it_starts_from(ran):
@@ -490,6 +500,36 @@ def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tm
     assert {"arena/single.png", "arena/front_32w.png"} <= set(files) and (tmp_path / "docs/arena/single.png").read_bytes()[:4] == b"\x89PNG"
     again = report.write_report(json.loads(json.dumps(summary.summarise(arena, out))), tmp_path / "again")
     assert files == again and page == (tmp_path / "again/arena.md").read_text()
+
+
+def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
+    arena, out = constructed
+    arena = replace(arena, teachers={**arena.teachers, "other": "teacher"})
+    for name in ("teacher", "hybrid", "better"):
+        shutil.copytree(out / "results/llama" / name, out / "results/other" / name)
+    found = summary.summarise(arena, out)
+    assert found["teachers"]["other"]["shape"] == {"parameters": 18_352, "layers": 1, "heads": 2, "groups": 1, "head_dim": 8}
+    report.write_report(found, tmp_path / "docs")
+    page = (tmp_path / "docs/arena.md").read_text()
+    others = page[page.index("### other") : page.index("## Not in the tables")]
+    assert "0.02 M parameters: 1 layers of 2 heads of 8 dims in 1 key/value groups." in others and "| fat |" not in others
+    assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
+    assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
+    assert "- other: runnable, not run: fat, later, same, worse" in page
+
+
+def test_teachers_of_a_run_directory_are_found_whichever_is_asked_for(minute, tmp_path, monkeypatch):
+    """A report reads results of every teacher; one that was trained in an earlier run is in OUT, not where the file says."""
+    trained = []
+    monkeypatch.setattr(teacher, "train", lambda name, directory: trained.append((name, directory)))
+    arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "nowhere", "own": "elsewhere"})
+    shutil.copytree(minute / "teacher", tmp_path / "teachers/qwen3")
+    teacher.provide(arena, ["llama"], tmp_path)
+    assert arena.teacher_dir("llama") == minute / "teacher" and arena.teacher_dir("qwen3") == tmp_path / "teachers/qwen3" and not trained
+    with pytest.raises(ConfigError, match="no teacher at .*own.*none of the families"):
+        teacher.provide(arena, ["own"], tmp_path)
+    teacher.provide(arena_of(minute, teachers={"llama": "teacher", "olmo2": "nowhere"}), ["olmo2"], tmp_path)
+    assert trained == [("olmo2", tmp_path / "teachers/olmo2")]
 
 
 def test_a_result_of_other_settings_is_left_out_and_said(constructed):

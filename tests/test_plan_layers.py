@@ -179,11 +179,12 @@ def test_a_budget_is_filled_but_never_exceeded_and_more_of_it_never_keeps_less()
     config, length, before = tiny_config(num_hidden_layers=5), 400, -1
     least, teacher = total(config, length), sum(cache_bytes(config, length, teacher=True).values())
     for budget in range(least, 2 * teacher, 5000):
-        plan = allocate(config, budget, length)
+        plan = allocate(config, budget, length, sparse_share=0.25)
         groups = sum(map(len, plan.student["kept_groups"] or [])) + 2 * plan.student["layer_types"].count("full_attention")
+        sparse = plan.student.get("sparse_memory", 0)
         assert plan.total <= budget and plan.total == total(config, length, **plan.student) and groups >= before
         eight_more = 8 * (10 - groups) * (2 * 16 * 2 + 4 + 8)  # the sparse memory grows by eight tokens
-        assert budget - plan.total < eight_more or plan.student["sparse_memory"] + 8 > length - 10 or groups == 10
+        assert budget - plan.total < eight_more or sparse + 8 > length - 10 or groups == 10
         before = groups
     assert groups == 10 and plan.student["layer_types"] == ["full_attention"] * 5
     with pytest.raises(ConfigError, match=f"has {least:,} at 400 tokens"):
@@ -194,21 +195,49 @@ def test_the_best_groups_are_kept_and_those_that_bring_nothing_are_not():
     config = tiny_config()
     order = [((2, 1), 0.5), ((0, 0), 0.3), ((2, 0), 0.2), ((1, 1), 0.1), ((1, 0), 0.0), ((0, 1), -0.2)]
     three = total(config, 400, kept_groups=[[0], [], []], layer_types=["hybrid_sliding", "hybrid_sliding", "full_attention"])
-    plan = allocate(config, three, 400, ranking=ranking_of(config, order), sparse_share=0)
+    plan = allocate(config, three, 400, ranking=ranking_of(config, order))
     assert plan.student["layer_types"] == ["hybrid_sliding", "hybrid_sliding", "full_attention"] and plan.student["kept_groups"] == [[0], [], []]
-    assert plan.measured and plan.total <= three
-    rich = allocate(config, 10**7, 400, ranking=ranking_of(config, order))
+    assert plan.measured and plan.total <= three and "sparse_memory" not in plan.student and plan.student["memory_feature_dim"] is None
+    rich = allocate(config, 10**7, 400, ranking=ranking_of(config, order), sparse_share=0.25)
     assert rich.student["kept_groups"] == [[0], [1], []] and "2 of 6 groups brought nothing" in rich.notes[0] and rich.student["sparse_memory"] > 300
     for wrong in (ranking_of(config, order[:5]), ranking_of(tiny_config(num_hidden_layers=2), order), {"groups": 3}):
         with pytest.raises(ConfigError, match="ranking"):
             allocate(config, 10**6, 400, ranking=wrong)
 
 
+def test_what_no_group_can_use_widens_the_features_up_to_twice_the_head():
+    config, length = tiny_config(head_dim=32), 4000
+    least, wider = total(config, length), total(config, length, memory_feature_dim=48)
+    assert [allocate(config, b, length).student["memory_feature_dim"] for b in (least, wider - 1, wider)] == [None, None, 48]
+    rich = allocate(config, total(config, length, memory_feature_dim=64) + 20_000, length)
+    assert rich.student["memory_feature_dim"] == 64 and rich.total == total(config, length, memory_feature_dim=64) and not rich.student["kept_groups"]
+    assert "features were widened from 32 to 64" in rich.notes[0]
+    assert allocate(config, rich.budget, length, widen=False).total == least
+    assert allocate(tiny_config(head_dim=128), 10**7, 40_000).student["memory_feature_dim"] is None  # no kernel has more than 128
+    assert allocate(tiny_config(head_dim=96, num_hidden_layers=1), 2 * 10**6, 40_000).student["memory_feature_dim"] == 128
+
+
+def test_windows_in_the_first_layer_alone_leave_their_bytes_to_the_memory():
+    config, length = tiny_config(head_dim=32, num_hidden_layers=4, sliding_window=64), 4000
+    budget = total(config, length)
+    plan = allocate(config, budget, length, windows="first")
+    assert plan.student["layer_windows"] == [64, 1, 1, 1] and plan.student["layer_sinks"] == [config.num_sink_tokens, 0, 0, 0]
+    assert plan.student["memory_feature_dim"] in (48, 64) and plan.total <= budget and plan.total == total(config, length, **plan.student)
+    order = [((1, 0), 0.5), ((1, 1), 0.4), *(((j, g), 0.0) for j in (0, 2, 3) for g in (0, 1))]
+    kept = allocate(config, 10**7, length, windows="first", ranking=ranking_of(config, order)).student
+    assert kept["layer_types"][1] == "full_attention" and kept["layer_windows"] == [64, None, 1, 1] and kept["layer_sinks"][1] == 0
+    sinks = [config.num_sink_tokens, 0, 0, 0]
+    tight = allocate(config, total(config, length, layer_windows=[32, 1, 1, 1], layer_sinks=sinks), length, windows="first")
+    assert tight.student["layer_windows"] == [32, 1, 1, 1] and "cut from 64 to 32" in tight.notes[0]
+    with pytest.raises(ConfigError, match="windows='last'"):
+        allocate(config, budget, length, windows="last")
+
+
 def test_without_a_ranking_groups_are_spread_evenly_and_the_plan_says_so():
     config = tiny_config(num_hidden_layers=8)
     assert allocation.evenly(config, 2) == [(2, 0), (6, 0)] and allocation.evenly(config, 4) == [(1, 1), (3, 1), (5, 1), (7, 1)]
     assert sorted(allocation.evenly(config, 16)) == [(j, g) for j in range(8) for g in range(2)]
-    plan = allocate(config, total(config, 400, kept_groups=[[0]] * 4 + [[]] * 4), 400, sparse_share=0)
+    plan = allocate(config, total(config, 400, kept_groups=[[0]] * 4 + [[]] * 4), 400)
     assert [len(kept) for kept in plan.student["kept_groups"]] == [0, 1, 0, 1, 0, 1, 0, 1] and "not measured" in plan.notes[0] and not plan.measured
 
 
@@ -265,7 +294,9 @@ def test_a_measured_plan_becomes_a_student_through_a_file(directory, tmp_path):
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert all(config[name] == value for name, value in fields.items())
     said = summary([{"stage": "convert", "config": fields}])
-    assert f"{sum(map(len, fields['kept_groups']))} key/value groups" in said and f"memory of {fields['sparse_memory']} tokens" in said
+    assert f"{sum(map(len, fields['kept_groups']))} key/value groups" in said and "a window of 16 tokens and 2 sink" in said
+    said = summary([{"stage": "convert", "config": {**fields, "sparse_memory": 24, "memory_feature_dim": 32, "layer_windows": [16, 1, None]}}])
+    assert "memory of 24 tokens" in said and "32 features per head" in said and "windows per layer: 16, 1, None tokens" in said
     on_student = invoke(tmp_path / "s", "--budget", "1MB", "--length", 900)
     assert "window 16, sinks 2" in on_student
 

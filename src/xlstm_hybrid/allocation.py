@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from xlstm_kernels.dispatch import LARGEST_K
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.exact import Split
@@ -20,7 +21,9 @@ from xlstm_hybrid.modeling import HybridAttention
 
 METHODS = ("ablate", "add", "greedy")
 STEP = 8  # the sparse memory is a multiple of so many tokens
+FEATURES_STEP = 16  # and a head's features of so many
 LEAST_WINDOW = 16
+WINDOWS = ("all", "first")
 
 
 # --- giving groups back ------------------------------------------------------------------------------------------
@@ -212,22 +215,25 @@ class Allocation:
         return asdict(self) | {"total": self.total}
 
 
-def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", sparse_share=0.25):
-    """Fill a budget: window first, then full attention of the best groups, then a sparse memory of what is left.
+def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows="all", widen=True, sparse_share=0.0):
+    """Fill a budget in the order of what recalled more in docs/arena.md: windows, full attention of the best groups, wider features.
 
     Args:
         config: of a student without kept groups, whose window and sinks are wanted; a window that does not fit is halved until it does.
         budget: bytes per sequence at `length` tokens.
         ranking: of `rank_groups`; None: groups are spread evenly, which is not measured and said so.
         dtype: of keys and values.
-        sparse_share: least share of what the windows leave that goes to the sparse memory.
+        windows: "all": every hybrid layer has a window and sinks; "first": the first one alone, the others see the token itself and have to remember.
+        widen: whether features may grow, to twice head_dim at most; those of a trained student cannot.
+        sparse_share: share of what the windows leave that goes to a sparse memory, with the rest that nothing else can use; 0: none.
     Returns:
         Allocation
     Raises:
-        ConfigError: a budget below the smallest student, a ranking of another model, or a share off [0, 1].
+        ConfigError: a budget below the smallest student, a ranking of another model, a share off [0, 1], no such `windows`.
     """
-    if not 0 <= sparse_share <= 1 or not budget > 0:
-        raise ConfigError(f"sparse_share={sparse_share}, budget={budget}: expected a share between 0 and 1, and some bytes")
+    if not 0 <= sparse_share <= 1 or not budget > 0 or windows not in WINDOWS:
+        raise ConfigError(f"sparse_share={sparse_share}, budget={budget}, windows={windows!r}: expected a share between 0 and 1, some bytes, and one "
+                          f"of {list(WINDOWS)}")  # fmt: skip
     if config.layer_windows is not None or config.layer_sinks is not None:
         raise ConfigError("allocate: layer_windows or layer_sinks are set, expected one window for all hybrid layers; leave them out")
     trial, notes = copy.deepcopy(config), []
@@ -236,25 +242,50 @@ def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", sparse_s
     def size():
         return sum(cache_bytes(trial, length, dtype).values())
 
-    while size() > budget and (trial.sliding_window or 0) >= 2 * LEAST_WINDOW:
-        trial.sliding_window //= 2
-    if size() > budget:
-        raise ConfigError(f"budget of {budget:,} bytes: a student with a window of {trial.sliding_window} has {size():,} at {length} tokens; "
-                          "expected at least so many. Take fewer layers that keep the teacher's attention, or memory_feature_dim")  # fmt: skip
-    if trial.sliding_window != config.sliding_window:
-        notes.append(f"the window was cut from {config.sliding_window} to {trial.sliding_window} tokens to fit")
+    fit_windows(trial, windows, budget, length, size, notes)
     order = ranked(config, ranking, notes) if ranking else None
-    for_groups = size() + (1 - sparse_share) * (budget - size())
-    fill_groups(trial, order, for_groups, size)
-    add_sparse(trial, budget, length, size)
+    limit = size() + (1 - sparse_share) * (budget - size())
+    fill_groups(trial, order, limit, size)
+    if widen:
+        add_features(trial, limit, size, notes)
+    if sparse_share:
+        add_sparse(trial, budget, length, size)
     kept = trial.kept_groups if any(trial.kept_groups or ()) else None
     if ranking is None and (kept or trial.layer_types != config.layer_types):
         notes.append("no ranking was given: which groups are kept is not measured, they are spread evenly; measure with plan-layers --measure")
-    fields = ("sliding_window", "num_sink_tokens", "layer_types", "sparse_memory", "sparse_memory_score")
+    sparse = ("sparse_memory", "sparse_memory_score") if trial.sparse_memory else ()
+    fields = ("sliding_window", "num_sink_tokens", "layer_windows", "layer_sinks", "layer_types", "memory_feature_dim", *sparse)
     student = {name: getattr(trial, name) for name in fields} | {"kept_groups": kept}
     name = str(dtype).removeprefix("torch.")
     teacher = cache_bytes(config, length, dtype, teacher=True)
     return Allocation(student, int(budget), length, name, cache_bytes(trial, length, dtype), teacher, ranking is not None, notes)
+
+
+def fit_windows(config, windows, budget, length, size, notes):
+    """The window halved until it fits, in the layers that are to have one."""
+    wanted, hybrid = config.sliding_window, [j for j, kind in enumerate(config.layer_types) if kind == "hybrid_sliding"]
+    while True:
+        if windows == "first":
+            has = [j == hybrid[0] for j in range(config.num_hidden_layers)] if hybrid else []
+            config.layer_windows = [config.sliding_window if has[j] else 1 for j in range(len(has))] or None
+            config.layer_sinks = [config.num_sink_tokens if has[j] else 0 for j in range(len(has))] or None
+            follow_kinds(config)
+        if size() <= budget or (config.sliding_window or 0) < 2 * LEAST_WINDOW:
+            break
+        config.sliding_window //= 2
+    if size() > budget:
+        raise ConfigError(f"budget of {budget:,} bytes: a student with a window of {config.sliding_window} has {size():,} at {length} tokens; "
+                          "expected at least so many. Take fewer layers that keep the teacher's attention, or memory_feature_dim")  # fmt: skip
+    if config.sliding_window != wanted:
+        notes.append(f"the window was cut from {wanted} to {config.sliding_window} tokens to fit")
+
+
+def follow_kinds(config):
+    """Where windows are given per layer, those of layers that are not hybrid are the teacher's, and they have no sinks."""
+    for j, kind in enumerate(config.layer_types if config.layer_windows is not None else ()):
+        if kind != "hybrid_sliding":
+            config.layer_windows[j] = config.teacher_sliding_window if kind == "sliding_attention" else None
+            config.layer_sinks[j] = 0
 
 
 def ranked(config, ranking, notes):
@@ -300,19 +331,42 @@ def keep(config, groups):
         if len(mine) == config.num_key_value_heads:
             kinds[j], kept[j] = config.teacher_layer_types[j], []
     config.layer_types, config.kept_groups = kinds, [sorted(mine) for mine in kept]
+    follow_kinds(config)
 
 
 def fill_groups(config, order, budget, size):
     """Keep as many groups as fit: those of `order`, the best first, or evenly spread ones."""
-    kinds, most = list(config.layer_types), len(groups_of(config)) if order is None else len(order)
+    names = ("layer_types", "layer_windows", "layer_sinks")
+    before, most = {name: copy.copy(getattr(config, name)) for name in names}, len(groups_of(config)) if order is None else len(order)
+
+    def take(count):
+        config.kept_groups = None
+        for name in names:
+            setattr(config, name, copy.copy(before[name]))
+        keep(config, evenly(config, count) if order is None else order[:count])
+
     low, high = 0, most  # every group more costs something beyond a short context, so that bisection finds the last that fits
     while low < high:
         middle = (low + high + 1) // 2
-        config.layer_types, config.kept_groups = list(kinds), None
-        keep(config, evenly(config, middle) if order is None else order[:middle])
+        take(middle)
         low, high = (middle, high) if size() <= budget else (low, middle - 1)
-    config.layer_types, config.kept_groups = list(kinds), None
-    keep(config, evenly(config, low) if order is None else order[:low])
+    take(low)
+
+
+def add_features(config, budget, size, notes):
+    """The widest features that fit, at most twice head_dim and no wider than there are kernels for."""
+    if "hybrid_sliding" not in config.layer_types or config.mixer_branches == "window" or config.mixer_combine == "joint":
+        return
+    before = config.memory_feature_dim
+    start, most = before or config.head_dim, 2 * config.head_dim
+    most = max(min(most, LARGEST_K // (2 if config.memory_feature_map == "softmax_signed" else 1)), start)
+    for wider in range((start // FEATURES_STEP + 1) * FEATURES_STEP, most + 1, FEATURES_STEP):
+        config.memory_feature_dim, last = wider, config.memory_feature_dim
+        if size() > budget:
+            config.memory_feature_dim = last
+            break
+    if config.memory_feature_dim != before:
+        notes.append(f"features were widened from {start} to {config.memory_feature_dim} per head: the student needs its alignment (stage I) so")
 
 
 def add_sparse(config, budget, length, size):

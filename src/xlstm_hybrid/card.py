@@ -163,8 +163,14 @@ def summary(stages):
         facts.append(f"{parameters['student']:,} parameters, of these {parameters.get('new', 0):,} that its teacher does not have")
     if isinstance(config.get("layer_types"), list):
         facts.append("layers: " + ", ".join(f"{count} {escaped(kind)}" for kind, count in Counter(config["layer_types"]).items()))
-    if config.get("sliding_window"):
+    if isinstance(config.get("layer_windows"), list):
+        sinks = config.get("layer_sinks") if isinstance(config.get("layer_sinks"), list) else []
+        facts.append(f"windows per layer: {escaped(', '.join(map(str, config['layer_windows'])))} tokens"
+                     + (f", sink tokens per layer: {escaped(', '.join(map(str, sinks)))}" if sinks else ""))  # fmt: skip
+    elif config.get("sliding_window"):
         facts.append(f"a window of {config['sliding_window']} tokens and {config.get('num_sink_tokens', 0)} sink tokens in its hybrid layers")
+    if config.get("memory_feature_dim"):
+        facts.append(f"{config['memory_feature_dim']} features per head of its memory")
     if isinstance(config.get("kept_groups"), list):
         facts.append(f"{sum(len(mine) for mine in config['kept_groups'] if isinstance(mine, list))} key/value groups of them keep full attention")
     if config.get("sparse_memory"):

@@ -34,6 +34,7 @@ class Arm:
 
     about: what it is, in a line.
     tier: 1 decides, 2 and 3 follow.
+    teachers: names of those that it is made for, where it says something per layer; None: of all.
     kind: "hybrid" (`conversion.convert`) or "distil" (`distil.convert`, a recurrent student).
     start: another arm, whose student this one begins with instead of a conversion; `student` then changes fields of its config, and its weights stay.
     student: options of `convert`.
@@ -54,6 +55,7 @@ class Arm:
     name: str
     about: str = ""
     tier: int = 2
+    teachers: list | None = None
     kind: str = "hybrid"
     start: str | None = None
     student: dict = field(default_factory=dict)
@@ -76,6 +78,10 @@ class Arm:
     def road(self):
         """Stages that are walked."""
         return tuple(DEFAULT_STAGES[self.kind] if self.stages is None else self.stages)
+
+    def fits(self, teacher):
+        """Whether it is made for a teacher."""
+        return self.teachers is None or teacher in self.teachers
 
 
 @dataclass(frozen=True)
@@ -278,12 +284,16 @@ def road_faults(arena):
     """Mistakes that show once arms and setting are put together."""
     wrong = []
     for arm in arena.arms.values():
+        if arm.teachers is not None and (not arm.teachers or not set(arm.teachers) <= set(arena.teachers)):
+            wrong.append(f"arms.{arm.name}: teachers={arm.teachers}: expected some of {list(arena.teachers)}")
         seen, at = {arm.name}, arm
         while at.start is not None:
             at = arena.arms[at.start]
             if at.name in seen:
                 return [f"arms.{arm.name}: start goes round in a circle"]
             seen.add(at.name)
+            if odd := [name for name in arena.teachers if arm.fits(name) and not at.fits(name)]:
+                wrong.append(f"arms.{arm.name}: starts from {at.name}, which is not made for {', '.join(odd)}")
         for stage in (*arm.road, *(arm.expert_stages or ())[1:]):
             given, rows = arena.settings(arm, stage)
             wrong += data_faults(f"arms.{arm.name}.{stage}", rows)

@@ -81,25 +81,31 @@ def scaled(found, by):
     return NONE if found is None else f"{found['mean'] / by:.2f}"
 
 
+def show_accuracy(summary, teacher, kind):
+    """Accuracy ± interval (excess) at every length, under the coverage."""
+    covered = [share(min(1.0, (summary["window"] + summary["sinks"]) / length)) for length in summary["lengths"]]
+    cell = lambda c: f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})"  # noqa: E731
+    table = [["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])], ["(coverage c of W + sinks)", *covered]]
+    table += [[row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
+    return f"**{kind}: accuracy ± interval (excess)**\n\n{markdown_table(table)}"
+
+
+def show_cache(summary, teacher):
+    table = [["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])]]
+    table += [[row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
+    return f"**Cache of one sequence**\n\n{markdown_table(table)}"
+
+
 def show_recall(summary, teacher):
-    """One table per kind: accuracy ± interval (excess) at every length, then `beyond`."""
-    W, parts = summary["window"], []
+    """Two tables per kind, accuracy and `beyond`, then the caches and the short tasks."""
+    parts, head = [], ["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])]
+    rows = main_rows(summary, teacher)
     for kind in KINDS:
-        head = ["arm", *(in_windows(length, W) for length in summary["lengths"])]
-        for title, cell in (
-            ("accuracy ± interval (excess)", lambda c: f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})"),
-            ("accuracy on facts beyond the window", lambda c: share(mean(c["beyond"]))),
-        ):
-            table = [head]
-            covered = [share(min(1.0, (W + summary["sinks"]) / length)) for length in summary["lengths"]]
-            table += [["(coverage c of W + sinks)", *covered]] if title.startswith("accuracy ±") else []
-            table += [[row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
-            parts.append(f"**{kind}: {title}**\n\n{markdown_table(table)}")
-    head = ["arm", *(in_windows(length, W) for length in summary["lengths"])]
-    table = [head, *([row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])] for row in main_rows(summary, teacher))]
-    parts.append(f"**Cache of one sequence**\n\n{markdown_table(table)}")
-    tasks = list(main_rows(summary, teacher)[0]["tasks"])
-    table = [["arm", *tasks], *([row["name"], *(with_interval(row["tasks"][t], 3) for t in tasks)] for row in main_rows(summary, teacher))]
+        beyond = [[row["name"], *(share(mean(row["recall"][kind][str(n)]["beyond"])) for n in summary["lengths"])] for row in rows]
+        parts += [show_accuracy(summary, teacher, kind), f"**{kind}: accuracy on facts beyond the window**\n\n{markdown_table([head, *beyond])}"]
+    parts.append(show_cache(summary, teacher))
+    tasks = list(rows[0]["tasks"])
+    table = [["arm", *tasks], *([row["name"], *(with_interval(row["tasks"][t], 3) for t in tasks)] for row in rows)]
     return "\n\n".join([*parts, f"**Short tasks**\n\n{markdown_table(table)}"])
 
 
@@ -140,7 +146,8 @@ def show_goals(summary, teacher):
             more = [share(g["multikey"])] if goal == "growing" else []
             table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
-        one = summary["teachers"][teacher]["group_share"]
+        shape = summary["teachers"][teacher]["shape"]
+        one = 1 / (shape["layers"] * shape["groups"])
         if goal == "growing" and one > 0.05:
             outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
         parts.append(f"{text} **{outcome}**" + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""))
@@ -155,10 +162,13 @@ def show_orderings(summary):
 
 
 def show_missing(summary):
-    """Arms without results: failed, stale, or runnable and not run."""
+    """Arms without results: failed, stale, or runnable and not run; where few were run, those are named instead."""
     lines = []
     for teacher, content in summary["teachers"].items():
-        if content["missing"]:
+        ran = [row["name"] for row in content["rows"] if row["row"] == MAIN]
+        if len(content["missing"]) > 2 * len(ran):
+            lines.append(f"- {teacher}: runnable, not run: all {len(content['missing'])} but {', '.join(ran) or 'none'}")
+        elif content["missing"]:
             lines.append(f"- {teacher}: runnable, not run: {', '.join(content['missing'])}")
         if content["stale"]:
             lines.append(f"- {teacher}: made from other settings than the present ones, left out: {', '.join(content['stale'])}")
@@ -178,14 +188,24 @@ def show_cached(summary, teacher):
 
 
 def show_others(summary, teacher):
-    tables = [f"**{name}**\n\n{show_main(summary, name)}" for name, c in summary["teachers"].items() if name != teacher and c["rows"]]
-    return "\n\n".join(tables) or "No arm has been run on another teacher yet."
+    """For every other teacher that has results what the first one's sections show at length: main table, recall, caches, goals."""
+    parts = []
+    for name in (n for n, content in summary["teachers"].items() if n != teacher and content["rows"]):
+        shape, recall = summary["teachers"][name]["shape"], [show_accuracy(summary, name, kind) for kind in KINDS]
+        parts += [f"### {name}", shown_shape(shape), show_main(summary, name), *recall, show_cache(summary, name), show_goals(summary, name)]
+    return "\n\n".join(parts) or "No arm has been run on another teacher yet."
+
+
+def shown_shape(shape):
+    heads = f"{shape['heads']} heads of {shape['head_dim']} dims"
+    return f"{shape['parameters'] / 1e6:.2f} M parameters: {shape['layers']} layers of {heads} in {shape['groups']} key/value groups."
 
 
 def show_setting(summary, teacher):
     setting, judge = summary["setting"], next((r for r in main_rows(summary, teacher) if r["name"] == TEACHER), None)
     student = ", ".join(f"{k} {v}" for k, v in setting["student"].items())
-    lines = [f"Teacher: {teacher}. Students: {student}. Seeds {', '.join(map(str, summary['seeds']))}.", ""]
+    shape, seeds = shown_shape(summary["teachers"][teacher]["shape"]), ", ".join(map(str, summary["seeds"]))
+    lines = [f"Teacher: {teacher}, {shape} Students: {student}. Seeds {seeds}.", ""]
     for stage, title in (("align", "Stage I"), ("distill", "Stage II")):
         fields = {**setting["data"], **setting[stage]}
         lines.append(f"- {title}: {', '.join(f'{k} {v}' for k, v in fields.items())}")

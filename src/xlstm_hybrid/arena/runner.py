@@ -132,7 +132,7 @@ def choose_jobs(arena, out, only=None, seeds=None, tier=None, teachers=None):
         seeds: the arena's by default.
         teachers: names; the first one by default.
     Raises:
-        ConfigError: an arm or teacher that is not there.
+        ConfigError: an arm or teacher that is not there, or an arm that is made for none of the teachers.
     """
     wanted, names = list(only or arena.arms), list(teachers or list(arena.teachers)[:1])
     for what, given, known in (("arm", wanted, {**arena.arms, TEACHER: None}), ("teacher", names, arena.teachers)):
@@ -140,11 +140,13 @@ def choose_jobs(arena, out, only=None, seeds=None, tier=None, teachers=None):
             raise ConfigError(f"{arena.path.name} has no {what} {', '.join(unknown)}: expected some of {', '.join(known)}")
     if tier is not None and not only:
         wanted = [n for n in wanted if arena.arms[n].tier <= tier]
+    if odd := [n for n in only or () if not any(arm_of(arena, n).fits(t) for t in names)]:
+        raise ConfigError(f"{arena.path.name}: {', '.join(odd)} made for other teachers than {', '.join(names)}: see `teachers` of the arm")
     arms = {TEACHER: None}
     for name in wanted:
         for each in reversed(list(line_of(arena, name))):
             arms[each] = None
-    return [Job(t, a, s, Path(out)) for s in (arena.seeds if seeds is None else seeds) for t in names for a in arms]
+    return [Job(t, a, s, Path(out)) for s in (arena.seeds if seeds is None else seeds) for t in names for a in arms if arm_of(arena, a).fits(t)]
 
 
 def line_of(arena, name):

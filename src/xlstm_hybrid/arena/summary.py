@@ -6,6 +6,7 @@ Dims: s seeds, n rows of a test, L tokens, W window.
 import math
 
 import numpy as np
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from xlstm_hybrid.arena.arms import TEACHER
@@ -143,8 +144,8 @@ def summarise(arena, out):
             rows += [row_of(name, arm, row, results, done.get(TEACHER, {}), facts) for row in (MAIN, *arm.evaluate)]
         gone = {name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done}) for name in (STALE, MISSING)}
         failed = {str(job): result["error"] for job, (state, result) in states.items() if state == FAILED}
-        share = group_share(arena, teacher) if rows else None
-        teachers[teacher] = {"rows": rows, "group_share": share, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
+        shape = shape_of(arena, teacher) if rows else None
+        teachers[teacher] = {"rows": rows, "shape": shape, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
     setting = {name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")}
     found = {"format_version": FORMAT_VERSION, "name": arena.name, "setting": setting, "window": arena.window, "sinks": arena.sinks,
              "lengths": arena.evaluate["lengths"], "seeds": arena.seeds, "reference": next(iter(arena.arms)),
@@ -159,10 +160,13 @@ def summarise(arena, out):
     return found
 
 
-def group_share(arena, teacher):
-    """One key/value group of one layer as a share of the teacher's cache."""
+def shape_of(arena, teacher):
+    """Parameters, layers, heads, key/value groups per layer and head dim of a teacher."""
     config = AutoConfig.from_pretrained(arena.teacher_dir(teacher))
-    return 1 / (config.num_hidden_layers * config.num_key_value_heads)
+    weights = (safe_open(file, "pt") for file in sorted(arena.teacher_dir(teacher).glob("*.safetensors")))
+    parameters = sum(math.prod(file.get_slice(name).get_shape()) for file in weights for name in file.keys())  # noqa: SIM118 (no dict)
+    return {"parameters": parameters, "layers": config.num_hidden_layers, "heads": config.num_attention_heads, "groups": config.num_key_value_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}  # fmt: skip
 
 
 def measured(judged, measure):

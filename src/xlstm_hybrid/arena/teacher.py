@@ -176,20 +176,21 @@ def train(family, out, stages=STAGES, seed=0, learning_rate=1.5e-3, progress=pri
 
 
 def provide(arena, names, out, make=True):
-    """Point an arena at its teachers: at the file's directories where they are there, else at OUT/teachers/NAME, trained first if `make`.
+    """Point an arena at its teachers: at the file's directories where they are there, else at OUT/teachers/NAME. Those of `names` that are in neither
+    place are trained first if `make`; the others' results may be in OUT as well, and a report asks for their teachers.
 
     Raises:
-        ConfigError: a teacher that is not there and whose name is no family.
+        ConfigError: a teacher of `names` that is not there and whose name is no family.
     """
-    for name in names:
-        if name not in arena.teachers or arena.teacher_dir(name).is_dir():
-            continue
+    for name in arena.teachers:
         directory = (Path(out) / "teachers" / name).absolute()
-        if not directory.is_dir() and name not in FAMILIES:
+        if arena.teacher_dir(name).is_dir():
+            continue
+        if name in names and not directory.is_dir() and name not in FAMILIES:
             raise ConfigError(f"{arena.path.name}: no teacher at {arena.teachers[name]}, and {name!r} is none of the families that can be trained: "
                               f"expected a checkpoint there, or one of {', '.join(FAMILIES)}")  # fmt: skip
         arena.teachers[name] = str(directory)
-        if make and not directory.is_dir():
+        if name in names and make and not directory.is_dir():
             train(name, directory)
 
 

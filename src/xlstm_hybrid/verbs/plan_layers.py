@@ -17,7 +17,8 @@ def plan_layers(
     window: Annotated[int | None, typer.Option(help="Window wanted; 512, or the student's own, by default. Halved where it does not fit.")] = None,
     sinks: Annotated[int | None, typer.Option(help="Sink tokens; 4, or the student's own, by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of keys and values in the cache.")] = "bfloat16",
-    sparse_share: Annotated[float, typer.Option(help="Least share of the spare bytes for the sparse memory.")] = 0.25,
+    windows: Annotated[str, typer.Option(help="all: every hybrid layer has a window; first: the first one alone, the others remember.")] = "all",
+    sparse_share: Annotated[float, typer.Option(help="Share of the spare bytes for a sparse memory; 0: none.")] = 0.0,
     ranking: Annotated[Path | None, typer.Option(exists=True, help="Ranking of an earlier --measure, JSON.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Rank the groups first, on retrieval rows made on the spot; needs the weights.")] = False,
     kind: Annotated[str, typer.Option(help="Of the rows: needle, multikey, recall or variables.")] = "multikey",
@@ -31,9 +32,10 @@ def plan_layers(
     out: Annotated[Path | None, typer.Option(help="File for the student's fields: .json, else YAML; convert --options takes it.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="File for the whole plan, JSON.")] = None,
 ):
-    """Choose layer types, kept groups, window and sparse memory of MODEL's student for a budget of bytes per sequence.
+    """Choose layer types, kept groups, windows and memory sizes of MODEL's student for a budget of bytes per sequence.
 
-    Without a ranking the kept groups are spread evenly, and the plan says that they are not measured.
+    In the order of what recalled more in docs/arena.md: windows, groups that keep the teacher's attention, wider features. Without a ranking the kept
+    groups are spread evenly, and the plan says that they are not measured. Of a trained student the features stay as they are.
     """
     from xlstm_hybrid.allocation import allocate
     from xlstm_hybrid.artifacts import read_json, write_file
@@ -48,7 +50,7 @@ def plan_layers(
         found = measured(model, config, is_student, kind, rows, tokens, device, method=method, steps=steps, batch_size=batch_size)
         if save_ranking is not None:
             write_file(save_ranking, json.dumps(found, indent=1).encode())
-    plan = allocate(config, parsed(budget), length, ranking=found, dtype=dtype, sparse_share=sparse_share)
+    plan = allocate(config, parsed(budget), length, ranking=found, dtype=dtype, windows=windows, widen=not is_student, sparse_share=sparse_share)
     for line in shown(plan, found):
         print(line)
     if out is not None:
@@ -123,7 +125,10 @@ def shown(plan, ranking):
         none, every = ranking["none"], ranking["all"]
         yield f"ranking ({ranking['method']}, {ranking['rows']} rows, {ranking['answer_tokens']} answer tokens): NLL {none['nll']:.3f} with no group,"
         yield f"  {every['nll']:.3f} with all; rows answered {none['row_accuracy']:.2f} and {every['row_accuracy']:.2f}"
-    yield f"window {fields['sliding_window']}, sinks {fields['num_sink_tokens']}, sparse memory {fields['sparse_memory']} per group"
+    where = " in the first hybrid layer alone" if fields["layer_windows"] else ""
+    sparse = f", sparse memory {fields['sparse_memory']} per group" if "sparse_memory" in fields else ""
+    features = f", {fields['memory_feature_dim']} features per head" if fields["memory_feature_dim"] else ""
+    yield f"window {fields['sliding_window']}, sinks {fields['num_sink_tokens']}{where}{features}{sparse}"
     yield f"full layers: {whole or 'none'}; kept groups: " + (", ".join(f"layer {j} {mine}" for j, mine in enumerate(kept) if mine) or "none")
     parts = ", ".join(f"{name} {human(size)}" for name, size in plan.bytes.items() if size)
     yield f"{human(plan.total)} of {human(plan.budget)} per sequence at {plan.length:,} tokens in {plan.dtype} ({parts})"
