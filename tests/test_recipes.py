@@ -15,6 +15,7 @@ from xlstm_hybrid import plan
 from xlstm_hybrid.allocation import allocate
 from xlstm_hybrid.artifacts import read_provenance, verify
 from xlstm_hybrid.families import student_config
+from xlstm_hybrid.footprint import cache_bytes
 from xlstm_hybrid.pipeline import Road
 from xlstm_hybrid.recipe import load_recipe
 from xlstm_hybrid.verbs.plan import shown
@@ -112,6 +113,7 @@ def test_the_plan_of_the_recipe_for_long_recall_says_what_runs_without_a_kernel(
 def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_says():
     config, recipe = TEACHERS["llama-3.2-1b"][1], load_recipe(RECIPES / "llama-3.2-1b-long-recall.yaml")
     groups = [{"layer": j, "group": g, "gain": 1.0 + ((j, g) == (5, 3))} for j in range(16) for g in range(8)]
+    groups.sort(key=lambda entry: -entry["gain"])
     found = allocate(student_config(config), 40_000_000, 32768, ranking={"layers": 16, "key_value_heads": 8, "groups": groups})
     kept = found.student["kept_groups"]
     assert kept == [[3] if j == 5 else [] for j in range(16)]
@@ -119,6 +121,9 @@ def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_say
                      for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept})))  # fmt: skip
     head, slots = (128 * 64 + 128 + 1) * 4, 516 * 2 * 64 * 2  # state of one of the four heads that now keep full attention; window of the group
     assert after - before == 4096 * (2 * 64 * 2 + 8) - 4 * head - slots
+    students = {"plain": {}, "group": {"kept_groups": kept}, "both": {"kept_groups": kept, "memory_feature_dim": 128}}
+    size = {name: round(sum(cache_bytes(student_config(config, **student), 32768).values()) / 1e6, 1) for name, student in students.items()}
+    assert size == {"plain": 25.4, "group": 33.9, "both": 42.3}  # as the recipe says
 
 
 # --- the road on stand-in data ---------------------------------------------------------------------------------
