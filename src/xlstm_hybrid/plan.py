@@ -161,7 +161,8 @@ def shape_of(teacher_config, name="teacher", **student):
     """`Shape` of a teacher's student; arguments of `student_config`.
 
     Raises:
-        ConfigError: a mixer whose memory the model of this module was not fitted to. Choices that only need less are planned as the default.
+        ConfigError: a mixer whose memory was not measured. Choices that need less are planned as the default; the tensors of a `mixer_norm`, two in
+            float32 of the size of its input, are not counted.
     """
     config = config_of(teacher_config, student)
     if config.sparse_memory:
