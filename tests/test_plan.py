@@ -146,10 +146,8 @@ MORE = {
     "distil, few tokens": ("distill", 1, 128, False, False, HEAVY, {}),
     "distil, checkpointing, float32": ("distill", 4, 512, False, True, SMALL, {}),
     "distil, signed": ("distill", 2, 256, False, False, SMALL, SIGNED),
-    "distil, four times the features, checkpointing": ("distill", 2, 256, True, True, SMALL, {"memory_feature_dim": 128}),
     "distil, linear, twice the features": ("distill", 2, 256, True, False, SMALL, {"memory_cell": "linear", "memory_feature_dim": 64}),
     "align, twice the features, float32": ("align", 2, 256, False, False, DEEP, {"memory_feature_dim": 128}),
-    "distil, wide, signed": ("distill", 1, 256, False, False, HEAVY, SIGNED),
 }
 
 
