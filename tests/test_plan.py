@@ -244,17 +244,18 @@ def test_more_features_cost_their_products_by_hand():
 
 def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
     small, large = (LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K}) for K in (64, 128))
-    assert not plan.slow_paths(plan.shape_of(small)) and not plan.slow_paths(plan.shape_of(large))
-    (step,) = plan.slow_paths(plan.shape_of(small, memory_feature_dim=128))
-    assert "fused step" in step and "64, this student has 128" in step
-    long, step = plan.slow_paths(plan.shape_of(large, **SIGNED))
-    assert "up to 128 features per head, this student has 256" in long and "fused step" in step
+    assert not plan.slow_paths(plan.shape_of(small, memory_feature_dim=128)) and not plan.slow_paths(plan.shape_of(large))
+    (long,) = plan.slow_paths(plan.shape_of(large, **SIGNED))
+    assert "training and prompts" in long and "up to 128 features per head, this student has 256" in long
+    long, step = plan.slow_paths(plan.shape_of(large, memory_feature_dim=384))
+    assert "fused step" in step and "up to 256 features per head, this student has 384" in step
     assert not plan.slow_paths(plan.shape_of(large, layer_types=["full_attention"], **SIGNED))
 
 
-@pytest.mark.parametrize(("K", "F", "kernels"), [(64, 64, {"mlstm", "hybrid_step"}), (64, 128, {"mlstm"}), (128, 256, set())])
+@pytest.mark.parametrize(("K", "F", "kernels"), [(64, 128, {"mlstm", "hybrid_step"}), (128, 256, {"hybrid_step"}), (128, 288, set())])
 def test_the_kernels_are_chosen_as_the_warnings_say(monkeypatch, K, F, kernels):
-    monkeypatch.setattr(dispatch, "kernel_is_right", lambda *question: True)  # a GPU whose kernels have proven right
+    for module in (dispatch, decode):
+        monkeypatch.setattr(module, "kernel_is_right", lambda *question: True)  # a GPU whose kernels have proven right
     phi, q, v, gate = (torch.zeros(1, 8, 2, *d) for d in ((F,), (K,), (K,), ()))
     found = {"mlstm": import_module("xlstm_kernels.mlstm").choose_backend(phi, phi, v, gate, gate, None)}
     found["hybrid_step"] = decode.choose_step(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))

@@ -91,7 +91,7 @@ def test_any_window_and_number_of_sinks(window, sinks, tokens):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("K", "V", "F"), [(8, 6, 10), (24, 40, 24), (128, 256, 128)])
+@pytest.mark.parametrize(("K", "V", "F"), [(8, 6, 10), (24, 40, 24), (128, 256, 128), (64, 64, 128), (128, 128, 256)])
 def test_any_head_dimension_up_to_the_largest(K, V, F):
     x = inputs(8, H=2, G=1, K=K, V=V, F=F)
     want, state = whole(x)

@@ -96,7 +96,7 @@ def test_other_sources_are_other_surroundings(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("operation", "dims"), [
-    ("mlstm", {"K": 16, "V": 32}), ("hybrid_step", {"K": 16, "V": 32}), ("head_loss", {"M": 16}),
+    ("mlstm", {"K": 16, "V": 32}), ("hybrid_step", {"K": 16, "V": 32, "F": 24}), ("head_loss", {"M": 16}),
     pytest.param("window_attention", {"K": 16, "V": 32}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_checks_find_our_kernels_right(operation, dims):

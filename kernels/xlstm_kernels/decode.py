@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.dispatch import heads_kernel_is_right, resolve
+from xlstm_kernels.dispatch import LARGEST_F, LARGEST_K, LARGEST_V, kernel_is_right, resolve
 from xlstm_kernels.mlstm import check, expect
 from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, without_autocast
 
@@ -132,8 +132,10 @@ STEPS = {"torch": step_torch, "triton": step_triton}
 
 
 def choose_step(q, v, C, keys):
-    """What "auto" runs: the fused kernel where there is one that can be believed; that was tried with as many features as key dims."""
-    return "triton" if C.shape[2] == q.shape[3] and heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype) else "torch"
+    """What "auto" runs: the fused kernel where there is one that can be believed."""
+    sizes = q.shape[3], v.shape[3], C.shape[2]
+    tiles = all(size <= largest for size, largest in zip(sizes, (LARGEST_K, LARGEST_V, LARGEST_F), strict=True))
+    return "triton" if tiles and kernel_is_right("hybrid_step", q, calculation_dtype(C, keys), keys.dtype, *sizes) else "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):
@@ -141,7 +143,7 @@ def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, s
 
     Args:
         q: [B, 1, H, K]; k: [B, 1, G, K]; v: [B, 1, G, V]: the window's, rotated, key/value heads not repeated.
-        phi_q, phi_k: features for the mLSTM, [B, 1, H, K]; i, f: its gates before activation, [B, 1, H]; o: output gate in [0, 1], [B, 1, H].
+        phi_q, phi_k: features for the mLSTM, [B, 1, H, F]; i, f: its gates before activation, [B, 1, H]; o: output gate in [0, 1], [B, 1, H].
         state, keys, values, index, sinks, scale: as in `mlstm_step` and `window_step`.
         backend: a key of `STEPS`, which runs or raises, or "auto".
     Raises:

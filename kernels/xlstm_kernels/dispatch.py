@@ -2,7 +2,8 @@
 
 import torch
 
-LARGEST_K, LARGEST_V = 128, 256  # head dims that the Triton kernels have tiles for
+LARGEST_K, LARGEST_V = 128, 256  # head dims that the Triton kernels have tiles for; K is the mLSTM's number of features as well
+LARGEST_F = 256  # features of a step
 
 
 def resolve(backend, backends, device, choose):

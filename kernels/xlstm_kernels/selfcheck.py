@@ -79,14 +79,14 @@ def check_window(device, dtype, K, V):
     return errors
 
 
-def check_step(device, dtype, K, V):
+def check_step(device, dtype, K, V, F):
     """h, state and slots after each of a few tokens, before and after the ring is full."""
     from xlstm_kernels.decode import step_both
     from xlstm_kernels.gpu.decode import hybrid_step_triton
 
-    make, (B, H, G, S, W) = torch.Generator().manual_seed(K * 1000 + V), (2, 4, 2, 3, 5)
-    shapes = {"q": (H, K), "k": (G, K), "v": (G, V), "phi_q": (H, K), "phi_k": (H, K), "i": (H,), "f": (H,), "o": (H,)}
-    memory = [torch.zeros(B, H, K, V), torch.zeros(B, H, K), torch.full((B, H), float("-inf"))]
+    make, (B, H, G, S, W) = torch.Generator().manual_seed(F * 10**6 + K * 1000 + V), (2, 4, 2, 3, 5)
+    shapes = {"q": (H, K), "k": (G, K), "v": (G, V), "phi_q": (H, F), "phi_k": (H, F), "i": (H,), "f": (H,), "o": (H,)}
+    memory = [torch.zeros(B, H, F, V), torch.zeros(B, H, F), torch.full((B, H), float("-inf"))]
     memory += [torch.zeros(B, G, S + W, K), torch.zeros(B, G, S + W, V)]
     ours = [x.to(device, torch.float32 if j < 3 else dtype) for j, x in enumerate(memory)]
     truth, errors = [x.to(device, torch.float64) for x in memory], {}
@@ -138,5 +138,5 @@ def believed(operation, device, dtype, *dims):
     """True if the operation's kernel can run on this device, given by its name, and is right there, see `trust.trusted`."""
     if unavailable(torch.empty(0, device=device)):
         return False
-    names = ("M",) if operation == "head_loss" else ("K", "V")
+    names = {"head_loss": ("M",), "hybrid_step": ("K", "V", "F")}.get(operation, ("K", "V"))
     return trusted(operation, CHECKS[operation], torch.device(device), dtype, **dict(zip(names, dims, strict=True)))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from xlstm_kernels.dispatch import LARGEST_K
+from xlstm_kernels.dispatch import LARGEST_F, LARGEST_K
 
 from xlstm_hybrid.conversion import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError
@@ -315,9 +315,9 @@ def slow_paths(shape):
     if shape.hybrid and F > LARGEST_K:
         found.append(f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has {F}: a GPU "
                      "runs the torch form, chunk after chunk, and takes longer than the times above")  # fmt: skip
-    if shape.hybrid and F != shape.K:
-        found.append(f"generation: the fused step takes as many features as the head dim has entries, {shape.K}, this student has {F}: a step runs "
-                     "as separate torch operations")  # fmt: skip
+    if shape.hybrid and F > LARGEST_F:
+        found.append(f"generation: the fused step takes up to {LARGEST_F} features per head, this student has {F}: a step runs as separate torch "
+                     "operations")  # fmt: skip
     return found
 
 

@@ -242,9 +242,9 @@ def hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, in
 
 
 def aot_cases():
-    """A step for every width and precision of the table, on meta tensors."""
+    """A step for every width and precision of the table, on meta tensors; twice the features of a head as well."""
 
-    def case(K, V, dtype):
+    def case(K, V, F, dtype):
         B, H, G, S, W = 8, 32, 8, 4, 512
 
         def empty(*shape, dtype=torch.float32):
@@ -253,7 +253,8 @@ def aot_cases():
         q, k, v = (empty(B, 1, heads, d, dtype=dtype) for heads, d in ((H, K), (G, K), (G, V)))
         keys, values = (empty(B, G, S + W, d, dtype=dtype) for d in (K, V))
         gates, index = [empty(B, 1, H) for _ in range(3)], empty(B, dtype=torch.int64)
-        step(q, k, v, empty(B, 1, H, K), empty(B, 1, H, K), *gates, empty(B, H, K, V), empty(B, H, K), empty(B, H), keys, values, index, S, K**-0.5)
+        step(q, k, v, empty(B, 1, H, F), empty(B, 1, H, F), *gates, empty(B, H, F, V), empty(B, H, F), empty(B, H), keys, values, index, S, K**-0.5)
 
-    settings = [(K, V, dtype) for dtype in (torch.bfloat16, torch.float32) for K, V in ((128, 128), (64, 64), (128, 256))]
-    return [(f"K{K} V{V} {str(dtype)[6:]}", partial(case, K, V, dtype)) for K, V, dtype in settings]
+    widths = (128, 128, 128), (64, 64, 64), (128, 256, 128), (64, 64, 128), (128, 128, 256)
+    settings = [(*width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in widths]
+    return [(f"K{K} V{V} F{F} {str(dtype)[6:]}", partial(case, K, V, F, dtype)) for K, V, F, dtype in settings]

@@ -303,7 +303,8 @@ def mlstm_triton(q, k, v, i, f, state=None, chunk_size=64, cu_seqlens=None):
 
 
 def aot_cases():
-    """[(name, function)] for `aot.py`: every table entry, forward and backward; in several segments and packed for head dim 128 only."""
+    """[(name, function)] for `aot.py`: every table entry, and 64 dims with twice the features, forward and backward; in several segments and packed for
+    head dim 128 only."""
 
     def case(K, V, dtype, packed=False):
         def run(B=1, T=8192 if (K, V) == (128, 128) else 512, H=4):
@@ -323,5 +324,5 @@ def aot_cases():
         return run
 
     cases = [(f"K{K} V{V} {str(dtype)[6:]}", case(K, V, dtype)) for dtype in (torch.bfloat16, torch.float32)
-             for K, V in ((128, 128), (32, 32), (64, 64), (128, 256))]  # fmt: skip
+             for K, V in ((128, 128), (32, 32), (64, 64), (128, 64), (128, 256))]  # fmt: skip
     return [*cases, ("K128 V128 float16", case(128, 128, torch.float16)), ("K128 V128 bfloat16 packed", case(128, 128, torch.bfloat16, True))]
