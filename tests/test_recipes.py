@@ -103,10 +103,11 @@ def test_the_recipe_for_long_recall_is_the_other_one_with_twice_the_features():
     assert replace(wide, name=plain.name, out=plain.out, path=plain.path) == plain
 
 
-def test_the_plan_of_the_recipe_for_long_recall_says_what_runs_without_a_kernel():
+def test_the_recipe_for_long_recall_has_kernels_for_all_it_does_and_wider_features_would_not():
     config, machine = TEACHERS["llama-3.2-1b"][1], plan.machine_of(1, 80e9)
-    for name, expected in (("", []), ("-long-recall", ["generation"])):  # its prompts and training have one
-        lines = shown(plan.plan(config, machine, load_recipe(RECIPES / f"llama-3.2-1b{name}.yaml")))
+    recipe = load_recipe(RECIPES / "llama-3.2-1b-long-recall.yaml")
+    for features, expected in ((128, []), (256, ["training and prompts"]), (512, ["training and prompts", "generation"])):
+        lines = shown(plan.plan(config, machine, replace(recipe, student=recipe.student | {"memory_feature_dim": features})))
         assert [line.split(":")[1].strip() for line in lines if str(line).startswith("warning")] == expected
 
 

@@ -303,8 +303,8 @@ def mlstm_triton(q, k, v, i, f, state=None, chunk_size=64, cu_seqlens=None):
 
 
 def aot_cases():
-    """[(name, function)] for `aot.py`: every table entry, and 64 dims with twice the features, forward and backward; in several segments and packed for
-    head dim 128 only."""
+    """[(name, function)] for `aot.py`: every table entry, and 64 dims with twice the features, forward and backward; several segments and packed rows
+    for head dim 128 only."""
 
     def case(K, V, dtype, packed=False):
         def run(B=1, T=8192 if (K, V) == (128, 128) else 512, H=4):
