@@ -60,9 +60,10 @@ class XLSTMHybridConfig(PreTrainedConfig):
             the tokens of a call, and for memory_cell="linear" alone; in the cache the state is of the tokens that have left the window.
         mixer_gate_input: what the output gate reads, "qkv" (Hauzenberger et al. 2026) or "x", the layer's input.
 
-    The defaults are the paper's. In docs/arena.md (one small teacher of Llama's family, mostly three seeds) the mLSTM beat linear attention and the
-    delta rule, while RoPE on the memory and the start of the output gate made no difference that could be told from chance. What recalled further is
-    no default, as it costs bytes or short tasks: a wider `memory_feature_dim`, `layer_windows` of 1 in the layer that retrieves, and a kept group.
+    The defaults are the paper's. In docs/arena.md (small teachers of three families on a CPU, up to three seeds) the mLSTM beat linear attention and
+    the delta rule, while RoPE on the memory and the start of the output gate made no difference that could be told from chance. What recalled further
+    is no default, as it costs bytes or short tasks and differs between families: a kept group, wider `memory_feature_dim`, windows in the first layer
+    alone. `plan-layers` chooses among them for a budget.
 
     Raises:
         ConfigError: fields that contradict each other.
