@@ -513,6 +513,7 @@ def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
     page = (tmp_path / "docs/arena.md").read_text()
     others = page[page.index("### other") : page.index("## Not in the tables")]
     assert "0.02 M parameters: 1 layers of 2 heads of 8 dims in 1 key/value groups." in others and "| fat |" not in others
+    assert "arena/other_single.png" in others and (tmp_path / "docs/arena/other_front.png").read_bytes()[:4] == b"\x89PNG"
     assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
     assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
     assert "- other: runnable, not run: fat, later, same, worse" in page

@@ -187,12 +187,22 @@ def show_cached(summary, teacher):
     return text + (f"; no cache: {', '.join(refused)}" if refused else "") + "."
 
 
-def show_others(summary, teacher):
-    """For every other teacher that has results what the first one's sections show at length: main table, recall, caches, goals."""
+def others_of(summary, teacher):
+    """Names of the other teachers that have results."""
+    return [name for name, content in summary["teachers"].items() if name != teacher and content["rows"]]
+
+
+def show_others(summary, teacher, shown):
+    """For every other teacher that has results what the first one's sections show at length: main table, recall, caches, goals.
+
+    Args:
+        shown: gives the pictures of some names.
+    """
     parts = []
-    for name in (n for n, content in summary["teachers"].items() if n != teacher and content["rows"]):
+    for name in others_of(summary, teacher):
         shape, recall = summary["teachers"][name]["shape"], [show_accuracy(summary, name, kind) for kind in KINDS]
-        parts += [f"### {name}", shown_shape(shape), show_main(summary, name), *recall, show_cache(summary, name), show_goals(summary, name)]
+        drawn = shown([f"{name}_{what}.png" for what in (*KINDS[:2], "front")])
+        parts += [f"### {name}", shown_shape(shape), show_main(summary, name), drawn, *recall, show_cache(summary, name), show_goals(summary, name)]
     return "\n\n".join(parts) or "No arm has been run on another teacher yet."
 
 
@@ -322,6 +332,12 @@ def pictures(summary, teacher):
     for n in (16, 32, 64):
         if n * W in lengths:
             found[f"front_{n}w.png"] = (lambda s, n=n: draw_front(s, teacher, n * W), f"Recall against bytes at {n} W, and the Pareto front.")
+    for name in others_of(summary, teacher):
+        for kind in KINDS[:2]:
+            draw = lambda s, name=name, kind=kind: draw_curves(s, name, kind)  # noqa: E731
+            found[f"{name}_{kind}.png"] = (draw, f"Recall against length, {kind}, {name}; grey: the coverage.")
+        last = lambda s, name=name: draw_front(s, name, lengths[-1])  # noqa: E731
+        found[f"{name}_front.png"] = (last, f"Recall against bytes at {in_windows(lengths[-1], W)}, {name}.")
     return found
 
 
@@ -346,7 +362,7 @@ def markdown(summary, drawn):
              "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
              "branches": "\n\n".join(p for p in (shown(["branches.png"]), show_branches(summary, teacher)) if p), "front": shown(fronts),
              "levers": show_levers(summary, teacher), "goals": show_goals(summary, teacher), "orderings": show_orderings(summary),
-             "others": show_others(summary, teacher), "missing": show_missing(summary)}  # fmt: skip
+             "others": show_others(summary, teacher, shown), "missing": show_missing(summary)}  # fmt: skip
     return template.substitute(parts)
 
 
