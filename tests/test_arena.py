@@ -479,6 +479,19 @@ def test_goals_levers_and_verdicts_follow_from_the_results(constructed):
     assert not lever["worse"]["worth_a_gpu"] and found["teachers"]["llama"]["missing"] == ["later"]
 
 
+def test_a_cache_that_grows_is_no_constant_memory(constructed):
+    arena, out = constructed
+    for seed in range(3):
+        file = runner.Job("llama", "better", seed, out).result
+        found = json.loads(file.read_text())
+        found["rows"]["main"]["cache_bytes"] = {"64": 1400, "128": 1500, "256": 1600}
+        file.write_text(json.dumps(found))
+    longer = replace(arena, evaluate={**arena.evaluate, "lengths": [64, 128, 256]})
+    assert "better" in {g["name"] for g in summary.goals(arena, "llama", summary.summarise(arena, out)["teachers"]["llama"]["rows"])}
+    rows = summary.summarise(arena, out)["teachers"]["llama"]["rows"]
+    assert "better" not in {g["name"] for g in summary.goals(longer, "llama", rows)}
+
+
 def test_the_front_holds_what_nothing_beats():
     points = [("a", 10, 0.5), ("b", 20, 0.4), ("c", 20, 0.9), ("d", 10, 0.5), ("e", 5, 0.1)]
     assert summary.pareto(points) == ["a", "c", "d", "e"]
@@ -516,7 +529,7 @@ def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
     assert "arena/other_single.png" in others and (tmp_path / "docs/arena/other_front.png").read_bytes()[:4] == b"\x89PNG"
     assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
     assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
-    assert "- other: runnable, not run: fat, later, same, worse" in page
+    assert "- other: runnable, not run: fat, later, same, worse" in page and "| worse over hybrid | a paper | other |" not in page
 
 
 def test_teachers_of_a_run_directory_are_found_whichever_is_asked_for(minute, tmp_path, monkeypatch):

@@ -155,8 +155,9 @@ def show_goals(summary, teacher):
 
 
 def show_orderings(summary):
+    """Every ordering on the first teacher, on the others those that were run."""
     table = [["published", "source", "teacher", "measure", "better", "worse", "difference", "here"]]
-    for e in summary["orderings"]:
+    for e in (e for e in summary["orderings"] if e["difference"] is not None or e["teacher"] == first_teacher(summary)):
         table.append([e["claim"], e["source"], e["teacher"], e["measure"], e["better"], e["worse"], with_interval(e["difference"], 3), e["verdict"]])
     return markdown_table(table) if len(table) > 1 else "No results yet."
 

@@ -231,8 +231,8 @@ def excess_gain(difference, arena, length):
 def goals(arena, teacher, rows):
     """The two goals of the arena for every row that has the figures.
 
-    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5. growing: single >= .95 and multi-key >= .60 of the
-    teacher's at 64 W with at most 5 % of its bytes, C_0 >= .5.
+    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5, among those whose cache does not grow from there on.
+    growing: single >= .95 and multi-key >= .60 of the teacher's at 64 W with at most 5 % of its bytes, C_0 >= .5.
     """
     by_name = {row["name"]: row for row in rows}
     reference, judge = by_name.get(next(iter(arena.arms))), by_name.get(TEACHER)
@@ -240,8 +240,9 @@ def goals(arena, teacher, rows):
     for name, row in by_name.items():
         if name == TEACHER or "c_0" not in row:
             continue
-        far, further = str(32 * arena.window), str(64 * arena.window)
-        if reference and far in row["cache_bytes"] and far in reference["cache_bytes"]:
+        far, further, last = (str(n) for n in (32 * arena.window, 64 * arena.window, arena.evaluate["lengths"][-1]))
+        constant = far in row["cache_bytes"] and row["cache_bytes"][far] == row["cache_bytes"].get(last)
+        if reference and far in reference["cache_bytes"] and constant:
             single, share = accuracy(row, "single", far), row["cache_bytes"][far] / reference["cache_bytes"][far]
             met = single >= 0.95 and share <= 2 and row["c_0"] >= 0.5
             found.append({"teacher": teacher, "goal": "constant", "name": name, "single": single, "bytes": share, "c_0": row["c_0"], "met": met})
