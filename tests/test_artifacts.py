@@ -1,5 +1,6 @@
 """A checkpoint directory is there whole or not at all, damage is found, and its record gives nothing private away."""
 import hashlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -232,7 +233,7 @@ def test_stages_accumulate_from_parent_to_child(tmp_path):
     assert first == read_provenance(folders[0])[0] and (first["stage"], first["parent"]) == ("convert", "Llama-3.2-1B")
     assert {k: second[k] for k in ("stage", "parent", "data", "figures", "seconds")} == {
         "stage": "align", "parent": "converted", "data": {"tokens": 5}, "figures": {"error": 0.25}, "seconds": 1.5}
-    assert "config" not in second and second["versions"]["torch"] == torch.__version__ and "transformers" in second["versions"]
+    assert "config" not in second and second["versions"]["torch"] == importlib.metadata.version("torch") and "transformers" in second["versions"]
     assert read_provenance(tmp_path) == []
 
 
