@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.dispatch import LARGEST_F, LARGEST_K, LARGEST_V, kernel_is_right, resolve
+from xlstm_kernels.dispatch import heads_kernel_is_right, resolve
 from xlstm_kernels.mlstm import check, expect
 from xlstm_kernels.reference import FORGET_ALL, calculation_dtype, without_autocast
 
@@ -133,9 +133,7 @@ STEPS = {"torch": step_torch, "triton": step_triton}
 
 def choose_step(q, v, C, keys):
     """What "auto" runs: the fused kernel where there is one that can be believed."""
-    sizes = q.shape[3], v.shape[3], C.shape[2]
-    tiles = all(size <= largest for size, largest in zip(sizes, (LARGEST_K, LARGEST_V, LARGEST_F), strict=True))
-    return "triton" if tiles and kernel_is_right("hybrid_step", q, calculation_dtype(C, keys), keys.dtype, *sizes) else "torch"
+    return "triton" if heads_kernel_is_right("hybrid_step", q, v, calculation_dtype(C, keys), keys.dtype, C.shape[2]) else "torch"
 
 
 def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):

@@ -33,7 +33,8 @@ def kernel_is_right(operation, x, calculation, dtype, *dims):
     return believed(operation, str(x.device), dtype, *dims)
 
 
-def heads_kernel_is_right(operation, q, v, calculation, dtype):
-    """The same for an operation on heads, q [..., K] and v [..., V]."""
+def heads_kernel_is_right(operation, q, v, calculation, dtype, *features):
+    """The same for an operation on heads, q [..., K] and v [..., V]; a step has its number of features besides."""
     K, V = q.shape[-1], v.shape[-1]
-    return K <= LARGEST_K and V <= LARGEST_V and kernel_is_right(operation, q, calculation, dtype, K, V)
+    tiles = K <= LARGEST_K and V <= LARGEST_V and all(F <= LARGEST_F for F in features)
+    return tiles and kernel_is_right(operation, q, calculation, dtype, K, V, *features)

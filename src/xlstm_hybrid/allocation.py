@@ -263,12 +263,12 @@ def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows=
 
 def fit_windows(config, windows, budget, length, size, notes):
     """The window halved until it fits, in the layers that are to have one."""
-    wanted, hybrid = config.sliding_window, [j for j, kind in enumerate(config.layer_types) if kind == "hybrid_sliding"]
+    wanted = config.sliding_window
     while True:
-        if windows == "first":
-            has = [j == hybrid[0] for j in range(config.num_hidden_layers)] if hybrid else []
-            config.layer_windows = [config.sliding_window if has[j] else 1 for j in range(len(has))] or None
-            config.layer_sinks = [config.num_sink_tokens if has[j] else 0 for j in range(len(has))] or None
+        if windows == "first" and "hybrid_sliding" in config.layer_types:
+            first, n = config.layer_types.index("hybrid_sliding"), config.num_hidden_layers
+            config.layer_windows = [config.sliding_window if j == first else 1 for j in range(n)]
+            config.layer_sinks = [config.num_sink_tokens if j == first else 0 for j in range(n)]
             follow_kinds(config)
         if size() <= budget or (config.sliding_window or 0) < 2 * LEAST_WINDOW:
             break
