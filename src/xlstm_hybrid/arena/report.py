@@ -81,24 +81,29 @@ def scaled(found, by):
     return NONE if found is None else f"{found['mean'] / by:.2f}"
 
 
+def length_head(summary):
+    """Head of a table with a column per length."""
+    return ["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])]
+
+
 def show_accuracy(summary, teacher, kind):
     """Accuracy ± interval (excess) at every length, under the coverage."""
     covered = [share(min(1.0, (summary["window"] + summary["sinks"]) / length)) for length in summary["lengths"]]
     cell = lambda c: f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})"  # noqa: E731
-    table = [["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])], ["(coverage c of W + sinks)", *covered]]
+    table = [length_head(summary), ["(coverage c of W + sinks)", *covered]]
     table += [[row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
     return f"**{kind}: accuracy ± interval (excess)**\n\n{markdown_table(table)}"
 
 
 def show_cache(summary, teacher):
-    table = [["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])]]
+    table = [length_head(summary)]
     table += [[row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
     return f"**Cache of one sequence**\n\n{markdown_table(table)}"
 
 
 def show_recall(summary, teacher):
     """Two tables per kind, accuracy and `beyond`, then the caches and the short tasks."""
-    parts, head = [], ["arm", *(in_windows(length, summary["window"]) for length in summary["lengths"])]
+    parts, head = [], length_head(summary)
     rows = main_rows(summary, teacher)
     for kind in KINDS:
         beyond = [[row["name"], *(share(mean(row["recall"][kind][str(n)]["beyond"])) for n in summary["lengths"])] for row in rows]

@@ -6,14 +6,13 @@ Dims: s seeds, n rows of a test, L tokens, W window.
 import math
 
 import numpy as np
-from safetensors import safe_open
-from transformers import AutoConfig
 
 from xlstm_hybrid.arena.arms import TEACHER
 from xlstm_hybrid.arena.runner import DONE, FAILED, MISSING, STALE, arm_of, choose_jobs, line_of, status_of
 from xlstm_hybrid.artifacts import FORMAT_VERSION
 from xlstm_hybrid.evaluation import win_and_tie
 from xlstm_hybrid.statistics import interval, resampled_means
+from xlstm_hybrid.teachers import open_teacher
 
 # 97.5 % quantile of Student's t by degrees of freedom; above the last one its value stands, which is too wide rather than too narrow
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}
@@ -162,9 +161,8 @@ def summarise(arena, out):
 
 def shape_of(arena, teacher):
     """Parameters, layers, heads, key/value groups per layer and head dim of a teacher."""
-    config = AutoConfig.from_pretrained(arena.teacher_dir(teacher))
-    weights = (safe_open(file, "pt") for file in sorted(arena.teacher_dir(teacher).glob("*.safetensors")))
-    parameters = sum(math.prod(file.get_slice(name).get_shape()) for file in weights for name in file.keys())  # noqa: SIM118 (no dict)
+    with open_teacher(arena.teacher_dir(teacher)) as source:
+        config, parameters = source.config, sum(math.prod(shape) for shape, _ in source.tensors.values())
     return {"parameters": parameters, "layers": config.num_hidden_layers, "heads": config.num_attention_heads, "groups": config.num_key_value_heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}  # fmt: skip
 
