@@ -60,7 +60,7 @@ def prefill(model, ids):
 def decode(model, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():  # as generation does: one token takes the step of its own
-        return torch.cat([model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])], 1)
+        return torch.cat([model(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True).logits for t in range(ids.shape[1])], 1)
 
 
 def teacher_forced(model, ids):

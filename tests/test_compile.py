@@ -6,6 +6,7 @@ from conftest import tiny_student, token_ids
 from tiny_students import STACKS, every_family, ids_of, student
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.state import prefill, remember, rollback, snapshot
 
 
@@ -33,7 +34,7 @@ def test_training_compiles_into_one_graph_with_the_same_gradients(case):
 @torch.no_grad()
 def test_decoding_compiles_once_and_gives_the_same_tokens():
     student, ids = tiny_student(num_hidden_layers=2), token_ids(2, 30)
-    caches = [student(ids[:, :9], past_key_values=DynamicCache(config=student.config)).past_key_values for _ in range(2)]
+    caches = [cache_of(student(ids[:, :9], cache=DynamicCache(config=student.config))) for _ in range(2)]
     graphs = []
 
     def count(graph, inputs):
@@ -42,8 +43,8 @@ def test_decoding_compiles_once_and_gives_the_same_tokens():
 
     compiled = torch.compile(student, backend=count)
     for t in range(9, 30):
-        want = student(ids[:, t : t + 1], past_key_values=caches[0]).logits
-        torch.testing.assert_close(compiled(ids[:, t : t + 1], past_key_values=caches[1]).logits, want)
+        want = student(ids[:, t : t + 1], cache=caches[0]).logits
+        torch.testing.assert_close(compiled(ids[:, t : t + 1], cache=caches[1]).logits, want)
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close((*a.state, a.keys, a.values, a.count), (*b.state, b.keys, b.values, b.count))
     assert len(graphs) <= 2  # the second one takes the number of tokens that have been seen as a variable
@@ -57,7 +58,7 @@ def test_compiled_decoding_can_be_taken_back(cache_class):
     caches = []
     for _ in range(2):
         cache = DynamicCache(config=model.config) if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=40)
-        caches.append(remember(prefill(model, ids[:, :9], past_key_values=cache), 8))
+        caches.append(remember(prefill(model, ids[:, :9], cache=cache), 8))
     graphs, early = [], 0
 
     def count(graph, inputs):
@@ -67,8 +68,8 @@ def test_compiled_decoding_can_be_taken_back(cache_class):
     torch.compiler.reset()
     compiled = torch.compile(model, backend=count)
     for t in range(9, 17):
-        want = model(ids[:, t : t + 1], past_key_values=caches[0]).logits
-        torch.testing.assert_close(compiled(ids[:, t : t + 1], past_key_values=caches[1]).logits, want)
+        want = model(ids[:, t : t + 1], cache=caches[0]).logits
+        torch.testing.assert_close(compiled(ids[:, t : t + 1], cache=caches[1]).logits, want)
         early = early or (len(graphs) if t == 12 else 0)
     assert len(graphs) == early > 0  # a record that grows compiles nothing anew
     for cache in caches:
@@ -76,7 +77,7 @@ def test_compiled_decoding_can_be_taken_back(cache_class):
         assert cache.get_seq_length() == 12
     expected = prefill(model, ids[:, :12])
     for cache in caches:
-        torch.testing.assert_close(model(ids[:, 12:], past_key_values=cache).logits, model(ids[:, 12:], past_key_values=snapshot(expected)).logits)
+        torch.testing.assert_close(model(ids[:, 12:], cache=cache).logits, model(ids[:, 12:], cache=snapshot(expected)).logits)
     torch.compiler.reset()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers import initialization as init
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
+from xlstm_hybrid.cache_names import CACHE, cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
 
 families = pytest.mark.parametrize("family", every_family)
@@ -166,7 +167,7 @@ def test_a_narrow_model_keeps_its_gates_wide_however_it_is_loaded(dtype, tmp_pat
         assert x.dtype == (torch.float32 if gate or (feature_map and dtype == torch.float16) else dtype), name
     out = loaded(token_ids(2, 20), use_cache=True)
     assert out.logits.dtype == dtype and torch.isfinite(out.logits).all()
-    assert {x.dtype for x in out.past_key_values.layers[0].state} == {torch.float32}
+    assert {x.dtype for x in cache_of(out).layers[0].state} == {torch.float32}
     wide = copy.deepcopy(loaded).float()(token_ids(2, 20)).logits
     scale = {torch.bfloat16: 0.3, torch.float16: 0.05, torch.float32: 1e-6}[dtype]  # of one standard deviation
     assert float((out.logits.float() - wide).std() / wide.std()) < scale
@@ -317,7 +318,7 @@ def test_embeddings_and_positions_can_be_given_in_place_of_ids(family):
 def test_signatures_are_those_that_generic_code_looks_for():
     names = list(inspect.signature(XLSTMHybridForCausalLM.forward).parameters)
     assert names[1:3] == ["input_ids", "attention_mask"]
-    assert {"position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache", "logits_to_keep"} <= set(names)
+    assert {"position_ids", CACHE, "inputs_embeds", "labels", "use_cache", "logits_to_keep"} <= set(names)
     model = small()
     assert model.model.config is model.config
     assert model.can_generate() and not model.model.can_generate() and model.get_decoder() is model.model
@@ -394,7 +395,7 @@ def test_generation_in_training_mode_under_checkpointing_is_generation():
 def test_checkpointed_training_after_a_filled_cache_is_refused_by_name():
     model, ids = own(small()), token_ids(2, 9)
     with torch.no_grad():
-        cache = model(ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+        cache = cache_of(model(ids, cache=DynamicCache(config=model.config)))
     model.train().gradient_checkpointing_enable()
-    with pytest.raises(CacheError, match="past_key_values holds 9 tokens, but layers work without a cache under gradient checkpointing"):
-        model(ids, past_key_values=cache)
+    with pytest.raises(CacheError, match="cache holds 9 tokens, but layers work without a cache under gradient checkpointing"):
+        model(ids, cache=cache)

@@ -7,6 +7,8 @@ from transformers import DynamicCache
 from xlstm_kernels import MLSTMState, hybrid_step, mlstm, window_attention
 from xlstm_kernels.decode import step_in_graphs
 
+from xlstm_hybrid.cache_names import cache_of
+
 INF = float("inf")
 W, S = 7, 3
 
@@ -105,13 +107,13 @@ def test_the_model_decodes_in_place_and_as_with_gradients_enabled():
     mask[1, :5] = 0  # left padding in one row
     mask[0, 17] = 0  # and a token in the middle that is not there
     begin = {"input_ids": ids[:, :11], "attention_mask": mask[:, :11]}
-    caches = [student(**begin, past_key_values=DynamicCache(config=student.config)).past_key_values for _ in range(2)]
+    caches = [cache_of(student(**begin, cache=DynamicCache(config=student.config))) for _ in range(2)]
     addresses = [caches[0].layers[0].keys.data_ptr(), caches[0].layers[0].state.C.data_ptr()]
     for t in range(11, 30):
         now = {"attention_mask": mask[:, : t + 1]}
-        step = student(ids[:, t : t + 1], past_key_values=caches[0], **now).logits
+        step = student(ids[:, t : t + 1], cache=caches[0], **now).logits
         with torch.enable_grad():
-            functional = student(ids[:, t : t + 1], past_key_values=caches[1], **now).logits
+            functional = student(ids[:, t : t + 1], cache=caches[1], **now).logits
         assert functional.requires_grad and not step.requires_grad
         real = mask[:, t].bool()
         torch.testing.assert_close(step[real], functional[real].detach(), rtol=1e-9, atol=1e-9)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from xlstm_hybrid import DistilXLSTMConfig, DistilXLSTMForCausalLM
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.distil import convert, share_frozen
 from xlstm_hybrid.distil.modeling import BlockDiagonal, CausalConv, HeadNorm, MLSTMMixer
 from xlstm_hybrid.distil.teacher import EMBEDDING, PUBLISHED, empty_student, heads_for, parameters_of, student_config
@@ -136,7 +137,7 @@ def test_sizes_that_describe_no_model_are_refused_by_name(changes, message):
 def test_any_cut_of_a_text_into_calls_gives_the_same_logits(model, ids, logits, cuts):
     cache, found = DynamicCache(config=model.config), []
     for a, b in zip((0, *cuts), (*cuts, 23), strict=True):
-        found.append(model(ids[:, a:b], past_key_values=cache).logits)
+        found.append(model(ids[:, a:b], cache=cache).logits)
     torch.testing.assert_close(torch.cat(found, 1), logits, **TIGHT)
     assert cache.get_seq_length() == 23
 
@@ -146,10 +147,10 @@ def test_the_state_matters(model, ids, logits):
     """What makes the tests above tests: without any one part of the cache the logits are far off."""
     for part in ("memory", "conv"):
         for layer in range(4):
-            cache = model(ids[:, :12], use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, :12], use_cache=True))
             held = getattr(cache.layers[layer], part)
             setattr(cache.layers[layer], part, None if part == "memory" else torch.zeros_like(held))
-            assert (model(ids[:, 12:], past_key_values=cache).logits - logits[:, 12:]).abs().max() > 1e-3
+            assert (model(ids[:, 12:], cache=cache).logits - logits[:, 12:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("where", ["left", "right", "middle"])
@@ -161,7 +162,7 @@ def test_padding_anywhere_changes_nothing(model, ids, logits, where):
     padded = ids.new_full((2, 29), 7).masked_scatter(real, ids)
     found = model(padded, attention_mask=real.long(), use_cache=True)
     torch.testing.assert_close(found.logits[real].view_as(logits), logits, **TIGHT)
-    more = model(ids[:, :5], past_key_values=found.past_key_values, attention_mask=torch.cat([real, real.new_ones(2, 5)], 1).long()).logits
+    more = model(ids[:, :5], cache=cache_of(found), attention_mask=torch.cat([real, real.new_ones(2, 5)], 1).long()).logits
     torch.testing.assert_close(more, model(torch.cat([ids, ids[:, :5]], 1)).logits[:, 23:], **TIGHT)
 
 
@@ -177,16 +178,16 @@ def test_packed_documents_do_not_see_each_other(model, told_by):
         where = {"cu_seq_lens_q": torch.tensor([0, 5, 6, 15, 17], dtype=torch.int32)}
     want = torch.cat([model(document).logits for document in row.split(lengths, 1)], 1)
     torch.testing.assert_close(model(row, use_cache=False, **where).logits, want, **TIGHT)
-    cached = model(row, use_cache=True, **where).past_key_values  # goes on with the last document
+    cached = cache_of(model(row, use_cache=True, **where))  # goes on with the last document
     want = model(torch.cat([row[:, 15:], row[:, :4]], 1)).logits[:, 2:]
-    torch.testing.assert_close(model(row[:, :4], past_key_values=cached).logits, want, **TIGHT)
+    torch.testing.assert_close(model(row[:, :4], cache=cached).logits, want, **TIGHT)
 
 
 @torch.no_grad()
 def test_a_document_may_start_after_a_filled_cache(model, ids):
     """Also one shorter than the convolution: its successor call must not look back past its start."""
-    cache = model(ids[:, :8], use_cache=True).past_key_values
-    found = [model(ids[:, 8 + j : 9 + j], past_key_values=cache, position_ids=torch.full((2, 1), j)).logits for j in range(6)]
+    cache = cache_of(model(ids[:, :8], use_cache=True))
+    found = [model(ids[:, 8 + j : 9 + j], cache=cache, position_ids=torch.full((2, 1), j)).logits for j in range(6)]
     torch.testing.assert_close(torch.cat(found, 1), model(ids[:, 8:14]).logits, **TIGHT)
 
 
@@ -209,11 +210,11 @@ def test_a_left_padded_batch_generates_what_its_rows_do(model):
 
 @torch.no_grad()
 def test_rows_of_a_cache_can_be_chosen_and_repeated(model, ids, logits):
-    cache = model(ids[:, :12], use_cache=True).past_key_values
+    cache = cache_of(model(ids[:, :12], use_cache=True))
     cache.reorder_cache(torch.tensor([1, 0]))
-    torch.testing.assert_close(model(ids[[1, 0], 12:], past_key_values=copy.deepcopy(cache)).logits, logits[[1, 0], 12:], **TIGHT)
+    torch.testing.assert_close(model(ids[[1, 0], 12:], cache=copy.deepcopy(cache)).logits, logits[[1, 0], 12:], **TIGHT)
     cache.batch_repeat_interleave(2)
-    torch.testing.assert_close(model(ids[[1, 1, 0, 0], 12:], past_key_values=cache).logits, logits[[1, 1, 0, 0], 12:], **TIGHT)
+    torch.testing.assert_close(model(ids[[1, 1, 0, 0], 12:], cache=cache).logits, logits[[1, 1, 0, 0], 12:], **TIGHT)
 
 
 @torch.no_grad()
@@ -223,9 +224,9 @@ def test_a_prefix_is_read_once_and_answered_from_copies(model, ids, logits):
 
     cache = state.prefill(model, ids[:1, :12])
     kept, rows = state.snapshot(cache), state.fork(cache, 3)
-    torch.testing.assert_close(model(ids[:1, 12:].expand(3, -1), past_key_values=rows).logits, logits[:1, 12:].expand(3, -1, -1), **TIGHT)
-    model(ids[:1], past_key_values=cache)
-    torch.testing.assert_close(model(ids[:1, 12:], past_key_values=kept).logits, logits[:1, 12:], **TIGHT)
+    torch.testing.assert_close(model(ids[:1, 12:].expand(3, -1), cache=rows).logits, logits[:1, 12:].expand(3, -1, -1), **TIGHT)
+    model(ids[:1], cache=cache)
+    torch.testing.assert_close(model(ids[:1, 12:], cache=kept).logits, logits[:1, 12:], **TIGHT)
     with pytest.raises(CacheError, match="cannot take tokens back"):
         state.rollback(cache, 2)
 
@@ -233,13 +234,13 @@ def test_a_prefix_is_read_once_and_answered_from_copies(model, ids, logits):
 @torch.no_grad()
 def test_the_cache_does_not_grow_and_its_states_are_float32():
     model = make(torch.bfloat16)
-    cache = model(token_ids(2, 5), use_cache=True).past_key_values
+    cache = cache_of(model(token_ids(2, 5), use_cache=True))
 
     def sizes():
         return [[x.shape for x in (*layer.memory, layer.conv)] for layer in cache.layers]
 
     before = sizes()
-    model(token_ids(2, 40), past_key_values=cache)
+    model(token_ids(2, 40), cache=cache)
     assert sizes() == before
     assert {x.dtype for layer in cache.layers for x in layer.memory} == {torch.float32}
     gates = {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.dtype == torch.float32}
@@ -255,8 +256,8 @@ def test_low_precision_hands_over_as_well_as_it_calculates(dtype, ids):
     model = make(dtype, gain=1.0)
     truth = copy.deepcopy(model).double()(ids).logits
     whole = model(ids).logits
-    cache = model(ids[:, :11], use_cache=True).past_key_values
-    parts = torch.cat([model(ids[:, :11]).logits, model(ids[:, 11:], past_key_values=cache).logits], 1)
+    cache = cache_of(model(ids[:, :11], use_cache=True))
+    parts = torch.cat([model(ids[:, :11]).logits, model(ids[:, 11:], cache=cache).logits], 1)
     errors = [(x.double() - truth).square().mean().sqrt() for x in (whole, parts)]
     assert errors[1] <= 2 * errors[0] and errors[0] < 0.1 * truth.std()
 
@@ -268,7 +269,7 @@ def test_bfloat16_autocast_trains_on_nearly_the_float32_loss_with_finite_gradien
         out = model(ids, labels=ids, use_cache=True)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(want.item(), rel=0.02)
-    assert {x.dtype for layer in out.past_key_values.layers for x in layer.memory} == {torch.float32}
+    assert {x.dtype for layer in cache_of(out).layers for x in layer.memory} == {torch.float32}
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
@@ -290,7 +291,7 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
     assert len(calls) == 2  # once forward, once again for the backward
     with pytest.raises(CacheError, match="under gradient checkpointing"):
-        model(ids, past_key_values=make().model(ids, use_cache=True).past_key_values)
+        model(ids, cache=cache_of(make().model(ids, use_cache=True)))
 
 
 @torch.no_grad()
@@ -307,7 +308,7 @@ def test_saving_and_loading_changes_nothing_and_keeps_the_embeddings_frozen(mode
 
 @torch.no_grad()
 def test_what_a_recurrent_state_cannot_do_is_refused_by_name(model, ids):
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     with pytest.raises(CacheError, match="a recurrent state is not invertible"):
         cache.crop(-1)
     with pytest.raises(CacheError, match="cannot|quantized"):
@@ -318,9 +319,9 @@ def test_what_a_recurrent_state_cannot_do_is_refused_by_name(model, ids):
         model(ids, attention_mask=torch.ones(2, 1, 23, 23))
     with pytest.raises(ConfigError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    other = teacher("llama")(token_ids(1, 4, vocab=90), use_cache=True).past_key_values
+    other = cache_of(teacher("llama")(token_ids(1, 4, vocab=90), use_cache=True))
     with pytest.raises(CacheError, match="a filled DynamicLayer in layer 0"):
-        model(ids[:1], past_key_values=other)
+        model(ids[:1], cache=other)
 
 
 @torch.no_grad()

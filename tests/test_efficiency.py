@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency, efficiency_report
 from xlstm_hybrid.artifacts import add_provenance, read_provenance
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.card import write_card
 from xlstm_hybrid.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
 from xlstm_hybrid.errors import ConfigError, EvaluationError
@@ -114,7 +115,7 @@ def test_a_context_read_in_pieces_goes_on_like_the_whole_in_every_row(llama, stu
         with torch.no_grad():
             held, token = filled(model, rows, cache, 4)
             want = model(torch.cat([rows, token], 1), use_cache=False).logits
-            got = model(token, past_key_values=held, use_cache=True).logits
+            got = model(token, **named(held), use_cache=True).logits
         assert token.tolist() == want[:, -2:-1].argmax(-1).tolist()
         torch.testing.assert_close(got[:, 0], want[:, -1], rtol=1e-4, atol=1e-4 * want.std().item())
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from xlstm_hybrid import sparse
 from xlstm_hybrid.allocation import keep_groups
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.checks import CHECKS, Subject
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import DOCUMENT, KeptKeys, spread
@@ -160,7 +161,7 @@ def test_kept_keys_grow_by_the_context_and_drop_what_nobody_sees_any_more():
     cache = prefill(model, token_ids(2, 50))
     assert cache.layers[0].kept.keys.shape == (2, 1, 50, 16) and cache.layers[0].keys.shape == (2, 1, 10, 16)
     assert cache.layers[2].kept.keys.shape == (2, 1, 4, 16)  # the teacher's window of 5 less the token that comes next
-    packed = tiny_student(kept_groups=[[0]] * 3)(token_ids(1, 36), use_cache=True, **PACKINGS["position_ids"]).past_key_values
+    packed = cache_of(tiny_student(kept_groups=[[0]] * 3)(token_ids(1, 36), use_cache=True, **PACKINGS["position_ids"]))
     assert packed.layers[0].kept.keys.shape[2] == LENGTHS[-1]
 
 
@@ -222,7 +223,7 @@ def test_attention_weights_of_kept_heads_are_in_the_output():
     model.set_attn_implementation("eager")
     whole = model(ids, output_attentions=True, use_cache=False).attentions[0]
     cache = prefill(model, ids[:, :15])
-    last = model(ids[:, 15:], past_key_values=cache, use_cache=True, output_attentions=True).attentions[0]
+    last = model(ids[:, 15:], cache=cache, use_cache=True, output_attentions=True).attentions[0]
     assert whole.shape == (1, 4, 20, 20) and (whole[0, :2, -1] > 0).all() and (whole[0, 2:, -1, 3:13] == 0).all()
     torch.testing.assert_close(last[0, :2], whole[0, :2, 15:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.sum(-1), torch.ones(1, 4, 20).double(), atol=1e-5, rtol=0)
@@ -386,6 +387,6 @@ def test_a_cache_with_other_memories_is_refused():
     plain, kept = tiny_student(), tiny_student(kept_groups=[[0]] * 3)
     for reader, writer in ((plain, kept), (kept, plain)):
         with pytest.raises(CacheError, match="kept groups and sparse memory"):
-            reader(token_ids(1, 4), past_key_values=prefill(writer, token_ids(1, 9)))
+            reader(token_ids(1, 4), cache=prefill(writer, token_ids(1, 9)))
     with pytest.raises(CacheError, match=r"False, 2\), expected .*False, 0\)"):
-        plain(token_ids(1, 4), past_key_values=prefill(tiny_student(sparse_memory=2), token_ids(1, 9)))
+        plain(token_ids(1, 4), cache=prefill(tiny_student(sparse_memory=2), token_ids(1, 9)))

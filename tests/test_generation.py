@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CompileConfig, DynamicCache, StaticCache
 import xlstm_hybrid
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def test_the_returned_scores_and_states_are_those_of_the_full_forward(family):
     for t, states in enumerate(out.hidden_states):
         assert len(states) == model.config.num_hidden_layers + 1
         torch.testing.assert_close(states[2][:, -1], full.hidden_states[2][:, 8 + t], atol=1e-5, rtol=1e-5)
-    assert out.past_key_values.get_seq_length() == 9 + N - 1
+    assert cache_of(out).get_seq_length() == 9 + N - 1
 
 
 def test_rows_that_end_are_padded_and_the_others_go_on():
@@ -124,12 +125,12 @@ def test_a_conversation_goes_on_from_the_returned_cache(family, stack):
     cache, read = None, []
     hook = model.model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["input_ids"].shape[1]), with_kwargs=True)
     for turn in range(2):
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+        out = model.generate(ids, attention_mask=mask, cache=cache, return_dict_in_generate=True, **GREEDY)
         lengths, read[:] = list(read), []
         assert lengths == [ids.shape[1] if not turn else 7, *[1] * (N - 1)]  # what was read is not read again
         assert torch.equal(out.sequences, uncached(model, ids, attention_mask=mask))
         read.clear()
-        cache, ids = out.past_key_values, torch.cat([out.sequences, again + turn], 1)
+        cache, ids = cache_of(out), torch.cat([out.sequences, again + turn], 1)
         mask = torch.cat([mask, torch.ones(2, ids.shape[1] - mask.shape[1], dtype=torch.long)], 1)
     hook.remove()
 
@@ -141,7 +142,7 @@ def test_generation_starts_and_goes_on_from_embeddings(family):
     first = model.generate(inputs_embeds=embed(ids), return_dict_in_generate=True, **GREEDY)
     assert torch.equal(first.sequences, model.generate(ids, **GREEDY)[:, 9:])
     whole = torch.cat([ids, first.sequences, more], 1)
-    again = model.generate(inputs_embeds=embed(whole), past_key_values=first.past_key_values, **GREEDY)
+    again = model.generate(inputs_embeds=embed(whole), cache=cache_of(first), **GREEDY)
     assert torch.equal(again, model.generate(whole, **GREEDY)[:, whole.shape[1] :])
 
 
@@ -149,7 +150,7 @@ def test_a_reset_cache_is_a_fresh_one():
     model, cache = tiny_student(), DynamicCache(config=tiny_config())
     for seed in (0, 1):
         ids = token_ids(2, 9, seed=seed)
-        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+        assert torch.equal(model.generate(ids, cache=cache, **GREEDY), model.generate(ids, **GREEDY))
         cache.reset()
 
 
@@ -252,7 +253,7 @@ def test_a_static_layer_writes_where_it_is_and_a_new_text_takes_the_same_place()
     for sizes in ([11, 1, 1, 1, 4, 1, 11], [30], [21, 9]):
         ids, done = token_ids(2, 30, seed=len(sizes)), 0
         for n in sizes:
-            logits = model(ids[:, done : done + n], past_key_values=cache).logits
+            logits = model(ids[:, done : done + n], cache=cache).logits
             done += n
             place = place or addresses(cache)
             assert addresses(cache) == place
@@ -310,4 +311,4 @@ def test_caches_that_cannot_hold_a_state_are_refused_by_name():
     for layer in range(3):
         foreign.update(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), layer)
     with pytest.raises(CacheError, match="another model made it"):
-        model.generate(ids, past_key_values=foreign, **GREEDY)
+        model.generate(ids, cache=foreign, **GREEDY)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from xlstm_hybrid import convert, tasks
 from xlstm_hybrid.artifacts import read_json
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.compare import compare, open_sides
 from xlstm_hybrid.errors import EvaluationError
@@ -87,7 +88,7 @@ def test_a_cache_of_a_student_counts_ring_sinks_and_state(student):
     layers, heads, groups, width, slots = 4, 4, 2, 64, 32 + 4
     ring, state, count = 2 * groups * slots * width * 4, heads * (width * width + width + 1) * 4, 8
     assert cache_bytes(model, torch.arange(3, 90)[None]) == layers * (ring + state + count)
-    assert reach(model.config) == (32, 4) and isinstance(model(torch.ones(1, 1, dtype=torch.long)).past_key_values, DynamicCache)
+    assert reach(model.config) == (32, 4) and isinstance(cache_of(model(torch.ones(1, 1, dtype=torch.long))), DynamicCache)
 
 
 def test_the_files_name_no_folder_of_this_machine(judged, student):

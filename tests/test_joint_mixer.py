@@ -108,6 +108,6 @@ def test_a_joint_softmax_stands_beside_kept_groups_and_not_beside_a_sparse_memor
     model, ids = tiny_student(kept_groups=[[1], [], [0]], **JOINT), token_ids(2, 25)
     want, cache = logits_of(model, ids), prefill(model, ids[:, :11])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids[:, 11:], past_key_values=cache, use_cache=True).logits, want[:, 11:], **TOLERANCE)
+        torch.testing.assert_close(model(ids[:, 11:], cache=cache, use_cache=True).logits, want[:, 11:], **TOLERANCE)
     with pytest.raises(ConfigError, match="sparse_memory=4: expected 0"):
         tiny_config(sparse_memory=4, **JOINT)

@@ -174,7 +174,7 @@ def test_a_cache_that_another_branch_has_filled_is_refused(before, after):
     model.config.mixer_branches = after
     refusal = pytest.raises(CacheError, match="mixer_branches")
     with contextlib.nullcontext() if after == before or (before, after) == ("both", "window") else refusal:  # that one loses its state
-        model(token_ids(1, 1), past_key_values=cache, use_cache=True)
+        model(token_ids(1, 1), cache=cache, use_cache=True)
 
 
 # --- window dropout ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.modeling import MLSTMMixer
 
@@ -38,7 +39,7 @@ def in_pieces(model, ids, sizes, cache=None, **kwargs):
     cache, done, logits = cache or DynamicCache(config=model.config), 0, []
     for n in sizes:
         part = {k: v[:, : done + n] if k == "attention_mask" else v[:, done : done + n] for k, v in kwargs.items()}
-        logits.append(model(ids[:, done : done + n], past_key_values=cache, use_cache=True, **part).logits)
+        logits.append(model(ids[:, done : done + n], cache=cache, use_cache=True, **part).logits)
         done += n
     return torch.cat(logits, 1), cache
 
@@ -133,9 +134,9 @@ def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(student
 def test_packing_with_full_attention_refuses_to_go_on_from_a_filled_cache():
     model, ids = tiny_student(**MIXED), token_ids(1, 36)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :20], past_key_values=cache, use_cache=True)
+    model(ids[:, :20], cache=cache, use_cache=True)
     with pytest.raises(CacheError, match="packed documents after a filled cache"):
-        model(ids, position_ids=POSITIONS, past_key_values=cache, use_cache=True)
+        model(ids, position_ids=POSITIONS, cache=cache, use_cache=True)
 
 
 @torch.no_grad()
@@ -226,7 +227,7 @@ def test_auto_classes_load_what_was_saved_and_gates_stay_in_float32(tmp_path):
     assert dtypes == {"q_map": torch.bfloat16, "k_map": torch.bfloat16} | dict.fromkeys(
         ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"], torch.float32
     )
-    cache = half(ids, use_cache=True).past_key_values
+    cache = cache_of(half(ids, use_cache=True))
     assert {t.dtype for t in cache.layers[0].state} == {torch.float32} and cache.layers[0].keys.dtype == torch.bfloat16
 
 
@@ -325,7 +326,7 @@ def test_bad_inputs_are_named(student):
     for layer in range(3):
         foreign.update(torch.zeros(2, 2, 4, 16), torch.zeros(2, 2, 4, 16), layer)
     with pytest.raises(CacheError, match="another model made it"):
-        student(ids, past_key_values=foreign)
-    cache = student(ids, use_cache=True).past_key_values
+        student(ids, cache=foreign)
+    cache = cache_of(student(ids, use_cache=True))
     with pytest.raises(CacheError, match="a recurrent state is not invertible"):
         cache.crop(-1)

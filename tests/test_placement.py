@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.state import load_state, prefill, save_state
@@ -74,7 +75,7 @@ def test_what_layers_share_can_be_sent_to_another_device():
     tokens = Tokens.locate((2, 5), torch.device("cpu"))
     sent = send_to_device({"tokens": tokens, "masks": {("hybrid_sliding", 7, 2): None}}, torch.device("meta"))
     assert sent["tokens"].index.is_meta and sent["tokens"].real.is_meta and sent["tokens"].plain and not tokens.index.is_meta
-    assert student("llama")._skip_keys_device_placement == {"past_key_values"}
+    assert student("llama")._skip_keys_device_placement == {"cache", "past_key_values"}
 
 
 # --- quantisation ------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_quantised_weights_leave_gates_maps_and_states_in_full_precision(name, t
         if "mlstm" in key:
             assert torch.equal(x, half.get_parameter(key)) and x.dtype == half.get_parameter(key).dtype
     out = small(ids, use_cache=True)
-    assert {x.dtype for layer in out.past_key_values.layers for x in layer.state} == {torch.float32}
+    assert {x.dtype for layer in cache_of(out).layers for x in layer.state} == {torch.float32}
     wide = with_weights_of(model, small)(ids).logits
     assert float((out.logits.float() - wide).std() / wide.std()) < 0.1
     assert torch.equal(small.generate(ids, **GREEDY), small.generate(ids, cache_implementation="static", **GREEDY))
@@ -223,7 +224,7 @@ def compare(mode, directory, name):
     padded, heads = {"attention_mask": mask, **GREEDY}, alone.config.num_attention_heads
     if mode == "tensor" and alone.config.qk_norm != "full":
         assert all(x.to_local().shape[0] == heads // 2 for key, x in shared.named_parameters() if ".mlstm." in key)
-        assert shared(ids).past_key_values.layers[0].state.C.shape[1] == heads // 2  # each process keeps the state of its own heads
+        assert cache_of(shared(ids)).layers[0].state.C.shape[1] == heads // 2  # each process keeps the state of its own heads
     if mode == "pipeline":
         assert sum(isinstance(layer, nn.Identity) for layer in shared.model.layers) in (1, 2)
     with torch.no_grad():
@@ -235,8 +236,8 @@ def compare(mode, directory, name):
         one, two = (model.generate(ids, return_dict_in_generate=True, **padded) for model in (alone, shared))
         longer = torch.cat([one.sequences, ids_of(4, seed=6)], 1)
         if alone.config.layer_types[0] == "hybrid_sliding":
-            again = shared.generate(longer, past_key_values=two.past_key_values, attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
-            want = alone.generate(longer, past_key_values=one.past_key_values, attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
+            again = shared.generate(longer, cache=cache_of(two), attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
+            want = alone.generate(longer, cache=cache_of(one), attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
             found["conversation"] = float(not torch.equal(again, want))
     if mode == "tensor":
         one, two = gradients(alone, ids), gradients(shared, ids, whole)

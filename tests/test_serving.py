@@ -70,7 +70,7 @@ def test_what_the_refusal_names_instead_gives_each_prompts_own_answer(any_studen
     assert torch.equal(batch, torch.stack(alone))
     prefix, ends = token_ids(1, 11), torch.tensor([[5, 6], [7, 8]])
     whole = torch.cat([prefix.expand(2, -1), ends], 1)
-    forked = any_student.generate(whole, past_key_values=fork(prefill(any_student, prefix), 2), **GREEDY)
+    forked = any_student.generate(whole, cache=fork(prefill(any_student, prefix), 2), **GREEDY)
     assert torch.equal(forked, any_student.generate(whole, **GREEDY))
 
 
@@ -100,10 +100,10 @@ def test_a_quantised_cache_serves_a_student_without_hybrid_layers():
     model, ids = tiny_student(torch.float32, gain=1.5, **STACKS["no hybrid layer"]), token_ids(1, 9)
     cache = QuantizedCache("fp8", model.config)
     with torch.no_grad():
-        got, want = model(ids, past_key_values=cache, use_cache=True).logits, model(ids).logits
+        got, want = model(ids, cache=cache, use_cache=True).logits, model(ids).logits
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # what is read in one call is not quantised yet
         step = torch.tensor([[11]])
-        got, want = model(step, past_key_values=cache).logits, model(torch.cat([ids, step], 1)).logits[:, -1:]
+        got, want = model(step, cache=cache).logits, model(torch.cat([ids, step], 1)).logits[:, -1:]
     assert 1e-4 < (got - want).abs().max() < 0.2 * want.std()
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import cache_of, named
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.state import fork, load_state, prefill, recorded, remember, restore, rollback, save_state, snapshot
 
@@ -41,7 +42,7 @@ def calls(model, ids, sizes, cache, mask=None, **inputs):
     for n in sizes:
         part = {name: x[:, done : done + n] for name, x in inputs.items()}
         whole = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + done + n]
-        logits = model(ids[:, done : done + n], attention_mask=whole, past_key_values=cache, use_cache=True, **part).logits
+        logits = model(ids[:, done : done + n], attention_mask=whole, cache=cache, use_cache=True, **part).logits
         done += n
     return logits
 
@@ -70,7 +71,7 @@ def test_one_reading_answers_many_questions(any_student):
     cache = prefill(any_student, document)
     for question in questions:
         ids = torch.cat([document, question], 1)
-        answer = any_student.generate(ids, past_key_values=snapshot(cache), max_new_tokens=12, do_sample=False)
+        answer = any_student.generate(ids, cache=snapshot(cache), max_new_tokens=12, do_sample=False)
         assert torch.equal(answer, any_student.generate(ids, max_new_tokens=12, do_sample=False))
     assert cache.get_seq_length() == 23
 
@@ -82,7 +83,7 @@ def test_a_fork_answers_a_batch_of_questions_of_several_lengths(student):
     for row, question in enumerate(questions):
         mask[row, 23 : 32 - question.shape[1]] = 0
     cache = fork(prefill(student, document), 3)
-    answers = student.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    answers = student.generate(ids, attention_mask=mask, cache=cache, **GREEDY)
     for row, question in zip(answers, questions, strict=True):
         alone = student.generate(torch.cat([document, question], 1), **GREEDY)
         assert torch.equal(row[32:], alone[0, 23 + question.shape[1] :])
@@ -110,7 +111,7 @@ def test_a_snapshot_is_untouched_by_decoding_and_restores_it(any_student):
 
 def test_a_cache_with_gradients_is_not_copied(student):
     with pytest.raises(CacheError, match="no_grad"):
-        snapshot(student(token_ids(1, 5), use_cache=True).past_key_values)
+        snapshot(cache_of(student(token_ids(1, 5), use_cache=True)))
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def test_reading_in_pieces_is_reading_at_once(any_student):
     whole, pieces = prefill(any_student, ids, mask), prefill(any_student, ids, mask, piece=4)
     more, longer = token_ids(2, 5, seed=9), torch.nn.functional.pad(mask, (0, 5), value=1)
     torch.testing.assert_close(calls(any_student, more, [5], whole, longer), calls(any_student, more, [5], pieces, longer), **TOLERANCE)
-    continued = prefill(any_student, ids[:, 9:], mask, past_key_values=prefill(any_student, ids[:, :9], mask[:, :9]), piece=7)
+    continued = prefill(any_student, ids[:, 9:], mask, cache=prefill(any_student, ids[:, :9], mask[:, :9]), piece=7)
     assert continued.get_seq_length() == 25
 
 
@@ -279,14 +280,14 @@ def test_a_student_drafts_for_a_transformer(any_student):
 def test_assisted_decoding_goes_on_from_a_state_and_hands_back_one(any_student):
     ids, more = token_ids(1, 23), token_ids(1, 6, seed=5)
     options = {"return_dict_in_generate": True, **GREEDY}
-    first = any_student.generate(ids, past_key_values=prefill(any_student, ids[:, :15]), prompt_lookup_num_tokens=4, **options)
+    first = any_student.generate(ids, cache=prefill(any_student, ids[:, :15]), prompt_lookup_num_tokens=4, **options)
     plain = any_student.generate(ids, **options)
     assert torch.equal(first.sequences, plain.sequences)
-    assert first.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 46
-    new_only = {"attention_mask": torch.ones_like(ids), "past_key_values": prefill(any_student, ids[:, :9])}  # more new tokens than old ones
+    assert cache_of(first).get_seq_length() == cache_of(plain).get_seq_length() == 46
+    new_only = {"attention_mask": torch.ones_like(ids), **named(prefill(any_student, ids[:, :9]))}  # more new tokens than old ones
     assert torch.equal(any_student.generate(ids[:, 9:], prompt_lookup_num_tokens=4, **new_only, **GREEDY)[:, 14:], plain.sequences[:, 23:])
     whole = torch.cat([first.sequences, more], 1)
-    second = any_student.generate(whole, past_key_values=first.past_key_values, **GREEDY)
+    second = any_student.generate(whole, cache=cache_of(first), **GREEDY)
     assert torch.equal(second, any_student.generate(whole, **GREEDY))
 
 

@@ -365,7 +365,7 @@ def adopt_cache(cache, config):
         CacheError: the cache has been filled by another model, or with other `mixer_branches`.
     """
     if not isinstance(cache, Cache):
-        raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
+        raise CacheError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     # Layers without fixed addresses: the masks beside a static one would be wrong
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0 or config.mixer_combine == "joint"
     for j, kind in enumerate(config.layer_types):
@@ -379,7 +379,7 @@ def adopt_cache(cache, config):
         wanted = window, sinks, config.memory_cell, kept, config.sparse_memory
         if isinstance(layer, HybridCacheLayer) and (held := layer.remembers) != wanted:
             raise CacheError(
-                f"past_key_values: layer {j} has window, sinks, memory, kept groups and sparse memory {held}, expected {wanted}: another model made "
+                f"cache: layer {j} has window, sinks, memory, kept groups and sparse memory {held}, expected {wanted}: another model made "
                 "it, or mixer_branches or the like have changed since; start from DynamicCache(config=model.config)"
             )
         if moving and isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer) and layer.get_seq_length() == 0:
@@ -387,7 +387,7 @@ def adopt_cache(cache, config):
         if kind == "hybrid_sliding" and not isinstance(layer, HybridCacheLayer):
             if layer.get_seq_length() > 0:
                 raise CacheError(
-                    f"past_key_values: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
+                    f"cache: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
                     "another model made it: start from DynamicCache(config=model.config)"
                 )
             more = {"cell": config.memory_cell, "kept": KeptKeys(config.kept_window_of(j)) if kept else None, "capacity": config.sparse_memory}

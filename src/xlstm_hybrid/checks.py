@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.cache import HybridCacheLayer
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.state import fork, load_state, prefill, remember, rollback, save_state, snapshot
 
@@ -40,7 +41,7 @@ class Subject:
     def read(self, ids, mask=None, cache=None, **kwargs):
         """Hidden states [B, T, D] of one forward call."""
         kwargs = {"use_cache": cache is not None} | kwargs
-        return self.model.get_decoder()(ids, attention_mask=mask, past_key_values=cache, **kwargs).last_hidden_state
+        return self.model.get_decoder()(ids, attention_mask=mask, **named(cache), **kwargs).last_hidden_state
 
     def in_pieces(self, ids, sizes, mask=None, cache=None):
         """The same in several calls; sizes end with the tokens."""

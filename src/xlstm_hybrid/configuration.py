@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from xlstm_hybrid.cache_names import NAMES
 from xlstm_hybrid.errors import ConfigError
 
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
@@ -70,7 +71,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
     """
 
     model_type = "xlstm_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = NAMES
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -286,6 +287,6 @@ class XLSTMHybridConfig(PreTrainedConfig):
         repeats, kept = self.num_attention_heads // self.num_key_value_heads, set(self.kept_of(layer_idx))
         return [h for h in range(self.num_attention_heads) if h // repeats not in kept]
 
-    def rope_parameters_of(self, layer_idx):
-        """The flat RoPE dict of one layer: that of its teacher layer type where the teacher has several."""
-        return self.rope_parameters.get(self.teacher_layer_types[layer_idx], self.rope_parameters)
+    def rope_parameters_of(self, layer_type):
+        """The flat RoPE dict of a teacher layer type: its own where the teacher has several."""
+        return self.rope_parameters.get(layer_type, self.rope_parameters)

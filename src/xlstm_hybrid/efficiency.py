@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, StaticCache
 
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.footprint import tensors_in
 
@@ -83,12 +84,12 @@ def new_cache(model, kind, length):
 
 def first_token(model, ids, cache):
     """Read a prompt [B, L] in one call; returns the token after it, [B, 1]."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    return model(ids, **named(cache), use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 def next_tokens(model, token, cache, steps):
     for _ in range(steps):
-        token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        token = model(token, **named(cache), use_cache=True).logits.argmax(-1)
     return token
 
 

@@ -29,6 +29,10 @@ class CacheError(XLSTMHybridError):
     """A cache that does not belong to this model, or an operation that its recurrent state cannot do."""
 
 
+class CompatibilityError(XLSTMHybridError):
+    """The installed transformers does something that this package does not know, or does it otherwise."""
+
+
 class MergeError(XLSTMHybridError):
     """Checkpoints that cannot be merged."""
 

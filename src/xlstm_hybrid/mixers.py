@@ -61,6 +61,11 @@ class HeadsParallel(TensorParallelLayer):
 ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
 
 
+def wide(*shape):
+    """A parameter that is float32 at least, whatever dtype a model is made in."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
 class MLSTMMixer(nn.Module):
     """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1), or what the config's `memory_*` and `mixer_*` say.
 
@@ -74,11 +79,9 @@ class MLSTMMixer(nn.Module):
         P = config.memory_feature_dim or K
         self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, P)), nn.Parameter(torch.empty(H, K, P))
         if config.memory_cell != "linear":
-            self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H, D))
-            self.fgate_bias = nn.Parameter(torch.empty(H))
+            self.igate_weight, self.fgate_weight, self.fgate_bias = wide(H, D), wide(H, D), wide(H)
         if config.mixer_combine == "gate":
-            read = 3 * K if config.mixer_gate_input == "qkv" else D
-            self.ogate_weight, self.ogate_bias = nn.Parameter(torch.empty(H, read)), nn.Parameter(torch.empty(H))
+            self.ogate_weight, self.ogate_bias = wide(H, 3 * K if config.mixer_gate_input == "qkv" else D), wide(H)
         if config.mixer_norm:
             self.norm_weight = nn.Parameter(torch.empty(H, K))
 
@@ -201,7 +204,7 @@ class JointMixer(MLSTMMixer):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.joint_scale = nn.Parameter(torch.empty(len(config.mixed_heads(layer_idx))))
+        self.joint_scale = wide(len(config.mixed_heads(layer_idx)))
 
     def read_keys(self, key):
         """Features [B, n, H, F] of the keys [B, G, n, K] of a cache."""

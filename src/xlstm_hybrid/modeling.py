@@ -30,12 +30,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from xlstm_kernels import mix, window_attention
 
 from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
+from xlstm_hybrid.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
 from xlstm_hybrid.mixers import JointMixer, MLSTMMixer
 from xlstm_hybrid.record import Tokens
 from xlstm_hybrid.sparse import scores_of, sparse_attention
+
+KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
 
 
 @dataclass
@@ -53,9 +56,9 @@ class AlignmentOutput(ModelOutput):
 
 
 class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE with the parameters of one teacher layer type."""
+    """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, layer_type=None):
         heads = config.num_attention_heads  # LlamaConfig wants hidden_size to be a multiple of them, other families do not
         super().__init__(
             LlamaConfig(
@@ -63,7 +66,7 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
                 num_attention_heads=heads,
                 head_dim=config.head_dim,
                 max_position_embeddings=config.max_position_embeddings,
-                rope_parameters=dict(config.rope_parameters_of(layer_idx)),
+                rope_parameters=dict(config.rope_parameters_of(layer_type or config.teacher_layer_types[0])),
             )
         )
         self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
@@ -157,7 +160,7 @@ class HybridAttention(nn.Module):
         held = cache is not None and cache.is_initialized
         if held and cache.state is None and branches != "window":
             raise CacheError(
-                f"past_key_values: layer {self.layer_idx} has no state, it was filled with mixer_branches='window', now {branches!r}; "
+                f"cache: layer {self.layer_idx} has no state, it was filled with mixer_branches='window', now {branches!r}; "
                 "start from DynamicCache(config=model.config)"
             )
         if held and mask is None:  # one token after a filled cache, see `prepare`
@@ -207,16 +210,16 @@ class HybridAttention(nn.Module):
             cache.hold(state)
         return self.normed(mix(memory, window, o)).to(value.dtype), weights
 
-    def forward(self, hidden_states, position_embeddings, tokens, masks, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, tokens, masks, cache=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
         projected, mask = self.project(hidden_states, position_embeddings), masks[mask_key(self.config, self.layer_idx)]
         if self.layer_type == "hybrid_sliding":
-            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            h, weights = self.mix(hidden_states, projected, tokens, mask, cache)
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
         else:
             query, key, value, *_ = projected
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
             h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
         return self.o_proj(h.flatten(-2)), weights
 
@@ -301,15 +304,22 @@ class HybridDecoderLayer(CheckpointedLayer):
         return self.finish(hidden_states, attention)
 
 
+def drop_absent_names(model):
+    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration to say."""
+    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    model._keep_in_fp32_modules &= have
+    model._keep_in_fp32_modules_strict &= have
+
+
 class XLSTMHybridPreTrainedModel(PreTrainedModel):
     config: XLSTMHybridConfig
     config_class = XLSTMHybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = NAMES
     _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
-    _keep_in_fp32_modules = ["mlstm", "q_map", "k_map", *_keep_in_fp32_modules_strict]  # in float16; and what quantisers leave alone
+    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -321,6 +331,10 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(HybridAttention, index=1),
         "gates": OutputRecorder(MLSTMMixer, index=1),
     }
+
+    def post_init(self):
+        super().post_init()
+        drop_absent_names(self)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -361,13 +375,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
         self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
         kinds = config.teacher_layer_types
-        self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kinds.index(kind)) for kind in sorted(set(kinds))})
+        self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))})
         self.gradient_checkpointing = False
         self.post_init()
 
-    def prepare(self, inputs_embeds, attention_mask, position_ids, past_key_values, teacher=False, **kwargs):
+    def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
-        config, (B, T), cache = self.config, inputs_embeds.shape[:2], past_key_values
+        config, (B, T) = self.config, inputs_embeds.shape[:2]
         present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
         layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
@@ -396,7 +410,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             position_ids = tokens.index.clamp_min(0)
             if not layers:
                 position_ids = position_ids + seen
-        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids, **named(cache)}
         for j, kind in kinds:
             if kind in masks:
                 continue
@@ -418,11 +432,16 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             )
         if cu_seq_lens is not None and rows != 1:
             raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart")
-        if self.training and self.gradient_checkpointing and torch.is_grad_enabled() and seen > 0:
+        if self.checkpointed and seen > 0:
             raise CacheError(
-                f"past_key_values holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
+                f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
                 "call gradient_checkpointing_disable(), or pass the whole sequence"
             )
+
+    @property
+    def checkpointed(self):
+        """Whether a call's layers are run again in the backward."""
+        return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
 
     def hybrid_mask(self, tokens, window, sinks, filled=None):
         """[B, 1, T, (S + W) + T] of a hybrid layer; None where none is needed: banded attention from an empty cache, a step from a filled one.
@@ -446,9 +465,10 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             return None
         return torch.rand(len(real), device=real.device) < p
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None, **kwargs):
         """Residual stream after the last norm; arguments as in `LlamaModel.forward`.
 
         Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`.
@@ -456,23 +476,26 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         Raises:
             ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
             CacheError: a cache of another model, or packed documents that a cache cannot keep apart.
+            CompatibilityError: a cache under a name that is not known here.
         """
+        refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            past_key_values = adopt_cache(past_key_values, self.config)
-        tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            cache = adopt_cache(cache, self.config)
+        tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
+        held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
         for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
-            hidden_states = layer(hidden_states, **where, past_key_values=past_key_values, **kwargs)
-        for j, layer in enumerate(self.layers if past_key_values is not None else ()):
-            if isinstance(layer, nn.Identity) and hasattr(past_key_values.layers[j], "skip"):
-                past_key_values.layers[j].skip(hidden_states.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
+        for j, layer in enumerate(self.layers if cache is not None else ()):
+            if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "skip"):
+                cache.layers[j].skip(hidden_states.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
     def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
         """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces (METHOD 1.2).
@@ -536,8 +559,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
                 "leave it out, or load the model in bfloat16, which halves the window"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            adopt_cache(model_kwargs["past_key_values"], self.config)
+        if cache_of(model_kwargs) is not None:
+            adopt_cache(cache_of(model_kwargs), self.config)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it `generate_batch` and `transformers serve --continuous-batching`: they keep keys and values in shared pages."""
@@ -554,24 +577,28 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
             return attention_mask
         return attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs):
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs):
         """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a filled cache only what it has
         not seen (transformers feeds the whole prompt)."""
         lengths = {kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
         whole = lengths == {input_ids.shape[1]}  # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
-        if next_sequence_length is None and past_key_values is not None and whole and inputs_embeds is None:
-            next_sequence_length = max(input_ids.shape[1] - past_key_values.get_seq_length(), 0) or None
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+        if next_sequence_length is None and cache is not None and whole and inputs_embeds is None:
+            next_sequence_length = max(input_ids.shape[1] - cache.get_seq_length(), 0) or None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **named(cache), **kwargs)
 
+    def generate(self, *args, **kwargs):
+        """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
+
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -592,7 +619,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -603,7 +630,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **named(cache_of(outputs))
         )
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]

@@ -2,7 +2,7 @@
 
     cache = prefill(model, **tokenizer(document, return_tensors="pt"))
     for question in questions:
-        model.generate(**tokenizer(document + question, return_tensors="pt"), past_key_values=snapshot(cache))
+        model.generate(**tokenizer(document + question, return_tensors="pt"), cache=snapshot(cache))
 
 A state is the transformers `Cache` that the model returns; nothing wraps it. Its size does not depend on the document where all layers are
 hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, W window, S sinks.
@@ -19,6 +19,7 @@ from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.artifacts import write_file
 from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
+from xlstm_hybrid.cache_names import named, takes_cache
 from xlstm_hybrid.configuration import MIXER
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.exact import DOCUMENT, SparseSlots
@@ -34,17 +35,18 @@ SAMPLE = 64  # elements of each parameter that go into the digest of a model's w
 # --- making and handing round ------------------------------------------------------------------------------------
 
 
+@takes_cache
 @torch.no_grad()
-def prefill(model, input_ids, attention_mask=None, *, past_key_values=None, piece=None, rollback=0, **inputs):
+def prefill(model, input_ids, attention_mask=None, *, cache=None, piece=None, rollback=0, **inputs):
     """Read tokens and return the cache; no logits are kept.
 
     Args:
         input_ids, attention_mask: [B, T]; 0 in the mask is padding. After a filled cache the mask covers its tokens too.
-        past_key_values: cache to go on from; it is changed.
+        cache: cache to go on from; it is changed.
         piece: tokens per forward call, which bounds the memory of a long prompt; None reads all at once.
         rollback: tokens that can be taken back later, see `remember`.
     """
-    cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
+    cache = DynamicCache(config=model.config) if cache is None else cache
     if rollback:
         remember(cache, rollback)
     seen, T = cache.get_seq_length(), input_ids.shape[1]
@@ -52,7 +54,7 @@ def prefill(model, input_ids, attention_mask=None, *, past_key_values=None, piec
         end = min(begin + (piece or T), T)
         mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - T + end]
         part = {name: x[:, begin:end] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        model(input_ids[:, begin:end], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **part)
+        model(input_ids[:, begin:end], attention_mask=mask, use_cache=True, logits_to_keep=1, **named(cache), **part)
     assert cache.get_seq_length() == seen + T
     return cache
 

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from xlstm_hybrid.arena import data
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.efficiency import cache_bytes
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.evaluation import perplexity
@@ -93,7 +94,7 @@ def bytes_at(model, lengths):
         try:
             ids = data.tests("single", length, 1)["input_ids"].to(model.device)
             cache = prefill(model, ids[:, :-1], piece=None)
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, -1:], **named(cache), use_cache=True)
         except CacheError:
             return {}
         found[str(length)] = cache_bytes(cache)
@@ -112,9 +113,9 @@ def cached_check(model, length, batch_tokens, seed=0):
     ids, at = test["input_ids"].to(model.device), test["answer_at"]
     whole, begin = logits_at(model, test["input_ids"], at, batch_tokens), int(at.min())
     try:
-        cache = prefill(model, ids[:, :begin], past_key_values=DynamicCache(config=model.config), piece=CACHED_PIECE)
+        cache = prefill(model, ids[:, :begin], cache=DynamicCache(config=model.config), piece=CACHED_PIECE)
         steps = [
-            model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits[:, -1].float().cpu() for t in range(begin, ids.shape[1])
+            model(input_ids=ids[:, t : t + 1], **named(cache), use_cache=True).logits[:, -1].float().cpu() for t in range(begin, ids.shape[1])
         ]
     except CacheError as reason:
         return {"refused": str(reason)}

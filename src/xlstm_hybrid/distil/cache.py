@@ -63,11 +63,11 @@ def adopt_cache(cache, layers):
         CacheError: no cache of transformers, or one that another model has filled.
     """
     if not isinstance(cache, Cache):
-        raise CacheError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
+        raise CacheError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     foreign = next((j for j, x in enumerate(cache.layers) if not isinstance(x, RecurrentLayer) and x.get_seq_length() > 0), None)
     if foreign is not None or len(cache.layers) > layers:
         what = f"{len(cache.layers)} layers" if foreign is None else f"a filled {type(cache.layers[foreign]).__name__} in layer {foreign}"
-        raise CacheError(f"past_key_values holds {what}, expected at most {layers} recurrent layers; another model made it: start from "
+        raise CacheError(f"cache holds {what}, expected at most {layers} recurrent layers; another model made it: start from "
                          "DynamicCache(config=model.config)")  # fmt: skip
     cache.layers = [x if isinstance(x, RecurrentLayer) else RecurrentLayer() for x in cache.layers]
     cache.layers += [RecurrentLayer() for _ in range(layers - len(cache.layers))]

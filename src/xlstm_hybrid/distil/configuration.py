@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from xlstm_hybrid.cache_names import NAMES
 from xlstm_hybrid.errors import ConfigError
 
 BLOCKS = ("slstm", "mlstm")
@@ -37,7 +38,7 @@ class DistilXLSTMConfig(PreTrainedConfig):
     """
 
     model_type = "distil_xlstm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = NAMES
 
     vocab_size: int = 32000
     hidden_size: int = 512

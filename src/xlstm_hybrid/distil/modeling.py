@@ -26,11 +26,15 @@ from transformers.utils.output_capturing import capture_outputs
 from xlstm_kernels import mlstm
 from xlstm_kernels.slstm import slstm
 
+from xlstm_hybrid.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.distil.cache import adopt_cache, count_after
 from xlstm_hybrid.distil.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import CheckpointedLayer, keep_positions
+from xlstm_hybrid.mixers import wide
+from xlstm_hybrid.modeling import CheckpointedLayer, drop_absent_names, keep_positions
 from xlstm_hybrid.record import Tokens
+
+KEYWORDS = ACCEPTED - {"output_attentions"}  # what a forward accepts beside its own parameters; there is no attention
 
 
 def time_constants(low, high, steps):
@@ -124,8 +128,7 @@ class MLSTMMixer(nn.Module):
         self.up_proj = nn.Linear(D, 2 * E, bias=False)
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, config.mlstm_projection_block) for _ in range(3))
-        self.igate_weight, self.fgate_weight = nn.Parameter(torch.empty(H, 3 * E)), nn.Parameter(torch.empty(H, 3 * E))
-        self.igate_bias, self.fgate_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H))
+        self.igate_weight, self.fgate_weight, self.igate_bias, self.fgate_bias = wide(H, 3 * E), wide(H, 3 * E), wide(H), wide(H)
         self.head_norm = HeadNorm(H, self.head_dim, config.rms_norm_eps)
         self.skip = nn.Parameter(torch.empty(E))
         self.down_proj = DownProjection(E, D, bias=False)
@@ -168,7 +171,7 @@ class SLSTMMixer(nn.Module):
         self.heads = H
         self.conv = CausalConv(config.hidden_size, config.conv_kernel_size)
         self.input_weight, self.recurrent_weight = nn.Parameter(torch.empty(4, H, V, V)), nn.Parameter(torch.empty(4, H, V, V))  # z, i, f, o
-        self.gate_bias = nn.Parameter(torch.empty(4, H, V))
+        self.gate_bias = wide(4, H, V)
         self.head_norm = HeadNorm(H, V, config.rms_norm_eps)
 
     def forward(self, x, tokens, memory=None, past=None):
@@ -207,13 +210,13 @@ class DistilXLSTMLayer(CheckpointedLayer):
         self.mixer = (SLSTMMixer if slstm_block else MLSTMMixer)(config)
         self.mlp_norm, self.mlp = (LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), GatedMLP(config)) if slstm_block else (None, None)
 
-    def forward(self, hidden_states, tokens, past_key_values=None, **kwargs):
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        held = {} if cache is None else {"memory": cache.memory, "past": cache.conv}
+    def forward(self, hidden_states, tokens, cache=None, **kwargs):
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        held = {} if layer is None else {"memory": layer.memory, "past": layer.conv}
         x, memory, left = self.mixer(self.norm(hidden_states), tokens, **held)
-        if cache is not None:
-            count = count_after(tokens, cache.count)
-            cache.hold(memory, CausalConv.forget(left, count), count, tokens.real.shape[1])
+        if layer is not None:
+            count = count_after(tokens, layer.count)
+            layer.hold(memory, CausalConv.forget(left, count), count, tokens.real.shape[1])
         hidden_states = hidden_states + x
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -224,7 +227,7 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DistilXLSTMLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = NAMES
     _keep_in_fp32_modules_strict = ["igate_weight", "igate_bias", "fgate_weight", "fgate_bias", "gate_bias"]
     _is_stateful = True  # assisted decoding takes tokens back, which no recurrent state can
     _can_record_outputs = {"hidden_states": DistilXLSTMLayer}
@@ -235,6 +238,10 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
             if module is not None:
                 module.weight.requires_grad_(not self.config.freeze_embeddings)
         return self
+
+    def post_init(self):
+        super().post_init()
+        drop_absent_names(self)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -283,19 +290,25 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         self.post_init()
         self.freeze()
 
+    @property
+    def checkpointed(self):
+        """Whether a call's layers are run again in the backward."""
+        return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding")
         if cu_seq_lens is not None and rows != 1:
             raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart")
-        if self.training and self.gradient_checkpointing and torch.is_grad_enabled() and seen > 0:
-            raise CacheError(f"past_key_values holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
+        if self.checkpointed and seen > 0:
+            raise CacheError(f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
                              "call gradient_checkpointing_disable(), or pass the whole sequence")  # fmt: skip
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None, **kwargs):
         """Residual stream after the last norm; arguments as in `LlamaModel.forward`. Positions only tell documents apart.
 
         Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`, also after a filled cache.
@@ -303,13 +316,16 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         Raises:
             ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
             CacheError: a cache of another model.
+            CompatibilityError: a cache under a name that is not known here.
         """
+        refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        cache = None if past_key_values is None else adopt_cache(past_key_values, len(self.layers))
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            cache = adopt_cache(cache, len(self.layers))
         (B, T), packed = hidden_states.shape[:2], kwargs.get("cu_seq_lens_q")
         filled = cache is not None and cache.layers[0].is_initialized
         self.check_inputs(B, attention_mask, packed, cache.layers[0].seen_tokens if filled else 0)
@@ -317,8 +333,8 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         seen = cache.layers[0].count.to(hidden_states.device) if filled else None
         tokens = Tokens.locate((B, T), hidden_states.device, **where, seen=seen)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, tokens=tokens, past_key_values=cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+            hidden_states = layer(hidden_states, tokens=tokens, cache=None if self.checkpointed else cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
 
 class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
@@ -343,8 +359,8 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation == "quantized":
             raise CacheError("cache_implementation='quantized': a recurrent state needs float32 and does not grow; leave it out")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            adopt_cache(model_kwargs["past_key_values"], self.config.num_hidden_layers)
+        if cache_of(model_kwargs) is not None:
+            adopt_cache(cache_of(model_kwargs), self.config.num_hidden_layers)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it `generate_batch`: it keeps keys and values in shared pages."""
@@ -356,13 +372,18 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """The model reads no more of the 2-D mask than the call's own columns."""
         return attention_mask
 
+    def generate(self, *args, **kwargs):
+        """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
+
+    @takes_cache
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None, use_cache=None,
                 logits_to_keep=0, **kwargs):  # fmt: skip
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                              inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(cache_of(outputs)))

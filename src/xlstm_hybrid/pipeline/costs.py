@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.efficiency import Side, measure, new_cache
 from xlstm_hybrid.efficiency_report import surroundings
 from xlstm_hybrid.errors import CheckpointError
@@ -36,8 +37,8 @@ def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
     with torch.no_grad():
         want = model(ids, use_cache=False).logits[:, length - 1 :].double()
         held = new_cache(model, cache, length + steps)
-        got = [model(ids[:, :length], past_key_values=held, use_cache=True, logits_to_keep=1).logits]
-        got += [model(ids[:, t : t + 1], past_key_values=held, use_cache=True).logits for t in range(length, length + steps)]
+        got = [model(ids[:, :length], **named(held), use_cache=True, logits_to_keep=1).logits]
+        got += [model(ids[:, t : t + 1], **named(held), use_cache=True).logits for t in range(length, length + steps)]
     return ((torch.cat(got, 1).double() - want).abs().max() / want.std()).item()
 
 

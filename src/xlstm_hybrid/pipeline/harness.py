@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from xlstm_hybrid.artifacts import clean_abandoned, read_json, staged, write_json
+from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation import judged, last_part
 from xlstm_hybrid.footprint import tensors_in
@@ -320,7 +321,7 @@ def reach(config):
 def cache_bytes(model, ids):
     """Bytes of the cache after a prompt [1, L], measured."""
     with torch.inference_mode():
-        cache = model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1))
     return sum(x.numel() * x.element_size() for x in tensors_in(cache.layers))
 
 

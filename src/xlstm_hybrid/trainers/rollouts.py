@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import RepeatSampler
 
+from xlstm_hybrid.cache_names import named
 from xlstm_hybrid.state import fork, prefill
 
 
@@ -66,7 +67,7 @@ def sample(model, prompts, n, generation_config, seed, piece=None, width=0, sync
         if ids.shape[1] > 1:  # the last token is left to `generate`, which needs its logits
             cache = fork(prefill(model, ids[:, :-1], mask[:, :-1], piece=piece, position_ids=positions[:, :-1]), n)
         with seeded(seed, device):
-            out = model.generate(ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
+            out = model.generate(ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), **named(cache),
                                  generation_config=generation_config, synced_gpus=synced)  # fmt: skip
     finally:
         model.train(training)

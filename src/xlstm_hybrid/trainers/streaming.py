@@ -63,7 +63,7 @@ def group_model(config, files, layers, dtype=None):
     trunk, kinds = model.model, config.teacher_layer_types
     trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
     trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
-    trunk.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kinds.index(kind)) for kind in sorted(set(kinds))})
+    trunk.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))})
     state = {name: read_tensor(files, name, dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model.streamed_layers = sorted(layers)
