@@ -382,7 +382,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
+        there = range(config.num_hidden_layers)  # fewer than the model has while early layers draft, see `assistant_early_exit`
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]  # a pipeline's stage has some of the layers
         layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
@@ -489,7 +490,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
         held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]
+        for kind, layer in zip(kinds, self.layers, strict=False):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
