@@ -31,6 +31,7 @@ from xlstm_kernels import mix, window_attention
 
 from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.compatibility import ensure_compatible
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
@@ -550,6 +551,12 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
@@ -591,6 +598,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(XLSTMHybridForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache
