@@ -1,5 +1,6 @@
 """A transformers that is newer than the tested ones is checked once, by a tiny model, before a model of ours runs."""
 
+import functools
 import json
 import os
 import subprocess
@@ -324,10 +325,15 @@ SURROUNDINGS = {
 }
 
 
+@functools.cache
+def alone(kind):
+    return self_check(CLASSES[kind], kind)
+
+
 @kinds
 @pytest.mark.parametrize("where", SURROUNDINGS)
 def test_the_check_runs_anywhere_in_silence_and_disturbs_nothing(kind, where, fresh, capfd):
-    alone = self_check(CLASSES[kind], kind)
+    want = alone(kind)
     with SURROUNDINGS[where](), warnings.catch_warnings():
         warnings.simplefilter("error")
         state, verbosity = torch.get_rng_state(), transformers.utils.logging.get_verbosity()
@@ -337,7 +343,7 @@ def test_the_check_runs_anywhere_in_silence_and_disturbs_nothing(kind, where, fr
         assert before == (
             torch.empty(0).device, torch.get_default_dtype(), torch.is_grad_enabled(), list(warnings.filters)
         )  # fmt: skip
-    assert verdicts(fresh) == {kind: alone}
+    assert verdicts(fresh) == {kind: want}
     assert capfd.readouterr() == ("", "")
 
 
