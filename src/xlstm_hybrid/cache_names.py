@@ -24,7 +24,12 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
-WITHOUT_EFFECT = ("token_type_ids",)  # some tokenizers write them; no teacher of ours reads them either
+WITHOUT_EFFECT = (  # a teacher of ours takes them as well, and does nothing with them there
+    "token_type_ids",  # some tokenizers write them
+    "logits_to_keep",  # the head's, which TRL hands to the backbone too
+    "tokenizer",  # of `generate`, for stop strings
+    "assistant_tokenizer",
+)
 ACCEPTED = frozenset((*OUTPUTS, *PACKING, *LOSS, *WITHOUT_EFFECT))
 
 

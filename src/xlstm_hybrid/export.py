@@ -35,7 +35,7 @@ from xlstm_hybrid.artifacts import (
 )
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
-from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES
+from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES, using_cache
 
 OURS = ("xlstm_hybrid", "xlstm_kernels")
 OPERATORS = "xlstm_kernels::"  # how names of torch operators of ours begin
@@ -286,10 +286,12 @@ def export(checkpoint, out, overwrite=False):
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
+        if GENERATION in names:
+            write_json(directory / GENERATION, using_cache(read_json(checkpoint / GENERATION, checkpoint.name)))
         if (checkpoint / "tokenizer_config.json").is_file():
             write_tokenizer_config(checkpoint, directory)
         files = write_code(directory)
-        write_json(directory / "config.json", config | {"auto_map": AUTO_MAP})
+        write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))
         add_provenance(directory, "export", parent=checkpoint, config={"auto_map": AUTO_MAP, "code": files},
                        seconds=round(time.monotonic() - started, 3))  # fmt: skip

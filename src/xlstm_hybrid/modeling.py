@@ -521,8 +521,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             attention, error, target = layer.self_attn.teacher_forced(x, rope[kind], tokens, masks, counted, position_ids)
             errors.append(error)
             targets.append(target)
-            with torch.no_grad():
-                hidden_states = layer.finish(hidden_states, attention)
+            if layer is not self.layers[-1]:  # what leaves the last one is not asked for
+                with torch.no_grad():
+                    hidden_states = layer.finish(hidden_states, attention)
         errors = torch.stack(errors)
         return AlignmentOutput(loss=errors.sum(), error=errors, target=torch.stack(targets), num_items=counted.sum())
 

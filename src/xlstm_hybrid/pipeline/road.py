@@ -5,7 +5,6 @@ import json
 import resource
 import shutil
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from xlstm_hybrid import tasks
 from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.card import write_card
 from xlstm_hybrid.claims import held
-from xlstm_hybrid.compare import record
+from xlstm_hybrid.compare import paired_verdict, record
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
 from xlstm_hybrid.efficiency_report import record as record_costs
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
-from xlstm_hybrid.evaluation import named_contradictions, win_and_tie
+from xlstm_hybrid.evaluation import named_contradictions, own_results
 from xlstm_hybrid.generation import GENERATION
 from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.pipeline.final import (
@@ -41,6 +40,7 @@ from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
 from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
+from xlstm_hybrid.report_sections import time_table
 from xlstm_hybrid.verify import as_json, verify_checkpoint, wrapping_length
 
 # What a student passes before it is judged
@@ -94,7 +94,7 @@ class Road:
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
-        self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
+        self.console, self.seconds, self.kept, self.harness = console or Console(emoji=False), {}, {}, None
         self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {
             "convert": self.out / "converted",
@@ -137,7 +137,7 @@ class Road:
         except CheckpointError as error:
             self.console.print(f"[yellow]{name}: made again, {error}[/yellow]")
             return False
-        self.seconds[name] = before["seconds"]
+        self.seconds[name] = self.kept[name] = before["seconds"]
         self.console.print(f"[dim]{name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return True
 
@@ -162,7 +162,7 @@ class Road:
         spec = self.spec({"checks": sorted(CHECKS), **versions}, [student])
         before = json.loads(note.read_text()) if note.is_file() else {}
         if before.get("spec") == spec and before["passed"]:
-            self.seconds["verify"] = before["seconds"]
+            self.seconds["verify"] = self.kept["verify"] = before["seconds"]
             return
         self.console.rule("verify")
         start, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +185,7 @@ class Road:
         spec = self.spec(settings | ({"known": known["exact_match"]} if known else {}), [directory])
         path = self.out / "evaluation" / f"{name}.json"
         if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == spec:
-            self.seconds[f"evaluate:{name}"] = kept["seconds"]
+            self.seconds[f"evaluate:{name}"] = self.kept[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
         result = evaluate(directory, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
@@ -224,7 +224,7 @@ class Road:
         if (folder / "efficiency.json").is_file() and note.is_file():
             before = json.loads(note.read_text())
             if not self.changed("efficiency", before["spec"], spec):
-                self.seconds["efficiency"] = before["seconds"]
+                self.seconds["efficiency"] = self.kept["efficiency"] = before["seconds"]
                 return json.loads((folder / "efficiency.json").read_text())
         start = time.time()
         found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.say("efficiency", what))
@@ -256,7 +256,10 @@ class Road:
             if not contradictions_in(judged):
                 measured |= self.beside_the_teacher(student)
         results = self.results(judged, aligned, experts, student) | measured
-        results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
+        this_call = time.time() - start
+        rest = max(0.0, this_call - (sum(self.seconds.values()) - sum(self.kept.values())))  # comparing, gates, a sample, loading
+        results["seconds"] |= {"everything else": round(rest, 1), "whole run": round(sum(self.seconds.values()) + rest, 1)}
+        results["seconds"] |= {"this call": round(this_call, 1)} if self.kept else {}
         self.conclude(results, student)
         return results
 
@@ -387,6 +390,8 @@ class Road:
             write_manifest(folder)
         if results.get("win_and_tie"):
             self.console.print(table(results))
+        if results.get("seconds"):
+            self.console.print(time_table(results))
         self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
 
 
@@ -409,7 +414,8 @@ def scores_of(judged):
     found = {"contradictions": wrong} if wrong else {}
     found |= {"teacher_scores": teacher, "students": scores}
     if teacher["exact_match"] and not wrong:
-        found["win_and_tie"] = {name: asdict(win_and_tie(s["exact_match"], teacher["exact_match"])) for name, s in scores.items()}
+        sides = {name: own_results(result, Path(name)) for name, result in judged.items()}
+        found["win_and_tie"] = {name: paired_verdict(sides["teacher"], sides[name]) for name in scores}
     return found
 
 
@@ -421,7 +427,7 @@ def figures_of(results):
         "perplexity": student["perplexity"],
         "teacher_exact_match": results["teacher_scores"]["exact_match"],
         "teacher_perplexity": results["teacher_scores"]["perplexity"],
-        **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery") if k in verdict},
+        **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery", "resampled") if verdict.get(k) is not None},
         "long_context": results.get("long_context", {}),
     }
     return {k: v for k, v in figures.items() if v != {}}

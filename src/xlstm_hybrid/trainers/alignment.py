@@ -63,7 +63,7 @@ class AlignmentConfig(SFTConfig):
 
 @dataclass
 class TrunkOutput(AlignmentOutput):
-    """Besides: sums: [L, 4], see TERMS.  hidden_states: what leaves the last layer, [B, T, D]."""
+    """Besides: sums: [L, 4], see TERMS.  hidden_states: what leaves the last layer, [B, T, D], if it was wanted."""
 
     sums: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
@@ -78,10 +78,11 @@ def new_parameters(model):
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in mixers}
 
 
-def align_layer(layer, hidden_states, rope=None, tokens=None, masks=None, counted=None, position_ids=None, terms=None, **kwargs):
+def align_layer(layer, hidden_states, rope=None, tokens=None, masks=None, counted=None, position_ids=None, terms=None, onward=True, **kwargs):
     """A decoder layer's forward that can align: `(the teacher's hidden states after the layer [B, T, D], sums [4] of TERMS)`.
 
     terms: whether cosine and Frobenius terms are wanted; None: the layer's usual forward.
+    onward: whether hidden states after the layer are wanted; else those before it are returned, which cost nothing.
     """
     if terms is None:
         kwargs |= {"tokens": tokens, "masks": masks, "position_ids": position_ids}
@@ -93,8 +94,8 @@ def align_layer(layer, hidden_states, rope=None, tokens=None, masks=None, counte
         kind, window = attention.config.teacher_layer_types[attention.layer_idx], attention.config.teacher_sliding_window
         window = window if kind == "sliding_attention" else None
         target, _ = attention.attend(*projected[:3], masks["teacher", kind], window, position_ids=position_ids)
-        output = attention.o_proj(target.flatten(-2))
-        following = layer.finish(hidden_states, output)
+        output = attention.o_proj(target.flatten(-2)) if onward or terms else None
+        following = layer.finish(hidden_states, output) if onward else hidden_states
     dtype = torch.promote_types(target.dtype, torch.float32)
     if attention.layer_type != "hybrid_sliding" or getattr(layer, "aligned", False):
         return following, target.new_zeros(len(TERMS), dtype=dtype)
@@ -115,12 +116,13 @@ def output_terms(student, teacher, counted):
     return torch.where(counted, 1 - cosine, 0.0).sum(), norm.sum()
 
 
-def align_trunk(trunk, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, **kwargs):
+def align_trunk(trunk, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, onward=True, **kwargs):
     """Stage I over the layers of a base model: in the place of `XLSTMHybridModel.teacher_forced`, through the layers' own calls.
 
     Args:
         counted: [B, T] bool, tokens whose error counts; all real ones by default.
         hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
+        onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the loss.
     Returns:
         TrunkOutput
     """
@@ -131,18 +133,18 @@ def align_trunk(trunk, input_ids, attention_mask=None, position_ids=None, counte
             hidden_states = trunk.embed_tokens(input_ids) if hidden_states is None else hidden_states
             tokens, masks, rope, position_ids = trunk.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
         counted = tokens.real if counted is None else counted & tokens.real
-        sums = []
+        sums, present = [], [layer for layer in trunk.layers if not isinstance(layer, torch.nn.Identity)]
         for layer, kind in zip(trunk.layers, trunk.config.teacher_layer_types, strict=True):
             if isinstance(layer, torch.nn.Identity):  # not of this group, see `streaming`
                 sums.append(hidden_states.new_zeros(len(TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)))
                 continue
-            hidden_states, found = layer(hidden_states, rope[kind], tokens, masks, counted, position_ids, terms)
+            hidden_states, found = layer(hidden_states, rope[kind], tokens, masks, counted, position_ids, terms, onward or layer is not present[-1])
             sums.append(found)
     finally:
         trunk.train(training)
     sums = torch.stack(sums)
     found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
-    return TrunkOutput(**found, sums=sums, hidden_states=hidden_states)
+    return TrunkOutput(**found, sums=sums, hidden_states=hidden_states if onward else None)
 
 
 def attach(model):
@@ -211,7 +213,7 @@ class AlignmentTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms)
+        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms, onward=False)
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":

@@ -43,7 +43,7 @@ from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
 from xlstm_hybrid.trainers.alignment import INPUTS, AlignmentTrainer, attach, new_parameters
 from xlstm_hybrid.trainers.runspec import check_run_spec, digest_of, run_spec
-from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES, write_weights
+from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
 
 PROGRESS = "streaming.json"
 log = logging.getLogger(__name__)
@@ -377,8 +377,10 @@ def write_aligned(checkpoint, folder, work, groups):
 
     write_weights(folder, shapes, sizes.__getitem__, make)
     for name in ("config.json", GENERATION, *TOKENIZER_FILES):
-        if (checkpoint / name).is_file():
+        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
             shutil.copyfile(checkpoint / name, folder / name)
+        elif (checkpoint / name).is_file():
+            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
 
 
 def spooled_bytes(tokens, hidden_size, itemsize=2):
