@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import enlarge, tiny_config, tiny_student, token_ids
+from conftest import assert_same_model, enlarge, tiny_config, tiny_student, token_ids
 from tiny_students import CLOSE, STACKS, W, every_family, ids_of, left_padded, student
 from tiny_teachers import stored
 from torch.nn.functional import cross_entropy
@@ -125,7 +125,7 @@ def test_resized_embeddings_keep_what_was_there_and_train(tied, tmp_path):
         model.zero_grad()
         del out  # its graph knows the embedding's old shape
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(ids).logits, model(ids).logits, atol=0, rtol=0)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64), model, ids)
     padded = own(small(tied))
     padded.resize_token_embeddings(61, pad_to_multiple_of=64)
     assert padded(ids).logits.shape[-1] == 64
@@ -147,7 +147,6 @@ def test_tied_weights_are_one_tensor_saved_once_and_tied_again(tied, tmp_path):
 @families
 def test_sharded_and_single_files_give_back_every_bit(family, tmp_path):
     model, ids = student(family), ids_of(12)
-    want = model(ids).logits
     for place, size in (("one", "1GB"), ("many", "60KB")):
         model.save_pretrained(tmp_path / place, max_shard_size=size)
         files = list((tmp_path / place).glob("*.safetensors"))
@@ -155,7 +154,7 @@ def test_sharded_and_single_files_give_back_every_bit(family, tmp_path):
         for how in ({}, {"device_map": "cpu"}, {"device_map": "auto"}) if place == "many" else ({},):
             loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype="auto", output_loading_info=True, **how)
             assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-            assert torch.equal(loaded(ids).logits, want)
+            assert_same_model(loaded, model, ids)
     assert loaded.config.dtype == torch.float64
 
 
@@ -173,7 +172,7 @@ def test_a_narrow_model_keeps_its_gates_wide_however_it_is_loaded(dtype, tmp_pat
     assert out.logits.dtype == dtype and torch.isfinite(out.logits).all()
     assert {x.dtype for x in cache_of(out).layers[0].state} == {torch.float32}
     wide = copy.deepcopy(loaded).float()(token_ids(2, 20)).logits
-    scale = {torch.bfloat16: 0.3, torch.float16: 0.05, torch.float32: 1e-6}[dtype]  # of one standard deviation
+    scale = {torch.bfloat16: 0.3, torch.float16: 0.05, torch.float32: 5e-6}[dtype]  # of one standard deviation
     assert float((out.logits.float() - wide).std() / wide.std()) < scale
 
 
@@ -182,11 +181,11 @@ def test_base_model_and_head_load_from_each_others_checkpoints(tmp_path):
     model.save_pretrained(tmp_path / "head")
     base, info = AutoModel.from_pretrained(tmp_path / "head", dtype=torch.float64, output_loading_info=True)
     assert isinstance(base, XLSTMHybridModel) and not info["missing_keys"]
-    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert_same_model(base, model.model, ids)
     base.save_pretrained(tmp_path / "base")
     head, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64, output_loading_info=True)
     assert set(info["missing_keys"]) == {"lm_head.weight"}
-    assert torch.equal(head.model(ids).last_hidden_state, base(ids).last_hidden_state)
+    assert_same_model(head.model, base, ids)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_unless_asked_for(tmp_path):
@@ -204,7 +203,7 @@ def test_a_deep_copy_and_a_loaded_state_dict_are_the_model(tmp_path):
     assert not torch.equal(other(ids).logits, model(ids).logits)
     other.load_state_dict(model.state_dict(), strict=True)
     for same in (other, copy.deepcopy(model)):
-        assert torch.equal(same(ids).logits, model(ids).logits)
+        assert_same_model(same, model, ids)
 
 
 INPUT_AND_FORGET, OUTPUT = {"igate_weight", "fgate_weight", "fgate_bias"}, {"ogate_weight", "ogate_bias"}

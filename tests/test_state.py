@@ -211,7 +211,7 @@ def test_the_record_follows_beams_and_forks(student):
     rollback(cache, 7)
     expected = prefill(student, ids[order][:, :12])
     calls(student, ids[order][:, 12:], [1], expected)
-    assert identical(cache, expected)
+    torch.testing.assert_close(content(cache), content(expected), **TOLERANCE)
     cache = prefill(student, ids[:1], rollback=8)
     forked = fork(cache, 2)
     for c in (cache, forked):
