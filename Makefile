@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait spin briefly, then sleep: on a busy machine long spinning makes a training step ten times slower.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: install quickstart test test-all test-oldest lint clean
+.PHONY: install quickstart test test-all test-common test-oldest lint clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ test: install
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
 
+# What transformers asks of its own models, at the installed version; the tests come with its source distribution.
+test-common: install
+	$(BIN)/python tests/common/suite.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/common
+
 # The oldest transformers that is supported. Left out: what is wrong there for transformers' own models as well.
 OLDEST := modeling mixers exact delta joint_mixer identities state conversion families verify compile decode export
 test-oldest:
@@ -42,4 +47,4 @@ lint: install
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest runs build *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .common-suite runs build *.egg-info src/*.egg-info
