@@ -14,6 +14,23 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--compatibility", metavar="NAME", help="leave a record of this run, see tests/compatibility.py")
+    parser.addoption("--compatibility-folder", metavar="DIR", help="where")
+
+
+def pytest_collection_modifyitems(items):
+    import compatibility
+
+    compatibility.mark(items)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    import compatibility
+
+    compatibility.record(terminalreporter, exitstatus, config)
+
+
 def enlarge(model, seed=0, gain=2.5):
     """Random weights of a scale at which every branch of every layer matters (logits of order 1 to 10)."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROAD = ["xlstm_kernels", "configuration", "record", "exact", "joint", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify",
         "families", "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline",
-        "arena", "verbs", "cli"]  # fmt: skip
-LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "merge_settings": set(),
-          "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
+        "arena", "doctor", "verbs", "cli"]  # fmt: skip
+LEAVES = {"errors": set(), "versions": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"},
+          "merge_settings": set(), "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
           "cache_names": {"errors"},
           "training_bytes": {"xlstm_kernels"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",

@@ -20,7 +20,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
 )
-EXTRAS = {"trl": "train", "datasets": "train", "peft": "train", "matplotlib": "train", "lm_eval": "eval"}
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
 
 
@@ -132,6 +131,7 @@ def main():
     """Entry point: errors that name their cause are one line, not a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from xlstm_hybrid.errors import XLSTMHybridError
+    from xlstm_hybrid.versions import extra_of
 
     try:
         app()
@@ -139,9 +139,10 @@ def main():
         Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        extra = extra_of(error.name)
+        if extra is None:
             raise
-        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{EXTRAS[error.name]}]'", style="red", markup=False)
+        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: finished stages are kept, start the same command again to go on")
