@@ -12,7 +12,7 @@ ROAD = ["xlstm_kernels", "configuration", "record", "exact", "joint", "cache", "
         "families", "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline",
         "arena", "verbs", "cli"]  # fmt: skip
 LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "merge_settings": set(),
-          "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
+          "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"}, "precision": set(),
           "training_bytes": {"xlstm_kernels"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
         "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip
