@@ -1,6 +1,7 @@
 """The command line: `xlstm-hybrid VERB`. One verb per stage, and `run` for a whole recipe."""
 
 import json
+import logging
 import os
 import pkgutil
 import sys
@@ -127,8 +128,18 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+class Terminal(logging.Handler):
+    """What our modules log is for the user: a line each on the terminal."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stderr)
+
+
 def main():
     """Entry point: errors that name their cause are one line, not a traceback."""
+    log = logging.getLogger("xlstm_hybrid")
+    log.handlers = [Terminal()]
+    log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from xlstm_hybrid.errors import XLSTMHybridError
     from xlstm_hybrid.versions import extra_of

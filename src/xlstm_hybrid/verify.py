@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from xlstm_hybrid.checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
+from xlstm_hybrid.precision import warn_if_slow
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY, LOW = "the mLSTM's memory matters", "low precision"  # the one check whose ways must differ; and a pair of checks named by dtype
@@ -203,6 +204,7 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, re
     count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = Result("every tensor loaded", float(count), 0.0, str(model.dtype).removeprefix("torch."), time.perf_counter() - begin, "; ".join(wrong))
     report(loaded)
+    warn_if_slow(device, dtype, "--dtype")
     return [loaded, *verify(model.to(device), length=length, dtype=DTYPES.get(dtype), seed=seed, report=report)]
 
 

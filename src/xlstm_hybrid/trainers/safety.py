@@ -206,6 +206,7 @@ def resumable(cls):
         if self.args.push_to_hub:
             raise ConfigError("push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead")
         scale.prepare(self)
+        scale.check_precision(self)
         if self.args.should_save:
             clean_abandoned(self.args.output_dir)
         if hasattr(self, "guard"):

@@ -30,8 +30,12 @@ def harness(
     redo: Annotated[bool, typer.Option("--redo", help="Replace results that were made with other settings.")] = False,
 ):  # fmt: skip
     """Judge MODEL by lm-evaluation-harness: greedy, batched, through the cache. `xlstm-hybrid compare` reads OUT of a teacher and of students."""
-    from xlstm_hybrid.pipeline.harness import Options, expand, run_harness
+    import torch
 
+    from xlstm_hybrid.pipeline.harness import Options, expand, run_harness
+    from xlstm_hybrid.precision import warn_if_slow
+
+    warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
     options = Options(name, samples, depths, seed, limit, batch_size, max_length, include, chat, allow_code, dtype, device, revision, redo)
     run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))
 
