@@ -1,6 +1,7 @@
 """What every test shares: offline, quiet, one thread, and a student whose weights are large enough for a broken state to show."""
 
 import copy
+import functools
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -95,3 +96,28 @@ def token_ids(batch, length, vocab=61, seed=0):
 @pytest.fixture(scope="module")
 def student():
     return tiny_student()
+
+
+@pytest.fixture
+def rename_cache(monkeypatch):
+    """A function: as if transformers had renamed the cache once more, it arrives at our forwards as `kv_store`.
+
+    With `swallowed=True` nothing refuses the name: each step after the first sees its own token and an empty cache.
+    """
+    from xlstm_hybrid import DistilXLSTMForCausalLM, XLSTMHybridForCausalLM, modeling
+    from xlstm_hybrid.cache_names import CACHE
+    from xlstm_hybrid.distil import modeling as distil
+
+    def rename(swallowed):
+        for module, cls in ((modeling, XLSTMHybridForCausalLM), (distil, DistilXLSTMForCausalLM)):
+            original = cls.forward
+
+            @functools.wraps(original)
+            def forward(self, *args, original=original, **kwargs):
+                return original(self, *args, kv_store=kwargs.pop(CACHE, None), **kwargs)
+
+            monkeypatch.setattr(cls, "forward", forward)
+            if swallowed:
+                monkeypatch.setattr(module, "refuse_unknown", lambda *_: None)
+
+    return rename

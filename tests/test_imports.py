@@ -14,6 +14,7 @@ ROAD = ["xlstm_kernels", "configuration", "record", "exact", "joint", "cache", "
 LEAVES = {"errors": set(), "versions": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"},
           "merge_settings": set(), "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
           "cache_names": {"errors"}, "precision": set(),
+          "generation": {"cache_names"}, "compatibility": {"xlstm_kernels", "errors", "generation", "versions"},
           "training_bytes": {"xlstm_kernels"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
         "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+SOURCES = Path(__file__).parent
 KNOWN = {}  # (operation, device index, dtype, dims) -> bool, of this process
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-9}  # largest error on the scale of the largest entry
 
@@ -24,41 +25,52 @@ def cache_folder():
     return Path(os.environ.get("XLSTM_KERNELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xlstm_kernels")
 
 
+def digest_of(folder):
+    """16 characters that change with any Python source in a folder."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*.py")):
+        sources.update(path.read_bytes())
+    return sources.hexdigest()[:16]
+
+
 @cache
 def surroundings(device):
     """What a verdict depends on besides the operation: GPU, versions, and our own sources."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        sources.update(path.read_bytes())
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
     return {"device": f"{gpu.name}, sm_{gpu.major}{gpu.minor}" if gpu else device.type, "torch": torch.__version__, "cuda": torch.version.cuda,
-            "triton": triton, "sources": sources.hexdigest()[:16]}  # fmt: skip
+            "triton": triton, "sources": digest_of(SOURCES)}  # fmt: skip
+
+
+def file_of(around, name="verdicts"):
+    """One JSON file for each of the surroundings, a dict of text."""
+    text = json.dumps(around, sort_keys=True)
+    return cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def verdict_file(device):
-    """One JSON file for each of the surroundings."""
-    text = json.dumps(surroundings(device), sort_keys=True)
-    return cache_folder() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    return file_of(surroundings(device))
 
 
 def remembered(path):
     """{question: verdict} of a file; nothing if it cannot be read, which costs a check and no more."""
     try:
         found = json.loads(path.read_text())["verdicts"]
-        return found if all(isinstance(v["errors"], dict) and isinstance(v["right"], bool) for v in found.values()) else {}
+        errors = [error for verdict in found.values() for error in verdict["errors"].values()]
+        sound = all(isinstance(error, float | int) for error in errors)
+        return found if sound and all(isinstance(verdict["right"], bool) for verdict in found.values()) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def remember(path, question, verdict, device):
+def remember(path, question, verdict, around):
     """Add a verdict to the file by replacing it; several processes may do so at once. A folder that cannot be written costs checks, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"surroundings": surroundings(device), "verdicts": remembered(path) | {question: verdict}}
+        content = {"surroundings": around, "verdicts": remembered(path) | {question: verdict}}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
             json.dump(content, file, indent=1)
         os.replace(file.name, path)
@@ -99,7 +111,7 @@ def trusted(operation, check, device, dtype, **dims):
         if verdict is None:
             KNOWN[key] = False  # the check itself must not ask again
             verdict = judge(check, device, dtype, dims)
-            remember(path, question, verdict, device)
+            remember(path, question, verdict, surroundings(device))
         KNOWN[key] = verdict["right"]
         if not verdict["right"]:
             warn(question, verdict, path, dtype)

@@ -368,7 +368,10 @@ def adopt_cache(cache, config):
         raise CacheError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     # Layers without fixed addresses: the masks beside a static one would be wrong
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0 or config.mixer_combine == "joint"
-    for j, kind in enumerate(config.layer_types):
+    depth = config.num_hidden_layers  # less than there are while early layers draft: what nothing will fill cannot be cropped either
+    if not any(layer.is_initialized for layer in cache.layers[depth:]):
+        del cache.layers[depth:]
+    for j, kind in enumerate(config.layer_types[:depth]):
         window, sinks = config.window_of(j), config.sinks_of(j)
         if kind == "hybrid_sliding" and config.mixer_branches == "memory":
             window, sinks = 1, 0  # nothing reads them

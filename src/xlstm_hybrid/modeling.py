@@ -32,6 +32,7 @@ from xlstm_kernels import mix, window_attention
 
 from xlstm_hybrid.cache import HybridCacheLayer, adopt_cache
 from xlstm_hybrid.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.compatibility import ensure_compatible
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.exact import KeptKeys, Split, join_weights, log_scaled
@@ -383,7 +384,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
+        there = range(config.num_hidden_layers)  # fewer than the model has while early layers draft, see `assistant_early_exit`
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]  # a pipeline's stage has some of the layers
         layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
@@ -490,7 +492,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
         held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]
+        for kind, layer in zip(kinds, self.layers, strict=False):
             where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
@@ -550,6 +553,12 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
@@ -591,6 +600,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(XLSTMHybridForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache

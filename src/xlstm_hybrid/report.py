@@ -8,6 +8,7 @@ from xlstm_hybrid.artifacts import escaped, markdown_table, write_file
 from xlstm_hybrid.compare import NONE, between, c_0_and_alpha, number, percent, scaled_scores
 from xlstm_hybrid.efficiency_report import draw_efficiency
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.evaluation import named_contradictions
 from xlstm_hybrid.report_sections import benchmarks, costs, fenced, long_context, time_rows
 from xlstm_hybrid.statistics import LEVEL
 
@@ -340,6 +341,7 @@ def write_report(results, run_dir):
     Args:
         results: any of these parts; what is missing is left out of the report.
             "title": text.  "teacher": its name.
+            "contradictions": {model: {domain: samples}}, see `evaluation.contradictions`: the scores are none.
             "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}.
             "students": {name: the same form}, in the order of the stages, the final student last.
             "win_and_tie": {student: `dataclasses.asdict` of a `WinAndTie`}.
@@ -366,7 +368,8 @@ def markdown(results, pictures=()):
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
-    parts = [f"# {escaped(results.get('title', 'Report'))}", *verdict(results), *map(escaped, results.get("notes") or [])]
+    parts = [f"# {escaped(results.get('title', 'Report'))}", *contradiction(results), *verdict(results)]
+    parts += map(escaped, results.get("notes") or [])
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
         parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)]), *shown("domains.png", "win_and_tie.png")]
@@ -383,6 +386,12 @@ def markdown(results, pictures=()):
     if "peak_memory_mib" in results:
         parts += ["## Time and memory"] * (not rows) + [f"Peak memory: {results['peak_memory_mib']:,.0f} MiB."]
     return "\n\n".join(parts)
+
+
+def contradiction(results):
+    """Why the scores are none, where what was generated contradicts the model."""
+    found = results.get("contradictions")
+    return ["## A contradiction, not a score", escaped(named_contradictions(found)) + "."] if found else []
 
 
 def verdict(results):

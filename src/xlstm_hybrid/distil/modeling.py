@@ -27,6 +27,7 @@ from xlstm_kernels import mlstm
 from xlstm_kernels.slstm import slstm
 
 from xlstm_hybrid.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.compatibility import ensure_compatible
 from xlstm_hybrid.distil.cache import adopt_cache, count_after
 from xlstm_hybrid.distil.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
@@ -351,6 +352,12 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.freeze()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(DistilXLSTMForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
@@ -374,6 +381,7 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(DistilXLSTMForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid import tasks
 from xlstm_hybrid.compare import compare, plain_floats, write_comparison
 from xlstm_hybrid.efficiency import Settings
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation import last_part, read_results
 from xlstm_hybrid.longcontext import KINDS
 from xlstm_hybrid.pipeline.costs import measure_checkpoints
-from xlstm_hybrid.pipeline.harness import CODE, Options, expand, run_harness, task_manager
+from xlstm_hybrid.pipeline.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
 from xlstm_hybrid.precision import warn_if_slow
 from xlstm_hybrid.report import comparison_pictures
 from xlstm_hybrid.teachers import local_source
@@ -73,10 +72,6 @@ def source_of(recipe, teacher):
     return local_source(teacher, None if Path(teacher).is_dir() else recipe.revision)
 
 
-def domains():
-    return {f"domain_{name}": name for name in tasks.DOMAINS}
-
-
 # --- lm-eval on both sides -------------------------------------------------------------------------------------
 
 
@@ -99,19 +94,15 @@ def judge_sides(recipe, sides, out, redo=False, report=lambda side, line: None):
 
 
 def domain_scores(folder, judged):
-    """What lm-eval found on the procedural domains, in the form of `pipeline.evaluate`: {"exact_match", "samples"}."""
-    exact, samples = {}, {}
+    """What lm-eval found on the procedural domains, in the form of `pipeline.evaluate`, without perplexities."""
+    exact, samples, wrong = {}, {}, {}
     for unit, domain in domains().items():
         if unit in judged:
             exact[domain] = judged[unit]["scores"][unit]["exact_match,none"]
             (file,) = (folder / unit).rglob(f"samples_{unit}_*.jsonl")
             samples[domain] = [sample_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {"exact_match": exact, "samples": samples}
-
-
-def sample_of(row):
-    doc = row["doc"]
-    return {"prompt": doc["prompt"], "answer": doc["answer"], "output": row["filtered_resps"][0], "correct": bool(row["exact_match"])}
+            wrong |= {domain: found} if (found := judged[unit].get("contradictions")) else {}
+    return {"exact_match": exact, "samples": samples, "contradictions": wrong}
 
 
 def long_context_rows(judged):

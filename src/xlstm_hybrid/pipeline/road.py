@@ -8,6 +8,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from xlstm_hybrid import tasks
@@ -18,8 +19,9 @@ from xlstm_hybrid.compare import paired_verdict, record
 from xlstm_hybrid.conversion import convert
 from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
 from xlstm_hybrid.efficiency_report import record as record_costs
-from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.evaluation import own_results
+from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
+from xlstm_hybrid.evaluation import named_contradictions, own_results
+from xlstm_hybrid.generation import GENERATION
 from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.pipeline.final import (
     MISSING,
@@ -39,7 +41,10 @@ from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_polic
 from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.report import as_png, table, write_report
 from xlstm_hybrid.report_sections import time_table
+from xlstm_hybrid.verify import as_json, verify_checkpoint, wrapping_length
 
+# What a student passes before it is judged
+CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 RECORDS = ("provenance.json", "training_log.json", "README.md")  # and pictures: how a checkpoint was made, with times that no run repeats
 
 
@@ -146,6 +151,34 @@ class Road:
     def say(self, who, what):
         self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
 
+    def prove(self, student):
+        """Check that the student generates what it is, before anything judges its texts; kept like a stage.
+
+        Raises:
+            EvaluationError: it does not.
+        """
+        note = self.out / "stages" / "verify.json"
+        versions = {name: version(name) for name in ("transformers", "torch")}
+        spec = self.spec({"checks": sorted(CHECKS), **versions}, [student])
+        before = json.loads(note.read_text()) if note.is_file() else {}
+        if before.get("spec") == spec and before["passed"]:
+            self.seconds["verify"] = self.kept["verify"] = before["seconds"]
+            return
+        self.console.rule("verify")
+        start, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+        results = verify_checkpoint(student, length=wrapping_length, device=device, only=CHECKS)
+        self.seconds["verify"] = round(time.time() - start, 1)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, as_json(results, spec=spec, seconds=self.seconds["verify"]))
+        if failed := [r for r in results if not r.passed]:
+            found = "; ".join(f"{r.name} ({r.note or f'{r.difference:.2g}, at most {r.allowed:.1g}'})" for r in failed)
+            raise EvaluationError(
+                f"{Path(student).name}: no scores, because {len(failed)} of {len(results)} checks failed: {found}. What "
+                "generates is not what was trained; `xlstm-hybrid doctor` says which versions were tested, `xlstm-hybrid "
+                "verify` checks again"
+            )
+        self.console.print(f"verify: {len(results)} checks passed, {self.seconds['verify']:.0f} s")
+
     def judge(self, name, directory, known=None):
         """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
         settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
@@ -211,6 +244,7 @@ class Road:
         converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
         student = self.merged(experts, aligned)
+        self.prove(student)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
@@ -219,7 +253,8 @@ class Road:
             self.console.rule("evaluate")
             known, measured = self.by_harness(student)
             judged = {name: self.judge(name, directory, known.get(name)) for name, directory in (models | {"student": student}).items()}
-            measured |= self.beside_the_teacher(student)
+            if not contradictions_in(judged):
+                measured |= self.beside_the_teacher(student)
         results = self.results(judged, aligned, experts, student) | measured
         this_call = time.time() - start
         rest = max(0.0, this_call - (sum(self.seconds.values()) - sum(self.kept.values())))  # comparing, gates, a sample, loading
@@ -328,9 +363,17 @@ class Road:
         return results
 
     def conclude(self, results, last):
-        """Report and pictures; `student/` is the last checkpoint with its evaluation in the provenance, its card and the pictures."""
+        """Report and pictures; `student/` is the last checkpoint with its evaluation in the provenance, its card and the
+        pictures.
+
+        Raises:
+            EvaluationError: scores contradict the models that they are of; the report says so, and `student/` is not made.
+        """
         write_json(self.out / "results.json", results)
         write_report(results, self.out)
+        if found := results.get("contradictions"):
+            again = f"Then remove {self.out.name}/evaluation and start the run again"
+            raise EvaluationError(f"{named_contradictions(found)}. {again}")
         with staged(self.out / "student", overwrite=True) as folder:
             for file in [*last.iterdir(), *self.out.glob("*.png")]:
                 if file.name != "manifest.json":
@@ -357,14 +400,20 @@ def candidate(found):
     return f"{', '.join(f'{w:.3f}' for w in found.weights)}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
 
 
+def contradictions_in(judged):
+    """{model: {domain: samples}} of evaluations that cannot be, see `evaluation.contradictions`."""
+    return {name: result["contradictions"] for name, result in judged.items() if result.get("contradictions")}
+
+
 def scores_of(judged):
     """The part of the results that comes from evaluations; {} where there is none."""
     scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in judged.items()}
     if not scores:
         return {}
-    teacher = scores.pop("teacher")
-    found = {"teacher_scores": teacher, "students": scores}
-    if teacher["exact_match"]:
+    teacher, wrong = scores.pop("teacher"), contradictions_in(judged)
+    found = {"contradictions": wrong} if wrong else {}
+    found |= {"teacher_scores": teacher, "students": scores}
+    if teacher["exact_match"] and not wrong:
         sides = {name: own_results(result, Path(name)) for name, result in judged.items()}
         found["win_and_tie"] = {name: paired_verdict(sides["teacher"], sides[name]) for name in scores}
     return found
