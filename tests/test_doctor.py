@@ -15,8 +15,9 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 from xlstm_kernels import trust
 
-from xlstm_hybrid import cli, doctor
+from xlstm_hybrid import cli, compatibility, doctor, precision
 from xlstm_hybrid.doctor import MISSING, NOTE, OK, WRONG, Row, diagnose, quota, threads, unwritable
+from xlstm_hybrid.errors import CompatibilityError
 from xlstm_hybrid.versions import EXTRAS, PACKAGES
 
 ROOT = Path(__file__).parents[1]
@@ -251,17 +252,28 @@ def test_a_containers_share_of_the_cores_is_read_from_its_control_group(monkeypa
     assert doctor.cores() == {float("inf"): 8, 2.5: 2, 0.5: 1}[granted]
 
 
-@pytest.mark.parametrize(
-    "best, bf16, said", [("AVX2", False, "none for bf16"), ("AVX512", True, ""), ("AVX512", False, "none for bf16")]
-)
-def test_a_cpu_without_bf16_is_told(machine, monkeypatch, best, bf16, said):
+@pytest.mark.parametrize("best, bf16", [("AVX2", False), ("AVX512", True), ("AVX512", False)])
+def test_a_cpus_instructions_and_what_it_multiplies_quickly_are_told(machine, monkeypatch, best, bf16):
     monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: best)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    row = rows(doctor.cpu)["instructions"]
-    assert row.note.startswith(said) and bool(row.note) == bool(said)
-    assert row.found == ", ".join(["AVX2", *["AVX512"] * (best == "AVX512"), *["AVX512-bf16"] * bf16])
+    monkeypatch.setattr(precision, "rates", lambda device, name: (200e9 if bf16 else 11e9, 51e9))
+    found = rows(doctor.cpu)
+    assert found["instructions"].found == ", ".join(["AVX2", *["AVX512"] * (best == "AVX512"), *["AVX512-bf16"] * bf16])
+    assert found["bf16"].found == ("quick" if bf16 else "slow")
+    assert found["bf16"].note.endswith("bfloat16 is used" if bf16 else "product 11 GFLOP/s, float32 51: float32 is used")
+
+
+def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
+    assert [row.verdict for row in doctor.self_check()] == [OK, OK]
+
+    def refuse(cls):
+        raise CompatibilityError("of a tiny model, {'beams': 3.1} differ")
+
+    monkeypatch.setattr(compatibility, "ensure_compatible", refuse)
+    found = list(doctor.self_check())
+    assert [row.verdict for row in found] == [WRONG, WRONG] and "beams" in found[0].note and "transformers" in found[0].mend
 
 
 def test_threads_that_spin_and_instructions_that_are_held_back_are_noted(machine, monkeypatch):
@@ -320,7 +332,7 @@ def verdicts(machine, monkeypatch):
     """The interpreter on the CPU stands for a GPU; returns a function that remembers a verdict there."""
     monkeypatch.setattr(doctor, "gpus", lambda: ([CPU, CPU], ""))  # two of one kind share their verdicts
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return lambda question, verdict: trust.remember(trust.verdict_file(CPU), question, verdict, CPU)
+    return lambda question, verdict: trust.remember(trust.verdict_file(CPU), question, verdict, trust.surroundings(CPU))
 
 
 def test_remembered_verdicts_on_kernels_are_shown_and_a_wrong_one_is_wrong(verdicts):

@@ -81,6 +81,24 @@ def versions():
             yield Row(name, version, OK, tested)
 
 
+def self_check():
+    """Whether the installed transformers runs our models right: known for what was tested, else by a tiny model."""
+    from xlstm_hybrid.compatibility import ensure_compatible
+    from xlstm_hybrid.distil import DistilXLSTMForCausalLM
+    from xlstm_hybrid.errors import CompatibilityError
+    from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
+
+    for cls in (XLSTMHybridForCausalLM, DistilXLSTMForCausalLM):
+        name = cls.config_class.model_type
+        try:
+            ensure_compatible(cls)
+        except CompatibilityError as error:
+            yield Row(name, "generation is wrong", WRONG, without_home(str(error)), f"pip install '{requirement('transformers')}'")
+        else:
+            newer = untested("transformers", installed("transformers"))
+            yield Row(name, "right", OK, "checked with a tiny model" if newer else "with a transformers that is tested")
+
+
 def extras():
     """What the optional packages would add, one row for each of the package's extras."""
     for extra, (packages, adds) in EXTRAS.items():
@@ -135,14 +153,16 @@ def quota(root=Path("/sys/fs/cgroup")):
 
 
 def cpu():
-    """Its instructions, and the threads that torch uses."""
+    """Its instructions, what it multiplies quickly, and the threads that torch uses."""
     import torch
+
+    from xlstm_hybrid.precision import prefers
 
     has = instructions()
     yield Row("CPU", cpu_name())
-    without = "AMX" in has and not (has["AMX"] or has["AVX512-bf16"])
-    names = ", ".join(name for name, there in has.items() if there) or "none that torch knows"
-    yield Row("instructions", names, OK, "none for bf16: bf16 is slower than float32 here" if without else "")
+    yield Row("instructions", ", ".join(name for name, there in has.items() if there) or "none that torch knows")
+    choice = prefers("cpu")
+    yield Row("bf16", "quick" if choice.narrow else "slow", OK, choice.why)
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
         yield Row("ATEN_CPU_CAPABILITY", capability, NOTE, "torch is told to use these instructions and no better ones")
     yield threads(torch.get_num_threads(), cores())
@@ -298,6 +318,7 @@ def environment():
 
 CHECKS = {
     "versions": versions,
+    "self-check": self_check,
     "optional packages": extras,
     "CPU": cpu,
     "GPU": gpu,
