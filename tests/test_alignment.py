@@ -277,7 +277,7 @@ def test_a_layer_that_stops_early_leaves_the_others_as_in_a_run_without_it(tmp_p
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
         resumed = trainer_of(again, tmp_path / "again", **STOPPING, stop_error=0.0125)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed.stopped == trainer.stopped and resumed._initial_global_step == step
+        assert resumed.stopped == trainer.stopped and resumed.guard.began == step
         assert all(torch.equal(p, found[name]) for name, p in new_parameters(again).items())
         shutil.rmtree(tmp_path / "again")
         again = student()

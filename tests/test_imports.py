@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROAD = ["xlstm_kernels", "configuration", "record", "exact", "joint", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify",
         "families", "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline",
-        "arena", "verbs", "cli"]  # fmt: skip
-LEAVES = {"errors": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"}, "merge_settings": set(),
-          "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
-          "cache_names": {"errors"}, "generation": {"cache_names"},
-          "compatibility": {"xlstm_kernels", "errors", "generation"},
+        "arena", "doctor", "verbs", "cli"]  # fmt: skip
+LEAVES = {"errors": set(), "versions": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"},
+          "merge_settings": set(), "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
+          "cache_names": {"errors"}, "precision": set(),
+          "generation": {"cache_names"}, "compatibility": {"xlstm_kernels", "errors", "generation", "versions"},
           "training_bytes": {"xlstm_kernels"}}  # fmt: skip
 SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
         "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip

@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_hybrid import tasks
+from xlstm_hybrid.precision import prefers
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (
@@ -102,14 +103,15 @@ def main():
     opts = optimizers(model, config["learning_rate"], config["weight_decay"])
     plan = [(p, j) for p in config["phases"] for j in range(max(1, round(p["steps"] * options.steps_scale)))]
     log, losses, start = [], [], time.time()
-    print(f"{model.num_parameters():,} parameters, {len(plan)} steps", flush=True)
+    narrow, why = prefers("cpu")
+    print(f"{model.num_parameters():,} parameters, {len(plan)} steps; {why}", flush=True)
     for step, (phase, j) in enumerate(plan):
         if j == 0:
             documents = phase["kind"] == "tasks" and tasks.documents(rng, tokenizer, config["mixture"], tuple(phase["pairs"]))
         length = phase["sequence_length"]
         rows = [tasks.packed_row(documents, length) if documents else induction_row(rng, len(tokenizer), length) for _ in range(phase["batch_size"])]
         rate = config["learning_rate"] * min(1, (step + 1) / 50, (len(plan) - step) / (len(plan) * config["decay_share"]))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
             loss = model(**collate(rows), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -56,7 +56,8 @@ def renamed(kwargs, name, where):
     if old is not None and new is not None and old is not new:
         raise CacheError(f"{where}: two different caches, as `cache` and as `{OLD}`; pass one, as `{CACHE}`")
     if CACHE != OLD and OLD in given and not torch.compiler.is_compiling():
-        warnings.warn(f"`{OLD}` is the old name of `cache` in `{where}`. Use `cache` instead.", FutureWarning, stacklevel=3)
+        message = f"`{OLD}` is deprecated for `{where}`, where it is the old name of `cache`. Use `cache` instead."
+        warnings.warn(message, FutureWarning, stacklevel=3)
     rest = {key: value for key, value in kwargs.items() if key not in given}
     return rest | {name: old if new is None else new}
 

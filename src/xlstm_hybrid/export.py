@@ -35,6 +35,7 @@ from xlstm_hybrid.artifacts import (
 )
 from xlstm_hybrid.configuration import XLSTMHybridConfig
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
+from xlstm_hybrid.versions import PACKAGES
 from xlstm_hybrid.weights import GENERATION, TOKENIZER_FILES, using_cache
 
 OURS = ("xlstm_hybrid", "xlstm_kernels")
@@ -72,7 +73,7 @@ model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
 
 It needs {needs}. With `pip install xlstm-hybrid` and `import xlstm_hybrid` the package's code runs and this code is not used.
 """
-NEEDS = "torch 2.10 and transformers 5.17 or newer"  # the floors of setup.py
+NEEDS = f"torch {PACKAGES['torch'].floor} and transformers {PACKAGES['transformers'].floor} or newer"
 
 
 @dataclass

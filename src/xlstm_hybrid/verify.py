@@ -7,6 +7,7 @@ difference of the logits, in units of their standard deviation. The bound follow
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from xlstm_hybrid.checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.generation import GENERATION, bound, difference
 from xlstm_hybrid.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
+from xlstm_hybrid.precision import warn_if_slow
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY, LOW = "the mLSTM's memory matters", "low precision"  # the one check whose ways must differ; and a pair of checks named by dtype
@@ -56,9 +58,9 @@ def rounded(model, dtype):
     """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature maps, too) stay in float32,
     buffers as they are."""
     model = copy.deepcopy(model)
-    kept = model._get_dtype_plan(dtype)
+    kept = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if any(part in kept for part in name.split(".")) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in kept) else dtype)
     return model.eval()
 
 
@@ -204,6 +206,7 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
     count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = Result("every tensor loaded", float(count), 0.0, str(model.dtype).removeprefix("torch."), time.perf_counter() - begin, "; ".join(wrong))
     report(loaded)
+    warn_if_slow(device, dtype, "--dtype")
     length = length(model.config) if callable(length) else length
     settings = {"length": length, "dtype": DTYPES.get(dtype), "seed": seed, "only": only, "report": report}
     return [loaded, *verify(model.to(device), **settings)]

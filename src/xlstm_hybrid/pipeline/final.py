@@ -6,6 +6,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from xlstm_hybrid.compare import compare, plain_floats, write_comparison
 from xlstm_hybrid.efficiency import Settings
 from xlstm_hybrid.errors import ConfigError
@@ -13,6 +15,7 @@ from xlstm_hybrid.evaluation import last_part, read_results
 from xlstm_hybrid.longcontext import KINDS
 from xlstm_hybrid.pipeline.costs import measure_checkpoints
 from xlstm_hybrid.pipeline.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
+from xlstm_hybrid.precision import warn_if_slow
 from xlstm_hybrid.report import comparison_pictures
 from xlstm_hybrid.teachers import local_source
 
@@ -82,6 +85,7 @@ def judge_sides(recipe, sides, out, redo=False, report=lambda side, line: None):
         {side: {unit: what `run_harness` returns}}
     """
     units, found = units_of(recipe.evaluate), {}
+    warn_if_slow("cuda" if torch.cuda.is_available() else "cpu", recipe.teacher_dtype, "teacher_dtype")
     for side, model in sides.items():
         name, source = (last_part(model), source_of(recipe, model)) if side == "teacher" else (side, model)
         options = replace(options_of(recipe, redo=redo), name=name)
@@ -148,5 +152,6 @@ def compare_sides(recipe, teacher, folder, judged=None):
 
 def measure_sides(recipe, teacher, student, report=lambda text: None):
     """The efficiency report of teacher and student, in the dtype that the recipe teaches in."""
+    warn_if_slow("cuda" if torch.cuda.is_available() else "cpu", recipe.teacher_dtype, "teacher_dtype")
     return measure_checkpoints(source_of(recipe, teacher), student, settings_of(recipe.evaluate), names=("student", last_part(teacher)),
                                dtype=recipe.teacher_dtype, report=report)  # fmt: skip

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.modeling import AlignmentOutput, HybridDecoderLayer, MLSTMMixer, mask_key
+from xlstm_hybrid.precision import settle_bf16
 from xlstm_hybrid.trainers.safety import resumable
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
@@ -49,6 +50,7 @@ class AlignmentConfig(SFTConfig):
     allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         if self.max_grad_norm:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent")

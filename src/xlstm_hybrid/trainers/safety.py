@@ -51,11 +51,15 @@ class Guard(TrainerCallback):
     """What a run looks out for: a loss or gradient that is not finite, and SIGTERM.
 
     skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.  stopping: all know of it.
+    began: the step at which training began, or went on.
     """
 
     def __init__(self, trainer):
         self.trainer, self.skipped, self.in_a_row, self.requested, self.stopping = trainer, 0, 0, False, False
-        self.window, self.bad_loss, self.norm = [], None, None
+        self.window, self.bad_loss, self.norm, self.began = [], None, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = state.global_step
 
     def saw(self, inputs, loss):
         """Remember one micro-batch of the step and whether its loss was finite, without waiting for the device."""
@@ -202,6 +206,7 @@ def resumable(cls):
         if self.args.push_to_hub:
             raise ConfigError("push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead")
         scale.prepare(self)
+        scale.check_precision(self)
         if self.args.should_save:
             clean_abandoned(self.args.output_dir)
         if hasattr(self, "guard"):
@@ -213,7 +218,7 @@ def resumable(cls):
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         with listening(self.guard):
             result = train(self, checkpoint, *args, **kwargs)
-        if 0 < self.state.global_step - self._initial_global_step <= self.guard.in_a_row:
+        if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
             raise DataError(f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/")
         if self.guard.stopping and self.state.global_step < self.state.max_steps:
             raise Interrupted(f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "

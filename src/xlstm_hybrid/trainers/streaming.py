@@ -346,7 +346,8 @@ def align_streamed(checkpoint, out, args, train_dataset, data_collator, processi
     with staged(out, overwrite=overwrite) as folder:
         write_aligned(Path(checkpoint), folder, work, groups)
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
-        settings = {name: value for name, value in args.to_dict().items() if name in ("learning_rate", "max_steps", "layers_at_a_time", "loss_form")}
+        kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
+        settings = {name: value for name, value in args.to_dict().items() if name in kept}
         add_provenance(folder, "align", parent=checkpoint, config=settings, figures={"relative_error": figures["relative_error"]},
                        seconds=round(time.time() - started, 1))  # fmt: skip
         write_manifest(folder)
