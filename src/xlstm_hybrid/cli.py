@@ -80,7 +80,10 @@ def verify(
     device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option("--json", help="File for the results, JSON.")] = None,
 ):
-    """Prove on MODEL that cache, padding, packing, beams, rollback and files change nothing. Exit code 1 if a check fails."""
+    """Prove on MODEL that cache, padding, packing, beams, drafts, rollback and files change nothing.
+
+    Exit code 1 if a check fails.
+    """
     from rich.table import Table
 
     from xlstm_hybrid.verify import as_json, verify_checkpoint
