@@ -235,7 +235,9 @@ def load_state(path, model):
         found = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
         check_tensors(found, layer, j, model.config, seen, name)
         rows.add(found["keys"].shape[0])
-        fill(layer, {key: x.to(next(layers[j].parameters()).device) for key, x in found.items()}, seen)
+        device = next(layers[j].parameters()).device
+        # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on that
+        fill(layer, {key: x.to(device, copy=True) for key, x in found.items()}, seen)
     if tensors or len(rows) != 1:
         raise CacheError(f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
                          "damaged; make it again with save_state")  # fmt: skip
