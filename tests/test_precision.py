@@ -440,11 +440,11 @@ def test_scores_are_measured_in_float32_on_every_machine_unless_the_user_names_a
 ):
     seen = []
     monkeypatch.setattr(
-        judge, "judge_domains", lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}}
+        judge, "judge_domains", lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}}
     )
     monkeypatch.setattr(
         "xlstm_hybrid.pipeline.harness.run_harness",
-        lambda model, units, out, options, report: seen.append(options.dtype),
+        lambda model, units, out, options, report: seen.append(options.dtype) or {},
     )
     common = ["harness", str(narrow / "student"), "--tasks", "domains", "--out", str(tmp_path), "--device", "cpu"]
     for rate in (SLOW, QUICK):
