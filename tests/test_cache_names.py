@@ -42,7 +42,7 @@ def filled(model, ids):
 def without_warning(name):
     """Where the old name must not be remarked upon, a remark is an error."""
     if name == OLD and CACHE != OLD:
-        return pytest.warns(FutureWarning, match=f"`{OLD}` is the old name of `cache`")
+        return pytest.warns(FutureWarning, match=f"`{OLD}` is deprecated .* the old name of `cache`")
     return warnings.catch_warnings(action="error", category=FutureWarning)
 
 
