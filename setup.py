@@ -25,8 +25,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
-    packages=[*find_packages("src"), *find_packages("kernels"), "xlstm_hybrid.recipes"],
-    package_data={"xlstm_hybrid": ["card_template.md", "arena/report_template.md", "lm_eval_tasks/*"],
+    packages=[*find_packages("src", exclude=["xlstm_arena*"]), *find_packages("kernels"), "xlstm_hybrid.recipes"],
+    package_data={"xlstm_hybrid": ["reports/card_template.md", "evaluation/lm_eval_tasks/*"],
                   "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "tiny_teacher/*.*",
                                            "tiny_teacher/tiny-llama/*"]},
     install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves

@@ -18,8 +18,8 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
-from xlstm_hybrid.adapters import ATTENTION, GATES, MAPS, MLP, PRESETS, TABLES, adaptable, coverage, lora_config, register
 from xlstm_hybrid.errors import AdapterError, CacheError
+from xlstm_hybrid.model.adapters import ATTENTION, GATES, MAPS, MLP, PRESETS, TABLES, adaptable, coverage, lora_config, register
 
 LAYERS, D, F, H, G, K, R = 3, 48, 56, 4, 2, 16, 2  # of conftest's tiny student; R: rank in these tests
 COUNTS = {  # numbers per group in the whole student

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, attach, measure_alignment, new_parameters, output_terms
+from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, attach, measure_alignment, new_parameters, output_terms
 
 LENGTH = 24
 

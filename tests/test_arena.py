@@ -12,11 +12,11 @@ import torch
 from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary, teacher
-from xlstm_hybrid.arena.students import Road, changed, load, question
-from xlstm_hybrid.arena.teacher import tokenizer
+from xlstm_arena import arms, data, judge, report, runner, students, summary, teacher
+from xlstm_arena.students import Road, changed, load, question
+from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.merging.merge import merge
 
 SETTING = {
     "name": "tiny",

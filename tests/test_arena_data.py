@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_hybrid.arena import data, teacher
+from xlstm_arena import data, teacher
 from xlstm_hybrid.errors import ConfigError, DataError
 
 
@@ -104,7 +104,7 @@ def test_positions_jump_forwards_only_and_reach_the_longest_test():
 def test_training_a_teacher_writes_a_checkpoint_with_its_accuracies(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from xlstm_hybrid.artifacts import read_provenance, verify
+    from xlstm_hybrid.checkpoint.files import read_provenance, verify
 
     monkeypatch.setattr(teacher, "measure", lambda model: {"single": {64: 0.5}})
     stages = ({"length": 32, "rows": 2, "steps": 3, "recall_share": 0.5},)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xlstm_hybrid import artifacts
-from xlstm_hybrid.artifacts import (
+from xlstm_hybrid.checkpoint import files as artifacts
+from xlstm_hybrid.checkpoint.files import (
     add_provenance,
     check_space,
     plain,

@@ -18,12 +18,12 @@ from peft import LoraConfig
 from test_sparse_kd import VOCAB, documents, llama, loss_by_hand, loss_of, tokenizer  # noqa: F401, a fixture
 from torch.nn.functional import log_softmax
 
+from xlstm_hybrid.commands.cache_teacher import cache_teacher
+from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError
-from xlstm_hybrid.store import TeacherStore, build_store
-from xlstm_hybrid.trainers.heads import Selection, TeacherTargets
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer, document_dataset
-from xlstm_hybrid.verbs.cache_teacher import cache_teacher
-from xlstm_hybrid.vocabulary import vocabulary_hash
+from xlstm_hybrid.teacher_store import TeacherStore, build_store
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
 close = torch.testing.assert_close
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
@@ -359,7 +359,7 @@ def test_a_recipe_names_the_rows_and_the_precision(tmp_path):
     from transformers import AutoTokenizer
 
     from xlstm_hybrid.data import train_dataset
-    from xlstm_hybrid.recipe import load_recipe
+    from xlstm_hybrid.recipe.schema import load_recipe
 
     path = TINY.parents[1] / "smoke.yaml"
     run(TINY, path, tmp_path / "store", "--top-k", 8, "--expert", "symbols")

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import xlstm_hybrid.card
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
-from xlstm_hybrid.card import flat, listed, write_card
+import xlstm_hybrid.reports.card
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
 from xlstm_hybrid.errors import CheckpointError
+from xlstm_hybrid.reports.card import flat, listed, write_card
 
 CONVERT = {
     "parent": "meta-llama/Llama-3.2-1B",
@@ -209,7 +209,7 @@ def numbers(text):
 
 def test_no_number_comes_from_anywhere_but_the_record(tmp_path):
     empty = write_card(record(tmp_path / "empty", {"convert": {}})).read_text(encoding="utf-8")
-    known = numbers(xlstm_hybrid.card.TEMPLATE.read_text(encoding="utf-8")) | numbers((tmp_path / "empty" / "provenance.json").read_text())
+    known = numbers(xlstm_hybrid.reports.card.TEMPLATE.read_text(encoding="utf-8")) | numbers((tmp_path / "empty" / "provenance.json").read_text())
     assert numbers(empty) <= known
     assert "Figures" not in parts(empty)[1] and "No stage recorded its time." in parts(empty)[1]["Time and energy"]
 

@@ -11,9 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.compare import (
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.errors import CheckpointError, EvaluationError
+from xlstm_hybrid.evaluation.comparison import (
     choose_metric,
     compare,
     html_page,
@@ -25,9 +25,9 @@ from xlstm_hybrid.compare import (
     scaled_scores,
     write_comparison,
 )
-from xlstm_hybrid.errors import CheckpointError, EvaluationError
-from xlstm_hybrid.evaluation import Results, read_results
-from xlstm_hybrid.report import comparison_pictures
+from xlstm_hybrid.evaluation.scores import Results, read_results
+from xlstm_hybrid.reports.card import write_card
+from xlstm_hybrid.reports.run import comparison_pictures
 
 DATE = "2026-01-02T03-04-05.678901"
 ANSWERS = {  # benchmark: answers of teacher and student, document by document

@@ -6,7 +6,7 @@ from conftest import tiny_student, token_ids
 from tiny_students import STACKS, every_family, ids_of, student
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from xlstm_hybrid.cache_names import cache_of
+from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.state import prefill, remember, rollback, snapshot
 
 

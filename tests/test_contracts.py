@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers import initialization as init
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
-from xlstm_hybrid.cache_names import CACHE, cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.model.cache_names import CACHE, cache_of
 
 families = pytest.mark.parametrize("family", every_family)
 stacks = pytest.mark.parametrize("stack", STACKS)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from tiny_teachers import FAMILIES, edit_config, model_class, rewrite, stored, teacher, teacher_config, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import xlstm_hybrid.teachers
+import xlstm_hybrid.conversion.source
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
-from xlstm_hybrid.conversion import INITS, Transfer, convert, empty_student
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
+from xlstm_hybrid.checkpoint.weights import plan_shards
+from xlstm_hybrid.conversion.convert import INITS, Transfer, convert, empty_student
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.families import student_config
-from xlstm_hybrid.weights import plan_shards
 
 GATES = ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -177,7 +177,7 @@ def test_one_shard_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
             return meter.watch(self.file.get_tensor(name))
 
     make = Transfer.tensor
-    monkeypatch.setattr(xlstm_hybrid.teachers, "safe_open", Watched)
+    monkeypatch.setattr(xlstm_hybrid.conversion.source, "safe_open", Watched)
     monkeypatch.setattr(Transfer, "tensor", lambda self, name: meter.watch(make(self, name)))
     convert(llama, tmp_path / "out", shard_bytes=30_000)
     sizes = [x.nbytes for x in stored(tmp_path / "out").values()]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from xlstm_hybrid import data
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.recipe import Recipe, Source
+from xlstm_hybrid.recipe.schema import Recipe, Source
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from xlstm_kernels import MLSTMState, hybrid_step, mlstm, window_attention
 from xlstm_kernels.decode import step_in_graphs
 
-from xlstm_hybrid.cache_names import cache_of
+from xlstm_hybrid.model.cache_names import cache_of
 
 INF = float("inf")
 W, S = 7, 3

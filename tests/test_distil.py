@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from xlstm_hybrid import DistilXLSTMConfig, DistilXLSTMForCausalLM
-from xlstm_hybrid.cache_names import cache_of
-from xlstm_hybrid.distil import convert, share_frozen
-from xlstm_hybrid.distil.modeling import BlockDiagonal, CausalConv, HeadNorm, MLSTMMixer
-from xlstm_hybrid.distil.teacher import EMBEDDING, PUBLISHED, empty_student, heads_for, parameters_of, student_config
+from xlstm_hybrid.distil_xlstm import convert, share_frozen
+from xlstm_hybrid.distil_xlstm.convert import EMBEDDING, PUBLISHED, empty_student, heads_for, parameters_of, student_config
+from xlstm_hybrid.distil_xlstm.modeling import BlockDiagonal, CausalConv, HeadNorm, MLSTMMixer
 from xlstm_hybrid.errors import CacheError, CheckpointError, ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
@@ -444,7 +444,7 @@ def trainer(tmp_path):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
 
-    from xlstm_hybrid.trainers.delta import DeltaKDConfig, DeltaKDTrainer
+    from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
 
     rows = [token_ids(1, n, vocab=97, seed=n)[0].tolist() for n in (5, 17, 12, 9)]
     rows = [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in rows]
@@ -534,7 +534,7 @@ def test_vocabularies_that_differ_are_refused_by_name(trainer):
 
 
 def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
-    from xlstm_hybrid.verbs.distil import planned, read_delta_recipe
+    from xlstm_hybrid.commands.distil_xlstm import planned, read_delta_recipe
 
     qwen().save_pretrained(tmp_path)
     recipe, rows = read_delta_recipe(ROOT / "recipes/distil_qwen2.5-1.5b.yaml")
@@ -545,9 +545,9 @@ def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
 
 def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
     pytest.importorskip("trl")
+    from xlstm_hybrid.commands.distil_xlstm import read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
     from xlstm_hybrid.pipeline.settings import trainer_config
-    from xlstm_hybrid.trainers.delta import DeltaKDConfig
-    from xlstm_hybrid.verbs.distil import read_delta_recipe
 
     for name in ("distil_tiny", "distil_qwen2.5-1.5b"):
         recipe, _ = read_delta_recipe(ROOT / f"recipes/{name}.yaml")
@@ -567,7 +567,7 @@ def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
 def test_a_recipe_that_describes_no_run_is_refused_by_name(tmp_path, change, message):
     import yaml
 
-    from xlstm_hybrid.verbs.distil import read_delta_recipe
+    from xlstm_hybrid.commands.distil_xlstm import read_delta_recipe
 
     content = yaml.safe_load((ROOT / "recipes/distil_tiny.yaml").read_text()) | change
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_losses import pair, waves
 
-from xlstm_hybrid import losses
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.losses import (
+from xlstm_hybrid.training import losses
+from xlstm_hybrid.training.losses import (
     CSD_WEIGHTS,
     DIVERGENCES,
     OUTCOMES,

@@ -12,16 +12,18 @@ from conftest import enlarge
 from tiny_teachers import teacher
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency, efficiency_report
-from xlstm_hybrid.artifacts import add_provenance, read_provenance
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import named
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance
+from xlstm_hybrid.commands import efficiency as verb
 from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.evaluation import efficiency
+from xlstm_hybrid.evaluation.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
+from xlstm_hybrid.evaluation.equivalence import Result, bound
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.pipeline import costs
-from xlstm_hybrid.verbs import efficiency as verb
-from xlstm_hybrid.verify import Result, bound
+from xlstm_hybrid.reports import efficiency as efficiency_report
+from xlstm_hybrid.reports.card import write_card
 
 WINDOW, SINKS = 7, 3
 GREEN = Result("a check", 0.0, 1.0, "float32", 0.1)

@@ -8,9 +8,9 @@ from conftest import tiny_student, token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xlstm_hybrid.data.toy_domains import Example
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import exact_match, perplexity, win_and_tie
-from xlstm_hybrid.tasks import Example
+from xlstm_hybrid.evaluation.scores import exact_match, perplexity, win_and_tie
 
 LLAMA = [10.6, 13.8, 48.4, 35.4, 29.9, 48.4, 61.9]
 LLAMA_IT = [0.85, 0.51, 0.50, 0.19, 0.63, 0.57, 0.59, 0.69, 0.26, 0.28, 0.30, 0.32, 0.78, 5.08]

@@ -9,14 +9,14 @@ from test_modeling import LENGTHS, PACKINGS, in_pieces
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
-from xlstm_hybrid import sparse
-from xlstm_hybrid.allocation import keep_groups
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
-from xlstm_hybrid.checks import CHECKS, Subject
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.exact import DOCUMENT, KeptKeys, spread
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, Subject
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.experimental import sparse
+from xlstm_hybrid.model.kept_groups import DOCUMENT, KeptKeys, spread
+from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.planning.layers import keep_groups
 from xlstm_hybrid.state import load_state, prefill, remember, rollback, save_state, snapshot
 
 GOLDEN = [13656260, 12150260, 3947708]  # of `spread`: states on disk hold such scores

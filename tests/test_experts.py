@@ -15,11 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from xlstm_hybrid import claims, cli
-from xlstm_hybrid.artifacts import MANIFEST, digest, owner, read_provenance, staged
+from xlstm_hybrid import cli
+from xlstm_hybrid.checkpoint import locks as claims
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, owner, read_provenance, staged
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.pipeline import Road, experts, make_experts, road
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "recipes/tiny_teacher/tiny-llama"

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.artifacts import read_provenance
+from xlstm_hybrid.checkpoint.files import read_provenance
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError
-from xlstm_hybrid.evaluation import perplexity
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.evaluation.scores import perplexity
+from xlstm_hybrid.merging.merge import merge
 from xlstm_hybrid.pipeline import Road, load, make_experts, merging
 from xlstm_hybrid.pipeline.road import check_settings
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"max_steps": 1, "sequences_per_step": 2, "logging_steps": 1, "bf16": False}

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.dynamic_module_utils import get_imports
 from typer.testing import CliRunner
 
-import xlstm_hybrid.export
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
-from xlstm_hybrid.card import write_card
+import xlstm_hybrid.hub.export
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
-from xlstm_hybrid.export import AUTO_MAP, code, export
+from xlstm_hybrid.hub.export import AUTO_MAP, code, export
+from xlstm_hybrid.reports.card import write_card
 
 TEACHER = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -194,7 +194,7 @@ def test_a_tokenizer_needs_no_trust(stranger):
 def test_with_the_package_no_carried_code_runs_and_nobody_is_asked(exported, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"asked: {text}"))
     model = AutoModelForCausalLM.from_pretrained(exported[0])
-    assert type(model).__module__ == "xlstm_hybrid.modeling"
+    assert type(model).__module__ == "xlstm_hybrid.model.modeling"
     AutoTokenizer.from_pretrained(exported[0])
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -260,7 +260,7 @@ def test_the_floor_in_the_card_is_that_of_the_package():
     setup = (Path(__file__).parents[1] / "setup.py").read_text()
     for name in ("torch", "transformers"):
         floor = setup.partition(f'"{name}>=')[2].partition(",")[0]
-        assert floor and f"{name} {floor}" in xlstm_hybrid.export.NEEDS
+        assert floor and f"{name} {floor}" in xlstm_hybrid.hub.export.NEEDS
 
 
 # --- the code ----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_transformers_asks_for_torch_and_itself_only(exported):
 
 
 def test_but_for_imports_and_names_of_operators_a_file_is_its_source():
-    source = Path(xlstm_hybrid.export.__file__).with_name("modeling.py").read_text().splitlines()
+    source = Path(xlstm_hybrid.hub.export.__file__).with_name("modeling.py").read_text().splitlines()
     carried = code()["modeling_xlstm_hybrid.py"].splitlines()
     ours = ("from xlstm_hybrid", "from xlstm_kernels", "from .", "# ")
     assert [line for line in source if not line.strip().startswith(ours)] == [line for line in carried if not line.strip().startswith(ours)]
@@ -293,9 +293,9 @@ def test_but_for_imports_and_names_of_operators_a_file_is_its_source():
 
 def test_a_comment_and_an_alias_survive_the_rewriting():
     node = ast.parse("from xlstm_kernels.gpu.mlstm import mlstm_triton as run").body[0]
-    assert xlstm_hybrid.export.relative(node) == ["from .xlstm_kernels_gpu_mlstm import mlstm_triton as run"]
+    assert xlstm_hybrid.hub.export.relative(node) == ["from .xlstm_kernels_gpu_mlstm import mlstm_triton as run"]
     node = ast.parse("from xlstm_kernels import mix, reference as r, mlstm").body[0]  # a function that hides its module, a module, a function
-    assert xlstm_hybrid.export.relative(node) == [
+    assert xlstm_hybrid.hub.export.relative(node) == [
         "from . import xlstm_kernels_reference as r", "from .xlstm_kernels_mix import mix", "from .xlstm_kernels_mlstm import mlstm"
     ]  # fmt: skip
     assert "import mlstm_triton as run  # needs triton" in code()["xlstm_kernels_mlstm.py"]
@@ -366,7 +366,7 @@ def test_what_is_there_stays_unless_overwriting_is_allowed(plain, tmp_path, monk
     with pytest.raises(CheckpointError, match="exists already"):
         export(plain, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(xlstm_hybrid.export, "write_manifest", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patched.setattr(xlstm_hybrid.hub.export, "write_manifest", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(CheckpointWriteError, match="No space left"):
             export(plain, tmp_path / "out", overwrite=True)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"] and len(list(tmp_path.iterdir())) == 1
@@ -391,7 +391,7 @@ def test_a_tokenizer_config_that_names_code_or_files_travels_without_them(plain,
 
 
 def test_code_that_transformers_would_not_find_is_refused(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(xlstm_hybrid.export, "code", lambda: {**code(), "stray.py": '"""Nobody imports it."""\n'})
+    monkeypatch.setattr(xlstm_hybrid.hub.export, "code", lambda: {**code(), "stray.py": '"""Nobody imports it."""\n'})
     with pytest.raises(CheckpointError, match="stray.py"):
         export(plain, tmp_path / "out")
     assert not (tmp_path / "out").exists()

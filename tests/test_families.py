@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_teachers import FAMILIES, MIXED, model_class, teacher_config
 
-from xlstm_hybrid.conversion import empty_student
+from xlstm_hybrid.conversion.convert import empty_student
+from xlstm_hybrid.conversion.families import FAMILIES as TABLES
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import UnsupportedTeacherError
-from xlstm_hybrid.families import FAMILIES as TABLES
-from xlstm_hybrid.families import student_config
 
 FULL = ["full_attention"] * 3
 every_family = pytest.mark.parametrize("family", FAMILIES)

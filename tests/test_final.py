@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from xlstm_hybrid import convert, efficiency
-from xlstm_hybrid.artifacts import read_provenance
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.compare import compare, open_sides
+from xlstm_hybrid import convert
+from xlstm_hybrid.checkpoint.files import read_provenance
 from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.evaluation import efficiency
+from xlstm_hybrid.evaluation import harness as engine
+from xlstm_hybrid.evaluation.comparison import compare, open_sides
+from xlstm_hybrid.hub.push import push
 from xlstm_hybrid.pipeline import Road, costs, final
-from xlstm_hybrid.pipeline import harness as engine
-from xlstm_hybrid.push import push
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.reports.card import write_card
 
 pytest.importorskip("lm_eval")
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, CompileConfig, DynamicCache, StaticCache
 
 import xlstm_hybrid
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
 
 ROOT = Path(__file__).parents[1]
 families = pytest.mark.parametrize("family", every_family)

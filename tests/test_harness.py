@@ -10,16 +10,17 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from xlstm_hybrid import convert, tasks
-from xlstm_hybrid.artifacts import read_json
-from xlstm_hybrid.cache_names import cache_of
+from xlstm_hybrid import convert
+from xlstm_hybrid.checkpoint.files import read_json
 from xlstm_hybrid.cli import app
-from xlstm_hybrid.compare import compare, open_sides
+from xlstm_hybrid.commands.harness import harness
+from xlstm_hybrid.conversion.load import load
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import exact_match, read_results
-from xlstm_hybrid.pipeline.harness import SUITES, Unit, cache_bytes, expand, reach
-from xlstm_hybrid.pipeline.stages import load
-from xlstm_hybrid.verbs.harness import harness
+from xlstm_hybrid.evaluation.comparison import compare, open_sides
+from xlstm_hybrid.evaluation.harness import SUITES, Unit, cache_bytes, expand, reach
+from xlstm_hybrid.evaluation.scores import exact_match, read_results
+from xlstm_hybrid.model.cache_names import cache_of
 
 pytest.importorskip("lm_eval")
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
@@ -100,7 +101,7 @@ def test_the_files_name_no_folder_of_this_machine(judged, student):
 
 def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(judged, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(judged / "teacher", tmp_path / "teacher")
-    monkeypatch.setattr("xlstm_hybrid.pipeline.stages.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: pytest.fail("the model was loaded"))
     run(TINY, out)
     printed = capsys.readouterr().out
     assert "domain_arithmetic" in printed and "coverage 1.000  no excess: attention sees all  cache 1.638 MB at 400 tokens" in printed
@@ -144,7 +145,7 @@ def test_names_stand_for_suites_kinds_and_lengths():
 
 
 def test_tasks_that_run_code_or_lack_their_data_are_refused(tmp_path):
-    for name, line in (("runs", "unsafe_code: true\ncustom_dataset: !function xlstm_hybrid.tasks.dataset"),
+    for name, line in (("runs", "unsafe_code: true\ncustom_dataset: !function xlstm_hybrid.data.toy_domains.dataset"),
                        ("lacks", "dataset_path: json\ndataset_kwargs: {data_files: nowhere.json}")):  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(
             f"task: {name}\noutput_type: generate_until\ntest_split: test\ndoc_to_text: prompt\ndoc_to_target: answer\n{line}\n"
@@ -190,7 +191,7 @@ def with_oracle(monkeypatch):
     def patch(window):
         model, tokenizer = load(TINY, device="cpu")
         model.generate = oracle(tokenizer, window)
-        monkeypatch.setattr("xlstm_hybrid.pipeline.stages.load", lambda *a, **k: (model, tokenizer))
+        monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: (model, tokenizer))
 
     return patch
 
@@ -205,7 +206,7 @@ def test_a_model_that_remembers_all_scores_one_on_every_kind(with_oracle, tmp_pa
 
 def test_a_model_that_reads_a_window_only_scores_its_coverage(with_oracle, tmp_path, monkeypatch):
     with_oracle(800)
-    monkeypatch.setattr("xlstm_hybrid.pipeline.harness.reach", lambda config: (800, 0))
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.reach", lambda config: (800, 0))
     run(TINY, tmp_path, tasks="needle_1600", limit=None, samples=20)
     found = read_json(tmp_path / "needle_1600" / "harness.json", "")["long_context"]
     assert found["coverage"] == 0.5 and abs(found["excess"]) < 0.2

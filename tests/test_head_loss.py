@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from xlstm_kernels import head_rows
 from xlstm_kernels.head_loss import OUTCOMES, head_loss
 
-from xlstm_hybrid.losses import cross_entropy, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
+from xlstm_hybrid.training.losses import cross_entropy, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
 
 torch.set_num_threads(1)
 INF, NAN = float("inf"), float("nan")

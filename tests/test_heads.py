@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.losses import DIVERGENCES, cross_entropy, distillation_loss, sampled_targets, top_k_targets
-from xlstm_hybrid.trainers import heads
-from xlstm_hybrid.trainers.heads import LMHead, Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.training import lm_head as heads
+from xlstm_hybrid.training.lm_head import LMHead, Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.training.losses import DIVERGENCES, cross_entropy, distillation_loss, sampled_targets, top_k_targets
 
 close = torch.testing.assert_close
 V, B, T, D, K, ITEMS = 61, 2, 19, 48, 12, 31

@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_student, token_ids
 from test_alignment import LENGTH, aligned, student, trainer_of
 
-from xlstm_hybrid.trainers import insight
-from xlstm_hybrid.trainers.insight import curves, evaluations, layer_grids, write_plots
+from xlstm_hybrid.training import metrics as insight
+from xlstm_hybrid.training.metrics import curves, evaluations, layer_grids, write_plots
 
 LOG = [
     {"step": 1, "loss": 2.0, "kl": 0.5, "layer_0/relative_error": 0.5, "layer_10/relative_error": 0.9, "layer_0/output_gate": 0.2},

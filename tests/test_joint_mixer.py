@@ -6,10 +6,10 @@ from conftest import tiny_config, tiny_student, token_ids
 from test_modeling import in_pieces
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.mixers import JointMixer
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.evaluation.equivalence import verify
+from xlstm_hybrid.model.mixer import JointMixer
+from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.state import prefill
-from xlstm_hybrid.verify import verify
 
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
 JOINT = {"mixer_combine": "joint", "memory_cell": "linear"}

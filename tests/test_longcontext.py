@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from xlstm_hybrid.data.long_context import KINDS, by_depth, coverage, dataset, documents, excess, found, process_results
 from xlstm_hybrid.errors import DataError, EvaluationError
-from xlstm_hybrid.longcontext import KINDS, by_depth, coverage, dataset, documents, excess, found, process_results
 
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.losses import IGNORE, counted_mean, cross_entropy, dense_kl, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
+from xlstm_hybrid.training.losses import IGNORE, counted_mean, cross_entropy, dense_kl, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
 
 INF, NAN = float("inf"), float("nan")
 close = torch.testing.assert_close

@@ -7,9 +7,9 @@ import torch
 from conftest import tiny_student, token_ids
 from safetensors.torch import save_file
 
-from xlstm_hybrid.artifacts import write_manifest
+from xlstm_hybrid.checkpoint.files import write_manifest
 from xlstm_hybrid.errors import CheckpointError, MergeError
-from xlstm_hybrid.merge_methods import (
+from xlstm_hybrid.merging.methods import (
     MERGES,
     check_options,
     elected_mean,
@@ -19,7 +19,7 @@ from xlstm_hybrid.merge_methods import (
     threshold,
     weights_digest,
 )
-from xlstm_hybrid.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
+from xlstm_hybrid.recipe.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
 
 linear, task_arithmetic, ties, dare = (MERGES[name] for name in ("linear", "task_arithmetic", "ties", "dare"))
 SHARES = [0.5, 0.25, 0.25]
@@ -117,7 +117,7 @@ def test_a_threshold_is_the_magnitude_of_that_rank_whatever_the_blocks(dtype, mo
     expert, base = (torch.randn(997, generator=torch.Generator().manual_seed(s)).to(dtype) ** 3 for s in (0, 1))
     ranked = (expert.double() - base.double()).abs().to(torch.promote_types(dtype, torch.float32)).sort(descending=True).values
     for size in (2**20, 64):
-        monkeypatch.setattr("xlstm_hybrid.merge_methods.BLOCK", size)
+        monkeypatch.setattr("xlstm_hybrid.merging.methods.BLOCK", size)
         for density, rank in ((0.2, 199), (0.001, 1), (1.0, 997), (0.5, 498)):
             assert threshold(expert, base, density) == pytest.approx(ranked[rank - 1].item(), rel=1e-7)
 
@@ -169,7 +169,7 @@ def test_what_is_dropped_depends_on_expert_tensor_and_seed_and_on_nothing_else()
 def test_blocks_do_not_change_a_bit(method, monkeypatch):
     tensors, weights = two_or_three(method)
     whole = call(method, tensors, weights)
-    monkeypatch.setattr("xlstm_hybrid.merge_methods.BLOCK", 4)
+    monkeypatch.setattr("xlstm_hybrid.merging.methods.BLOCK", 4)
     in_blocks = call(method, tensors, weights)
     if method == "slerp":  # its angle is a sum over the blocks
         torch.testing.assert_close(in_blocks, whole, rtol=1e-14, atol=1e-15)
@@ -346,7 +346,7 @@ def test_options_that_describe_nothing_are_all_named(method, options, message):
 def test_a_damaged_file_of_statistics_is_named(tmp_path):
     from contextlib import ExitStack
 
-    from xlstm_hybrid.merge_methods import Statistics
+    from xlstm_hybrid.merging.methods import Statistics
 
     (tmp_path / "f.safetensors").write_bytes(b"no")
     with ExitStack() as stack, pytest.raises(CheckpointError, match="statistics f.safetensors of math cannot be read"):

@@ -13,11 +13,11 @@ from conftest import tiny_student, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import xlstm_hybrid.merging
-from xlstm_hybrid.artifacts import add_provenance, digest, read_provenance, verify, weight_files, write_manifest
+import xlstm_hybrid.merging.merge
+from xlstm_hybrid.checkpoint.files import add_provenance, digest, read_provenance, verify, weight_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
-from xlstm_hybrid.merge_methods import MERGES, measure_statistics, task_arithmetic
-from xlstm_hybrid.merging import GROUPS, group_of, merge, mergekit_architecture, stream_weights
+from xlstm_hybrid.merging.merge import GROUPS, group_of, merge, mergekit_architecture, stream_weights
+from xlstm_hybrid.merging.methods import MERGES, measure_statistics, task_arithmetic
 
 
 def tensors(seed, dtype=torch.float32):
@@ -110,7 +110,7 @@ def test_shards_hold_the_same_tensors_as_one_file(experts, tmp_path):
 
 
 def test_one_tensor_of_each_expert_is_in_memory_at_a_time(experts, tmp_path, monkeypatch):
-    alive, peak, load = [], [], xlstm_hybrid.merging.Checkpoint.tensor
+    alive, peak, load = [], [], xlstm_hybrid.merging.merge.Checkpoint.tensor
 
     def watched(self, name):
         value = load(self, name)
@@ -118,7 +118,7 @@ def test_one_tensor_of_each_expert_is_in_memory_at_a_time(experts, tmp_path, mon
         peak.append(sum(r() is not None for r in alive))
         return value
 
-    monkeypatch.setattr(xlstm_hybrid.merging.Checkpoint, "tensor", watched)
+    monkeypatch.setattr(xlstm_hybrid.merging.merge.Checkpoint, "tensor", watched)
     merge(experts, tmp_path / "out", shard_bytes=1)
     assert len(peak) == 12 and max(peak) <= 3
 
@@ -533,7 +533,7 @@ def test_a_result_out_of_range_is_named(tmp_path):
     assert torch.isinf(task_arithmetic([big["w"]], [2.0], base["w"])).all()
     monkey = {"task_arithmetic": lambda experts, weights, base: task_arithmetic(experts, [2.0], base)}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MergeError, match="tensor w: the result leaves the range of torch.float16"):
-        patch.setattr(xlstm_hybrid.merging, "MERGES", monkey)
+        patch.setattr(xlstm_hybrid.merging.merge, "MERGES", monkey)
         merge(folders[:1], tmp_path / "out", method="task_arithmetic", base=folders[1])
     assert not (tmp_path / "out").exists()
 
@@ -595,7 +595,7 @@ def test_a_failure_between_shards_leaves_the_previous_result(experts, tmp_path, 
         written.append(path)
         return open(path, mode)
 
-    monkeypatch.setattr(xlstm_hybrid.merging, "open", full, raising=False)
+    monkeypatch.setattr(xlstm_hybrid.merging.merge, "open", full, raising=False)
     with pytest.raises(CheckpointWriteError, match="could not write out .No space left on device."):
         merge(experts, tmp_path / "out", weights=[1, 0, 0], overwrite=True, shard_bytes=1)
     assert len(written) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["experts", "out"]

@@ -12,14 +12,14 @@ from tiny_teachers import teacher, teacher_config
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.configuration import MIXER
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.mixers import MLSTMMixer
-from xlstm_hybrid.plan import shape_of
+from xlstm_hybrid.evaluation.equivalence import MEMORY, verify
+from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.planning.run import shape_of
 from xlstm_hybrid.state import behaviour, prefill
-from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
-from xlstm_hybrid.verify import MEMORY, verify
+from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
 OPTIONS = {

@@ -9,10 +9,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.modeling import MLSTMMixer
 
 W, TOLERANCE = 7, {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 MIXED = {

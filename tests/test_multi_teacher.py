@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli, pipeline
-from xlstm_hybrid.artifacts import MANIFEST, digest, read_provenance
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance
 from xlstm_hybrid.data import joint_prompts, prompts
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.pipeline import Road, make_experts
-from xlstm_hybrid.recipe import load_recipe
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
 ROOT = Path(__file__).parents[1]
 close = torch.testing.assert_close

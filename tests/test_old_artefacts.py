@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.artifacts import read_provenance, verify
-from xlstm_hybrid.cache_names import named
+from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.pipeline import Road
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.state import load_state
-from xlstm_hybrid.store import TeacherStore
+from xlstm_hybrid.teacher_store import TeacherStore
 
 BEFORE = Path(__file__).parent / "fixtures/before_the_move"
 

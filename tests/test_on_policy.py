@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
 close = torch.testing.assert_close
 VOCAB, EOS = 61, 2

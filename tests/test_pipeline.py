@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from xlstm_hybrid import cli, efficiency, pipeline
-from xlstm_hybrid.artifacts import read_provenance, verify, write_manifest
+from xlstm_hybrid import cli, pipeline
+from xlstm_hybrid.checkpoint.files import read_provenance, verify, write_manifest
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation import win_and_tie
+from xlstm_hybrid.evaluation import efficiency
+from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.pipeline import Road, costs, parse_overrides, settings
 from xlstm_hybrid.pipeline.road import fingerprint
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -148,8 +149,8 @@ def test_a_whole_recipe_is_not_walked_by_several_processes(tmp_path, monkeypatch
 
 
 def configs():
-    from xlstm_hybrid.trainers.alignment import AlignmentConfig
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
+    from xlstm_hybrid.training.alignment import AlignmentConfig
+    from xlstm_hybrid.training.distillation import SparseKDConfig
 
     return AlignmentConfig, SparseKDConfig
 
@@ -241,7 +242,7 @@ def converted(walked):
 
 
 def test_an_interrupted_stage_goes_on_from_its_last_checkpoint_with_the_rows_that_come_next(tmp_path, converted, monkeypatch):
-    from xlstm_hybrid.trainers.alignment import AlignmentTrainer
+    from xlstm_hybrid.training.alignment import AlignmentTrainer
 
     base = load_recipe(smoke(tmp_path, data=numbers(tmp_path)))
     recipe = replace(base, align=base.align | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})

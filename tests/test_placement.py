@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.state import load_state, prefill, save_state
 
 ROOT = Path(__file__).parents[1]

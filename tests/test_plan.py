@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from xlstm_kernels import decode, dispatch
 from xlstm_kernels.scratch import LOCAL
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, plan
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.families import student_config
 from xlstm_hybrid.pipeline.settings import trainer_config
-from xlstm_hybrid.training_bytes import layer_activations
+from xlstm_hybrid.planning import run as plan
+from xlstm_hybrid.planning.training_memory import layer_activations
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -108,12 +109,12 @@ def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
     settings |= {"gradient_checkpointing": checkpointing} | ({"top_k": 32} if kind == "distill" else {})
     shared = {"data_collator": collate, "processing_class": tokenizer, "train_dataset": data}
     if kind == "align":
-        from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer
+        from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer
 
         held = [student]
         trainer = AlignmentTrainer(student, args=trainer_config(AlignmentConfig, settings, kind, work, 0), **shared)
     else:
-        from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+        from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
         held = [student, LlamaForCausalLM(config)]
         trainer = SparseKDTrainer(student, held[1], args=trainer_config(SparseKDConfig, settings, kind, work, 0), **shared)

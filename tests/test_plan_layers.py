@@ -12,16 +12,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from xlstm_hybrid import allocation, efficiency
-from xlstm_hybrid.allocation import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
-from xlstm_hybrid.card import summary
 from xlstm_hybrid.cli import app
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.footprint import cache_bytes
-from xlstm_hybrid.longcontext import documents
-from xlstm_hybrid.pipeline import harness
-from xlstm_hybrid.plan import machine_of, plan
+from xlstm_hybrid.evaluation import efficiency, harness
+from xlstm_hybrid.planning import layers as allocation
+from xlstm_hybrid.planning.cache_size import cache_bytes
+from xlstm_hybrid.planning.layers import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
+from xlstm_hybrid.planning.run import machine_of, plan
+from xlstm_hybrid.reports.card import summary
 from xlstm_hybrid.state import prefill, tensors_of
 
 # --- bytes -------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_without_a_measurement_the_plan_says_so_and_bad_arguments_are_named(dire
 
 def test_a_plan_for_every_kind_of_layer_converts(tmp_path):
     """Qwen3 of the tests has two sliding layers: their kept groups keep the teacher's window, and whole layers become sliding again."""
-    from xlstm_hybrid.families import student_config
+    from xlstm_hybrid.conversion.families import student_config
 
     source = teacher("qwen3")
     config = student_config(source.config, sliding_window=16, num_sink_tokens=2)

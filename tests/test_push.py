@@ -15,12 +15,12 @@ from conftest import tiny_student
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import xlstm_hybrid.push
+import xlstm_hybrid.hub.push
 from xlstm_hybrid import cli
-from xlstm_hybrid.artifacts import add_provenance, digest, write_manifest
-from xlstm_hybrid.card import write_card
+from xlstm_hybrid.checkpoint.files import add_provenance, digest, write_manifest
 from xlstm_hybrid.errors import CheckpointError, ShareError
-from xlstm_hybrid.push import findings, inspect_folder, push
+from xlstm_hybrid.hub.push import findings, inspect_folder, push
+from xlstm_hybrid.reports.card import write_card
 
 REPO = "someone/a-student"
 TOKEN = "hf_" + "aB3" * 12
@@ -152,12 +152,12 @@ def test_a_header_that_is_too_long_is_not_read(folder):
 )
 def test_headers_and_configurations_beyond_their_caps_do_not_leave(folder, monkeypatch, name, least, text):
     inspect_folder(folder, REPO)
-    monkeypatch.setitem(xlstm_hybrid.push.CAPS, name, least)
+    monkeypatch.setitem(xlstm_hybrid.hub.push.CAPS, name, least)
     assert re.search(text, refused(folder))
 
 
 def test_names_of_this_machine_and_user_do_not_leave(folder, monkeypatch):
-    monkeypatch.setattr(xlstm_hybrid.push, "own_names", lambda: ["lovelace"])
+    monkeypatch.setattr(xlstm_hybrid.hub.push, "own_names", lambda: ["lovelace"])
     (folder / "LICENSE").write_text("made on lovelace.")
     write_manifest(folder)
     assert "LICENSE: holds the name of this machine or its user (love...)" in refused(folder)
@@ -224,14 +224,14 @@ def test_an_upload_is_one_commit_of_what_was_checked(folder):
 
 
 def test_a_file_that_changes_after_the_check_is_not_uploaded(folder, monkeypatch):
-    check = xlstm_hybrid.push.inspect_folder
+    check = xlstm_hybrid.hub.push.inspect_folder
 
     def check_then_change(*arguments, **settings):
         parcel = check(*arguments, **settings)
         (folder / "tokenizer.json").write_text("{}")
         return parcel
 
-    monkeypatch.setattr(xlstm_hybrid.push, "inspect_folder", check_then_change)
+    monkeypatch.setattr(xlstm_hybrid.hub.push, "inspect_folder", check_then_change)
     hub = Hub()
     with pytest.raises(CheckpointError, match="tokenizer.json changed after it was checked"):
         push(folder, REPO, api=hub)

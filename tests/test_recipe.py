@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.recipe import load_recipe, resolve_teacher
+from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

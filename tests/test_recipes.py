@@ -11,14 +11,14 @@ from test_data import TALK, letters, lines
 from tiny_teachers import model_class, teacher_config
 from transformers import LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
-from xlstm_hybrid import plan
-from xlstm_hybrid.allocation import allocate
-from xlstm_hybrid.artifacts import read_provenance, verify
-from xlstm_hybrid.families import student_config
-from xlstm_hybrid.footprint import cache_bytes
+from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.commands.plan import shown
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.pipeline import Road
-from xlstm_hybrid.recipe import load_recipe
-from xlstm_hybrid.verbs.plan import shown
+from xlstm_hybrid.planning import run as plan
+from xlstm_hybrid.planning.cache_size import cache_bytes
+from xlstm_hybrid.planning.layers import allocate
+from xlstm_hybrid.recipe.schema import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from tiny_teachers import edit_config, model_class, rewrite, stored, teacher, teacher_config
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-import xlstm_hybrid.weights
+import xlstm_hybrid.checkpoint.weights
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, UnsupportedTeacherError
 
 
@@ -167,7 +167,7 @@ def test_a_failure_while_writing_leaves_nothing(llama, tmp_path, monkeypatch):
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(xlstm_hybrid.weights, "save_file", save)
+    monkeypatch.setattr(xlstm_hybrid.checkpoint.weights, "save_file", save)
     with pytest.raises(CheckpointWriteError, match="disk full"):
         convert(llama, tmp_path / "out", shard_bytes=30_000)
     assert len(written) == 2

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from xlstm_hybrid import report
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.report import markdown, table, write_report
+from xlstm_hybrid.reports import run as report
+from xlstm_hybrid.reports.run import markdown, table, write_report
 
 DOMAINS = ("arithmetic", "recall", "code", "strings")
 

@@ -10,7 +10,7 @@ import torch
 from conftest import enlarge, tiny_student
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.trainers.rollouts import PromptSampler, sample, seed_of, until_eos
+from xlstm_hybrid.training.rollouts import PromptSampler, sample, seed_of, until_eos
 
 VOCAB, EOS = 61, 2
 
@@ -101,7 +101,7 @@ RUN = """
 import os, sys, torch
 import test_on_policy as t
 from datasets import Dataset
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
 out, size, lmbda = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 args = OnPolicyKDConfig(out, bf16=False, use_cpu=True, report_to="none", save_strategy="no", per_device_train_batch_size=size, max_steps=3,

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from test_alignment import collate, tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from xlstm_hybrid import artifacts
-from xlstm_hybrid.artifacts import checkpoints_by_step, newest_verified, verify
+from xlstm_hybrid.checkpoint import files as artifacts
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, newest_verified, verify
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError
-from xlstm_hybrid.trainers import checkpoints, safety
-from xlstm_hybrid.trainers.safety import Interrupted, notes, reproduce, resumable
+from xlstm_hybrid.training import checkpoints
+from xlstm_hybrid.training import resume as safety
+from xlstm_hybrid.training.resume import Interrupted, notes, reproduce, resumable
 
 STEPS = 6
 

@@ -19,10 +19,11 @@ from test_alignment import collate, tokenizer, trainer_of
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from xlstm_hybrid.artifacts import checkpoints_by_step, verify
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.trainers import checkpoints, scale
-from xlstm_hybrid.trainers.safety import Interrupted, notes, resumable
+from xlstm_hybrid.training import checkpoints
+from xlstm_hybrid.training import distributed as scale
+from xlstm_hybrid.training.resume import Interrupted, notes, resumable
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 24
@@ -132,7 +133,7 @@ def labelled_rows():
 
 
 def sparse_kd_trainer(folder, dtype=torch.float64, **settings):
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+    from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
     args = SparseKDConfig(**(SHARED | {"output_dir": str(folder), "top_k": 8, "kl_weight": 0.5, "ce_weight": 0.5} | settings))
     models = {"model": student(dtype), "teacher": tiny_student(dtype, gain=0.7)}
@@ -143,7 +144,7 @@ def on_policy_trainer(folder, dtype=torch.float64, **settings):
     """On the data's completions only: what a process samples depends on its rank, so that two cannot give what one does."""
     from test_on_policy import COMPLETIONS, PROMPTS, word_tokenizer
 
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     shared = SHARED | {"output_dir": str(folder), "lmbda": 0.0, "max_completion_length": 6, "log_completions": False, "num_completions_to_print": 0}
     for name in ("max_length", "dataset_kwargs", "remove_unused_columns"):

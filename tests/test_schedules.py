@@ -13,10 +13,20 @@ from tokenizers import Tokenizer, models
 from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xlstm_hybrid.distil_xlstm.schedules import (
+    DeltaCallback,
+    DeltaSchedule,
+    Weights,
+    delta_schedule,
+    fall,
+    frobenius,
+    mean_hidden,
+    set_objective,
+    steps_per_epoch,
+)
+from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.schedules import DeltaCallback, DeltaSchedule, Weights, delta_schedule, fall, frobenius, mean_hidden, set_objective, steps_per_epoch
-from xlstm_hybrid.trainers.delta import DeltaKDConfig, DeltaKDTrainer
-from xlstm_hybrid.trainers.heads import Objective, Selection
+from xlstm_hybrid.training.lm_head import Objective, Selection
 
 NAN = float("nan")
 close = torch.testing.assert_close

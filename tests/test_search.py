@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
-from xlstm_hybrid.card import write_card
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
 from xlstm_hybrid.errors import EvaluationError, MergeError
-from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merging import merge
-from xlstm_hybrid.search import PARTS, Candidate, first_points, neighbours, search_merge, search_weights, simplex
+from xlstm_hybrid.evaluation.scores import win_and_tie
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.merging.search import PARTS, Candidate, first_points, neighbours, search_merge, search_weights, simplex
+from xlstm_hybrid.reports.card import write_card
 
 TEACHER = {"math": 0.8, "code": 0.6, "chat": 0.5}
 
@@ -182,7 +182,7 @@ def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
         seen.append([(Path(e).name, Path(s).stem) for e, s in zip(ordered, statistics, strict=True)])
         return merge(ordered, out, **settings)
 
-    monkeypatch.setattr("xlstm_hybrid.search.merge", spy)
+    monkeypatch.setattr("xlstm_hybrid.merging.search.merge", spy)
     search_merge(experts, tmp_path / "out", judge, TEACHER, budget=2, statistics=files)
     assert len(seen) == 3 and all(expert == measured for pairs in seen for expert, measured in pairs)  # two candidates and the result
 

@@ -13,10 +13,10 @@ from transformers.cli.serving.model_manager import ModelManager
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.export import export
-from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.state import fork, prefill
 
 TEACHER = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"

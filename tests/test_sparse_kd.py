@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
 
 close = torch.testing.assert_close
 VOCAB = 61

@@ -6,7 +6,7 @@ from conftest import tiny_student
 from datasets import Dataset
 from test_scale import MAKERS, WAYS, collate, launch, near, padded_rows, steps, student, tokenizer
 
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
 OBJECTIVES = {"kernel": {"outcomes": "tail"}, "chunks": {"outcomes": "tail", "divergence": "jsd"}, "dense": {"outcomes": "dense"}}
 

@@ -10,9 +10,9 @@ from conftest import enlarge, tiny_student, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of, named
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of, named
 from xlstm_hybrid.state import fork, load_state, prefill, recorded, remember, restore, rollback, save_state, snapshot
 
 W = 7

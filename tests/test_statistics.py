@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.statistics import compare_pairs, documents, holm, interval, mcnemar, resampled_means, resampled_verdict, sample_values, sign_flip
+from xlstm_hybrid.evaluation.scores import win_and_tie
+from xlstm_hybrid.evaluation.significance import (
+    compare_pairs,
+    documents,
+    holm,
+    interval,
+    mcnemar,
+    resampled_means,
+    resampled_verdict,
+    sample_values,
+    sign_flip,
+)
 
 
 def outcomes(both, gained, lost, neither):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_hybrid.claims import take
+from xlstm_hybrid.checkpoint.locks import take
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, DataError, StoreError
-from xlstm_hybrid.store import StoreCollator, TeacherStore, build_store, number_rows, plan_store, planned_bytes, row_input, store_bytes
-from xlstm_hybrid.store.layout import round_down_mass
-from xlstm_hybrid.store.writer import entry_of, refresh_index, shard_name, write_shard
+from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, build_store, number_rows, plan_store, planned_bytes, row_input, store_bytes
+from xlstm_hybrid.teacher_store.layout import round_down_mass
+from xlstm_hybrid.teacher_store.writer import entry_of, refresh_index, shard_name, write_shard
 
 V, K, ROWS, T = 97, 12, 10, 24
 SPEC = {"teacher": "waves", "weights": "0", "tokenizer": "words", "template": None}
@@ -207,7 +207,7 @@ def test_settings_that_cannot_be_stored_are_refused(tmp_path, bad):
 
 
 def test_shards_so_small_that_their_index_could_not_be_read_are_refused(monkeypatch):
-    monkeypatch.setattr("xlstm_hybrid.store.writer.MOST_SHARDS", 4)
+    monkeypatch.setattr("xlstm_hybrid.teacher_store.writer.MOST_SHARDS", 4)
     assert len(plan_store(data(), V, 3 * T)[1]) == 5
     with pytest.raises(ConfigError, match="shard_tokens=24: 10 shards, 4 at most; take 120 or more"):
         plan_store(data(), V, T)
@@ -270,7 +270,7 @@ def test_a_full_check_names_where_the_damage_is(store):
 
 def test_values_that_cannot_be_are_refused_though_hash_and_check_bytes_fit(tmp_path, monkeypatch):
     """A store by another hand, whose sums are all in order: ids outside of the vocabulary, then more mass than there is."""
-    monkeypatch.setattr("xlstm_hybrid.store.layout.first_fault", lambda *args: None)
+    monkeypatch.setattr("xlstm_hybrid.teacher_store.layout.first_fault", lambda *args: None)
     build(tmp_path / "ids", targets=lambda rows: [(ids + 50, logp, rest) for ids, logp, rest in targets(rows)])
     build(tmp_path / "mass", targets=lambda rows: [(ids, np.minimum(logp + 0.3, 0), rest) for ids, logp, rest in targets(rows)])
     monkeypatch.undo()
@@ -450,7 +450,7 @@ def test_a_claim_of_the_living_is_respected_and_one_of_the_dead_is_not(tmp_path,
     path = tmp_path / ".claim"
     assert take(path)
     assert take(path)  # our own, left behind
-    from xlstm_hybrid.artifacts import owner
+    from xlstm_hybrid.checkpoint.files import owner
 
     path.write_text(owner(os.getppid()))
     assert not take(path)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from test_alignment import LENGTH, aligned, arguments, collate, tokenizer
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.artifacts import read_provenance, verify
+from xlstm_hybrid.checkpoint.files import read_provenance, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.trainers import streaming
-from xlstm_hybrid.trainers.alignment import measure_alignment, new_parameters
-from xlstm_hybrid.trainers.streaming import Progress, Spool, align_streamed, spooled_bytes
+from xlstm_hybrid.training import alignment_by_groups as streaming
+from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
+from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed, spooled_bytes
 
 SETTINGS = {"max_steps": 6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 3e-2, "warmup_steps": 2}
 MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]

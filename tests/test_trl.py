@@ -24,7 +24,7 @@ from trl import (
     SFTTrainer,
 )
 
-from xlstm_hybrid.adapters import lora_config
+from xlstm_hybrid.model.adapters import lora_config
 
 VOCAB = 61
 LENGTHS = (17, 1, 9, 23, 2)  # the window is 7; one document predicts nothing

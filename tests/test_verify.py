@@ -11,14 +11,16 @@ from conftest import enlarge, tiny_config, tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cache, mixers
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.checks import CHECKS, FILES
+from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.modeling import MLSTMMixer
-from xlstm_hybrid.record import Tokens
-from xlstm_hybrid.verify import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
+from xlstm_hybrid.evaluation.equivalence import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
+from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES
+from xlstm_hybrid.model import cache
+from xlstm_hybrid.model import mixer as mixers
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.tokens import Tokens
 
 MIXED = {
     "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],

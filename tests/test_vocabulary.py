@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from xlstm_hybrid.data.vocabulary import first_difference, real_ids, shared_size, template_hash, tokenizer_hash, vocabulary_hash
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.vocabulary import first_difference, real_ids, shared_size, template_hash, tokenizer_hash, vocabulary_hash
 
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 WORDS = {f"w{n}": n for n in range(50)}

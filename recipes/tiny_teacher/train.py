@@ -20,7 +20,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xlstm_hybrid import tasks
+from xlstm_hybrid.data import toy_domains as tasks
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (

@@ -9,11 +9,11 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from xlstm_hybrid import adapters  # noqa: F401  (gives peft our default targets, without importing it)
-from xlstm_hybrid.configuration import XLSTMHybridConfig
-from xlstm_hybrid.conversion import TransferReport, convert
-from xlstm_hybrid.distil import DistilXLSTMConfig, DistilXLSTMForCausalLM, DistilXLSTMModel
-from xlstm_hybrid.modeling import (
+from xlstm_hybrid.conversion.convert import TransferReport, convert
+from xlstm_hybrid.distil_xlstm import DistilXLSTMConfig, DistilXLSTMForCausalLM, DistilXLSTMModel
+from xlstm_hybrid.model import adapters  # noqa: F401  (gives peft our default targets, without importing it)
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.modeling import (
     XLSTMHybridForCausalLM,
     XLSTMHybridForQuestionAnswering,
     XLSTMHybridForSequenceClassification,

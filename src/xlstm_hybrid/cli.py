@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from xlstm_hybrid import verbs
+from xlstm_hybrid import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,7 @@ def run(
 ):
     """Walk a whole recipe: convert, align, distil experts, merge, evaluate, report. Started again, it resumes."""
     from xlstm_hybrid.pipeline import Road
-    from xlstm_hybrid.recipe import load_recipe
+    from xlstm_hybrid.recipe.schema import load_recipe
 
     Road(load_recipe(recipe), out, redo).walk()
 
@@ -54,7 +54,7 @@ def convert(
     overwrite: Overwrite = False,
 ):
     """Make a student of a teacher: weights copied, new parameters initialised, every tensor accounted for."""
-    from xlstm_hybrid.conversion import convert
+    from xlstm_hybrid.conversion.convert import convert
 
     types = layer_types.split(",") if layer_types and layer_types != "teacher" else layer_types
     fields = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": types, "dtype": dtype}
@@ -64,7 +64,7 @@ def convert(
 def read_student(path):
     """Arguments of `convert` in a file, {} without one: a mapping of YAML or JSON; in a recipe it is the section `student`."""
     from xlstm_hybrid.errors import ConfigError
-    from xlstm_hybrid.recipe import read_yaml
+    from xlstm_hybrid.recipe.schema import read_yaml
 
     content = {} if path is None else read_yaml(path)
     if not isinstance(content, dict) or {"revision", "overwrite", "teacher", "out"} & set(content):
@@ -83,7 +83,7 @@ def verify(
     """Prove on MODEL that cache, padding, packing, beams, rollback and files change nothing. Exit code 1 if a check fails."""
     from rich.table import Table
 
-    from xlstm_hybrid.verify import as_json, verify_checkpoint
+    from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint
 
     table = Table("check", "dtype", "largest difference", "allowed", "verdict", caption="in standard deviations of the logits")
     with Console(stderr=True).status("checking") as status:
@@ -108,14 +108,14 @@ def card(
     results: Annotated[Path | None, typer.Option(help="results.json of a run.")] = None,
 ):
     """Write the model card of a checkpoint from what its stages recorded."""
-    from xlstm_hybrid.card import write_card
+    from xlstm_hybrid.reports.card import write_card
 
     write_card(directory, json.loads(results.read_text()) if results else None)
     print(f"wrote {directory / 'README.md'}")
 
 
-for found in pkgutil.iter_modules(verbs.__path__):
-    for verb in import_module(f"{verbs.__name__}.{found.name}").VERBS:
+for found in pkgutil.iter_modules(commands.__path__):
+    for verb in import_module(f"{commands.__name__}.{found.name}").VERBS:
         app.command(context_settings=getattr(verb, "context_settings", None))(verb)
 
 
@@ -129,7 +129,12 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main():
-    """Entry point: errors that name their cause are one line, not a traceback."""
+    """Entry point of `xlstm-hybrid`."""
+    guarded(app)
+
+
+def guarded(app):
+    """Run a command line: errors that name their cause are one line, not a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from xlstm_hybrid.errors import XLSTMHybridError
 

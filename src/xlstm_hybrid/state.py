@@ -17,12 +17,12 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from xlstm_kernels import MLSTMState
 
-from xlstm_hybrid.artifacts import write_file
-from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
-from xlstm_hybrid.cache_names import named, takes_cache
-from xlstm_hybrid.configuration import MIXER
+from xlstm_hybrid.checkpoint.files import write_file
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.exact import DOCUMENT, SparseSlots
+from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer, adopt_cache
+from xlstm_hybrid.model.cache_names import named, takes_cache
+from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.kept_groups import DOCUMENT, SparseSlots
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ

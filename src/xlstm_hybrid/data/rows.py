@@ -6,7 +6,7 @@ import json
 import random
 from itertools import islice
 
-from xlstm_hybrid import tasks
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.documents import IGNORE
 from xlstm_hybrid.data.streams import SHUFFLE_BUFFER, Stream, open_source
 from xlstm_hybrid.errors import ConfigError, DataError, XLSTMHybridError

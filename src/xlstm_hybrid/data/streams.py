@@ -7,7 +7,7 @@ from itertools import islice
 
 from xlstm_hybrid.data.documents import IGNORE, content_of, encode_chat, encode_text, is_held_out
 from xlstm_hybrid.errors import DataError
-from xlstm_hybrid.recipe import HUB_ID, resolve_path
+from xlstm_hybrid.recipe.schema import HUB_ID, resolve_path
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together

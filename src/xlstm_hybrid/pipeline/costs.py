@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from xlstm_hybrid.cache_names import named
-from xlstm_hybrid.efficiency import Side, measure, new_cache
-from xlstm_hybrid.efficiency_report import surroundings
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.verify import DTYPES, Result, bound, default_length, verify
+from xlstm_hybrid.evaluation.efficiency import Side, measure, new_cache
+from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound, default_length, verify
+from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.reports.efficiency import surroundings
 
 
 def load_checkpoint(path, dtype, device):

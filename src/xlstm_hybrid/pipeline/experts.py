@@ -4,7 +4,7 @@ import shlex
 
 from rich.table import Table
 
-from xlstm_hybrid.artifacts import MANIFEST, digest, read_provenance
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.road import Road, check_settings
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from xlstm_hybrid import tasks
-from xlstm_hybrid.compare import compare, plain_floats, write_comparison
-from xlstm_hybrid.efficiency import Settings
+from xlstm_hybrid.conversion.source import local_source
+from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.data.long_context import KINDS
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation import last_part, read_results
-from xlstm_hybrid.longcontext import KINDS
+from xlstm_hybrid.evaluation.comparison import compare, plain_floats, write_comparison
+from xlstm_hybrid.evaluation.efficiency import Settings
+from xlstm_hybrid.evaluation.harness import CODE, Options, expand, run_harness, task_manager
+from xlstm_hybrid.evaluation.scores import last_part, read_results
 from xlstm_hybrid.pipeline.costs import measure_checkpoints
-from xlstm_hybrid.pipeline.harness import CODE, Options, expand, run_harness, task_manager
-from xlstm_hybrid.report import comparison_pictures
-from xlstm_hybrid.teachers import local_source
+from xlstm_hybrid.reports.run import comparison_pictures
 
 MISSING = "lm-eval is not installed (pip install 'xlstm-hybrid[eval]'): this package's own exact match stands for it, its other tasks are left out."
 WHOLE_DOMAIN = 200  # prompts of a domain's task file

@@ -4,10 +4,10 @@ from itertools import islice
 
 import torch
 
-from xlstm_hybrid import tasks
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, open_streams, packed_rows
-from xlstm_hybrid.evaluation import ExactMatch, exact_match, perplexity
-from xlstm_hybrid.pipeline.stages import load
+from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.evaluation.scores import ExactMatch, exact_match, perplexity
 
 
 def evaluate(model_dir, recipe, progress=None, known=None):

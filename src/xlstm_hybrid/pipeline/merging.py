@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from xlstm_hybrid import tasks
-from xlstm_hybrid.artifacts import write_json
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, open_streams, packed_rows
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation import exact_match, perplexity
-from xlstm_hybrid.merge_methods import measure_statistics
-from xlstm_hybrid.merge_settings import NEED_BASE, NEED_STATISTICS
-from xlstm_hybrid.merging import merge
-from xlstm_hybrid.pipeline.stages import load, workspace
-from xlstm_hybrid.recipe import resolve_path
-from xlstm_hybrid.search import search_merge
+from xlstm_hybrid.evaluation.scores import exact_match, perplexity
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.merging.methods import measure_statistics
+from xlstm_hybrid.merging.search import search_merge
+from xlstm_hybrid.pipeline.stages import workspace
+from xlstm_hybrid.recipe.merge_settings import NEED_BASE, NEED_STATISTICS
+from xlstm_hybrid.recipe.schema import resolve_path
 
 ALIGNED = "aligned"  # name of the common start in a recipe
 CALIBRATION_SEED = 1  # of the prompts that a search judges by: others than those that the results are measured on

@@ -11,17 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xlstm_hybrid import tasks
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, staged, verify, write_json, write_manifest
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.claims import held
-from xlstm_hybrid.compare import record
-from xlstm_hybrid.conversion import convert
-from xlstm_hybrid.efficiency_report import draw_efficiency, picture_name, write_efficiency
-from xlstm_hybrid.efficiency_report import record as record_costs
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, verify, write_json, write_manifest
+from xlstm_hybrid.checkpoint.locks import held
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merge_settings import NEED_STATISTICS, ON_POLICY
+from xlstm_hybrid.evaluation.comparison import record
+from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.pipeline.final import (
     MISSING,
     check_evaluation,
@@ -37,8 +33,12 @@ from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
 from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
-from xlstm_hybrid.recipe import FINAL, MIXES, resolve_teacher
-from xlstm_hybrid.report import as_png, table, write_report
+from xlstm_hybrid.recipe.merge_settings import NEED_STATISTICS, ON_POLICY
+from xlstm_hybrid.recipe.schema import FINAL, MIXES, resolve_teacher
+from xlstm_hybrid.reports.card import write_card
+from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, write_efficiency
+from xlstm_hybrid.reports.efficiency import record as record_costs
+from xlstm_hybrid.reports.run import as_png, table, write_report
 
 RECORDS = ("provenance.json", "training_log.json", "README.md")  # and pictures: how a checkpoint was made, with times that no run repeats
 
@@ -58,13 +58,13 @@ def fingerprint(directory):
 
 def check_settings(recipe):
     """Raise ConfigError, before anything runs, for a setting that the trainers do not have."""
-    from xlstm_hybrid.trainers.alignment import AlignmentConfig
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
+    from xlstm_hybrid.training.alignment import AlignmentConfig
+    from xlstm_hybrid.training.distillation import SparseKDConfig
 
     sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
     found = {name: getattr(recipe, name) for name in (*sections, "on_policy")} | {"merge.on_policy": (recipe.merge or {}).get("on_policy")}
     if found["on_policy"] is not None or found["merge.on_policy"] is not None:
-        from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
+        from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
         sections |= {name: OnPolicyKDConfig for name in ("on_policy", "merge.on_policy") if found[name] is not None}
     base_of(recipe, recipe.path)  # raises for a path that is not there

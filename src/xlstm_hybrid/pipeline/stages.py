@@ -12,31 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from xlstm_hybrid.artifacts import add_provenance, owner, read_provenance, staged, write_manifest
-from xlstm_hybrid.conversion import DTYPES
+from xlstm_hybrid.checkpoint.files import add_provenance, owner, read_provenance, staged, write_manifest
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
-from xlstm_hybrid.recipe import resolve_path
+from xlstm_hybrid.recipe.schema import resolve_path
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
-
-
-def load(checkpoint, dtype="float32", revision=None, device=None):
-    """`(model, tokenizer)` in eval mode on `device`, by default the GPU where there is one; safetensors only, and no code from the checkpoint.
-
-    Raises:
-        ConfigError: a dtype that we do not know.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    where = {"revision": revision} if revision and not Path(checkpoint).is_dir() else {}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **where)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def place_of(args):
@@ -97,7 +83,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
         The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains on (of a sharded model:
         on the first and the last rows that it was trained on).
     """
-    from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
+    from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
     with workspace(out, settings) as work:
@@ -121,7 +107,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
 
 def align_in_groups(student, out, recipe, args, count, work, overwrite):
     """Stage I with `layers_at_a_time` layers in memory; interrupted, it goes on from its own folder beside `out`."""
-    from xlstm_hybrid.trainers.streaming import align_streamed
+    from xlstm_hybrid.training.alignment_by_groups import align_streamed
 
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
@@ -152,7 +138,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         expert: its name in the recipe.
         overrides: fields of `SparseKDConfig` that go before the recipe's.
     """
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+    from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
     start, settings = time.time(), recipe.distill | (overrides or {})
     if (store := settings.get("teacher", "online")) != "online":
@@ -184,7 +170,7 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     Raises:
         ConfigError: the recipe has no section on_policy.
     """
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     if recipe.on_policy is None:
         raise ConfigError(f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them")
@@ -215,7 +201,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
     Raises:
         ConfigError: no number of steps, an expert that the recipe does not have, a tokenizer that is not the student's.
     """
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     section, where = recipe.merge or {}, "merge.on_policy"
     start, settings = time.time(), section.get("on_policy", {}) | (overrides or {})
@@ -256,8 +242,8 @@ def last_figures(log, more=()):
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
     """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until it is there."""
-    from xlstm_hybrid.trainers.checkpoints import collect_weights
-    from xlstm_hybrid.trainers.insight import PLOTS
+    from xlstm_hybrid.training.checkpoints import collect_weights
+    from xlstm_hybrid.training.metrics import PLOTS
 
     accelerator = trainer.accelerator
     state, _ = collect_weights(trainer)  # None unless the model is sharded

@@ -1,0 +1,152 @@
+"""`xlstm-hybrid efficiency`: what a student costs beside its teacher, as tables, a picture and JSON."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+SHAPES = {  # published configurations: (model type, fields)
+    "llama-3.1-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                               "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+                               "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": LLAMA3}),
+    "qwen2.5-7b": ("qwen2", {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                             "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+                             "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+}  # fmt: skip
+SMALL = {"lengths": (1024, 4096, 16384), "contexts": (), "batches": (1,)}  # of the checkpoints, where nothing is asked for
+LONG = {"lengths": (16384, 32768, 65536), "contexts": (131072,), "batches": (1, 8)}  # of the shapes, as the paper has them
+
+
+# --- random weights in published shapes ------------------------------------------------------------------------------
+
+
+def random_model(shape, role, dtype, device, layers=None):
+    """A teacher or student with random weights in one of `SHAPES`; `layers`: fewer than it has."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from xlstm_hybrid.conversion.families import student_config
+    from xlstm_hybrid.evaluation.equivalence import DTYPES
+
+    kind, fields = SHAPES[shape]
+    config = AutoConfig.for_model(kind, **fields | ({"num_hidden_layers": layers} if layers else {}))
+    config = student_config(config) if role == "student" else config
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in (model._keep_in_fp32_modules_strict or ()):
+            parameter.data = parameter.data.float()  # as loading a checkpoint does
+    return model.eval()
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------
+
+
+def numbers(text, name):
+    """The whole numbers of a comma-separated option, None if it was not given."""
+    from xlstm_hybrid.errors import EvaluationError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise EvaluationError(f"--{name} {text}: expected whole numbers separated by commas, such as 1024,4096")
+    return tuple(map(int, parts))
+
+
+def plans_of(teacher, student, shapes, dtype, device, cache, asked):
+    """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each shape.
+
+    Raises:
+        ConfigError: a STUDENT that is none. EvaluationError: settings or a shape that cannot be used.
+    """
+    from transformers import AutoConfig
+
+    from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
+    from xlstm_hybrid.evaluation.efficiency import Settings, Side
+    from xlstm_hybrid.pipeline.costs import checks, load_checkpoint
+
+    if unknown := sorted(set(shapes) - set(SHAPES)):
+        raise EvaluationError(f"--shapes {','.join(unknown)}: expected some of {', '.join(SHAPES)}, or none")
+    try:
+        kind = AutoConfig.from_pretrained(student).model_type
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{Path(student).name}: no configuration ({error}); expected a checkpoint directory or hub id") from error
+    if kind != "xlstm_hybrid":
+        raise ConfigError(f"{Path(student).name}: a {kind} model, expected xlstm_hybrid as STUDENT; TEACHER comes first")
+
+    def settings(default):
+        return Settings(**{name: default.get(name) if value is None else value for name, value in asked.items()}, cache=cache)
+
+    sides = [Side(Path(path).resolve().name, partial(load_checkpoint, path, dtype, device)) for path in (student, teacher)]
+    plans = [(*sides, settings(SMALL), partial(checks, cache=cache))]
+    for shape in shapes:
+        sides = [Side(f"{shape} {role}, random weights", partial(random_model, shape, role, dtype, device)) for role in ("student", "teacher")]
+        proof = partial(random_model, shape, "student", dtype, device, layers=2)
+        plans.append((*sides, settings(LONG), partial(checks, cache=cache, proof=proof)))
+    return plans
+
+
+def efficiency(
+    teacher: Annotated[str, typer.Argument(help="Teacher: checkpoint directory or hub id.")],
+    student: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for efficiency.json, .md and pictures.")],
+    lengths: Annotated[str | None, typer.Option(help="Tokens of the prompts, such as 1024,4096,16384.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Rows at once, such as 1,8.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Further lengths, for decoding and memory only.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Random weights as well: llama-3.1-8b, qwen2.5-7b, or none; both on a GPU, none on a CPU by default.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of both models; bfloat16 on a GPU and float32 on a CPU by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one by default.")] = None,
+    cache: Annotated[str, typer.Option(help="dynamic, as generate has it, or static, allocated at its full length.")] = "dynamic",
+    rounds: Annotated[int, typer.Option(help="Rounds in which teacher and student take turns.")] = 5,
+    steps: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 8,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures; they need matplotlib.")] = True,
+    record: Annotated[bool, typer.Option("--record", help="Add the figures to the record of STUDENT, a directory, for its card.")] = False,
+):
+    """Measure STUDENT beside TEACHER: time to first token, decoding, peak memory, cache, energy. Nothing is measured if a check fails."""
+    import torch
+    from rich.console import Console
+
+    from xlstm_hybrid.commands.compare import show
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.evaluation.efficiency import measure
+    from xlstm_hybrid.evaluation.equivalence import DTYPES
+    from xlstm_hybrid.reports.efficiency import notes, picture, picture_name, surroundings, tables, write_efficiency
+    from xlstm_hybrid.reports.efficiency import record as recorded
+    from xlstm_hybrid.reports.run import as_png
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch finds no GPU; use --device cpu, or install torch for CUDA and its driver")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    chosen = [name for name in (",".join(SHAPES if on_gpu else ()) if shapes is None else shapes).split(",") if name not in ("", "none")]
+    asked = {name: numbers(text, name) for name, text in (("lengths", lengths), ("batches", batches), ("contexts", contexts))}
+    plans = plans_of(teacher, student, chosen, dtype, device, cache, asked | {"rounds": rounds, "steps": steps})
+    console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
+    results, images = surroundings(torch.device(device)) | {"pairs": []}, {}
+    for j, (*sides, settings, proofs) in enumerate(plans):
+        with Console(stderr=True).status("loading") as status:
+            pair = measure(*sides, settings, proofs, report=status.update)
+        results["pairs"].append(pair)
+        if pictures and (image := as_png(picture, pair)):
+            images[picture_name(j)] = image
+        files = write_efficiency(results, out, images)  # after each pair: a long run leaves what it has
+        for title, rows in tables(pair):
+            show(console, "title", title)
+            show(console, "table", rows)
+        show(console, "list", notes(pair))
+    console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
+    if record:
+        recorded(results, student)
+
+
+VERBS = [efficiency]

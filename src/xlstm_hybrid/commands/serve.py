@@ -1,0 +1,33 @@
+"""The verb `serve`: transformers' OpenAI-compatible server for a student."""
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id. Requests name it in the same way.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto: as stored.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Static cache and torch.compile for decoding.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+):
+    """Serve MODEL by `transformers serve`: chat completions, completions and responses, streamed or not; `transformers chat` talks to it."""
+    import transformers
+
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
+
+    transformers.XLSTMHybridForCausalLM = XLSTMHybridForCausalLM  # its server knows classes by their place in this namespace, and no Auto class
+    try:
+        from transformers.cli.serve import Serve
+
+        Serve(model, host=host, port=port, device=device, dtype=dtype, compile=compile, default_seed=seed, log_level=log_level)
+    except ImportError as error:  # transformers' own text names the extra
+        raise ConfigError(f"serve: {error}") from error
+
+
+VERBS = [serve]
