@@ -22,14 +22,22 @@ def name_of(path):
 
 
 def imports(path, top_level_only=False):
-    """Names of imported modules; of `from xlstm_hybrid import x` the name of x."""
+    """Names of imported modules; of `from xlstm_hybrid import x` the name of x, and of `from package import module` the module's."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            yield from (f"{node.module}.{alias.name}" if node.module == "xlstm_hybrid" else node.module for alias in node.names)
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if node.module == "xlstm_hybrid" or name in MODULES else node.module for name in full)
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
+
+
+MODULES = {module_name(path) for path in SOURCES}
 
 
 def rooms(path):
@@ -55,7 +63,7 @@ def test_nothing_but_the_arena_imports_the_arena():
 @pytest.mark.parametrize("folder", [PACKAGE, ARENA, KERNELS], ids=name_of)
 def test_no_two_modules_import_each_other(folder):
     """Of modules as they are loaded, in functions or not: a circle of any length is named."""
-    files = {".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in folder.rglob("*.py")}
+    files = {module_name(path): path for path in folder.rglob("*.py")}
     edges = {name: {used for used in imports(path) if used in files and used != name} for name, path in files.items()}
     done, open_ = set(), []
 
