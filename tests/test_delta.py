@@ -3,7 +3,7 @@
 import pytest
 import torch
 from xlstm_kernels import MLSTMState, delta, delta_step
-from xlstm_kernels.delta import state_of
+from xlstm_kernels.delta_rule.reference import state_of
 
 torch.set_num_threads(1)
 INF = float("inf")

@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from xlstm_kernels import head_rows
-from xlstm_kernels.head_loss import OUTCOMES, head_loss
+from xlstm_kernels import head_loss
+from xlstm_kernels.head_loss.reference import OUTCOMES, REST_FLOOR
 
 from xlstm_hybrid.training.losses import cross_entropy, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
 
@@ -86,7 +86,7 @@ def by_hand(z, ids, logp, rest, outcomes):
     if outcomes == "tail" and len(stored) < len(z):
         teacher["rest"], student["rest"] = rest, math.log(sum(math.exp(a - norm) for y, a in enumerate(z) if y not in stored))
     forward = sum(math.exp(p) * (p - student[o]) for o, p in teacher.items() if p > -INF)
-    reverse = sum(math.exp(q) * (q - max(teacher[o], head_rows.REST_FLOOR if o == "rest" else -INF)) for o, q in student.items())
+    reverse = sum(math.exp(q) * (q - max(teacher[o], REST_FLOOR if o == "rest" else -INF)) for o, q in student.items())
     return forward, reverse, math.nan if not stored else float(max(stored, key=stored.get) == max(range(len(z)), key=z.__getitem__))
 
 
@@ -229,7 +229,7 @@ def test_a_token_without_a_stored_id_has_all_mass_in_the_rest(outcomes):
 def test_reverse_kl_is_finite_where_the_teacher_has_no_rest_mass(backend):
     x = inputs()
     x["rest_logp"] = torch.full_like(x["rest_logp"], -INF)
-    floored = x | {"rest_logp": torch.full_like(x["rest_logp"], head_rows.REST_FLOOR)}
+    floored = x | {"rest_logp": torch.full_like(x["rest_logp"], REST_FLOOR)}
     more = {"ce_weight": 0.0, "reverse_kl_weight": 1.0, "backend": backend}
     got, want = everything(x, **more), everything(floored, **more)
     assert got["reverse_kl"].isfinite() and got["dhidden"].isfinite().all()

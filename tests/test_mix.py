@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from xlstm_kernels import mix
-from xlstm_kernels.mix import Mix, blocks
+from xlstm_kernels.mix.op import Mix, blocks
 
 
 def inputs(T=37, dtype=torch.float64):
@@ -16,7 +16,7 @@ def inputs(T=37, dtype=torch.float64):
 
 @pytest.mark.parametrize("entries", [1, 100, 2**17])
 def test_values_and_gradients_are_those_of_the_formula(entries, monkeypatch):
-    monkeypatch.setattr(sys.modules["xlstm_kernels.mix"], "ENTRIES", entries)
+    monkeypatch.setattr(sys.modules["xlstm_kernels.mix.op"], "ENTRIES", entries)
     x, y = ([a.requires_grad_() for a in inputs()] for _ in range(2))
     upstream = torch.sin(torch.arange(2 * 37 * 15.0, dtype=torch.float64)).view(2, 37, 3, 5)
     got, want = mix(*x), y[2][..., None] * y[0] + (1 - y[2][..., None]) * y[1]

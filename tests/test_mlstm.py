@@ -340,13 +340,13 @@ def test_what_does_not_fit_is_refused_by_name():
     q, k, v, i, f = inputs()
     C, n, m = carried()
     for wrong, said in [
-        (lambda: mlstm(q, k[..., :4], v, i, f), r"k: expected .*'K': 8.*got \[2, 37, 3, 4\]"),
-        (lambda: mlstm(q, k, v[:, :5], i, f), r"v: expected .*'T': 37.*got \[2, 5, 3, 16\]"),
-        (lambda: mlstm(q, k, v, i[..., None], f), r"i: expected .*got \[2, 37, 3, 1\]"),
-        (lambda: mlstm(q, k, v, i, f.long()), "f: expected a floating dtype, got torch.int64"),
+        (lambda: mlstm(q, k[..., :4], v, i, f), r"k: expected .*'K': 8.*got torch.float64 \[2, 37, 3, 4\]"),
+        (lambda: mlstm(q, k, v[:, :5], i, f), r"v: expected .*'T': 37.*got torch.float64 \[2, 5, 3, 16\]"),
+        (lambda: mlstm(q, k, v, i[..., None], f), r"i: expected .*got torch.float64 \[2, 37, 3, 1\]"),
+        (lambda: mlstm(q, k, v, i, f.long()), "f: expected floating .*got torch.int64"),
         (lambda: mlstm(q[0], k, v, i, f), r"q, v: expected \[B, T, H, K\]"),
         (lambda: mlstm(q[:, :0], k[:, :0], v[:, :0], i[:, :0], f[:, :0]), "at least one token"),
-        (lambda: mlstm(q, k, v, i, f, state=(C, n[:1], m)), r"state.n: expected .*got \[1, 3, 8\]"),
+        (lambda: mlstm(q, k, v, i, f, state=(C, n[:1], m)), r"state.n: expected .*got torch.float64 \[1, 3, 8\]"),
         (lambda: mlstm(q, k, v, i, f, state=(C.bfloat16(), n, m)), "state.C: expected float32 or float64, got torch.bfloat16"),
         (lambda: mlstm(q, k, v, i, f, state=(C, n)), "got 2 tensors"),
         (lambda: mlstm(q, k, v, i, f, chunk_size=0), "chunk_size=0"),

@@ -9,12 +9,14 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 pytest.importorskip("triton")
 
 from test_head_loss import ALL, INF, NAN, OUTCOMES, assert_same, everything, gap, inputs, plain, settings
-from xlstm_kernels.gpu import launch
-from xlstm_kernels.gpu.head_loss import TILES, aot_cases
-from xlstm_kernels.gpu.head_loss import rows_step as kernel_step
-from xlstm_kernels.gpu.launch import Tile, recording, using
-from xlstm_kernels.head_loss import LARGEST_M, Task, head_loss
-from xlstm_kernels.head_rows import NEVER, REST_FLOOR, Rule, rows_step
+from xlstm_kernels import head_loss
+from xlstm_kernels.backends import launch
+from xlstm_kernels.backends.launch import Tile, recording, using
+from xlstm_kernels.head_loss.cpu import rows_step
+from xlstm_kernels.head_loss.op import KERNEL
+from xlstm_kernels.head_loss.reference import NEVER, REST_FLOOR, Rule, Task
+from xlstm_kernels.head_loss.triton import TILES, aot_cases
+from xlstm_kernels.head_loss.triton import rows_step as kernel_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities that are selected away
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,7 +175,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(monkeypatch):
 
 
 def test_the_largest_number_of_entries_is_the_tables():
-    assert max(width for _, width, _ in TILES) == LARGEST_M
+    assert max(width for _, width, _ in TILES) == KERNEL.largest["M"]
 
 
 def test_the_compilers_cases_reach_every_tile():

@@ -11,9 +11,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
-from xlstm_kernels.gpu import slstm as kernels
-from xlstm_kernels.gpu.launch import Tile, using
-from xlstm_kernels.slstm import SLSTMState, slstm
+from xlstm_kernels import SLSTMState, slstm
+from xlstm_kernels.backends.launch import Tile, using
+from xlstm_kernels.slstm import triton as kernels
+from xlstm_kernels.slstm.check import check_kernel
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,14 +101,14 @@ def test_what_the_kernel_cannot_calculate_is_refused_by_name():
         slstm(torch.zeros(1, 2, 4, 1, 200, device=DEVICE), torch.zeros(4, 1, 200, 200, device=DEVICE), backend="triton")
 
 
-def test_the_problem_that_decides_whether_the_kernel_is_believed_passes_here():
+def test_the_problem_that_decides_whether_the_kernel_is_right_passes_here():
     with using(TILE):
-        errors = kernels.check_slstm_kernel(torch.device(DEVICE), torch.float32, 8)
+        errors = check_kernel(torch.device(DEVICE), torch.float32, 8)
     assert errors and max(errors.values()) < 1e-4
 
 
 def test_that_problem_finds_a_kernel_out_that_forgets_its_padding(monkeypatch):
     monkeypatch.setattr(kernels, "bytes_of", lambda mask: None)
     with using(TILE):
-        errors = kernels.check_slstm_kernel(torch.device(DEVICE), torch.float32, 8)
+        errors = check_kernel(torch.device(DEVICE), torch.float32, 8)
     assert max(errors.values()) > 1e-2

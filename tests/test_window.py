@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from xlstm_kernels import window_attention, window_step
-from xlstm_kernels.window import ROWS as BLOCKS
+from xlstm_kernels.window.cpu import ROWS as BLOCKS
 
 torch.set_num_threads(1)
 W = 24
@@ -84,7 +84,7 @@ def test_the_banded_form_is_the_definition_for_any_heads_and_windows(heads, wind
 def test_many_heads_are_cut_into_pieces_that_fit_the_cache(monkeypatch):
     x, settings = inputs(T=ROWS + 5, H=6, G=3), {"window": W, "sinks": 4}
     want = everything("banded", x, **settings)
-    monkeypatch.setattr("xlstm_kernels.window.SCORES", 1)
+    monkeypatch.setattr("xlstm_kernels.window.cpu.SCORES", 1)
     assert_same(everything("banded", x, **settings), want)
 
 
@@ -220,8 +220,8 @@ def test_what_does_not_fit_is_refused_by_name():
         (lambda: window_attention(q[:, :, :3], k, v, window=W, sinks=4), "q has 3 heads, k and v have 2"),
         (lambda: window_attention(q, k, v, window=0, sinks=4), "window=0"),
         (lambda: window_attention(q, k, v, window=W, sinks=-1), "sinks=-1"),
-        (lambda: window_attention(q, k, v, window=W, sinks=4, index=index[:, :9]), r"index: expected integers \[2, 10\].*\[2, 9\]"),
-        (lambda: window_attention(q, k, v, window=W, sinks=4, document=document.float()), r"document: expected integers .*float32"),
+        (lambda: window_attention(q, k, v, window=W, sinks=4, index=index[:, :9]), r"index: expected integer .*'B': 2, 'T': 10.*\[2, 9\]"),
+        (lambda: window_attention(q, k, v, window=W, sinks=4, document=document.float()), r"document: expected integer .*float32"),
         (lambda: window_attention(q, k, v, window=W, sinks=4, index=twice), r"index\[1, 6\]=5: expected 6"),
         (lambda: window_attention(q, k, v, window=W, sinks=4, index=index, document=index // 5), r"index\[0, 5\]=5: expected 0"),
         (lambda: window_attention(q, k, v, window=W, sinks=4, backend="fast"), "backend='fast' is not one of .*banded"),
@@ -252,8 +252,8 @@ def test_steps_refuse_what_does_not_fit():
     q, k, v = (a[:, :1] for a in inputs(3))
     keys, values, index = torch.zeros(2, 2, 11, 8).double(), torch.zeros(2, 2, 11, 6).double(), torch.tensor([0, 0])
     for wrong, said in [
-        (lambda: window_step(*inputs(3), keys, values, index, sinks=4), r"q: expected .*'T': 1.*got \[2, 3, 4, 8\]"),
-        (lambda: window_step(q, k, v, keys[:, :1], values, index, sinks=4), r"keys: expected .*'G': 2.*got \[2, 1, 11, 8\]"),
+        (lambda: window_step(*inputs(3), keys, values, index, sinks=4), r"q: expected .*'T': 1.*got torch.float64 \[2, 3, 4, 8\]"),
+        (lambda: window_step(q, k, v, keys[:, :1], values, index, sinks=4), r"keys: expected .*'G': 2.*got torch.float64 \[2, 1, 11, 8\]"),
         (lambda: window_step(q, k, v, keys, values, index[:1], sinks=4), r"index \[1\]"),
         (lambda: window_step(q, k, v, keys, values, index, sinks=11), "sinks=11, slots=11"),
         (lambda: window_step(q.clone().requires_grad_(), k, v, keys, values, index, sinks=4), "no gradients"),

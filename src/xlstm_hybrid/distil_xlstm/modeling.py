@@ -23,8 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
-from xlstm_kernels import mlstm
-from xlstm_kernels.slstm import slstm
+from xlstm_kernels import mlstm, slstm
 
 from xlstm_hybrid.distil_xlstm.cache import adopt_cache, count_after
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig

@@ -128,7 +128,7 @@ def targets(node):
     found = []
     for alias in node.names:
         module, name = node.module, alias.name
-        if is_package(module) and name in defined_in(module):  # first: xlstm_kernels.mix is the function, which hides the module of its name
+        if is_package(module) and name in defined_in(module):  # first: xlstm_kernels.mix is the function, which hides the folder of its name
             module, name = defined_in(module)[name]
         elif origin(f"{module}.{name}"):
             module, name = f"{module}.{name}", None

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from xlstm_kernels.dispatch import LARGEST_K
+from xlstm_kernels.backends.launch import LARGEST_K
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.kept_groups import Split

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from xlstm_kernels.dispatch import LARGEST_F, LARGEST_K
+from xlstm_kernels.backends.launch import LARGEST_F, LARGEST_K
 
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.families import family_of, student_config
@@ -310,7 +310,7 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
 
 
 def slow_paths(shape):
-    """What a GPU runs as torch operations because no Triton kernel takes so many features (`xlstm_kernels.dispatch`, `decode.choose_step`)."""
+    """What a GPU runs as torch operations because no Triton kernel takes so many features (the choice of its operations)."""
     found, F = [], shape.features
     if shape.hybrid and F > LARGEST_K:
         found.append(f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has {F}: a GPU "

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from xlstm_kernels.head_loss import OUTCOMES as FUSED_OUTCOMES
-from xlstm_kernels.head_loss import Head, chunk_rows, head_loss, mixed_products
+from xlstm_kernels import head_loss
+from xlstm_kernels.head_loss.chunks import Head, chunk_rows, mixed_products
+from xlstm_kernels.head_loss.reference import OUTCOMES as FUSED_OUTCOMES
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.training.losses import cross_entropy, distillation_loss, in_row_chunks, sampled_targets, top_k_targets
