@@ -76,7 +76,7 @@ def key_of(launch):
 
 
 def compiled(launch, capability):
-    """What one kernel needs on a chip: registers, bytes of stack and shared memory, and whether it uses tensor cores."""
+    """What one kernel needs on a chip: registers, bytes of stack and shared memory, and if it uses tensor cores."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -136,11 +136,8 @@ def examine(job):
         row |= compiled(launch, capability)
         half = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
         red = [f"STACK {row['stack']}"] if row["stack"] > SPILL else []
-        red += (
-            [f"shared {row['shared']} of {SHARED[capability] * 1024}"]
-            if row["shared"] > SHARED[capability] * 1024
-            else []
-        )
+        room = SHARED[capability] * 1024
+        red += [f"shared {row['shared']} of {room}"] if row["shared"] > room else []
         red += ["no tensor cores"] if half and row["dots"] and not row["tensor_cores"] else []
         rows.append(row | {"red": red})
     return rows
@@ -150,9 +147,10 @@ def tables_of(operation):
     """The tile tables of an operation, wherever they stand."""
     values = list(vars(importlib.import_module(f"xlstm_kernels.{operation}.triton")).values())
     values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
-    is_table = lambda x: (
-        isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())
-    )  # noqa: E731
+
+    def is_table(x):
+        return isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())
+
     return {id(x): x for x in values if is_table(x)}.values()
 
 
@@ -176,32 +174,21 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", help="file, or - for standard output")
     args = parser.parse_args()
-    chips = [int(c) for c in args.chips.split(",")]
-    jobs = [
-        (o, name, c, args.one)
-        for o in args.operations.split(",")
-        for c in chips
-        for name in launches_of(o, c, args.one)
-    ]
+    pairs = [(o, int(c)) for o in args.operations.split(",") for c in args.chips.split(",")]
+    jobs = [(o, name, c, args.one) for o, c in pairs for name in launches_of(o, c, args.one)]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = [row for found in pool.map(examine, jobs) for row in found]
     out = sys.stderr if args.json == "-" else sys.stdout
     for r in rows:
         verdict = "RED  " + ", ".join(r["red"]) if r["red"] else "ok"
         cores = "wgmma" if r["wgmma"] else "mma" if r["tensor_cores"] else "-"
-        print(
-            f"sm_{r['chip']:<4} {r['operation']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44} warps {r['num_warps']} stages {r['num_stages']} "
-            f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {cores:5} {verdict}",
-            file=out,
-        )
-    missing = (
-        {}
-        if args.one
-        else {(o, c): never_reached(o, int(c)) for o in args.operations.split(",") for c in args.chips.split(",")}
-    )
-    for (operation, c), entries in missing.items():
-        for entry in entries:
-            rows.append({"operation": operation, "chip": int(c), "entry": entry, "red": ["no case reaches this entry"]})
+        kernel = f"sm_{r['chip']:<4} {r['operation']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44}"
+        kernel += f" warps {r['num_warps']} stages {r['num_stages']}"
+        needs = f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {cores:5}"
+        print(kernel, needs, verdict, file=out)
+    for operation, c in [] if args.one else pairs:
+        for entry in never_reached(operation, c):
+            rows.append({"operation": operation, "chip": c, "entry": entry, "red": ["no case reaches this entry"]})
             print(f"sm_{c:<4} {operation:10} RED  no case reaches the entry {entry}", file=out)
     if args.json:
         text = json.dumps(rows, indent=1)

@@ -18,7 +18,7 @@ def heads_first(x, names):
 
 
 def sdpa(x):
-    """Causal softmax attention over the whole sequence, by the kernel that torch chooses: what a teacher's layer does."""
+    """Causal softmax attention over the whole sequence, by the kernel that torch chooses, as in a teacher's layer."""
     return F.scaled_dot_product_attention(*heads_first(x, "qkv"), is_causal=True).transpose(1, 2)
 
 
@@ -67,9 +67,8 @@ def simple_gla(x):
 def mlstm_kernels(x):
     """NXAI's TFLA kernel. It scales q and clamps the normaliser."""
     run = importlib.import_module("mlstm_kernels.torch").get_mlstm_kernel("chunkwise--triton_xl_chunk")
-    return run(*(a.contiguous() for a in heads_first(x, ("phi_q", "phi_k", "v", "i", "f"))), chunk_size=128).transpose(
-        1, 2
-    )
+    inputs = (a.contiguous() for a in heads_first(x, ("phi_q", "phi_k", "v", "i", "f")))
+    return run(*inputs, chunk_size=128).transpose(1, 2)
 
 
 def all_of(window, sinks):

@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,18 +82,9 @@ def checkpointed(x):
 
 
 def fused(x, backend="auto"):
-    return head_loss(
-        x["hidden"][None],
-        x["weight"],
-        x["labels"][None],
-        x["top_ids"][None],
-        x["top_logp"][None],
-        x["rest_logp"][None],
-        ce_weight=CE,
-        forward_kl_weight=KL,
-        shift=False,
-        backend=backend,
-    ).loss
+    teacher = (x[name][None] for name in ("top_ids", "top_logp", "rest_logp"))
+    terms = {"ce_weight": CE, "forward_kl_weight": KL, "shift": False, "backend": backend}
+    return head_loss(x["hidden"][None], x["weight"], x["labels"][None], *teacher, **terms).loss
 
 
 CANDIDATES = {"dense": dense, "gathered": gathered, "checkpointed": checkpointed, "fused": fused, "frozen": fused}
@@ -115,10 +107,8 @@ def check(N=300, D=64, V=4001, M=64):
         leaves = {n: x[n].clone().requires_grad_() for n in ("hidden", "weight")}
         loss = fused(x | leaves, backend="dense")
         loss.backward()
-        got, want = (
-            step(name, tensors(kept, N, D, V, whole=True)),
-            {"loss": loss.detach(), **{n: a.grad for n, a in leaves.items()}},
-        )
+        got = step(name, tensors(kept, N, D, V, whole=True))
+        want = {"loss": loss.detach(), **{n: a.grad for n, a in leaves.items()}}
         errors[name] = max(error(a, want[n]) for n, a in got.items() if a is not None)
     red = {name: e for name, e in errors.items() if not e < TOLERANCE}
     if red:
@@ -135,25 +125,15 @@ def bench_time(M, rounds, names, sizes):
     for _ in range(rounds):
         for name in names:
             times[name].append(cost(lambda name=name: step(name, x)) / 1e3)
-    base = times.get("gathered", [])
-    over = (
-        {name: round(statistics.median(a / b for a, b in zip(t, base, strict=True)), 3) for name, t in times.items()}
-        if base
-        else {}
-    )
-    return {
-        "operation": "head_loss",
-        "pass": "forward+backward",
-        "M": M,
-        **sizes,
-        "rounds": rounds,
-        "over_gathered": over,
-        "s": {name: round(statistics.median(t), 3) for name, t in times.items()},
-    }
+    base = times.get("gathered")
+    over = {name: statistics.median(a / b for a, b in zip(t, base, strict=True)) for name, t in times.items() if base}
+    result = {"operation": "head_loss", "pass": "forward+backward", "M": M, **sizes, "rounds": rounds}
+    result["over_gathered"] = {name: round(ratio, 3) for name, ratio in over.items()}
+    return result | {"s": {name: round(statistics.median(t), 3) for name, t in times.items()}}
 
 
 def peak(name, M, sizes):
-    """MiB that forward and backward of a candidate need beyond their inputs, in this process: call it in a fresh one."""
+    """MiB that forward and backward of a candidate need beyond inputs, in this process: call it in a fresh one."""
     step(name, tensors(16, 64, 32, 1000, whole=True))  # loads what the first call loads
     x = tensors(M, **sizes)
     if name == "dense":
@@ -165,19 +145,12 @@ def peak(name, M, sizes):
 
 
 def bench_memory(M, names, sizes):
-    run = [sys.executable, __file__, "--sizes", json.dumps(sizes), "--peak"]
-    found = {
-        name: float(subprocess.run([*run, name, str(M)], check=True, capture_output=True, text=True).stdout)
-        for name in names
-    }
-    return {
-        "operation": "head_loss memory",
-        "pass": "forward+backward",
-        "M": M,
-        **sizes,
-        "mib": {name: round(mib, 1) for name, mib in found.items()},
-        "head_gradient_mib": round(sizes["V"] * sizes["D"] * 4 / 2**20, 1),
-    }
+    command = [sys.executable, __file__, "--sizes", json.dumps(sizes), "--peak"]
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    mib = {name: round(float(run([*command, name, str(M)]).stdout), 1) for name in names}
+    head = round(sizes["V"] * sizes["D"] * 4 / 2**20, 1)
+    result = {"operation": "head_loss memory", "pass": "forward+backward", "M": M, **sizes}
+    return result | {"mib": mib, "head_gradient_mib": head}
 
 
 def verdicts(rows):

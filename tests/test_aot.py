@@ -1,4 +1,6 @@
-"""Every Triton kernel compiles for GPUs that are not here: nothing spills, shared memory suffices, half precision meets tensor cores."""
+"""Every Triton kernel compiles for GPUs that are not here: nothing spills, shared memory suffices, half precision meets
+tensor cores.
+"""
 
 import importlib.util
 import json
@@ -16,7 +18,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def compiled(*options):
     """Rows of `kernels/aot.py`, run where triton is not the interpreter."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"
+    }
     run = [sys.executable, str(ROOT / "kernels/aot.py"), "--jobs", "1", "--json", "-", *options]
     result = subprocess.run(run, env=env, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout, result.stderr
@@ -25,7 +29,11 @@ def compiled(*options):
 
 def assert_sound(rows):
     assert rows
-    assert not {f"{r['kernel']}, {r['case']}, sm_{r['chip']}" if "kernel" in r else f"{r['operation']} {r['entry']}": r["red"] for r in rows if r["red"]}
+    assert not {
+        f"{r['kernel']}, {r['case']}, sm_{r['chip']}" if "kernel" in r else f"{r['operation']} {r['entry']}": r["red"]
+        for r in rows
+        if r["red"]
+    }
 
 
 @needs_triton
@@ -65,6 +73,8 @@ aot.launches_of = lambda *job: {name: launches[:1]}
 (row,) = aot.examine(("window", name, 90, True))
 assert any("shared" in reason or "STACK" in reason for reason in row["red"]), row
 """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": f"{ROOT}/src:{ROOT}/kernels"
+    }
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

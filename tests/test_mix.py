@@ -32,7 +32,9 @@ def test_half_precision_is_mixed_in_float32():
     a, b, o = inputs(dtype=torch.bfloat16)
     got = mix(a, b, o.float())
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, (o[..., None] * a.double() + (1 - o[..., None]) * b.double()).bfloat16(), rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(
+        got, (o[..., None] * a.double() + (1 - o[..., None]) * b.double()).bfloat16(), rtol=2**-8, atol=1e-3
+    )
 
 
 def test_blocks_cover_every_token_once():

@@ -1,4 +1,7 @@
-"""The sLSTM is the equations of Beck et al. 2024: forms agree in float64 on outputs, states and every gradient; masks, documents, hand-over."""
+"""The sLSTM is the equations of Beck et al. 2024: forms agree in float64 on outputs, states and every gradient.
+
+Masks, documents, hand-over.
+"""
 
 import math
 
@@ -92,7 +95,16 @@ def test_a_masked_token_is_a_no_op_whatever_it_holds(form):
     x, r = inputs()
     want, state = slstm(x, r, backend=form)
     for fill in (0.0, 1e30, float("nan")):
-        padded = torch.cat([torch.full_like(x[:, :3], fill), x[:, :6], torch.full_like(x[:, :2], fill), x[:, 6:], torch.full_like(x[:, :1], fill)], 1)
+        padded = torch.cat(
+            [
+                torch.full_like(x[:, :3], fill),
+                x[:, :6],
+                torch.full_like(x[:, :2], fill),
+                x[:, 6:],
+                torch.full_like(x[:, :1], fill),
+            ],
+            1,
+        )
         real = torch.tensor([False] * 3 + [True] * 6 + [False] * 2 + [True] * 7 + [False]).expand(2, -1)
         h, last = slstm(padded, r, real=real, backend=form)
         torch.testing.assert_close((h[real].view_as(want), *last), (want, *state), rtol=1e-12, atol=1e-12)
@@ -178,10 +190,16 @@ def test_a_long_memory_is_kept_in_float32():
     [
         ({"x": torch.zeros(2, 13, 3, 3, 5)}, r"x: expected floating \[B, T, 4, H, V\]"),
         ({"x": torch.zeros(2, 0, 4, 3, 5)}, "at least one token"),
-        ({"r": torch.zeros(4, 3, 5, 4)}, r"r: expected floating .*4, 'H': 3, 'V': 5, 'W': 5.*got torch.float32 \[4, 3, 5, 4\]"),
+        (
+            {"r": torch.zeros(4, 3, 5, 4)},
+            r"r: expected floating .*4, 'H': 3, 'V': 5, 'W': 5.*got torch.float32 \[4, 3, 5, 4\]",
+        ),
         ({"real": torch.ones(2, 12, dtype=torch.bool)}, r"real: expected bool .*'B': 2, 'T': 13"),
         ({"start": torch.ones(2, 13)}, "start: expected bool"),
-        ({"state": tuple(torch.zeros(2, 3, 5, dtype=torch.bfloat16) for _ in range(4))}, "pass the state on as it was returned"),
+        (
+            {"state": tuple(torch.zeros(2, 3, 5, dtype=torch.bfloat16) for _ in range(4))},
+            "pass the state on as it was returned",
+        ),
         ({"forget": "tanh"}, "forget='tanh' is not one of"),
         ({"backend": "parallel"}, "backend='parallel' is not one of"),
     ],

@@ -20,11 +20,21 @@ def waves(*shape, step):
 def inputs(T, B=2, H=4, G=2, K=8, V=6):
     q, k, v = waves(B, T, H, K, step=0.9), waves(B, T, G, K, step=0.7), waves(B, T, G, V, step=0.36)
     phi = [(3 * waves(B, T, H, K, step=s)).softmax(-1) for s in (0.11, 0.23)]
-    return [q, k, v, *phi, waves(B, T, H, step=0.49), 1 + waves(B, T, H, step=0.62), waves(B, T, H, step=0.77).sigmoid()]
+    return [
+        q,
+        k,
+        v,
+        *phi,
+        waves(B, T, H, step=0.49),
+        1 + waves(B, T, H, step=0.62),
+        waves(B, T, H, step=0.77).sigmoid(),
+    ]
 
 
 def memory_of(B=2, H=4, G=2, K=8, V=6):
-    state = MLSTMState(torch.zeros(B, H, K, V).double(), torch.zeros(B, H, K).double(), torch.full((B, H), -INF).double())
+    state = MLSTMState(
+        torch.zeros(B, H, K, V).double(), torch.zeros(B, H, K).double(), torch.full((B, H), -INF).double()
+    )
     return state, torch.zeros(B, G, S + W, K).double(), torch.zeros(B, G, S + W, V).double()
 
 
@@ -82,13 +92,16 @@ def test_the_step_tells_the_compiler_the_truth():
     torch.library.opcheck(step_in_graphs, (*inputs(1), *state, keys, values, torch.tensor([0, 5]), S, None))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda x, m: (x[:1] + [x[1][:, :, :1].repeat(1, 1, 3, 1)] + x[2:], m), r"v: expected .*'G': 3"),
-    (lambda x, m: (x[:3] + [x[3][..., :5]] + x[4:], m), r"phi_q: expected .*'K': 8"),
-    (lambda x, m: (x[:7] + [x[7][:, :, :1]], m), r"o: expected .*'H': 4"),
-    (lambda x, m: ([a.repeat(1, 2, *[1] * (a.dim() - 2)) for a in x], m), r"q: expected .*'T': 1"),
-    (lambda x, m: ([a.requires_grad_() for a in x], m), "no gradients"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, m: (x[:1] + [x[1][:, :, :1].repeat(1, 1, 3, 1)] + x[2:], m), r"v: expected .*'G': 3"),
+        (lambda x, m: (x[:3] + [x[3][..., :5]] + x[4:], m), r"phi_q: expected .*'K': 8"),
+        (lambda x, m: (x[:7] + [x[7][:, :, :1]], m), r"o: expected .*'H': 4"),
+        (lambda x, m: ([a.repeat(1, 2, *[1] * (a.dim() - 2)) for a in x], m), r"q: expected .*'T': 1"),
+        (lambda x, m: ([a.requires_grad_() for a in x], m), "no gradients"),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name(change, message):
     x, memory = change(inputs(1), memory_of())
     with pytest.raises(ValueError, match=message):

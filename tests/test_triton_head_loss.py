@@ -1,4 +1,6 @@
-"""The Triton row kernel of the head loss is the definition: on a GPU where there is one, elsewhere in Triton's interpreter."""
+"""The Triton row kernel of the head loss is the definition: on a GPU where there is one, elsewhere in Triton's
+interpreter.
+"""
 
 import os
 
@@ -34,7 +36,10 @@ def on_cpu(values):
 
 
 def assert_as_exact_as_torch(x, **more):
-    """Terms and gradients in float32, within twice the error of the torch backend's and of one rounding; the items and the agreement are the same."""
+    """Terms and gradients in float32, within twice the error of the torch backend's and of one rounding.
+
+    The items and the agreement are the same.
+    """
     low = in_dtype(x, torch.float32)
     want = on_cpu(everything(in_dtype(low, torch.float64), **more, backend="dense"))
     with using(TILE):
@@ -45,7 +50,9 @@ def assert_as_exact_as_torch(x, **more):
 
 
 @pytest.mark.parametrize("outcomes", OUTCOMES)
-@pytest.mark.parametrize("more", [{}, {"softcap": 4.0, "logit_scale": 0.7}, {"logit_scale": 1.3, "num_items": 50}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"softcap": 4.0, "logit_scale": 0.7}, {"logit_scale": 1.3, "num_items": 50}], ids=str
+)
 def test_the_kernel_is_the_definition(outcomes, more):
     x = inputs(T=6, V=53)
     x["labels"][0, :3] = x["top_ids"][0, :3, 0]  # labels among the stored ids and elsewhere
@@ -78,8 +85,14 @@ def test_without_a_teacher_it_is_cross_entropy():
 
 
 def test_a_rest_mass_below_the_smallest_float_keeps_its_value_and_gradient():
-    x = {"hidden": torch.ones(1, 1, 1), "weight": torch.tensor([101.0, 100, -99, -99.5, -98, -100])[:, None], "labels": torch.zeros(1, 1).long(),
-         "top_ids": torch.tensor([[[0, 1]]]), "top_logp": torch.tensor([[[0.6, 0.3]]]).log(), "rest_logp": torch.tensor([[0.1]]).log()}  # fmt: skip
+    x = {
+        "hidden": torch.ones(1, 1, 1),
+        "weight": torch.tensor([101.0, 100, -99, -99.5, -98, -100])[:, None],
+        "labels": torch.zeros(1, 1).long(),
+        "top_ids": torch.tensor([[[0, 1]]]),
+        "top_logp": torch.tensor([[[0.6, 0.3]]]).log(),
+        "rest_logp": torch.tensor([[0.1]]).log(),
+    }
     more = {"ce_weight": 0.5, "forward_kl_weight": 1.0, "reverse_kl_weight": 1.0, "shift": False}
     x = in_dtype(x, torch.float32)
     got, want = everything(x, **more, backend="triton"), everything(in_dtype(x, torch.float64), **more, backend="dense")
@@ -92,7 +105,12 @@ def test_nan_where_it_counts_is_seen():
         x = in_dtype(inputs(T=4), torch.float32)
         x[name][place] = NAN
         out = head_loss(**x, **ALL, backend="triton")
-        assert out.loss.isnan() and out.forward_kl.isnan() and out.reverse_kl.isnan() and out.ce.isnan() == (name == "hidden")
+        assert (
+            out.loss.isnan()
+            and out.forward_kl.isnan()
+            and out.reverse_kl.isnan()
+            and out.ce.isnan() == (name == "hidden")
+        )
 
 
 def test_what_does_not_count_may_hold_anything():
@@ -115,7 +133,16 @@ def chunk(outcomes="tail", N=7, V=150, M=7):
     """Logits of the tokens that count, in a workspace with wider rows, and their targets."""
     x = in_dtype(inputs(B=1, T=N, D=8, V=V, M=M), torch.float32)
     x["labels"][0, :2] = x["top_ids"][0, :2, 0]
-    task = Task(x["labels"], (x["top_ids"], x["top_logp"], x["rest_logp"]), None, False, (0.9, 0.3, 0.2), outcomes, 1, torch.float32)
+    task = Task(
+        x["labels"],
+        (x["top_ids"], x["top_logp"], x["rest_logp"]),
+        None,
+        False,
+        (0.9, 0.3, 0.2),
+        outcomes,
+        1,
+        torch.float32,
+    )
     workspace = torch.full((len(task.place), V + 10), 7.0, device=DEVICE)
     logits = workspace[:, :V].copy_(x["hidden"][0, task.place] @ x["weight"].T)
     return workspace, logits, task.targets(0, N, V)

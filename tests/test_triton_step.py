@@ -1,6 +1,7 @@
-"""The fused step of the hybrid layer is the functions for whole sequences, token by token, judged from float64.
+"""The fused step of the hybrid layer is the functions for whole sequences, token by token, measured from float64.
 
-On a machine without a GPU the kernels run in Triton's interpreter, in small tiles so that a few slots are several of them.
+On a machine without a GPU the kernels run in Triton's interpreter, in small tiles so that a few slots are several of
+them.
 """
 
 import os
@@ -46,9 +47,14 @@ def memory(x, window=W, sinks=S, dtype=torch.float32, held=99.0):
 
 def step(x, t, held, index, dtype=torch.float32, sinks=S, tile=TILE, **changes):
     """h [B, H, V] of token t in float64 on the CPU; the memory `held` is written in place."""
-    now = {name: a[:, t : t + 1].to(DEVICE, torch.float32 if name in ("phi_q", "phi_k", "i", "f", "o") else dtype) for name, a in x.items()}
+    now = {
+        name: a[:, t : t + 1].to(DEVICE, torch.float32 if name in ("phi_q", "phi_k", "i", "f", "o") else dtype)
+        for name, a in x.items()
+    }
     with using(tile):
-        h = hybrid_step_triton(*(now | changes).values(), *held, torch.as_tensor(index, device=DEVICE), sinks=sinks, scale=0.3)
+        h = hybrid_step_triton(
+            *(now | changes).values(), *held, torch.as_tensor(index, device=DEVICE), sinks=sinks, scale=0.3
+        )
     assert h.dtype == dtype and h.shape == (len(x["q"]), 1, x["q"].shape[2], x["v"].shape[3])
     return h[:, 0].double().cpu()
 
@@ -56,7 +62,9 @@ def step(x, t, held, index, dtype=torch.float32, sinks=S, tile=TILE, **changes):
 def whole(x, window=W, sinks=S):
     """h [B, T, H, V] of the whole sequence, and the state after it."""
     repeats = x["q"].shape[2] // x["v"].shape[2]
-    mem, state = mlstm(x["phi_q"], x["phi_k"], x["v"].repeat_interleave(repeats, 2), x["i"], x["f"], backend="recurrent")
+    mem, state = mlstm(
+        x["phi_q"], x["phi_k"], x["v"].repeat_interleave(repeats, 2), x["i"], x["f"], backend="recurrent"
+    )
     near = window_attention(x["q"], x["k"], x["v"], window=window, sinks=sinks, scale=0.3, backend="reference")
     return x["o"][..., None] * mem + (1 - x["o"])[..., None] * near, state
 
@@ -64,7 +72,9 @@ def whole(x, window=W, sinks=S):
 def assert_same_state(held, state, tol=1e-5):
     """States agree if exp(m) C and exp(m) n do."""
     C, n, m = (a.double().cpu() for a in held[:3])
-    torch.testing.assert_close(C * m.exp()[..., None, None], state.C * state.m.exp()[..., None, None], rtol=tol, atol=tol)
+    torch.testing.assert_close(
+        C * m.exp()[..., None, None], state.C * state.m.exp()[..., None, None], rtol=tol, atol=tol
+    )
     torch.testing.assert_close(n * m.exp()[..., None], state.n * state.m.exp()[..., None], rtol=tol, atol=tol)
 
 
@@ -76,7 +86,9 @@ def test_steps_are_the_whole_sequence_past_the_wrap_of_the_ring(heads):
     held = memory(x)
     addresses = [a.data_ptr() for a in held]
     for t in range(2 * W + 2):
-        torch.testing.assert_close(step(x, t, held, [t]), want[:, t], rtol=1e-5, atol=1e-5, msg=lambda text, t=t: f"token {t}: {text}")
+        torch.testing.assert_close(
+            step(x, t, held, [t]), want[:, t], rtol=1e-5, atol=1e-5, msg=lambda text, t=t: f"token {t}: {text}"
+        )
     assert_same_state(held, state)
     assert [a.data_ptr() for a in held] == addresses
 
@@ -134,7 +146,9 @@ def test_before_anything_was_written_the_memory_is_zero():
     """The first token writes nothing, i = -inf: h is the window's share, which is its own value."""
     x = inputs(1, H=2, G=1)
     x["i"][:] = -INF
-    torch.testing.assert_close(step(x, 0, memory(x), [0])[0], (1 - x["o"][0, 0, :, None]) * x["v"][0, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        step(x, 0, memory(x), [0])[0], (1 - x["o"][0, 0, :, None]) * x["v"][0, 0], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -144,7 +158,9 @@ def test_half_precision_slots_are_within_twice_the_error_of_eager_code(dtype):
     ours, theirs = torch.zeros_like(want), torch.zeros_like(want)
     for t in range(T):
         ours[:, t] = step(x, t, held, [t], dtype)
-        now = {name: a[:, t : t + 1].to(DEVICE, torch.float16 if name in ("k", "v") else dtype) for name, a in x.items()}
+        now = {
+            name: a[:, t : t + 1].to(DEVICE, torch.float16 if name in ("k", "v") else dtype) for name, a in x.items()
+        }
         theirs[:, t] = step_both(*now.values(), *eager, torch.tensor([t], device=DEVICE), S, 0.3)[:, 0].double().cpu()
     assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max() + 1e-6
     assert torch.equal(held[3], eager[3]) and torch.equal(held[4], eager[4])

@@ -1,4 +1,6 @@
-"""A kernel is used after it has been checked: once per machine, with a verdict on disk and one clear warning if it is wrong."""
+"""A kernel is used after it has been checked: once per machine, with a verdict on disk and one clear warning if it is
+wrong.
+"""
 
 import importlib.util
 import json
@@ -8,7 +10,7 @@ import warnings
 import pytest
 import torch
 from xlstm_kernels.backends import choose
-from xlstm_kernels.backends.verified import verified, verdict_file
+from xlstm_kernels.backends.verified import verdict_file, verified
 from xlstm_kernels.head_loss import op as head_loss
 from xlstm_kernels.mlstm import op as mlstm
 from xlstm_kernels.slstm import op as slstm
@@ -46,10 +48,14 @@ def test_a_right_kernel_is_checked_once_and_remembered_on_disk(fresh, monkeypatc
     for _ in range(2):
         assert verified("mlstm", check, CPU, torch.float32, K=64, V=128)
     assert calls == [(CPU, torch.float32, 64, 128)]
-    assert verdicts(fresh) == {"mlstm (K 64, V 128, float32)": {"right": True, "errors": {"output 0": 1e-6, "gradient 3": 9e-5}}}
+    assert verdicts(fresh) == {
+        "mlstm (K 64, V 128, float32)": {"right": True, "errors": {"output 0": 1e-6, "gradient 3": 9e-5}}
+    }
     monkeypatch.setattr(MODULE, "VERDICTS", {})  # as another process would begin
     assert verified("mlstm", check, CPU, torch.float32, K=64, V=128) and len(calls) == 1
-    assert verified("mlstm", check, CPU, torch.bfloat16, K=64, V=128) and len(calls) == 2  # another dtype is another kernel
+    assert (
+        verified("mlstm", check, CPU, torch.bfloat16, K=64, V=128) and len(calls) == 2
+    )  # another dtype is another kernel
 
 
 @pytest.mark.parametrize("error", [0.3, float("nan"), float("inf")])
@@ -57,7 +63,8 @@ def test_a_wrong_gradient_means_one_warning_and_the_plain_form(fresh, error):
     def check(device, dtype, K):
         return {"output 0": 1e-6, "gradient 1": error}
 
-    said = r"mlstm \(K 64, float32\).*'gradient 1'.*0.0001 is allowed.*torch form runs instead.*verdicts-.*backend=\"triton\""
+    said = r"mlstm \(K 64, float32\).*'gradient 1'.*0.0001 is allowed"
+    said += r".*torch form runs instead.*verdicts-.*backend=\"triton\""
     with pytest.warns(RuntimeWarning, match=said):
         assert not verified("mlstm", check, CPU, torch.float32, K=64)
     with warnings.catch_warnings():
@@ -106,17 +113,25 @@ def test_other_sources_are_another_environment(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("operation", "dims"), [
-    ("mlstm", {"K": 16, "V": 32}), ("hybrid_step", {"K": 16, "V": 32, "F": 24}), ("head_loss", {"M": 16}), ("slstm", {"V": 16}),
-    pytest.param("window_attention", {"K": 16, "V": 32}, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("operation", "dims"),
+    [
+        ("mlstm", {"K": 16, "V": 32}),
+        ("hybrid_step", {"K": 16, "V": 32, "F": 24}),
+        ("head_loss", {"M": 16}),
+        ("slstm", {"V": 16}),
+        pytest.param("window_attention", {"K": 16, "V": 32}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_checks_find_our_kernels_right(operation, dims):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU: in the interpreter
     assert verified(operation, KERNELS[operation].check, device, torch.float32, **dims)
 
 
 def test_auto_takes_a_kernel_only_where_it_is_right_and_has_tiles(fresh, monkeypatch):
-    """The question is asked with a CPU in the place of a GPU that is not here, in eager mode and while a graph is compiled."""
+    """The question is asked with a CPU in the place of a GPU that is not here, in eager mode and while a graph is
+    compiled.
+    """
     asked = []
 
     def check(device, dtype, K, V):
@@ -141,15 +156,22 @@ def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch):
     """The answer is a constant of the graph, also in `fullgraph`, which refuses whatever cannot be traced."""
     right = {"output 0": 0.0}
     monkeypatch.setattr(choose, "unavailable", lambda device: None)
-    monkeypatch.setattr(choose, "runs_right", lambda kernel, x, calculation, dtype, dims: choose.is_verified(
-        kernel.name, kernel.check, str(x.device), dtype, tuple(dims.items())))  # fmt: skip
+    monkeypatch.setattr(
+        choose,
+        "runs_right",
+        lambda kernel, x, calculation, dtype, dims: choose.is_verified(
+            kernel.name, kernel.check, str(x.device), dtype, tuple(dims.items())
+        ),
+    )
     kernel = choose.Kernel("traced", {"K": 8}, answer_of(right))
 
     def double_if_right(x):
         return 2 * x if choose.kernel_is_right(kernel, x, torch.float32, x.dtype, K=x.shape[-1]) else x
 
     fn = torch.compile(double_if_right, backend="eager", fullgraph=True)
-    assert torch.equal(fn(torch.ones(3, 8)), torch.full((3, 8), 2.0)) and torch.equal(fn(torch.ones(3, 9)), torch.ones(3, 9))
+    assert torch.equal(fn(torch.ones(3, 8)), torch.full((3, 8), 2.0)) and torch.equal(
+        fn(torch.ones(3, 9)), torch.ones(3, 9)
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

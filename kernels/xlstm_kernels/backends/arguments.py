@@ -18,14 +18,13 @@ def expect(name, x, kind="floating", **dims):
 
 
 def expect_for_kernel(name, x, largest=None):
-    """Raise ValueError unless the Triton kernels calculate in the dtype of x and have tiles for its last dim, up to
-    `largest`.
-    """
+    """Raise ValueError unless Triton kernels calculate in the dtype of x, with a last dim up to `largest`."""
     if x.dtype not in KERNEL_DTYPES:
         raise ValueError(
-            f"{name}: the triton backend calculates in float32, float16 and bfloat16, got {x.dtype}; use another backend"
+            f"{name}: the triton backend calculates in float32, float16 and bfloat16, got {x.dtype}; use another one"
         )
     if largest is not None and x.shape[-1] > largest:
         raise ValueError(
-            f"{name}: the triton backend has tiles for {largest} at most in the last dim, got {x.shape[-1]}; use another backend"
+            f"{name}: the triton backend has tiles for {largest} at most in the last dim, got {x.shape[-1]}; "
+            "use another one"
         )

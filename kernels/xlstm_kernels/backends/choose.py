@@ -38,9 +38,7 @@ def resolve(backend, backends, device, choose):
 
 
 def kernel_is_right(kernel, x, calculation, dtype, **dims):
-    """True if a `Kernel` has tiles for these dims, runs on the device of x, calculates in that dtype, and gives right
-    results there.
-    """
+    """True if a `Kernel` has tiles for these dims, and gives right results where x is, calculating in float32."""
     fits = all(size <= kernel.largest[name] for name, size in dims.items())
     return fits and runs_right(kernel, x, calculation, dtype, dims)
 

@@ -91,7 +91,8 @@ def look_up(table, device, width, dtype):
     widths = sorted(w for c, w, d in table if c == row and d == kind and w >= width)
     if not widths:
         raise ValueError(
-            f"width {width}: the largest in the tile table for sm_{row}, {kind} precision, is {max(w for _, w, _ in table)}"
+            f"width {width}: the largest in the tile table for sm_{row}, {kind} precision, is "
+            f"{max(w for _, w, _ in table)}"
         )
     key = row, widths[0], kind
     if RECORDED.get() is not None:
@@ -127,21 +128,11 @@ def setting(variable, value):
         variable.reset(token)
 
 
+@contextlib.contextmanager
 def recording(capability):
-    """`with recording(90) as launches:` collects what would be started on that chip.
-
-    Tensors may be on the meta device.
-    """
-    stack = contextlib.ExitStack()
-    stack.enter_context(setting(CHIP, capability))
-    launches = stack.enter_context(setting(RECORDED, Recording()))
-
-    @contextlib.contextmanager
-    def block():
-        with stack:
-            yield launches
-
-    return block()
+    """`with recording(90) as launches:` collects what would be started on that chip; tensors may be "meta"."""
+    with setting(CHIP, capability), setting(RECORDED, Recording()) as launches:
+        yield launches
 
 
 def using(tile):

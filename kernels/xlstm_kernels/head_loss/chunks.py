@@ -16,8 +16,7 @@ from xlstm_kernels.head_loss.reference import HeadLoss, Terms
 
 # bytes of logits that are alive at once: 160 rows of 128k on a CPU, 1040 on a GPU
 WORKSPACE = {"cpu": 80 * 2**20, "cuda": 512 * 2**20}
-# ids per product that sums over the vocabulary on a CPU: MKL is a quarter faster than on the whole, measured for 128 to
-# 176 rows
+# ids per product that sums over the vocabulary on a CPU: MKL is a quarter faster than on the whole (128 to 176 rows)
 SLICE = 512
 
 
@@ -103,23 +102,14 @@ def in_chunks(step, hidden, weight, bias, task, rule, rows, wanted):
     One chunk's logits are alive at a time.
     """
     (N, V), dtype, device = (len(task.place), len(weight)), task.dtype, hidden.device
-    half = (
-        hidden.dtype
-        if device.type != "cpu" and hidden.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-        else None
-    )
-    half = half if half and mixed_products(device, half) else None
+    half = hidden.dtype if hidden.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 else None
+    half = half if half and device.type != "cpu" and mixed_products(device, half) else None
     lift = float(max(N, 1)) if half == torch.float16 else 1.0  # 1 / N is no number that float16 should multiply with
     width = -(-V // 64) * 64  # rows of the workspace begin where wide loads and stores may
-    head, R = (
-        Head(weight, bias, dtype, half),
-        chunk_rows(N, width * bytes_per_logit(step, dtype, half, rule), device, rows),
-    )
-    dhidden = (
-        torch.zeros_like(hidden, dtype=torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
-        if wanted[0]
-        else None
-    )
+    head = Head(weight, bias, dtype, half)
+    R = chunk_rows(N, width * bytes_per_logit(step, dtype, half, rule), device, rows)
+    precise = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    dhidden = torch.zeros_like(hidden, dtype=precise) if wanted[0] else None
     dweight = torch.empty(weight.shape, dtype=dtype, device=device) if wanted[1] else None
     dbias = torch.zeros(V, dtype=dtype, device=device) if wanted[2] else None
     workspace, terms = torch.empty(min(R, N), width, dtype=dtype, device=device)[:, :V], []
@@ -127,27 +117,24 @@ def in_chunks(step, hidden, weight, bias, task, rule, rows, wanted):
         place = task.place[begin : begin + R]
         x = hidden[place].to(half or dtype)
         logits = head.logits(x, workspace[: len(place)])  # first: a GPU multiplies while the host goes on
-        found, d = step(logits, task.targets(begin, begin + R, V, lift), rule, (half or dtype) if any(wanted) else None)
-        terms.append(found)
+        targets = task.targets(begin, begin + R, V, lift)
+        of_rows, d = step(logits, targets, rule, (half or dtype) if any(wanted) else None)
+        terms.append(of_rows)
         if wanted[0]:
             dhidden[place] = head.dhidden(d).to(dhidden.dtype)
         if wanted[1]:
             head.add_dweight(dweight, d, x, first=not begin)
         if wanted[2]:
             dbias += d.sum(0, dtype=dtype)
-    return Terms(*map(torch.cat, zip(*terms, strict=True))), [
-        x if x is None or lift == 1 else x.div_(lift) for x in (dhidden, dweight, dbias)
-    ]
+    grads = [x if x is None or lift == 1 else x.div_(lift) for x in (dhidden, dweight, dbias)]
+    return Terms(*map(torch.cat, zip(*terms, strict=True))), grads
 
 
 def bytes_per_logit(step, dtype, half, rule):
-    """Of the logits themselves, and of what `cpu.rows_step` keeps beside them: the slope of a cap, a copy in half
-    precision.
-    """
-    beside = (
-        0 if step is not rows_step else dtype.itemsize * (rule.softcap is not None) + (half.itemsize if half else 0)
-    )
-    return dtype.itemsize + beside
+    """Of the logits, and of what `cpu.rows_step` has beside them: the slope of a cap, a copy in half precision."""
+    if step is not rows_step:
+        return dtype.itemsize
+    return dtype.itemsize * (1 + (rule.softcap is not None)) + (half.itemsize if half else 0)
 
 
 class Fused(torch.autograd.Function):
@@ -166,18 +153,13 @@ class Fused(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if ctx.grads is None:
             raise RuntimeError(
-                "head_loss: its gradients were handed out by the first backward, no copy is kept (retain_graph=True or not); "
-                'call head_loss again, or take backend="dense"'
+                "head_loss: its gradients were handed out by the first backward, and there is no copy (retain_graph="
+                'True or not); call head_loss again, or take backend="dense"'
             )
         # no reference stays behind, so that a parameter can take its gradient as it is
         grads, ctx.grads = ctx.grads, None
-        return (
-            *(x if x is None else scaled(x, dloss, dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)),
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = [x if x is None else scaled(x, dloss, dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *grads, None, None, None, None
 
 
 def scaled(x, factor, dtype):

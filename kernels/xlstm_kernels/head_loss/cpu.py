@@ -19,8 +19,7 @@ BLOCK = 2**19  # logits that the passes over a row take at once on a CPU: they s
 
 
 def rows_step(logits, targets, rule, gradient):
-    """Terms of R rows, and the loss's gradient of u, which the logits' memory is used for: what stood there is lost in
-    any case.
+    """Terms of R rows, and the loss's gradient of u in the memory of the logits: what stood there is lost in any case.
 
     Args:
         logits: u, [R, V], float32 or float64, overwritten.
@@ -32,10 +31,9 @@ def rows_step(logits, targets, rule, gradient):
     slope = bend(logits, rule, gradient is not None)
     stored = targets.logp != NEVER
     some = stored.any(1, keepdim=True)
-    entry = torch.where(
-        stored, torch.arange(stored.shape[1], device=stored.device), stored.int().argmax(1, keepdim=True)
-    )
     # a padding entry stands for the first stored one: no id is hit by chance
+    first = stored.int().argmax(1, keepdim=True)
+    entry = torch.where(stored, torch.arange(stored.shape[1], device=stored.device), first)
     ids, label = targets.ids.gather(1, entry), targets.label[:, None]
     z, z_label = logits.gather(1, ids), logits.gather(1, label)[:, 0]
     logits.scatter_(1, ids, torch.where(some, NEVER, z))
@@ -67,9 +65,7 @@ def bend(logits, rule, differentiate):
 
 
 def exponentials(logits):
-    """exp(logits - frame) in place; frame [R], the largest of a row (0 if a row is empty), and the sum [R] of what is
-    written.
-    """
+    """exp(logits - frame) in place; frame [R], the largest of a row (0 if it is empty), and the sum [R] of the row."""
     frame, total = logits.new_empty(len(logits)), logits.new_empty(len(logits))
     rows = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     for part, top, s in zip(*(x.split(rows) for x in (logits, frame, total)), strict=True):
@@ -80,8 +76,7 @@ def exponentials(logits):
 
 
 def compare(outcomes, norm, targets, rule):
-    """Forward and reverse KL [R], and the loss's derivative d [R, M + 1] by each outcome's logit, without the label's
-    share.
+    """Forward and reverse KL [R], and the loss's derivative d [R, M + 1] by each outcome's logit, the label left out.
 
     outcomes: logits of the stored ids, -inf for padding, and of the rest as one, [R, M + 1]; norm: their logsumexp [R].
     """
@@ -89,13 +84,8 @@ def compare(outcomes, norm, targets, rule):
     teacher = torch.cat([targets.logp, targets.rest[:, None]], 1)
     student = outcomes - norm[:, None]
     if rule.support:
-        student = torch.cat(
-            [
-                outcomes[:, :-1] - finite(outcomes[:, :-1].logsumexp(1, keepdim=True)),
-                torch.full_like(norm, NEVER)[:, None],
-            ],
-            1,
-        )
+        z = outcomes[:, :-1]
+        student = torch.cat([z - finite(z.logsumexp(1, keepdim=True)), torch.full_like(norm, NEVER)[:, None]], 1)
     P, Q = teacher.exp(), student.exp()
     forward_kl = torch.where(P != 0, P * (teacher - student), 0.0).sum(1)
     teacher[:, -1].clamp_min_(REST_FLOOR)

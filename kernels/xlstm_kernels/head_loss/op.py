@@ -74,12 +74,13 @@ def check_settings(top_ids, top_logp, rest_logp, weights, outcomes, num_items, l
     missing = [name for name, x in given.items() if x is None]
     if missing and (len(missing) < len(given) or rest_logp is not None or any(weights[1:])):
         raise ValueError(
-            f"outcomes={outcomes!r} with {names[1]}={weights[1]}, {names[2]}={weights[2]} needs {list(given)}: {missing} missing"
+            f"outcomes={outcomes!r} with {names[1]}={weights[1]}, {names[2]}={weights[2]} needs {list(given)}: "
+            f"{missing} missing"
         )
     if outcomes == "gemma" and weights[2]:
         raise ValueError(
-            f"reverse_kl_weight={weights[2]}: outcomes='gemma' has no reverse KL, for the teacher excludes what it did not store; "
-            "choose 'tail' or 'renormalise'"
+            f"reverse_kl_weight={weights[2]}: outcomes='gemma' has no reverse KL, for the teacher excludes what it did "
+            "not store; choose 'tail' or 'renormalise'"
         )
     if not 0 < logit_scale < float("inf"):
         raise ValueError(f"logit_scale={logit_scale}: expected a finite factor of more than 0")
@@ -148,43 +149,14 @@ def head_loss(hidden, weight, labels, top_ids=None, top_logp=None, rest_logp=Non
     run = evaluate
     if torch.compiler.is_compiling():  # which rows there are is read from the data: there is nothing to trace
         run = torch.compiler.disable(evaluate)
-    return run(
-        hidden,
-        weight,
-        bias,
-        labels,
-        teacher,
-        mask,
-        shift,
-        weights,
-        outcomes,
-        num_items,
-        logit_scale,
-        softcap,
-        rows,
-        backend,
-    )
+    counted = labels, teacher, mask, shift, weights, outcomes, num_items
+    return run(hidden, weight, bias, counted, logit_scale, softcap, rows, backend)
 
 
-def evaluate(
-    hidden,
-    weight,
-    bias,
-    labels,
-    teacher,
-    mask,
-    shift,
-    weights,
-    outcomes,
-    num_items,
-    logit_scale,
-    softcap,
-    rows,
-    backend,
-):
+def evaluate(hidden, weight, bias, counted, logit_scale, softcap, rows, backend):
     """`head_loss` of arguments whose shapes and settings fit."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would run the matrix products in half precision
-        task = Task(labels, teacher, mask, shift, weights, outcomes, num_items, calculation_dtype(hidden, weight))
-        check_ids(labels, task, len(weight))
-        rule = Rule(outcomes == "renormalise", float(logit_scale), softcap)
+        task = Task(*counted, calculation_dtype(hidden, weight))
+        check_ids(counted[0], task, len(weight))
+        rule = Rule(task.outcomes == "renormalise", float(logit_scale), softcap)
         return BACKENDS[backend](hidden.flatten(0, 1), weight, bias, task, rule, rows)

@@ -23,10 +23,9 @@ from xlstm_kernels.backends.numerics import finite
 IGNORE = -100  # label of a token whose cross-entropy does not count
 OUTCOMES = ("tail", "renormalise", "gemma")
 NEVER = float("-inf")  # log-probability of an outcome that cannot happen
-# Reverse KL is infinite where the teacher's rest mass is 0, which is what rounding makes of a small one. exp(-30) =
-# 1e-13 is far below what a
-# float32 softmax resolves (6e-8), so a mass that was measured stays as it is, and what the student has there costs 30
-# nats at most.
+# Reverse KL is infinite where the teacher's rest mass is 0, which is what rounding makes of a small one. exp(-30) is
+# far below what a float32 softmax resolves (6e-8), so a mass that was measured stays as it is, and what the student has
+# there costs 30 nats at most.
 REST_FLOOR = -30.0
 
 
@@ -40,8 +39,7 @@ class HeadLoss(NamedTuple):
     ce: Tensor  # nats per counted token
     forward_kl: Tensor | None
     reverse_kl: Tensor | None
-    # share of the tokens whose KL counts where the teacher's most likely stored id is the student's, no other id as
-    # likely
+    # share of the tokens whose KL counts where the teacher's most likely stored id is the student's, and no other
     agreement: Tensor | None
     items: int  # tokens that count in any term
 
@@ -55,10 +53,10 @@ class Rule(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What R rows are held to.
+    """What R rows are compared with.
 
-    label: [R], 0 where cross-entropy does not count; ids, logp: [R, M], logp -inf where an entry is padding; rest: [R],
-        -inf where there is none
+    label: [R], 0 where cross-entropy does not count
+    ids, logp: [R, M], logp -inf where an entry is padding; rest: [R], -inf where there is none
     ce, forward_kl, reverse_kl: [R], weight of the row's term in the loss, 0 where it does not count
     """
 
@@ -83,8 +81,8 @@ class Terms(NamedTuple):
 class Task:
     """The tokens that count, as flat positions, and their targets. Whatever stands at other tokens is never read.
 
-    place: [N] positions in [B T]; ce, kl: [N], True where the term counts; weights: of ce, forward KL and reverse KL,
-        [3], over their counts
+    place: [N] positions in [B T]; ce, kl: [N], True where the term counts
+    weights: of ce, forward KL and reverse KL, [3], over their counts
     """
 
     def __init__(self, labels, teacher, mask, shift, weights, outcomes, num_items, dtype):
@@ -101,10 +99,8 @@ class Task:
         self.outcomes, self.dtype = outcomes, dtype
         self.teacher = None if teacher is None else [x if x is None else x.flatten(0, 1) for x in teacher]
         self.counts = [x.sum().clamp_min(1) for x in (self.ce, self.kl)]
-        ce_items, kl_items = (
-            self.counts if num_items is None else [torch.as_tensor(num_items, device=labels.device)] * 2
-        )
-        self.items = ce_items, kl_items, kl_items
+        ce, kl = self.counts if num_items is None else [torch.as_tensor(num_items, device=labels.device)] * 2
+        self.items = ce, kl, kl
         self.given = weights
         self.weights = [w / n.to(dtype) for w, n in zip(weights, self.items, strict=True)]
 
@@ -116,9 +112,7 @@ class Task:
         return Targets(torch.where(ce, self.label[begin:end], 0), ids, logp, rest, *weights)
 
     def entries(self, place, kl, V):
-        """The teacher's entries (ids, logp [R, M], rest [R]) at the flat positions `place`, all padding where KL does
-        not count.
-        """
+        """The teacher's (ids, logp [R, M], rest [R]) at the positions `place`, all padding where KL does not count."""
         none = torch.full_like(place, NEVER, dtype=self.dtype)
         if self.teacher is None:
             return torch.zeros_like(place)[:, None], none[:, None], none
@@ -141,9 +135,8 @@ class Task:
         if self.teacher is None:
             return HeadLoss(loss, ce, None, None, None, len(self.place))
         agreement = (terms.hit & self.kl).sum() / self.counts[1]
-        return HeadLoss(
-            loss, ce, forward_kl, None if self.outcomes == "gemma" else reverse_kl, agreement, len(self.place)
-        )
+        reverse_kl = None if self.outcomes == "gemma" else reverse_kl
+        return HeadLoss(loss, ce, forward_kl, reverse_kl, agreement, len(self.place))
 
 
 def following(x, last):

@@ -1,13 +1,13 @@
 """`cpu.rows_step` as one Triton kernel: terms and gradient of a chunk's rows, one program per row.
 
-Dims: R rows, V vocabulary, M teacher entries kept.
+Dims: R rows, V vocabulary, M teacher entries.
 
 Why like this. A row of 128k float32 logits (0.5 MB) fits no register file, so it must be read twice: once for the sum
 of exponentials, once for the gradient. Everything else is M numbers in registers, for the stored ids are lifted out
 first: they are read, -inf is written in their place, and the passes over the row know nothing of the teacher. The
-gradient overwrites the logits, in half precision in the first half of their own
-memory, which saves a buffer half as large as the workspace: larger chunks mean fewer sums into the head's gradient,
-each of which reads and writes V D float32. With 4 + 4 + 2 bytes per logit the kernel should run at the memory's speed:
+gradient overwrites the logits, in half precision in the first half of their own memory, which saves a buffer half as
+large as the workspace: larger chunks mean fewer sums into the head's gradient, each of which reads and writes V D
+float32. With 4 + 4 + 2 bytes per logit the kernel should run at the memory's speed:
 2.5 ms for 8192 rows of 128k on an H200, beside some 33 ms of matrix products. The sum takes one exponential per logit:
 each lane keeps its own maximum, no lane waits for another.
 
@@ -86,9 +86,7 @@ def head_loss_rows(p_u, p_d, p_label, p_ids, p_logp, p_rest, p_w_ce, p_w_forward
                    p_reverse, p_hit, V, M, u_stride, d_stride, logit_scale, softcap, floor, SUPPORT: tl.constexpr,
                    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BM: tl.constexpr,
                    BV: tl.constexpr):  # too many for a line each  # fmt: skip
-    """Terms of row i_r, and its gradient in p_d, which is the memory of p_u in the same dtype or (NARROW) in one half
-    as wide.
-    """
+    """Terms of row i_r, and its gradient in p_d: the memory of p_u, in its dtype or (NARROW) in one half as wide."""
     i_r = tl.program_id(0).to(tl.int64)
     p_row, p_out, o_m = p_u + i_r * u_stride, p_d + i_r * d_stride, tl.arange(0, BM)
     scale = logit_scale

@@ -1,20 +1,20 @@
 """The mLSTM for a CPU: chunkwise, streaming, with a backward written out. Dims as in `reference`; L tokens per chunk, N
 chunks, n of them at a time.
 
-Inside a chunk, with b_t the sum of log f since its beginning, the weight of token s in row t is exp(b_t - b_s + i_s -
-m_t) = exp(a_s - M_t):
+Inside a chunk, with b_t the sum of log f since its beginning, the weight of token s in row t is
+exp(b_t - b_s + i_s - m_t) = exp(a_s - M_t):
 
     a_s = i_s - b_s      M_t = max(m of the state carried in, max_{s<=t} a_s)      m_t = b_t + M_t
 
-so every row maximum is known before the first product, and since h does not depend on the row's scale, any frame R_t >=
-M_t serves as well. Unless the gates swing wildly R is taken constant over the document's part of the chunk: exp(a_s -
-R) then belongs to the key alone and what is left is causal linear attention. The backward computes the scores again
-from the states that were kept, in a loop from the last chunk to the first:
+so every row maximum is known before the first product, and since h does not depend on the row's scale, any frame
+R_t >= M_t serves as well. Unless the gates swing wildly R is taken constant over the document's part of the chunk:
+exp(a_s - R) then belongs to the key alone and what is left is causal linear attention. The backward computes the scores
+again from the states that were stored, in a loop from the last chunk to the first:
 
     dnum = dh / den      dden = -<dnum, num> / den      (never a square of den, which may be tiny)
     di_s = <k_s, dk_s>   as exp(i_s) and k_s only occur as their product
-    dlogf_t = sum of the weights' gradients over all pairs of a token before t and a row not before t; <q_t, dq_t> = 0
-    saves half of the sums
+    dlogf_t = sum of the weights' gradients over all pairs of a token before t and a row not before t;
+              <q_t, dq_t> = 0 saves half of the sums
 """
 
 from typing import NamedTuple
@@ -28,16 +28,15 @@ from xlstm_kernels.backends.scratch import space_of
 from xlstm_kernels.mlstm.reference import FORGET_ALL, MLSTMState, fresh_state
 
 ENTRIES = 2**17  # of one tensor that is worked on at once: enough to hide the calls, few enough to stay in the cache
-# entries from which one chunk of one row hides the calls: it is then worked on alone, where it lies, with its state in
-# place
+# entries from which one chunk of one row hides the calls: it is then worked on alone, where it lies, its state in place
 LARGE = 2**15
 SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
 
 
 class Gates(NamedTuple):
-    """What the gates say about every chunk, before any key is looked at. Weights in the dtype of the calculation,
-    exponents in float64.
+    """What the gates say about every chunk, before any key is looked at.
 
+    Weights in the dtype of the calculation, exponents in float64:
     intra: weight of a token in the rows of its own chunk [N B H, L, 1], None if it differs too much from row to row
         (then a and M are used)
     write: weight of a token in the state after the chunk [N B H, L, 1]
@@ -183,9 +182,8 @@ def cut(space, name, x, segment, weight=None):
     """
     if len(x) == segment.n == 1 and x.dtype == space.options["dtype"]:
         x = x[0, segment.t : segment.t + segment.L]
-        return (x if weight is None else torch.mul(x, weight.transpose(0, 1), out=space(name, *x.shape))).transpose(
-            0, 1
-        )
+        x = x if weight is None else torch.mul(x, weight.transpose(0, 1), out=space(name, *x.shape))
+        return x.transpose(0, 1)
     x = chunks_of(x, segment)
     y = space(name, *x.shape)
     if weight is None:
@@ -231,9 +229,7 @@ def inverse(den):
 
 
 class Piece:
-    """The chunks of one segment as matrices [n B H, ...]: loaded, weighted and multiplied, in the forward and once more
-    in the backward.
-    """
+    """The chunks of one segment as matrices [n B H, ...]: loaded, weighted, multiplied, forward and again backward."""
 
     def __init__(self, q, k, v, gates, segment, L, space):
         t, self.n, size = segment
@@ -249,9 +245,7 @@ class Piece:
         self.k_intra = self.k_write if self.same else cut(space, "k_intra", k, segment, self.intra)
 
     def pattern(self):
-        """What the scores are multiplied with, [L, L] or [n B H, L, L]: the causal mask, and the weights that are not
-        in k_intra.
-        """
+        """Factors of the scores, [L, L] or [n B H, L, L]: the causal mask, and the weights that are not in k_intra."""
         g, size = self.gates, self.q.shape[1]
         causal = self.space.causal(size)
         same = None
@@ -279,7 +273,7 @@ class Piece:
     def decayed(self, name, new, x):
         """decay_c x_c of each chunk [n B H, ...] and the x after the last one, x_{c+1} = decay_c x_c + new_c.
 
-        New is lost.
+        `new` is lost.
         """
         new = new.unflatten(0, (self.n, -1))
         y, decay = self.space(name, *new.shape), self.decay.view(self.decay.shape + (1,) * (new.dim() - 2))
@@ -322,8 +316,11 @@ class Piece:
         return num, inverse_den, C, n
 
     def backward(self, dnum, inverse_den, C, n, dC, dn):
-        """From dnum = dh / den, the state before and the gradient of the state after to dq, dk, dv, each with a weight
-        or None, the gradient of the state before, and what `gate_gradients` needs of each token."""
+        """From dnum = dh / den, the state before and the gradient of the state after to those of the piece.
+
+        Returns dq, dk, dv, each with a weight or None, the gradient of the state before, and what `gate_gradients`
+        needs of each token.
+        """
         space, pattern, q_carry = self.space, self.pattern(), self.space.product("q_carry", self.q, self.carry)
         if self.n > 1:
             C, n = (x[:-1].flatten(0, 1) for x in self.states(C, n))
@@ -356,20 +353,16 @@ class Piece:
 def streaming_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool
 ) -> list[Tensor]:
-    """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, and the state before each
-    segment.
-    """
+    """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, states before."""
     (B, _, H, _), dtype = q.shape, C.dtype
     gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
-    h, inverse_den = (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        gates.write.new_zeros(gates.write.shape if keep else 0),
-    )
+    h = torch.empty_like(v, memory_format=torch.contiguous_format)
+    inverse_den = gates.write.new_zeros(gates.write.shape if keep else 0)
     C, n = C.flatten(0, 1).clone(), n.flatten(0, 1).clone()
-    kept_C, kept_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
+    stored_C, stored_n = (x.new_empty(len(pieces) if keep else 0, *x.shape) for x in (C, n))
     for j, segment in enumerate(pieces):
         if keep:
-            kept_C[j], kept_n[j] = C, n
+            stored_C[j], stored_n[j] = C, n
         x = Piece(q, k, v, gates, segment, L, space)
         num, weight, C, n = x.forward(C, n)
         put(h, segment, num, weight)
@@ -378,7 +371,7 @@ def streaming_forward(
     m = gates.m.to(dtype, copy=True)
     rounded = (gates.m - finite(m).double()).exp().to(dtype)  # what rounding m loses goes into C and n
     state = (C * rounded[:, None, None]).unflatten(0, (B, H)), (n * rounded[:, None]).unflatten(0, (B, H)), m.view(B, H)
-    return [h, *state, rounded, inverse_den, kept_C, kept_n]
+    return [h, *state, rounded, inverse_den, stored_C, stored_n]
 
 
 streaming_op = torch.library.custom_op("xlstm_kernels::mlstm_streaming", streaming_forward, mutates_args=())
@@ -387,44 +380,38 @@ streaming_op = torch.library.custom_op("xlstm_kernels::mlstm_streaming", streami
 @streaming_op.register_fake
 def _(q, k, v, i, f, C, n, m, L, keep):
     (B, T, H, K), V = q.shape, v.shape[3]
-    N, kept = -(-T // L), len(segments(q, v, L)) if keep else 0
+    N, stored = -(-T // L), len(segments(q, v, L)) if keep else 0
     weights = (N * B * H, L, 1) if keep else (0,)
-    shapes = (B, H, K, V), (B, H, K), (B, H), (B * H,), weights, (kept, B * H, K, V), (kept, B * H, K)
+    shapes = (B, H, K, V), (B, H, K), (B, H), (B * H,), weights, (stored, B * H, K, V), (stored, B * H, K)
     return [v.new_empty(v.shape), *(C.new_empty(shape) for shape in shapes)]
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_streaming_backward", mutates_args=())
 def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m: Tensor, rounded: Tensor,
-                       inverse_den: Tensor, kept_C: Tensor, kept_n: Tensor, dh: Tensor, dC: Tensor, dn: Tensor,
+                       inverse_den: Tensor, stored_C: Tensor, stored_n: Tensor, dh: Tensor, dC: Tensor, dn: Tensor,
                        L: int) -> list[Tensor]:  # too many for a line each  # fmt: skip
     """The gradients of q, k, v, i, f, C, n."""
     B, _, H, _ = q.shape
-    gates, space = chunk_gates(i, f, m, L, kept_C.dtype), space_of("mlstm", kept_C.dtype, q.device)
+    gates, space = chunk_gates(i, f, m, L, stored_C.dtype), space_of("mlstm", stored_C.dtype, q.device)
     totals = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     per_token = [torch.zeros_like(gates.write) for _ in range(3)]
     dC, dn = dC.flatten(0, 1) * rounded[:, None, None], dn.flatten(0, 1) * rounded[:, None]
     for j, segment in reversed(list(enumerate(segments(q, v, L)))):
         x, size = Piece(q, k, v, gates, segment, L, space), segment[2]
         weight = inverse_den[x.here, :size]
-        grads, (dC, dn), of_tokens = x.backward(
-            cut(space, "dnum", dh, segment, weight), weight, kept_C[j], kept_n[j], dC, dn
-        )
+        dnum = cut(space, "dnum", dh, segment, weight)
+        grads, (dC, dn), of_tokens = x.backward(dnum, weight, stored_C[j], stored_n[j], dC, dn)
         for total, y in zip(totals, grads, strict=True):
             put(total, segment, *y)
         for total, y in zip(per_token, of_tokens, strict=True):
             total[x.here, :size] = y
     di, df = gate_gradients(*per_token, f)
-    return [
-        *totals,
-        di.to(i.dtype).contiguous(),
-        df.to(f.dtype).contiguous(),
-        dC.unflatten(0, (B, H)).clone(),
-        dn.unflatten(0, (B, H)).clone(),
-    ]
+    gates = di.to(i.dtype).contiguous(), df.to(f.dtype).contiguous()
+    return [*totals, *gates, *(x.unflatten(0, (B, H)).clone() for x in (dC, dn))]
 
 
 @streaming_backward.register_fake
-def _(q, k, v, i, f, m, rounded, inverse_den, kept_C, kept_n, dh, dC, dn, L):
+def _(q, k, v, i, f, m, rounded, inverse_den, stored_C, stored_n, dh, dC, dn, L):
     return [x.new_empty(x.shape) for x in (q, k, v, i, f, dC, dn)]
 
 
@@ -443,8 +430,7 @@ streaming_op.register_autograd(differentiate, setup_context=save)
 
 
 def gate_gradients(own, later, through, f):
-    """di and df [B, T, H] from what each token's weight contributed in its own chunk and later, and each chunk's
-    carried state [N B H, L, 1].
+    """di and df [B, T, H] from what weights contributed [N B H, L, 1]: in the own chunk, later, and of carried states.
 
     Summed inside a chunk only: sums over the sequence would lose the small differences that df is.
     """
@@ -452,11 +438,10 @@ def gate_gradients(own, later, through, f):
     own, later, through = (x.view(-1, B * H, x.shape[1]) for x in (own, later, through))
     after = own.flip(-1).double().cumsum(-1).flip(-1)  # of the tokens from t on, in rows not before them
     before = later.double().cumsum(-1) - later
-    tokens = [
-        x.transpose(0, 1).reshape(B, H, -1)[..., :T].transpose(1, 2) for x in (own + later, before - after + through)
-    ]
+    sums = own + later, before - after + through
+    di, dlogf = (x.transpose(0, 1).reshape(B, H, -1)[..., :T].transpose(1, 2) for x in sums)
     f = f.double()
-    return tokens[0], (tokens[1] * torch.sigmoid(-f)).masked_fill_(F.logsigmoid(f) < FORGET_ALL, 0.0)
+    return di, (dlogf * torch.sigmoid(-f)).masked_fill_(F.logsigmoid(f) < FORGET_ALL, 0.0)
 
 
 def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):

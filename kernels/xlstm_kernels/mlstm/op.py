@@ -42,14 +42,13 @@ def check_sequence(q, k, v, i, f, state, chunk_size, cu_seqlens=None):
     expect("f", f, B=B, T=T, H=H)
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r}: expected an integer of at least 1")
-    if cu_seqlens is not None and (
-        B != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)
-    ):
+    cu = cu_seqlens
+    if cu is not None and (B != 1 or cu.dim() != 1 or cu.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
-            f"cu_seqlens: expected int32 or int64 [N + 1] and one row, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, B={B}"
+            f"cu_seqlens: expected int32 or int64 [N + 1] and one row, got {cu.dtype} {list(cu.shape)}, B={B}"
         )
     if state is not None:
-        check_state(state, B=B if cu_seqlens is None else len(cu_seqlens) - 1, H=H, K=K, V=V)
+        check_state(state, B=B if cu is None else len(cu) - 1, H=H, K=K, V=V)
 
 
 def check_state(state, B, H, K, V):
@@ -62,7 +61,8 @@ def check_state(state, B, H, K, V):
     for name, x in zip("Cnm", state, strict=True):
         if x.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"state.{name}: expected float32 or float64, got {x.dtype}; pass the state on in the dtype it was returned in"
+                f"state.{name}: expected float32 or float64, got {x.dtype}; pass the state on in the dtype it was "
+                "returned in"
             )
 
 
@@ -78,9 +78,8 @@ def one_by_one(form, q, k, v, i, f, state, chunk_size, cu_seqlens):
     """A form that knows rows only, on each of the packed sequences."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != q.shape[1] or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(
-            f"cu_seqlens: expected 0, increasing, up to T={q.shape[1]}, got {ends if len(ends) < 9 else [*ends[:8], '...']}"
-        )
+        ends = ends if len(ends) < 9 else [*ends[:8], "..."]
+        raise ValueError(f"cu_seqlens: expected 0, increasing, up to T={q.shape[1]}, got {ends}")
     results = []
     for j, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
         own = None if state is None else MLSTMState(*(x[j : j + 1] for x in state))

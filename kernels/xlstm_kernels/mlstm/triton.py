@@ -9,13 +9,12 @@ The work is bound by memory: a chunk of 128 tokens costs as much traffic in stat
     scan     the frames of the states from one chunk to the next: a few numbers per chunk
     states   tiles of all states before each chunk, in the dtype of the inputs, one chunk after the other in float32
     output   h, for blocks of rows in parallel
-    backward states again (they are not kept), the gradients of the states in the other direction, then one kernel for
-    dq, dk, dv, whose phases
-             share what they read through the cache, and a last small one for di, df
+    backward states again (they are not stored), the gradients of the states in the other direction, then one kernel for
+             dq, dk, dv, whose phases share what they read through the cache, and a last small one for di, df
 
 Where sequences and heads are too few to fill the GPU, `states` runs in segments: what each adds, a scan over those,
-then each from its own start. Half precision multiplies half-precision tiles and sums in float32; what is kept from step
-to step is float32, gates are summed in float64.
+then each from its own start. Half precision multiplies half-precision tiles and sums in float32; what goes from step to
+step is float32, gates are summed in float64.
 """
 
 from typing import NamedTuple
@@ -48,9 +47,8 @@ def table(half, single):
 
 
 # BT tokens of a chunk, the same in all stages; BR rows at a time; BK x BV tile of a state (BK only where a program does
-# not need all of K).
-# Registers decide: on sm_90 two programs of 4 warps fit on a multiprocessor. float32 splits its tiles in three, in
-# registers too.
+# not need all of K). Registers decide: on sm_90 two programs of 4 warps fit on a multiprocessor. float32 splits its
+# tiles in three, in registers too.
 TILES = {
     "state": table(
         lambda c, w: Tile({"BT": 128, "BR": 64, "BK": 64, "BV": 128 if c == 90 else 64}, 4, 3),
@@ -72,9 +70,9 @@ TILES = {
 
 
 class Chunks(NamedTuple):
-    """How sequences are cut. per: chunks of each row if they are not packed, longest: of the longest sequence, total:
-    of all.
+    """How sequences are cut.
 
+    per: chunks of each row if they are not packed, longest: of the longest sequence, total: of all
     cu [N + 1] first token, first [N + 1] first chunk of each sequence, owner [total] sequence of each chunk: int64,
     None if not packed.
     """
@@ -93,7 +91,7 @@ class Chunks(NamedTuple):
         return self.per, self.cu, self.first, self.owner
 
 
-def chunk_rows(q, v):
+def chunk_tokens(q, v):
     """Tokens of a chunk: the table's BT, which all stages share."""
     return look_up(TILES["state"], q.device, max(q.shape[3], v.shape[3]), q.dtype).sizes["BT"]
 
@@ -107,14 +105,13 @@ def chunks_of(q, BT, longest, cu, first, owner):
 
 
 def packing(cu_seqlens, T, BT):
-    """longest, cu, first and owner of `Chunks` for sequences packed into one row of T tokens: reads the lengths on the
-    host, once.
-    """
+    """longest, cu, first and owner of `Chunks` for sequences packed into one row of T tokens, which the host reads."""
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != T or min(lengths) < 1:
         raise ValueError(
-            f"cu_seqlens: expected 0, ..., {T} with at least one token in each sequence, got {ends[:8]} of {len(ends)} entries"
+            f"cu_seqlens: expected 0, ..., {T} with at least one token in each sequence, "
+            f"got {ends[:8]} of {len(ends)} entries"
         )
     counts = torch.tensor([-(-n // BT) for n in lengths])
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -142,9 +139,7 @@ def segments_for(programs, chunks, device):
 
 
 class Gates(NamedTuple):
-    """What the gates say, as in `triton_kernels`: a, low, own, start [NC, H, BT], scales [NC, H, 4]. low is None for
-    half precision.
-    """
+    """a, low, own, start [NC, H, BT] and scales [NC, H, 4] of `triton_kernels`; low is None for half precision."""
 
     a: Tensor
     low: Tensor | None
@@ -157,25 +152,17 @@ def gate_pass(i, f, n, m, K, chunks, exact):
     """(Gates, m after the last token [N, H], scales of the first and the last frame [N, H, 2])."""
     T, H = i.shape[1:]
     rows = i.new_empty(chunks.total, H, chunks.BT, dtype=torch.float32)
-    a, low, own, start = (
-        rows,
-        torch.empty_like(rows) if exact else None,
-        torch.empty_like(rows),
-        torch.empty_like(rows, dtype=torch.int8),
-    )
+    a, low, own = rows, torch.empty_like(rows) if exact else None, torch.empty_like(rows)
+    start = torch.empty_like(rows, dtype=torch.int8)
     total, weight = rows.new_empty(chunks.total, H, dtype=torch.float64), rows.new_empty(chunks.total, H)
     per, *packed = chunks.places
     launch(gate_kernel, (chunks.total * H,), i, f, a, low, own, start, total, weight, T, per, H, *packed,
            tile=Tile({"BT": chunks.BT}, 8 if chunks.BT > 64 else 4, 1))  # too many for a line each  # fmt: skip
-    scales, m_last, ends = (
-        rows.new_empty(chunks.total, H, 4),
-        rows.new_empty(chunks.sequences, H),
-        rows.new_empty(chunks.sequences, H, 2),
-    )
+    scales = rows.new_empty(chunks.total, H, 4)
+    m_last, ends = rows.new_empty(chunks.sequences, H), rows.new_empty(chunks.sequences, H, 2)
+    tile = Tile({"BT": chunks.BT, "BK": power_of_2(K), "BC": min(64, power_of_2(chunks.longest))}, 8, 1)
     launch(scan_kernel, (chunks.sequences * H,), own, start, total, weight, m, n, scales, m_last, ends, per, H,
-           chunks.first,
-           tile=Tile({"BT": chunks.BT, "BK": power_of_2(K), "BC": min(64, power_of_2(chunks.longest))}, 8, 1),
-           K=K)  # too many for a line each  # fmt: skip
+           chunks.first, tile=tile, K=K)  # too many for a line each  # fmt: skip
     return Gates(a, low, own, start, scales), m_last, ends
 
 
@@ -193,11 +180,8 @@ def scan_states(x, y, gates, ends, C, n, chunks, weight=None, delta=None, wanted
     S = -(-chunks.longest // segments)
     segments = -(-chunks.longest // S)
     states, norms = x.new_empty(chunks.total, H, K, V), x.new_empty(chunks.total, H, K, dtype=torch.float32)
-    last_C, last_n = (
-        (norms.new_empty(chunks.sequences, H, K, V), norms.new_empty(chunks.sequences, H, K))
-        if wanted
-        else (None, None)
-    )
+    last_C = norms.new_empty(chunks.sequences, H, K, V) if wanted else None
+    last_n = norms.new_empty(chunks.sequences, H, K) if wanted else None
     reverse = weight is not None
 
     def start(grid, C, n, states, norms, last_C, last_n, spans, **mode):
@@ -207,11 +191,7 @@ def scan_states(x, y, gates, ends, C, n, chunks, weight=None, delta=None, wanted
                first, tile=tile, K=K, V=V, REVERSE=reverse, **mode)  # too many for a line each  # fmt: skip
 
     if segments > 1:
-        parts = (
-            norms.new_empty(segments, lanes, K, V),
-            norms.new_empty(segments, lanes, K),
-            norms.new_empty(segments, lanes),
-        )
+        parts = [norms.new_empty(segments, lanes, *rest) for rest in ((K, V), (K,), ())]
         start(segments, None, None, None, None, *parts, LOCAL=True, INNER=False)
         for part, given in zip(parts, (C, n), strict=False):
             M, BM = part[0, 0].numel(), 1024
@@ -243,9 +223,9 @@ def backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks):
     per, *packed = chunks.places
     BR = min(chunks.BT, max(16, 2048 // power_of_2(V)))
     delta, weight = torch.empty_like(inverse), torch.empty_like(inverse)
+    tile = Tile({"BT": chunks.BT, "BR": BR, "BV": power_of_2(V)}, 4, 1)
     launch(delta_kernel, (chunks.total * H * (chunks.BT // BR),), h, dh, *gates[2:], inverse, delta, weight, T, per, H,
-           *packed, tile=Tile({"BT": chunks.BT, "BR": BR, "BV": power_of_2(V)}, 4, 1),
-           V=V)  # too many for a line each  # fmt: skip
+           *packed, tile=tile, V=V)  # too many for a line each  # fmt: skip
     states, norms, _, _ = scan_states(k, v, gates, ends, C, n, chunks, wanted=False)
     dstates, dnorms, dC, dn = scan_states(q, dh, gates, ends, dC, dn, chunks, weight, delta, wanted=C is not None)
     dq, dk, dv, di, df = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, i, f))
@@ -270,30 +250,20 @@ def mlstm_chunks(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tenso
     """What `forward` returns; an empty tensor stands for None."""
     if reason := unavailable(q.device):
         raise ValueError(f"backend='triton': {reason}")
-    out = forward(q, k, v, i, f, C, n, m, chunks_of(q, chunk_rows(q, v), longest, cu, first, owner))
+    out = forward(q, k, v, i, f, C, n, m, chunks_of(q, chunk_tokens(q, v), longest, cu, first, owner))
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in out]
 
 
 @mlstm_chunks.register_fake
 def _(q, k, v, i, f, C, n, m, cu, first, owner, longest):
-    BT, (H, K), V = chunk_rows(q, v), q.shape[2:], v.shape[3]
+    BT, (H, K), V = chunk_tokens(q, v), q.shape[2:], v.shape[3]
     chunks = chunks_of(q, BT, longest, cu, first, owner)
     N, NC = chunks.sequences, chunks.total
     like = lambda *shape, dtype=torch.float32: q.new_empty(shape, dtype=dtype)  # noqa: E731
     rows, low = (NC, H, BT), (NC, H, BT) if q.dtype == torch.float32 else (0,)
-    return [
-        v.new_empty(v.shape),
-        like(N, H, K, V),
-        like(N, H, K),
-        like(N, H),
-        like(*rows),
-        like(*low),
-        like(*rows),
-        like(*rows, dtype=torch.int8),
-        like(NC, H, 4),
-        like(N, H, 2),
-        like(*rows),
-    ]
+    state = like(N, H, K, V), like(N, H, K), like(N, H)
+    gates = like(*rows), like(*low), like(*rows), like(*rows, dtype=torch.int8), like(NC, H, 4)
+    return [v.new_empty(v.shape), *state, *gates, like(N, H, 2), like(*rows)]
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_chunks_backward", mutates_args=())
@@ -304,9 +274,8 @@ def mlstm_chunks_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
                           longest: int) -> list[Tensor]:  # too many for a line each  # fmt: skip
     """What `backward` returns; an empty tensor stands for None."""
     gates = Gates(a, low if low.numel() else None, own, start, scales)
-    out = backward(
-        q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks_of(q, a.shape[2], longest, cu, first, owner)
-    )
+    chunks = chunks_of(q, a.shape[2], longest, cu, first, owner)
+    out = backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks)
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in out]
 
 
@@ -336,7 +305,7 @@ mlstm_chunks.register_autograd(differentiate, setup_context=save)
 
 
 def readable(x):
-    """x as the kernels read it: the last dim without gaps, and the rows of a chunk within 32-bit offsets of each other."""
+    """x as the kernels read it: the last dim without gaps, the rows of a chunk within 32-bit offsets of each other."""
     return x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous()
 
 
@@ -349,32 +318,25 @@ def mlstm_triton(q, k, v, i, f, state=None, chunk_size=64, cu_seqlens=None):
 
     Args:
         chunk_size: a wish; the chunk is the tile table's, which changes no result.
-        cu_seqlens: [N + 1] int32 or int64, the first token of each of N sequences packed back to back into one row (B =
-            1), and T at the end. Each has its own state: C [N, H, K, V], n [N, H, K], m [N, H]. None: one sequence per
-            row.
+        cu_seqlens: [N + 1] int32 or int64, the first token of each of N sequences packed back to back into one row
+            (B = 1), and T at the end. Each has its own state: C [N, H, K, V], n [N, H, K], m [N, H]. None: one sequence
+            per row.
     Raises:
         ValueError: float64, a head dim that no tile holds, cu_seqlens that do not cover the row, or no GPU. Shapes are
             checked in `op`.
     """
-    for name, x, largest in (
-        ("q", q, LARGEST_K),
-        ("k", k, LARGEST_K),
-        ("v", v, LARGEST_V),
-        ("i", i, None),
-        ("f", f, None),
-    ):
+    for name, x, largest in (("q", q, LARGEST_K), ("k", k, LARGEST_K), ("v", v, LARGEST_V)):
         expect_for_kernel(name, x, largest)
-    for name, x in zip("Cnm", state or (), strict=False):
+    for name, x in zip("ifCnm", (i, f, *(state or ())), strict=False):
         expect_for_kernel(name, x)
     out_dtype, dtype = v.dtype, widest(q, k, v)
     q, k, v = (readable(x.to(dtype)) for x in (q, k, v))
     C, n, m = (None, None, None) if state is None else (x.to(torch.float32).contiguous() for x in state)
-    longest, *packed = (
-        (0, None, None, None) if cu_seqlens is None else packing(cu_seqlens, q.shape[1], chunk_rows(q, v))
-    )
-    h, C, n, m = mlstm_chunks(
-        q, k, v, i.contiguous(), f.contiguous(), C, n, None if m is None else m.detach(), *packed, longest
-    )[:4]
+    i, f, m = i.contiguous(), f.contiguous(), None if m is None else m.detach()
+    longest, *packed = 0, None, None, None
+    if cu_seqlens is not None:
+        longest, *packed = packing(cu_seqlens, q.shape[1], chunk_tokens(q, v))
+    h, C, n, m = mlstm_chunks(q, k, v, i, f, C, n, m, *packed, longest)[:4]
     return h.to(out_dtype), MLSTMState(C, n, m.detach())
 
 
@@ -389,12 +351,9 @@ def aot_cases():
             i, f = (torch.empty(B, T, H, dtype=dtype, **meta) for _ in range(2))
             N = 3 if packed else 1
             C, n, m = (torch.empty(N, H, *rest, **meta) for rest in ((K, V), (K,), ()))
-            BT = chunk_rows(q, v)
-            tables = (
-                [torch.empty(size, dtype=torch.int64, **meta) for size in (N + 1, N + 1, T // BT + 2)]
-                if packed
-                else [None] * 3
-            )
+            BT = chunk_tokens(q, v)
+            sizes = (N + 1, N + 1, T // BT + 2)
+            tables = [torch.empty(size, dtype=torch.int64, **meta) if packed else None for size in sizes]
             chunks = chunks_of(q, BT, T // BT, *tables)
             h, *last, a, low, own, start, scales, ends, inverse = forward(q, k, v, i, f, C, n, m, chunks)
             backward(q, k, v, i, f, C, n, h, Gates(a, low, own, start, scales), ends, inverse, h, *last[:2], chunks)

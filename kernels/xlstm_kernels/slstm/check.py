@@ -9,15 +9,13 @@ from xlstm_kernels.slstm.reference import SLSTMState, slstm_recurrent
 def check_kernel(device, dtype, V):
     """h, the state after the last token, and the gradients of x, r and the state before.
 
-    a document starts and padding lies in the middle.
+    A document starts and padding lies in the middle.
     """
     from xlstm_kernels.slstm.triton import slstm_triton  # needs triton
 
     make, (B, T, H) = torch.Generator().manual_seed(V), (3, 14, 2)
-    x, r = (
-        draw(make, B, T, 4, H, V, dtype=torch.float32, device=device),
-        draw(make, 4, H, V, V, dtype=dtype, device=device) / V**0.5,
-    )
+    x = draw(make, B, T, 4, H, V, dtype=torch.float32, device=device)
+    r = draw(make, 4, H, V, V, dtype=dtype, device=device) / V**0.5
     h, c = (draw(make, B, H, V, dtype=torch.float32, device=device) / 2 for _ in range(2))
     n, m = 1 + c.abs(), torch.zeros_like(c)
     real, start = (torch.full((B, T), value, device=device) for value in (True, False))
@@ -30,8 +28,5 @@ def check_kernel(device, dtype, V):
 
         return results
 
-    upstream = [
-        draw(make, B, T, H, V, dtype=torch.float64, device=device),
-        draw(make, B, H, V, dtype=torch.float64, device=device),
-    ]
+    upstream = [draw(make, *shape, H, V, dtype=torch.float64, device=device) for shape in ((B, T), (B,))]
     return compare(run(slstm_triton), run(slstm_recurrent), (x, r, h, c, n), upstream)

@@ -85,9 +85,8 @@ def run_loop_backward(a, weight, real, start, forget, states, gradients):
             da[t] = torch.where(real[t][..., None], da[t], 0.0)
         here_h = torch.bmm(da[t].view(H, B, 4 * V), back)
         if real is not None:
-            here_h, here_c, here_n = (
-                torch.where(real[t], new, old) for new, old in ((here_h, total), (here_c, dc), (here_n, dn))
-            )
+            pairs = (here_h, total), (here_c, dc), (here_n, dn)
+            here_h, here_c, here_n = (torch.where(real[t], new, old) for new, old in pairs)
         if start is not None:
             here_h, here_c, here_n = (x.masked_fill(start[t], 0.0) for x in (here_h, here_c, here_n))
         dh, dc, dn = here_h, here_c, here_n
@@ -115,19 +114,12 @@ class Loop(torch.autograd.Function):
     def backward(ctx, dh, dc, dn, _):
         a, weight, real, start, *states = ctx.saved_tensors
         (T, H, B, _), V = a.shape, weight.shape[1]
-        gradients = (
-            dh.permute(1, 2, 0, 3).contiguous(),
-            dc.transpose(0, 1).contiguous(),
-            dn.transpose(0, 1).contiguous(),
-        )
+        gradients = [x.contiguous() for x in (dh.permute(1, 2, 0, 3), dc.transpose(0, 1), dn.transpose(0, 1))]
         da, first = ctx.loops[1](a, weight, real, start, ctx.forget, states, gradients)
         dx = da.view(T, H, B, 4, V).permute(2, 0, 3, 1, 4)
         past = before(states[0], start, 0.0).transpose(0, 1).reshape(H, T * B, V)
-        dr = (
-            torch.bmm(past.transpose(1, 2), da.transpose(0, 1).reshape(H, T * B, 4 * V))
-            .view(H, V, 4, V)
-            .permute(2, 0, 1, 3)
-        )
+        dr = torch.bmm(past.transpose(1, 2), da.transpose(0, 1).reshape(H, T * B, 4 * V))
+        dr = dr.view(H, V, 4, V).permute(2, 0, 1, 3)
         return dx, dr, None, None, *(x.transpose(0, 1) for x in first), None, None, None
 
 

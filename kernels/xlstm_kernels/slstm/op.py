@@ -38,21 +38,21 @@ def check_arguments(x, r, real, start, state, forget):
     for name, mask in (("real", real), ("start", start)):
         if mask is not None:
             expect(name, mask, "bool", B=B, T=T)
-    if state is not None and (
-        len(state) != 4
-        or any(tuple(s.shape) != (B, H, V) or s.dtype not in (torch.float32, torch.float64) for s in state)
-    ):
-        found = [f"{s.dtype} {list(s.shape)}" for s in state]
-        raise ValueError(
-            f"state: expected four float32 or float64 {[B, H, V]}, got {found}; pass the state on as it was returned"
-        )
+    if state is not None:
+        fits = [tuple(s.shape) == (B, H, V) and s.dtype in (torch.float32, torch.float64) for s in state]
+        if len(state) != 4 or not all(fits):
+            got = [f"{s.dtype} {list(s.shape)}" for s in state]
+            raise ValueError(
+                f"state: expected four float32 or float64 {[B, H, V]}, got {got}; pass the state on as it was returned"
+            )
     if forget not in FORGETS:
         raise ValueError(f"forget={forget!r} is not one of {list(FORGETS)}")
 
 
 def slstm(x, r, *, real=None, start=None, state=None, forget="sigmoid", backend="auto"):
-    """Run T steps of the sLSTM. Always returns `(h [B, T, H, V], SLSTMState)`. Calculates in float32, or float64 if any
-    input is.
+    """Run T steps of the sLSTM. Always returns `(h [B, T, H, V], SLSTMState)`.
+
+    Calculates in float32, or in float64 if any input is.
 
     Args:
         x: what the input gives to the pre-activations z, i, f, o, biases included, [B, T, 4, H, V]; finite where a

@@ -1,8 +1,7 @@
 """The sLSTM in plain PyTorch: scalar memories with exponential gates that see the step before. Dims: B batch, T tokens,
 H heads, V units per head.
 
-    a_t = x_t + h_{t-1} R                       four pre-activations z, i, f, o per unit; R is block-diagonal: a head
-                                                sees its own h only
+    a_t = x_t + h_{t-1} R                       pre-activations z, i, f, o; a head sees its own h only
     c_t = f_t c_{t-1} + i_t tanh(z)             n_t = f_t n_{t-1} + i_t             h_t = sigmoid(o) c_t / n_t
     i_t = exp(i)                                f_t = sigmoid(f), or exp(f)         Beck et al. 2024
 
@@ -50,9 +49,8 @@ def slstm_recurrent(x, r, real, start, state, forget):
     for t in range(x.shape[1]):
         if start is not None:
             begins = start[:, t, None, None]
-            h, c, n, m = (
-                torch.where(begins, fresh, old) for old, fresh in ((h, 0.0), (c, 0.0), (n, 0.0), (m, float("-inf")))
-            )
+            h, c, n = (torch.where(begins, 0.0, old) for old in (h, c, n))
+            m = torch.where(begins, float("-inf"), m)
         z, i, f, o = (x[:, t] + torch.einsum("bhv,ghvw->bghw", h, r)).unbind(1)  # [B, H, V] each
         logf = log_forget(f, forget)
         new_m = torch.maximum(logf.detach() + m, i.detach())
@@ -62,9 +60,8 @@ def slstm_recurrent(x, r, real, start, state, forget):
         new_n = keep * n + write
         new = torch.sigmoid(o) * ratio(new_c, new_n), new_c, new_n, new_m
         if real is not None:
-            new = (
-                torch.where(real[:, t, None, None], fresh, old) for fresh, old in zip(new, (h, c, n, m), strict=True)
-            )
+            pairs = zip(new, (h, c, n, m), strict=True)
+            new = (torch.where(real[:, t, None, None], fresh, old) for fresh, old in pairs)
         h, c, n, m = new
         outputs.append(h)
     return torch.stack(outputs, 1), SLSTMState(h, c, n, m)

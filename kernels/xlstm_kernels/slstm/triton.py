@@ -1,5 +1,4 @@
-"""Triton kernels of the sLSTM: one program runs all steps of some rows of one head, its state in registers. Maths:
-`reference`.
+"""Triton kernels of the sLSTM, as in `reference`: one program runs all steps of some rows of one head.
 
 Dims: B batch, T tokens, H heads, V units per head. Tiles: BB rows of the batch, BV >= V units, BK units that are
 multiplied at a time.
@@ -16,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xlstm_kernels.backends.arguments import KERNEL_DTYPES
 from xlstm_kernels.backends.launch import Tile, launch, look_up
 from xlstm_kernels.backends.triton_math import finite, log_sigmoid
 from xlstm_kernels.slstm.cpu import slstm_loop
@@ -72,9 +72,7 @@ def product(x, w, y, HALF: tl.constexpr):
 @triton.jit
 def forward_kernel(p_a, p_r, p_h, p_c, p_n, p_m, p_real, p_start, T, B, H, V, EXP: tl.constexpr, HALF: tl.constexpr,
                    BB: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):  # too many for a line each  # fmt: skip
-    """a [T, H, B, 4, V]: what the input gives comes, pre-activations go. h, c, n, m [T + 1, H, B, V], the first of T +
-    1 given.
-    """
+    """a [T, H, B, 4, V]: what the input gives comes, pre-activations go; h, c, n, m [T + 1, H, B, V], the first given."""
     i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b, o_v = i_b * BB + tl.arange(0, BB), tl.arange(0, BV)
     inside = (o_b[:, None] < B) & (o_v[None, :] < V)  # [BB, BV]
@@ -226,9 +224,11 @@ def check_tensors(a, weight):
     V, largest = weight.shape[1], max(width for _, width, _ in TILES)
     if largest < V:
         raise ValueError(f"x: the triton backend takes up to {largest} units per head, got {V}; use another backend")
-    if a.dtype != torch.float32 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the triton backend calculates in float32 with r in float32, bfloat16 or float16, got x {a.dtype}, r {weight.dtype}; use "
-                         "another backend")  # fmt: skip
+    if a.dtype != torch.float32 or weight.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            "the triton backend calculates in float32 with r in float32, bfloat16 or float16, got "
+            f"x {a.dtype}, r {weight.dtype}; use another backend"
+        )
 
 
 def start_of(a, weight, forget):

@@ -34,15 +34,16 @@ def check_slots(q, k, v, keys, values, index, sinks):
     expect("values", values, B=B, G=G, slots=slots, V=values.shape[3])
     if H % G or not 0 <= sinks < slots or tuple(index.shape) != (B,):
         raise ValueError(
-            f"expected H a multiple of G, fewer sinks than slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, slots={slots}, "
-            f"index {list(index.shape)}"
+            f"expected H a multiple of G, fewer sinks than slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, "
+            f"slots={slots}, index {list(index.shape)}"
         )
 
 
 def refuse_gradients(*tensors):
     if wants_gradients(*tensors):
         raise ValueError(
-            "a step works in place and has no gradients: call it under torch.no_grad(), or use the function for whole sequences"
+            "a step works in place and has no gradients: call it under torch.no_grad(), or use the function for whole "
+            "sequences"
         )
 
 

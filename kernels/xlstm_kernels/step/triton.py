@@ -10,10 +10,9 @@ Dims: B batch, H query heads, G key/value heads (H = G R), K query/key, V value,
 
 Why like this. All that counts is memory: 33.5 MB of state and 17 MB of slots for B 8, H 32, G 8, K = V = 128, W 512.
 Both are cut into more programs than the GPU has processors, also for one row, and one launch keeps all of it in flight
-at once. Slots are read once for all R heads.
-No two programs write to one place and none reads what another one writes in the same launch: the new token is taken
-from k and v instead of its slot, m and n are only read by `step` and only written by `finish`. Addresses and grids
-depend on shapes alone: safe in a CUDA graph.
+at once. Slots are read once for all R heads. No two programs write to one place and none reads what another one writes
+in the same launch: the new token is taken from k and v instead of its slot, m and n are only read by `step` and only
+written by `finish`. Addresses and grids depend on shapes alone: safe in a CUDA graph.
 """
 
 from functools import partial
@@ -45,9 +44,7 @@ FINISH = Tile({}, 4, 1)
 
 @triton.jit
 def gate_weights(i, f, m, FORGET: tl.constexpr):
-    """(m after the token, weight of the state before, weight of the token) from the gates before activation, as in
-    `cpu.step_memory`.
-    """
+    """(m after the token, weight of the state before, of the token) from gates before activation, as `cpu.step_memory`."""
     x = tl.exp(-tl.abs(f))
     z = x / (2.0 + x)  # log(1 + x) = 2 artanh(z), z <= 1/3: also right where 1 + x rounds to 1
     y = z * z
@@ -206,9 +203,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tenso
          scale: float) -> Tensor:  # too many for a line each  # fmt: skip
     """h [B, 1, H, V]; C, n, m, keys and values are written in place."""
     (B, _, H, K), G, F, V, slots = q.shape, k.shape[2], phi_q.shape[3], v.shape[3], keys.shape[2]
-    q, k, v, phi_q, phi_k = (
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v, phi_q, phi_k)
-    )
+    tensors = q, k, v, phi_q, phi_k
+    q, k, v, phi_q, phi_k = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
     exact = not q.dtype == keys.dtype == values.dtype != torch.float32
     tile = look_up(STEP, q.device, max(K, V, F), torch.float32 if exact else q.dtype)
     parts, columns = parts_of(B, G, slots, tile.sizes["BS"]), -(-V // tile.sizes["BC"])
@@ -236,9 +232,7 @@ def _(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale
 
 
 def check_tensors(tensors):
-    """Raise ValueError for what the kernels do not calculate: dtypes, widths, and memory that cannot be written in
-    place.
-    """
+    """Raise ValueError for dtypes and widths that the kernels do not have, and memory that cannot be written in place."""
     for name, x in tensors.items():
         if name in ("C", "n", "m") and x.dtype != torch.float32:
             raise ValueError(

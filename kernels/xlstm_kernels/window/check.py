@@ -9,9 +9,7 @@ T = 300  # several tiles of queries and keys, the last one not full
 
 
 def check_kernel(device, dtype, K, V):
-    """h and the gradients of q, k, v; two query heads share keys, documents and padding, and sinks outside of the
-    window.
-    """
+    """h and the gradients of q, k, v; query heads share keys; documents, padding, and sinks outside of the window."""
     from xlstm_kernels.window.triton import window_triton  # needs triton
 
     make = torch.Generator().manual_seed(K * 1000 + V)
@@ -26,11 +24,6 @@ def check_kernel(device, dtype, K, V):
     errors = {}
     for name, where in (("plain", (None, None)), ("packed", (index.to(device), document.to(device)))):
         rule = settings | dict(zip(("index", "document"), where, strict=True))
-        found = compare(
-            lambda *x, rule=rule: [window_triton(*x, **rule)],
-            lambda *x, rule=rule: [window_reference(*x, **rule)],
-            (q, k, v),
-            upstream,
-        )
-        errors |= {f"{name} {what}": e for what, e in found.items()}
+        kernel, plain = (lambda *x, f=f, rule=rule: [f(*x, **rule)] for f in (window_triton, window_reference))
+        errors |= {f"{name} {what}": e for what, e in compare(kernel, plain, (q, k, v), upstream).items()}
     return errors

@@ -20,14 +20,16 @@ from xlstm_kernels.window.reference import rows_of, visible
 # queries per block: a block reads W + rows keys where W are needed, but narrow matrices multiply slowly
 ROWS = {"forward": 128, "backward": 64}
 SHORT = 256  # tokens up to which one call of causal attention is cheaper than blocks
-KEPT = 2**22  # entries of keys up to which their copy is scratch memory that is kept
+REUSED = 2**22  # entries of keys up to which their copy is scratch memory that the next call uses again
 # entries of the scores that are alive at once: more of them leave the cache between the product and the softmax
 SCORES = 2**20
 
 
 class Block(NamedTuple):
-    """Queries [begin, end), keys [sink, sink_end) and [low, end); bias [queries, keys] is 0 where visible, -inf
-    elsewhere, which happens in the columns `spans` only."""
+    """Queries [begin, end), keys [sink, sink_end) and [low, end).
+
+    bias [queries, keys] is 0 where visible, -inf elsewhere, which happens in the columns `spans` only.
+    """
 
     begin: int
     end: int
@@ -51,33 +53,33 @@ def blocks(row, N, rows, window, sinks, dtype, device):
         sink_end = min(first + sinks, low)
         bias, spans = usual_bias(begin - low, end - low, sink_end - first, window, sinks, dtype, device)
         if start and start[end - 1] != first:  # documents begin inside
-            begins, t, s = (
-                row.start[begin:end, None],
-                torch.arange(begin, end, device=device)[:, None],
-                torch.arange(low, end, device=device),
-            )
-            unseen = torch.cat(
-                [(begins > first).expand(-1, sink_end - first), ~visible(t, s, begins, window, sinks)], 1
-            )
-            bias, spans = (
-                torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf")),
-                [slice(None)],
-            )
+            begins, t = row.start[begin:end, None], torch.arange(begin, end, device=device)[:, None]
+            s = torch.arange(low, end, device=device)
+            far = (begins > first).expand(-1, sink_end - first)  # the sinks are those of another document
+            unseen = torch.cat([far, ~visible(t, s, begins, window, sinks)], 1)
+            bias, spans = bias_of(unseen, dtype), [slice(None)]
         yield Block(begin, end, first, sink_end, low, bias, spans)
+
+
+def bias_of(unseen, dtype):
+    return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, float("-inf"))
 
 
 @lru_cache(maxsize=64)
 def usual_bias(begin, end, lead, window, sinks, dtype, device):
-    """Bias of a block within one document, and its spans: queries [begin, end) and keys [0, end) counted from the
-    band's first key, after `lead` sinks. A band that begins less than S tokens into the document begins with its last S - lead sinks."""
+    """Bias of a block within one document, and its spans.
+
+    Queries [begin, end) and keys [0, end) are counted from the band's first key, after `lead` sinks. A band that begins
+    less than S tokens into the document begins with its last S - lead sinks.
+    """
     t, s = torch.arange(begin, end, device=device)[:, None], torch.arange(-lead, end, device=device)
     unseen = ~visible(t, s, -lead, window, sinks) & (s >= 0)
-    bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
+    bias = bias_of(unseen, dtype)
     return bias, hidden_spans(bias)
 
 
 def hidden_spans(bias):
-    """Slices of the columns that hold an -inf: between the two edges of the band lies a wide middle that everyone sees."""
+    """Slices of the columns with an -inf: between the two edges of the band lies a wide middle that everyone sees."""
     spans, start = [], 0
     for hidden, columns in groupby(bias.isinf().any(0).tolist()):
         stop = start + len(list(columns))
@@ -116,9 +118,8 @@ class Keys:
     def __init__(self, x, place, space, name):
         self.x = x if place is None else x[place]
         N, G, K = self.x.shape
-        self.band = (space(name, G, N, K) if self.x.numel() <= KEPT else torch.empty(G, N, K, **space.options)).copy_(
-            self.x.transpose(0, 1)
-        )
+        band = space(name, G, N, K) if self.x.numel() <= REUSED else torch.empty(G, N, K, **space.options)
+        self.band = band.copy_(self.x.transpose(0, 1))
 
     def load(self, lanes, block):
         """[g, S' + band, K|V]"""
@@ -175,35 +176,23 @@ def lanes_of(block, groups, repeats):
     return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int,
-    sinks: int,
-    index: Tensor | None,
-    document: Tensor | None,
-) -> Tensor:
+def banded_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, index: Tensor | None,
+                   document: Tensor | None) -> Tensor:  # too many for a line each  # fmt: skip
     """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
     dtype, G, every = calculation_dtype(q, k, v), k.shape[2], slice(None)
     h = v.new_empty(*q.shape[:3], v.shape[3])
     space = space_of("window", dtype, q.device)
     for b, row in enumerate(rows_of(index, document, q)):
-        queries, keys, values = (
-            Heads(q[b], G, row.place),
-            Keys(k[b], row.place, space, "k"),
-            Keys(v[b], row.place, space, "v"),
-        )
+        queries = Heads(q[b], G, row.place)
+        keys, values = Keys(k[b], row.place, space, "k"), Keys(v[b], row.place, space, "v")
         out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
         hs = Heads(out, G)
         for block in blocks(row, len(out), ROWS["forward"], window, sinks, dtype, q.device):
             x = queries.load(every, block, space, "q").unflatten(1, (-1, block.end - block.begin))  # [G, R, rows, K]
             heads = (x.shape[0], x.shape[1], -1, -1)
             sides = (y.load(every, block)[:, None].expand(heads) for y in (keys, values))
-            hs.store(
-                every, block, scaled_dot_product_attention(x, *sides, attn_mask=block.bias, scale=scale).flatten(1, 2)
-            )
+            x = scaled_dot_product_attention(x, *sides, attn_mask=block.bias, scale=scale)
+            hs.store(every, block, x.flatten(1, 2))
         if row.place is not None:
             h[b] = 0
             h[b, row.place] = out
@@ -220,8 +209,7 @@ def _(q, k, v, scale, window, sinks, index, document):
 
 @torch.library.custom_op("xlstm_kernels::window_banded_backward", mutates_args=())
 def banded_backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, scale: float, window: int, sinks: int,
-                    index: Tensor | None,
-                    document: Tensor | None) -> list[Tensor]:  # too many for a line each  # fmt: skip
+                    index: Tensor | None, document: Tensor | None) -> list[Tensor]:  # too many for lines  # fmt: skip
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -265,10 +253,8 @@ banded_op.register_autograd(differentiate, setup_context=save)
 
 def block_backward(queries, outputs, upstream, keys, values, dq, dk, dv, lanes, block, scale, space):
     """Set the block's dq, add its share to dk and dv."""
-    q, h, dh = (
-        x.load(lanes, block, space, name, c)
-        for x, name, c in ((queries, "q", scale), (outputs, "h", 1.0), (upstream, "dh", 1.0))
-    )
+    q = queries.load(lanes, block, space, "q", scale)
+    h, dh = outputs.load(lanes, block, space, "h"), upstream.load(lanes, block, space, "dh")
     k, v = keys.load(lanes, block), values.load(lanes, block)
     p = weights(q, k, block, space)
     dv.add(lanes, block, p, dh)
@@ -286,9 +272,8 @@ def window_banded(q, k, v, *, window, sinks, index, document, scale):
     if index is None and document is None and q.shape[1] <= min(window, SHORT):
         dtype = calculation_dtype(q, k, v)
         queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-        h = scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
-        )
+        grouped = q.shape[2] != k.shape[2]
+        h = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
         return h.transpose(1, 2).to(v.dtype)
     watched = torch.compiler.is_compiling() or type(q) is not Tensor or wants_gradients(q, k, v)
     return (banded_op if watched else banded_forward)(q, k, v, scale, window, sinks, index, document)

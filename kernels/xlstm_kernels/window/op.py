@@ -46,13 +46,15 @@ def check_arguments(q, k, v, window, sinks, index, document):
     (B, T, H, K), G = q.shape, k.shape[2]
     if tuple(k.shape) != (B, T, G, K) or tuple(v.shape[:3]) != (B, T, G):
         raise ValueError(
-            f"k, v: expected [{B}, {T}, G, {K}] and [{B}, {T}, G, V] as q is {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}"
+            f"k, v: expected [{B}, {T}, G, {K}] and [{B}, {T}, G, V] as q is {list(q.shape)}, got {list(k.shape)} and "
+            f"{list(v.shape)}"
         )
     if not G or H % G:
         raise ValueError(f"q has {H} heads, k and v have {G}: expected a multiple")
     if window < 1 or sinks < 0:
         raise ValueError(
-            f"window={window}, sinks={sinks}: expected a window of at least 1 token, which is the query's own, and no negative sinks"
+            f"window={window}, sinks={sinks}: expected a window of at least 1 token, which is the query's own, and no "
+            "negative sinks"
         )
     for name, x in (("index", index), ("document", document)):
         if x is not None:

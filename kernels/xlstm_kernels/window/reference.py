@@ -23,8 +23,11 @@ def visible(t, s, start, window, sinks):
 
 
 class Row(NamedTuple):
-    """One row without its padding. place [N]: where the real tokens lie, None if all T are real; start [N]: where the
-    document of each begins, counted in real tokens, None if the row is one document."""
+    """One row without its padding.
+
+    place [N]: where the real tokens lie, None if all T are real
+    start [N]: where the document of each begins, counted in real tokens, None if the row is one document
+    """
 
     place: Tensor | None
     start: Tensor | None
@@ -60,8 +63,8 @@ def check_index(index, place, expected, b):
         r = wrong[0, 0]
         t = place[r].item()
         raise ValueError(
-            f"index[{b}, {t}]={index[t].item()}: expected {expected[r].item()}, the number of real tokens before it in its document; "
-            "number the tokens of each document 0, 1, 2, ... and padding -1"
+            f"index[{b}, {t}]={index[t].item()}: expected {expected[r].item()}, the number of real tokens before it in "
+            "its document; number the tokens of each document 0, 1, 2, ... and padding -1"
         )
 
 

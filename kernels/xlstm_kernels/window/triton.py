@@ -4,7 +4,7 @@ Dims: B batch, T tokens, H query heads, G key/value heads (H = G R), K query/key
 tokens of a row.
 
     forward    a tile of queries reads its sinks, then the band of W keys before it, under one softmax (Dao 2023). h and
-               the log of the sum of weights are kept. Tiles of keys that every query of the tile sees as a whole need
+               the log of the sum of weights are stored. Tiles of keys that every query of the tile sees as a whole need
                no mask: a loop of their own.
     prepare    <dh, h>, and what the queries further than W from their sinks add to dk and dv of these: a partial sum
                per chunk of queries and head
@@ -16,8 +16,8 @@ Why like this. Weights are calculated twice in the backward, so that no two prog
 same bits every time. One sink is read by all T queries; the programs of `keys` would be as long as the sequence if
 these were theirs, so the far ones are cut into chunks, in the pass that must read dh anyway. A chunk is no longer than
 the window: the document that has far queries in it is that of its first token. A tile of 128 queries against 64 keys of
-128 dims asks the L2 cache for half of what it can give, one of 64 queries for all.
-Up to W tokens nothing is far and no sink is outside the band: what runs is plain causal attention.
+128 dims asks the L2 cache for half of what it can give, one of 64 queries for all. Up to W tokens nothing is far and no
+sink is outside the band: what runs is plain causal attention.
 
 Padding and documents become `Layout`, four small tensors, with no word to the host: so the values of `index` are not
 checked here.
@@ -98,11 +98,10 @@ SINKS = Tile({"BC": 32, "BD": 128})  # partial sums that are added at once, colu
 
 
 class Layout(NamedTuple):
-    """The rows without their padding, token t = 0 .. N - 1; what stands behind N means nothing. All None: no padding,
-    one document.
+    """The rows without their padding, token t = 0 .. N - 1; what stands behind N means nothing.
 
-    place: where token t lies; start, end: first token of its document, and one behind the last. int32 [B, T]. count: N,
-        int32 [B].
+    place: where token t lies; start, end: first token of its document, and one behind the last. int32 [B, T]
+    count: N, int32 [B]. All None: no padding, one document
     """
 
     place: Tensor | None
@@ -112,7 +111,7 @@ class Layout(NamedTuple):
 
 
 def layout(index, document, B, T):
-    """The Layout of a batch from `index` and `document` as `window_attention` takes them, without waiting for the GPU."""
+    """The Layout of a batch from what `window_attention` takes, without waiting for the GPU."""
     if index is None and document is None:
         return Layout(None, None, None, None)
     position = torch.arange(T, dtype=torch.int32, device=(document if index is None else index).device)
@@ -131,9 +130,11 @@ def layout(index, document, B, T):
 
 
 class Call(NamedTuple):
-    """What the kernels are told about one call. tensors: q, k, v; strides: theirs in batch, token and head; numbers: T,
-    H, R, W, rate;
-    constants: for the compiler; lanes: B H and B G; sinks: S, 0 if no query is further than W from anything."""
+    """What the kernels are told about one call.
+
+    tensors: q, k, v; strides: theirs in batch, token and head; numbers: T, H, R, W, rate
+    constants: for the compiler; lanes: B H and B G; sinks: S, 0 if no query is further than W from anything
+    """
 
     tensors: tuple
     strides: tuple
@@ -182,12 +183,8 @@ def backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, lse: Tensor, dh: Tensor
              start: Tensor | None, end: Tensor | None, count: Tensor | None, scale: float, window: int,
              sinks: int) -> tuple[Tensor, Tensor, Tensor]:  # too many for a line each  # fmt: skip
     """The gradients of q, k, v."""
-    T, x, where, dh = (
-        q.shape[1],
-        call(q, k, v, scale, window, sinks, place is not None),
-        (place, start, end, count),
-        dh.contiguous(),
-    )
+    T, x = q.shape[1], call(q, k, v, scale, window, sinks, place is not None)
+    where, dh = (place, start, end, count), dh.contiguous()
     fresh = torch.empty if place is None else torch.zeros
     dq, dk, dv = (fresh(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
     delta, far, chunk = prepare(x, h, lse, dh, where)
@@ -211,10 +208,8 @@ def prepare(x, h, lse, dh, where):
     (B, H, T), S, tile = lse.shape, x.sinks, x.tile(PREPARE)
     tile = tile._replace(sizes={"BT": tile.sizes["BT"]})  # one that `using` has set has more sizes
     chunk = min(CHUNK, x.numbers[3]) if S else CHUNK
-    delta, far = (
-        torch.empty_like(lse),
-        lse.new_empty(B, H, tiles(T, chunk), S, x.constants["K"] + x.constants["V"]) if S else None,
-    )
+    far = lse.new_empty(B, H, tiles(T, chunk), S, x.constants["K"] + x.constants["V"]) if S else None
+    delta = torch.empty_like(lse)
     launch(prepare_kernel, (tiles(T, chunk) * B * H * max(1, tiles(S, x.sink_tile)),), *x.tensors, h, dh, lse, delta,
            far, *where, *x.strides, *x.numbers, chunk, **x.constants, S=S, BN=x.sink_tile,
            tile=tile)  # too many for a line each  # fmt: skip
@@ -250,10 +245,10 @@ window_flash.register_autograd(differentiate, setup_context=save)
 
 
 def window_triton(q, k, v, *, window, sinks, index, document, scale):
-    """`window_attention` in Triton, with its own backward. Half-precision inputs are multiplied as they are and summed
-    in float32.
+    """`window_attention` in Triton, with its own backward.
 
-    The values of `index` are not looked at, but for their sign: that would wait for the GPU.
+    Half-precision inputs are multiplied as they are and summed in float32. The values of `index` are not looked at, but
+    for their sign: that would wait for the GPU.
 
     Raises:
         ValueError: a dtype or a head dim that the kernels do not calculate.
@@ -273,27 +268,20 @@ def window_triton(q, k, v, *, window, sinks, index, document, scale):
 
 def aot_cases():
     """Forward and backward for every width and precision of the tables, without and with documents, on meta tensors."""
-    shapes = (128, 128), (64, 64), (128, 256), (32, 32)
 
     def case(K, V, dtype, packed):
-        q, k, v, h = (
-            torch.empty(2, 4096, heads, d, dtype=dtype, device="meta")
-            for heads, d in ((16, K), (4, K), (4, V), (16, V))
-        )
+        shapes = (16, K), (4, K), (4, V), (16, V)
+        q, k, v, h = (torch.empty(2, 4096, *shape, dtype=dtype, device="meta") for shape in shapes)
         index = torch.zeros(2, 4096, dtype=torch.int64, device="meta") if packed else None
         where = layout(index, index, 2, 4096)
         lse = torch.empty(2, 16, 4096, device="meta")
         forward(q, k, v, *where, K**-0.5, 512, 4)
         backward(q, k, v, h, lse, h, *where, K**-0.5, 512, 4)
 
-    settings = [
-        (K, V, dtype, packed)
-        for dtype in (torch.bfloat16, torch.float32)
-        for K, V in shapes
-        for packed in (False, True)
-    ]
-    settings = [x for x in settings if x[1] <= LARGEST_SINGLE or x[2] != torch.float32]
     return [
         (f"K{K} V{V} {str(dtype)[6:]}{' packed' * packed}", partial(case, K, V, dtype, packed))
-        for K, V, dtype, packed in settings
+        for dtype in (torch.bfloat16, torch.float32)
+        for K, V in ((128, 128), (64, 64), (128, 256), (32, 32))
+        if V <= LARGEST_SINGLE or dtype != torch.float32
+        for packed in (False, True)
     ]

@@ -46,7 +46,7 @@ def load_tokens(
 def store_tokens(
     p_x, p_place, n0, end, stride, b_x, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr
 ):
-    """The inverse of `load_tokens`: writes [BN, BD] in the dtype of p_x, tokens before `end` and columns before D only."""
+    """The inverse of `load_tokens`: writes [BN, BD] in p_x's dtype, tokens before `end` and columns before D only."""
     n, o_d = n0 + tl.arange(0, BN), tl.arange(0, BD)
     inside = n < end
     row = n

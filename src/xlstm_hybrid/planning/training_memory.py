@@ -19,7 +19,7 @@ ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, resi
 }
 # Per token, head and feature beyond K: phi(q) and phi(k) as the softmax gave them, in float32, and under autocast as the memory reads them, too.
 FEATURES = {False: 2 * FP32, True: 2 * (FP32 + BF16)}
-# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`xlstm_kernels.backends.scratch`); fitted, E measured.
+# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`backends.scratch`); fitted, E measured.
 WORK, BUFFERS = {"HK": 10, "HE": 14}, {"HK": 70, "HE": 30}
 
 
