@@ -1,6 +1,4 @@
-"""How every Triton kernel of ours is started: with a tile from a table, on a GPU, in the interpreter, or recorded for a
-compiler without a GPU.
-"""
+"""How Triton kernels are started: with a tile from a table, on a GPU, in the interpreter, or recorded for a compiler."""
 
 import contextlib
 import os

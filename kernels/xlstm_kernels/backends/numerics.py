@@ -26,10 +26,7 @@ def wants_gradients(*tensors):
 
 
 def without_autocast(device):
-    """A context in which autocast does not run the matrix products in half precision.
-
-    Entering it is spared where there is no autocast.
-    """
+    """A context in which autocast runs no matrix product in half precision; costs nothing without autocast."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -41,9 +38,6 @@ def finite(m):
 
 
 def ratio(num, den):
-    """num / den, 0 where den is 0: nothing has been written.
-
-    Subnormal numbers count as 0, dividing by them overflows.
-    """
+    """num / den, 0 where den is 0: nothing has been written. Subnormal numbers are 0, dividing by them overflows."""
     empty = den.abs() < torch.finfo(den.dtype).tiny
     return torch.where(empty, 0.0, num / torch.where(empty, 1.0, den))

@@ -1,6 +1,4 @@
-"""Scratch memory that outlives a call: on a CPU fresh memory costs more in page faults than a small multiplication
-costs in time.
-"""
+"""Scratch memory that outlives a call: on a CPU, page faults of fresh memory cost more than a small multiplication."""
 
 import threading
 
@@ -10,10 +8,7 @@ LOCAL = threading.local()
 
 
 class Space:
-    """Buffers by name, each as large as the largest that was asked for.
-
-    What they hold is gone with the next call of the same name.
-    """
+    """Buffers by name, as large as the largest that was asked for; the next call of the same name overwrites them."""
 
     def __init__(self, dtype, device):
         self.options, self.buffers = {"dtype": dtype, "device": device}, {}
@@ -43,10 +38,7 @@ class Space:
 
 
 def space_of(operation, dtype, device):
-    """The space of this thread for an operation: some tens of MB, kept.
-
-    Tensors made under inference_mode do not leave it.
-    """
+    """This thread's space for an operation, some tens of MB. Tensors made under inference_mode do not leave it."""
     key = operation, dtype, device, torch.is_inference_mode_enabled()
     if key not in LOCAL.__dict__:
         LOCAL.__dict__[key] = Space(dtype, device)

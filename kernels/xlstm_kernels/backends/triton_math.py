@@ -6,9 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def log_sigmoid(x):
-    """log sigmoid(x) to the last digits also where it is nearly 0, as log(1 + y) is not: log1p(y) = 2 atanh(y / (2 +
-    y)).
-    """
+    """log sigmoid(x), also to the last digits near 0, as log(1 + y) is not: log1p(y) = 2 atanh(y / (2 + y))."""
     y = tl.exp(-tl.abs(x))
     z = y / (2 + y)  # at most 1/3
     u = z * z

@@ -111,10 +111,7 @@ def read_verdicts(path):
 
 
 def save_verdict(path, question, verdict, device):
-    """Add a verdict to the file by replacing it; several processes may do so at once.
-
-    A folder that cannot be written costs checks, no more.
-    """
+    """Add a verdict by replacing the file, as several processes may at once; without a folder, checks repeat."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment(device), "verdicts": read_verdicts(path) | {question: verdict}}
@@ -134,10 +131,7 @@ def draw(generator, *shape, dtype, device):
 
 
 def compare(kernel, plain, inputs, upstream):
-    """{what: `error`} of outputs and gradients of two forms, the plain one in float64.
-
-    Inputs are tensors that all want gradients.
-    """
+    """{what: `error`} of outputs and gradients by all inputs of two forms, the plain one in float64."""
     results = []
     for form, double in ((kernel, False), (plain, True)):
         x = [(a.double() if double else a).detach().clone().requires_grad_() for a in inputs]

@@ -53,9 +53,6 @@ def delta_step(q, k, v, i, f, state):
 
 
 def delta_hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None):
-    """`hybrid_step` with the gated delta rule in the place of the mLSTM; arguments and errors are the same.
-
-    Returns h [B, 1, H, V].
-    """
+    """`hybrid_step`, h [B, 1, H, V], with the gated delta rule instead of the mLSTM; the same arguments and errors."""
     memory = delta_step(phi_q, phi_k, v.repeat_interleave(q.shape[2] // v.shape[2], 2), i, f, state)
     return mix(memory, window_step(q, k, v, keys, values, index, sinks=sinks, scale=scale), o).to(v.dtype)

@@ -49,9 +49,7 @@ def in_chunks(x, L, fill):
 
 
 def delta_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
-    """Chunks of `chunk_size` tokens: O(T chunk_size) time and memory, and one short step per chunk that has to wait for
-    the one before.
-    """
+    """Chunks of `chunk_size` tokens: O(T chunk_size) time and memory, and one short step per chunk after the other."""
     out_dtype, T, L = v.dtype, q.shape[1], min(chunk_size, q.shape[1])
     q, k, v, i, f, (C, *_) = prepare(q, k, v, i, f, state)
     logf, starts = forget_gate(f)

@@ -22,10 +22,7 @@ SLICE = 512
 
 @cache
 def mixed_products(device, half):
-    """True if torch multiplies half-precision matrices there into float32 results that exist.
-
-    Not every version and GPU does.
-    """
+    """True if torch multiplies half-precision matrices into given float32 memory; not every version and GPU does."""
     x, y = (torch.full((16, 16), value, dtype=half, device=device) for value in (1.0, 2.0))
     z = torch.ones(16, 16, device=device)
     try:
@@ -85,10 +82,7 @@ class Head:
 
 
 def chunk_rows(N, bytes_per_row, device, rows=None):
-    """Rows per chunk: `rows`, or what the workspace holds.
-
-    Chunks of nearly the same size, for a small one costs as much as a large one.
-    """
+    """Rows per chunk: `rows`, or what the workspace holds, nearly the same in all: a small chunk costs as much."""
     if rows is None:
         rows = WORKSPACE.get(device.type, WORKSPACE["cuda"]) // bytes_per_row
         rows = max(16, rows - rows % 16)
@@ -96,11 +90,8 @@ def chunk_rows(N, bytes_per_row, device, rows=None):
     return max(1, -(-N // chunks))
 
 
-def in_chunks(step, hidden, weight, bias, task, rule, rows, wanted):
-    """Terms of all N rows, and the gradients of hidden, weight, bias as far as they are wanted.
-
-    One chunk's logits are alive at a time.
-    """
+def run_chunks(step, hidden, weight, bias, task, rule, rows, wanted):
+    """Terms of all N rows, and the `wanted` gradients of hidden, weight, bias; one chunk's logits live at a time."""
     (N, V), dtype, device = (len(task.place), len(weight)), task.dtype, hidden.device
     half = hidden.dtype if hidden.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 else None
     half = half if half and device.type != "cpu" and mixed_products(device, half) else None
@@ -138,11 +129,11 @@ def bytes_per_logit(step, dtype, half, rule):
 
 
 class Fused(torch.autograd.Function):
-    """`in_chunks` with gradients: calculated in the forward, scaled and handed out in the backward, once."""
+    """`run_chunks` with gradients: calculated in the forward, scaled and handed out in the backward, once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, step, task, rule, rows):
-        terms, ctx.grads = in_chunks(step, hidden, weight, bias, task, rule, rows, ctx.needs_input_grad[:3])
+        terms, ctx.grads = run_chunks(step, hidden, weight, bias, task, rule, rows, ctx.needs_input_grad[:3])
         ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
         loss, *metrics = task.result(terms)[:-1]
         ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
@@ -179,6 +170,6 @@ def chunked(step):
         if wants_gradients(*inputs):
             return HeadLoss(*Fused.apply(*inputs, step, task, rule, rows), len(task.place))
         with torch.no_grad():
-            return task.result(in_chunks(step, *inputs, task, rule, rows, (False, False, False))[0])
+            return task.result(run_chunks(step, *inputs, task, rule, rows, (False, False, False))[0])
 
     return run

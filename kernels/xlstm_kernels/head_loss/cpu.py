@@ -42,7 +42,7 @@ def rows_step(logits, targets, rule, gradient):
     best = torch.maximum(z.amax(1), frame)  # subtracted first: what is left are small numbers, rounded as such
     outcomes = torch.cat([z - best[:, None], (frame - best + total.log())[:, None]], 1)  # [R, M + 1]
     norm = outcomes.logsumexp(1)
-    terms, d = compare(outcomes, norm, targets, rule)
+    terms, d = divergences(outcomes, norm, targets, rule)
     top = z.gather(1, targets.logp.argmax(1, keepdim=True))[:, 0]
     rivals = (z >= top[:, None]).sum(1) + ((total != 0) & (frame >= top))  # the id itself is one
     terms = Terms(norm - (z_label - best), *terms, (rivals == 1) & some[:, 0])
@@ -75,7 +75,7 @@ def exponentials(logits):
     return frame, total
 
 
-def compare(outcomes, norm, targets, rule):
+def divergences(outcomes, norm, targets, rule):
     """Forward and reverse KL [R], and the loss's derivative d [R, M + 1] by each outcome's logit, the label left out.
 
     outcomes: logits of the stored ids, -inf for padding, and of the rest as one, [R, M + 1]; norm: their logsumexp [R].

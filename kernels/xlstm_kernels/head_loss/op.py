@@ -1,7 +1,4 @@
-"""Cross-entropy and sparse distillation straight from hidden states, without the logits of all tokens.
-
-Dims as in `reference`; D hidden size.
-"""
+"""Cross-entropy and sparse distillation straight from hidden states. Dims as in `reference`; D hidden size."""
 
 import torch
 from torch import Tensor
@@ -96,10 +93,7 @@ def check_settings(top_ids, top_logp, rest_logp, weights, outcomes, num_items, l
 
 
 def check_ids(labels, task, V):
-    """Raise ValueError for ids outside of the vocabulary where they count.
-
-    CPU tensors only: on a GPU looking would wait for the GPU.
-    """
+    """Raise ValueError for counted ids outside of the vocabulary; on a GPU, looking would wait for the GPU."""
     if labels.device.type != "cpu":
         return
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= V))
@@ -146,14 +140,14 @@ def head_loss(hidden, weight, labels, top_ids=None, top_logp=None, rest_logp=Non
     check_settings(top_ids, top_logp, rest_logp, weights, outcomes, num_items, logit_scale, softcap, rows)
     backend = resolve(backend, BACKENDS, hidden.device, lambda: choose_backend(hidden, weight, top_ids))
     teacher = None if top_ids is None else (top_ids, top_logp, rest_logp)
-    run = evaluate
+    run = run_backend
     if torch.compiler.is_compiling():  # which rows there are is read from the data: there is nothing to trace
-        run = torch.compiler.disable(evaluate)
+        run = torch.compiler.disable(run_backend)
     counted = labels, teacher, mask, shift, weights, outcomes, num_items
     return run(hidden, weight, bias, counted, logit_scale, softcap, rows, backend)
 
 
-def evaluate(hidden, weight, bias, counted, logit_scale, softcap, rows, backend):
+def run_backend(hidden, weight, bias, counted, logit_scale, softcap, rows, backend):
     """`head_loss` of arguments whose shapes and settings fit."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would run the matrix products in half precision
         task = Task(*counted, calculation_dtype(hidden, weight))

@@ -30,10 +30,7 @@ REST_FLOOR = -30.0
 
 
 class HeadLoss(NamedTuple):
-    """The loss and what it is made of.
-
-    Terms are not weighted, carry no gradient and are None where there is no such term.
-    """
+    """The loss and its terms, which are not weighted, carry no gradient and are None where there is no such term."""
 
     loss: Tensor  # weighted sum, differentiable
     ce: Tensor  # nats per counted token

@@ -63,10 +63,7 @@ def cap_row(p_row, V, logit_scale, softcap, BV: tl.constexpr):
 
 @triton.jit
 def sum_row(p_row, V, scale, BV: tl.constexpr):
-    """The largest z of a row (0 if there is none) and the sum of exp(z - largest).
-
-    z = scale times what stands there.
-    """
+    """The largest z of a row (0 if there is none) and the sum of exp(z - largest); z = scale times what is there."""
     b_m = tl.full([BV], NOTHING, tl.float32)
     b_s = tl.zeros([BV], tl.float32)
     for begin in range(0, V, BV):

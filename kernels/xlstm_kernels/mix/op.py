@@ -1,7 +1,4 @@
-"""The gated sum of a hybrid layer's two branches, block by block: nothing but results is kept.
-
-Dims: B batch, T tokens, H heads, V value.
-"""
+"""The gated sum of a hybrid layer's two branches, block by block. Dims: B batch, T tokens, H heads, V value."""
 
 import torch
 

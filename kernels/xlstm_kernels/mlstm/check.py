@@ -9,10 +9,7 @@ T = 300  # several chunks of any tile, the last one not full
 
 
 def check_kernel(device, dtype, K, V):
-    """h, the state after the last token, and the gradients of q, k, v, i, f and the state before.
-
-    a document starts in the middle.
-    """
+    """h, the state after the last token, and the gradients of all inputs; a document starts in the middle."""
     from xlstm_kernels.mlstm.triton import mlstm_triton  # needs triton
 
     make = torch.Generator().manual_seed(K * 1000 + V)

@@ -176,10 +176,7 @@ def segments(q, v, L):
 
 
 def cut(space, name, x, segment, weight=None):
-    """[B, T, H, K] -> [n B H, L, K], chunks first, times weight [n B H, L, 1].
-
-    One chunk of one row stays where it is or [L, H, K] as it was.
-    """
+    """[B, T, H, K] -> [n B H, L, K] times weight [n B H, L, 1]; one chunk of one row stays where it is or [L, H, K]."""
     if len(x) == segment.n == 1 and x.dtype == space.options["dtype"]:
         x = x[0, segment.t : segment.t + segment.L]
         x = x if weight is None else torch.mul(x, weight.transpose(0, 1), out=space(name, *x.shape))
@@ -211,10 +208,7 @@ def put(x, segment, y, weight=None):
 
 
 def scan(x, new, decay, start, backwards=False):
-    """x_0 = start, x_{c+1} = decay_c x_c + new_c, written into x [n + 1, ...].
-
-    Backwards x_n = start, x_c = decay_c x_{c+1} + new_c.
-    """
+    """x [n + 1, ...] from x_0 = start, x_{c+1} = decay_c x_c + new_c, or x_n = start, x_c = decay_c x_{c+1} + new_c."""
     x, steps = x.unbind(), list(zip(new.unbind(), decay.unbind(), strict=True))
     if backwards:
         x, steps = x[::-1], steps[::-1]
@@ -271,10 +265,7 @@ class Piece:
         return x
 
     def decayed(self, name, new, x):
-        """decay_c x_c of each chunk [n B H, ...] and the x after the last one, x_{c+1} = decay_c x_c + new_c.
-
-        `new` is lost.
-        """
+        """decay_c x_c of each chunk [n B H, ...] and the last x, x_{c+1} = decay_c x_c + new_c; `new` is lost."""
         new = new.unflatten(0, (self.n, -1))
         y, decay = self.space(name, *new.shape), self.decay.view(self.decay.shape + (1,) * (new.dim() - 2))
         for y_c, new_c, decay_c in zip(y.unbind(), new.unbind(), decay.unbind(), strict=True):
@@ -445,10 +436,7 @@ def gate_gradients(own, later, through, f):
 
 
 def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
-    """The chunkwise form for a CPU, with its own backward: O(T) time.
-
-    Memory for one state per segment beyond inputs and outputs.
-    """
+    """The chunkwise form for a CPU, with its own backward: O(T) time, memory for one state per segment."""
     dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
     C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
     keep = wants_gradients(q, k, v, i, f, C, n)

@@ -27,9 +27,7 @@ FORGET_ALL = -1e4
 
 
 class MLSTMState(NamedTuple):
-    """Memory C [B, H, K, V], normaliser n [B, H, K] and their log-scale m [B, H]: the true ones are exp(m) C and exp(m)
-    n.
-    """
+    """Memory C [B, H, K, V], normaliser n [B, H, K], their log-scale m [B, H]: the true ones are exp(m) C, exp(m) n."""
 
     C: torch.Tensor
     n: torch.Tensor
@@ -56,10 +54,7 @@ def prepare(q, k, v, i, f, state):
 
 
 def forget_gate(f):
-    """log sigmoid(f), and where a document starts.
-
-    Log f is 0 there, because the start itself is carried by the mask.
-    """
+    """log sigmoid(f), and where a document starts; log f is 0 there: the mask alone carries the start."""
     starts = F.logsigmoid(f.detach()) < FORGET_ALL
     return F.logsigmoid(f.masked_fill(starts, float("inf"))), starts
 
@@ -86,10 +81,7 @@ def mlstm_recurrent(q, k, v, i, f, state=None, chunk_size=None):
 
 
 def one_chunk(q, k, v, i, logf, starts, state):
-    """L tokens at once, L x L scores. q, k, v [B, H, L, K|V], i, logf, starts [B, H, L].
-
-    Returns h [B, H, L, V] and the next state.
-    """
+    """h [B, H, L, V] and the next state of L tokens at once: q, k, v [B, H, L, K|V], i, logf, starts [B, H, L]."""
     C, n, m = state
     # Sums of log f cancel in differences: in float64, also for float32 inputs. A difference across a document start
     # means nothing.

@@ -130,10 +130,7 @@ def tile_of(stage, q, v, BT):
 
 
 def segments_for(programs, chunks, device):
-    """Into how many segments the scan over the chunks is cut so that the GPU is full.
-
-    Each costs a second reading of its inputs.
-    """
+    """Segments of the scan over the chunks that fill the GPU; more than one cost a second reading of the inputs."""
     room = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return 1 if programs >= room else max(1, min(-(-2 * room // programs), chunks // 8))
 

@@ -37,10 +37,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 
 @triton.jit
 def place_of_chunk(i_c, T, per, p_cu, p_first, p_owner, BT: tl.constexpr):
-    """(row of the batch, first token, end of the sequence) of chunk i_c.
-
-    `per` chunks in a row if the sequences are not packed.
-    """
+    """(row of the batch, first token, end of the sequence) of chunk i_c; `per` chunks in a row if nothing is packed."""
     if p_cu is None:
         i_b, begin, end = i_c // per, (i_c % per) * BT, T
     else:
@@ -53,9 +50,7 @@ def place_of_chunk(i_c, T, per, p_cu, p_first, p_owner, BT: tl.constexpr):
 def gate_kernel(
     p_i, p_f, p_a, p_low, p_own, p_start, p_total, p_weight, T, per, H, p_cu, p_first, p_owner, BT: tl.constexpr
 ):
-    """One chunk of one head: a, own, start, and for the scan over chunks the sum of log2 f and the sum of weights in
-    the frame of the last row.
-    """
+    """a, own, start of one chunk and head, and for the scan the sums of log2 f and weights in the last row's frame."""
     i_ch = tl.program_id(0).to(tl.int64)
     i_c, i_h = i_ch // H, i_ch % H
     i_b, begin, end = place_of_chunk(i_c, T, per, p_cu, p_first, p_owner, BT)
@@ -154,10 +149,7 @@ def scan_kernel(p_own, p_start, p_total, p_weight, p_m, p_n, p_scales, p_m_last,
 
 @triton.jit
 def load_rows(p, o_t, stride, left, o_d, D: tl.constexpr):
-    """Rows o_t, columns o_d of a matrix with D columns and `left` rows as a tile [rows, columns].
-
-    0 beyond the edges.
-    """
+    """Rows o_t, columns o_d of a matrix with D columns and `left` rows as a tile, 0 beyond the edges."""
     return tl.load(p + o_t[:, None] * stride + o_d[None, :], mask=(o_t[:, None] < left) & (o_d[None, :] < D), other=0.0)
 
 
@@ -278,9 +270,7 @@ def state_kernel(p_x, p_y, p_a, p_low, p_start, p_scales, p_weight, p_delta, p_C
 
 @triton.jit
 def join_kernel(p_x, p_spans, p_given, p_ends, lanes, segments, M, END: tl.constexpr, BM: tl.constexpr):
-    """x [segments, N H, M] from what each segment adds to a state into the state before each: the short scan between
-    the two long ones.
-    """
+    """From what each segment adds to a state to the state before it, x [segments, N H, M], between the long scans."""
     i_m, i_nh = tl.program_id(0).to(tl.int64) % tl.cdiv(M, BM), tl.program_id(0).to(tl.int64) // tl.cdiv(M, BM)
     o_m = i_m * BM + tl.arange(0, BM)
     b_x = tl.zeros([BM], tl.float32)
@@ -298,9 +288,7 @@ def output_kernel(p_q, p_k, p_v, p_states, p_norms, p_a, p_low, p_own, p_start, 
                   k_b, k_t, k_h, v_b, v_t, v_h, T, per, H, p_cu, p_first, p_owner, K: tl.constexpr, V: tl.constexpr,
                   BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
                   BV: tl.constexpr):  # too many for a line each  # fmt: skip
-    """h and 1 / den of BR rows: what they see of the state before their chunk, and of the tokens of their chunk in
-    blocks of BR.
-    """
+    """h and 1 / den of BR rows, from the state before their chunk and the tokens of their chunk in blocks of BR."""
     pid = tl.program_id(0).to(tl.int64)
     i_r = (pid % (BT // BR)).to(tl.int32)
     pid //= BT // BR
@@ -343,9 +331,7 @@ def output_kernel(p_q, p_k, p_v, p_states, p_norms, p_a, p_low, p_own, p_start, 
 def delta_kernel(p_h, p_dh, p_own, p_start, p_scales, p_inverse, p_delta, p_weight, T, per, H, p_cu, p_first, p_owner,
                  V: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
                  BV: tl.constexpr):  # too many for a line each  # fmt: skip
-    """Of BR rows, [NC, H, BT]: delta = <h, dh>, minus den times the gradient of den, and the weight of the carried
-    state over den.
-    """
+    """Of BR rows [NC, H, BT]: delta = <h, dh> = -den dden, and the weight of the carried state over den."""
     pid = tl.program_id(0).to(tl.int64)
     i_ch = pid // (BT // BR)
     i_c, i_h = i_ch // H, i_ch % H
@@ -411,10 +397,7 @@ def query_grad(p_k, p_v, p_dh, p_states, p_norms, p_a, p_low, p_own, p_start, p_
 def key_grad(p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_a, p_low, p_own, p_start, p_inverse, p_delta, p_sums, write,
              at, size, enter, i_r, q_t, k_t, v_t, h_t, left, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
              BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # too many for a line each  # fmt: skip
-    """dk [BR, BK] of tokens that later rows look at: after the chunk, through its last state, and in the chunk.
-
-    <k, dk> of both goes to `sums`.
-    """
+    """dk [BR, BK] of tokens, from rows after the chunk, its last state, and in it; <k, dk> goes to `sums`."""
     o_r, o_k, o_v = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV)
     o_s = i_r * BR + o_r
     b_dn = tl.load(p_dnorms + o_k, mask=o_k < K, other=0.0)

@@ -7,10 +7,7 @@ from xlstm_kernels.slstm.reference import SLSTMState, slstm_recurrent
 
 
 def check_kernel(device, dtype, V):
-    """h, the state after the last token, and the gradients of x, r and the state before.
-
-    A document starts and padding lies in the middle.
-    """
+    """h, the state after the last token, and the gradients of all inputs, with a document start and padding inside."""
     from xlstm_kernels.slstm.triton import slstm_triton  # needs triton
 
     make, (B, T, H) = torch.Generator().manual_seed(V), (3, 14, 2)

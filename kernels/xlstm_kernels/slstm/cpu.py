@@ -94,10 +94,7 @@ def run_loop_backward(a, weight, real, start, forget, states, gradients):
 
 
 class Loop(torch.autograd.Function):
-    """h [B, T, H, V] and the last c, n, m.
-
-    The arguments are those of `slstm_recurrent`, and a pair like `run_loop`, `run_loop_backward`.
-    """
+    """h [B, T, H, V] and the last c, n, m; arguments as of `slstm_recurrent`, and (`run_loop`, `run_loop_backward`)."""
 
     @staticmethod
     def forward(ctx, x, r, real, start, h, c, n, m, forget, loops):

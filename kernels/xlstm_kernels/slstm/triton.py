@@ -72,7 +72,7 @@ def product(x, w, y, HALF: tl.constexpr):
 @triton.jit
 def forward_kernel(p_a, p_r, p_h, p_c, p_n, p_m, p_real, p_start, T, B, H, V, EXP: tl.constexpr, HALF: tl.constexpr,
                    BB: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):  # too many for a line each  # fmt: skip
-    """a [T, H, B, 4, V]: what the input gives comes, pre-activations go; h, c, n, m [T + 1, H, B, V], the first given."""
+    """a [T, H, B, 4, V]: the input's share comes, pre-activations go; h, c, n, m [T + 1, H, B, V], the first given."""
     i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b, o_v = i_b * BB + tl.arange(0, BB), tl.arange(0, BV)
     inside = (o_b[:, None] < B) & (o_v[None, :] < V)  # [BB, BV]
@@ -136,10 +136,7 @@ def forward_kernel(p_a, p_r, p_h, p_c, p_n, p_m, p_real, p_start, T, B, H, V, EX
 def backward_kernel(p_a, p_r, p_c, p_n, p_m, p_real, p_start, p_dh, p_da, p_dh0, p_dc0, p_dn0, T, B, H, V,
                     EXP: tl.constexpr, HALF: tl.constexpr, BB: tl.constexpr, BV: tl.constexpr,
                     BK: tl.constexpr):  # too many for a line each  # fmt: skip
-    """dh [T, H, B, V] comes, and in dh0, dc0, dn0 [H, B, V] the gradients of the last state.
-
-    da [T, H, B, 4, V] and those of the first go.
-    """
+    """dh [T, H, B, V] and the last state's in dh0, dc0, dn0 [H, B, V] come; da [T, H, B, 4, V] and the first's go."""
     i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b, o_v = i_b * BB + tl.arange(0, BB), tl.arange(0, BV)
     inside = (o_b[:, None] < B) & (o_v[None, :] < V)

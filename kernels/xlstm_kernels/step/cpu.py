@@ -1,7 +1,4 @@
-"""A step as torch operations, in place.
-
-Dims: B batch, H query heads, G key/value heads, K query/key, V value, S sinks, W window.
-"""
+"""A step as torch operations, in place. Dims as in `op`."""
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +63,7 @@ def _(q, k, v, keys, values, index, sinks, scale):
 def step_both(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tensor, f: Tensor, o: Tensor, C: Tensor,
               n: Tensor, m: Tensor, keys: Tensor, values: Tensor, index: Tensor, sinks: int,
               scale: float | None) -> Tensor:  # too many for a line each  # fmt: skip
-    """o * mLSTM + (1 - o) * window.
-
-    An operation of its own in compiled graphs, because its way depends on the values of `index`.
-    """
+    """o * mLSTM + (1 - o) * window. One operation in compiled graphs, as branches depend on the values of `index`."""
     repeats = q.shape[2] // v.shape[2]
     memory = step_memory(phi_q, phi_k, v if repeats == 1 else v.repeat_interleave(repeats, 2), i, f, C, n, m)
     window = step_window(q, k, v, keys, values, index, sinks, scale)

@@ -44,7 +44,7 @@ FINISH = Tile({}, 4, 1)
 
 @triton.jit
 def gate_weights(i, f, m, FORGET: tl.constexpr):
-    """(m after the token, weight of the state before, of the token) from gates before activation, as `cpu.step_memory`."""
+    """(m after the token, weights of the state before and of the token), as in `cpu.step_memory`."""
     x = tl.exp(-tl.abs(f))
     z = x / (2.0 + x)  # log(1 + x) = 2 artanh(z), z <= 1/3: also right where 1 + x rounds to 1
     y = z * z
@@ -62,9 +62,7 @@ def gate_weights(i, f, m, FORGET: tl.constexpr):
 def attend_slots(p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight, q_b, q_h, k_b, k_g, v_b, v_g, H, R, W, P,
                  rate, i, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
                  BV: tl.constexpr, EXACT: tl.constexpr, BS: tl.constexpr):  # too many for a line each  # fmt: skip
-    """Part i_p of the slots: the sum of weighted values of the R heads [BR, BV], their sum of weights and largest
-    exponent [BR].
-    """
+    """Part i_p of the slots, of R heads: sum of weighted values [BR, BV], sum of weights and largest exponent [BR]."""
     i_p, i_bg, G = i % P, (i // P).to(tl.int64), H // R
     i_b, i_g = i_bg // G, i_bg % G
     index = tl.load(p_index + i_b)
@@ -232,7 +230,7 @@ def _(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale
 
 
 def check_tensors(tensors):
-    """Raise ValueError for dtypes and widths that the kernels do not have, and memory that cannot be written in place."""
+    """Raise ValueError for dtypes and widths that kernels do not have, and memory that cannot be written in place."""
     for name, x in tensors.items():
         if name in ("C", "n", "m") and x.dtype != torch.float32:
             raise ValueError(

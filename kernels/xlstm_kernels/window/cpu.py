@@ -41,10 +41,7 @@ class Block(NamedTuple):
 
 
 def blocks(row, N, rows, window, sinks, dtype, device):
-    """Cut the queries of a row into blocks.
-
-    The oldest key in reach moves forward with the query: the first one's bounds the block.
-    """
+    """Cut the queries of a row into blocks; the first query of a block has the oldest key in reach."""
     start = None if row.start is None else row.start.tolist()
     for begin in range(0, N, rows):
         end = min(begin + rows, N)
@@ -89,10 +86,7 @@ def hidden_spans(bias):
 
 
 class Heads:
-    """Queries of one row without its padding, x [T, H, K|V], seen as [G, R, N, K|V].
-
-    Blocks of it are copied into scratch memory.
-    """
+    """Queries of one row without its padding, x [T, H, K|V], as [G, R, N, K|V]; blocks are copied to scratch memory."""
 
     def __init__(self, x, groups, place=None):
         x = x if place is None else x[place]
@@ -130,10 +124,7 @@ class Keys:
 
 
 class KeyGradients:
-    """Sums of what the blocks say about keys or values, [G, N, K|V].
-
-    The sinks' share waits in `shared` while it is not added to.
-    """
+    """Sums of the blocks' gradients of keys or values, [G, N, K|V]; the sinks' share waits in `shared`."""
 
     def __init__(self, keys, sinks):
         self.total, self.sink = torch.zeros_like(keys.band), 0
@@ -265,10 +256,7 @@ def block_backward(queries, outputs, upstream, keys, values, dq, dk, dv, lanes, 
 
 
 def window_banded(q, k, v, *, window, sinks, index, document, scale):
-    """The streaming form, with its own backward: O(T (S + W)) time and O(T) memory.
-
-    Up to W tokens it is causal attention.
-    """
+    """The streaming form, with its own backward: O(T (S + W)) time, O(T) memory; up to W tokens, causal attention."""
     if index is None and document is None and q.shape[1] <= min(window, SHORT):
         dtype = calculation_dtype(q, k, v)
         queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))

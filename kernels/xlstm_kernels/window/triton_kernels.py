@@ -94,9 +94,7 @@ def seen(t, s, first, W, S: tl.constexpr):
 
 @triton.jit
 def absorb(b_h, b_l, b_m, b_s, b_v, rate, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the softmax that runs over tiles of keys: sum of weighted values, sum of weights, largest exponent so
-    far.
-    """
+    """One step of the softmax over tiles of keys: sum of weighted values, sum of weights, largest exponent so far."""
     m = tl.maximum(b_m, tl.max(b_s, 1) * rate)
     finite = m
     if MASKED:
@@ -240,9 +238,7 @@ def key_kernel(p_q, p_k, p_v, p_dh, p_lse, p_delta, p_dk, p_dv, p_place, p_start
                k_t, k_g, v_b, v_t, v_g, T, H, R, W, rate, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
                BS: tl.constexpr):  # too many for a line each  # fmt: skip
-    """dk [B, T, G, K] and dv [B, T, G, V] of one tile of keys, as far as the queries less than W tokens later and all
-    heads of the group go.
-    """
+    """dk [B, T, G, K], dv [B, T, G, V] of one tile of keys, from queries less than W later, all heads of the group."""
     n_tiles = tl.cdiv(T, BS)
     i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
     s0 = tl.program_id(0) % n_tiles * BS
