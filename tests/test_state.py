@@ -196,7 +196,7 @@ def test_the_record_is_bounded_and_says_how_far_it_reaches(any_student):
 
 def test_a_long_prompt_leaves_only_the_end_of_itself_in_the_record(student):
     (call,) = prefill(student, token_ids(1, 300), rollback=10).layers[0].calls
-    held = [call.key, call.value, *call.memory, call.tokens.index]
+    held = [call.key, call.value, *call.written, call.tokens.index]
     assert len(call) == 10 and all(x.untyped_storage().nbytes() <= 10 * 4 * 16 * 8 for x in held)  # tokens x heads x dim x bytes
 
 

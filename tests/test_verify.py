@@ -16,10 +16,9 @@ from xlstm_hybrid.cli import app
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation.equivalence import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES
-from xlstm_hybrid.model import cache
-from xlstm_hybrid.model import mixer as mixers
 from xlstm_hybrid.model.cache import HybridCacheLayer
-from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
 
 MIXED = {
@@ -92,10 +91,7 @@ def test_the_model_is_left_as_it_was(small):
 
 
 def state_dropped(original):
-    def forward(self, *args, state=None, **kwargs):
-        return original(self, *args, state=None, **kwargs)
-
-    return forward
+    return lambda *inputs, state, chunk_size: original(*inputs, state=None, chunk_size=chunk_size)
 
 
 def mask_ignored(original):
@@ -182,7 +178,7 @@ PREFILL, PACKED, BEAMS, FORKED, BACK = ("chunked prefill = full", "packed docume
                                         "forked state = recomputed", "rolled back = never seen")  # fmt: skip
 ALONE, INSIDE = ({n for n in PADDING if word in n} for word in ("one row", "inside"))
 DEFECTS = {
-    "state dropped": (MLSTMMixer, "forward", state_dropped, CACHED - STEPS, {PACKED}),
+    "state dropped": (CELLS["mlstm"], "run", state_dropped, CACHED - STEPS, {PACKED}),
     "mask ignored": (*LOCATE, mask_ignored, PADDING, CACHED),
     "mask ignored for one row": (*LOCATE, mask_ignored_for_one_row, ALONE, CACHED | PADDING - ALONE),
     "mask ignored once cached": (*LOCATE, mask_ignored_once_cached, INSIDE, CACHED),
@@ -193,7 +189,7 @@ DEFECTS = {
     "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {BEAMS}, {FORKED}),
     "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {BACK}, {BEAMS}),
     "state not forked": (LAYER, "batch_repeat_interleave", state_fades_when_forked, {FORKED}, {BEAMS}),
-    "chunks disagree": (mixers, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
+    "chunks disagree": (CELLS["mlstm"], "run", chunks_disagree, {"chunkwise = parallel"}, CACHED),
 }
 
 
@@ -205,19 +201,19 @@ def test_a_defect_turns_its_row_red_and_no_unrelated_one(small, monkeypatch, def
 
 
 def test_a_step_that_loses_the_state_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
         args[8].C.mul_(0.99)
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PACKED})) == STEPS
 
 
 def test_a_state_in_half_precision_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
@@ -225,7 +221,7 @@ def test_a_state_in_half_precision_is_seen(small, monkeypatch):
             x.copy_(x.bfloat16())
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PREFILL})) == STEPS
 
 

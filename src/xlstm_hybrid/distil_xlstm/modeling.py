@@ -378,10 +378,12 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
     @takes_cache
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):  # fmt: skip
-        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`."""
+                logits_to_keep=0, with_head=None, **kwargs):  # fmt: skip
+        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in `XLSTMHybridForCausalLM.forward`."""
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                              inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
+        if with_head is not None:
+            return with_head(outputs.last_hidden_state, self)
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -42,7 +42,7 @@ from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
-from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, attach, new_parameters
+from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, new_parameters
 from xlstm_hybrid.training.run_spec import check_run_spec, digest_of, run_spec
 
 PROGRESS = "streaming.json"
@@ -293,7 +293,6 @@ class Streaming:
         from accelerate import Accelerator
 
         model = self.model_of(layers).to(self.args.device)
-        attach(model)
         return type("Trunk", (), {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)})
 
     def walk(self):
