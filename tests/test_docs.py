@@ -202,8 +202,8 @@ def parsed(command, name, arguments):
     """A line as the command line understands it; a file that is not there is no mistake of the document."""
     try:
         return command.make_context(name, list(arguments))
-    except click.BadParameter as error:
-        if "does not exist" not in error.message:
+    except Exception as error:  # typer's, or click's
+        if "does not exist" not in getattr(error, "message", ""):
             raise
         return None
 
@@ -215,7 +215,8 @@ def check_line(words):
         if program == "xlstm_arena":
             parsed(arena(), program, arguments)
             return
-        assert arguments and (arguments[0] in commands() or arguments[0] == "--version"), f"no command {' '.join(words)}"
+        if not arguments or arguments[0] not in commands():
+            raise LookupError("there is no such command")
         context = parsed(commands()[arguments[0]], arguments[0], arguments[1:])
         if context is not None and context.args:
             module, config = TRAINERS[arguments[0]]
