@@ -52,7 +52,11 @@ def rooms():
     """{page of the API: (title, paths of its modules)}: one page per room of the package, one for the kernels."""
     found = {}
     for room in sorted(PACKAGES["xlstm_hybrid"].iterdir()):
-        if (room.is_dir() or room.suffix == ".py") and room.stem not in ("__init__", "__main__", "commands", "cli") and modules(room):
+        if (
+            (room.is_dir() or room.suffix == ".py")
+            and room.stem not in ("__init__", "__main__", "commands", "cli")
+            and modules(room)
+        ):
             found[f"api/{room.stem}.md"] = (room.stem, modules(room))
     found["api/kernels.md"] = ("xlstm_kernels", modules(PACKAGES["xlstm_kernels"]))
     return found
@@ -71,7 +75,11 @@ def on_config(config):
     evidence = next(entry["Evidence"] for entry in nav if "Evidence" in entry)
     if (ROOT / "docs/compatibility.md").is_file():
         evidence.append({"Compatibility": "compatibility.md"})
-    evidence += [{"The kernels": "kernels.md"}, {"The tiny teacher": "tiny-teacher.md"}, {"Model cards": "model-cards.md"}]
+    evidence += [
+        {"The kernels": "kernels.md"},
+        {"The tiny teacher": "tiny-teacher.md"},
+        {"Model cards": "model-cards.md"},
+    ]
     nav.append({"Project": [{"Contributing": "contributing.md"}, {"Changes": "changelog.md"}]})
     config.nav = nav
     return config
@@ -142,13 +150,17 @@ def module_place(path, name):
     page = next((page for page, (_, paths) in rooms().items() if path in paths), None)
     if page is None:
         return None, ""
-    defined = {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {
+        node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
     shown = name in defined and ast.get_docstring(defined[name])
     return page, f"#{module_name(path)}" + (f".{name}" if shown else "")
 
 
 def table(rows):
-    cells = [["" if cell is None else str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    cells = [
+        ["" if cell is None else str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows
+    ]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
@@ -169,8 +181,14 @@ def options_table(command):
         if parameter.name == "help":
             continue
         is_option = parameter.param_type_name == "option"
-        name = ", ".join(f"`{o}`" for o in (*parameter.opts, *parameter.secondary_opts)) if is_option else f"`{parameter.name.upper()}`"
-        default = "required" if parameter.required else "" if parameter.default in (None, False) else f"`{parameter.default}`"
+        name = (
+            ", ".join(f"`{o}`" for o in (*parameter.opts, *parameter.secondary_opts))
+            if is_option
+            else f"`{parameter.name.upper()}`"
+        )
+        default = (
+            "required" if parameter.required else "" if parameter.default in (None, False) else f"`{parameter.default}`"
+        )
         rows.append([name, default, getattr(parameter, "help", None)])
     return table(rows) if len(rows) > 1 else "It takes no arguments."
 

@@ -28,7 +28,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 README, COMMANDS = ROOT / "README.md", ROOT / "docs/commands.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-BESIDE = [ROOT / "CHANGELOG.md", ROOT / "kernels/README.md", ROOT / "model_cards/README.md", ROOT / "recipes/tiny_teacher/README.md"]
+BESIDE = [
+    ROOT / "CHANGELOG.md",
+    ROOT / "kernels/README.md",
+    ROOT / "model_cards/README.md",
+    ROOT / "recipes/tiny_teacher/README.md",
+]
 HUB = re.compile(r"(?<=\")(meta-llama|Qwen|allenai)/[\w.-]+(?=\")")
 TINY = "recipes/tiny_teacher/tiny-llama"
 OPTIONAL = ("trl", "peft", "datasets", "bitsandbytes")
@@ -39,15 +44,25 @@ TRAINERS = {  # commands that take the fields of a trainer's config behind their
     "multi-teacher": ("xlstm_hybrid.training.on_policy", "OnPolicyKDConfig"),
     "distil-xlstm": ("xlstm_hybrid.distil_xlstm.trainer", "DeltaKDConfig"),
 }
-STAGES = {"align": "align", "distill": "distill", "on_policy": "on-policy"}  # section of a recipe: a command of its trainer
-CONFIGS = ("XLSTMHybridConfig", "DistilXLSTMConfig", "AlignmentConfig", "SparseKDConfig", "OnPolicyKDConfig", "DeltaKDConfig", "Recipe", "Source")
+STAGES = {
+    "align": "align",
+    "distill": "distill",
+    "on_policy": "on-policy",
+}  # section of a recipe: a command of its trainer
+CONFIGS = (
+    "XLSTMHybridConfig",
+    "DistilXLSTMConfig",
+    "AlignmentConfig",
+    "SparseKDConfig",
+    "OnPolicyKDConfig",
+    "DeltaKDConfig",
+    "Recipe",
+    "Source",
+)
 
 
 def name_of(path):
     return str(path.relative_to(ROOT))
-
-
-every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
 # --- reading documents --------------------------------------------------------------------------------------------
@@ -172,20 +187,22 @@ def arena():
 
 
 def lines_of(path):
-    """[(block, words)] of the shell lines of a document: continued lines joined, comments dropped, variables of the document put in."""
+    """[(block, words)] of the shell lines of a document: continued lines joined, loops unrolled, comments dropped, variables put in."""
     found, variables = [], {}
     for block in of(path, "sh", "bash", "shell"):
-        for line in block.text.replace("\\\n", " ").splitlines():
+        for line in re.sub(
+            r"for (\w+) in (.*?); do\n(.*?)done\n?", unrolled, block.text.replace("\\\n", " "), flags=re.DOTALL
+        ).splitlines():
             if match := re.fullmatch(r"(\w+)=\"(.*)\"", line.strip()):
                 variables[match[1]] = match[2]
-                continue
-            if match := re.match(r"\s*for (\w+) in (\S+).*; do$", line):
-                variables[match[1]] = match[2]
-                continue
-            words = shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line), comments=True)
-            if words and words != ["done"]:
+            elif words := shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line), comments=True):
                 found.append((block, words))
     return found
+
+
+def unrolled(loop):
+    """A shell loop as its body once per value."""
+    return "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split())
 
 
 def our_arguments(words):
@@ -235,12 +252,14 @@ def check_line(words):
         source = (ROOT / words[1]).read_text()
         assert all(word in source for word in words if word.startswith("--")), words
     else:
-        assert Path(words[0]).name in ("python", "git", "pre-commit", "OMP_NUM_THREADS=1", "accelerate"), f"who runs {' '.join(words)}?"
+        assert Path(words[0]).name in ("python", "git", "pre-commit", "OMP_NUM_THREADS=1", "accelerate"), (
+            f"who runs {' '.join(words)}?"
+        )
 
 
-
-
-@every_document
+@pytest.mark.parametrize(
+    "path", [path for path in [*DOCUMENTS, *BESIDE] if of(path, "sh", "bash", "shell")], ids=name_of
+)
 def test_every_shell_line_is_understood_by_the_program_that_it_calls(path):
     wrong = []
     for _, words in lines_of(path):
@@ -251,6 +270,21 @@ def test_every_shell_line_is_understood_by_the_program_that_it_calls(path):
         except Exception as error:  # an error of ours names the field
             wrong.append(f"{' '.join(words)}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_command_that_is_named_in_a_sentence_or_a_recipe_exists():
+    named = {
+        (path.name, name)
+        for path in [*DOCUMENTS, *BESIDE]
+        for name in re.findall(r"`xlstm-hybrid ([a-z][\w-]*)", prose(path))
+    }
+    named -= {
+        (name, old) for name in ("commands.md", "CHANGELOG.md") for old in ("delta", "arena")
+    }  # where it is said what they are called now
+    for path in ROOT.glob("recipes/**/*.yaml"):
+        comments = " ".join(re.findall(r"#(.*)", path.read_text(encoding="utf-8")))
+        named |= {(path.name, name) for name in re.findall(r"xlstm-hybrid ([a-z][\w-]*) ", comments)}
+    assert len(named) > 20 and not {(place, name) for place, name in named if name not in commands()}
 
 
 @pytest.mark.parametrize("line", ["xlstm-hybrid run x.yaml --fast", "xlstm-hybrid walk x.yaml", "xlstm-hybrid push folder", "make coffee",
@@ -271,6 +305,28 @@ def test_the_commands_that_are_marked_run(path, folder):
         if block.runs:
             result = CliRunner().invoke(app, our_arguments(words)[1])
             assert result.exit_code == 0, f"{' '.join(words)}: {result.exception!r}\n{result.output}"
+
+
+@pytest.mark.slow
+def test_the_guide_to_merging_runs_from_its_first_line_to_its_last(folder):
+    """With the recipe of two steps per stage in the place of the quickstart's, and smaller searches."""
+    from typer.testing import CliRunner
+
+    from xlstm_hybrid.cli import app
+
+    pytest.importorskip("trl")
+    smaller = {"--prompts": "4", "--budget": "2", "--rows": "8", "--max_steps": "1"}
+    for block, words in lines_of(ROOT / "docs/merge.md"):
+        words = [
+            word.replace("recipes/tiny.yaml", "recipes/smoke.yaml").replace("runs/tiny", "runs/smoke") for word in words
+        ]
+        words = [smaller.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        if not block.runs:
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{' '.join(words)}: {result.exception!r}\n{result.output}"
+    assert {"mean", "ties", "gates", "found", "regmean", "taught"} <= {
+        path.name for path in (folder / "runs/smoke").iterdir()
+    }
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -355,7 +411,13 @@ def test_the_readme_is_read_in_a_few_minutes():
 
 
 def test_the_figures_of_the_benchmark_stand_as_they_were_measured():
-    made = subprocess.run([sys.executable, "kernels/bench_table.py", "benchmarks/cpu.json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        [sys.executable, "kernels/bench_table.py", "benchmarks/cpu.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = [line for line in made.stdout.splitlines() if line.startswith("|")]
     assert len(rows) > 50 and not set(rows) - set((ROOT / "docs/speed.md").read_text(encoding="utf-8").splitlines())
 
@@ -393,21 +455,39 @@ def test_every_option_of_the_command_line_is_used_or_explained_in_a_document():
     for name, command in commands().items():
         for parameter in command.params:
             names = {*parameter.opts, *parameter.secondary_opts}
-            if parameter.param_type_name == "option" and "--help" not in names and not names & options_in_documents().get(name, set()):
+            if (
+                parameter.param_type_name == "option"
+                and "--help" not in names
+                and not names & options_in_documents().get(name, set())
+            ):
                 missing.append(f"{name} {parameter.opts[0]}")
-    assert not missing, f"{len(missing)} options stand in no document: explain them in docs/commands.md, or delete them: {missing}"
+    assert not missing, (
+        f"{len(missing)} options stand in no document: explain them in docs/commands.md, or delete them: {missing}"
+    )
 
 
 @cache
 def sources():
-    return {path: path.read_text(encoding="utf-8") for top in ("src", "kernels") for path in sorted((ROOT / top).rglob("*.py"))}
+    return {
+        path: path.read_text(encoding="utf-8")
+        for top in ("src", "kernels")
+        for path in sorted((ROOT / top).rglob("*.py"))
+    }
 
 
 @cache
 def written():
     """Words of documents and recipes."""
-    texts = [*DOCUMENTS, *BESIDE, *ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("src/**/*.yaml"), *ROOT.glob("src/**/lm_eval_tasks/*")]
-    return Counter(word for path in texts if path.is_file() for word in re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    texts = [
+        *DOCUMENTS,
+        *BESIDE,
+        *ROOT.glob("recipes/**/*.yaml"),
+        *ROOT.glob("src/**/*.yaml"),
+        *ROOT.glob("src/**/lm_eval_tasks/*"),
+    ]
+    return Counter(
+        word for path in texts if path.is_file() for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))
+    )
 
 
 @cache
@@ -426,7 +506,9 @@ def test_every_field_of_a_config_is_used_by_a_document_a_recipe_or_another_modul
                 if not written()[field] and not any(words_of(other)[field] for other in sources() if other != path):
                     missing.append(f"{node.name}.{field}")
     assert seen == set(CONFIGS)
-    assert not missing, f"{len(missing)} fields that nothing names but their own module: document or delete them: {missing}"
+    assert not missing, (
+        f"{len(missing)} fields that nothing names but their own module: document or delete them: {missing}"
+    )
 
 
 def test_every_function_is_used_by_a_module_or_a_document():

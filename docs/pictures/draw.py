@@ -184,7 +184,7 @@ def badge(left, right):
 def main():
     for theme in THEMES:
         (HERE / f"layer-{theme}.svg").write_text(layer(theme), encoding="utf-8")
-        results(theme).savefig(HERE / f"results-{theme}.png", metadata={"Software": None})
+        results(theme).savefig(HERE / f"results-{theme}.png", metadata={"Software": None}, transparent=True)
     for name, svg in badges().items():
         (HERE / name).write_text(svg, encoding="utf-8")
 
