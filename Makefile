@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait spin briefly, then sleep: on a busy machine long spinning makes a training step ten times slower.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: install quickstart test test-all test-oldest lint clean
+.PHONY: install quickstart test test-all test-oldest lint docs clean
 
 install: $(VENV)/.installed
 
@@ -38,8 +38,16 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet -e . 'transformers==5.17.0' accelerate pytest
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -k 'not longrope-olmo3 and not (hands_back_one and mixed) and not (reset_cache and teacher)' $(OLDEST:%=tests/test_%.py)
 
+# The documents as a site, in site/; a dead link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 lint: install
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest runs build *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-oldest runs build site *.egg-info src/*.egg-info

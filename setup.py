@@ -14,6 +14,7 @@ EVAL_PAPER = ["lm-eval[math,ifeval]>=0.4.13"]
 ENERGY = ["nvidia-ml-py>=12"]  # imported as pynvml
 SERVE = ["fastapi", "uvicorn", "openai"]
 QUANT = ["bitsandbytes>=0.50"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"]  # its interpreter and compiler need no GPU
 
 setup(
@@ -31,6 +32,6 @@ setup(
                                            "tiny_teacher/tiny-llama/*"]},
     install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves
     extras_require={"train": TRAIN, "eval": EVAL, "eval-paper": EVAL_PAPER, "energy": ENERGY, "test": TEST, "serve": SERVE, "quant": QUANT,
-                    "gpu": ["triton>=3.6"], "all": sorted({*TRAIN, *EVAL, *TEST})},
+                    "docs": DOCS, "gpu": ["triton>=3.6"], "all": sorted({*TRAIN, *EVAL, *TEST})},
     entry_points={"console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"]},
 )

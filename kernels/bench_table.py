@@ -1,4 +1,4 @@
-"""The benchmark's JSON as the Markdown tables of the README: `python kernels/bench_table.py benchmarks/cpu.json`."""
+"""The benchmark's JSON as the Markdown tables of docs/speed.md: `python kernels/bench_table.py benchmarks/cpu.json`."""
 
 import json
 import sys

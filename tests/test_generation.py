@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import re
 from pathlib import Path
 
 import pytest
@@ -152,26 +150,6 @@ def test_a_reset_cache_is_a_fresh_one():
         ids = token_ids(2, 9, seed=seed)
         assert torch.equal(model.generate(ids, cache=cache, **GREEDY), model.generate(ids, **GREEDY))
         cache.reset()
-
-
-def test_prefill_once_and_answer_many_as_the_readme_says(tmp_path, monkeypatch):
-    """The README's two programs, one after the other, on the checkpoint that they name; what is printed is what plain generation gives."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    first, second = programs[0], next(p for p in programs if "prefill(" in p)
-    monkeypatch.chdir(tmp_path)
-    os.symlink(ROOT / "recipes", tmp_path / "recipes")
-    names, printed = {}, io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(first, names)
-    with contextlib.redirect_stdout(printed):
-        exec(second, names)
-    model, tokenizer, answers = names["model"], names["tokenizer"], []
-    for question in ("12+30=", "7+5="):
-        ids = tokenizer("a long document" + question, return_tensors="pt", return_token_type_ids=False)
-        answers.append(tokenizer.decode(model.generate(**ids, max_new_tokens=4)[0]))
-    assert printed.getvalue().strip().splitlines() == "\n".join(answers).splitlines()
-    loaded = names["load_state"]("document.safetensors", model)
-    assert loaded.get_seq_length() == names["cache"].get_seq_length()
 
 
 def test_the_package_offers_the_state_functions_when_asked():

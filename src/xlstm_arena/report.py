@@ -8,12 +8,12 @@ from string import Template
 from xlstm_arena.arms import TEACHER
 from xlstm_arena.summary import MAIN, accuracy, pareto, rounded
 from xlstm_hybrid.checkpoint.files import markdown_table, write_file
+from xlstm_hybrid.reports.plots import FAINT, GREY, INK, MEANING, PALETTE, label_ends, legible
 from xlstm_hybrid.reports.run import as_png, figure
 
 FOLDER, PAGE, NUMBERS = "arena", "arena.md", "results.json"
 NONE = "–"
 KINDS = ("single", "multikey", "multiquery")
-LOOKS = ("-", "--", ":", "-.")
 
 
 # --- words -------------------------------------------------------------------------------------------------------
@@ -235,29 +235,46 @@ def show_setting(summary, teacher):
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def palette(count):
-    from matplotlib import colormaps
+COLOURS = {  # of the arms that have one; all others are grey
+    TEACHER: MEANING["teacher"], "hybrid": MEANING["student"], "mlstm": MEANING["memory"], "wide": MEANING["wide"], "kept-1": MEANING["kept"],
+    "kept-ranked": MEANING["kept"], "no-align": MEANING["unaligned"], "hybrid/memory": MEANING["memory"], "hybrid/window": MEANING["window"],
+}  # fmt: skip
 
-    return [colormaps["tab10"](j % 10) for j in range(count)]
+
+def coloured(names):
+    """{name: colour} of those of `names` that have one, no colour twice, the present ones of `COLOURS` in its order."""
+    found = {}
+    for name in sorted(names, key=list(COLOURS).index):
+        if COLOURS[name] not in found.values():
+            found[name] = COLOURS[name]
+    return found
 
 
 def draw_curves(summary, teacher, kind):
-    """Accuracy against length, one line per arm of the first tier, the coverage under them."""
+    """Accuracy against length: a line per arm of the first tier, those of `COLOURS` with their names, over the coverage."""
     W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1]
-    made, (axes,) = figure(width=8.6, height=4.4)
-    x = [n / W for n in lengths]
-    axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#dddddd", label="coverage c", zorder=0)
-    for j, (row, colour) in enumerate(zip(rows, palette(len(rows)), strict=True)):
-        cells = [row["recall"][kind][str(n)]["accuracy"] for n in lengths]
-        look = {"color": "#555555", "linewidth": 2.6} if row["name"] == TEACHER else {"color": colour, "linestyle": LOOKS[j // 10 % len(LOOKS)]}
-        axes.plot(x, [c["mean"] for c in cells], marker="o", markersize=3.5, label=row["name"], **look)
-        if cells[0]["over"] == "seeds":
-            low, high = ([min(max(c[side], 0), 1) for c in cells] for side in ("low", "high"))
-            axes.vlines([a * 1.006 ** (j - len(rows) / 2) for a in x], low, high, color=look["color"], alpha=0.35, linewidth=1.2, zorder=1)
+    colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
+    made, (axes,) = figure(width=7, height=4.2)
+    x, ends = [n / W for n in lengths], []
+    axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#ebebeb", zorder=0)
+    axes.annotate("coverage", (x[0], 0.03), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=9)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [f"{n:g}" for n in x])
     axes.set(xlabel="length of the context, windows", ylabel="accuracy", ylim=(-0.03, 1.04), title=f"Recall against length: {kind}")
-    made.legend(loc="outside right upper", fontsize=8, handlelength=3.5)
+    axes.set_xticks(x, [f"{n:g}" for n in x])
+    axes.set_xlim(x[0] / 1.1, x[-1])
+    for row in rows:
+        cells, colour = [row["recall"][kind][str(n)]["accuracy"] for n in lengths], colours.get(row["name"])
+        heights = [c["mean"] for c in cells]
+        axes.plot(x, heights, color=colour or FAINT, linewidth=2 if colour else 1, zorder=3 if colour else 1)
+        if colour:
+            ends.append((heights[-1], row["name"], colour))
+            axes.plot(x, heights, "o", color=colour, markersize=3.5, zorder=3, clip_on=False)
+        if colour and cells[0]["over"] == "seeds":
+            low, high = ([min(max(c[side], 0), 1) for c in cells] for side in ("low", "high"))
+            axes.vlines([a * 1.012 ** (len(ends) - 1 - len(colours) / 2) for a in x], low, high, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
+    if others := [row["recall"][kind][str(lengths[-1])]["accuracy"]["mean"] for row in rows if row["name"] not in colours]:
+        ends.append((sum(others) / len(others), f"{len(others)} more arms", GREY))
+    label_ends(axes, ends)
     return made
 
 
@@ -270,42 +287,51 @@ def points_of(summary, teacher, kind, length):
     ]
 
 
+def dot(axes, x, y, name, colour, beside=True):
+    """A point of a scatter plot: with its name and colour, or a faint one without a name."""
+    axes.scatter(x, y, s=36 if colour else 18, color=colour or FAINT, zorder=3 if colour else 1)
+    if colour and beside:
+        axes.annotate(name, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=9, color=legible(colour))
+
+
 def draw_front(summary, teacher, length):
-    """Recall against bytes with the Pareto front, single and multikey side by side."""
-    made, panels = figure(2, width=10.5, height=4.6)
+    """Recall against bytes with the Pareto front, single above multikey; what is on the front or in `COLOURS` has a name."""
+    made, panels = figure(rows=2, width=7, height=7.4)
     for axes, kind in zip(panels, ("single", "multikey"), strict=True):
         points = points_of(summary, teacher, kind, length)
-        front = pareto(points)
-        line = sorted(((b, a) for name, b, a in points if name in front))
-        axes.plot([b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color="#0072B2", zorder=1)
-        c = min(1, (summary["window"] + summary["sinks"]) / length)
+        front, colours = pareto(points), coloured(name for name, *_ in points if name in COLOURS)
+        line = sorted((b, a) for name, b, a in points if name in front)
+        axes.plot([b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=2)
+        c, named = min(1, (summary["window"] + summary["sinks"]) / length), set()
         for name, b, a in points:
-            axes.scatter(b, a, s=30, facecolor="#0072B2" if name in front else "white", edgecolor="#0072B2", zorder=2)
-            if name in front or a > c + 0.1:  # what lies on the floor is in the tables
-                axes.annotate(name, (b, a), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
-        axes.axhline(c, color="#999999", linewidth=1, linestyle=":")
+            colour = colours.get(name) or (INK if name in front and (b, a) not in named else None)
+            named |= {(b, a)} if name in front else set()
+            dot(axes, b, a, name, colour, beside=name in front or a > c + 0.1)  # what lies on the floor is in the tables
+        axes.axhline(c, color=GREY, linewidth=1, linestyle=":")
         axes.set_xscale("log")
-        axes.set(xlabel="bytes of one sequence's cache", ylabel="accuracy", ylim=(-0.03, 1.06))
-        axes.set_title(f"{kind} at {in_windows(length, summary['window'])} (filled: on the front; dotted: c)")
+        axes.margins(x=0.12)
+        axes.set(ylabel="accuracy", ylim=(-0.03, 1.08), title=f"{kind} at {in_windows(length, summary['window'])}")
+    panels[-1].set_xlabel("bytes of one sequence's cache (line: the front; dotted: the coverage)")
     return made
 
 
 def draw_cost(summary, teacher):
-    """The second view: what training cost against what came of it, short tasks and multikey at 16 W side by side."""
+    """The second view: what training cost against what came of it, short tasks above multikey at 16 W."""
     length, made = 16 * summary["window"], None
     rows = [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None]
     if length in summary["lengths"] and rows:
-        made, panels = figure(2, width=10.5, height=4.2)
+        made, panels = figure(rows=2, width=7, height=6.4)
+        colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
         marks = {
             "short": lambda r: r["short"]["mean"],
             f"multikey at {in_windows(length, summary['window'])}": lambda r: accuracy(r, "multikey", str(length)),
         }
         for axes, (title, value) in zip(panels, marks.items(), strict=True):
             for row in rows:
-                point = (row["cpu_seconds"]["mean"] / 60, value(row))
-                axes.scatter(*point, s=30, color="#0072B2")
-                axes.annotate(row["name"], point, xytext=(4, 3), textcoords="offset points", fontsize=6.5)
-            axes.set(xlabel="CPU minutes of training", title=title)
+                dot(axes, row["cpu_seconds"]["mean"] / 60, value(row), row["name"], colours.get(row["name"]), beside=title != "short")
+            axes.margins(x=0.12)
+            axes.set(ylabel="accuracy", title=title)
+        panels[-1].set_xlabel("CPU minutes of training")
     return made
 
 
@@ -314,25 +340,28 @@ def draw_distances(summary, teacher):
     rows = [row for row in main_rows(summary, teacher) if row["arm"] == summary["reference"]]
     if len(rows) < 2:
         return None
-    made, panels = figure(len(KINDS), width=10.5, height=3.4)
+    made, panels = figure(rows=len(KINDS), width=7, height=8)
+    colours = {row["name"]: COLOURS.get(row["name"]) or PALETTE[j % len(PALETTE)] for j, row in enumerate(rows)}
     for axes, kind in zip(panels, KINDS, strict=True):
-        for row, colour in zip(rows, palette(len(rows)), strict=True):
+        for row in rows:
             parts = row["by_distance"][kind]
-            axes.plot([math.sqrt(max(p["from"], 8) * p["to"]) for p in parts], [p["accuracy"] for p in parts], "o-", label=row["name"], color=colour)
-        axes.axvline(summary["window"], color="#999999", linewidth=1)
+            axes.plot([math.sqrt(max(p["from"], 8) * p["to"]) for p in parts], [p["accuracy"] for p in parts], "o-", color=colours[row["name"]])
+        axes.axvline(summary["window"], color=GREY, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="distance, tokens", ylim=(-0.03, 1.04), title=kind)
-    panels[0].legend(fontsize=8)
+        axes.set(ylabel="accuracy", ylim=(-0.03, 1.04), title=kind, xlim=(axes.get_xlim()[0], max(max(line.get_xdata()) for line in axes.lines)))
+        label_ends(axes, [(row["by_distance"][kind][-1]["accuracy"], row["name"], colours[row["name"]]) for row in rows], gap=0.11)
+    panels[-1].set_xlabel("distance from fact to question, tokens (line: the window)")
     return made
 
 
 def pictures(summary, teacher):
     """{file: (drawing, caption)} of what there is to draw."""
     W, lengths = summary["window"], summary["lengths"]
-    found = {
-        f"{kind}.png": (lambda s, kind=kind: draw_curves(s, teacher, kind), f"Recall against length, {kind}; grey: the coverage.") for kind in KINDS
-    }
+    found = {}
+    for kind in KINDS:
+        draw = lambda s, kind=kind: draw_curves(s, teacher, kind)  # noqa: E731
+        found[f"{kind}.png"] = (draw, f"Recall against length, {kind}; grey area: the coverage.")
     found["branches.png"] = (lambda s: draw_distances(s, teacher), "Accuracy by distance with one branch at a time; the line is the window.")
     found["cost.png"] = (lambda s: draw_cost(s, teacher), "Short tasks and multikey against CPU minutes of training.")
     for n in (16, 32, 64):
@@ -341,7 +370,7 @@ def pictures(summary, teacher):
     for name in others_of(summary, teacher):
         for kind in KINDS[:2]:
             draw = lambda s, name=name, kind=kind: draw_curves(s, name, kind)  # noqa: E731
-            found[f"{name}_{kind}.png"] = (draw, f"Recall against length, {kind}, {name}; grey: the coverage.")
+            found[f"{name}_{kind}.png"] = (draw, f"Recall against length, {kind}, {name}; grey area: the coverage.")
         last = lambda s, name=name: draw_front(s, name, lengths[-1])  # noqa: E731
         found[f"{name}_front.png"] = (last, f"Recall against bytes at {in_windows(lengths[-1], W)}, {name}.")
     return found
@@ -359,7 +388,7 @@ def markdown(summary, drawn):
     teacher = first_teacher(summary)
     template = Template((Path(__file__).parent / "report_template.md").read_text(encoding="utf-8"))
     shown = lambda names: "\n\n".join(f"![{drawn[n]}]({FOLDER}/{n})" for n in names if n in drawn)  # noqa: E731
-    again = f"Written by `xlstm-hybrid arena`; every number is in [{FOLDER}/{NUMBERS}]({FOLDER}/{NUMBERS})."
+    again = f"Written by `python -m xlstm_arena`; every number is in [{FOLDER}/{NUMBERS}]({FOLDER}/{NUMBERS})."
     if teacher is None:
         return f"# The arena\n\n{again}\n\nNo results yet.\n\n{show_missing(summary)}\n"
     fronts = [name for name in drawn if name.startswith("front_")]

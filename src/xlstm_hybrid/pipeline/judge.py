@@ -60,7 +60,7 @@ def judge_sources(model, tokenizer, recipe, progress=None):
 
 @torch.no_grad()
 def mean_gates(model_dir, recipe, rows=8):
-    """Mean output gate per layer and head (1: mLSTM, 0: window) over held-out rows: [hybrid layers][heads]."""
+    """Mean output gate per layer and head (1: mLSTM, 0: window) over held-out rows: [hybrid layers, heads]."""
     model, tokenizer = load(model_dir)
     batch = {k: v.to(model.device) for k, v in collate(packed_rows(recipe, tokenizer, rows, test=True)).items() if k != "labels"}
     return [gate.mean((0, 1)).tolist() for gate in model(**batch, use_cache=False, logits_to_keep=1, output_gates=True)["gates"]]

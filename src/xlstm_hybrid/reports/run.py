@@ -68,12 +68,12 @@ def table(results):
 # --- pictures --------------------------------------------------------------------------------------------------
 
 
-def figure(columns=1, width=7.2, height=3.8):
-    """A figure without global state, and its axes."""
+def figure(columns=1, width=7.2, height=3.8, rows=1):
+    """A figure without global state, and its axes in one list."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
-    return made, made.subplots(1, columns, squeeze=False)[0]
+    return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
 def colours(results):

@@ -173,7 +173,7 @@ def evaluations(log):
 
 
 def layer_grids(log):
-    """`{metric: ([steps], [layers], rows)}`: rows[layer][step] of metrics that are logged per layer, nan where one is missing."""
+    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of metrics that are logged per layer, nan where one is missing."""
     found = defaultdict(dict)
     for entry in log:
         for name, value in entry.items():
