@@ -72,6 +72,20 @@ def test_the_error_of_every_layer_goes_down_and_only_new_parameters_move(tmp_pat
     assert len(logged) == 25 and logged[-1]["layer_2/relative_error"] < logged[0]["layer_2/relative_error"]
 
 
+def test_a_step_does_not_calculate_what_follows_the_last_attention(tmp_path):
+    model, seen = student(), []
+    for n, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, n=n: seen.append(n))
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, n=n: seen.append(n))
+    align(model, tmp_path, max_steps=1)
+    assert seen == [0, 0, 1, 1]
+    before, ids = len(seen), token_ids(2, LENGTH)
+    whole = model(input_ids=ids, teacher_forced=True)
+    assert seen[before:] == [0, 0, 1, 1, 2, 2] and whole.hidden_states.shape == (2, LENGTH, model.config.hidden_size)
+    part = model(input_ids=ids, teacher_forced=True, onward=False)
+    assert part.hidden_states is None and torch.equal(part.sums, whole.sums)
+
+
 def test_layers_are_independent(tmp_path):
     """A layer learns the same whether or not another one is there to learn: nothing couples their gradients or their clip."""
     runs = []
@@ -281,7 +295,7 @@ def test_a_layer_that_stops_early_leaves_the_others_as_in_a_run_without_it(tmp_p
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
         resumed = trainer_of(again, tmp_path / "again", **STOPPING, stop_error=0.0125)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed.stopped == trainer.stopped and resumed._initial_global_step == step
+        assert resumed.stopped == trainer.stopped and resumed.guard.began == step
         assert all(torch.equal(p, found[name]) for name, p in new_parameters(again).items())
         shutil.rmtree(tmp_path / "again")
         again = student()

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_student, token_ids
+from conftest import assert_same_model, tiny_config, tiny_student, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -221,7 +221,7 @@ def test_auto_classes_load_what_was_saved_and_gates_stay_in_float32(tmp_path):
     ids = token_ids(1, 20)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), XLSTMHybridConfig)
     assert isinstance(AutoModel.from_pretrained(tmp_path), XLSTMHybridModel)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, student(ids).logits, atol=0, rtol=0)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), student, ids)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     dtypes = {name.rpartition(".")[2]: p.dtype for name, p in half.model.layers[0].self_attn.mlstm.named_parameters()}
     assert dtypes == {"q_map": torch.bfloat16, "k_map": torch.bfloat16} | dict.fromkeys(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+HERE = Path(__file__).parent
+SOURCES = HERE.parent if HERE.name == "backends" else HERE  # an exported checkpoint has all files in one folder
 VERDICTS = {}  # (operation, device, dtype, dims) -> bool, of this process
 # largest error, on the scale of the largest entry
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-9}
@@ -37,7 +39,7 @@ def verified(operation, check, device, dtype, **dims):
         if verdict is None:
             VERDICTS[key] = False  # the check itself must not ask again
             verdict = evaluate(check, device, dtype, dims)
-            save_verdict(path, question, verdict, device)
+            save_verdict(path, question, verdict, environment(device))
         VERDICTS[key] = verdict["right"]
         if not verdict["right"]:
             warn(question, verdict, path, dtype)
@@ -74,16 +76,17 @@ def cache_folder():
     return Path(os.environ.get("XLSTM_KERNELS_CACHE") or caches / "xlstm_kernels")
 
 
+def digest_of(folder):
+    """16 characters that change with any Python source in a folder."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*.py")):
+        sources.update(path.read_bytes())
+    return sources.hexdigest()[:16]
+
+
 @cache
 def environment(device):
     """What a verdict depends on besides the operation: GPU, versions, and our own sources."""
-    folder = Path(__file__).parent
-    folder = (
-        folder.parent if folder.name == "backends" else folder
-    )  # an exported checkpoint has all files in one folder
-    sources = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        sources.update(path.read_bytes())
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     try:
         triton = metadata.version("triton")
@@ -91,30 +94,35 @@ def environment(device):
         triton = None
     name = f"{gpu.name}, sm_{gpu.major}{gpu.minor}" if gpu else device.type
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
-    return {"device": name, **versions, "sources": sources.hexdigest()[:16]}
+    return {"device": name, **versions, "sources": digest_of(SOURCES)}
+
+
+def file_of(environment, name="verdicts"):
+    """One JSON file for each environment, a dict of text."""
+    text = json.dumps(environment, sort_keys=True)
+    return cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def verdict_file(device):
-    """One JSON file for each environment."""
-    text = json.dumps(environment(device), sort_keys=True)
-    return cache_folder() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    return file_of(environment(device))
 
 
 def read_verdicts(path):
     """{question: verdict} of a file; nothing if it cannot be read, which costs a check and no more."""
     try:
         found = json.loads(path.read_text())["verdicts"]
-        sound = all(isinstance(v["errors"], dict) and isinstance(v["right"], bool) for v in found.values())
-        return found if sound else {}
+        errors = [error for verdict in found.values() for error in verdict["errors"].values()]
+        sound = all(isinstance(error, float | int) for error in errors)
+        return found if sound and all(isinstance(verdict["right"], bool) for verdict in found.values()) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def save_verdict(path, question, verdict, device):
+def save_verdict(path, question, verdict, environment):
     """Add a verdict by replacing the file, as several processes may at once; without a folder, checks repeat."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(device), "verdicts": read_verdicts(path) | {question: verdict}}
+        content = {"environment": environment, "verdicts": read_verdicts(path) | {question: verdict}}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
             json.dump(content, file, indent=1)
         os.replace(file.name, path)

@@ -29,6 +29,7 @@ from xlstm_hybrid.distil_xlstm.cache import adopt_cache, count_after
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
 from xlstm_hybrid.model.modeling import CheckpointedLayer, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
@@ -350,6 +351,12 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.freeze()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(DistilXLSTMForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
@@ -373,6 +380,7 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(DistilXLSTMForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache

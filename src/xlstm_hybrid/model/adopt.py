@@ -21,7 +21,10 @@ def adopt_cache(cache, config):
         raise CacheError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
     # Layers without fixed addresses: the masks beside a static one would be wrong
     moving = any(config.kept_groups or ()) or config.sparse_memory > 0 or config.mixer_combine == "joint"
-    for j, kind in enumerate(config.layer_types):
+    depth = config.num_hidden_layers  # less than there are while early layers draft: what nothing will fill cannot be cropped either
+    if not any(layer.is_initialized for layer in cache.layers[depth:]):
+        del cache.layers[depth:]
+    for j, kind in enumerate(config.layer_types[:depth]):
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]

@@ -21,7 +21,8 @@ from xlstm_hybrid.model.rollback import Piece, Step
 class HybridAttention(nn.Module):
     """Attention layer of the student: "hybrid_sliding" mixes, any other type is the teacher's own attention."""
 
-    restored = None  # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache (`planning.layers` measures what each is worth)
+    # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache: `planning.layers` measures what each is worth
+    restored = None
 
     def __init__(self, config, layer_idx):
         super().__init__()

@@ -5,6 +5,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 """
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.adopt import adopt_cache
 from xlstm_hybrid.model.attention import HybridAttention
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
@@ -42,12 +44,13 @@ class Align(NamedTuple):
     """What stage I asks of a decoder layer.
 
     counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.  output_terms: whether cosine and
-    distance after W_o are wanted.
+    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are returned, which cost nothing.
     """
 
     counted: torch.Tensor
     teacher_mask: torch.Tensor | None
     output_terms: bool = False
+    onward: bool = True
 
 
 ALIGNMENT_TERMS = ("error", "target", "cosine", "frobenius")  # what a layer sums over counted tokens in stage I
@@ -167,8 +170,8 @@ class HybridDecoderLayer(CheckpointedLayer):
             projected = attention.project(x, position_embeddings)
             teacher_window = config.teacher_sliding_window if config.teacher_layer_types[attention.layer_idx] == "sliding_attention" else None
             target, _ = attention.attend(*projected[:3], align.teacher_mask, teacher_window, position_ids=position_ids)
-            output = attention.o_proj(target.flatten(-2))
-            following = self.finish(hidden_states, output)
+            output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
+            following = self.finish(hidden_states, output) if align.onward else hidden_states
         dtype = torch.promote_types(target.dtype, torch.float32)
         if attention.layer_type != "hybrid_sliding" or self.aligned:
             return following, target.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype)
@@ -190,10 +193,10 @@ def output_terms(student, teacher, counted):
 
 
 def drop_absent_names(model):
-    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration to say."""
-    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    model._keep_in_fp32_modules &= have
-    model._keep_in_fp32_modules_strict &= have
+    """Of the names that stay in float32 keep those that a parameter has: the configuration says which gates there are."""
+    have = [name for name, _ in model.named_parameters()]
+    for kept in (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict):
+        kept -= {part for part in kept if not any(re.search(rf"(^|\.){part}(\.|$)", name) for name in have)}
 
 
 class XLSTMHybridPreTrainedModel(PreTrainedModel):
@@ -206,7 +209,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = NAMES
     _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
-    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
+    _keep_in_fp32_modules = [".*mlstm"]  # in float16; and what quantisers leave alone, who match names from their start
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -270,7 +273,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
+        there = range(config.num_hidden_layers)  # fewer than the model has while early layers draft, see `assistant_early_exit`
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]  # a pipeline's stage has some of the layers
         layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
@@ -378,7 +382,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
         held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]  # fewer than there are while early layers draft
+        for j, (layer, kind) in enumerate(zip(self.layers, kinds, strict=False)):
             where = {"tokens": tokens, "mask": masks.get(mask_key(self.config, j)), "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
@@ -386,7 +391,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 cache.layers[j].skip(hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
-    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, **kwargs):
+    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, onward=True, **kwargs):
         """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces.
 
         The trunk is the teacher as long as only the mixers' new parameters have been trained; the target is its attention as it is used, without
@@ -396,6 +401,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             counted: [B, T] bool, tokens whose error counts; all real ones by default.
             hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
             terms: whether `sums` has cosine and distance after W_o.
+            onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the loss.
         Returns:
             AlignmentOutput
         """
@@ -406,19 +412,19 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
                 tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
             counted = tokens.real if counted is None else counted & tokens.real
-            sums = []
+            sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]
             for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
                 if isinstance(layer, nn.Identity):  # of another group of layers
                     sums.append(hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)))
                     continue
                 where = {"tokens": tokens, "mask": masks[mask_key(self.config, j)], "position_embeddings": rope[kind], "position_ids": position_ids}
-                hidden_states, found = layer(hidden_states, align=Align(counted, masks["teacher", kind], terms), **where)
+                hidden_states, found = layer(hidden_states, align=Align(counted, masks["teacher", kind], terms, onward or layer is not last), **where)
                 sums.append(found)
         finally:
             self.train(training)
         sums = torch.stack(sums)
         found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
-        return AlignmentOutput(**found, sums=sums, hidden_states=hidden_states)
+        return AlignmentOutput(**found, sums=sums, hidden_states=hidden_states if onward else None)
 
 
 def keep_positions(hidden_states, keep):
@@ -454,6 +460,12 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         if cls.teacher_loader is None:
             raise ConfigError("from_teacher: this class was loaded from a checkpoint's own code, which converts nothing; pip install xlstm-hybrid")
         return cls.teacher_loader(cls, teacher, **options)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -497,6 +509,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(XLSTMHybridForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache

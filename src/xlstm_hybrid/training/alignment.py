@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import HybridDecoderLayer
@@ -48,6 +49,7 @@ class AlignmentConfig(SFTConfig):
     allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         if self.max_grad_norm:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent")
@@ -120,7 +122,7 @@ class AlignmentTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms)
+        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms, onward=False)
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":

@@ -37,7 +37,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, write_weights
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
@@ -345,7 +345,8 @@ def align_streamed(checkpoint, out, args, train_dataset, data_collator, processi
     with staged(out, overwrite=overwrite) as folder:
         write_aligned(Path(checkpoint), folder, work, groups)
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
-        settings = {name: value for name, value in args.to_dict().items() if name in ("learning_rate", "max_steps", "layers_at_a_time", "loss_form")}
+        kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
+        settings = {name: value for name, value in args.to_dict().items() if name in kept}
         add_provenance(folder, "align", parent=checkpoint, config=settings, figures={"relative_error": figures["relative_error"]},
                        seconds=round(time.time() - started, 1))  # fmt: skip
         write_manifest(folder)
@@ -376,8 +377,10 @@ def write_aligned(checkpoint, folder, work, groups):
 
     write_weights(folder, shapes, sizes.__getitem__, make)
     for name in ("config.json", GENERATION, *TOKENIZER_FILES):
-        if (checkpoint / name).is_file():
+        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
             shutil.copyfile(checkpoint / name, folder / name)
+        elif (checkpoint / name).is_file():
+            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
 
 
 def spooled_bytes(tokens, hidden_size, itemsize=2):
