@@ -13,7 +13,7 @@ TABLE = runpy.run_path(str(HERE / "src/xlstm_hybrid/environment/versions.py"))  
 bounds, of_extra = TABLE["requirement"], TABLE["requirements"]
 
 # torch's GPU builds bring triton themselves
-CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")]
+CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")]
 EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
 # Triton's interpreter and compiler need no GPU
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", f"{bounds('triton')}; platform_system == 'Linux'"]

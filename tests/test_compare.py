@@ -487,7 +487,7 @@ def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comp
     text = write_card(checkpoint).read_text()
     verify(checkpoint)
     assert "| benchmark | metric | shots | score | teacher | recovery |" in text
-    assert "| code | pass@1,create_test | 5 | 0.4 | 0.8 | 50.0 % |" in text and "1 won, 1 tied, 1 lost; C_0 = 0.667, α\\* = 0.000" in text
+    assert "| code | pass@1,create_test | 5 | 0.4 | 0.8 | 50.0 % |" in text and "1 won, 1 tied, 1 lost; C_0 = 0.67 (0.33 to 0.67; lossless" in text
     assert "at α = 0 it is lossless (C_α = 0.667" in text and "It scores below its teacher on: code." in text and "nothing is known" not in text
     assert "Benchmarks, teacher and student alike:" in text
     record(comparison | {"differences": ["arc: version 1 for t, 2 for s"]}, "s<1>", checkpoint)

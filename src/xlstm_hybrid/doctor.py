@@ -18,7 +18,7 @@ from typing import NamedTuple
 from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES, PYTHON, fault, installed, requirement, untested
 
 OK, NOTE, MISSING, WRONG = "ok", "note", "missing", "WRONG"  # MISSING: optional
-NEEDED = {"torch", "transformers", "safetensors", "huggingface_hub"}
+NEEDED = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
 VARIABLES = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",

@@ -227,7 +227,9 @@ def load_state(path, model):
         found = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
         check_tensors(found, layer, j, model.config, seen, name)
         rows.add(found["keys"].shape[0])
-        found = {key: x.to(next(layers[j].parameters()).device) for key, x in found.items()}
+        device = next(layers[j].parameters()).device
+        # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on that
+        found = {key: x.to(device, copy=True) for key, x in found.items()}
         if isinstance(layer, HybridCacheLayer):
             layer.fill(found, seen)
             continue

@@ -378,6 +378,12 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """The model reads no more of the 2-D mask than the call's own columns."""
         return attention_mask
 
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs):
+        """As in transformers, which looks for `inputs_embeds` in the signature."""
+        more = named(cache) | {"inputs_embeds": inputs_embeds} | kwargs
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **more)
+
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
         ensure_compatible(DistilXLSTMForCausalLM)

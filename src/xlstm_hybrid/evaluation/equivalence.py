@@ -7,6 +7,7 @@ difference of the logits, in units of their standard deviation. The bound follow
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -57,9 +58,9 @@ def rounded(model, dtype):
     """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature maps, too) stay in float32,
     buffers as they are."""
     model = copy.deepcopy(model)
-    kept = model._get_dtype_plan(dtype)
+    kept = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if any(part in kept for part in name.split(".")) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in kept) else dtype)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 Dims: B rows, T tokens, D hidden size.
 """
 
+import copy
 import itertools
 import tempfile
 from contextlib import contextmanager
@@ -185,7 +186,8 @@ def model_file(s):
     with tempfile.TemporaryDirectory() as folder:
         s.model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=s.model.dtype).to(s.model.device).eval()
-    yield Subject(loaded, s.T).read(s.ids[:2]), s.read(s.ids[:2])
+    # Copies, in fresh memory: on some CPUs bits depend on where weights lie, and those of a mapped file lie anywhere
+    yield tuple(Subject(copy.deepcopy(model), s.T).read(s.ids[:2]) for model in (loaded, s.model))
     for name, x in s.model.state_dict().items():
         found = loaded.state_dict()[name]
         if found.dtype != x.dtype or not torch.equal(found, x):

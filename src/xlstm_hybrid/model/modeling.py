@@ -5,7 +5,6 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 """
 
 import copy
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -193,10 +192,10 @@ def output_terms(student, teacher, counted):
 
 
 def drop_absent_names(model):
-    """Of the names that stay in float32 keep those that a parameter has: the configuration says which gates there are."""
-    have = [name for name, _ in model.named_parameters()]
-    for kept in (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict):
-        kept -= {part for part in kept if not any(re.search(rf"(^|\.){part}(\.|$)", name) for name in have)}
+    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration to say."""
+    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    model._keep_in_fp32_modules &= have
+    model._keep_in_fp32_modules_strict &= have
 
 
 class XLSTMHybridPreTrainedModel(PreTrainedModel):
@@ -209,7 +208,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = NAMES
     _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
-    _keep_in_fp32_modules = [".*mlstm"]  # in float16; and what quantisers leave alone, who match names from their start
+    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
