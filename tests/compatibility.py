@@ -42,6 +42,11 @@ EXPECTED = [
         "transformers<5.18",
         "load_adapter loses modules_to_save, PeftModel.from_pretrained does not",
     ),
+    (
+        ("automatic_device_map_splits_no_layer",),
+        "accelerate<1.11",
+        "infer_auto_device_map takes no set of names: it splits the layers of a Llama as well",
+    ),
 ]
 HEAD = """# Compatibility
 

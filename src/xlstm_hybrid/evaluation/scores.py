@@ -181,7 +181,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
     encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
     rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
-    texts = tokenizer.batch_decode([answer for _, answer in rows], skip_special_tokens=True)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
     with judged(model):
