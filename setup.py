@@ -1,6 +1,7 @@
 """Two source roots: `src/` is the package, `kernels/` holds `xlstm_kernels` (and must never become a package itself)."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,14 +9,17 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init__.py").read_text())[1]
 
-TRAIN = ["trl>=1.16,<2", "peft>=0.21", "datasets>=4", "accelerate>=1.10", "matplotlib>=3.8"]
-EVAL = ["lm-eval>=0.4.13", "matplotlib>=3.8"]
-EVAL_PAPER = ["lm-eval[math,ifeval]>=0.4.13"]
-ENERGY = ["nvidia-ml-py>=12"]  # imported as pynvml
-SERVE = ["fastapi", "uvicorn", "openai"]
-QUANT = ["bitsandbytes>=0.50"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
-TEST = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"]  # its interpreter and compiler need no GPU
+TABLE = runpy.run_path(str(HERE / "src/xlstm_hybrid/environment/versions.py"))  # by its path: nothing is installed yet
+bounds, of_extra = TABLE["requirement"], TABLE["requirements"]
+
+# torch's GPU builds bring triton themselves
+CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")]
+EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
+# Triton's interpreter and compiler need no GPU
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", f"{bounds('triton')}; platform_system == 'Linux'"]
+EXTRAS["eval-paper"] = [bounds("lm-eval").replace("lm-eval", "lm-eval[math,ifeval]", 1)]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
+EXTRAS["all"] = sorted({*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["test"]})
 
 setup(
     name="xlstm-hybrid",
@@ -24,14 +28,13 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=f">={TABLE['PYTHON']}",
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
     packages=[*find_packages("src", exclude=["xlstm_arena*"]), *find_packages("kernels"), "xlstm_hybrid.recipes"],
     package_data={"xlstm_hybrid": ["reports/card_template.md", "evaluation/lm_eval_tasks/*"],
                   "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "tiny_teacher/*.*",
                                            "tiny_teacher/tiny-llama/*"]},
-    install_requires=["torch>=2.10,<2.14", "transformers>=5.17,<6", "safetensors>=0.5"],  # torch's GPU builds bring triton themselves
-    extras_require={"train": TRAIN, "eval": EVAL, "eval-paper": EVAL_PAPER, "energy": ENERGY, "test": TEST, "serve": SERVE, "quant": QUANT,
-                    "docs": DOCS, "gpu": ["triton>=3.6"], "all": sorted({*TRAIN, *EVAL, *TEST})},
+    install_requires=CORE,
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"]},
 )

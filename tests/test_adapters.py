@@ -1,8 +1,5 @@
 """An adapter is the weight it merges to, in every path of the model; what trains is what was asked for; a target that is not there is an error."""
 
-import importlib
-import sys
-
 import peft
 import pytest
 import torch
@@ -19,7 +16,7 @@ from peft import (
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from xlstm_hybrid.errors import AdapterError, CacheError
-from xlstm_hybrid.model.adapters import ATTENTION, GATES, MAPS, MLP, PRESETS, TABLES, adaptable, coverage, lora_config, register
+from xlstm_hybrid.model.adapters import ATTENTION, GATES, MAPS, MLP, PRESETS, adaptable, coverage, lora_config
 
 LAYERS, D, F, H, G, K, R = 3, 48, 56, 4, 2, 16, 2  # of conftest's tiny student; R: rank in these tests
 COUNTS = {  # numbers per group in the whole student
@@ -378,22 +375,14 @@ def test_adapters_train_beside_four_bit_projections_and_merge_into_the_student(t
         assert loss_of(merged, ids) < before - 0.2
 
 
-def test_peft_knows_our_default_targets_and_adapts_through_transformers_too():
-    model = get_peft_model(tiny_student(), LoraConfig(r=R))
-    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
-    direct = tiny_student()
-    direct.add_adapter(LoraConfig(r=R))
+def test_peft_is_told_what_to_adapt_by_lora_config_alone():
+    """peft has no default targets for a model type that is not transformers' own, and says so; nothing is put into its tables."""
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(tiny_student(), LoraConfig(r=R))
+
+
+def test_an_adapter_that_transformers_adds_is_the_one_that_peft_adds():
+    pytest.importorskip("peft", minversion="0.22")  # transformers asks for it
+    model, direct = adapted(["q_proj", "v_proj"]), tiny_student(tie_word_embeddings=False)
+    direct.add_adapter(lora_config(direct, ["q_proj", "v_proj"], r=R))
     assert coverage(direct).as_dict() == coverage(model).as_dict()
-    assert set(get_peft_model(tiny_student(), peft.IA3Config()).peft_config["default"].target_modules) == {"k_proj", "v_proj", "down_proj"}
-
-
-def test_peft_is_told_when_it_comes_and_not_imported_for_it(monkeypatch):
-    monkeypatch.setattr(peft.utils, "constants", peft.utils.constants)  # put back afterwards, as the entry below
-    monkeypatch.delitem(sys.modules, TABLES)
-    before = list(sys.meta_path)
-    register()
-    register()
-    assert len(sys.meta_path) == len(before) + 1 and TABLES not in sys.modules
-    table = importlib.import_module(TABLES).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert table is not peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING and table["xlstm_hybrid"] == table["llama"]
-    assert sys.meta_path == before

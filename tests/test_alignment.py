@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, attach, measure_alignment, new_parameters, output_terms
+from xlstm_hybrid.model.modeling import output_terms
+from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment, new_parameters
 
 LENGTH = 24
 
@@ -71,6 +72,20 @@ def test_the_error_of_every_layer_goes_down_and_only_new_parameters_move(tmp_pat
     assert len(logged) == 25 and logged[-1]["layer_2/relative_error"] < logged[0]["layer_2/relative_error"]
 
 
+def test_a_step_does_not_calculate_what_follows_the_last_attention(tmp_path):
+    model, seen = student(), []
+    for n, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, n=n: seen.append(n))
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, n=n: seen.append(n))
+    align(model, tmp_path, max_steps=1)
+    assert seen == [0, 0, 1, 1]
+    before, ids = len(seen), token_ids(2, LENGTH)
+    whole = model(input_ids=ids, teacher_forced=True)
+    assert seen[before:] == [0, 0, 1, 1, 2, 2] and whole.hidden_states.shape == (2, LENGTH, model.config.hidden_size)
+    part = model(input_ids=ids, teacher_forced=True, onward=False)
+    assert part.hidden_states is None and torch.equal(part.sums, whole.sums)
+
+
 def test_layers_are_independent(tmp_path):
     """A layer learns the same whether or not another one is there to learn: nothing couples their gradients or their clip."""
     runs = []
@@ -121,25 +136,42 @@ def test_nothing_pickled_is_saved(tmp_path):
 # --- the pass --------------------------------------------------------------------------------------------------
 
 
-def copy_of(model):
-    """A student that no trainer has touched."""
-    twin = type(model)(model.config).to(model.dtype).eval()
-    twin.load_state_dict(model.state_dict())
-    return twin
+RECORDED = {  # by the code that had stage I twice: sums of the first and the last layer, norms of their gradients
+    "plain": ([6760.291656872796, 16081.136884370491, 7.8184200531398504, 145.20527814560307],
+              [9109.574172149416, 19575.71947827745, 9.288775779661066, 150.52645591385541], [5849.934472817139, 7174.510957791124]),
+    "left": ([5685.791993675997, 15316.146754800522, 6.5661083027251825, 122.21147196684652],
+             [5990.620114519572, 15976.438518662964, 6.478463961022808, 115.34118239779083], [5024.66997028592, 5178.6412438073785]),
+    "packed": ([4024.654692568671, 17450.629450716442, 4.870858649165323, 100.99650432802628],
+               [5680.680823586351, 20076.87257613882, 5.6420203849587764, 112.53655867254854], [5748.03758513179, 6181.981057795607]),
+}
 
 
-@pytest.mark.parametrize("inputs", ["plain", "left", "packed"])
-def test_the_pass_through_the_layers_calls_is_the_model_s_own(inputs):
-    model = tiny_student(layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"])
-    ids, real = token_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+@pytest.mark.parametrize("inputs", RECORDED)
+def test_losses_and_gradients_are_those_that_were_recorded_before_stage_one_moved_into_the_layer(inputs):
+    """A kept group, a layer that keeps the teacher's attention, one whose teacher had a window; the weights of the terms are 1, 0, 3 and 5."""
+    kinds = ["hybrid_sliding", "full_attention", "hybrid_sliding"]
+    teacher = {"teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"], "teacher_sliding_window": 9}
+    model, ids, real = tiny_student(layer_types=kinds, kept_groups=[[1], [], []], **teacher), token_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
     real[0, :5] = 0
     given = {"plain": {}, "left": {"attention_mask": real}, "packed": {"position_ids": torch.tensor([t % 8 for t in range(20)])[None].expand(2, -1)}}
-    expected = model(input_ids=ids, teacher_forced=True, **given[inputs])
-    attach(model)
-    found = model(input_ids=ids, teacher_forced=True, **given[inputs])
-    for name in ("loss", "error", "target", "num_items"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
-    torch.testing.assert_close(model(input_ids=ids, **given[inputs]).logits, copy_of(model)(input_ids=ids, **given[inputs]).logits, rtol=0, atol=0)
+    out = model(input_ids=ids, teacher_forced=True, terms=True, **given[inputs])
+    (out.sums * torch.tensor([1.0, 0.0, 3.0, 5.0])).sum().backward()
+    norms = [torch.cat([p.grad.flatten() for p in model.model.layers[n].self_attn.mlstm.parameters()]).norm().item() for n in (0, 2)]
+    first, last, gradients = RECORDED[inputs]
+    assert out.sums[0].tolist() == pytest.approx(first, rel=1e-10) and out.sums[2].tolist() == pytest.approx(last, rel=1e-10)
+    assert norms == pytest.approx(gradients, rel=1e-10) and not out.sums[1].any()
+    assert out.loss.item() == pytest.approx(first[0] + last[0], rel=1e-12) and out.num_items == (35 if inputs == "left" else 40)
+
+
+def test_what_leaves_the_last_layer_is_the_teacher_s_and_dropout_has_no_part_in_it():
+    model, ids = tiny_student(), token_ids(2, 20)
+    teacher = tiny_student(layer_types=["full_attention"] * 3)
+    teacher.load_state_dict({name: x for name, x in model.state_dict().items() if ".mlstm." not in name})
+    want = model(ids, teacher_forced=True)
+    model.config.attention_dropout = 0.5
+    found = model.train()(ids, teacher_forced=True)
+    assert torch.equal(found.error, want.error) and model.training
+    torch.testing.assert_close(teacher.lm_head(teacher.model.norm(found.hidden_states)), teacher(ids).logits, rtol=1e-9, atol=1e-9)
 
 
 def test_the_extra_terms_are_what_they_are_called():
@@ -263,7 +295,7 @@ def test_a_layer_that_stops_early_leaves_the_others_as_in_a_run_without_it(tmp_p
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
         resumed = trainer_of(again, tmp_path / "again", **STOPPING, stop_error=0.0125)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed.stopped == trainer.stopped and resumed._initial_global_step == step
+        assert resumed.stopped == trainer.stopped and resumed.guard.began == step
         assert all(torch.equal(p, found[name]) for name, p in new_parameters(again).items())
         shutil.rmtree(tmp_path / "again")
         again = student()

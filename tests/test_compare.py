@@ -558,3 +558,17 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
     student = found["students"]["student"]
     assert student["recovery"] == {"pair": pytest.approx(6 / 9)} and student["lossless"] and student["alpha_star"] == pytest.approx(1 / 3)
     assert student["paired"]["pair"]["documents"] == 24 and student["paired"]["pair"]["lost"] == 6 and Path(folders["student"]).is_dir()
+
+
+def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
+    from xlstm_hybrid.pipeline.road import scores_of
+
+    def judged(*answers):
+        samples = [{"prompt": f"p{n}", "answer": "a", "output": "", "correct": bool(right)} for n, right in enumerate(answers)]
+        return {"exact_match": {"code": sum(answers) / len(answers)}, "perplexity": {}, "samples": {"code": samples}}
+
+    found = scores_of({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})["win_and_tie"]
+    assert found["same"]["c_0"] == 1 and found["same"]["resampled"]["c_0"] == [1, 1] and found["same"]["resampled"]["alpha_star"] == [0, 0]
+    assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
+    unpaired = {"teacher": judged(1, 0), "student": judged(1, 0) | {"samples": {}}}
+    assert scores_of(unpaired)["win_and_tie"]["student"]["resampled"] is None

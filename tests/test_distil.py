@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import enlarge, token_ids
+from conftest import assert_same_model, enlarge, token_ids
 from tiny_teachers import FAMILIES, teacher
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -300,7 +300,7 @@ def test_saving_and_loading_changes_nothing_and_keeps_the_embeddings_frozen(mode
         ours = model if not tied else make(tie_word_embeddings=True)
         ours.save_pretrained(tmp_path / str(tied))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied), dtype=torch.float64)
-        assert torch.equal(loaded(ids).logits, ours(ids).logits)
+        assert_same_model(loaded, ours, ids)
         frozen = {n for n, p in loaded.named_parameters() if not p.requires_grad}
         assert frozen == ({EMBEDDING} if tied else {EMBEDDING, "lm_head.weight"})
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "True"), DistilXLSTMConfig)
@@ -392,7 +392,7 @@ def test_conversion_writes_a_directory_that_loads_with_its_record(tmp_path, ids)
     report = convert(tmp_path / "teacher", tmp_path / "student", num_hidden_layers=3)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert parameters_of(student) == report.parameters and student.config.block_types == ["slstm", "mlstm", "slstm"]
-    assert torch.equal(student(ids).logits, DistilXLSTMForCausalLM.from_teacher(tmp_path / "teacher", num_hidden_layers=3)(ids).logits)
+    assert_same_model(student, DistilXLSTMForCausalLM.from_teacher(tmp_path / "teacher", num_hidden_layers=3), ids)
     stage = json.loads((tmp_path / "student/provenance.json").read_text())["stages"][-1]
     assert stage["stage"] == "distil-convert" and stage["figures"]["parameters"] == report.parameters
     with pytest.raises(CheckpointError):
@@ -510,7 +510,7 @@ def test_a_student_that_shares_embeddings_is_saved_whole(family, tmp_path, ids):
     student = DistilXLSTMForCausalLM.from_teacher(mentor, tie_word_embeddings=False)
     share_frozen(student, mentor).save_pretrained(tmp_path)
     assert student.get_input_embeddings().weight is mentor.get_input_embeddings().weight
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, student(ids).logits)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), student, ids)
 
 
 def test_sharing_is_refused_where_the_teacher_would_change_or_is_another():

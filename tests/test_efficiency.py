@@ -285,7 +285,8 @@ def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     """The one test whose memory is measured in processes of its own."""
     pytest.importorskip("matplotlib")
     add_provenance(saved / "small", "convert")
-    arguments = ["efficiency", str(saved / "big"), str(saved / "small"), "--out", str(tmp_path / "out"), "--lengths", "40", "--batches", "2"]
+    arguments = ["efficiency", str(saved / "big"), str(saved / "small"), "--out", str(tmp_path / "out")]
+    arguments += ["--lengths", "40", "--batches", "2", "--dtype", "float32"]
     run = CliRunner().invoke(cli.app, [*arguments, "--rounds", "2", "--steps", "2", "--device", "cpu", "--shapes", "none", "--record"])
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "out/efficiency.json").read_text())

@@ -1,5 +1,6 @@
 """The measure reproduces the published tolerances; scores of a model are what the model says."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from xlstm_hybrid.data.toy_domains import Example
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation.scores import exact_match, perplexity, win_and_tie
+from xlstm_hybrid.evaluation.scores import contradictions, exact_match, named_contradictions, perplexity, win_and_tie
 
 LLAMA = [10.6, 13.8, 48.4, 35.4, 29.9, 48.4, 61.9]
 LLAMA_IT = [0.85, 0.51, 0.50, 0.19, 0.63, 0.57, 0.59, 0.69, 0.26, 0.28, 0.30, 0.32, 0.78, 5.08]
@@ -163,6 +164,45 @@ def test_progress_is_told_after_each_batch(counter):
     told = []
     exact_match(*counter, EXAMPLES, batch_size=2, progress=lambda done, of: told.append((done, of)))
     assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_an_answer_that_the_model_gives_token_by_token_and_did_not_generate_is_a_contradiction(counter):
+    model, tokenizer = counter
+    sound = exact_match(model, tokenizer, EXAMPLES).samples
+    assert contradictions(model, tokenizer, sound) == []
+    broken = [{**s, "output": "33333", "correct": False} for s in sound]
+    found = contradictions(model, tokenizer, broken)
+    assert [s["prompt"] for s in found] == ["12", "5"] and found == [broken[0], broken[3]]  # " 789 " is other tokens
+    assert found == contradictions(model, tokenizer, broken, batch_size=1)
+    said = named_contradictions({"it": {"counting": found}})
+    assert "it, counting: 2 answers are its most likely tokens" in said and "'3456789' after '12': the output is '33333'" in said
+
+
+def test_what_the_model_read_decides_and_not_the_prompts_text(counter):
+    """A chat template or a begin token that the evaluation left out."""
+    model, tokenizer = counter
+    sample = {"prompt": "something else", "answer": "89", "output": "", "correct": False}
+    assert contradictions(model, tokenizer, [sample], encode=lambda prompt: [1, *range(3, 11)]) == [sample]
+    assert contradictions(model, tokenizer, [sample], encode=lambda prompt: [1, *range(3, 10)]) == []
+
+
+def test_an_answer_that_rounding_could_have_gone_past_is_no_contradiction(counter):
+    """The answer's second token is as likely as another one."""
+    model, tokenizer = copy.deepcopy(counter)
+    sample = {"prompt": "12", "answer": "3456789", "output": "", "correct": False}
+    assert contradictions(model, tokenizer, [sample]) == [sample]
+    with torch.no_grad():
+        model.lm_head.weight[5] = model.lm_head.weight[7] * (1 - 1e-6)
+    assert contradictions(model, tokenizer, [sample]) == []
+
+
+def test_an_answer_that_its_tokens_do_not_spell_or_that_has_no_end_contradicts_nothing(counter):
+    model, tokenizer = counter
+    sample = {"prompt": "12", "answer": "3456789", "output": "", "correct": False}
+    assert contradictions(model, tokenizer, [{**sample, "answer": "345678x9"}]) == []
+    endless = copy.deepcopy(model)
+    endless.generation_config.eos_token_id = None
+    assert contradictions(endless, digits(pad_token="<pad>"), [sample]) == []
 
 
 ROWS = [

@@ -4,17 +4,17 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_student, token_ids
+from conftest import assert_same_model, tiny_student, token_ids
 from test_modeling import LENGTHS, PACKINGS, in_pieces
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, Subject
-from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.experimental import sparse
-from xlstm_hybrid.model.kept_groups import DOCUMENT, KeptKeys, spread
+from xlstm_hybrid.model.kept_groups import DOCUMENT, KeptKeys
+from xlstm_hybrid.model.modeling import mask_key
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.layers import keep_groups
 from xlstm_hybrid.state import load_state, prefill, remember, rollback, save_state, snapshot
@@ -119,7 +119,7 @@ def test_kept_groups_are_the_teachers_attention_and_the_others_do_not_notice():
         tokens, masks, rope, _ = model.model.prepare(hidden, None, None, None)
         for j, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x, key=(name, j): seen.__setitem__(key, x[0].unflatten(-1, (4, 16))))
-            layer.self_attn(hidden, rope["full_attention"], tokens, masks)
+            layer.self_attn(hidden, rope["full_attention"], tokens, masks[mask_key(model.config, j)])
     for j, group in enumerate((0, 1, 0)):
         heads, others = [2 * group, 2 * group + 1], [2 - 2 * group, 3 - 2 * group]
         torch.testing.assert_close(seen["kept", j][:, :, heads], seen["full", j][:, :, heads], **TOLERANCE)
@@ -238,7 +238,8 @@ def test_groups_are_given_back_step_by_step_and_the_first_student_stays_what_it_
     assert once.lm_head.weight is plain.lm_head.weight and once.model.layers[0].self_attn.mlstm.q_map.shape[0] == 2
     once.save_pretrained(tmp_path)
     loaded = type(plain).from_pretrained(tmp_path, dtype=torch.float64)
-    assert torch.equal(loaded(ids).logits, once(ids).logits) and loaded.config.kept_groups == [[0], [], [1]]
+    assert_same_model(loaded, once, ids)
+    assert loaded.config.kept_groups == [[0], [], [1]]
     with pytest.raises(ConfigError, match=r"layer 2: groups \[1\] have no mixer"):
         keep_groups(once, [[0], [0], []])
 
@@ -281,7 +282,7 @@ def test_the_best_tokens_that_left_the_window_are_visible_and_nobody_comes_back(
     want = by_definition(q, k, v, scores, tokens, window, sinks, capacity)
     for block in (1, 5, 64):
         monkeypatch.setattr(sparse, "BLOCK", block)
-        h, _ = sparse.sparse_attention(q, k, v, tokens, scores, HybridCacheLayer(window, sinks, capacity=capacity))
+        h, _ = sparse.sparse_attention(q, k, v, tokens, scores, sparse.SparseCacheLayer(window, sinks, capacity=capacity))
         torch.testing.assert_close(torch.where(tokens.real[..., None, None], h, 0.0), want, **TOLERANCE)
 
 
@@ -292,7 +293,7 @@ def test_blocks_of_queries_have_the_gradients_of_all_at_once_and_see_a_bounded_n
     for block in (1000, 6):
         monkeypatch.setattr(sparse, "BLOCK", block)
         leaf = [x.clone().requires_grad_() for x in inputs]
-        h, _ = sparse.sparse_attention(*leaf, tokens, scores, HybridCacheLayer(6, 2, capacity=5))
+        h, _ = sparse.sparse_attention(*leaf, tokens, scores, sparse.SparseCacheLayer(6, 2, capacity=5))
         (h * torch.cos(h.detach() * 9) * tokens.real[..., None, None]).sum().backward()
         gradients.append([x.grad for x in leaf])
     torch.testing.assert_close(gradients[0], gradients[1], **TOLERANCE)
@@ -353,7 +354,7 @@ def test_the_sparse_memory_is_as_large_at_any_context_and_empty_slots_are_empty(
 
 def test_random_scores_differ_between_layers_and_tokens_and_never_change():
     index = torch.arange(4000)[None]
-    a, b = (spread(index, j)[0] for j in (0, 100))
+    a, b = (sparse.spread(index, j)[0] for j in (0, 100))
     assert len(a.unique()) > 3990 and int(a.min()) >= 0 and int(a.max()) < 2**24 and (a == b).sum() < 5
     assert abs(float(a.double().mean()) / 2**23 - 1) < 0.03 and abs(float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])) < 0.05
     assert a[:3].tolist() == GOLDEN

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import xlstm_hybrid.hub.export
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.hub.export import AUTO_MAP, code, export
 from xlstm_hybrid.reports.card import write_card
@@ -257,10 +258,8 @@ def test_shards_travel_with_their_index(plain, tmp_path):
 
 
 def test_the_floor_in_the_card_is_that_of_the_package():
-    setup = (Path(__file__).parents[1] / "setup.py").read_text()
     for name in ("torch", "transformers"):
-        floor = setup.partition(f'"{name}>=')[2].partition(",")[0]
-        assert floor and f"{name} {floor}" in xlstm_hybrid.hub.export.NEEDS
+        assert f"{name} {PACKAGES[name].floor}" in xlstm_hybrid.hub.export.NEEDS
 
 
 # --- the code ----------------------------------------------------------------------------------------------------
@@ -285,20 +284,23 @@ def test_transformers_asks_for_torch_and_itself_only(exported):
 
 
 def test_but_for_imports_and_names_of_operators_a_file_is_its_source():
-    source = Path(xlstm_hybrid.hub.export.__file__).with_name("modeling.py").read_text().splitlines()
+    source = xlstm_hybrid.hub.export.origin("xlstm_hybrid.model.modeling").read_text().splitlines()
     carried = code()["modeling_xlstm_hybrid.py"].splitlines()
     ours = ("from xlstm_hybrid", "from xlstm_kernels", "from .", "# ")
     assert [line for line in source if not line.strip().startswith(ours)] == [line for line in carried if not line.strip().startswith(ours)]
 
 
 def test_a_comment_and_an_alias_survive_the_rewriting():
-    node = ast.parse("from xlstm_kernels.gpu.mlstm import mlstm_triton as run").body[0]
-    assert xlstm_hybrid.hub.export.relative(node) == ["from .xlstm_kernels_gpu_mlstm import mlstm_triton as run"]
-    node = ast.parse("from xlstm_kernels import mix, reference as r, mlstm").body[0]  # a function that hides its module, a module, a function
+    node = ast.parse("from xlstm_kernels.mlstm.triton import mlstm_triton as run").body[0]
+    assert xlstm_hybrid.hub.export.relative(node) == ["from .xlstm_kernels_mlstm_triton import mlstm_triton as run"]
+    node = ast.parse("from xlstm_kernels import mix, mlstm").body[0]  # functions that hide the folders of their names
     assert xlstm_hybrid.hub.export.relative(node) == [
-        "from . import xlstm_kernels_reference as r", "from .xlstm_kernels_mix import mix", "from .xlstm_kernels_mlstm import mlstm"
-    ]  # fmt: skip
-    assert "import mlstm_triton as run  # needs triton" in code()["xlstm_kernels_mlstm.py"]
+        "from .xlstm_kernels_mix_op import mix",
+        "from .xlstm_kernels_mlstm_op import mlstm",
+    ]
+    node = ast.parse("from xlstm_kernels.mlstm import reference as r").body[0]  # a module
+    assert xlstm_hybrid.hub.export.relative(node) == ["from . import xlstm_kernels_mlstm_reference as r"]
+    assert "import mlstm_triton as run  # needs triton" in code()["xlstm_kernels_mlstm_op.py"]
 
 
 @torch.no_grad()
@@ -309,7 +311,7 @@ def test_the_carried_triton_kernel_runs_and_is_the_packages(exported, monkeypatc
     for name, text in code().items():
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(package.parent)
-    carried = importlib.import_module("carried_code.xlstm_kernels_mlstm")
+    carried = importlib.import_module("carried_code.xlstm_kernels_mlstm_op")
     from xlstm_kernels import mlstm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in triton's interpreter, see conftest

@@ -60,6 +60,21 @@ def test_drafts_from_the_prompt_and_from_early_layers_give_greedy_decoding(famil
         assert torch.equal(model.generate(ids, **GREEDY, **options), want), options
 
 
+@families
+def test_drafts_of_early_layers_run_no_other_layers(family):
+    model, ids, calls = student(family, "mixed"), ids_of(6, 1).repeat(1, 3), [0, 0, 0]
+
+    def count(j):
+        calls[j] += 1
+
+    hooks = [layer.register_forward_pre_hook(lambda *_, j=j: count(j)) for j, layer in enumerate(model.model.layers)]
+    found = model.generate(ids, assistant_early_exit=1, **GREEDY)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(found, uncached(model, ids))
+    assert calls[0] > calls[1] == calls[2] and calls[1] <= N
+
+
 @pytest.mark.parametrize(
     "options",
     [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"guidance_scale": 1.7}, {"cache_implementation": "offloaded"},

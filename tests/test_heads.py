@@ -25,14 +25,11 @@ def teacher():
     model = tiny_student(gain=1.5)
     for p in model.parameters():
         p.data.mul_(1.1)
-    attach(model)
     return model
 
 
 def student(tied=False, gain=1.2):
-    model = tiny_student(gain=gain, tie_word_embeddings=tied, num_hidden_layers=2)
-    attach(model)
-    return model
+    return tiny_student(gain=gain, tie_word_embeddings=tied, num_hidden_layers=2)
 
 
 def batch():
@@ -208,19 +205,30 @@ def test_the_head_is_used_while_the_model_is_called(teacher, monkeypatch):
         assert (True, True) in seen and (True, False) not in seen
 
 
-def test_without_a_scorer_the_forward_is_what_it_was_and_a_copy_has_its_own():
-    model = tiny_student(num_hidden_layers=1)
-    ids = batch()[0]
+def foreign():
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return enlarge(LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)), gain=1.5).double().eval()
+
+
+def test_without_a_scorer_the_forward_of_a_foreign_model_is_what_it_was_and_a_copy_has_its_own():
+    model, ids = foreign(), batch()[0]
     before = model(input_ids=ids, labels=ids, use_cache=False)
     attach(model)
     attach(model)  # twice is once
     after = model(input_ids=ids, labels=ids, use_cache=False)
     close((after.loss, after.logits), (before.loss, before.logits), rtol=0, atol=0)
-    close(model.generate(ids, max_new_tokens=4, do_sample=False), tiny_student(num_hidden_layers=1).generate(ids, max_new_tokens=4, do_sample=False))
+    close(model.generate(ids, max_new_tokens=4, do_sample=False), foreign().generate(ids, max_new_tokens=4, do_sample=False))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     close(twin(input_ids=ids, with_head=lambda hidden, model: head_of(model).logits(hidden)), before.logits)
+
+
+def test_a_student_declares_the_argument_and_nothing_is_put_in_its_place():
+    model, ids = tiny_student(num_hidden_layers=1), batch()[0]
+    attach(model)
+    assert "forward" not in vars(model)
+    close(model(input_ids=ids, with_head=lambda hidden, model: head_of(model).logits(hidden)), model(input_ids=ids).logits)
 
 
 MAKES_LOGITS = {"Gemma2": {"final_logit_softcapping": 2.0}, "Cohere": {"logit_scale": 0.3}, "Granite": {"logits_scaling": 4.0}}

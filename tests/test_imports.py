@@ -9,9 +9,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # each imports only what stands behind it
-    "cli", "commands", "distil_xlstm", "pipeline", "reports", "merging", "evaluation", "training", "planning", "hub", "teacher_store", "data",
-    "conversion", "state", "model", "recipe", "checkpoint", "errors",
-]  # fmt: skip
+    "cli",
+    "commands",
+    "doctor",
+    "distil_xlstm",
+    "pipeline",
+    "reports",
+    "merging",
+    "evaluation",
+    "training",
+    "planning",
+    "hub",
+    "teacher_store",
+    "data",
+    "conversion",
+    "state",
+    "model",
+    "recipe",
+    "checkpoint",
+    "environment",
+    "errors",
+]
 EXTRAS = {"trl", "peft", "datasets", "lm_eval", "matplotlib", "accelerate"}
 PACKAGE, ARENA, KERNELS = ROOT / "src/xlstm_hybrid", ROOT / "src/xlstm_arena", ROOT / "kernels/xlstm_kernels"
 SOURCES = sorted(path for folder in (PACKAGE, ARENA, KERNELS) for path in folder.rglob("*.py"))

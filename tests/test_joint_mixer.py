@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
 from test_modeling import in_pieces
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.equivalence import verify
-from xlstm_hybrid.model.mixer import JointMixer
+from xlstm_hybrid.model.experimental.joint import JointMixer
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.state import prefill
 
@@ -27,7 +28,7 @@ def test_a_joint_softmax_has_one_normaliser_over_the_window_and_the_features_of_
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
     q, k, v = (torch.randn(2, 4, T, 16, dtype=torch.float64) for _ in range(3))
-    h, share, _ = mixer(torch.zeros(2, T, 48), None, q, k, v, Tokens.locate((2, T), "cpu"), 0.25)
+    h, _, share = mixer(q, k, v, Tokens.locate((2, T), "cpu"), 0.25)
     for b, head, t in ((0, 0, 0), (0, 1, 6), (1, 2, 9), (1, 3, 13)):
         phi_q, phi_k = torch.softmax(q[b, head, t] @ mixer.q_map[head], -1), torch.softmax(k[b, head] @ mixer.k_map[head], -1)
         near = [t - s < 7 or s < 3 for s in range(t + 1)]
@@ -87,7 +88,8 @@ def test_the_state_is_the_sum_over_the_tokens_that_have_left_the_window(T):
     read = mixer.register_forward_pre_hook(lambda module, args: seen.append(args))
     model(ids, use_cache=False)
     read.remove()
-    k, v = mixer.read(seen[0][3], mixer.k_map)[:, 3 : max(T - 7, 3)], seen[0][4][:, :, 3 : max(T - 7, 3)]
+    key, v = (repeat_kv(x, 2)[:, :, 3 : max(T - 7, 3)] for x in seen[0][1:])
+    k = mixer.read(key, mixer.k_map)
     for piece in (1, 4, 13, T):
         layer = prefill(model, ids, piece=piece).layers[0]
         torch.testing.assert_close(layer.state.C, k.transpose(1, 2).transpose(-1, -2) @ v, **TOLERANCE)

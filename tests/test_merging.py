@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_student, token_ids
+from conftest import assert_same_model, tiny_student, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -168,7 +168,7 @@ def test_merged_students_load_and_a_student_merged_with_itself_is_itself(tmp_pat
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "mixed", shard_bytes=20_000, unrecorded=True)
     a, same, mixed = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("a", "same", "mixed"))
     ids = token_ids(2, 20)
-    assert torch.equal(a(ids).logits, same(ids).logits)
+    assert_same_model(same, a, ids)
     shift = mixed.model.embed_tokens.weight.float() - a.model.embed_tokens.weight.float()
     torch.testing.assert_close(shift, torch.full_like(shift, 0.5), atol=0.02, rtol=0)  # half an ulp of bfloat16 below 4
     assert {p.dtype for p in mixed.parameters()} == {p.dtype for p in a.parameters()} == {torch.bfloat16, torch.float32}  # gates stay float32

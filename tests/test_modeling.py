@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_student, token_ids
+from conftest import assert_same_model, tiny_config, tiny_student, token_ids
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -12,7 +12,7 @@ from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridM
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import cache_of
-from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.mixer import MLSTMMixer
 
 W, TOLERANCE = 7, {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 MIXED = {
@@ -221,7 +221,7 @@ def test_auto_classes_load_what_was_saved_and_gates_stay_in_float32(tmp_path):
     ids = token_ids(1, 20)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), XLSTMHybridConfig)
     assert isinstance(AutoModel.from_pretrained(tmp_path), XLSTMHybridModel)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, student(ids).logits, atol=0, rtol=0)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), student, ids)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     dtypes = {name.rpartition(".")[2]: p.dtype for name, p in half.model.layers[0].self_attn.mlstm.named_parameters()}
     assert dtypes == {"q_map": torch.bfloat16, "k_map": torch.bfloat16} | dict.fromkeys(
@@ -277,7 +277,7 @@ def test_teacher_forcing_measures_the_distance_to_the_attention_that_was_replace
     hidden = teacher(ids, use_cache=False, output_hidden_states=True).hidden_states
     for n, layer in enumerate(model.model.layers):
         tokens, masks, rope, _ = model.model.prepare(hidden[n], None, None, None)
-        layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks)
+        layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks["hybrid_sliding", 7, 3])
         target = before_o["teacher", n]
         torch.testing.assert_close(out.error[n], ((before_o["hybrid", n] - target) ** 2).sum(), rtol=1e-5, atol=0)
         torch.testing.assert_close(out.target[n], (target**2).sum(), rtol=1e-5, atol=0)

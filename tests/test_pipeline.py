@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +20,11 @@ from typer.testing import CliRunner
 from xlstm_hybrid import cli, pipeline
 from xlstm_hybrid.checkpoint.files import read_provenance, verify, write_manifest
 from xlstm_hybrid.data import packed_rows
-from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation import efficiency
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.pipeline import Road, costs, parse_overrides, settings
-from xlstm_hybrid.pipeline.road import fingerprint
+from xlstm_hybrid.pipeline.road import CHECKS, fingerprint
 from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,81 @@ def test_a_second_walk_keeps_every_stage_and_an_interrupted_one_is_made_again(wa
     after = {p: p.stat().st_mtime_ns for p in before}
     assert {p.parent.name for p in before if before[p] != after[p]} == {"merged"}
     assert again["students"] == results["students"]
+
+
+# --- a student that does not generate what it is -----------------------------------------------------------------
+
+
+@pytest.fixture
+def unjudged(walked, tmp_path):
+    """A copy of the run up to its student: nothing has been verified or judged."""
+    out = shutil.copytree(walked[0], tmp_path / "run")
+    for folder in ("evaluation", "comparison", "student", "efficiency"):
+        shutil.rmtree(out / folder)
+    for file in ("stages/verify.json", "stages/efficiency.json", "results.json", "report.md"):
+        (out / file).unlink()
+    return out
+
+
+def test_the_final_student_is_verified_once_and_before_anything_is_judged(unjudged, monkeypatch):
+    monkeypatch.setattr(Road, "judge", lambda *_: pytest.fail("judged before it was verified"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Road, "by_harness", lambda self, student: 1 / 0)  # what judges first
+        with pytest.raises(ZeroDivisionError):
+            road(unjudged).walk()
+    note = json.loads((unjudged / "stages" / "verify.json").read_text())
+    assert note["passed"] and {c["name"] for c in note["checks"]} == {"every tensor loaded", *CHECKS}
+    monkeypatch.setattr("xlstm_hybrid.pipeline.road.verify_checkpoint", lambda *_, **__: pytest.fail("verified again"))
+    with pytest.raises(pytest.fail.Exception, match="judged before"):  # the note is believed
+        road(unjudged, evaluate=SCORES).walk()
+    path = unjudged / "stages" / "verify.json"
+    path.write_text(json.dumps(note | {"spec": note["spec"] | {"settings": note["spec"]["settings"] | {"torch": "1.0"}}}))
+    with pytest.raises(pytest.fail.Exception, match="verified again"):  # of another torch it is not
+        road(unjudged).walk()
+
+
+def test_a_forward_that_drops_the_cache_fails_the_run_before_anything_is_judged(unjudged, rename_cache, monkeypatch):
+    rename_cache(swallowed=True)
+    monkeypatch.setattr(Road, "judge", lambda *_: pytest.fail("judged"))
+    monkeypatch.setattr(Road, "by_harness", lambda *_: pytest.fail("judged"))
+    for _ in range(2):  # what has failed is not kept
+        with pytest.raises(EvaluationError, match=r"merged: no scores, because 7 of 10 checks failed: generate = argmax"):
+            road(unjudged).walk()
+    assert not (unjudged / "report.md").exists() and not (unjudged / "student").exists()
+
+
+@pytest.mark.parametrize("by", ["lm-eval", "itself"])
+def test_scores_that_contradict_the_student_are_called_so_and_fail_the_run(
+    by, walked, unjudged, rename_cache, monkeypatch
+):
+    """The last alarm, on its own: nothing verifies the student. Its perplexities are those of a sound one."""
+    if by == "lm-eval":
+        pytest.importorskip("lm_eval")
+    more = {} if by == "lm-eval" else {"evaluate": SCORES}
+    rename_cache(swallowed=True)
+    monkeypatch.setattr(Road, "prove", lambda *_: None)
+    said = r"converted, arithmetic: \d answers are its most likely tokens.*Then remove run/evaluation"
+    for _ in range(1 if by == "lm-eval" else 2):  # results that are kept contradict it as well
+        with pytest.raises(EvaluationError, match=said):
+            road(unjudged, **more).walk()
+    results, sound = json.loads((unjudged / "results.json").read_text()), walked[1]
+    assert "teacher" not in results["contradictions"] and "student" in results["contradictions"]
+    for name, domains in results["contradictions"].items():
+        assert {d: len(found) / 6 for d, found in domains.items()} == {
+            d: pytest.approx(score) for d, score in sound["students"][name]["exact_match"].items() if score
+        }  # each answer that a sound student gives, and no other
+        assert results["students"][name]["perplexity"] == pytest.approx(sound["students"][name]["perplexity"])
+    report = (unjudged / "report.md").read_text()
+    assert "## A contradiction, not a score" in report and "no score here tells of a model" in report
+    assert "win_and_tie" not in results and "lossless" not in report
+    assert not (unjudged / "student").exists() and not (unjudged / "comparison").exists()
+
+
+def test_the_verb_evaluate_fails_on_a_contradiction_after_it_has_written_the_scores(walked, rename_cache, tmp_path):
+    rename_cache(swallowed=True)
+    arguments = ["evaluate", walked[0] / "converted", "--out", tmp_path / "r.json", "--recipe", smoke(tmp_path)]
+    assert "converted, arithmetic: " in run(*arguments, fails=EvaluationError)
+    assert json.loads((tmp_path / "r.json").read_text())["contradictions"]["arithmetic"]
 
 
 def test_a_checkpoint_is_known_by_what_it_holds_and_not_by_how_long_it_took(tmp_path):

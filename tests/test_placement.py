@@ -53,7 +53,8 @@ def test_layers_on_disk_give_the_same_logits_and_tokens(family, tmp_path):
     placed |= {f"model.layers.{j}": layer if j else rest for j in range(3)}
     spread = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto", device_map=placed, offload_folder=tmp_path / "offload")
     assert spread.model.layers[1].self_attn.mlstm.q_map.is_meta and spread.model.layers[2].mlp.up_proj.weight.is_meta
-    assert torch.equal(spread(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    found, want = spread(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-9)  # no bits: weights lie otherwise in memory, mapped from a file
     assert torch.equal(spread.generate(ids, attention_mask=mask, **GREEDY), model.generate(ids, attention_mask=mask, **GREEDY))
 
 

@@ -3,7 +3,6 @@
 import gc
 import json
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from tiny_teachers import FAMILIES, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
-from xlstm_kernels import decode, dispatch
-from xlstm_kernels.scratch import LOCAL
+from xlstm_kernels.backends import choose
+from xlstm_kernels.backends.scratch import LOCAL
+from xlstm_kernels.mlstm import op as mlstm
+from xlstm_kernels.step import op as step
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
 from xlstm_hybrid.conversion.families import student_config
@@ -255,10 +256,10 @@ def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
 
 @pytest.mark.parametrize(("K", "F", "kernels"), [(64, 128, {"mlstm", "hybrid_step"}), (128, 256, {"hybrid_step"}), (128, 288, set())])
 def test_the_kernels_are_chosen_as_the_warnings_say(monkeypatch, K, F, kernels):
-    monkeypatch.setattr(dispatch, "kernel_is_right", lambda *question: True)  # a GPU whose kernels have proven right
+    monkeypatch.setattr(choose, "runs_right", lambda *question: True)  # a GPU whose kernels have proven right
     phi, q, v, gate = (torch.zeros(1, 8, 2, *d) for d in ((F,), (K,), (K,), ()))
-    found = {"mlstm": import_module("xlstm_kernels.mlstm").choose_backend(phi, phi, v, gate, gate, None)}
-    found["hybrid_step"] = decode.choose_step(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
+    found = {"mlstm": mlstm.choose_backend(phi, phi, v, gate, gate, None)}
+    found["hybrid_step"] = step.choose_backend(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
     assert {name for name, backend in found.items() if backend == "triton"} == kernels
     config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K})
     assert len(plan.slow_paths(plan.shape_of(config, memory_feature_dim=F))) == 2 - len(kernels)

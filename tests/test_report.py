@@ -11,6 +11,7 @@ import pytest
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.reports import run as report
 from xlstm_hybrid.reports.run import markdown, table, write_report
+from xlstm_hybrid.reports.sections import time_rows, time_table
 
 DOMAINS = ("arithmetic", "recall", "code", "strings")
 
@@ -19,7 +20,7 @@ def scores(*values):
     return {"exact_match": dict(zip(DOMAINS, values, strict=True)), "perplexity": {"recall": 1 + values[1], "text": 9.25}}
 
 
-def verdict(curve, alpha_star, recovery, wins, ties, losses):
+def verdict(curve, alpha_star, recovery, wins, ties, losses, resampled=None):
     recovery = dict(zip(DOMAINS, recovery, strict=True))
     return {
         "alphas": [0.0, 0.25, 0.5, 1.0],
@@ -30,9 +31,11 @@ def verdict(curve, alpha_star, recovery, wins, ties, losses):
         "wins": wins,
         "ties": ties,
         "losses": losses,
+        **({"resampled": resampled} if resampled else {}),
     }
 
 
+SURE = {"c_0": [0.25, 0.75], "c_alpha": [0.25, 0.75], "alpha_star": [0.0, 0.0625], "lossless": 0.8}
 RESULTS = {
     "title": "tiny | a *run*",
     "teacher": "tiny_teacher",
@@ -41,7 +44,7 @@ RESULTS = {
     "win_and_tie": {
         "converted": verdict([0.25, 0.25, 0.75, 1], 0.5, [0.5, 0, None, 0.5], 0, 1, 3),
         "expert [a]": verdict([0.75, 0.75, 1, 1], 0.0, [1, 0.5, None, 1], 0, 3, 1),
-        "student": verdict([0.75, 1, 1, 1], 0.0, [1.125, 0.88 / 0.9, None, 1], 1, 2, 1),
+        "student": verdict([0.75, 1, 1, 1], 0.0, [1.125, 0.88 / 0.9, None, 1], 1, 2, 1, SURE),
     },
     "alignment": {
         "layers": [{"layer": 1, "before": 0.5, "after": 0.05}, {"layer": 3, "before": 0.4, "after": 0.02}],
@@ -134,8 +137,8 @@ def test_the_tables_hold_the_scores():
 def test_the_verdict_is_about_the_last_student():
     text = markdown(RESULTS)
     assert (
-        "The student **student** against its teacher tiny_teacher on 4 domains: 1 won, 2 tied, 1 lost; C_0 = 0.75 (lossless: the bar is 0.5), "
-        "α\\* = 0.000. Lowest recovery: 97.8 % (recall)."
+        "The student **student** against its teacher tiny_teacher on 4 domains: 1 won, 2 tied, 1 lost; C_0 = 0.75 (0.25 to 0.75; lossless: the bar "
+        "is 0.5), α\\* = 0.000 (0.000 to 0.062). Lowest recovery: 97.8 % (recall)."
     ) in text
     alone = RESULTS | {"students": {"converted": RESULTS["students"]["converted"]}}
     assert "C_0 = 0.25 (not lossless: the bar is 0.5), α\\* = 0.500. Lowest recovery: 0.0 % (recall)." in markdown(alone)
@@ -167,6 +170,27 @@ def test_the_terminal_sees_the_same_table_within_80_columns():
     assert ["domain", "teacher", "converted", "expert", "[a]", "student", "recovery"] in rows
     assert ["arithmetic", "80.0", "40.0", "80.0", "90.0", "112.5"] in rows and ["code", "0.0", "0.0", "0.0", "0.0", "–"] in rows
     assert ["C_0", "0.25", "0.75", "0.75"] in rows and ["alpha*", "0.500", "0.000", "0.000"] in rows
+    assert ["in", "95", "%", "–", "–", "0.25", "to", "0.75"] in rows and ["in", "95", "%", "–", "–", "0.000", "to", "0.062"] in rows
+
+
+def test_the_verdict_says_how_sure_it_is_where_that_is_known():
+    text = markdown(RESULTS)
+    assert "C_0 = 0.75 (0.25 to 0.75; lossless: the bar is 0.5), α\\* = 0.000 (0.000 to 0.062)." in text
+    assert "In brackets: 95.0 % of resamples of the answers." in text
+    unsure = copy.deepcopy(RESULTS)
+    unsure["win_and_tie"]["student"].pop("resampled")
+    assert "C_0 = 0.75 (lossless: the bar is 0.5), α\\* = 0.000." in markdown(unsure) and "resamples" not in markdown(unsure)
+    assert "in 95 %" not in markdown(unsure)
+
+
+def test_the_stages_are_shown_with_their_share_of_the_time():
+    results = {"seconds": {"convert": 1.0, "align": 59.0, "distill:a": 120.0, "everything else": 20.0, "whole run": 200.0}}
+    assert time_rows(results) == [
+        ["stage", "time", "share"], ["convert", "1.0 s", "0.5 %"], ["align", "59.0 s", "29.5 %"], ["distill:a", "2.0 min", "60.0 %"],
+        ["everything else", "20.0 s", "10.0 %"], ["whole run", "3.3 min", "100.0 %"],
+    ]  # fmt: skip
+    assert time_rows({}) == [] and time_table(results).row_count == 5 and time_table({}).row_count == 0
+    assert "| align | 59.0 s | 29.5 % |" in markdown(results)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_resuming_is_bitwise_equal_to_never_stopping(step, whole_run, tmp_path):
     shutil.copytree(whole_run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     trainer = resumed(tmp_path)
-    assert trainer._initial_global_step == step and same(trained(trainer), whole_run[1])
+    assert trainer.guard.began == step and same(trained(trainer), whole_run[1])
 
 
 def test_adapters_are_resumed_bit_by_bit(tmp_path):
@@ -140,7 +140,7 @@ def test_the_newest_verified_checkpoint_is_taken_and_the_others_are_named(whole_
     path, skipped = newest_verified(tmp_path)
     assert path.name == "checkpoint-2" and set(skipped) == {"checkpoint-3", "checkpoint-4"}
     trainer = resumed(tmp_path)
-    assert trainer._initial_global_step == 2 and same(trained(trainer), whole_run[1])
+    assert trainer.guard.began == 2 and same(trained(trainer), whole_run[1])
     assert "passed over: checkpoint-4: model.safetensors has SHA-256" in caplog.text and "rng.json is missing" in caplog.text
     with pytest.raises(CheckpointError, match="SHA-256"):
         make(tmp_path).train(resume_from_checkpoint=str(damaged(tmp_path / "checkpoint-4")))

@@ -291,6 +291,18 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 CHANGES = ["world_size", "gradient_accumulation_steps"]
 
 
+def differing(folder):
+    """Processes on machines of which one is quicker in bfloat16."""
+    with pytest.raises(ConfigError) as caught:
+        plain_trainer(folder, dtype=torch.float32, bf16=os.environ["RANK"] == "1").train()
+    return str(caught.value)
+
+
+def test_processes_that_would_calculate_in_different_precisions_are_refused_by_all(tmp_path):
+    for text in launch(differing, tmp_path / "run", folder=tmp_path / "group"):
+        assert text.startswith("bf16: 1 of 2 processes calculate in bfloat16 and the others in float32") and "--bf16" in text
+
+
 def keep_first(folder):
     for path in checkpoints_by_step(folder)[1:]:
         path.rename(path.with_name(f"later-{path.name}"))

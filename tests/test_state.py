@@ -92,8 +92,11 @@ def test_a_fork_answers_a_batch_of_questions_of_several_lengths(student):
 def test_a_fork_repeats_each_row_in_order_and_leaves_the_cache_alone(any_student):
     ids = token_ids(2, 11)
     cache = prefill(any_student, ids)
-    before = snapshot(cache)
-    assert identical(fork(cache, 3), prefill(any_student, ids.repeat_interleave(3, 0)))
+    before, forked = snapshot(cache), fork(cache, 3)
+    for x, row in zip(content(forked), content(cache), strict=True):
+        assert torch.equal(x, row.repeat_interleave(3, 0) if row.ndim else row)
+    read = prefill(any_student, ids.repeat_interleave(3, 0))  # another batch shape: other last bits
+    torch.testing.assert_close(content(forked), content(read), **TOLERANCE)
     assert identical(cache, before)
     with pytest.raises(CacheError, match="rows=0"):
         fork(cache, 0)
@@ -196,7 +199,7 @@ def test_the_record_is_bounded_and_says_how_far_it_reaches(any_student):
 
 def test_a_long_prompt_leaves_only_the_end_of_itself_in_the_record(student):
     (call,) = prefill(student, token_ids(1, 300), rollback=10).layers[0].calls
-    held = [call.key, call.value, *call.memory, call.tokens.index]
+    held = [call.key, call.value, *call.written, call.tokens.index]
     assert len(call) == 10 and all(x.untyped_storage().nbytes() <= 10 * 4 * 16 * 8 for x in held)  # tokens x heads x dim x bytes
 
 
@@ -208,7 +211,7 @@ def test_the_record_follows_beams_and_forks(student):
     rollback(cache, 7)
     expected = prefill(student, ids[order][:, :12])
     calls(student, ids[order][:, 12:], [1], expected)
-    assert identical(cache, expected)
+    torch.testing.assert_close(content(cache), content(expected), **TOLERANCE)
     cache = prefill(student, ids[:1], rollback=8)
     forked = fork(cache, 2)
     for c in (cache, forked):

@@ -109,7 +109,7 @@ def test_a_verdict_is_resampled_benchmark_by_benchmark():
     found = resampled_verdict(pairs, 0.0)
     at_least_tied = 0.5 + 0.5 / math.sqrt(2 * math.pi * 10)  # a ties, b is lost, c decides: the difference of two counts of 5 on average
     assert found["lossless"] == pytest.approx(at_least_tied, abs=0.02)
-    assert found["alpha_star"][0] == 0 and 0 < found["alpha_star"][1] < 0.15 and found["c_alpha"] == [1 / 3, 2 / 3]
+    assert found["alpha_star"][0] == 0 and 0 < found["alpha_star"][1] < 0.15 and found["c_alpha"] == found["c_0"] == [1 / 3, 2 / 3]
     assert resampled_verdict(pairs, 0.2)["lossless"] > 0.999
     turned = resampled_verdict(dict(reversed(pairs.items())), 0.0)
     assert turned == found
@@ -120,6 +120,7 @@ def test_a_resampled_verdict_rests_on_the_same_definition():
     pairs = {"a": ([0.8] * 5, [1.0] * 5), "b": ([0.5] * 5, [0.5] * 5), "c": ([0.1] * 5, [0.4] * 5), "d": ([0.3] * 5, [0.0] * 5)}
     found, verdict = resampled_verdict(pairs, 0.2), win_and_tie({k: v[0][0] for k, v in pairs.items()}, {k: v[1][0] for k, v in pairs.items()}, [0.2])
     assert found["alpha_star"] == [verdict.alpha_star] * 2 and found["c_alpha"] == [verdict.curve[0]] * 2 == [0.75] * 2
+    assert found["c_0"] == [verdict.c_0] * 2 == [0.5] * 2  # whatever the tolerance
 
 
 @pytest.mark.parametrize(("student", "teacher"), [([], []), ([1], [1, 0]), ([math.nan], [1]), ([[1]], [[1]])])

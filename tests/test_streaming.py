@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_at_the_layer_it_was_at(where, checkpoint, joint, t
 
     def counted(self, *args, **kwargs):
         result = train(self, *args, **kwargs)
-        done.append((self.model.streamed_layers, self._initial_global_step))
+        done.append((self.model.streamed_layers, self.guard.began))
         return result
 
     monkeypatch.setattr(streaming.AlignmentTrainer, "train", counted)

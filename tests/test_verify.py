@@ -1,5 +1,6 @@
 """`verify` says yes to a sound model and no, in the right row, to each defect that has been seen in models of this kind."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,19 +8,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import enlarge, tiny_config, tiny_student
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import enlarge, tiny_config, tiny_student, token_ids
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.evaluation.equivalence import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint
+from xlstm_hybrid.evaluation.equivalence import (
+    LOW,
+    MEMORY,
+    Result,
+    as_json,
+    bound,
+    default_length,
+    rounded,
+    verify,
+    verify_checkpoint,
+    wrapping_length,
+)
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES
-from xlstm_hybrid.model import cache
-from xlstm_hybrid.model import mixer as mixers
 from xlstm_hybrid.model.cache import HybridCacheLayer
-from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.generation_checks import EVERY_MODEL, GENERATION, against_loop, difference, generate, token_of, uncached
+from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
 
 MIXED = {
@@ -48,12 +60,12 @@ def small():
 def test_a_sound_model_passes_every_check(stack):
     results = verify(tiny_student(torch.float32, gain=1.5, **STACKS[stack]), length=32)
     assert not failures(results), results
-    assert len(results) == len(CHECKS) + 5 - 2 * (stack == "mixed") and not any(r.note for r in results)
+    assert len(results) == len(CHECKS) + len(GENERATION) + 5 - 2 * (stack == "mixed") and not any(r.note for r in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_checks_hold_in_lower_precision_too(small, dtype):
-    results = verify(small, length=26, dtype=dtype, only=CACHED)
+    results = verify(small, length=26, dtype=dtype, only={*CACHED, *GENERATION})
     assert not failures(results), results
     assert any(r.difference > 0 for r in results if r.name in CACHED)  # two ways that round differently were compared, not one with itself
 
@@ -92,10 +104,7 @@ def test_the_model_is_left_as_it_was(small):
 
 
 def state_dropped(original):
-    def forward(self, *args, state=None, **kwargs):
-        return original(self, *args, state=None, **kwargs)
-
-    return forward
+    return lambda *inputs, state, chunk_size: original(*inputs, state=None, chunk_size=chunk_size)
 
 
 def mask_ignored(original):
@@ -182,7 +191,7 @@ PREFILL, PACKED, BEAMS, FORKED, BACK = ("chunked prefill = full", "packed docume
                                         "forked state = recomputed", "rolled back = never seen")  # fmt: skip
 ALONE, INSIDE = ({n for n in PADDING if word in n} for word in ("one row", "inside"))
 DEFECTS = {
-    "state dropped": (MLSTMMixer, "forward", state_dropped, CACHED - STEPS, {PACKED}),
+    "state dropped": (CELLS["mlstm"], "run", state_dropped, CACHED - STEPS, {PACKED}),
     "mask ignored": (*LOCATE, mask_ignored, PADDING, CACHED),
     "mask ignored for one row": (*LOCATE, mask_ignored_for_one_row, ALONE, CACHED | PADDING - ALONE),
     "mask ignored once cached": (*LOCATE, mask_ignored_once_cached, INSIDE, CACHED),
@@ -193,7 +202,7 @@ DEFECTS = {
     "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {BEAMS}, {FORKED}),
     "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {BACK}, {BEAMS}),
     "state not forked": (LAYER, "batch_repeat_interleave", state_fades_when_forked, {FORKED}, {BEAMS}),
-    "chunks disagree": (mixers, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
+    "chunks disagree": (CELLS["mlstm"], "run", chunks_disagree, {"chunkwise = parallel"}, CACHED),
 }
 
 
@@ -204,20 +213,107 @@ def test_a_defect_turns_its_row_red_and_no_unrelated_one(small, monkeypatch, def
     assert failures(verify(small, length=26, only=red | green)) == red
 
 
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+def test_a_forward_that_drops_the_cache_is_seen_by_every_way_of_generating_and_by_no_other_check(small, rename_cache):
+    """As a renamed argument was swallowed: all other checks hand the cache to the backbone themselves."""
+    rename_cache(swallowed=True)
+    results = verify(small, length=26, only={*GENERATION, *CACHED, *PADDING})
+    assert failures(results) == set(GENERATION)
+    assert min(r.difference for r in results if r.name in EVERY_MODEL) > 0.05  # found by what was generated, not by a crash
+
+
+def test_a_name_that_is_refused_fails_with_its_reason(small, rename_cache):
+    rename_cache(swallowed=False)
+    (failed,) = verify(small, length=26, only={"generate = argmax loop"})
+    assert not failed.passed and failed.note.startswith("CompatibilityError: XLSTMHybridModel.forward got a cache")
+
+
+def static_slots_left_empty(original):
+    def put(self, **tensors):
+        if not self.is_compileable:
+            original(self, **tensors)
+
+    return put
+
+
+def lengths_forgotten(original):
+    """Tokens that follow a filled cache are numbered as if it held one token less."""
+
+    def locate(cls, *args, seen=None, **kwargs):
+        return original(*args, **kwargs, seen=seen if seen is None or args[0][1] == 1 else seen - 1)
+
+    return classmethod(locate)
+
+
+DRAFTS = {"generate, drafts of early layers = greedy", "generate, prompt lookup = greedy"}
+IN_GENERATION = {
+    "state not reordered": (LAYER, "reorder_cache", state_stays_when_beams_move, {"generate, beams with cache = without"}),
+    "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {"generate, beams with cache = without"}),
+    "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {"generate, prompt lookup = greedy"}),
+    "static slots left empty": (LAYER, "put", static_slots_left_empty, {"generate, static cache = dynamic"}),
+    "lengths forgotten": (*LOCATE, lengths_forgotten, {*DRAFTS, "generate, continued = read again"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", IN_GENERATION)
+def test_a_defect_in_one_way_of_generating_turns_its_row_red_and_no_other(small, monkeypatch, defect):
+    where, name, wrong, red = IN_GENERATION[defect]
+    monkeypatch.setattr(where, name, wrong(getattr(where, name)))
+    assert failures(verify(small, length=26, only=set(GENERATION))) == red
+
+
+@torch.no_grad()
+def test_two_equally_likely_tokens_are_no_defect_and_a_less_likely_one_is(small):
+    """Rounding may take either of two tokens that are equally likely; from there on the texts have nothing in common."""
+    twins = copy.deepcopy(small).double()
+    ids = token_ids(2, 26)
+    first = generate(twins, ids, max_new_tokens=1).sequences[0, -1]
+    other = (first + 1) % 61 if first != 60 else first - 1
+    twins.lm_head.weight[other] = twins.lm_head.weight[first]
+    for token, clean in ((first, True), (other, True), ((first + 7) % 61, False)):
+        text = torch.cat([ids[:1], token.view(1, 1)], 1)
+        out = generate(twins, text, max_new_tokens=5)
+        logits = [uncached(twins, text, 1)[:, 0], *out.logits]
+        found = [difference(got, want) for got, want in against_loop(twins, out.sequences, logits)]
+        assert found[0] < bound(torch.float64, 2) and (found[1] < bound(torch.float64, 2)) == clean
+
+
+@torch.no_grad()
+def test_the_loop_is_one_of_calls_that_see_a_prefix_each(small):
+    out = generate(small, ids := token_ids(2, 11))
+    for _ in range(6):
+        ids = torch.cat([ids, small(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out.sequences, ids)
+    want = uncached(small, ids)
+    torch.testing.assert_close(want, small(ids, use_cache=False).logits[:, 10:-1].double(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(token_of(want, ids), want.amax(-1))
+
+
+def test_a_checkpoints_own_settings_have_no_part_in_it_and_stay(small):
+    model = copy.deepcopy(small)
+    bent = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0, "max_new_tokens": 1, "use_cache": False}
+    model.generation_config = GenerationConfig(eos_token_id=list(range(61)), **bent)
+    kept = copy.deepcopy(model.generation_config)
+    assert not failures(verify(model, length=26, only=set(GENERATION)))
+    assert model.generation_config == kept
+
+
 def test_a_step_that_loses_the_state_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
         args[8].C.mul_(0.99)
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PACKED})) == STEPS
 
 
 def test_a_state_in_half_precision_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
@@ -225,7 +321,7 @@ def test_a_state_in_half_precision_is_seen(small, monkeypatch):
             x.copy_(x.bfloat16())
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PREFILL})) == STEPS
 
 
@@ -291,6 +387,7 @@ def test_bounds_grow_with_the_dtype_and_with_the_square_root_of_the_depth():
 
 
 def test_the_default_length_wraps_every_window_and_fills_several_chunks():
+    assert wrapping_length(tiny_config()) == 7 + 3 + 33
     assert default_length(tiny_config(layer_windows=[3, 90, 12])) == 90 + 3 + 33
     assert default_length(tiny_config()) == 7 + 3 + 33
     assert default_length(tiny_config(mlstm_chunk_size=64)) == 131

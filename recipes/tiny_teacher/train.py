@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.environment.precision import prefers
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (
@@ -84,11 +85,9 @@ def optimizers(model, learning_rate, weight_decay):
 def save(model, tokenizer, out):
     checkpoint = LlamaForCausalLM(model.config).to(torch.bfloat16)
     checkpoint.load_state_dict(model.state_dict())
-    checkpoint.config.use_cache = True
-    checkpoint.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=32)
+    checkpoint.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=32, use_cache=True)
     checkpoint.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    model.config.use_cache = False
 
 
 def main():
@@ -100,19 +99,20 @@ def main():
     torch.manual_seed(config["seed"])
     rng = random.Random(config["seed"])
     tokenizer = make_tokenizer(config["model"]["vocab_size"])
-    model = LlamaForCausalLM(LlamaConfig(**config["model"], bos_token_id=1, eos_token_id=2, pad_token_id=0, use_cache=False))
+    model = LlamaForCausalLM(LlamaConfig(**config["model"], bos_token_id=1, eos_token_id=2, pad_token_id=0))
     opts = optimizers(model, config["learning_rate"], config["weight_decay"])
     plan = [(p, j) for p in config["phases"] for j in range(max(1, round(p["steps"] * options.steps_scale)))]
     log, losses, start = [], [], time.time()
-    print(f"{model.num_parameters():,} parameters, {len(plan)} steps", flush=True)
+    narrow, why = prefers("cpu")
+    print(f"{model.num_parameters():,} parameters, {len(plan)} steps; {why}", flush=True)
     for step, (phase, j) in enumerate(plan):
         if j == 0:
             documents = phase["kind"] == "tasks" and tasks.documents(rng, tokenizer, config["mixture"], tuple(phase["pairs"]))
         length = phase["sequence_length"]
         rows = [tasks.packed_row(documents, length) if documents else induction_row(rng, len(tokenizer), length) for _ in range(phase["batch_size"])]
         rate = config["learning_rate"] * min(1, (step + 1) / 50, (len(plan) - step) / (len(plan) * config["decay_share"]))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**collate(rows)).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss = model(**collate(rows), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in opts:

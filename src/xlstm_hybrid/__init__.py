@@ -9,9 +9,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from xlstm_hybrid.conversion.convert import TransferReport, convert
+from xlstm_hybrid.conversion.convert import TransferReport, convert, from_teacher
 from xlstm_hybrid.distil_xlstm import DistilXLSTMConfig, DistilXLSTMForCausalLM, DistilXLSTMModel
-from xlstm_hybrid.model import adapters  # noqa: F401  (gives peft our default targets, without importing it)
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import (
     XLSTMHybridForCausalLM,
@@ -27,6 +26,7 @@ __all__ = ["DistilXLSTMConfig", "DistilXLSTMForCausalLM", "DistilXLSTMModel", "T
            "XLSTMHybridForQuestionAnswering", "XLSTMHybridForSequenceClassification", "XLSTMHybridForTokenClassification", "XLSTMHybridModel",
            "convert", *STATE]  # fmt: skip
 
+XLSTMHybridForCausalLM.teacher_loader = from_teacher  # what its classmethod `from_teacher` calls
 AutoConfig.register(XLSTMHybridConfig.model_type, XLSTMHybridConfig, exist_ok=True)
 AutoModel.register(XLSTMHybridConfig, XLSTMHybridModel, exist_ok=True)
 AutoModelForCausalLM.register(XLSTMHybridConfig, XLSTMHybridForCausalLM, exist_ok=True)

@@ -1,6 +1,7 @@
 """The command line: `xlstm-hybrid VERB`. One verb per stage, and `run` for a whole recipe."""
 
 import json
+import logging
 import os
 import pkgutil
 import sys
@@ -20,7 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
 )
-EXTRAS = {"trl": "train", "datasets": "train", "peft": "train", "matplotlib": "train", "lm_eval": "eval"}
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
 
 
@@ -128,6 +128,13 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+class Terminal(logging.Handler):
+    """What our modules log is for the user: a line each on the terminal."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stderr)
+
+
 def main():
     """Entry point of `xlstm-hybrid`."""
     guarded(app)
@@ -135,7 +142,11 @@ def main():
 
 def guarded(app):
     """Run a command line: errors that name their cause are one line, not a traceback."""
+    log = logging.getLogger("xlstm_hybrid")
+    log.handlers = [Terminal()]
+    log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from xlstm_hybrid.environment.versions import extra_of
     from xlstm_hybrid.errors import XLSTMHybridError
 
     try:
@@ -144,9 +155,10 @@ def guarded(app):
         Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        extra = extra_of(error.name)
+        if extra is None:
             raise
-        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{EXTRAS[error.name]}]'", style="red", markup=False)
+        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: finished stages are kept, start the same command again to go on")

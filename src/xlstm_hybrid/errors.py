@@ -33,6 +33,10 @@ class CompatibilityError(XLSTMHybridError):
     """The installed transformers does something that this package does not know, or does it otherwise."""
 
 
+class CompatibilityWarning(UserWarning):
+    """A transformers that is newer than the tested ones runs unchecked, because the user says so."""
+
+
 class MergeError(XLSTMHybridError):
     """Checkpoints that cannot be merged."""
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.checkpoint.files import write_file
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer, adopt_cache
+from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer
 from xlstm_hybrid.model.cache_names import named, takes_cache
 from xlstm_hybrid.model.configuration import MIXER
-from xlstm_hybrid.model.kept_groups import DOCUMENT, SparseSlots
+from xlstm_hybrid.model.kept_groups import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
@@ -166,15 +166,7 @@ def refuse_parts(model, name):
 
 def tensors_of(layer):
     """`{name: tensor}` of a filled layer."""
-    tensors = {"keys": layer.keys, "values": layer.values}
-    if isinstance(layer, HybridCacheLayer):
-        tensors |= {} if layer.state is None else dict(zip("Cnm", layer.state, strict=True))
-        tensors["count"] = layer.count
-        if layer.sparse is not None:
-            tensors |= {"scores": layer.scores} | {f"sparse_{name}": x for name, x in layer.sparse._asdict().items()}
-        if layer.kept is not None:
-            tensors |= {f"kept_{name}": getattr(layer.kept, name) for name in ("keys", "values", "place")}
-    return tensors
+    return layer.named_tensors() if isinstance(layer, HybridCacheLayer) else {"keys": layer.keys, "values": layer.values}
 
 
 def save_state(cache, path, model):
@@ -235,7 +227,14 @@ def load_state(path, model):
         found = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
         check_tensors(found, layer, j, model.config, seen, name)
         rows.add(found["keys"].shape[0])
-        fill(layer, {key: x.to(next(layers[j].parameters()).device) for key, x in found.items()}, seen)
+        found = {key: x.to(next(layers[j].parameters()).device) for key, x in found.items()}
+        if isinstance(layer, HybridCacheLayer):
+            layer.fill(found, seen)
+            continue
+        layer.lazy_initialization(found["keys"], found["values"])
+        layer.keys, layer.values = found["keys"], found["values"]
+        if isinstance(layer, SlidingLayer):
+            layer.cumulative_length = seen
     if tensors or len(rows) != 1:
         raise CacheError(f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
                          "damaged; make it again with save_state")  # fmt: skip
@@ -298,18 +297,3 @@ def fits(place, count, seen):
         return False
     last = place.amax(-1) if place.shape[1] else torch.full_like(count, -1)
     return bool(torch.where(last < 0, count == 0, last % DOCUMENT == count - 1).all())
-
-
-def fill(layer, tensors, seen):
-    """Put loaded tensors into an empty layer."""
-    layer.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
-    layer.keys, layer.values = tensors["keys"], tensors["values"]
-    if isinstance(layer, HybridCacheLayer):
-        layer.state = MLSTMState(*(tensors[key] for key in "Cnm")) if "C" in tensors else None
-        layer.count, layer.seen_tokens = tensors["count"], seen
-        if layer.capacity:
-            layer.scores, layer.sparse = tensors["scores"], SparseSlots(*(tensors[f"sparse_{field}"] for field in SparseSlots._fields))
-        if layer.kept is not None:
-            layer.kept.keys, layer.kept.values, layer.kept.place = (tensors[f"kept_{key}"] for key in ("keys", "values", "place"))
-    elif isinstance(layer, SlidingLayer):
-        layer.cumulative_length = seen

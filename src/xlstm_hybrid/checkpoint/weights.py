@@ -1,4 +1,4 @@
-"""Writing checkpoints' weights as transformers lays them out: one safetensors file, or shards with an index."""
+"""Writing checkpoints as transformers lays them out: weights in one safetensors file, or in shards with an index, and the settings beside them."""
 
 import math
 
@@ -12,6 +12,11 @@ TOKENIZER_FILES = (  # plain text and JSON: a student directory holds no pickles
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+
+def using_cache(settings):
+    """Settings of config.json or generation_config.json without `use_cache: false`: what training left there, and slow in generation."""
+    return {key: value for key, value in settings.items() if not (key == "use_cache" and value is False)}
 
 
 def plan_shards(sizes, shard_bytes):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 RECIPE = (".yaml", ".yml")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def cache_teacher(
@@ -21,7 +22,9 @@ def cache_teacher(
     vocabulary: Annotated[int | None, typer.Option(help="Ids that count, from 0 on; the teacher's LM head by default.")] = None,
     expert: Annotated[str | None, typer.Option(help="Of a recipe: whose rows; its only one by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: of the recipe, else as it is stored.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: the recipe's, or as stored unless that is slow.")
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes to start on this machine.")] = 1,
@@ -37,8 +40,6 @@ def cache_teacher(
     from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
 
     source = local_source(teacher, revision)
-    if dtype == "auto" and rows.suffix in RECIPE:
-        dtype = recipe_of(rows).teacher_dtype
     data, tokenizer, config = read_rows(rows, source, expert), load_tokenizer(source), load_config(source)
     size = vocabulary or config.get_text_config().vocab_size
     plan = plan_store(data, size, shard_tokens)
@@ -49,9 +50,10 @@ def cache_teacher(
         return
     if device is None:
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    dtype = choose_dtype(dtype, rows, config, device, out)
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size, "shard_tokens": shard_tokens, "batch_size": batch_size,
                 "plan": plan}  # fmt: skip
-    spec = describe(source, teacher, revision, tokenizer, config, dtype) | ({"seed": seed} if kind == "sampled" else {})
+    spec = describe(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
     if processes > 1:
         share_out(processes, source, data, out, settings, spec, dtype, device, seed)
     else:
@@ -131,7 +133,28 @@ def rows_of_recipe(path, source, expert):
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def describe(source, teacher, revision, tokenizer, config, dtype):
+def choose_dtype(asked, rows, config, device, out):
+    """The dtype that the teacher calculates in; that of a store that is gone on with, where the machine chose it.
+
+    Raises:
+        ConfigError: a dtype that we do not know.
+    """
+    from xlstm_hybrid.environment.precision import dtype_for
+    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.teacher_store.writer import INDEX, read_index
+
+    if asked not in DTYPES:
+        raise ConfigError(f"--dtype {asked}: expected one of {', '.join(DTYPES)}")
+    if asked != "auto":
+        return dtype_for(device, asked)
+    if rows.suffix in RECIPE:
+        return dtype_for(device, recipe_of(rows).teacher_dtype, setting="teacher_dtype")
+    stored = str(config.dtype or "float32").removeprefix("torch.")
+    begun = read_index(out)["spec"].get("dtype") if (out / INDEX).is_file() else None
+    return begun if begun in (stored, "float32") else dtype_for(device, stored=stored)
+
+
+def describe(source, teacher, revision, tokenizer, dtype):
     """What the targets depend on beside the rows: the fields of the spec that a change is named by."""
     from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
     from xlstm_hybrid.teacher_store import weights_hash
@@ -141,7 +164,7 @@ def describe(source, teacher, revision, tokenizer, config, dtype):
         "teacher": teacher if hub else Path(teacher).resolve().name,
         "revision": source.name if hub else None,
         "weights": weights_hash(source),
-        "dtype": str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
+        "dtype": dtype,
         "tokenizer": tokenizer_hash(tokenizer),
         "vocabulary": vocabulary_hash(tokenizer),
         "template": template_hash(tokenizer),
@@ -154,14 +177,11 @@ def build(rank, world, source, data, out, settings, spec, dtype, device, seed):
     from rich.console import Console
     from transformers import AutoModelForCausalLM
 
-    from xlstm_hybrid.errors import ConfigError
     from xlstm_hybrid.teacher_store import build_store
     from xlstm_hybrid.training.distillation import check_documents_stay_apart
     from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True).to(device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
     if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
         check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)

@@ -17,6 +17,9 @@ SHAPES = {  # published configurations: (model type, fields)
                              "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
 }  # fmt: skip
 SMALL = {"lengths": (1024, 4096, 16384), "contexts": (), "batches": (1,)}  # of the checkpoints, where nothing is asked for
+ON_CPU = (512, 1024, 2048, 4096, 8192, 16384)  # lengths from which a CPU measures as many as `BUDGET` allows
+BUDGET = 300  # seconds of a CPU core for all prompts, where no length is asked for
+REACHED = 0.5  # share of a product's rate at which a CPU reads prompts: 0.9 in float32 and 0.5 in bfloat16, measured
 LONG = {"lengths": (16384, 32768, 65536), "contexts": (131072,), "batches": (1, 8)}  # of the shapes, as the paper has them
 
 
@@ -58,14 +61,36 @@ def numbers(text, name):
     return tuple(map(int, parts))
 
 
-def plans_of(teacher, student, shapes, dtype, device, cache, asked):
+def prompt_flops(config, L):
+    """FLOPs of a prompt of L tokens for a student's teacher, linear layers and attention; about the student's, too."""
+    heads, groups, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    linear = 2 * config.hidden_size * (2 * (heads + groups) * K + 3 * config.intermediate_size)
+    return config.num_hidden_layers * L * (linear + 4 * heads * K * (L + 1) / 2)
+
+
+def affordable(config, rounds, batches, rate):
+    """`(lengths, a line on them)`: those of `ON_CPU` that a core of `rate` FLOP/s measures within `BUDGET`."""
+    passes = 2 * (rounds + 3) * sum(batches)  # both sides; one to warm up, one for the memory, one before decoding
+    seconds = {L: passes * prompt_flops(config, L) / (REACHED * rate) for L in ON_CPU}
+    chosen = [L for j, L in enumerate(ON_CPU) if not j or sum(seconds[L] for L in ON_CPU[: j + 1]) <= BUDGET]
+    minutes = sum(seconds[L] for L in chosen) / 60
+    line = f"prompts of {', '.join(map(str, chosen))} tokens: up to {minutes:.0f} minutes of a core"
+    if more := ON_CPU[len(chosen) :]:
+        line += f"; {more[0]} would take {seconds[more[0]] / 60:.0f} more, --lengths asks for what you want"
+    return tuple(chosen), line
+
+
+def plans_of(teacher, student, shapes, dtype, device, cache, asked, say):
     """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each shape.
 
+    say: called with a line on what was chosen.
     Raises:
         ConfigError: a STUDENT that is none. EvaluationError: settings or a shape that cannot be used.
     """
+    import torch
     from transformers import AutoConfig
 
+    from xlstm_hybrid.environment.precision import rate
     from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
     from xlstm_hybrid.evaluation.efficiency import Settings, Side
     from xlstm_hybrid.pipeline.costs import checks, load_checkpoint
@@ -73,17 +98,23 @@ def plans_of(teacher, student, shapes, dtype, device, cache, asked):
     if unknown := sorted(set(shapes) - set(SHAPES)):
         raise EvaluationError(f"--shapes {','.join(unknown)}: expected some of {', '.join(SHAPES)}, or none")
     try:
-        kind = AutoConfig.from_pretrained(student).model_type
+        config = AutoConfig.from_pretrained(student)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{Path(student).name}: no configuration ({error}); expected a checkpoint directory or hub id") from error
-    if kind != "xlstm_hybrid":
+    if config.model_type != "xlstm_hybrid":
+        kind = config.model_type
         raise ConfigError(f"{Path(student).name}: a {kind} model, expected xlstm_hybrid as STUDENT; TEACHER comes first")
 
     def settings(default):
         return Settings(**{name: default.get(name) if value is None else value for name, value in asked.items()}, cache=cache)
 
+    small = SMALL
+    if torch.device(device).type == "cpu" and asked["lengths"] is None:
+        lengths, line = affordable(config, asked["rounds"], asked["batches"] or SMALL["batches"], rate(device, dtype))
+        small = SMALL | {"lengths": tuple(L for L in lengths if L not in (asked["contexts"] or ()))}
+        say(line)
     sides = [Side(Path(path).resolve().name, partial(load_checkpoint, path, dtype, device)) for path in (student, teacher)]
-    plans = [(*sides, settings(SMALL), partial(checks, cache=cache))]
+    plans = [(*sides, settings(small), partial(checks, cache=cache))]
     for shape in shapes:
         sides = [Side(f"{shape} {role}, random weights", partial(random_model, shape, role, dtype, device)) for role in ("student", "teacher")]
         proof = partial(random_model, shape, "student", dtype, device, layers=2)
@@ -95,13 +126,17 @@ def efficiency(
     teacher: Annotated[str, typer.Argument(help="Teacher: checkpoint directory or hub id.")],
     student: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for efficiency.json, .md and pictures.")],
-    lengths: Annotated[str | None, typer.Option(help="Tokens of the prompts, such as 1024,4096,16384.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of the prompts, such as 1024,4096; by default what takes a CPU minutes.")
+    ] = None,
     batches: Annotated[str | None, typer.Option(help="Rows at once, such as 1,8.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Further lengths, for decoding and memory only.")] = None,
     shapes: Annotated[
         str | None, typer.Option(help="Random weights as well: llama-3.1-8b, qwen2.5-7b, or none; both on a GPU, none on a CPU by default.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of both models; bfloat16 on a GPU and float32 on a CPU by default.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of both models; bfloat16, or float32 where that is quicker, by default.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one by default.")] = None,
     cache: Annotated[str, typer.Option(help="dynamic, as generate has it, or static, allocated at its full length.")] = "dynamic",
     rounds: Annotated[int, typer.Option(help="Rounds in which teacher and student take turns.")] = 5,
@@ -114,6 +149,7 @@ def efficiency(
     from rich.console import Console
 
     from xlstm_hybrid.commands.compare import show
+    from xlstm_hybrid.environment.precision import dtype_for
     from xlstm_hybrid.errors import ConfigError
     from xlstm_hybrid.evaluation.efficiency import measure
     from xlstm_hybrid.evaluation.equivalence import DTYPES
@@ -123,15 +159,16 @@ def efficiency(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: torch finds no GPU; use --device cpu, or install torch for CUDA and its driver")
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    dtype = dtype_for(device, dtype)
     chosen = [name for name in (",".join(SHAPES if on_gpu else ()) if shapes is None else shapes).split(",") if name not in ("", "none")]
     asked = {name: numbers(text, name) for name, text in (("lengths", lengths), ("batches", batches), ("contexts", contexts))}
-    plans = plans_of(teacher, student, chosen, dtype, device, cache, asked | {"rounds": rounds, "steps": steps})
     console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    plans = plans_of(teacher, student, chosen, dtype, device, cache, asked | {"rounds": rounds, "steps": steps}, say)
     results, images = surroundings(torch.device(device)) | {"pairs": []}, {}
     for j, (*sides, settings, proofs) in enumerate(plans):
         with Console(stderr=True).status("loading") as status:

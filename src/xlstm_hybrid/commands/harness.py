@@ -30,10 +30,18 @@ def harness(
     redo: Annotated[bool, typer.Option("--redo", help="Replace results that were made with other settings.")] = False,
 ):  # fmt: skip
     """Judge MODEL by lm-evaluation-harness: greedy, batched, through the cache. `xlstm-hybrid compare` reads OUT of a teacher and of students."""
-    from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
+    import torch
 
+    from xlstm_hybrid.environment.precision import warn_if_slow
+    from xlstm_hybrid.errors import EvaluationError
+    from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
+    from xlstm_hybrid.evaluation.scores import last_part, named_contradictions
+
+    warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
     options = Options(name, samples, depths, seed, limit, batch_size, max_length, include, chat, allow_code, dtype, device, revision, redo)
-    run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))
+    judged = run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))
+    if wrong := {unit: found["contradictions"] for unit, found in judged.items() if found.get("contradictions")}:
+        raise EvaluationError(named_contradictions({name or last_part(model): wrong}))
 
 
 VERBS = [harness]

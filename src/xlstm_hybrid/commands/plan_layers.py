@@ -94,21 +94,25 @@ def student_of(model, **chosen):
 
 def measured(model, config, is_student, kind, count, length, device, **how):
     """`rank_groups` on `longcontext.documents`, of a student as it is or of a teacher's fresh one."""
+    import torch
     from rich.console import Console
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from xlstm_hybrid.conversion.convert import from_teacher
     from xlstm_hybrid.data.long_context import documents
+    from xlstm_hybrid.environment.precision import dtype_for
     from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
     from xlstm_hybrid.planning.layers import rank_groups, retrieval_rows
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
+    stored = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype
+    dtype = stored and getattr(torch, dtype_for(device, stored=str(stored).removeprefix("torch.")))
     if is_student:
-        student = XLSTMHybridForCausalLM.from_pretrained(model, config=config, dtype="auto")
+        student = XLSTMHybridForCausalLM.from_pretrained(model, config=config, dtype=dtype or "auto")
     else:
         chosen = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
-        student = from_teacher(XLSTMHybridForCausalLM, model, **chosen)
+        student = from_teacher(XLSTMHybridForCausalLM, model, dtype=dtype, **chosen)
     with Console(stderr=True).status("measuring") as status:
         found = rank_groups(student.to(device), ids, answers, **how, progress=lambda done, of: status.update(f"measured {done} of about {of}"))
     return found | {"kind": kind, "prompt_tokens": length, "window": config.sliding_window, "sinks": config.num_sink_tokens}

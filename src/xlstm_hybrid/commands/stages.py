@@ -126,7 +126,8 @@ def evaluate(
 ):
     """Scores of MODEL on the recipe's domains, or its perplexity on their held-out documents."""
     from xlstm_hybrid import pipeline
-    from xlstm_hybrid.errors import ConfigError
+    from xlstm_hybrid.errors import ConfigError, EvaluationError
+    from xlstm_hybrid.evaluation.scores import named_contradictions
 
     loaded = read(recipe, required=False)[0]
     if loaded.evaluate is None:
@@ -137,6 +138,8 @@ def evaluate(
         print(f"{name:<12} {'' if score is None else f'exact match {score:6.1%}':<19} perplexity {value:.3f}")
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
+    if result["contradictions"]:
+        raise EvaluationError(named_contradictions({model.name: result["contradictions"]}))
 
 
 for verb in (align, distill, on_policy, multi_teacher):

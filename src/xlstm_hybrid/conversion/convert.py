@@ -255,7 +255,7 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
 def from_teacher(cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, **overrides):
     """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory with the teacher.
 
-    Arguments and errors are those of `convert`.
+    Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`.
     """
     with open_teacher(teacher, revision) as source:
         transfer = Transfer(source, sliding_window=sliding_window, num_sink_tokens=num_sink_tokens, layer_types=layer_types, dtype=dtype, **overrides)
@@ -266,6 +266,3 @@ def from_teacher(cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_t
         student.generation_config = source.generation_config() or student.generation_config
     student.transfer_report = transfer.report()
     return student
-
-
-XLSTMHybridForCausalLM.from_teacher = classmethod(from_teacher)  # bound here: modeling stands before conversion and does not know it

@@ -151,7 +151,7 @@ FAMILIES = {
 }
 EVERY_FAMILY = (  # fields that have one name and one meaning in all families and in the student
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )
 
@@ -219,7 +219,7 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     fields["head_dim"] = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     fields["rope_parameters"] = copy.deepcopy(teacher_config.rope_parameters)
     fields["attention_dropout"] = teacher_config.attention_dropout or 0.0
-    fields["teacher_model_type"] = teacher_config.model_type
+    fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True  # in a teacher's, False is a leftover of its training
     allowed = sorted(set(XLSTMHybridConfig.__annotations__) - set(fields))
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher")

@@ -12,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from xlstm_hybrid.checkpoint.files import read_object, weight_files
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES
+from xlstm_hybrid.checkpoint.files import read_object, weight_files, write_json
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
 from xlstm_hybrid.conversion.families import FAMILIES, family_of
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 
@@ -107,8 +107,8 @@ class DirectoryTeacher:
         return self.path
 
     def generation_config(self):
-        """The teacher's `GenerationConfig`, or None."""
-        return GenerationConfig.from_dict(self.read_json(GENERATION)) if (self.path / GENERATION).is_file() else None
+        """The teacher's `GenerationConfig` with the cache that training turned off, or None."""
+        return GenerationConfig.from_dict(using_cache(self.read_json(GENERATION))) if (self.path / GENERATION).is_file() else None
 
     def copy_files(self, directory):
         """Copy tokenizer, chat template and generation config; returns their names."""
@@ -118,6 +118,7 @@ class DirectoryTeacher:
             shutil.copyfile(self.path / name, directory / name)
         if GENERATION in copied:
             self.generation_config()
+            write_json(directory / GENERATION, using_cache(self.read_json(GENERATION)))
         if "tokenizer_config.json" in copied:
             kept = {key: value for key, value in self.read_json("tokenizer_config.json").items()
                     if key not in ("auto_map", "name_or_path") and not key.endswith("_file")}  # code, and paths of another machine
@@ -160,12 +161,16 @@ class ModelTeacher:
         return None
 
     def generation_config(self):
-        return copy.deepcopy(self.model.generation_config)
+        """The teacher's `GenerationConfig` with the cache that training turned off, or None; the model keeps its own."""
+        found = copy.deepcopy(self.model.generation_config)
+        if found is not None and found.use_cache is False:
+            found.use_cache = True
+        return found
 
     def copy_files(self, directory):
         if self.model.generation_config is None:
             return []
-        self.model.generation_config.save_pretrained(directory)
+        self.generation_config().save_pretrained(directory)
         return [GENERATION]
 
 

@@ -18,7 +18,7 @@ from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FROM_TEACHER = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+FROM_TEACHER = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
 # The student of Qwen2.5-1.5B whose parameters are counted as published: 83.92M of 550.67M trainable, 15.24 %, all published digits. Inferred: half of
 # its 28 layers would be 14 with 2.1 times as many, so that the paper's stack must be shorter. A tied head is counted twice there: it is a copy.
 PUBLISHED = {"num_hidden_layers": 6, "mlstm_num_heads": 4, "slstm_intermediate_size": 2624, "tie_word_embeddings": False}
@@ -71,6 +71,7 @@ def student_config(teacher_config, *, num_hidden_layers=None, tie_word_embedding
     """
     family_of(teacher_config)
     taken = {name: getattr(teacher_config, name) for name in FROM_TEACHER} | {"teacher_model_type": teacher_config.model_type}
+    taken["use_cache"] = True  # in a teacher's, False is a leftover of its training
     allowed = sorted(set(DistilXLSTMConfig.__annotations__) - set(taken))
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, "

@@ -23,13 +23,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
-from xlstm_kernels import mlstm
-from xlstm_kernels.slstm import slstm
+from xlstm_kernels import mlstm, slstm
 
 from xlstm_hybrid.distil_xlstm.cache import adopt_cache, count_after
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
 from xlstm_hybrid.model.modeling import CheckpointedLayer, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
@@ -351,6 +351,12 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.freeze()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(DistilXLSTMForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return True  # transformers says no to every class with "xlstm" in its name
 
@@ -374,15 +380,18 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(DistilXLSTMForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):  # fmt: skip
-        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`."""
+                logits_to_keep=0, with_head=None, **kwargs):  # fmt: skip
+        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in `XLSTMHybridForCausalLM.forward`."""
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                              inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
+        if with_head is not None:
+            return with_head(outputs.last_hidden_state, self)
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.data.vocabulary import shared_size
 from xlstm_hybrid.distil_xlstm.schedules import DeltaCallback, DeltaSchedule, delta_schedule, frobenius, mean_hidden, set_objective
+from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.training.distillation import INPUTS, check_pair
@@ -36,6 +37,7 @@ class DeltaKDConfig(SFTConfig):
     delta: float = field(default=0.05, metadata={"help": "What both starts lose with each epoch."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         self.schedule  # noqa: B018 (raises for what is out of range)
         unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None, "packing": False, "padding_free": False,

@@ -102,6 +102,13 @@ def pairs_of(teacher, student, task, metric):
     return values, None
 
 
+def paired_verdict(teacher, student, seed=0):
+    """`WinAndTie` of a student on exact match as plain values, with "resampled": `resampled_verdict` at no tolerance, None without paired answers."""
+    mine, its = ({task: scores["exact_match"] for task, scores in side.scores.items()} for side in (teacher, student))
+    pairs = {task: pairs_of(teacher, student, task, "exact_match")[0] for task in mine}
+    return asdict(win_and_tie(its, mine)) | {"resampled": resampled_verdict(pairs, 0.0, seed=seed) if all(pairs.values()) else None}
+
+
 # --- comparing -------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +243,14 @@ def duration(seconds):
 
 def between(values, show="{:.3f}"):
     return NONE if values is None else f"{show.format(values[0])} to {show.format(values[1])}"
+
+
+def c_0_and_alpha(verdict):
+    """C_0 and alpha* of a verdict in Markdown, with the intervals that its "resampled" has."""
+    sure = verdict.get("resampled") or {}
+    c_0, alpha = (between(sure[key], form) if sure.get(key) else "" for key, form in (("c_0", "{:.2f}"), ("alpha_star", "{:.3f}")))
+    told = f"{c_0 + '; ' if c_0 else ''}{'' if verdict['c_0'] >= 0.5 else 'not '}lossless: the bar is 0.5"
+    return f"C_0 = {verdict['c_0']:.2f} ({told}), α\\* = {verdict['alpha_star']:.3f}{f' ({alpha})' if alpha else ''}"
 
 
 def scaled_scores(comparison):

@@ -1,7 +1,8 @@
 """Proofs on a checkpoint that the student is one function of its tokens, however they reach it.
 
-Each check computes the same hidden states in two ways; what counts is the largest difference of their logits, in units of the logits' standard
-deviation. The bound follows from the dtype, see `bound` and `low_precision`. A check that raises has failed.
+Each check computes the same hidden states in two ways, or generates, see `generation`; what counts is the largest
+difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound` and
+`low_precision`. A check that raises has failed.
 """
 
 import copy
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
+from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,18 +51,6 @@ class Result:
         if self.note and math.isinf(self.difference):
             return False
         return self.difference >= self.allowed if self.at_least else self.difference <= self.allowed  # NaN is neither
-
-
-def bound(dtype, layers):
-    """Largest difference that rounding explains where two ways round differently: units of the dtype, for 2 L + 1 independent additions to the
-    residual stream.
-
-    The norms of Llama and OLMo calculate in float32 whatever the dtype, hence float64 is bounded by float32's unit, without the factor that
-    covers what sums over features and tokens, and the states' ratio, do to it.
-    """
-    units = {torch.float64: 16, torch.float32: 1024, torch.bfloat16: 8, torch.float16: 16}[dtype]
-    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
-    return units * eps * math.sqrt(2 * layers + 1)
 
 
 def rounded(model, dtype):
@@ -127,10 +118,14 @@ def low_precision(low, exact):
     return [(f"{name}, one forward = exact", forward, allowed), (f"{name}, cached decoding = exact", steps, allowed)]
 
 
+def wrapping_length(config):
+    """Tokens that fill the widest window and push the sinks out of it."""
+    return max((config.window_of(j) or 0) + config.sinks_of(j) for j in range(config.num_hidden_layers)) + 33
+
+
 def default_length(config):
-    """Tokens that fill the widest window, push the sinks out of it and need several chunks."""
-    widest = max((config.window_of(j) or 0) + config.sinks_of(j) for j in range(config.num_hidden_layers))
-    return max(widest + 33, 2 * config.mlstm_chunk_size + 3)
+    """Tokens that do so and need several chunks."""
+    return max(wrapping_length(config), 2 * config.mlstm_chunk_size + 3)
 
 
 def verify(model, *, length=None, dtype=None, seed=0, only=None, report: Callable[[Result], None] = lambda result: None):
@@ -163,11 +158,16 @@ def verify(model, *, length=None, dtype=None, seed=0, only=None, report: Callabl
 def plan(model, length, dtype, seed, only):
     """Arguments of `run_check`, one check after the other; copies of the model are made when they are needed."""
     config, layers = model.config, model.config.num_hidden_layers
-    own, subject = Subject(model, length, seed), Subject(rounded(model, dtype), length, seed)
+    own = subject = Subject(model, length, seed)
+    if any(p.dtype != dtype for p in model.parameters()):
+        subject = Subject(rounded(model, dtype), length, seed)
     for name, check in CHECKS.items():
         stock_windows = "inside" in name and "sliding_attention" in config.layer_types  # transformers' windows count padding
         if (only is None or name in only) and not stock_windows:
             yield name, partial(check, subject), subject, bound(dtype, layers)
+    for name, check in GENERATION.items():
+        if only is None or name in only:
+            yield name, partial(check, subject.model, subject.ids), subject, bound(dtype, layers), difference
     if (only is None or MEMORY in only) and "hybrid_sliding" in config.layer_types and config.mixer_branches != "window":
         yield MEMORY, partial(memory_lost, subject), subject, POWER * bound(dtype, layers), None, True
     for name, check in FILES.items():
@@ -180,9 +180,11 @@ def plan(model, length, dtype, seed, only):
             yield name, pairs, low, allowed, exact.difference
 
 
-def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, report=lambda result: None):
+def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, only=None, report=lambda result: None):
     """`verify` for a directory or hub id, after a first check: no tensor is missing, too many, or of another shape.
 
+    Args:
+        length: a number of tokens, or a function from the configuration to one.
     Raises:
         ConfigError: the checkpoint is no student, or dtype is no known name.
         CheckpointError: it cannot be loaded.
@@ -203,7 +205,10 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, re
     count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = Result("every tensor loaded", float(count), 0.0, str(model.dtype).removeprefix("torch."), time.perf_counter() - begin, "; ".join(wrong))
     report(loaded)
-    return [loaded, *verify(model.to(device), length=length, dtype=DTYPES.get(dtype), seed=seed, report=report)]
+    warn_if_slow(device, dtype, "--dtype")
+    length = length(model.config) if callable(length) else length
+    settings = {"length": length, "dtype": DTYPES.get(dtype), "seed": seed, "only": only, "report": report}
+    return [loaded, *verify(model.to(device), **settings)]
 
 
 def as_json(results, **about):

@@ -19,8 +19,9 @@ from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
-from xlstm_hybrid.evaluation.scores import judged, last_part
+from xlstm_hybrid.evaluation.scores import contradictions, last_part
 from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.generation_checks import judged
 from xlstm_hybrid.planning.cache_size import tensors_in
 from xlstm_hybrid.teacher_store import weights_hash
 
@@ -88,7 +89,8 @@ def run_harness(model, units, out, options=None, report=print):
         model: checkpoint directory or hub id.  units: see `expand`.  out: directory of the results, a folder per unit.
         report: called with each line about a finished unit.
     Returns:
-        {unit's name: {"settings", "scores" {task: {metric: score}}, "long_context" (see there) or None, "seconds"}}
+        {unit's name: {"settings", "scores" {task: {metric: score}}, "long_context" (see there) or None, "seconds",
+        "contradictions" (of a procedural domain, see `evaluation.contradictions`)}}
     Raises:
         EvaluationError: unknown tasks, data that cannot be read, code that may not run, results that other settings made.
     """
@@ -245,7 +247,21 @@ def judge(unit, loaded, manager, options, settings):
         results["chat_template_text"] = lm.chat_template(True) if settings["chat"] else None
         if unit.kind:
             results["long_context"] = {unit.name: long_context(results, unit, model, tokenizer)}
+        if unit.name in domains():
+            rows = results["samples"][unit.name]
+            samples = [sample_of(row) | {"prompt": row["arguments"][0][0]} for row in rows]  # a chat template included
+            results["contradictions"] = contradictions(model, tokenizer, samples, encode=lm.tok_encode)
     return results
+
+
+def domains():
+    return {f"domain_{name}": name for name in DOMAINS}
+
+
+def sample_of(row):
+    """lm-eval's sample of a procedural domain as `exact_match` has it."""
+    found = {"output": row["filtered_resps"][0], "correct": bool(row["exact_match"])}
+    return {key: row["doc"][key] for key in ("prompt", "answer")} | found
 
 
 def load_tasks(unit, manager, allow_code):
@@ -333,6 +349,7 @@ def write(folder, results, settings, seconds):
     from lm_eval.loggers import EvaluationTracker
 
     samples, template = results.pop("samples"), results.pop("chat_template_text")
+    wrong = results.pop("contradictions", [])
     without_places(results, settings["name"])
     with staged(folder, overwrite=True) as temporary:
         tracker = EvaluationTracker(output_path=str(temporary))
@@ -347,7 +364,8 @@ def write(folder, results, settings, seconds):
                                        f"{len(samples)}; make room or choose another directory")  # fmt: skip
         summary = results.get("long_context", {}).get(folder.name)
         scores = {t: {k: v for k, v in entry.items() if "," in k and isinstance(v, int | float)} for t, entry in results["results"].items()}
-        write_json(temporary / SETTINGS, {"settings": settings, "scores": scores, "long_context": summary, "seconds": round(seconds, 1)})
+        kept = {"settings": settings, "scores": scores, "long_context": summary, "contradictions": wrong}
+        write_json(temporary / SETTINGS, kept | {"seconds": round(seconds, 1)})
 
 
 def without_places(results, name):

@@ -4,16 +4,15 @@ import hashlib
 import json
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from xlstm_hybrid.checkpoint.files import read_object
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.significance import ROUNDING, documents, sample_values
+from xlstm_hybrid.model.generation_checks import bound, judged
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
@@ -94,23 +93,6 @@ def check_scores(student, teacher, alphas):
 # --- a model's own scores --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def judged(model):
-    """The model in evaluation mode and with stock generation settings, as it was afterwards."""
-    training, settings = model.training, getattr(model, "generation_config", None)
-    model.eval()
-    if settings is not None:  # a checkpoint's own sampling settings and penalties have no part in a greedy score
-        model.generation_config = GenerationConfig(
-            bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
-        )
-    try:
-        yield
-    finally:
-        model.train(training)
-        if settings is not None:
-            model.generation_config = settings
-
-
 @dataclass
 class ExactMatch:
     """Share of examples whose whole output is the answer, and each output: [{"prompt", "answer", "output", "correct"}]."""
@@ -180,6 +162,72 @@ def continuations(model, prompts, ends, max_new_tokens):
     )
     rows = output[:, length:].tolist()
     return [row[: next((j for j, t in enumerate(row) if t in ends), len(row))] for row in rows]
+
+
+@torch.inference_mode()
+def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
+    """Samples whose answer was not generated, although it is the model's most likely tokens, one after the other.
+
+    Without a cache, that is. Greedy generation cannot miss such an answer: where it did, what generates is not what was
+    trained and measured, and no score tells of the model. A token counts as the most likely one if it is ahead of all
+    others by more than rounding explains, see `generation.bound`.
+
+    Args:
+        samples: those of `exact_match`, generated with room for the answer and its end.
+        encode: function from a prompt to the ids that the model read; by default what the tokenizer makes of it.
+    Returns:
+        The samples, in their order.
+    """
+    missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
+    encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
+    rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
+    texts = tokenizer.batch_decode([answer for _, answer in rows], skip_special_tokens=True)
+    spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
+    allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
+    with judged(model):
+        for first in range(0, len(spelt) if ends else 0, batch_size):
+            chosen = spelt[first : first + batch_size]
+            ahead = leads(model, [rows[j] for j in chosen], ends)
+            found += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
+    return found
+
+
+def leads(model, rows, ends):
+    """By how much the tokens of an answer, and one of `ends` after the last, are ahead where they are least so.
+
+    Args:
+        rows: [(ids of the prompt, ids of the answer)].
+    Returns:
+        [standard deviations of the logits]; negative where another token is ahead.
+    """
+    whole, found = [[*prompt, *answer] for prompt, answer in rows], []
+    length = max(map(len, whole))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in whole], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in whole], device=model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    for (prompt, answer), of_row in zip(rows, logits, strict=True):
+        scores = of_row[len(prompt) - 1 : len(prompt) + len(answer)].double()  # [tokens of the answer + 1, V]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[range(len(answer)), answer] = True
+        right[-1, ends] = True
+        best, other = (scores.masked_fill(~which, float("-inf")).amax(-1) for which in (right, ~right))
+        found.append(((best - other).min() / scores.std()).item())
+    return found
+
+
+def named_contradictions(found):
+    """What is wrong with scores, in words; `found` is {model: {domain: samples}}, see `contradictions`."""
+    said = [
+        f"{name}, {domain}: {len(samples)} answers are its most likely tokens one after the other, without a cache, "
+        f"and were not generated, for example {samples[0]['answer']!r} after {samples[0]['prompt'][-40:]!r}: the output "
+        f"is {samples[0]['output']!r}"
+        for name, domains in found.items()
+        for domain, samples in domains.items()
+    ]
+    return (
+        f"{'; '.join(said)}. What generates is not what was trained and measured, so that no score here tells of a "
+        "model; `xlstm-hybrid verify` names the way that goes wrong, `xlstm-hybrid doctor` the versions that were tested"
+    )
 
 
 @torch.inference_mode()

@@ -159,7 +159,7 @@ def resampled_verdict(pairs, alpha, *, resamples=RESAMPLES, seed=0):
         pairs: {benchmark: (student [N], teacher [N])}.
         alpha: tolerance of the verdict.
     Returns:
-        "alpha_star", "c_alpha": intervals.  "lossless": share of the resamples in which C_alpha >= 1/2.
+        "alpha_star", "c_0", "c_alpha": intervals.  "lossless": share of the resamples in which C_alpha >= 1/2.
     """
     shortfall = []
     for name, (student, teacher) in pairs.items():
@@ -171,6 +171,7 @@ def resampled_verdict(pairs, alpha, *, resamples=RESAMPLES, seed=0):
     rates = (shortfall <= alpha + ROUNDING).mean(0)
     return {
         "alpha_star": interval(shortfall[math.ceil(len(shortfall) / 2) - 1]),
+        "c_0": interval((shortfall <= ROUNDING).mean(0)),
         "c_alpha": interval(rates),
         "lossless": float((rates >= 0.5).mean()),
     }

@@ -33,7 +33,8 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
+from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 
@@ -72,7 +73,7 @@ model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
 
 It needs {needs}. With `pip install xlstm-hybrid` and `import xlstm_hybrid` the package's code runs and this code is not used.
 """
-NEEDS = "torch 2.10 and transformers 5.17 or newer"  # the floors of setup.py
+NEEDS = f"torch {PACKAGES['torch'].floor} and transformers {PACKAGES['transformers'].floor} or newer"
 
 
 @dataclass
@@ -128,7 +129,7 @@ def targets(node):
     found = []
     for alias in node.names:
         module, name = node.module, alias.name
-        if is_package(module) and name in defined_in(module):  # first: xlstm_kernels.mix is the function, which hides the module of its name
+        if is_package(module) and name in defined_in(module):  # first: xlstm_kernels.mix is the function, which hides the folder of its name
             module, name = defined_in(module)[name]
         elif origin(f"{module}.{name}"):
             module, name = f"{module}.{name}", None
@@ -286,10 +287,12 @@ def export(checkpoint, out, overwrite=False):
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
+        if GENERATION in names:
+            write_json(directory / GENERATION, using_cache(read_json(checkpoint / GENERATION, checkpoint.name)))
         if (checkpoint / "tokenizer_config.json").is_file():
             write_tokenizer_config(checkpoint, directory)
         files = write_code(directory)
-        write_json(directory / "config.json", config | {"auto_map": AUTO_MAP})
+        write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))
         add_provenance(directory, "export", parent=checkpoint, config={"auto_map": AUTO_MAP, "code": files},
                        seconds=round(time.monotonic() - started, 3))  # fmt: skip

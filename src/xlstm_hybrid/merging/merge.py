@@ -28,7 +28,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards
+from xlstm_hybrid.checkpoint.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards, using_cache
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.merging.methods import MERGES, Statistics, check_options, linear
 from xlstm_hybrid.recipe.merge_settings import GROUPS, NEED_BASE, NEED_KEYS, NEED_STATISTICS, NEED_TWO, group_of, on_simplex
@@ -324,12 +324,14 @@ def shared_stages(experts):
 def carry(expert, folder):
     """Copy configuration and tokenizer files, without keys that name code or a path."""
     config = {key: value for key, value in expert.config.items() if key not in NOT_CARRIED}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", using_cache(config))
     for name in (GENERATION, *TOKENIZER_FILES):
         file = contained(expert.directory, name)
         if name == "tokenizer_config.json" and file.is_file():
             kept = {k: v for k, v in read_json(file, expert.name).items() if k not in NOT_CARRIED and not k.endswith("_file")}
             write_json(folder / name, kept)
+        elif name == GENERATION and file.is_file():
+            write_json(folder / name, using_cache(read_json(file, expert.name)))
         elif file.is_file():
             shutil.copyfile(file, folder / name)
 

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on a student: presets of targets, a report of what trains, and the defaults that peft lacks for our model type.
+"""Adapters of PEFT on a student: presets of targets, and a report of what trains.
 
     model = get_peft_model(student, lora_config(student, "projections"))
     print(coverage(model))
@@ -18,13 +18,11 @@ Dims: r rank, H query heads, K head dim, D hidden size.
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from operator import attrgetter
 
 from torch import nn
 
 from xlstm_hybrid.errors import AdapterError
-from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MAPS, GATES = ("mlstm.q_map", "mlstm.k_map"), ("mlstm.igate_weight", "mlstm.fgate_weight", "mlstm.ogate_weight")
@@ -280,41 +278,3 @@ def check_matches(model):
                 if not any(place == entry or place.endswith(f".{entry}") for place in reached.get(adapter, ())):
                     raise AdapterError(f"adapter {adapter!r}: {attribute} names {entry!r}, which matches nothing in this model; names in it are "
                                        f"{sorted(adaptable(model))}")  # fmt: skip
-
-
-# --- peft's own defaults -----------------------------------------------------------------------------------------
-
-TABLES = "peft.utils.constants"  # where peft keeps default targets per model type
-
-
-def fill_tables(module):
-    """Give our model type, in each of peft's tables of default targets, what a Llama has: our projections bear its names."""
-    for name, table in vars(module).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
-            table.setdefault(XLSTMHybridConfig.model_type, table["llama"])
-
-
-class WhenPeftComes:
-    """A finder that finds nothing: the moment peft's tables are imported it fills them, and goes."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name != TABLES:
-            return None
-        sys.meta_path.remove(cls)
-        if (spec := find_spec(name)) is None:
-            return None
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), fill_tables(module))
-        return spec
-
-
-def register():
-    """Let `LoraConfig()` without targets work on our models, whether peft is imported before or after, or never; nothing is imported for it."""
-    if TABLES in sys.modules:
-        fill_tables(sys.modules[TABLES])
-    elif WhenPeftComes not in sys.meta_path:
-        sys.meta_path.insert(0, WhenPeftComes)
-
-
-register()

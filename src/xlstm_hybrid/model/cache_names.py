@@ -24,7 +24,12 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
-WITHOUT_EFFECT = ("token_type_ids",)  # some tokenizers write them; no teacher of ours reads them either
+WITHOUT_EFFECT = (  # a teacher of ours takes them as well, and does nothing with them there
+    "token_type_ids",  # some tokenizers write them
+    "logits_to_keep",  # the head's, which TRL hands to the backbone too
+    "tokenizer",  # of `generate`, for stop strings
+    "assistant_tokenizer",
+)
 ACCEPTED = frozenset((*OUTPUTS, *PACKING, *LOSS, *WITHOUT_EFFECT))
 
 
@@ -51,7 +56,8 @@ def renamed(kwargs, name, where):
     if old is not None and new is not None and old is not new:
         raise CacheError(f"{where}: two different caches, as `cache` and as `{OLD}`; pass one, as `{CACHE}`")
     if CACHE != OLD and OLD in given and not torch.compiler.is_compiling():
-        warnings.warn(f"`{OLD}` is the old name of `cache` in `{where}`. Use `cache` instead.", FutureWarning, stacklevel=3)
+        message = f"`{OLD}` is deprecated for `{where}`, where it is the old name of `cache`. Use `cache` instead."
+        warnings.warn(message, FutureWarning, stacklevel=3)
     rest = {key: value for key, value in kwargs.items() if key not in given}
     return rest | {name: old if new is None else new}
 

@@ -15,6 +15,7 @@ MIXER = {  # fields of the mixer and of exact memories, and what they were befor
     "memory_feature_dim": None, "mixer_norm": False, "mixer_combine": "gate", "mixer_gate_input": "qkv",
     "kept_groups": None, "kept_positions": "rope", "kept_log_base": 500, "sparse_memory": 0, "sparse_memory_score": "residual",
 }  # fmt: skip
+CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")  # what the checks of mixer and exact memories read
 SCORES = ("residual", "weighted", "recency", "random")
 
 
@@ -27,7 +28,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         norm_position: "pre" (Llama, Mistral, Qwen) or "post" (OLMo 2 and 3: the norm follows attention and MLP).
         attention_bias: biases of q, k and v; `attention_output_bias` is that of o.
         rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`.
-        layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM, METHOD 1.1; the default), "full_attention" or "sliding_attention".
+        layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or "sliding_attention".
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
         teacher_sliding_window: window of the teacher's own "sliding_attention" layers.
         sliding_window: window W of the hybrid layers, in tokens, the present one included.
@@ -172,6 +173,11 @@ class XLSTMHybridConfig(PreTrainedConfig):
         finally:
             self.layer_types = kinds
 
+    def choices(self):
+        """The fields that say how layers mix. They may be changed between two calls of a model, which then checks them again."""
+        fields = vars(self)  # transformers' configs look every attribute up in Python
+        return [fields[name] for name in CHOICES]
+
     def check(self):
         """Raise one `ConfigError` that lists every contradiction (a `@strict` validator would wrap it in an error of its own)."""
         wrong, n = [], self.num_hidden_layers
@@ -253,7 +259,7 @@ class XLSTMHybridConfig(PreTrainedConfig):
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
-            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixers.py
+            plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixer.py
         plan |= {f"layers.*.mlp.{name}_proj": style for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))}
         return plan
 

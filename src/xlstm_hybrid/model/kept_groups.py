@@ -1,16 +1,13 @@
-"""What a hybrid layer remembers exactly beside its state: the full attention of some key/value groups, and of the others the few tokens that score
-best among those that have left the window.
+"""Key/value groups of a hybrid layer that keep the teacher's full attention: no window and no memory for them, and all of their keys in the cache.
 
-Dims: B batch, T tokens of a call, N columns held or tokens that compete, H query heads, G key/value heads, E of them kept, K query/key dim, V value
-dim, W window, S sinks, L = `sparse_memory` chosen tokens per key/value head.
+Dims: B batch, T tokens of a call, N columns held, H query heads, G key/value heads, E of them kept, R query heads per group, K query/key dim, V value
+dim.
 """
 
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
-NEVER = 2**62  # a time after all tokens
 DOCUMENT = 2**40  # places of two documents of a row are so far apart; a document has fewer tokens
 
 
@@ -132,100 +129,3 @@ class KeptKeys:
 
     def reset(self):
         self.keys = self.values = self.place = None
-
-
-class SparseSlots(NamedTuple):
-    """The chosen tokens of a row's present document, by index; empty slots come last, with index -1, score -inf, and 0 elsewhere.
-
-    keys, values: [B, G, L, K | V].  score: [B, G, L], float32 at least.  index: [B, G, L].
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    score: torch.Tensor
-    index: torch.Tensor
-
-    @classmethod
-    def empty(cls, key, value, capacity):
-        """As many slots for every row and head of key, value [B, G, T, K | V]."""
-        B, G, dtype = *key.shape[:2], torch.promote_types(key.dtype, torch.float32)
-        score = torch.full((B, G, capacity), float("-inf"), dtype=dtype, device=key.device)
-        index = torch.full((B, G, capacity), -1, device=key.device)
-        return cls(key.new_zeros(B, G, capacity, key.shape[-1]), value.new_zeros(B, G, capacity, value.shape[-1]), score, index)
-
-    def forget(self, rows):
-        """The same without the tokens of `rows` [B, 1] bool, whose document is over."""
-        return self._replace(index=self.index.masked_fill(rows[..., None], -1))
-
-    def compete(self, old, new, sinks, gone):
-        """The slots once more tokens have left the window: the best of those held, of `old` and of `new`.
-
-        Args:
-            old, new: (keys, values [B, G, n, K | V], score [B, G, n], index [B, 1, n], -1 for nothing).
-            sinks: S, tokens that never compete.  gone: [B, 1], those below this index have left.
-        """
-        index = torch.cat([self.index, *(x[3].expand(-1, self.index.shape[1], -1) for x in (old, new))], -1)
-        index = torch.where((index >= sinks) & (index < gone[..., None]), index, -1)
-        keys, values = (torch.cat(x, 2) for x in zip(self[:2], old[:2], new[:2], strict=True))
-        score = torch.cat([self.score, old[2], new[2]], -1).masked_fill(index < 0, float("-inf"))
-        return choose(keys, values, score, index, self.index.shape[-1])
-
-
-def choose(keys, values, score, index, capacity):
-    """`SparseSlots` of the best of N tokens: highest score, of equal ones the earlier.
-
-    Args:
-        keys, values: [B, G, N, K | V]; score, index: [B, G, N], -inf and -1 for what does not compete.
-    """
-    earlier = index.argsort(dim=-1, stable=True)
-    best = earlier.gather(-1, score.gather(-1, earlier).argsort(dim=-1, descending=True, stable=True)[..., :capacity])
-    place = torch.where(index.gather(-1, best) < 0, NEVER, index.gather(-1, best))
-    best = best.gather(-1, place.argsort(dim=-1, stable=True))
-    index, score = index.gather(-1, best), score.gather(-1, best)
-    keys, values = (torch.where(index[..., None] < 0, 0.0, x.gather(2, best[..., None].expand(-1, -1, -1, x.shape[-1]))) for x in (keys, values))
-    return SparseSlots(keys, values, score, index)
-
-
-def leaves(score, index, document, enters, capacity):
-    """[B, G, N] time at which each token is pushed out: when the L-th better one of its document comes to compete. `NEVER` where that never is.
-
-    A token competes from `enters` on and never comes back, so what a query sees is an interval of time, whatever the calls were.
-
-    Args:
-        score: [B, G, N], -inf for what does not compete; index, document, enters: [B, G, N] integers.
-    """
-    N = score.shape[-1]
-    if capacity >= N:
-        return torch.full_like(index, NEVER)
-    order = index.argsort(dim=-1, stable=True)  # within a document, tokens come to compete in this order
-    score, index, document, enters = (x.gather(-1, order) for x in (score, index, document, enters))
-    mine, other = (x[..., :, None] for x in (score, index, document)), (x[..., None, :] for x in (score, index, document))
-    (s, j, d), (s_, j_, d_) = mine, other
-    better = ((s_ > s) | ((s_ == s) & (j_ < j))) & (d_ == d) & (s_ > float("-inf"))  # [B, G, N, N]
-    last = (better.cumsum(-1, dtype=torch.int32) < capacity).sum(-1)  # position of the L-th better one, N if there are fewer
-    left = torch.where(last < N, enters.gather(-1, last.clamp_max(N - 1)), NEVER)
-    return left.gather(-1, order.argsort(-1))
-
-
-def sparse_visible(score, index, document, tokens, window, sinks, capacity):
-    """[B, G, T, N] bool: which of N tokens each query sees as chosen ones: those that have left its window, are no sinks, and score best.
-
-    Args:
-        score: [B, G, N]; index, document: [B or 1, G or 1, N], index -1 for nothing, document as in `Tokens`: 0 is the one of the cache.
-    """
-    index, document = (x.expand(score.shape) for x in (index, document))
-    competes = index >= sinks if sinks else index >= 0
-    score = torch.where(competes, score, float("-inf"))
-    enters = torch.where(competes, index + window, NEVER)
-    left = leaves(score, index, document, enters, capacity)
-    t, mine = tokens.index[:, None, :, None], tokens.document[:, None, :, None] == document[:, :, None]
-    return (enters[:, :, None] <= t) & (t < left[:, :, None]) & mine
-
-
-def spread(index, layer_idx):
-    """[B, T] integers below 2^24 that look random: a hash of the tokens' index and the layer's number, with the constants of splitmix64
-    (Steele et al. 2014)."""
-    x = (index + 1 + layer_idx * 2**33) * -7046029254386353131  # integers wrap
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ (x >> shift)) * factor
-    return (x ^ (x >> 31)) & 0xFFFFFF

@@ -1,4 +1,4 @@
-"""The recurrent branch of a hybrid layer: feature maps, gates and the mLSTM, and how it is shared out to several processes.
+"""The new parameters of a hybrid layer, feature maps and gates, and how they are shared out to several processes.
 
 Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value dim.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.models.llama.modeling_llama import repeat_kv
-from xlstm_kernels import delta, mlstm
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.model.experimental.joint import left
+from xlstm_hybrid.model.experimental.branches import clamped
 
 
 class HeadsParallel(TensorParallelLayer):
@@ -67,9 +66,10 @@ def wide(*shape):
 
 
 class MLSTMMixer(nn.Module):
-    """The mLSTM of one layer and the gate that mixes it with window attention (METHOD 1.1), or what the config's `memory_*` and `mixer_*` say.
+    """What conversion adds to an attention layer: feature maps for the mLSTM, its input and forget gates, and the gate that mixes it with the window.
 
-    Only new parameters live here: feature maps, input, forget and output gates. Gate parameters stay in float32; in a float16 model maps do, too.
+    Gate parameters stay in float32; in a float16 model maps do, too. `memory_feature_map`, `memory_feature_dim` and `mixer_gate_input` of the config
+    say what the maps and the output gate read; other cells and one softmax over both branches are in `experimental`.
     """
 
     def __init__(self, config, layer_idx):
@@ -85,20 +85,29 @@ class MLSTMMixer(nn.Module):
         if config.mixer_norm:
             self.norm_weight = nn.Parameter(torch.empty(H, K))
 
-    def first_map(self):
-        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
-        so that no two features are the same and gradients tell them apart."""
-        K, P = self.q_map.shape[1:]
-        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)  # the signed map brings the other sign itself
-        scales = [sign * 0.5**n for n in range(-(-P // K)) for sign in signs]
-        return torch.cat([scale * torch.eye(K, dtype=self.q_map.dtype) for scale in scales], 1)[:, :P]
+    def forward(self, hidden_states, raw, query, key, tokens):
+        """What the mLSTM reads of T tokens, and the output gate.
 
-    def forget_bias(self):
-        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
-        window = self.config.window_of(self.layer_idx)
-        low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
-        steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
-        return (low * (high / low) ** steps - 1).log().float()[self.config.mixed_heads(self.layer_idx)]
+        Args:
+            hidden_states: input of the layer, [B, T, D].
+            raw: q, k and v before QK-norm and RoPE, [B, T, H | G, K].
+            query, key: after QK-norm and, unless `memory_rope` is False, RoPE, [B, H | G, T, K].
+            tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
+        Returns:
+            `(phi_q [B, T, H, F], phi_k [B, T, H, F], i [B, T, H], f [B, T, H], o [B, T, H])`: features, gates before activation, and the output gate
+            itself, always last. The features are None if there is no memory branch to read them.
+        """
+        q, k, v = raw
+        n = q.shape[2] // k.shape[2]
+        i, f, o = self.gates(hidden_states, torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1))
+        if tokens.blind is not None or self.config.mixer_branches != "both":
+            o = clamped(o, tokens, self.config.mixer_branches)
+        if self.config.mixer_branches == "window":
+            return None, None, i, f, o
+        real, start = tokens.real[..., None], tokens.start[..., None]
+        i = torch.where(real, i, float("-inf"))
+        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        return self.read(query, self.q_map), self.read(repeat_kv(key, n), self.k_map), i, f, o
 
     def gates(self, hidden_states, qkv):
         """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
@@ -110,46 +119,19 @@ class MLSTMMixer(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             x = hidden_states.to(dtype)
-            if self.config.memory_cell == "linear":  # everything is written, nothing forgotten
-                i = x.new_zeros(qkv.shape[:-1])
-                f = i + float("inf")
-            else:
-                i = nn.functional.linear(x, self.igate_weight.to(dtype))
-                f = nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
+            i, f = self.input_and_forget_gates(x, dtype)
             weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
             read_qkv = self.config.mixer_gate_input == "qkv"
             o = torch.sigmoid((qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias))
         return i, f, o
 
-    def clamped(self, o, tokens):
-        """The output gate [B, T, H] where branches are left out: 1 is the memory alone, 0 the window alone."""
-        if self.config.mixer_branches != "both":
-            return torch.full_like(o, self.config.mixer_branches == "memory")
-        if tokens.blind is None:
-            return o
-        return torch.where(tokens.blind[:, None, None] & tokens.real[..., None], 1.0, o)
-
-    def normed(self, h):
-        """h [B, T, H, V] of the layer's heads before W_o, with a `mixer_norm` each on the scale of its weight."""
-        if not self.config.mixer_norm:
-            return h
-        x = h.to(torch.promote_types(h.dtype, torch.float32))
-        x = x * (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
-        return (x * self.norm_weight.to(x.dtype)).to(h.dtype)
+    def input_and_forget_gates(self, x, dtype):
+        i = nn.functional.linear(x, self.igate_weight.to(dtype))
+        return i, nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
 
     def read(self, x, feature_map):
         """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
-        kind, cell = self.config.memory_feature_map, self.config.memory_cell
-        if cell != "delta":
-            return self.features(x, feature_map, kind == "softmax_signed")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            if kind == "silu":
-                features = nn.functional.silu(x.to(dtype) @ feature_map.to(dtype)).transpose(1, 2)
-            else:
-                features = self.features(x.to(dtype), feature_map, kind == "softmax_signed")
-            features = features * (features.square().sum(-1, keepdim=True) + 1e-6).rsqrt()  # of length 1, also close to 0 with a finite slope
-        return features if x.dtype == torch.float16 else features.to(x.dtype)
+        return self.features(x, feature_map, self.config.memory_feature_map == "softmax_signed")
 
     @staticmethod
     def features(x, feature_map, signed=False):
@@ -164,81 +146,17 @@ class MLSTMMixer(nn.Module):
             features = torch.softmax(torch.cat([exponents, -exponents], -1) if signed else exponents, -1)
         return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
 
-    def forward(self, hidden_states, qkv, query, key, value, tokens, state=None, step=None, record=None):
-        """Mix-ready output of the mLSTM.
+    def first_map(self):
+        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
+        so that no two features are the same and gradients tell them apart."""
+        K, P = self.q_map.shape[1:]
+        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)  # the signed map brings the other sign itself
+        scales = [sign * 0.5**n for n in range(-(-P // K)) for sign in signs]
+        return torch.cat([scale * torch.eye(K, dtype=self.q_map.dtype) for scale in scales], 1)[:, :P]
 
-        Args:
-            query, key, value: after QK-norm and, unless `memory_rope` is False, RoPE, heads repeated, [B, H, T, K | V].
-            tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
-            state: MLSTMState of the tokens before, or None.
-            step: `HybridCacheLayer.step` for one token, which mixes the branches and keeps the state.
-            record: `HybridCacheLayer.record`, called with what rolling back will have to repeat.
-        Returns:
-            `(h [B, T, H, V], o [B, T, H], MLSTMState)`; with `step` h is mixed already and the state is None. Without a memory branch h and the
-            state are None.
-        """
-        i, f, o = self.gates(hidden_states, qkv)
-        o = self.clamped(o, tokens)
-        if self.config.mixer_branches == "window":
-            if record is not None:
-                record((), self.config.mlstm_chunk_size)
-            return None if step is None else step(features=(), gates=()), o, None
-        real, start = tokens.real[..., None], tokens.start[..., None]
-        i = torch.where(real, i, float("-inf"))
-        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        q, k = self.read(query, self.q_map), self.read(key, self.k_map)
-        if step is not None:
-            return step(features=(q, k), gates=(i, f, o)), o, None
-        inputs, chunk_size = (k, value.transpose(1, 2), i, f), self.config.mlstm_chunk_size
-        if record is not None:
-            record(inputs, chunk_size)
-        run = delta if self.config.memory_cell == "delta" else mlstm
-        h, state = run(q, *inputs, state=state, chunk_size=chunk_size)
-        return h, o, state
-
-
-class JointMixer(MLSTMMixer):
-    """One softmax over both branches (LoLCATs, Zhang et al. 2024): tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the
-    document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h) per head. Every pair of tokens of a call is calculated: a baseline.
-    """
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        self.joint_scale = wide(len(config.mixed_heads(layer_idx)))
-
-    def read_keys(self, key):
-        """Features [B, n, H, F] of the keys [B, G, n, K] of a cache."""
-        return self.read(repeat_kv(key, len(self.k_map) // key.shape[1]), self.k_map)
-
-    def forward(self, hidden_states, qkv, query, key, value, tokens, scale, layer=None):
-        """`(h [B, T, H, V], share [B, T, H] of the features in the weights, weights [B, H, T, columns])`; arguments as in `MLSTMMixer.forward`.
-
-        Args:
-            scale: of the products of queries and keys, which are those of the window, too.
-            layer: `HybridCacheLayer` of the tokens before, whose state is of those that have left its ring; it is left as it is.
-        """
-        window, sinks, T = self.config.window_of(self.layer_idx), self.config.sinks_of(self.layer_idx), query.shape[2]
-        near = tokens.visible(window, sinks)
-        far, state = tokens.visible(T, 0) & ~near, None
-        if layer is not None and layer.is_initialized:
-            repeats, state = len(self.k_map) // layer.keys.shape[1], layer.state
-            key, value = (torch.cat([repeat_kv(old, repeats), x], 2) for old, x in ((layer.keys, key), (layer.values, value)))
-            near, far = torch.cat([layer.visible(tokens), near], -1), torch.cat([left(layer, tokens), far], -1)
-        near, far = near[:, None], far[:, None]  # [B, 1, T, columns]
-        q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, value, least, factor = q.to(dtype), k.to(dtype), value.to(dtype), torch.finfo(dtype).tiny, self.joint_scale.to(dtype)[:, None, None]
-        with torch.autocast(query.device.type, enabled=False):
-            close = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
-            rest = (q @ k.transpose(-1, -2)).clamp_min(least).log() + factor
-            exponents = torch.where(near, close, rest).masked_fill(~(near | far), float("-inf"))
-            if state is None:
-                weights = torch.softmax(exponents, -1)
-                return (weights @ value).transpose(1, 2), weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2), weights
-            den = q @ state.n[..., None].to(dtype)  # [B, H, T, 1]; the state is one more column, of all that it has read
-            empty = (den < least) | (tokens.document > 0)[:, None, :, None]
-            log_den = (den.clamp_min(least).log() + factor).masked_fill(empty, float("-inf"))
-            old, weights = torch.softmax(torch.cat([log_den, exponents], -1), -1).split([1, exponents.shape[-1]], -1)
-            h = weights @ value + old * (q @ state.C.to(dtype)) / den.clamp_min(least)
-            share = old[..., 0] + weights.masked_fill(near, 0.0).sum(-1)
-        return h.transpose(1, 2), share.transpose(1, 2), weights
+    def forget_bias(self):
+        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
+        window = self.config.window_of(self.layer_idx)
+        low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
+        steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
+        return (low * (high / low) ** steps - 1).log().float()[self.config.mixed_heads(self.layer_idx)]

@@ -5,8 +5,9 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 """
 
 import copy
+import re
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,23 +23,37 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, eager_attention_forward, repeat_kv
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
-from xlstm_kernels import mix, window_attention
 
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.model.cache import HybridCacheLayer, adopt_cache
+from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.attention import HybridAttention
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.experimental.sparse import scores_of, sparse_attention
-from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
-from xlstm_hybrid.model.mixer import JointMixer, MLSTMMixer
+from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
 
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
+
+
+class Align(NamedTuple):
+    """What stage I asks of a decoder layer.
+
+    counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.  output_terms: whether cosine and
+    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are returned, which cost nothing.
+    """
+
+    counted: torch.Tensor
+    teacher_mask: torch.Tensor | None
+    output_terms: bool = False
+    onward: bool = True
+
+
+ALIGNMENT_TERMS = ("error", "target", "cosine", "frobenius")  # what a layer sums over counted tokens in stage I
 
 
 @dataclass
@@ -47,12 +62,15 @@ class AlignmentOutput(ModelOutput):
 
     loss: sum of `error` over the layers.  error, target: [layers] sums over counted tokens, heads and features of
     |softmax attention - h|^2 and of |softmax attention|^2.  num_items: counted tokens.
+    sums: [layers, 4], see ALIGNMENT_TERMS.  hidden_states: what leaves the last layer, [B, T, D].
     """
 
     loss: torch.Tensor | None = None
     error: torch.Tensor | None = None
     target: torch.Tensor | None = None
     num_items: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
@@ -73,176 +91,6 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, x, position_ids):
         return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
-
-
-class HybridAttention(nn.Module):
-    """Attention layer of the student. `hybrid_sliding`: o * mLSTM + (1 - o) * window attention; else the teacher's own attention."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx, self.layer_type = config, layer_idx, config.layer_types[layer_idx]
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
-        D, q_dim, kv_dim = config.hidden_size, config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_dim, D, bias=config.attention_output_bias)
-        if config.qk_norm == "head":
-            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
-        elif config.qk_norm == "full":
-            self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
-        if self.layer_type == "hybrid_sliding":
-            self.mlstm = (JointMixer if config.mixer_combine == "joint" else MLSTMMixer)(config, layer_idx)
-        kept = config.kept_of(layer_idx)
-        self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
-
-    def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K],
-        unrotated is (query, key) before RoPE."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        raw = q.view(heads), k.view(heads), v.view(heads)
-        if self.config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.view(heads), k.view(heads)
-        if self.config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        unrotated = q.transpose(1, 2), k.transpose(1, 2)
-        query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
-        return query, key, raw[2].transpose(1, 2), raw, unrotated
-
-    def attend(self, query, key, value, mask, sliding_window=None, implementation=None, **kwargs):
-        """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
-        implementation = implementation or self.config._attn_implementation
-        if implementation == "eager" and mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
-
-    def mix(self, hidden_states, projected, tokens, mask, cache=None):
-        """`h [B, T, H, V]` of a hybrid layer, before W_o, and the attention weights of window and kept groups; updates the cache layer."""
-        if self.split is None:
-            return self.mix_heads(hidden_states, projected, tokens, mask, cache)
-        h, weights = self.mix_heads(hidden_states, self.split.projected(projected, kept=False), tokens, mask, cache)
-        full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
-        return self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)
-
-    def keep(self, projected, tokens, cache=None):
-        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it had one."""
-        query, key, value, _, unrotated = projected
-        if self.config.kept_positions == "log":
-            query, key = unrotated
-            query = log_scaled(query, tokens.index, self.config.kept_log_base)
-        held, spare = (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
-        dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"
-        key, value, mask = held.append(key, value, tokens, spare, masked=dense == "eager")
-        return self.attend(query, key, value, mask, implementation=dense)
-
-    def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
-        """`mix` for the heads that do not keep full attention."""
-        query, key, value, (q, k, v), unrotated = projected
-        n, branches = self.num_key_value_groups, self.config.mixer_branches
-        qkv = torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1)
-        memory_q, memory_k = (query, key) if self.config.memory_rope else unrotated
-        inputs = hidden_states, qkv, memory_q, repeat_kv(memory_k, n), repeat_kv(value, n), tokens
-        if self.config.sparse_memory:
-            return self.mix_sparse(inputs, query, key, value, tokens, cache)
-        if self.config.mixer_combine == "joint":
-            h, _, weights = self.mlstm(*inputs, self.scaling, cache)
-            if cache is not None:
-                cache.read_keys = lambda key: self.mlstm.read_keys(key)  # a copy of the cache must not copy the module
-                cache.record((), self.config.mlstm_chunk_size)
-                cache.update(key, value, tokens)
-            return self.normed(h).to(value.dtype), weights
-        held = cache is not None and cache.is_initialized
-        if held and cache.state is None and branches != "window":
-            raise CacheError(
-                f"cache: layer {self.layer_idx} has no state, it was filled with mixer_branches='window', now {branches!r}; "
-                "start from DynamicCache(config=model.config)"
-            )
-        if held and mask is None:  # one token after a filled cache, see `prepare`
-            h, _, _ = self.mlstm(*inputs, step=partial(cache.step, query, key, value, tokens=tokens, scale=self.scaling))
-            return self.normed(h).to(value.dtype), None
-        remembered = {} if cache is None else {"state": cache.state, "record": cache.record if cache.record_past else None}
-        memory, o, state = self.mlstm(*inputs, **remembered)
-        if cache is not None:
-            seen = (torch.cat([cache.keys, key], 2), torch.cat([cache.values, value], 2)) if held else (key, value)
-            cache.update(key, value, tokens)
-            cache.hold(state)
-            key, value = seen
-        if branches == "memory":
-            return self.normed(memory).to(value.dtype), None
-        if mask is None:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
-            window = window_attention(q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where)
-            weights = None
-        else:
-            dense = "eager" if self.config._attn_implementation == "eager" else "sdpa"  # flash and flex have no mask for window + sinks
-            window, weights = self.attend(query, key, value, mask, implementation=dense)
-        h = window if branches == "window" else mix(memory, window, o)
-        return self.normed(h).to(value.dtype), weights
-
-    def normed(self, h):
-        """h [B, T, H, V] on the scale of `mixer_norm`'s weights where there are some; PEFT may have wrapped the module that holds them."""
-        mixer = self.mlstm
-        while hasattr(mixer, "base_layer"):
-            mixer = mixer.base_layer
-        return mixer.normed(h)
-
-    def mix_sparse(self, inputs, query, key, value, tokens, cache=None):
-        """`mix_heads` where the tokens that score best join the window's softmax; `inputs` are those of the mixer."""
-        config, read = self.config, []
-        layer = HybridCacheLayer(self.sliding_window, self.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
-        memory, o, state = self.mlstm(*inputs, state=layer.state, record=lambda *call: read.append(call))
-        scores = scores_of(config.sparse_memory_score, tokens, key, read[0], layer.state, self.layer_idx, config.memory_cell)
-        attend = None
-        if config._attn_implementation == "eager" or (self.training and config.attention_dropout):
-            attend = partial(self.attend, implementation="eager" if config._attn_implementation == "eager" else "sdpa")
-        window, weights = sparse_attention(query, key, value, tokens, scores, layer, attend, self.scaling)
-        if cache is not None:
-            if cache.record_past:
-                cache.record(*read[0])
-            cache.update(key, value, tokens, scores)
-            cache.hold(state)
-        return self.normed(mix(memory, window, o)).to(value.dtype), weights
-
-    def forward(self, hidden_states, position_embeddings, tokens, masks, cache=None, **kwargs):
-        """`(output [B, T, D], attention weights or None)`; `masks` holds one mask per (layer type, window, sinks)."""
-        projected, mask = self.project(hidden_states, position_embeddings), masks[mask_key(self.config, self.layer_idx)]
-        if self.layer_type == "hybrid_sliding":
-            layer = None if cache is None else cache.layers[self.layer_idx]
-            h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
-        else:
-            query, key, value, *_ = projected
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
-        return self.o_proj(h.flatten(-2)), weights
-
-    def teacher_forced(self, hidden_states, position_embeddings, tokens, masks, counted, position_ids=None):
-        """The teacher's attention on these inputs, and how far the student's mixer is from it (METHOD 1.2).
-
-        Only the mixer's own parameters receive gradients: layers stay independent.
-
-        Returns:
-            `(output [B, T, D], error, target)`: squared error and squared target, summed over the `counted` [B, T] tokens.
-        """
-        with torch.no_grad():
-            projected = self.project(hidden_states, position_embeddings)
-            teacher_type, window = self.config.teacher_layer_types[self.layer_idx], self.config.teacher_sliding_window
-            teacher_window = window if teacher_type == "sliding_attention" else None
-            target, _ = self.attend(*projected[:3], masks["teacher", teacher_type], teacher_window, position_ids=position_ids)
-            output = self.o_proj(target.flatten(-2))
-        dtype = torch.promote_types(target.dtype, torch.float32)
-        if self.layer_type != "hybrid_sliding":
-            return output, *target.new_zeros(2, dtype=dtype)
-        h, _ = self.mix(hidden_states, projected, tokens, masks[mask_key(self.config, self.layer_idx)])
-        h, target, counted = h.to(dtype), target.to(dtype), counted[..., None, None]
-        return output, torch.where(counted, h - target, 0.0).square().sum(), torch.where(counted, target, 0.0).square().sum()
 
 
 class HybridMLP(nn.Module):
@@ -288,6 +136,15 @@ class HybridDecoderLayer(CheckpointedLayer):
         if not self.pre_norm:
             self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
 
+    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+
+    def forward(self, hidden_states, align=None, **kwargs):
+        """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
+        if align is not None:
+            return self.align(hidden_states, align, **kwargs)
+        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
+        return self.finish(hidden_states, attention)
+
     def attention_input(self, hidden_states):
         return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
 
@@ -299,19 +156,52 @@ class HybridDecoderLayer(CheckpointedLayer):
         hidden_states = hidden_states + self.post_attention_layernorm(attention)
         return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
-    def forward(self, hidden_states, **kwargs):
-        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
-        return self.finish(hidden_states, attention)
+    def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
+        """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden states.
+
+        Only the mixer's own parameters receive gradients: layers stay independent.
+
+        Returns:
+            `(the teacher's hidden states after the layer [B, T, D], sums [4] of ALIGNMENT_TERMS over the counted tokens)`.
+        """
+        attention, config = self.self_attn, self.self_attn.config
+        with torch.no_grad():
+            x = self.attention_input(hidden_states)
+            projected = attention.project(x, position_embeddings)
+            teacher_window = config.teacher_sliding_window if config.teacher_layer_types[attention.layer_idx] == "sliding_attention" else None
+            target, _ = attention.attend(*projected[:3], align.teacher_mask, teacher_window, position_ids=position_ids)
+            output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
+            following = self.finish(hidden_states, output) if align.onward else hidden_states
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        if attention.layer_type != "hybrid_sliding" or self.aligned:
+            return following, target.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype)
+        h, _ = attention.mix(x, projected, tokens, mask)
+        counted = align.counted[..., None, None]
+        error = torch.where(counted, h.to(dtype) - target.to(dtype), 0.0).square().sum()
+        sums = [error, torch.where(counted, target.to(dtype), 0.0).square().sum(), *target.new_zeros(2, dtype=dtype)]
+        if align.output_terms:
+            sums[2:] = output_terms(attention.o_proj(h.flatten(-2)).to(dtype), output.to(dtype), align.counted)
+        return following, torch.stack(sums)
+
+
+def output_terms(student, teacher, counted):
+    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention outputs."""
+    student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher))
+    cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)  # 0 where one of them is
+    norm = torch.linalg.vector_norm(student - teacher, dim=-1) / student.shape[-1] ** 0.5  # its gradient at 0 is 0
+    return torch.where(counted, 1 - cosine, 0.0).sum(), norm.sum()
 
 
 def drop_absent_names(model):
-    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration to say."""
-    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    model._keep_in_fp32_modules &= have
-    model._keep_in_fp32_modules_strict &= have
+    """Of the names that stay in float32 keep those that a parameter has: the configuration says which gates there are."""
+    have = [name for name, _ in model.named_parameters()]
+    for kept in (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict):
+        kept -= {part for part in kept if not any(re.search(rf"(^|\.){part}(\.|$)", name) for name in have)}
 
 
 class XLSTMHybridPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in float32."""
+
     config: XLSTMHybridConfig
     config_class = XLSTMHybridConfig
     base_model_prefix = "model"
@@ -319,7 +209,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = NAMES
     _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
-    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
+    _keep_in_fp32_modules = [".*mlstm"]  # in float16; and what quantisers leave alone, who match names from their start
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -329,7 +219,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": HybridDecoderLayer,
         "attentions": OutputRecorder(HybridAttention, index=1),
-        "gates": OutputRecorder(MLSTMMixer, index=1),
+        "gates": OutputRecorder(MLSTMMixer, index=-1),
     }
 
     def post_init(self):
@@ -371,6 +261,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     def __init__(self, config):
         config.check()  # its fields may have been changed since it was made
         super().__init__(config)
+        self.checked = copy.deepcopy(config.choices())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
         self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
@@ -382,7 +273,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
         """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        present = [j for j, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]  # a pipeline's stage has some of the layers
+        there = range(config.num_hidden_layers)  # fewer than the model has while early layers draft, see `assistant_early_exit`
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]  # a pipeline's stage has some of the layers
         layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
@@ -424,8 +316,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if wrong := self.config.wrong_mixer() or self.config.wrong_memories():  # its fields may be changed between two calls
-            raise ConfigError("; ".join(wrong))
+        if (choices := self.config.choices()) != self.checked:  # fields may be changed between two calls
+            self.config.check()
+            self.checked = copy.deepcopy(choices)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(
                 f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
@@ -489,39 +382,49 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
         held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
-            where = {"tokens": tokens, "masks": masks, "position_embeddings": rope[kind], "position_ids": position_ids}
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]  # fewer than there are while early layers draft
+        for j, (layer, kind) in enumerate(zip(self.layers, kinds, strict=False)):
+            where = {"tokens": tokens, "mask": masks.get(mask_key(self.config, j)), "position_embeddings": rope[kind], "position_ids": position_ids}
             hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
             if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "skip"):
                 cache.layers[j].skip(hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
-    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, **kwargs):
-        """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces (METHOD 1.2).
+    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, onward=True, **kwargs):
+        """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces.
 
-        The trunk is the teacher as long as only the mixers' new parameters have been trained.
+        The trunk is the teacher as long as only the mixers' new parameters have been trained; the target is its attention as it is used, without
+        dropout. Layers are called as modules: DDP and FSDP2 have their hooks there.
 
         Args:
             counted: [B, T] bool, tokens whose error counts; all real ones by default.
+            hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
+            terms: whether `sums` has cosine and distance after W_o.
+            onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the loss.
         Returns:
             AlignmentOutput
         """
-        with torch.no_grad():
-            hidden_states = self.embed_tokens(input_ids)
-            tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
-        counted = tokens.real if counted is None else counted & tokens.real
-        errors, targets = [], []
-        for layer, kind in zip(self.layers, self.config.teacher_layer_types, strict=True):
+        training = self.training
+        self.eval()
+        try:
             with torch.no_grad():
-                x = layer.attention_input(hidden_states)
-            attention, error, target = layer.self_attn.teacher_forced(x, rope[kind], tokens, masks, counted, position_ids)
-            errors.append(error)
-            targets.append(target)
-            with torch.no_grad():
-                hidden_states = layer.finish(hidden_states, attention)
-        errors = torch.stack(errors)
-        return AlignmentOutput(loss=errors.sum(), error=errors, target=torch.stack(targets), num_items=counted.sum())
+                hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
+                tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
+            counted = tokens.real if counted is None else counted & tokens.real
+            sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]
+            for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
+                if isinstance(layer, nn.Identity):  # of another group of layers
+                    sums.append(hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)))
+                    continue
+                where = {"tokens": tokens, "mask": masks[mask_key(self.config, j)], "position_embeddings": rope[kind], "position_ids": position_ids}
+                hidden_states, found = layer(hidden_states, align=Align(counted, masks["teacher", kind], terms, onward or layer is not last), **where)
+                sums.append(found)
+        finally:
+            self.train(training)
+        sums = torch.stack(sums)
+        found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
+        return AlignmentOutput(**found, sums=sums, hidden_states=hidden_states if onward else None)
 
 
 def keep_positions(hidden_states, keep):
@@ -546,6 +449,23 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here, as it registers the Auto
+    # classes. Exported code has no conversion and says so.
+    teacher_loader = None
+
+    @classmethod
+    def from_teacher(cls, teacher, **options):
+        """The student of a teacher, in memory: `xlstm_hybrid.conversion.convert.from_teacher`, whose arguments and errors these are."""
+        if cls.teacher_loader is None:
+            raise ConfigError("from_teacher: this class was loaded from a checkpoint's own code, which converts nothing; pip install xlstm-hybrid")
+        return cls.teacher_loader(cls, teacher, **options)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -589,6 +509,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(XLSTMHybridForCausalLM)
         return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache
@@ -604,12 +525,15 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         teacher_forced=False,
+        with_head=None,
         **kwargs,
     ):
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`.
 
         Args:
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
+            with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits: losses that go over the head in
+                chunks. It runs in here because FSDP gathers the head's weight only inside of `forward`.
         """
         if teacher_forced:
             if (self._tp_size or 1) > 1:
@@ -625,6 +549,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if with_head is not None:
+            return with_head(hidden_states, self)
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:

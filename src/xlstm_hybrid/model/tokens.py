@@ -1,12 +1,8 @@
-"""What a call is to the cache: where its tokens stand in their documents, and what of it rolling back will have to repeat.
+"""Where the tokens of a call stand in their documents. Dims: B batch, T tokens."""
 
-Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V value dim.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from xlstm_kernels import delta, mlstm
 
 
 @dataclass
@@ -86,70 +82,3 @@ class Tokens:
         q, k = self.index[:, :, None], self.index[:, None, :]
         near = (q >= k) & ((q - k < window) | (k < sinks))
         return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[:, :, None]
-
-
-@dataclass
-class Step:
-    """One token that `HybridCacheLayer.step` took, with its arguments."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    features: tuple
-    gates: tuple
-    tokens: object
-    scale: float
-
-    def __len__(self):
-        return 1
-
-    def repeat(self, layer):
-        layer.step(self.query, self.key, self.value, self.features, self.gates, self.tokens, self.scale)
-
-    def map(self, change):
-        """The same with `change` applied to every tensor; all of them are [B, ...]."""
-        query, key, value = change(self.query), change(self.key), change(self.value)
-        features, gates = (tuple(change(x) for x in many) for many in (self.features, self.gates))
-        return Step(query, key, value, features, gates, self.tokens.map(change), self.scale)
-
-
-@dataclass
-class Piece:
-    """T tokens that came in one call.
-
-    memory: the mLSTM's (k, v, i, f), [B, T, H, ...], or () where the layer has no memory; key, value: [B, G, T, K | V]; tokens: `Tokens`;
-    chunk_size: of the mLSTM in that call.
-    scores: [B, G, T] of a layer with a sparse memory.
-    """
-
-    memory: tuple
-    key: torch.Tensor
-    value: torch.Tensor
-    tokens: object
-    chunk_size: int
-    scores: torch.Tensor | None = None
-
-    def __len__(self):
-        return self.key.shape[2]
-
-    def repeat(self, layer):
-        if layer.read_keys is not None:  # its tokens go into the state when they leave the window
-            layer.update(self.key, self.value, self.tokens)
-            return
-        state = None
-        if self.memory:
-            run = delta if layer.cell == "delta" else mlstm
-            state = run(self.memory[0], *self.memory, state=layer.state, chunk_size=self.chunk_size)[1]  # a state does not depend on queries
-        layer.update(self.key, self.value, self.tokens, self.scores)
-        layer.hold(state)
-
-    def slice(self, begin, end):
-        """Tokens `begin` to `end`, as a call of their own."""
-        memory = tuple(x[:, begin:end] for x in self.memory)
-        key, value, scores = (x if x is None else x[:, :, begin:end] for x in (self.key, self.value, self.scores))
-        return Piece(memory, key, value, self.tokens.slice(begin, end), self.chunk_size, scores)
-
-    def map(self, change):
-        memory = tuple(change(x) for x in self.memory)
-        scores = None if self.scores is None else change(self.scores)
-        return replace(self, memory=memory, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change), scores=scores)

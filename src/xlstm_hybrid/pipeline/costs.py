@@ -1,6 +1,8 @@
 """Teacher and student as `efficiency.measure` takes them: how they are loaded, and what has to be green before anything is timed."""
 
+import copy
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from xlstm_hybrid.evaluation.efficiency import Side, measure, new_cache
 from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound, default_length, verify
 from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.reports.efficiency import surroundings
+
+# Fields of a student's config with an entry per layer.
+PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups")
 
 
 def load_checkpoint(path, dtype, device):
@@ -42,14 +47,43 @@ def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
     return ((torch.cat(got, 1).double() - want).abs().max() / want.std()).item()
 
 
+def first_layers(model):
+    """A copy of a student with as many of its layers, two at least, as bring one of each layout that it has."""
+    config = model.config
+    parts = config.window_of, config.sinks_of, config.kept_of
+    kinds = zip(config.layer_types, config.teacher_layer_types, strict=True)
+    layouts = [(*kind, *(part(j) for part in parts)) for j, kind in enumerate(kinds)]
+    count, whole = max(2, 1 + max(map(layouts.index, layouts))), model.model.layers
+    model.model.layers = whole[:count]
+    try:
+        short = copy.deepcopy(model)
+    finally:
+        model.model.layers = whole
+    for name in PER_LAYER:
+        if (entries := getattr(config, name)) is not None:
+            setattr(short.config, name, entries[:count])
+    short.config.num_hidden_layers = len(short.model.layers)
+    return short
+
+
 def checks(student, teacher, cache, proof=None):
-    """What is timed against one call without a cache, on both models as they are timed; then `verify` on the student, or on `proof()` for it."""
+    """What is timed against one call without a cache, on both models as they are timed; then `verify` on the student.
+
+    Args:
+        proof: what makes a smaller student for `verify`. It is some fifty prompts and a thousand single tokens, ten
+            minutes of a CPU core for a hundred million parameters: without a proof a CPU runs it on the student's
+            first layers. The names of the results say so.
+    """
     length = default_length(student.config)
     for name, model in (("teacher", teacher), ("student", student)):
         begin, difference = time.perf_counter(), decoding_difference(model, cache, length=length)
         allowed, dtype = bound(model.dtype, model.config.num_hidden_layers), str(model.dtype).removeprefix("torch.")
         yield Result(f"{name}: prompt and steps = one call", difference, allowed, dtype, time.perf_counter() - begin)
-    yield from verify(proof() if proof else student)
+    subject = proof() if proof else first_layers(student) if student.device.type == "cpu" else student
+    count, of = subject.config.num_hidden_layers, student.config.num_hidden_layers
+    where = f", {count} of {of} layers" if count < of else ""
+    for result in verify(subject):
+        yield replace(result, name=result.name + where)
 
 
 def measure_checkpoints(teacher, student, settings, *, names=("student", "teacher"), dtype="float32", report=lambda text: None):

@@ -6,13 +6,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.long_context import KINDS
+from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.comparison import compare, plain_floats, write_comparison
 from xlstm_hybrid.evaluation.efficiency import Settings
-from xlstm_hybrid.evaluation.harness import CODE, Options, expand, run_harness, task_manager
+from xlstm_hybrid.evaluation.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
 from xlstm_hybrid.evaluation.scores import last_part, read_results
 from xlstm_hybrid.pipeline.costs import measure_checkpoints
 from xlstm_hybrid.reports.run import comparison_pictures
@@ -70,10 +72,6 @@ def source_of(recipe, teacher):
     return local_source(teacher, None if Path(teacher).is_dir() else recipe.revision)
 
 
-def domains():
-    return {f"domain_{name}": name for name in tasks.DOMAINS}
-
-
 # --- lm-eval on both sides -------------------------------------------------------------------------------------
 
 
@@ -87,6 +85,7 @@ def judge_sides(recipe, sides, out, redo=False, report=lambda side, line: None):
         {side: {unit: what `run_harness` returns}}
     """
     units, found = units_of(recipe.evaluate), {}
+    warn_if_slow("cuda" if torch.cuda.is_available() else "cpu", recipe.teacher_dtype, "teacher_dtype")
     for side, model in sides.items():
         name, source = (last_part(model), source_of(recipe, model)) if side == "teacher" else (side, model)
         options = replace(options_of(recipe, redo=redo), name=name)
@@ -95,19 +94,15 @@ def judge_sides(recipe, sides, out, redo=False, report=lambda side, line: None):
 
 
 def domain_scores(folder, judged):
-    """What lm-eval found on the procedural domains, in the form of `pipeline.evaluate`: {"exact_match", "samples"}."""
-    exact, samples = {}, {}
+    """What lm-eval found on the procedural domains, in the form of `pipeline.evaluate`, without perplexities."""
+    exact, samples, wrong = {}, {}, {}
     for unit, domain in domains().items():
         if unit in judged:
             exact[domain] = judged[unit]["scores"][unit]["exact_match,none"]
             (file,) = (folder / unit).rglob(f"samples_{unit}_*.jsonl")
             samples[domain] = [sample_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {"exact_match": exact, "samples": samples}
-
-
-def sample_of(row):
-    doc = row["doc"]
-    return {"prompt": doc["prompt"], "answer": doc["answer"], "output": row["filtered_resps"][0], "correct": bool(row["exact_match"])}
+            wrong |= {domain: found} if (found := judged[unit].get("contradictions")) else {}
+    return {"exact_match": exact, "samples": samples, "contradictions": wrong}
 
 
 def long_context_rows(judged):
@@ -157,5 +152,6 @@ def compare_sides(recipe, teacher, folder, judged=None):
 
 def measure_sides(recipe, teacher, student, report=lambda text: None):
     """The efficiency report of teacher and student, in the dtype that the recipe teaches in."""
+    warn_if_slow("cuda" if torch.cuda.is_available() else "cpu", recipe.teacher_dtype, "teacher_dtype")
     return measure_checkpoints(source_of(recipe, teacher), student, settings_of(recipe.evaluate), names=("student", last_part(teacher)),
                                dtype=recipe.teacher_dtype, report=report)  # fmt: skip

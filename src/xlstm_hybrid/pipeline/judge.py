@@ -7,33 +7,38 @@ import torch
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, open_streams, packed_rows
 from xlstm_hybrid.data import toy_domains as tasks
-from xlstm_hybrid.evaluation.scores import ExactMatch, exact_match, perplexity
+from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, perplexity
 
 
 def evaluate(model_dir, recipe, progress=None, known=None):
     """Scores of one checkpoint as the recipe's section `evaluate` asks for them.
 
     With "examples": exact match (greedy, batched, through the cache) and perplexity on every domain of `tasks`, and perplexity of real text.
-    What is `known` already, {"exact_match": {domain: share}, "samples": {domain: [...]}}, is not measured again.
+    What is `known` already, {"exact_match": {domain: share}, "samples": ..., "contradictions": ...}, is not measured
+    again.
     With "documents": perplexity of so many held-out documents of every source of the recipe, each cut to a row's length.
 
     Returns:
-        {"exact_match": {domain: share}, "perplexity": {domain or source: value}, "samples": {domain: [...]}}
+        {"exact_match": {domain: share}, "perplexity": {domain or source: value}, "samples": {domain: [...]},
+        "contradictions": {domain: those of the samples that cannot be, see `evaluation.contradictions`}}
     """
     model, tokenizer = load(model_dir)
     if "documents" in recipe.evaluate:
         return judge_sources(model, tokenizer, recipe, progress)
-    return judge_domains(model, tokenizer, recipe.evaluate, progress, known or {"exact_match": {}, "samples": {}})
+    return judge_domains(model, tokenizer, recipe.evaluate, progress, known or {"exact_match": {}})
 
 
 def judge_domains(model, tokenizer, settings, progress, known):
-    result = {"exact_match": {}, "perplexity": {}, "samples": {}}
+    result = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}
     for domain in tasks.DOMAINS:
         examples = tasks.test_examples(domain, settings["examples"])
         if domain in known["exact_match"]:
             judged = ExactMatch(known["exact_match"][domain], known["samples"][domain])
+            wrong = known["contradictions"].get(domain)
         else:
             judged = exact_match(model, tokenizer, examples, batch_size=settings["batch_size"])
+            wrong = contradictions(model, tokenizer, judged.samples)
+        result["contradictions"] |= {domain: wrong} if wrong else {}
         result["exact_match"][domain], result["samples"][domain] = judged.score, judged.samples
         result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
         if progress:
@@ -45,7 +50,7 @@ def judge_domains(model, tokenizer, settings, progress, known):
 
 
 def judge_sources(model, tokenizer, recipe, progress=None):
-    result, settings = {"exact_match": {}, "perplexity": {}, "samples": {}}, recipe.evaluate
+    result, settings = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}, recipe.evaluate
     for expert in (None, *recipe.experts):
         if "sources" not in recipe.mix(expert):
             continue

@@ -5,19 +5,21 @@ import json
 import resource
 import shutil
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, verify, write_json, write_manifest
 from xlstm_hybrid.checkpoint.locks import held
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import toy_domains as tasks
-from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.evaluation.comparison import record
-from xlstm_hybrid.evaluation.scores import win_and_tie
+from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
+from xlstm_hybrid.evaluation.comparison import paired_verdict, record
+from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint, wrapping_length
+from xlstm_hybrid.evaluation.scores import named_contradictions, own_results
+from xlstm_hybrid.model.generation_checks import GENERATION
 from xlstm_hybrid.pipeline.final import (
     MISSING,
     check_evaluation,
@@ -39,7 +41,10 @@ from xlstm_hybrid.reports.card import write_card
 from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, write_efficiency
 from xlstm_hybrid.reports.efficiency import record as record_costs
 from xlstm_hybrid.reports.run import as_png, table, write_report
+from xlstm_hybrid.reports.sections import time_table
 
+# What a student passes before it is judged
+CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 RECORDS = ("provenance.json", "training_log.json", "README.md")  # and pictures: how a checkpoint was made, with times that no run repeats
 
 
@@ -89,7 +94,7 @@ class Road:
         if processes() > 1:
             raise ConfigError("a whole recipe walks in one process: launch its training stages (align, distill, on-policy) as verbs of their own")
         self.recipe, self.out, self.redo = recipe, Path(out or recipe.out), redo
-        self.console, self.seconds, self.harness = console or Console(emoji=False), {}, None
+        self.console, self.seconds, self.kept, self.harness = console or Console(emoji=False), {}, {}, None
         self.teacher, self.given = resolve_teacher(recipe), start and Path(start)
         self.folder = {
             "convert": self.out / "converted",
@@ -132,7 +137,7 @@ class Road:
         except CheckpointError as error:
             self.console.print(f"[yellow]{name}: made again, {error}[/yellow]")
             return False
-        self.seconds[name] = before["seconds"]
+        self.seconds[name] = self.kept[name] = before["seconds"]
         self.console.print(f"[dim]{name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return True
 
@@ -146,13 +151,41 @@ class Road:
     def say(self, who, what):
         self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
 
+    def prove(self, student):
+        """Check that the student generates what it is, before anything judges its texts; kept like a stage.
+
+        Raises:
+            EvaluationError: it does not.
+        """
+        note = self.out / "stages" / "verify.json"
+        versions = {name: version(name) for name in ("transformers", "torch")}
+        spec = self.spec({"checks": sorted(CHECKS), **versions}, [student])
+        before = json.loads(note.read_text()) if note.is_file() else {}
+        if before.get("spec") == spec and before["passed"]:
+            self.seconds["verify"] = self.kept["verify"] = before["seconds"]
+            return
+        self.console.rule("verify")
+        start, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+        results = verify_checkpoint(student, length=wrapping_length, device=device, only=CHECKS)
+        self.seconds["verify"] = round(time.time() - start, 1)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, as_json(results, spec=spec, seconds=self.seconds["verify"]))
+        if failed := [r for r in results if not r.passed]:
+            found = "; ".join(f"{r.name} ({r.note or f'{r.difference:.2g}, at most {r.allowed:.1g}'})" for r in failed)
+            raise EvaluationError(
+                f"{Path(student).name}: no scores, because {len(failed)} of {len(results)} checks failed: {found}. What "
+                "generates is not what was trained; `xlstm-hybrid doctor` says which versions were tested, `xlstm-hybrid "
+                "verify` checks again"
+            )
+        self.console.print(f"verify: {len(results)} checks passed, {self.seconds['verify']:.0f} s")
+
     def judge(self, name, directory, known=None):
         """Evaluation of one model, kept in a file so that an interrupted run does not judge it twice; `known`: see `evaluate`."""
         settings = {k: v for k, v in self.recipe.evaluate.items() if k not in FINAL}
         spec = self.spec(settings | ({"known": known["exact_match"]} if known else {}), [directory])
         path = self.out / "evaluation" / f"{name}.json"
         if path.is_file() and (kept := json.loads(path.read_text()))["spec"] == spec:
-            self.seconds[f"evaluate:{name}"] = kept["seconds"]
+            self.seconds[f"evaluate:{name}"] = self.kept[f"evaluate:{name}"] = kept["seconds"]
             return kept["result"]
         start = time.time()
         result = evaluate(directory, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
@@ -191,7 +224,7 @@ class Road:
         if (folder / "efficiency.json").is_file() and note.is_file():
             before = json.loads(note.read_text())
             if not self.changed("efficiency", before["spec"], spec):
-                self.seconds["efficiency"] = before["seconds"]
+                self.seconds["efficiency"] = self.kept["efficiency"] = before["seconds"]
                 return json.loads((folder / "efficiency.json").read_text())
         start = time.time()
         found = measure_sides(self.recipe, self.teacher, student, report=lambda what: self.say("efficiency", what))
@@ -211,6 +244,7 @@ class Road:
         converted, aligned = self.start()
         experts = {name: self.expert(name, aligned) for name in recipe.experts}
         student = self.merged(experts, aligned)
+        self.prove(student)
         models = {"teacher": self.teacher, "converted": converted, "aligned": aligned, **{f"expert {n}": d for n, d in experts.items()}}
         if recipe.merge is None:
             models.pop(f"expert {next(iter(experts))}")
@@ -219,9 +253,13 @@ class Road:
             self.console.rule("evaluate")
             known, measured = self.by_harness(student)
             judged = {name: self.judge(name, directory, known.get(name)) for name, directory in (models | {"student": student}).items()}
-            measured |= self.beside_the_teacher(student)
+            if not contradictions_in(judged):
+                measured |= self.beside_the_teacher(student)
         results = self.results(judged, aligned, experts, student) | measured
-        results["seconds"] |= {"whole run": round(sum(self.seconds.values()), 1), "this call": round(time.time() - start, 1)}
+        this_call = time.time() - start
+        rest = max(0.0, this_call - (sum(self.seconds.values()) - sum(self.kept.values())))  # comparing, gates, a sample, loading
+        results["seconds"] |= {"everything else": round(rest, 1), "whole run": round(sum(self.seconds.values()) + rest, 1)}
+        results["seconds"] |= {"this call": round(this_call, 1)} if self.kept else {}
         self.conclude(results, student)
         return results
 
@@ -325,9 +363,17 @@ class Road:
         return results
 
     def conclude(self, results, last):
-        """Report and pictures; `student/` is the last checkpoint with its evaluation in the provenance, its card and the pictures."""
+        """Report and pictures; `student/` is the last checkpoint with its evaluation in the provenance, its card and the
+        pictures.
+
+        Raises:
+            EvaluationError: scores contradict the models that they are of; the report says so, and `student/` is not made.
+        """
         write_json(self.out / "results.json", results)
         write_report(results, self.out)
+        if found := results.get("contradictions"):
+            again = f"Then remove {self.out.name}/evaluation and start the run again"
+            raise EvaluationError(f"{named_contradictions(found)}. {again}")
         with staged(self.out / "student", overwrite=True) as folder:
             for file in [*last.iterdir(), *self.out.glob("*.png")]:
                 if file.name != "manifest.json":
@@ -344,6 +390,8 @@ class Road:
             write_manifest(folder)
         if results.get("win_and_tie"):
             self.console.print(table(results))
+        if results.get("seconds"):
+            self.console.print(time_table(results))
         self.console.print(f"report: {self.out / 'report.md'}   student: {self.out / 'student'}")
 
 
@@ -352,15 +400,22 @@ def candidate(found):
     return f"{', '.join(f'{w:.3f}' for w in found.weights)}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
 
 
+def contradictions_in(judged):
+    """{model: {domain: samples}} of evaluations that cannot be, see `evaluation.contradictions`."""
+    return {name: result["contradictions"] for name, result in judged.items() if result.get("contradictions")}
+
+
 def scores_of(judged):
     """The part of the results that comes from evaluations; {} where there is none."""
     scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in judged.items()}
     if not scores:
         return {}
-    teacher = scores.pop("teacher")
-    found = {"teacher_scores": teacher, "students": scores}
-    if teacher["exact_match"]:
-        found["win_and_tie"] = {name: asdict(win_and_tie(s["exact_match"], teacher["exact_match"])) for name, s in scores.items()}
+    teacher, wrong = scores.pop("teacher"), contradictions_in(judged)
+    found = {"contradictions": wrong} if wrong else {}
+    found |= {"teacher_scores": teacher, "students": scores}
+    if teacher["exact_match"] and not wrong:
+        sides = {name: own_results(result, Path(name)) for name, result in judged.items()}
+        found["win_and_tie"] = {name: paired_verdict(sides["teacher"], sides[name]) for name in scores}
     return found
 
 
@@ -372,7 +427,7 @@ def figures_of(results):
         "perplexity": student["perplexity"],
         "teacher_exact_match": results["teacher_scores"]["exact_match"],
         "teacher_perplexity": results["teacher_scores"]["perplexity"],
-        **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery") if k in verdict},
+        **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery", "resampled") if verdict.get(k) is not None},
         "long_context": results.get("long_context", {}),
     }
     return {k: v for k, v in figures.items() if v != {}}

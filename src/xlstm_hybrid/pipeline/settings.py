@@ -10,8 +10,7 @@ import torch
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
 SEQUENCES = "sequences_per_step"  # ours: rows per optimiser step over all processes; the accumulation follows from it
-SHARED = {  # of every training stage; a recipe may say otherwise
-    "bf16": True,
+SHARED = {  # of every training stage; a recipe may say otherwise, and bf16 is what the machine does well
     "report_to": "none",
     "save_strategy": "no",
     "logging_steps": 10,

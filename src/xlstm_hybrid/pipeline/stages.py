@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from xlstm_hybrid.checkpoint.files import add_provenance, owner, read_provenance, staged, write_manifest
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
+from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
 from xlstm_hybrid.recipe.schema import resolve_path
@@ -38,6 +39,7 @@ def sharded(args):
 def load_teacher(teacher, recipe, args):
     """The teacher of a stage, in the recipe's dtype; at the recipe's revision if it is the recipe's teacher."""
     revision = recipe.revision if str(teacher) == recipe.teacher else None
+    warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
     return load(teacher, recipe.teacher_dtype, revision, place_of(args))[0]
 
 
@@ -216,6 +218,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=place_of(args))
+        warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
         loaded = {n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args)) for n in taught}
         trainer = OnPolicyKDTrainer(
             model,
@@ -260,7 +263,7 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                     shutil.copyfile(picture, folder / picture.name)
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
                 seconds = round(time.time() - start, 1)
-                config = {**settings, "seed": trainer.args.seed}
+                config = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
                 add_provenance(folder, stage, parent=parents[0], stages=stages, config=config, data=data, figures=figures, seconds=seconds)
                 write_manifest(folder)
     finally:

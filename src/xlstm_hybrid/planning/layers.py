@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from xlstm_kernels.dispatch import LARGEST_K
+from xlstm_kernels.backends.launch import LARGEST_K
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.kept_groups import Split
 from xlstm_hybrid.model.mixer import MLSTMMixer
-from xlstm_hybrid.model.modeling import HybridAttention
 from xlstm_hybrid.planning.cache_size import cache_bytes
 
 METHODS = ("ablate", "add", "greedy")
@@ -66,28 +65,13 @@ def restored(student, groups):
     layers = [layer.self_attn for layer in student.get_decoder().layers if layer.self_attn.layer_type == "hybrid_sliding"]
     try:
         for attention in layers:
-            mine = sorted(g for j, g in groups if j == attention.layer_idx)
-            if mine:
-                attention.mix = mixed_or_full(attention, mine)
+            chosen = torch.tensor([(attention.layer_idx, g) in groups for g in range(student.config.num_key_value_heads)])
+            if chosen.any():
+                attention.restored = chosen.repeat_interleave(attention.num_key_value_groups)[:, None]  # [H, 1]
         yield
     finally:
         for attention in layers:
-            vars(attention).pop("mix", None)
-
-
-def mixed_or_full(attention, groups):
-    """A `mix` for a layer whose `groups` have full attention and whose others mix as ever."""
-    chosen = torch.zeros(attention.config.num_key_value_heads, dtype=torch.bool)
-    chosen[groups] = True
-    chosen = chosen.repeat_interleave(attention.num_key_value_groups)[:, None]  # [H, 1]
-
-    def mix(hidden_states, projected, tokens, mask, cache=None):
-        assert cache is None, "groups are restored in passes without a cache only"
-        h, weights = HybridAttention.mix(attention, hidden_states, projected, tokens, mask)
-        full, _ = attention.keep(projected, tokens)
-        return torch.where(chosen.to(h.device), full, h), weights
-
-    return mix
+            attention.restored = None
 
 
 def retrieval_rows(tokenizer, documents):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from xlstm_kernels.dispatch import LARGEST_F, LARGEST_K
+from xlstm_kernels.backends.launch import LARGEST_F, LARGEST_K
 
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.families import family_of, student_config
@@ -261,8 +261,9 @@ def jobs_of(recipe=None):
         sequences = section.get("sequences_per_step")
         sequences = sequences or section.get("per_device_train_batch_size", 8) * section.get("gradient_accumulation_steps", 1)
         jobs[kind] = Job(
-            kind, section["max_steps"], sequences, recipe.length, top_k=section.get("top_k", 256), bf16=section.get("bf16", True),
-            experts=1 if kind == "align" else len(recipe.experts), teacher_bytes=teacher, stored=section.get("teacher", "online") != "online",
+            kind, section["max_steps"], sequences, recipe.length, top_k=section.get("top_k", 256),
+            bf16=section.get("bf16") is not False, experts=1 if kind == "align" else len(recipe.experts),
+            teacher_bytes=teacher, stored=section.get("teacher", "online") != "online",
         )  # fmt: skip
     return jobs
 
@@ -310,7 +311,7 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
 
 
 def slow_paths(shape):
-    """What a GPU runs as torch operations because no Triton kernel takes so many features (`xlstm_kernels.dispatch`, `decode.choose_step`)."""
+    """What a GPU runs as torch operations because no Triton kernel takes so many features (the choice of its operations)."""
     found, F = [], shape.features
     if shape.hybrid and F > LARGEST_K:
         found.append(f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has {F}: a GPU "
@@ -340,8 +341,9 @@ def assumptions(machine):
         f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
         "documents fill their rows: shorter ones make the teacher's attention cheaper",
         f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",
-        "float32 weights, gradients and Adam; bfloat16 compute under autocast; logits in chunks; memory of the GPU kernels as on a CPU, where the "
-        f"model was measured to within {ERROR:.0%}",
+        "float32 weights, gradients and Adam; bfloat16 compute under autocast, unless the recipe says bf16: false; "
+        "one that does not say trains in what its machine does quicker, bfloat16 on these GPUs; logits in chunks; "
+        f"memory of the GPU kernels as on a CPU, where the model was measured to within {ERROR:.0%}",
         "time is that of training steps: loading, reading data, evaluation and communication that is not hidden come on top",
         "a store holds 6 bytes per entry and 8 per token; filling it costs one forward of the teacher, as an online teacher does in every run",
     ]

@@ -4,8 +4,8 @@ Dims: N tokens of a micro-batch, D hidden size, F width of the MLP, H query head
 """
 
 import torch
-from xlstm_kernels.cpu import rows_at_once, segments
-from xlstm_kernels.head_loss import WORKSPACE
+from xlstm_kernels.head_loss.chunks import WORKSPACE
+from xlstm_kernels.mlstm.cpu import rows_at_once, segments
 
 ERROR = 0.10  # largest relative error of a predicted peak that the tests allow, measured on a CPU
 FP32, BF16 = 4, 2
@@ -19,7 +19,7 @@ ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, resi
 }
 # Per token, head and feature beyond K: phi(q) and phi(k) as the softmax gave them, in float32, and under autocast as the memory reads them, too.
 FEATURES = {False: 2 * FP32, True: 2 * (FP32 + BF16)}
-# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`xlstm_kernels.scratch`); fitted, E measured.
+# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`backends.scratch`); fitted, E measured.
 WORK, BUFFERS = {"HK": 10, "HE": 14}, {"HK": 70, "HE": 30}
 
 

@@ -8,11 +8,13 @@ from string import Template
 
 from xlstm_hybrid.checkpoint.files import PROVENANCE, escaped, markdown_table, plain, read_provenance, relist, write_file
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.evaluation.comparison import NONE, duration, percent
+from xlstm_hybrid.evaluation.comparison import NONE, c_0_and_alpha, duration, percent
+from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.sections import EXPLAINED, LONG_CONTEXT, long_context_table
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTIONS = ("evaluate", "compare", "efficiency")  # stages whose figures stand in a section of their own
+RESAMPLED = f" (in brackets: {percent(LEVEL)} of resamples of the answers)"
 SHOWN = 8  # entries of a list that are written out
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zst)$")
@@ -71,7 +73,8 @@ def without_repeats(judged, compared):
     scores = part(part(compared, "figures"), "scores")
     if not all(scores.get(f"domain_{domain}") == score for domain, score in part(judged, "exact_match").items()):
         return judged
-    return {key: value for key, value in judged.items() if key not in ("exact_match", "teacher_exact_match", "recovery", "c_0", "alpha_star")}
+    repeated = ("exact_match", "teacher_exact_match", "recovery", "c_0", "alpha_star", "resampled")
+    return {key: value for key, value in judged.items() if key not in repeated}
 
 
 # --- parts of the card -----------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def benchmarks(compared):
         return []
     shown = [[t, m or NONE, number(n), number(s), number(x), percent(part(found, "recovery").get(t))] for t, m, n, s, x in rows]
     text = (
-        f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost; C_0 = {found['c_0']:.3f}, α\\* = {found['alpha_star']:.3f}; "
+        f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost; {c_0_and_alpha(found)}{RESAMPLED if found.get('resampled') else ''}; "
         f"at α = {config['alpha']:g} it is {'' if found['lossless'] else 'not '}lossless (C_α = {found['c_alpha']:.3f}, the bar is 0.5)."
     )
     head = ["benchmark", "metric", "shots", "score", config.get("teacher", "teacher"), "recovery"]
@@ -218,8 +221,8 @@ def figures(directory, judged, compared, results):
     parts += [markdown_table([["domain", *(c[0] for c in columns)], *rows])] if rows else []
     if judged.get("c_0") is not None and judged.get("alpha_star") is not None:
         parts.append(
-            f"Win-and-tie rate against the teacher at zero tolerance: C_0 = {judged['c_0']:.2f}. Smallest relative tolerance at which "
-            f"half of the domains are won or tied: α\\* = {judged['alpha_star']:.3f}."
+            f"Win-and-tie rate against the teacher at zero tolerance, and the smallest relative tolerance at which half of the domains are won or "
+            f"tied: {c_0_and_alpha(judged)}{RESAMPLED if judged.get('resampled') else ''}."
         )
     if results is not None:
         students = {name: scores["exact_match"] for name, scores in results["students"].items() if scores.get("exact_match")}

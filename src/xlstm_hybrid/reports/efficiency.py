@@ -59,7 +59,9 @@ def notes(pair):
              for s in (teacher, student)]  # fmt: skip
     yield f"Teacher {sizes[0]}, attention {teacher['attention']}; student {sizes[1]}."
     settings = pair["settings"]
-    yield f"{len(pair['checks'])} checks passed before anything was measured."
+    parts = [check["name"].rpartition(", ")[2] for check in pair["checks"] if check["name"].endswith(" layers")]
+    some = f", {len(parts)} of them on {parts[0]} of the student (`xlstm-hybrid verify` takes all)" if parts else ""
+    yield f"{len(pair['checks'])} checks passed before anything was measured{some}."
     yield f"{settings['cache']} cache; {settings['rounds']} rounds in turns, {settings['steps']} tokens decoded in each."
     yield "Gain: how much less, or faster, than the teacher; for times the median of the ratios of paired rounds. Above 1 the student is ahead."
     longest, limit = max(row["length"] for row in pair["rows"]), min(s["max_position_embeddings"] or math.inf for s in (teacher, student))

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import escaped, markdown_table, write_file
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation.comparison import NONE, duration, number, percent, scaled_scores
+from xlstm_hybrid.evaluation.comparison import NONE, between, c_0_and_alpha, number, percent, scaled_scores
+from xlstm_hybrid.evaluation.scores import named_contradictions
+from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.efficiency import draw_efficiency
-from xlstm_hybrid.reports.sections import benchmarks, costs, fenced, long_context
+from xlstm_hybrid.reports.sections import benchmarks, costs, fenced, long_context, time_rows
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; the teacher is grey, the final student blue.
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
@@ -37,13 +39,15 @@ def score_rows(results, kind, show):
 
 
 def verdict_rows(results):
-    """Rows of C_0 and alpha* under the columns of the exact match."""
+    """Rows of C_0 and alpha* under the columns of the exact match, each with its interval where that is known."""
     verdicts, columns = results.get("win_and_tie") or {}, score_rows(results, "exact_match", percent)[0][1:]
-    return [
-        [label, *(show(verdicts[c][key]) if c in verdicts else "" for c in columns)]
-        for label, key, show in (("C_0", "c_0", "{:.2f}".format), ("alpha*", "alpha_star", "{:.3f}".format))
-        if verdicts
-    ]
+    rows = []
+    for label, key, form in (("C_0", "c_0", "{:.2f}"), ("alpha*", "alpha_star", "{:.3f}")) if verdicts else ():
+        rows.append([label, *(form.format(verdicts[c][key]) if c in verdicts else "" for c in columns)])
+        sure = {name: (v.get("resampled") or {}).get(key) for name, v in verdicts.items()}
+        if any(sure.values()):
+            rows.append([f"in {LEVEL:.0%}".replace("%", " %"), *(between(sure[c], form) if c in sure else "" for c in columns)])
+    return rows
 
 
 def table(results):
@@ -337,6 +341,7 @@ def write_report(results, run_dir):
     Args:
         results: any of these parts; what is missing is left out of the report.
             "title": text.  "teacher": its name.
+            "contradictions": {model: {domain: samples}}, see `evaluation.contradictions`: the scores are none.
             "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}.
             "students": {name: the same form}, in the order of the stages, the final student last.
             "win_and_tie": {student: `dataclasses.asdict` of a `WinAndTie`}.
@@ -363,7 +368,8 @@ def markdown(results, pictures=()):
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
-    parts = [f"# {escaped(results.get('title', 'Report'))}", *verdict(results), *map(escaped, results.get("notes") or [])]
+    parts = [f"# {escaped(results.get('title', 'Report'))}", *contradiction(results), *verdict(results)]
+    parts += map(escaped, results.get("notes") or [])
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
         parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)]), *shown("domains.png", "win_and_tie.png")]
@@ -375,11 +381,17 @@ def markdown(results, pictures=()):
     if sample := results.get("sample"):
         parts += ["## A sample", "Prompt:", fenced(sample["prompt"]), "Greedy continuation:", fenced(sample["output"])]
     parts += [*costs(results), *shown("efficiency.png")]
-    if seconds := results.get("seconds"):
-        parts += ["## Time and memory", markdown_table([["stage", "time"], *([stage, duration(s)] for stage, s in seconds.items())])]
+    if rows := time_rows(results):
+        parts += ["## Time and memory", markdown_table(rows)]
     if "peak_memory_mib" in results:
-        parts += ["## Time and memory"] * (not seconds) + [f"Peak memory: {results['peak_memory_mib']:,.0f} MiB."]
+        parts += ["## Time and memory"] * (not rows) + [f"Peak memory: {results['peak_memory_mib']:,.0f} MiB."]
     return "\n\n".join(parts)
+
+
+def contradiction(results):
+    """Why the scores are none, where what was generated contradicts the model."""
+    found = results.get("contradictions")
+    return ["## A contradiction, not a score", escaped(named_contradictions(found)) + "."] if found else []
 
 
 def verdict(results):
@@ -391,9 +403,9 @@ def verdict(results):
     against = f" {escaped(results['teacher'])}" if results.get("teacher") else ""
     text = (
         f"The student **{escaped(name)}** against its teacher{against} on {len(v['recovery'])} domains: "
-        f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; C_0 = {v['c_0']:.2f} ({'lossless' if v['c_0'] >= 0.5 else 'not lossless'}: "
-        f"the bar is 0.5), α\\* = {v['alpha_star']:.3f}."
+        f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; {c_0_and_alpha(v)}."
     )
     recovered = {domain: r for domain, r in v["recovery"].items() if r is not None}
     worst = min(recovered, key=recovered.get, default=None)
-    return [text + (f" Lowest recovery: {percent(recovered[worst])} ({escaped(worst)})." if worst else "")]
+    text += f" Lowest recovery: {percent(recovered[worst])} ({escaped(worst)})." if worst else ""
+    return [text + (f" In brackets: {percent(LEVEL)} of resamples of the answers." if v.get("resampled") else "")]

@@ -1,9 +1,9 @@
-"""Sections of a run's report that come from comparison, long context and costs, as lists of Markdown parts; [] where a run has none of it."""
+"""Sections of a run's report that come from comparison, long context, costs and times, as lists of Markdown parts or rows; [] where it has none."""
 
 import re
 
 from xlstm_hybrid.checkpoint.files import escaped, markdown_table
-from xlstm_hybrid.evaluation.comparison import NONE, between, number, percent, task_rows
+from xlstm_hybrid.evaluation.comparison import NONE, between, duration, number, percent, task_rows
 from xlstm_hybrid.reports.efficiency import notes, tables
 
 LONG_CONTEXT = "long_context"
@@ -62,6 +62,29 @@ def costs(results):
     parts = ["## Cost beside the teacher", f"{escaped(machine.get('gpu') or machine['cpu'])}; times are {machine['clock']}."]
     parts += [f"### {title}\n\n{markdown_table(rows)}" for title, rows in tables(pair)]
     return [*parts, "\n".join(f"* {escaped(note)}" for note in notes(pair))]
+
+
+def time_rows(results):
+    """Header and one row per stage: its time and its share of the whole; [] where nothing was timed."""
+    seconds = results.get("seconds") or {}
+    whole = seconds.get("whole run") or sum(seconds.values())
+    rows = [[stage, duration(s), percent(s / whole) if whole else NONE] for stage, s in seconds.items()]
+    return [["stage", "time", "share"], *rows] if rows else []
+
+
+def time_table(results):
+    """A `rich` table for the terminal: where the time went."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text("Where the time went"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    head, *rows = time_rows(results) or [["stage", "time", "share"]]
+    for column in head:
+        made.add_column(Text(column), justify="left" if column == "stage" else "right")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
 
 
 def fenced(text):

@@ -1,4 +1,4 @@
-"""Stage I: layer-wise alignment. Each hybrid mixer learns to give what the attention it replaces gives (METHOD 1.2).
+"""Stage I: layer-wise alignment. Each hybrid mixer learns to give what the attention it replaces gives.
 
 Teacher-forced: every layer sees the teacher's hidden states, so the layers are independent, and teacher and student share one trunk:
 the student's own frozen weights are the teacher's. Only the new parameters (feature maps and gates) are trained.
@@ -8,17 +8,17 @@ Dims: B batch, T tokens, D hidden size, H heads, V value dim, L layers, N counte
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from types import MethodType
 
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.model.modeling import AlignmentOutput, HybridDecoderLayer, MLSTMMixer, mask_key
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.modeling import HybridDecoderLayer
 from xlstm_hybrid.training.resume import resumable
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
-TERMS = ("error", "target", "cosine", "frobenius")  # sums over counted tokens that a layer gives
 
 
 @dataclass
@@ -49,6 +49,7 @@ class AlignmentConfig(SFTConfig):
     allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         if self.max_grad_norm:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent")
@@ -61,99 +62,10 @@ class AlignmentConfig(SFTConfig):
             raise ConfigError(f"stop_window={self.stop_window}: expected at least 1 step")
 
 
-@dataclass
-class TrunkOutput(AlignmentOutput):
-    """Besides: sums: [L, 4], see TERMS.  hidden_states: what leaves the last layer, [B, T, D]."""
-
-    sums: torch.Tensor | None = None
-    hidden_states: torch.Tensor | None = None
-
-
-# --- the pass --------------------------------------------------------------------------------------------------
-
-
 def new_parameters(model):
     """`{name: parameter}` of everything that conversion added to the teacher."""
     mixers = {name for name, module in model.named_modules() if isinstance(module, MLSTMMixer)}
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in mixers}
-
-
-def align_layer(layer, hidden_states, rope=None, tokens=None, masks=None, counted=None, position_ids=None, terms=None, **kwargs):
-    """A decoder layer's forward that can align: `(the teacher's hidden states after the layer [B, T, D], sums [4] of TERMS)`.
-
-    terms: whether cosine and Frobenius terms are wanted; None: the layer's usual forward.
-    """
-    if terms is None:
-        kwargs |= {"tokens": tokens, "masks": masks, "position_ids": position_ids}
-        return type(layer).forward(layer, hidden_states, **kwargs)
-    attention = layer.self_attn
-    with torch.no_grad():
-        x = layer.attention_input(hidden_states)
-        projected = attention.project(x, rope)
-        kind, window = attention.config.teacher_layer_types[attention.layer_idx], attention.config.teacher_sliding_window
-        window = window if kind == "sliding_attention" else None
-        target, _ = attention.attend(*projected[:3], masks["teacher", kind], window, position_ids=position_ids)
-        output = attention.o_proj(target.flatten(-2))
-        following = layer.finish(hidden_states, output)
-    dtype = torch.promote_types(target.dtype, torch.float32)
-    if attention.layer_type != "hybrid_sliding" or getattr(layer, "aligned", False):
-        return following, target.new_zeros(len(TERMS), dtype=dtype)
-    h, _ = attention.mix(x, projected, tokens, masks[mask_key(attention.config, attention.layer_idx)])
-    kept = counted[..., None, None]
-    error = torch.where(kept, h.to(dtype) - target.to(dtype), 0.0).square().sum()
-    sums = [error, torch.where(kept, target.to(dtype), 0.0).square().sum(), *target.new_zeros(2, dtype=dtype)]
-    if terms:
-        sums[2:] = output_terms(attention.o_proj(h.flatten(-2)).to(dtype), output.to(dtype), counted)
-    return following, torch.stack(sums)
-
-
-def output_terms(student, teacher, counted):
-    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention outputs."""
-    student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher))
-    cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)  # 0 where one of them is
-    norm = torch.linalg.vector_norm(student - teacher, dim=-1) / student.shape[-1] ** 0.5  # its gradient at 0 is 0
-    return torch.where(counted, 1 - cosine, 0.0).sum(), norm.sum()
-
-
-def align_trunk(trunk, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, **kwargs):
-    """Stage I over the layers of a base model: in the place of `XLSTMHybridModel.teacher_forced`, through the layers' own calls.
-
-    Args:
-        counted: [B, T] bool, tokens whose error counts; all real ones by default.
-        hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
-    Returns:
-        TrunkOutput
-    """
-    training = trunk.training
-    trunk.eval()  # the target is the teacher's attention as it is used, without dropout
-    try:
-        with torch.no_grad():
-            hidden_states = trunk.embed_tokens(input_ids) if hidden_states is None else hidden_states
-            tokens, masks, rope, position_ids = trunk.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
-        counted = tokens.real if counted is None else counted & tokens.real
-        sums = []
-        for layer, kind in zip(trunk.layers, trunk.config.teacher_layer_types, strict=True):
-            if isinstance(layer, torch.nn.Identity):  # not of this group, see `streaming`
-                sums.append(hidden_states.new_zeros(len(TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)))
-                continue
-            hidden_states, found = layer(hidden_states, rope[kind], tokens, masks, counted, position_ids, terms)
-            sums.append(found)
-    finally:
-        trunk.train(training)
-    sums = torch.stack(sums)
-    found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
-    return TrunkOutput(**found, sums=sums, hidden_states=hidden_states)
-
-
-def attach(model):
-    """Let a student's `forward(teacher_forced=True)` go through the calls of its layers, where DDP and FSDP2 have their hooks.
-
-    Any other forward is what it was.
-    """
-    model.model.teacher_forced = MethodType(align_trunk, model.model)
-    for layer in model.model.layers:
-        if isinstance(layer, HybridDecoderLayer):
-            layer.forward = MethodType(align_layer, layer)
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------
@@ -190,7 +102,6 @@ class AlignmentTrainer(SFTTrainer):
             parameter.requires_grad_(True)
         super().__init__(model=model, args=args, **kwargs)
         vars(model).pop("forward", None)  # TRL's fused LM head: stage I has no use for logits
-        attach(model)
         self.layers = {
             n: layer for n, layer in enumerate(model.model.layers) if isinstance(layer, HybridDecoderLayer) and hasattr(layer.self_attn, "mlstm")
         }
@@ -211,7 +122,7 @@ class AlignmentTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms)
+        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms, onward=False)
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":
@@ -299,7 +210,7 @@ class AlignmentTrainer(SFTTrainer):
 
 
 def counted_tokens(batch):
-    """Real tokens of a batch: those that `align_trunk` counts."""
+    """Real tokens of a batch: those that `XLSTMHybridModel.teacher_forced` counts."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
 

@@ -37,12 +37,12 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, write_weights
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
-from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, attach, new_parameters
+from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, new_parameters
 from xlstm_hybrid.training.run_spec import check_run_spec, digest_of, run_spec
 
 PROGRESS = "streaming.json"
@@ -293,7 +293,6 @@ class Streaming:
         from accelerate import Accelerator
 
         model = self.model_of(layers).to(self.args.device)
-        attach(model)
         return type("Trunk", (), {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)})
 
     def walk(self):
@@ -346,7 +345,8 @@ def align_streamed(checkpoint, out, args, train_dataset, data_collator, processi
     with staged(out, overwrite=overwrite) as folder:
         write_aligned(Path(checkpoint), folder, work, groups)
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
-        settings = {name: value for name, value in args.to_dict().items() if name in ("learning_rate", "max_steps", "layers_at_a_time", "loss_form")}
+        kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
+        settings = {name: value for name, value in args.to_dict().items() if name in kept}
         add_provenance(folder, "align", parent=checkpoint, config=settings, figures={"relative_error": figures["relative_error"]},
                        seconds=round(time.time() - started, 1))  # fmt: skip
         write_manifest(folder)
@@ -377,8 +377,10 @@ def write_aligned(checkpoint, folder, work, groups):
 
     write_weights(folder, shapes, sizes.__getitem__, make)
     for name in ("config.json", GENERATION, *TOKENIZER_FILES):
-        if (checkpoint / name).is_file():
+        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
             shutil.copyfile(checkpoint / name, folder / name)
+        elif (checkpoint / name).is_file():
+            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
 
 
 def spooled_bytes(tokens, hidden_size, itemsize=2):

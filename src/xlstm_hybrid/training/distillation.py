@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from xlstm_hybrid.data.vocabulary import shared_size, vocabulary_hash
+from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, number_rows
@@ -56,6 +57,7 @@ class SparseKDConfig(SFTConfig):
     allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         if not (min(self.ce_weight, self.kl_weight) >= 0 and 0 < self.ce_weight + self.kl_weight < float("inf")):
             raise ConfigError(f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}: expected finite weights of at least 0 that are not both 0")

@@ -7,6 +7,7 @@ gates stay in float32 and one process, DDP and FSDP2 calculate the same.
 import os
 import re
 
+import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from xlstm_hybrid.errors import ConfigError
@@ -42,6 +43,24 @@ def prepare(trainer):
         raise ConfigError(f"{plugin.state_dict_type}: sharded state files are pickles and belong to one number of processes; "
                           "set fsdp_state_dict_type: FULL_STATE_DICT")  # fmt: skip
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def check_precision(trainer):
+    """Before training: all processes calculate in one precision.
+
+    Raises:
+        ConfigError: each chose for its machine, and the machines differ.
+    """
+    if trainer.args.world_size == 1:
+        return
+    sides = torch.tensor([float(trainer.args.bf16), float(not trainer.args.bf16)], device=trainer.args.device)
+    torch.distributed.all_reduce(sides)
+    if sides.min() > 0:
+        count = f"{int(sides[0])} of {trainer.args.world_size}"
+        raise ConfigError(
+            f"bf16: {count} processes calculate in bfloat16 and the others in float32, each as its machine is quicker; "
+            "expected one precision: set bf16 in the recipe, or --bf16, for all of them"
+        )
 
 
 def prepare_teacher(trainer, teacher):

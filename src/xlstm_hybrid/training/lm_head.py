@@ -1,10 +1,11 @@
 """What is calculated from hidden states and an LM head where logits of all tokens must not exist: a teacher's targets, a student's loss.
 
 Dims: B batch, T tokens, D hidden size, V vocabulary, M teacher entries kept; N positions that are scored, R of them in a chunk.
-Either runs inside the model's own forward (`attach`), where DDP and FSDP gather parameters and expect them to be used.
+Either runs inside the model's own forward (`with_head`), where DDP and FSDP gather parameters and expect them to be used.
 """
 
 import functools
+import inspect
 import types
 import zlib
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from xlstm_kernels.head_loss import OUTCOMES as FUSED_OUTCOMES
-from xlstm_kernels.head_loss import Head, chunk_rows, head_loss, mixed_products
+from xlstm_kernels import head_loss
+from xlstm_kernels.head_loss.chunks import Head, chunk_rows, mixed_products
+from xlstm_kernels.head_loss.reference import OUTCOMES as FUSED_OUTCOMES
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.training.losses import cross_entropy, distillation_loss, in_row_chunks, sampled_targets, top_k_targets
@@ -61,10 +63,14 @@ def head_of(model, size=None):
 
 
 def attach(model):
-    """Give a causal LM the argument `with_head`: `model(..., with_head=f)` returns `f(hidden_states [B, T, D], model)` in place of logits.
+    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for a causal LM of any family.
 
-    Without it the forward is what it was. A bound method, so that a deep copy of the model gets one of its own.
+    Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only inside of `forward`, and no
+    hook of a module can return something else than its own forward without having made the logits. Without the argument it is what it was. A
+    bound method, so that a deep copy of the model gets one of its own.
     """
+    if "with_head" in inspect.signature(type(model).forward).parameters:
+        return
     before = vars(model).get("forward")
     if getattr(before, "takes_head", False):
         return

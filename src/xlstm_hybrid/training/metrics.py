@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from xlstm_hybrid.checkpoint.files import write_file
-from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.training.checkpoints import whole
 from xlstm_hybrid.training.distributed import plain_name
 
@@ -61,7 +61,7 @@ class Insight(TrainerCallback):
         self.handles.append(model.register_forward_pre_hook(self.count, with_kwargs=True))
         for module in model.modules():
             if isinstance(module, MLSTMMixer):
-                self.handles.append(module.register_forward_hook(self.watch))
+                self.handles.append(module.register_forward_hook(self.watch, with_kwargs=True))
         self.tokens, self.since = 0, time.monotonic()
 
     def remove(self):
@@ -75,10 +75,10 @@ class Insight(TrainerCallback):
             self.tokens += ids.numel()
 
     @torch.no_grad()
-    def watch(self, mixer, args, output):
-        """Sum of a mixer's output gates [B, T, H] over real tokens; `tokens` is the sixth argument of its forward."""
+    def watch(self, mixer, args, kwargs, output):
+        """Sum of a mixer's output gates [B, T, H] over real tokens."""
         if self.watching:
-            gate, real = output[1].detach(), args[5].real[..., None]
+            gate, real = output[-1].detach(), kwargs["tokens"].real[..., None]
             total = self.gates[mixer.layer_idx]
             total[0] = total[0] + torch.where(real, gate, 0.0).double().sum()
             total[1] = total[1] + real.sum() * gate.shape[-1]

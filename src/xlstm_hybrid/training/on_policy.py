@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from trl import DistillationConfig, DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.training.distributed import prepare_teacher
@@ -50,6 +51,7 @@ class OnPolicyKDConfig(DistillationConfig):
     num_completions_to_print: int | None = field(default=2, metadata={"help": "Of those, how many go to the screen; None for all."})
 
     def __post_init__(self):
+        settle_bf16(self)
         super().__post_init__()
         choose_divergence(self.divergence, **self.divergence_options)  # raises for what is out of range
         for name in ("lmbda", "replay_share", "max_empty_share"):

@@ -4,9 +4,10 @@
     class SomeTrainer(SFTTrainer): ...
 
 It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint, refuses to resume as another
-run, saves on SIGTERM, skips a step whose loss or gradient is not finite (FAILURES A1-A15, C22), and adds the metrics of `insight`. The trainer's
-`compute_loss` need not look for NaN. The arguments may have two fields, `max_skipped_steps` (3) and `allow_changes` (none); a trainer may have
-`run_facts() -> dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for what it has to remember.
+run, saves on SIGTERM, skips a step whose loss or gradient is not finite (FAILURES A1-A15, C22), adds the metrics of `insight`, and leaves the
+model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The arguments may have two fields, `max_skipped_steps` (3)
+and `allow_changes` (none); a trainer may have `run_facts() -> dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for
+what it has to remember.
 """
 
 import contextlib
@@ -51,11 +52,15 @@ class Guard(TrainerCallback):
     """What a run looks out for: a loss or gradient that is not finite, and SIGTERM.
 
     skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.  stopping: all know of it.
+    began: the step at which training began, or went on.
     """
 
     def __init__(self, trainer):
         self.trainer, self.skipped, self.in_a_row, self.requested, self.stopping = trainer, 0, 0, False, False
-        self.window, self.bad_loss, self.norm = [], None, None
+        self.window, self.bad_loss, self.norm, self.began = [], None, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = state.global_step
 
     def saw(self, inputs, loss):
         """Remember one micro-batch of the step and whether its loss was finite, without waiting for the device."""
@@ -186,13 +191,23 @@ def find_checkpoint(trainer, wanted):
 
 def resumable(cls):
     """Class decorator: give a trainer the saving, loading and watching of this module; it leaves no pickle, writes no card and calls nobody."""
-    train, epoch, step, norm, autocast = cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm, cls.compute_loss_context_manager
+    init, train, epoch, step, norm, autocast = (
+        cls.__init__, cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm, cls.compute_loss_context_manager
+    )  # fmt: skip
+
+    @functools.wraps(init)
+    def init_with_cache(self, model=None, *args, **kwargs):
+        wanted = getattr(getattr(model, "config", None), "use_cache", None)
+        init(self, model, *args, **kwargs)
+        if wanted is not None:  # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+            self.model.config.use_cache = wanted
 
     @functools.wraps(train)
     def guarded_train(self, resume_from_checkpoint=None, *args, **kwargs):
         if self.args.push_to_hub:
             raise ConfigError("push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead")
         scale.prepare(self)
+        scale.check_precision(self)
         if self.args.should_save:
             clean_abandoned(self.args.output_dir)
         if hasattr(self, "guard"):
@@ -204,7 +219,7 @@ def resumable(cls):
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         with listening(self.guard):
             result = train(self, checkpoint, *args, **kwargs)
-        if 0 < self.state.global_step - self._initial_global_step <= self.guard.in_a_row:
+        if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
             raise DataError(f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/")
         if self.guard.stopping and self.state.global_step < self.state.max_steps:
             raise Interrupted(f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "
@@ -240,6 +255,7 @@ def resumable(cls):
             stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `scale.prepare`
         return stack
 
+    cls.__init__ = init_with_cache
     cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm = guarded_train, needed_epoch, watched_step, watched_norm
     cls.compute_loss_context_manager = mixed_precision
     cls._save_checkpoint, cls._load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights

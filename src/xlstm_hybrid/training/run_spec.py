@@ -36,6 +36,8 @@ def run_spec(trainer):
     """
     args = trainer.args
     spec = {name: value for name, value in json.loads(json.dumps(args.to_dict(), default=str)).items() if not NEUTRAL.fullmatch(name)}
+    if getattr(args, "bf16_by_machine", False):
+        del spec["bf16"]  # nobody asked for it: the run may go on where another precision is quicker
     spec |= {"world_size": args.world_size, "trainer": type(trainer).__name__, "data": data_digest(trainer.train_dataset)}
     spec["model"] = digest_of(model_facts(trainer.model))
     if hasattr(trainer, "run_facts"):
