@@ -107,9 +107,13 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the recipes in it, and registries that are put back as they were."""
     from xlstm_hybrid.conversion import families
     from xlstm_hybrid.merging import methods
+    from xlstm_hybrid.model import configuration
+    from xlstm_hybrid.model.experimental import cells
     from xlstm_hybrid.training import losses
 
-    saved = [(table, dict(table)) for table in (losses.DIVERGENCES, methods.MERGES, families.FAMILIES)]
+    tables = (losses.DIVERGENCES, methods.MERGES, families.FAMILIES, cells.CELLS)
+    saved = [(table, dict(table)) for table in tables]
+    monkeypatch.setattr(configuration, "CELLS", configuration.CELLS)
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "recipes", tmp_path / "recipes")
     yield tmp_path
