@@ -64,7 +64,8 @@ def said(caplog):
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
     """A teacher and its student on disk, in bfloat16."""
-    folder, llama = tmp_path_factory.mktemp("narrow"), copy.deepcopy(teacher("llama")).float()  # others use the teacher, too
+    folder = tmp_path_factory.mktemp("narrow")
+    llama = copy.deepcopy(teacher("llama")).float()  # the teacher is one for all tests
     student = enlarge(
         XLSTMHybridForCausalLM.from_teacher(llama, sliding_window=7, num_sink_tokens=3, mlstm_chunk_size=8)
     )
@@ -441,9 +442,7 @@ def test_scores_are_measured_in_float32_on_every_machine_unless_the_user_names_a
 ):
     seen = []
     monkeypatch.setattr(
-        judge,
-        "judge_domains",
-        lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}},
+        judge, "judge_domains", lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}}
     )
     monkeypatch.setattr(
         "xlstm_hybrid.evaluation.harness.run_harness",
