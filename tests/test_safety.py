@@ -23,13 +23,12 @@ from xlstm_hybrid.checkpoint.files import checkpoints_by_step, newest_verified, 
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError
 from xlstm_hybrid.training import checkpoints
 from xlstm_hybrid.training import resume as safety
-from xlstm_hybrid.training.resume import Interrupted, notes, reproduce, resumable
+from xlstm_hybrid.training.resume import Interrupted, Resumable, notes, reproduce
 
 STEPS = 6
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer, with dropout in the student: every kind of randomness is in it."""
 
 

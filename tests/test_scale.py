@@ -23,7 +23,7 @@ from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training import checkpoints
 from xlstm_hybrid.training import distributed as scale
-from xlstm_hybrid.training.resume import Interrupted, notes, resumable
+from xlstm_hybrid.training.resume import Interrupted, Resumable, notes
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 24
@@ -95,8 +95,7 @@ def padded_rows(count=16):
     return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * (LENGTH - n % 7) + [0] * (n % 7)} for n, row in enumerate(ids)])
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer: all parameters train."""
 
 
@@ -123,8 +122,8 @@ def alignment_trainer(folder, dtype=torch.float64, **settings):
 
 
 def adopted(trainer):
-    """A trainer's class with what `resumable` gives, once."""
-    return trainer if trainer._save_checkpoint is checkpoints.save_checkpoint else resumable(type(trainer.__name__, (trainer,), {}))
+    """A trainer's class with what `Resumable` gives, once."""
+    return trainer if issubclass(trainer, Resumable) else type(trainer.__name__, (Resumable, trainer), {})
 
 
 def labelled_rows():

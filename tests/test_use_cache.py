@@ -24,7 +24,7 @@ from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer
 from xlstm_hybrid.training.alignment_by_groups import align_streamed
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes" / "tiny_teacher" / "tiny-llama"
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -118,8 +118,7 @@ def test_what_is_made_of_an_old_checkpoint_uses_the_cache(old_student, tmp_path)
 # --- trainers --------------------------------------------------------------------------------------------------
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer."""
 
 

@@ -19,7 +19,7 @@ from xlstm_hybrid.training.distillation import INPUTS, check_pair
 from xlstm_hybrid.training.distributed import prepare_teacher
 from xlstm_hybrid.training.lm_head import Objective, attach, check_head, head_of
 from xlstm_hybrid.training.losses import IGNORE
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 
 
 @dataclass
@@ -51,8 +51,7 @@ class DeltaKDConfig(SFTConfig):
         return DeltaSchedule(**{name: getattr(self, name) for name in DeltaSchedule.__dataclass_fields__})
 
 
-@resumable
-class DeltaKDTrainer(SFTTrainer):
+class DeltaKDTrainer(Resumable, SFTTrainer):
     """Distils `teacher` into a student of the same hidden size, usually one with fewer layers.
 
     Rows are those of `SparseKDTrainer`; all three terms run over its scored tokens. CE and KL add up over micro-batches to those of the step; the
@@ -63,7 +62,7 @@ class DeltaKDTrainer(SFTTrainer):
         model, teacher, args (`DeltaKDConfig`), teacher_tokenizer, kwargs: as in `SparseKDTrainer`; the teacher is a model in memory.
     Raises:
         ConfigError: vocabularies or hidden sizes that differ, or shared weights (a frozen embedding has to be a copy).
-        DataError: a step without a scored token. What `safety.resumable` says of checkpoints and losses holds as well.
+        DataError: a step without a scored token. What `resume.Resumable` says of checkpoints and losses holds as well.
     """
 
     _tag_names = ["xlstm-hybrid", "delta-kd"]
@@ -143,5 +142,5 @@ class DeltaKDTrainer(SFTTrainer):
         metrics["temperature"].append(self.objective.temperature)
 
     def run_facts(self):
-        """For `resumable`: a run with another teacher is another run."""
+        """For `Resumable`: a run with another teacher is another run."""
         return {"teacher": self.teacher_digest}

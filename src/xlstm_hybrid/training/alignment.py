@@ -16,7 +16,7 @@ from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import HybridDecoderLayer
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
 
@@ -71,8 +71,7 @@ def new_parameters(model):
 # --- the trainer -----------------------------------------------------------------------------------------------
 
 
-@resumable
-class AlignmentTrainer(SFTTrainer):
+class AlignmentTrainer(Resumable, SFTTrainer):
     """Minimises the distance between each mixer and the teacher's attention, per counted token, summed over layers.
 
     A token counts unless it is padding. The divisor is the number of counted tokens of the whole step, over micro-batches and processes.

@@ -20,7 +20,7 @@ from xlstm_hybrid.teacher_store.reader import NUMBER
 from xlstm_hybrid.training import distributed as scale
 from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
 # What a batch may bring for the forward of both models; the rest of the names is how padding-free batches mark documents.
@@ -113,8 +113,7 @@ class SparseKDConfig(SFTConfig):
 SAMPLED = {("forward_kl", "tail"), ("forward_kl", "gemma")}
 
 
-@resumable
-class SparseKDTrainer(SFTTrainer):
+class SparseKDTrainer(Resumable, SFTTrainer):
     """Distils a teacher, online or from a store, into `model`.
 
     Rows need `input_ids` and `labels` (-100 where a token is not scored, see `document_dataset`); CE and KL run over the same positions.
@@ -197,7 +196,7 @@ class SparseKDTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, NUMBER]
 
     def run_facts(self):
-        """For `resumable`: a run with another teacher is another run."""
+        """For `Resumable`: a run with another teacher is another run."""
         return {"teacher_model": self.teacher_facts}
 
     @torch.no_grad()

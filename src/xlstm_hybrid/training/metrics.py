@@ -46,7 +46,7 @@ def peak_memory(device):
 
 
 class Insight(TrainerCallback):
-    """See the module. Add it once: `trainer.add_callback(Insight(trainer))`, or let `resumable` do so.
+    """See the module. Add it once: `trainer.add_callback(Insight(trainer))`, or let `Resumable` do so.
 
     Everything but the token count is measured in the steps that are logged, so that the others cost nothing.
     """

@@ -20,7 +20,7 @@ from xlstm_hybrid.training.distributed import prepare_teacher
 from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.training.losses import IGNORE, choose_divergence
 from xlstm_hybrid.training.on_policy_checks import check_models, check_prompts, size_with
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.rollouts import PromptSampler, ReplayBuffer, pad, sample, seed_of, seeded, until_eos
 
 SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
@@ -86,8 +86,7 @@ class OnPolicyKDConfig(DistillationConfig):
 # --- trainer -----------------------------------------------------------------------------------------------------
 
 
-@resumable
-class OnPolicyKDTrainer(DistillationTrainer):
+class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     """Distils `teacher` into `model` on completions that the student samples itself.
 
     A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind. Every token of a completion,
@@ -110,7 +109,7 @@ class OnPolicyKDTrainer(DistillationTrainer):
     Raises:
         ConfigError: models that cannot be compared or that share weights, data that is missing, too few prompts, teachers that no one has or that
             FSDP would have to gather by turns.
-        DataError: an empty prompt, or empty completions again and again. What `safety.resumable` says of checkpoints and losses holds as well.
+        DataError: an empty prompt, or empty completions again and again. What `resume.Resumable` says of checkpoints and losses holds as well.
     """
 
     _tag_names = ["xlstm-hybrid", "on-policy-kd"]
@@ -374,5 +373,5 @@ class OnPolicyKDTrainer(DistillationTrainer):
                 metrics[f"{name}/top1_agreement"].append(agreement / count)
 
     def run_facts(self):
-        """For `resumable`: a run with another teacher is another run."""
+        """For `Resumable`: a run with another teacher is another run."""
         return {"teacher": self.teacher_digest}
