@@ -331,7 +331,7 @@ def test_scores_verdict_and_paired_statistics_of_a_student(tmp_path):
 
 def test_the_verdict_is_at_the_tolerance_that_was_asked_for(tmp_path):
     names = [f"b{j}" for j in range(7)]
-    teacher, olmo = [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7], [17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4]  # METHOD 1.5: alpha* is .145
+    teacher, olmo = [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7], [17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4]  # published; alpha* is .145
     sides = [Results(n, {b: {"acc,none": s} for b, s in zip(names, scores, strict=True)}) for n, scores in (("t", teacher), ("s", olmo))]
     for alpha, lossless in ((0.0, False), (0.144, False), (0.146, True), (1.0, True)):
         found = compare(sides[0], sides[1:], alpha=alpha)["students"]["s"]

@@ -60,7 +60,7 @@ TEACHERS = {  # recipe -> family, configuration of the real teacher, its paramet
     ),
 }
 TEACHERS["llama-3.2-1b-long-recall"] = TEACHERS["llama-3.2-1b"]
-PUBLISHED = {  # METHOD 1.2 to 1.4: learning rate of stage II, tokens of an expert, merge weights
+PUBLISHED = {  # published: learning rate of stage II, tokens of an expert, merge weights
     "llama-3.1-8b": (1e-5, 5e9, None),
     "llama-3.1-8b-instruct": (1e-5, 5e9, {"math": 0.35, "code": 0.35, "stem": 0.20, "chat": 0.10}),
     "olmo-3-7b": (1e-5, 20e9, None),

@@ -18,7 +18,7 @@ from xlstm_hybrid.evaluation.significance import interval, resampled_means
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}
 MAIN = "main"
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "not decided", "not run"
-LEVER = 0.05  # excess recall at 16 W below which a lever is not worth a GPU (RECALL.md, section 9)
+LEVER = 0.05  # excess recall at 16 W below which a lever is not worth a GPU
 SHARES = ("accuracy", "excess", "beyond")
 
 

@@ -28,7 +28,7 @@ class DistilXLSTMConfig(PreTrainedConfig):
         mlstm_context: training context in tokens; the slowest forget gates start with a time constant of four times this.
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
         slstm_intermediate_size: width of the gated MLP of an sLSTM block; None: 4/3 D, rounded up to a multiple of 64.
-        slstm_forget_gate: "sigmoid" or "exp" (METHOD 3).
+        slstm_forget_gate: "sigmoid" or "exp" (both in Beck et al. 2024).
         hidden_act: of that MLP.
         initializer_range: standard deviation of new matrices; None: sqrt(2 / (5 D)).
         freeze_embeddings: token embedding and LM head do not train.

@@ -1,4 +1,4 @@
-"""From a teacher to a Distil-xLSTM student: embeddings and LM head are the teacher's, the blocks are new (METHOD 3). Dims: D hidden size."""
+"""From a teacher to a Distil-xLSTM student: embeddings and LM head are the teacher's, the blocks are new. Dims: D hidden size."""
 
 import time
 from collections import Counter

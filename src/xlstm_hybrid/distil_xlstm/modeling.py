@@ -1,7 +1,7 @@
 """The Distil-xLSTM student: sLSTM and mLSTM blocks in turn between a teacher's embeddings and LM head; no attention, no window.
 
 Dims: B batch, T tokens, D hidden size, H heads, K = V features per head, F features of a convolution, c tokens that it looks back.
-Source: METHOD 3 (Thiombiano et al. 2025) with the blocks of Beck et al. 2024.
+Source: Thiombiano et al. 2025 (arXiv 2503.18565) with the blocks of Beck et al. 2024.
 
 The mLSTM is the pure ratio (q C) / (q n) of `xlstm_kernels`, q and k being softmaxes over the features of a head, in the place of the signed q and
 k of Beck et al. with their clamp max(|q n|, exp(-m)). Why: the clamp makes h depend on the stabiliser m, and exp(-m) overflows for strongly negative

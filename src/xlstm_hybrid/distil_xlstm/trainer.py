@@ -1,4 +1,4 @@
-"""Delta-distillation: cross-entropy, softened KL and the teacher's mean hidden state, with weights that fall (Thiombiano et al. 2025; METHOD 3).
+"""Delta-distillation: cross-entropy, softened KL and the teacher's mean hidden state, with weights that fall (Thiombiano et al. 2025).
 
 Dims: B batch, T tokens, D hidden size of both models; N scored tokens.
 """

@@ -113,7 +113,7 @@ def paired_verdict(teacher, student, seed=0):
 
 
 def compare(teacher, students, *, alpha=0.0, tasks=None, metrics=None, common=False, allow=(), costs=None, seed=0, resamples=RESAMPLES):
-    """Compare students with their teacher (METHOD 1.5) and say how sure the result is.
+    """Compare students with their teacher by win-and-tie rates (docs/method.md) and say how sure the result is.
 
     A teacher's score of 0 is never lost. Without samples on both sides a benchmark has scores but no paired statistics, and a student for which this
     is so on any benchmark has no interval of alpha*. A student is lossless at alpha if C_alpha >= 1/2.

@@ -244,7 +244,7 @@ def travelling(checkpoint):
 
 
 def write_tokenizer_config(checkpoint, directory):
-    """tokenizer_config.json without what names code, or files of another machine (FAILURES S7)."""
+    """tokenizer_config.json without what names code, or files of another machine."""
     values = read_json(contained(checkpoint, "tokenizer_config.json"), checkpoint.name)
     kept = {key: value for key, value in values.items() if key not in ("auto_map", "name_or_path") and not key.endswith("_file")}
     write_json(directory / "tokenizer_config.json", kept)

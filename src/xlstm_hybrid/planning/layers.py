@@ -103,7 +103,7 @@ def answers_of(model, rows, answer_mask, batch_size=8):
 
 def rank_groups(student, rows, answer_mask, *, method="ablate", steps=None, batch_size=8, progress=lambda done, of: None):
     """Measure what the full attention of each key/value group is worth on retrieval rows. Never by stage I's error, which does not say
-    (RECALL: greedy addition .754, error of stage I .419 of RULER).
+    (arXiv 2512.20569: greedy addition .754, error of stage I .419 of RULER).
 
     Args:
         student: without kept groups; or a teacher's, fresh from `from_teacher`, whose windows then stand for what is lost.

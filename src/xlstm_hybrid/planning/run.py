@@ -251,7 +251,7 @@ def choose(shape, job, machine):
 
 
 def jobs_of(recipe=None):
-    """`{stage: Job}` of a recipe; without one those of the paper (METHOD 1.2, 1.3)."""
+    """`{stage: Job}` of a recipe; without one those of the paper."""
     if recipe is None:
         align = Job("align", steps=2500, sequences=64, length=4096)
         return {"align": align, "distill": replace(align, kind="distill", steps=19073, teacher_bytes=BF16)}

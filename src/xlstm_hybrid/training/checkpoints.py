@@ -2,7 +2,7 @@
 
 A checkpoint directory holds the model (or adapter) as safetensors, `optimizer.safetensors` by parameter name, `rng.json` with one entry per
 process, `resume.json` (schedule, optimiser settings, run spec, what a trainer adds) and `trainer_state.json`; `manifest.json` lists all of them.
-Every process takes part in gathering, only the first one writes (FAILURES A1-A5).
+Every process takes part in gathering, only the first one writes.
 """
 
 import base64
@@ -233,7 +233,7 @@ def kept(run):
 
 
 def rotate(newest, limit, best=None):
-    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays, too (FAILURES A4)."""
+    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays, too."""
     others = [path for path in checkpoints_by_step(newest.parent) if path != newest]
     others = [path for path in others if best is None or path.name != Path(best).name]
     if not limit or limit < 1 or len(others) < limit:

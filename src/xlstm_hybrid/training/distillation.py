@@ -1,4 +1,4 @@
-"""Stage II: sparse knowledge distillation. gamma CE + beta KL to the teacher's k most likely tokens and a bucket for the rest (METHOD 1.3)."""
+"""Stage II: sparse knowledge distillation. gamma CE + beta KL to the teacher's k most likely tokens and a bucket for the rest (Hauzenberger et al. 2026)."""
 
 import warnings
 import zlib

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes, a teacher judges each of its tokens (Agarwal et al. 2024, GKD; METHOD 4).
+"""On-policy distillation: the student writes, a teacher judges each of its tokens (Agarwal et al. 2024, GKD).
 
 Dims: B rows, T tokens, n completions per prompt, D hidden size, V vocabulary. No gradient goes through sampling.
 """

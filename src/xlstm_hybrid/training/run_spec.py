@@ -1,4 +1,4 @@
-"""What a run is: the settings, the data and the model that must be the same when it is resumed (FAILURES A12)."""
+"""What a run is: the settings, the data and the model that must be the same when it is resumed."""
 
 import hashlib
 import json
