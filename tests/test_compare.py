@@ -561,7 +561,7 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
 
 
 def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
-    from xlstm_hybrid.pipeline.road import scores_of
+    from xlstm_hybrid.pipeline.run import scores_of
 
     def judged(*answers):
         samples = [{"prompt": f"p{n}", "answer": "a", "output": "", "correct": bool(right)} for n, right in enumerate(answers)]

@@ -534,7 +534,7 @@ def test_vocabularies_that_differ_are_refused_by_name(trainer):
 
 
 def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
-    from xlstm_hybrid.commands.distil_xlstm import planned, read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.run import planned, read_delta_recipe
 
     qwen().save_pretrained(tmp_path)
     recipe, rows = read_delta_recipe(ROOT / "recipes/distil_qwen2.5-1.5b.yaml")
@@ -545,7 +545,7 @@ def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
 
 def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
     pytest.importorskip("trl")
-    from xlstm_hybrid.commands.distil_xlstm import read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.run import read_delta_recipe
     from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
     from xlstm_hybrid.pipeline.settings import trainer_config
 
@@ -567,7 +567,7 @@ def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
 def test_a_recipe_that_describes_no_run_is_refused_by_name(tmp_path, change, message):
     import yaml
 
-    from xlstm_hybrid.commands.distil_xlstm import read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.run import read_delta_recipe
 
     content = yaml.safe_load((ROOT / "recipes/distil_tiny.yaml").read_text()) | change
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
@@ -588,7 +588,7 @@ def test_the_tiny_recipe_walks_from_the_teacher_to_scores_and_curves(tmp_path):
     content |= {"teacher": str(ROOT / "recipes/tiny_teacher/tiny-llama"), "evaluate": {"examples": 2, "text_chunks": 1, "batch_size": 2}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "hybrid.json").write_text(json.dumps({"students": {"student": {"exact_match": {"code": 0.5}, "perplexity": {"text": 9.0}}}}))
-    arguments = ["delta", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--beside", str(tmp_path / "hybrid.json")]
+    arguments = ["distil-xlstm", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--beside", str(tmp_path / "hybrid.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     again = CliRunner().invoke(app, arguments)

@@ -14,14 +14,12 @@ from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance
-from xlstm_hybrid.commands import efficiency as verb
 from xlstm_hybrid.errors import ConfigError, EvaluationError
-from xlstm_hybrid.evaluation import efficiency
+from xlstm_hybrid.evaluation import efficiency, efficiency_checks, efficiency_pairs
 from xlstm_hybrid.evaluation.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
 from xlstm_hybrid.evaluation.equivalence import Result, bound
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.pipeline import costs
 from xlstm_hybrid.reports import efficiency as efficiency_report
 from xlstm_hybrid.reports.card import write_card
 
@@ -74,7 +72,7 @@ def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
 @pytest.mark.parametrize("cache", efficiency.CACHES)
 def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state(llama, student, cache, monkeypatch):
     for model in (llama, student):
-        assert costs.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
+        assert efficiency_checks.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
     step = HybridCacheLayer.step
 
     def forgetful(self, *arguments, **named):
@@ -82,7 +80,7 @@ def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(HybridCacheLayer, "step", forgetful)
-    assert costs.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
+    assert efficiency_checks.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
 
 
 def test_models_of_two_dtypes_are_not_compared(llama, student):
@@ -254,7 +252,7 @@ def test_energy_of_a_gpu_is_read_by_its_uuid_and_old_gpus_that_have_none_say_so(
     assert "nvidia-ml-py" in Meter(torch.device("cuda")).absent
 
 
-# --- settings, shapes, verb --------------------------------------------------------------------------------------------
+# --- settings, shapes, command --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", [{"lengths": (0,)}, {"lengths": (8,), "contexts": (8,)}, {"batches": ()}, {"rounds": 0}, {"cache": "paged"}])
@@ -265,19 +263,20 @@ def test_settings_that_measure_nothing_are_refused(wrong):
 
 @pytest.mark.parametrize("shape, parameters", [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)])
 def test_shapes_are_those_of_the_published_models(shape, parameters):
-    made = {role: verb.random_model(shape, role, "bfloat16", "meta") for role in efficiency.SIDES}
+    made = {role: efficiency_pairs.random_model(shape, role, "bfloat16", "meta") for role in efficiency.SIDES}
     assert sum(x.numel() for x in made["teacher"].parameters()) == parameters and made["teacher"].dtype == torch.bfloat16
     gates = {x.dtype for name, x in made["student"].named_parameters() if "gate_weight" in name and "mlstm" in name}
     assert gates == {torch.float32} and made["student"].dtype == torch.bfloat16
 
 
 def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
-    kind, fields = verb.SHAPES["qwen2.5-7b"]
+    kind, fields = efficiency_pairs.SHAPES["qwen2.5-7b"]
     small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
              "initializer_range": 0.02 * (3584 / 64) ** 0.5}  # fmt: skip
-    monkeypatch.setitem(verb.SHAPES, "qwen2.5-7b", (kind, fields | small))
-    student, judge = (verb.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher"))
-    results = list(costs.checks(student, judge, "dynamic", lambda: verb.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)))
+    monkeypatch.setitem(efficiency_pairs.SHAPES, "qwen2.5-7b", (kind, fields | small))
+    student, judge = (efficiency_pairs.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher"))
+    smaller = lambda: efficiency_pairs.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)  # noqa: E731
+    results = list(efficiency_checks.checks(student, judge, "dynamic", smaller))
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 

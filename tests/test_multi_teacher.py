@@ -1,4 +1,4 @@
-"""Several teachers of one student: each row is judged, and answered, by its own; held at once or one at a time; as a stage of the road."""
+"""Several teachers of one student: each row is scored, and answered, by its own; held at once or one at a time; as a stage of a run."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from xlstm_hybrid import cli, pipeline
 from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance
 from xlstm_hybrid.data import joint_prompts, prompts
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.pipeline import Road, make_experts
+from xlstm_hybrid.pipeline import Run, make_experts
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
@@ -242,19 +242,25 @@ def test_the_experts_teach_the_aligned_start_and_the_record_says_what_each_taugh
     assert any(not torch.equal(before[key], after[key]) for key in before) and not (out / "merged").exists()
 
 
+def merged(run):
+    """The student of a run whose experts are there."""
+    run.make(*run.named("merge", "multi-teacher"))
+    return run.path(run.models["student"])
+
+
 def test_the_experts_can_teach_what_they_were_merged_into_and_the_stage_is_kept(made, monkeypatch):
     recipe, out, found = made
     recipe = replace(recipe, merge=SECTION | {"method": "linear"}, out=str(out))
     console = Console(file=open(out.parent / "merged.txt", "w"))  # noqa: SIM115
-    last = Road(recipe, out, redo=True, console=console).merged(found, out / "aligned")
+    last = merged(Run(recipe, out, redo=True, console=console))
     stages = read_provenance(last)
     assert [s["stage"] for s in stages[-4:]] == ["distill:symbols", "distill:memory", "merge", "multi-teacher"] and last == out / "taught"
     assert stages[-1]["parent_manifest"] == digest(out / "merged" / MANIFEST) and stages[-2]["config"]["method"] == "linear"
-    monkeypatch.setattr(pipeline.road, "multi_teacher", lambda *args, **kwargs: pytest.fail("made again"))
-    assert Road(recipe, out, console=console).merged(found, out / "aligned") == last
+    monkeypatch.setattr(pipeline.run, "multi_teacher", lambda *args, **kwargs: pytest.fail("made again"))
+    assert merged(Run(recipe, out, console=console)) == last
     longer = replace(recipe, merge=recipe.merge | {"on_policy": TAUGHT | {"max_steps": 2}})
     with pytest.raises(ConfigError, match="taught was made with other settings"):
-        Road(longer, out, console=console).merged(found, out / "aligned")
+        merged(Run(longer, out, console=console))
 
 
 def test_prompts_of_several_experts_come_in_their_shares(made):
@@ -270,7 +276,7 @@ def test_prompts_of_several_experts_come_in_their_shares(made):
         joint_prompts(mixed, tokenizer, 4, {"symbols": 1, "memory": 1})
 
 
-def test_the_verb_takes_experts_by_name_and_its_trainers_options(made, tmp_path):
+def test_the_command_takes_experts_by_name_and_its_trainers_options(made, tmp_path):
     recipe, out, found = made
     experts = [part for name, directory in found.items() for part in ("--expert", f"{name}={directory}")]
 

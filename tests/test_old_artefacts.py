@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from xlstm_hybrid.checkpoint.files import read_provenance, verify
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.pipeline import Road
+from xlstm_hybrid.pipeline import Run
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.state import load_state
 from xlstm_hybrid.teacher_store import TeacherStore
@@ -53,7 +53,7 @@ def test_a_store_is_whole_and_read(before):
 
 def test_a_run_keeps_every_stage(before):
     console = Console(file=io.StringIO(), width=200, emoji=False)
-    Road(load_recipe(before / "recipe.yaml"), before / "run", console=console).walk()
+    Run(load_recipe(before / "recipe.yaml"), before / "run", console=console).run()
     said = console.file.getvalue()
     for stage in ("convert", "align", "distill:one", "distill:two", "merge"):
         assert f"{stage}: kept from an earlier run" in said, said

@@ -1,20 +1,23 @@
-"""The verb `export`: a checkpoint that carries its code."""
+"""`xlstm-hybrid export`: a checkpoint that carries its code."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from xlstm_hybrid.commands.options import Overwrite
+from xlstm_hybrid.hub.export import export as export_checkpoint
+
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a student.")],
     out: Annotated[Path, typer.Argument(help="Directory of the export, made new.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")] = False,
+    overwrite: Overwrite = False,
 ):
-    """Copy CHECKPOINT with the code of its architecture: OUT loads with trust_remote_code=True where this package is not installed."""
-    from xlstm_hybrid.hub.export import export
+    """Copy a checkpoint together with the code of its architecture.
 
-    print(export(checkpoint, out, overwrite=overwrite))
+    The copy loads with trust_remote_code=True where this package is not installed.
 
-
-VERBS = [export]
+    Example: xlstm-hybrid export runs/tiny/student exported
+    """
+    print(export_checkpoint(checkpoint, out, overwrite=overwrite))

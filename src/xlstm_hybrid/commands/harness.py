@@ -1,10 +1,16 @@
-"""The verb `harness`: lm-evaluation-harness on a student or its teacher, with our long-context tasks and the paper's suites."""
+"""`xlstm-hybrid harness`: lm-evaluation-harness on a student or its teacher, with our long-context tasks and the paper's suites."""
 
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+
+from xlstm_hybrid.environment.precision import warn_if_slow
+from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
+from xlstm_hybrid.evaluation.scores import last_part, named_contradictions
 
 
 def harness(
@@ -29,19 +35,29 @@ def harness(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
     redo: Annotated[bool, typer.Option("--redo", help="Replace results that were made with other settings.")] = False,
 ):  # fmt: skip
-    """Judge MODEL by lm-evaluation-harness: greedy, batched, through the cache. `xlstm-hybrid compare` reads OUT of a teacher and of students."""
-    import torch
+    """Evaluate a model with lm-evaluation-harness.
 
-    from xlstm_hybrid.environment.precision import warn_if_slow
-    from xlstm_hybrid.errors import EvaluationError
-    from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
-    from xlstm_hybrid.evaluation.scores import last_part, named_contradictions
+    Greedy, batched, through the cache. `xlstm-hybrid compare` reads OUT of a teacher and of students.
 
+    Example: xlstm-hybrid harness runs/tiny/student --tasks domains,needle_4k --out results/student
+    """
     warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
-    options = Options(name, samples, depths, seed, limit, batch_size, max_length, include, chat, allow_code, dtype, device, revision, redo)
-    judged = run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))
-    if wrong := {unit: found["contradictions"] for unit, found in judged.items() if found.get("contradictions")}:
+    options = Options(
+        name,
+        samples,
+        depths,
+        seed,
+        limit,
+        batch_size,
+        max_length,
+        include,
+        chat,
+        allow_code,
+        dtype,
+        device,
+        revision,
+        redo,
+    )
+    found = run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))
+    if wrong := {unit: result["contradictions"] for unit, result in found.items() if result.get("contradictions")}:
         raise EvaluationError(named_contradictions({name or last_part(model): wrong}))
-
-
-VERBS = [harness]

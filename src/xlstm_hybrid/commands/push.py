@@ -1,9 +1,11 @@
-"""`xlstm-hybrid push` and what else leaves the machine."""
+"""`xlstm-hybrid push`: what leaves this machine."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from xlstm_hybrid.hub.push import push as push_folder
 
 
 def push(
@@ -14,28 +16,14 @@ def push(
     code: Annotated[bool, typer.Option("--code", help="Allow Python files and the auto_map that names them.")] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ):
-    """Check FOLDER for keys, paths, code and damage, then upload it to REPO in one commit."""
-    from xlstm_hybrid.hub.push import push as pushed
+    """Check a folder for keys, paths, code and damage, then upload it in one commit.
 
-    parcel = pushed(folder, repo, dry_run=dry_run, private=private, code=code, message=message)
+    Example: xlstm-hybrid push runs/tiny/student somebody/tiny-xlstm --dry-run
+    """
+    parcel = push_folder(folder, repo, dry_run=dry_run, private=private, code=code, message=message)
     for name, (size, _) in parcel.files.items():
         print(f"{size:>15,} bytes  {name}")
     for text in parcel.warnings:
         print(f"note: {text}")
     done = "would be uploaded; nothing was sent" if dry_run else f"uploaded, commit {parcel.commit}"
     print(f"{len(parcel.files)} files, {parcel.size:,} bytes, to {repo}: {done}")
-
-
-def mergekit_architecture(
-    checkpoint: Annotated[Path, typer.Argument(help="A student.")],
-    out: Annotated[Path, typer.Argument(help="JSON file; copy it to mergekit/_data/architectures to merge such students with mergekit.")],
-):
-    """Describe the architecture of CHECKPOINT for users of mergekit."""
-    from xlstm_hybrid.checkpoint.files import write_json
-    from xlstm_hybrid.merging.merge import mergekit_architecture as described
-
-    write_json(out, described(checkpoint))
-    print(f"wrote {out}")
-
-
-VERBS = [push, mergekit_architecture]

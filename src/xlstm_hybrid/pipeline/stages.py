@@ -59,7 +59,9 @@ def workspace(out, settings=None):
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
         return
-    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent))  # `staged` removes it if this process is killed
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent)
+    )  # `staged` removes it if this process is killed
     try:
         yield folder
     finally:
@@ -96,7 +98,9 @@ def align(student, out, recipe, overwrite=False, overrides=None):
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
         data = train_dataset(recipe, tokenizer, rows_of(settings, "align"), cache=rows_cache(work))
-        trainer = AlignmentTrainer(model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
+        trainer = AlignmentTrainer(
+            model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
+        )
         train(trainer, work)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
@@ -159,7 +163,17 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         )
         train(trainer, work)
         figures = last_figures(trainer.state.log_history)
-        finish(trainer, out, f"distill:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+        finish(
+            trainer,
+            out,
+            f"distill:{expert}",
+            [student, teacher],
+            settings,
+            recipe.experts[expert],
+            figures,
+            start,
+            overwrite,
+        )
     return figures
 
 
@@ -175,7 +189,9 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     if recipe.on_policy is None:
-        raise ConfigError(f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them")
+        raise ConfigError(
+            f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them"
+        )
     start, settings = time.time(), recipe.on_policy | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
@@ -189,7 +205,17 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
         )
         train(trainer, work)
         figures = last_figures(trainer.state.log_history)
-        finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+        finish(
+            trainer,
+            out,
+            f"on-policy:{expert}",
+            [student, teacher],
+            settings,
+            recipe.experts[expert],
+            figures,
+            start,
+            overwrite,
+        )
     return figures
 
 
@@ -214,12 +240,17 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
     shares = {name: section.get("weights", {}).get(name, 1.0) for name in experts if recipe.mix(name)}
     taught = {name: share for name, share in shares.items() if share > 0}
     if not taught:
-        raise ConfigError(f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0")
+        raise ConfigError(
+            f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0"
+        )
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=place_of(args))
         warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
-        loaded = {n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args)) for n in taught}
+        loaded = {
+            n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args))
+            for n in taught
+        }
         trainer = OnPolicyKDTrainer(
             model,
             {name: teacher for name, (teacher, _) in loaded.items()},
@@ -229,18 +260,39 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
         train(trainer, work)
-        figures = last_figures(trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")])
-        data = {"experts": {name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught}}
+        figures = last_figures(
+            trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
+        )
+        data = {
+            "experts": {
+                name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught
+            }
+        }
         known = read_provenance(student)  # and what the experts went through since then
         known += [stage for name in experts for stage in read_provenance(experts[name]) if stage not in known]
-        finish(trainer, out, "multi-teacher", [student, *experts.values()], settings, data, figures, start, overwrite, stages=known)
+        finish(
+            trainer,
+            out,
+            "multi-teacher",
+            [student, *experts.values()],
+            settings,
+            data,
+            figures,
+            start,
+            overwrite,
+            stages=known,
+        )
     return figures
 
 
 def last_figures(log, more=()):
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    latest = {key: entry[key] for entry in log for key in more if key in entry}  # of a teacher that the last step had no prompts of, an earlier one
-    return {key: float(last[key]) for key in LOGGED if key in last} | {key: float(value) for key, value in latest.items()}
+    latest = {
+        key: entry[key] for entry in log for key in more if key in entry
+    }  # of a teacher that the last step had no prompts of, an earlier one
+    return {key: float(last[key]) for key in LOGGED if key in last} | {
+        key: float(value) for key, value in latest.items()
+    }
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
@@ -264,7 +316,16 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
                 seconds = round(time.time() - start, 1)
                 config = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
-                add_provenance(folder, stage, parent=parents[0], stages=stages, config=config, data=data, figures=figures, seconds=seconds)
+                add_provenance(
+                    folder,
+                    stage,
+                    parent=parents[0],
+                    stages=stages,
+                    config=config,
+                    data=data,
+                    figures=figures,
+                    seconds=seconds,
+                )
                 write_manifest(folder)
     finally:
         accelerator.wait_for_everyone()
@@ -287,6 +348,8 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):
-            found = Dataset.from_generator(found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}")
+            found = Dataset.from_generator(
+                found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}"
+            )
         found.save_to_disk(folder)
         return len(found)

@@ -112,6 +112,18 @@ class Recipe:
         """Tokens of a packed row."""
         return self.data["sequence_length"]
 
+    def expert(self, name=None):
+        """The name of an expert; of the only one where none is named.
+
+        Raises:
+            ConfigError: no such expert, or several to choose from.
+        """
+        if name is None and len(self.experts) > 1:
+            raise ConfigError(f"{self.path.name} has the experts {sorted(self.experts)}: name one with --expert")
+        name = next(iter(self.experts)) if name is None else name
+        self.mix(name)  # raises for an unknown one
+        return name
+
     def mix(self, expert=None):
         """What a stage reads: {"mixture": {domain: share}} or {"sources": {name: Source}}; of stage I, or of one expert.
 

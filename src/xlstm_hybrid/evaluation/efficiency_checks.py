@@ -14,7 +14,6 @@ from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.efficiency import Side, measure, new_cache
 from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound, default_length, verify
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.reports.efficiency import surroundings
 
 # Fields of a student's config with an entry per layer.
 PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups")
@@ -30,7 +29,9 @@ def load_checkpoint(path, dtype, device):
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{Path(path).name}: cannot be loaded ({error}); expected a checkpoint directory or hub id") from error
+        raise CheckpointError(
+            f"{Path(path).name}: cannot be loaded ({error}); expected a checkpoint directory or hub id"
+        ) from error
 
 
 def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
@@ -38,7 +39,9 @@ def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
 
     What is timed: a prompt of `length` tokens, then `steps` tokens one by one, two rows.
     """
-    ids = torch.randint(model.config.vocab_size, (2, length + steps), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (2, length + steps), generator=torch.Generator().manual_seed(seed)).to(
+        model.device
+    )
     with torch.no_grad():
         want = model(ids, use_cache=False).logits[:, length - 1 :].double()
         held = new_cache(model, cache, length + steps)
@@ -86,14 +89,20 @@ def checks(student, teacher, cache, proof=None):
         yield replace(result, name=result.name + where)
 
 
-def measure_checkpoints(teacher, student, settings, *, names=("student", "teacher"), dtype="float32", report=lambda text: None):
-    """The efficiency report of two checkpoints on the machine at hand, as `efficiency_report` writes it.
+def measure_checkpoints(
+    teacher, student, settings, device, *, names=("student", "teacher"), dtype="float32", report=lambda text: None
+):
+    """What `efficiency.measure` returns for two checkpoints.
 
     Args:
-        teacher, student: directories or hub ids.  settings: `efficiency.Settings`.  names: of student and teacher in the report.
+        teacher, student: directories or hub ids.
+        settings: `efficiency.Settings`.
+        names: of student and teacher in the report.
     Raises:
         CheckpointError, EvaluationError: see `load_checkpoint` and `efficiency.measure`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sides = [Side(name, partial(load_checkpoint, str(path), dtype, device.type)) for name, path in zip(names, (student, teacher), strict=True)]
-    return surroundings(device) | {"pairs": [measure(*sides, settings, partial(checks, cache=settings.cache), report=report)]}
+    sides = [
+        Side(name, partial(load_checkpoint, str(path), dtype, device))
+        for name, path in zip(names, (student, teacher), strict=True)
+    ]
+    return measure(*sides, settings, partial(checks, cache=settings.cache), report=report)
