@@ -1,7 +1,9 @@
-"""The documents are true: their programs run, their commands and settings exist, their links lead somewhere, and nothing useful is missing in them.
+"""The documents are true: their programs run, their commands and settings exist, their links lead somewhere, and
+nothing useful is missing in them.
 
-Python blocks of a document run one after the other in one namespace. A hub id in them is replaced by the tiny teacher of `recipes/`. Of shell blocks
-every line is parsed by the command line that it names; those after `<!-- run -->` are executed as well.
+Python blocks of a document run one after the other in one namespace. A hub id in them is replaced by the tiny teacher
+of `recipes/`. Of shell blocks every line is parsed by the command line that it names; those after `<!-- run -->` are
+executed as well.
 """
 
 import ast
@@ -191,7 +193,9 @@ def arena():
 
 
 def lines_of(path):
-    """[(block, words)] of the shell lines of a document: continued lines joined, loops unrolled, comments dropped, variables put in."""
+    """[(block, words)] of the shell lines of a document: continued lines joined, loops unrolled, comments dropped,
+    variables put in.
+    """
     found, variables = [], {}
     for block in of(path, "sh", "bash", "shell"):
         for line in re.sub(
@@ -291,8 +295,18 @@ def test_every_command_that_is_named_in_a_sentence_or_a_recipe_exists():
     assert len(named) > 20 and not {(place, name) for place, name in named if name not in commands()}
 
 
-@pytest.mark.parametrize("line", ["xlstm-hybrid run x.yaml --fast", "xlstm-hybrid walk x.yaml", "xlstm-hybrid push folder", "make coffee",
-                                  "xlstm-hybrid align a b --recipe r --learning_rat 1", "pip install -e '.[everything]'", "sudo rm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "xlstm-hybrid run x.yaml --fast",
+        "xlstm-hybrid walk x.yaml",
+        "xlstm-hybrid push folder",
+        "make coffee",
+        "xlstm-hybrid align a b --recipe r --learning_rat 1",
+        "pip install -e '.[everything]'",
+        "sudo rm",
+    ],
+)
 def test_a_line_that_nothing_understands_is_noticed(line):
     with pytest.raises(Exception):  # noqa: B017 (of several libraries)
         check_line(shlex.split(line))
@@ -437,7 +451,9 @@ def sections(path):
 
 @cache
 def options_in_documents():
-    """{command: options} that a shell line of that command uses, or that its section, or one with such lines, names in code quotes."""
+    """{command: options} that a shell line of that command uses, or that its section, or one with such lines, names in
+    code quotes.
+    """
     found = {}
     for path in DOCUMENTS:
         for block, words in lines_of(path):
@@ -535,8 +551,12 @@ def test_every_function_is_used_by_a_module_or_a_document():
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs is not installed: pip install -e '.[docs]'")
-    made = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    made = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0, made.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 30

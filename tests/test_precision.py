@@ -58,7 +58,9 @@ def machine(monkeypatch, caplog):
 @pytest.fixture
 def said(caplog):
     """What the user was told, as `(level, line)`."""
-    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "xlstm_hybrid.environment.precision"]
+    return lambda: [
+        (r.levelname, r.getMessage()) for r in caplog.records if r.name == "xlstm_hybrid.environment.precision"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +253,7 @@ def test_a_run_whose_precision_the_machine_chose_goes_on_on_another_machine_and_
         check_run_spec(explicit, facts_of(AlignmentConfig, tmp_path, bf16=False), (), "checkpoint-1")
 
 
-def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_what_the_recipe_says(
-    machine, tmp_path
-):
+def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_what_the_recipe_says(machine, tmp_path):
     machine(SLOW)
     recipe = load_recipe(RECIPES / "smoke.yaml")
     recipe = replace(recipe, align={k: v for k, v in recipe.align.items() if k != "bf16"} | {"max_steps": 1})
@@ -364,10 +364,7 @@ def test_a_student_is_proven_on_one_layer_of_each_layout():
         torch.testing.assert_close(short.model(ids, use_cache=False).last_hidden_state, model.model.norm(seen[3]))
     kept = tiny_student(kept_groups=[[], [], [1]], layer_windows=[7, 7, 5])
     assert costs.first_layers(kept).config.kept_groups == [[], [], [1]]
-    assert costs.first_layers(tiny_student(layer_windows=[7, 7, 7], layer_sinks=[3, 3, 3])).config.layer_sinks == [
-        3,
-        3,
-    ]
+    assert costs.first_layers(tiny_student(layer_windows=[7, 7, 7], layer_sinks=[3, 3, 3])).config.layer_sinks == [3, 3]
 
 
 def test_on_a_cpu_the_checks_of_a_report_name_the_layers_that_they_ran_on():
@@ -375,7 +372,9 @@ def test_on_a_cpu_the_checks_of_a_report_name_the_layers_that_they_ran_on():
     results = list(costs.checks(model, model, "dynamic"))
     named = [result.name for result in results if result.name.endswith(", 2 of 4 layers")]
     assert len(named) == len(results) - 2 > 15 and [result.name for result in results[:2]] == [
-        "teacher: prompt and steps = one call", "student: prompt and steps = one call"]  # fmt: skip
+        "teacher: prompt and steps = one call",
+        "student: prompt and steps = one call",
+    ]
     whole = list(costs.checks(model, model, "dynamic", lambda: model))
     assert [result.name for result in whole[2:]] == [name.removesuffix(", 2 of 4 layers") for name in named]
 
@@ -409,9 +408,9 @@ def store(folder, *more):
 def test_the_dtype_of_a_stored_teacher_is_the_users_then_the_recipes(machine, said, tmp_path):
     config, rows = transformers.AutoConfig.from_pretrained(TINY), tmp_path / "rows"
     machine(SLOW)
-    assert choose_dtype("bfloat16", rows, config, "cpu", tmp_path) == "bfloat16" and [
-        level for level, _ in said()
-    ] == ["WARNING"]
+    assert choose_dtype("bfloat16", rows, config, "cpu", tmp_path) == "bfloat16" and [level for level, _ in said()] == [
+        "WARNING"
+    ]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((RECIPES / "smoke.yaml").read_text() + "\nteacher_dtype: bfloat16\n")
     machine(SLOW)
@@ -442,7 +441,9 @@ def test_scores_are_measured_in_float32_on_every_machine_unless_the_user_names_a
 ):
     seen = []
     monkeypatch.setattr(
-        judge, "judge_domains", lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}}
+        judge,
+        "judge_domains",
+        lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}},
     )
     monkeypatch.setattr(
         "xlstm_hybrid.evaluation.harness.run_harness",

@@ -93,7 +93,13 @@ def self_check():
         try:
             ensure_compatible(cls)
         except CompatibilityError as error:
-            yield Row(name, "generation is wrong", WRONG, without_home(str(error)), f"pip install '{requirement('transformers')}'")
+            yield Row(
+                name,
+                "generation is wrong",
+                WRONG,
+                without_home(str(error)),
+                f"pip install '{requirement('transformers')}'",
+            )
         else:
             newer = untested("transformers", installed("transformers"))
             yield Row(name, "right", OK, "checked with a tiny model" if newer else "with a transformers that is tested")

@@ -10,7 +10,8 @@ import yaml
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.merge_settings import section_faults
 
-SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # in a wheel; in a working copy
+# in a wheel; in a working copy
+SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # names become folders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -19,18 +20,21 @@ SCORES, OVERLONG = ("assistant", "last"), ("split", "cut")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mix. Exactly one of `text`, `messages`, and the pair `prompt` and `completion` says which columns hold its documents.
+    """One data set of a mix. Exactly one of `text`, `messages`, and the pair `prompt` and `completion` says which
+    columns hold its documents.
 
-    path: Hub id, or a file or folder (relative to the recipe).  name, split, revision, data_files: of `datasets.load_dataset`.
+    path: Hub id, or a file or folder (relative to the recipe).  name, split, revision, data_files: of
+    `datasets.load_dataset`.
     text: column of plain text, all of it scored.
-    messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the assistant's words are scored.
+    messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the
+    assistant's words are scored.
     prompt, completion: columns of a question (text or messages) and its answer (text), which become messages.
     weight: share of tokens, relative to the other sources.
     streaming: read while training instead of downloading first; None: yes for Hub ids, no for local files.
     where: {column: value or list of values}; other rows are left out.
     score: "assistant" scores every turn of the assistant, "last" the last one.
-    overlong: what does not fit into a row goes on in the next row as a document of its own ("split"), or is lost ("cut");
-        None: split for text, cut for chat, whose rest would be answers without their question.
+    overlong: what does not fit into a row goes on in the next row as a document of its own ("split"), or is lost
+        ("cut"); None: split for text, cut for chat, whose rest would be answers without their question.
     """
 
     path: str
@@ -68,7 +72,9 @@ class Source:
         if not is_number(self.weight) or not 0 < self.weight < math.inf:
             wrong.append(f"weight={self.weight!r}: expected a positive number")
         if self.score not in SCORES or self.overlong not in (None, *OVERLONG):
-            wrong.append(f"score={self.score!r}, overlong={self.overlong!r}: expected one of {SCORES}, one of {OVERLONG}")
+            wrong.append(
+                f"score={self.score!r}, overlong={self.overlong!r}: expected one of {SCORES}, one of {OVERLONG}"
+            )
         if self.where is not None and not isinstance(self.where, dict):
             wrong.append(f"where={self.where!r}: expected {{column: value}}")
         return wrong
@@ -78,17 +84,21 @@ class Source:
 class Recipe:
     """A run, section by section; see `recipes/tiny.yaml` and `recipes/llama-3.1-8b.yaml`.
 
-    teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory while it teaches.
+    teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory
+    while it teaches.
     out: run directory.  seed: of data and training.  student: arguments of `conversion.convert`.
-    data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`}, what stage I reads;
-        the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together) and "held_out" (share of documents that
-        nothing trains on) hold for every stage.
-    align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is calculated.
-    experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are merged.
+    data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
+        what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
+        and "held_out" (share of documents that nothing trains on) hold for every stage.
+    align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is
+    calculated.
+    experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are
+    merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
-    evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for held-out documents of the
-        sources, or None. For teacher and final student also: "harness" [names of the verb harness], "limit" (first documents of each), "chat",
-        "long_context" {"lengths", and "kinds", "samples", "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+    evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
+        held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the verb
+        harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
+        "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
     name: str
@@ -125,7 +135,8 @@ class Recipe:
         return name
 
     def mix(self, expert=None):
-        """What a stage reads: {"mixture": {domain: share}} or {"sources": {name: Source}}; of stage I, or of one expert.
+        """What a stage reads: {"mixture": {domain: share}} or {"sources": {name: Source}}; of stage I, or of one
+        expert.
 
         Raises:
             ConfigError: no such expert.
@@ -139,14 +150,29 @@ class Recipe:
 MIXES = {"mixture", "sources"}
 DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5)}  # type, least, most
 SECTIONS = {  # the keys of a section, or of its kinds
-    "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}],
+    "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}]
 }
-FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}  # of teacher and student only
+# of teacher and student only
+FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
-TYPES = {"name": str, "teacher": str, "out": str, "student": dict, "data": dict, "align": dict, "distill": dict, "experts": dict, "merge": dict,
-         "evaluate": dict, "on_policy": dict, "revision": str, "teacher_dtype": str, "seed": int}  # fmt: skip
+TYPES = {
+    "name": str,
+    "teacher": str,
+    "out": str,
+    "student": dict,
+    "data": dict,
+    "align": dict,
+    "distill": dict,
+    "experts": dict,
+    "merge": dict,
+    "evaluate": dict,
+    "on_policy": dict,
+    "revision": str,
+    "teacher_dtype": str,
+    "seed": int,
+}
 
 
 def is_number(x):
@@ -183,7 +209,9 @@ def read_yaml(path):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if aliases > MAX_ALIASES or depth > MAX_DEPTH:
-                raise ConfigError(f"{path.name}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels; write the values out")
+                raise ConfigError(
+                    f"{path.name}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels; write the values out"
+                )
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506, it is a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
@@ -193,7 +221,12 @@ def shipped(path):
     """`path`, or the recipe of that name that comes with the package, so that `xlstm-hybrid run tiny` works anywhere."""
     path = Path(path)
     names = (path.name, f"{path.name}.yaml")
-    found = (folder / name for folder in SHIPPED for name in names if not path.is_file() and path.parts[:-1] in ((), ("recipes",)))
+    found = (
+        folder / name
+        for folder in SHIPPED
+        for name in names
+        if not path.is_file() and path.parts[:-1] in ((), ("recipes",))
+    )
     return next((file for file in found if file.is_file()), path)
 
 
@@ -201,8 +234,8 @@ def load_recipe(path):
     """Read and check a recipe: a file, or the name of one that comes with the package.
 
     Raises:
-        ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no source describes, merge
-            weights that do not name the experts. All mistakes are listed.
+        ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no
+            source describes, merge weights that do not name the experts. All mistakes are listed.
     """
     path = shipped(path)
     content = read_yaml(path)
@@ -211,8 +244,11 @@ def load_recipe(path):
     known = {f.name for f in fields(Recipe)} - {"path"}
     unknown, missing = sorted(map(str, set(content) - known)), sorted(known - OPTIONAL - set(content))
     wrong = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing}"] * bool(missing)
-    wrong += [f"{k}: expected {TYPES[k].__name__}, got {type(v).__name__}" for k, v in content.items()
-              if k in known and not isinstance(v, TYPES[k]) and not (v is None and k in OPTIONAL - {"seed"})]  # fmt: skip
+    wrong += [
+        f"{k}: expected {TYPES[k].__name__}, got {type(v).__name__}"
+        for k, v in content.items()
+        if k in known and not isinstance(v, TYPES[k]) and not (v is None and k in OPTIONAL - {"seed"})
+    ]
     if not wrong:
         content = {k: v for k, v in content.items() if v is not None}
         wrong = faults(content)
@@ -223,10 +259,14 @@ def load_recipe(path):
 
 def faults(content):
     """What is wrong inside the sections of a recipe, in words."""
-    wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (not NAME.fullmatch(content["name"]))
+    wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (
+        not NAME.fullmatch(content["name"])
+    )
     for section, kinds in SECTIONS.items():
         if section in content and set(content[section]) - (set(FINAL) if section == "evaluate" else set()) not in kinds:
-            wrong.append(f"{section}: expected exactly the keys {' or '.join(str(sorted(k)) for k in kinds)}, got {sorted(content[section])}")
+            wrong.append(
+                f"{section}: expected exactly the keys {' or '.join(str(sorted(k)) for k in kinds)}, got {sorted(content[section])}"
+            )
     wrong += evaluate_faults(content.get("evaluate", {}))
     wrong += data_faults(content["data"]) + stage_faults(content)
     for name, section in content["experts"].items():
@@ -242,8 +282,11 @@ def faults(content):
 
 def evaluate_faults(section):
     """Mistakes of the section `evaluate` that can be seen without lm-eval."""
-    wrong = [f"evaluate.{k}={v!r}: expected a number of at least 1" for k, v in section.items()
-             if (k not in FINAL or k == "limit") and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]  # fmt: skip
+    wrong = [
+        f"evaluate.{k}={v!r}: expected a number of at least 1"
+        for k, v in section.items()
+        if (k not in FINAL or k == "limit") and (not isinstance(v, int) or isinstance(v, bool) or v < 1)
+    ]
     wrong += type_faults("evaluate", {k: v for k, v in section.items() if k in FINAL and k != "limit"}, FINAL)
     for name, known in (("long_context", LONG_CONTEXT), ("efficiency", EFFICIENCY)):
         wrong += type_faults(f"evaluate.{name}", section[name], known) if isinstance(section.get(name), dict) else []
@@ -253,7 +296,9 @@ def evaluate_faults(section):
         wrong.append(f"evaluate.alpha={alpha!r}: expected a share between 0 and 1")
     names = section.get("harness", ["?"])
     if isinstance(names, list) and not (names and all(isinstance(n, str) and n for n in names)):
-        wrong.append(f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]")
+        wrong.append(
+            f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]"
+        )
     if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
         wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
     return wrong
@@ -287,7 +332,9 @@ def data_faults(data):
     for name, (kind, least, most) in DATA_OPTIONS.items():
         value = data.get(name, least)
         if not is_number(value) or (kind is int and not isinstance(value, int)) or not least <= value <= most:
-            wrong.append(f"data.{name}={value!r}: expected {'a whole number' if kind is int else 'a share'} of {least} to {most}")
+            wrong.append(
+                f"data.{name}={value!r}: expected {'a whole number' if kind is int else 'a share'} of {least} to {most}"
+            )
     return wrong
 
 
@@ -295,9 +342,15 @@ def mix_faults(where, mix):
     """Mistakes of a mixture of domains or of a table of sources."""
     [(kind, entries)] = mix.items()
     if not isinstance(entries, dict) or not entries:
-        return [f"{where}.{kind}: expected names with {'shares' if kind == 'mixture' else 'the fields of a source'}, got {entries!r}"]
+        return [
+            f"{where}.{kind}: expected names with {'shares' if kind == 'mixture' else 'the fields of a source'}, got {entries!r}"
+        ]
     if kind == "mixture":
-        return [f"{where}: the share of {n} is {s!r}, expected a positive number" for n, s in entries.items() if not is_number(s) or not s > 0]
+        return [
+            f"{where}: the share of {n} is {s!r}, expected a positive number"
+            for n, s in entries.items()
+            if not is_number(s) or not s > 0
+        ]
     wrong, known = [], {f.name for f in fields(Source)}
     for name, entry in entries.items():
         here = f"{where}.sources.{name}"
@@ -340,5 +393,7 @@ def resolve_path(recipe, path):
 
 
 def resolve_teacher(recipe):
-    """The teacher as a local path where the recipe's folder or the working directory holds one, else the hub id as it is."""
+    """The teacher as a local path where the recipe's folder or the working directory holds one, else the hub id as it
+    is.
+    """
     return resolve_path(recipe, recipe.teacher) or recipe.teacher

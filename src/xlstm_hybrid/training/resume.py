@@ -2,11 +2,11 @@
 
     class SomeTrainer(Resumable, SFTTrainer): ...
 
-It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint, refuses to resume as another
-run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the `metrics`, and leaves the
-model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The arguments may have two fields, `max_skipped_steps` (3)
-and `allow_changes` (none); a trainer may have `run_facts() -> dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for
-what it has to remember.
+It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
+refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
+`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The
+arguments may have two fields, `max_skipped_steps` (3) and `allow_changes` (none); a trainer may have `run_facts() ->
+dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for what it has to remember.
 """
 
 import contextlib
@@ -49,7 +49,8 @@ class Interrupted(SystemExit):
 class Guard(TrainerCallback):
     """What a run looks out for: a loss or gradient that is not finite, and SIGTERM.
 
-    skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.  stopping: all know of it.
+    skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.
+    stopping: all know of it.
     began: the step at which training began, or went on.
     """
 
@@ -67,7 +68,9 @@ class Guard(TrainerCallback):
         self.window.append((inputs, loss))
 
     def agreed(self):
-        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small reduction per step."""
+        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small
+        reduction per step.
+        """
         bad = bool(self.bad_loss) if self.bad_loss is not None else False
         bad |= self.norm is not None and not math.isfinite(self.norm)
         flags = torch.tensor([float(bad), float(self.requested)], device=self.trainer.args.device)
@@ -87,15 +90,18 @@ class Guard(TrainerCallback):
         """Leave parameters and optimiser as they are: an optimiser passes over what has no gradient."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         where = self.dump(args, state)
-        if getattr(self.trainer.accelerator, "scaler", None) is None:  # a scaler skips by itself, and insists on gradients
+        # a scaler skips by itself, and insists on gradients
+        if getattr(self.trainer.accelerator, "scaler", None) is None:
             for parameter in self.trainer.model.parameters():
                 parameter.grad = None
         limit = getattr(args, "max_skipped_steps", SKIPS)
         what = f"loss or gradient is not finite at step {state.global_step} (losses {self.losses()}, gradient norm {self.norm})"
         if self.in_a_row >= limit:
             last = checkpoints_by_step(args.output_dir)
-            raise DataError(f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
-                            f"lower learning_rate or look at these batches{', then resume' if last else ''}")  # fmt: skip
+            raise DataError(
+                f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
+                f"lower learning_rate or look at these batches{', then resume' if last else ''}"
+            )
         log.warning("%s: no update (%d skipped so far), the batches are in %s", what, self.skipped, where)
 
     def losses(self):
@@ -111,10 +117,22 @@ class Guard(TrainerCallback):
             if tensors:
                 save_file(tensors, folder / f"process-{rank}-batch-{n}.safetensors")
             ids = tensors.get("input_ids", torch.zeros(0))
-            batches.append({"loss": repr(float(loss)), "shape": list(ids.shape), "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()})
+            batches.append(
+                {
+                    "loss": repr(float(loss)),
+                    "shape": list(ids.shape),
+                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                }
+            )
         micro = state.global_step * args.gradient_accumulation_steps
-        note = {"step": state.global_step, "epoch": state.epoch, "micro_batches": [micro, micro + len(batches)], "process": rank,
-                "gradient_norm": repr(self.norm), "batches": batches}  # fmt: skip
+        note = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "micro_batches": [micro, micro + len(batches)],
+            "process": rank,
+            "gradient_norm": repr(self.norm),
+            "batches": batches,
+        }
         write_json(folder / f"process-{rank}.json", note)
         return f"{DUMPS}/{folder.name}"
 
@@ -177,8 +195,10 @@ def find_checkpoint(trainer, wanted):
             log.warning("passed over: %s", reason)
         if path is None:
             if skipped:
-                raise CheckpointError(f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
-                                      f"{next(iter(skipped.values()))}; remove them to start from the beginning")  # fmt: skip
+                raise CheckpointError(
+                    f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
+                    f"{next(iter(skipped.values()))}; remove them to start from the beginning"
+                )
             return None
     allowed = allowed_changes(trainer.args)
     changed = check_run_spec(checkpoints.read_resume(path)["spec"], run_spec(trainer), allowed, path)
@@ -188,8 +208,9 @@ def find_checkpoint(trainer, wanted):
 
 
 class Resumable:
-    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no pickle, writes no card and calls
-    nobody."""
+    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no
+    pickle, writes no card and calls nobody.
+    """
 
     _save_checkpoint, _load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
     _load_optimizer_and_scheduler, _load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
@@ -198,7 +219,8 @@ class Resumable:
     def __init__(self, model=None, *args, **kwargs):
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
-        if wanted is not None:  # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+        # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+        if wanted is not None:
             self.model.config.use_cache = wanted
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -210,7 +232,9 @@ class Resumable:
             Interrupted: SIGTERM came; a checkpoint is written.
         """
         if self.args.push_to_hub:
-            raise ConfigError("push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead")
+            raise ConfigError(
+                "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
+            )
         scale.prepare(self)
         scale.check_precision(self)
         if self.args.should_save:
@@ -225,7 +249,9 @@ class Resumable:
         with listening(self.guard):
             result = super().train(checkpoint, *args, **kwargs)
         if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
-            raise DataError(f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/")
+            raise DataError(
+                f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/"
+            )
         if self.guard.stopping and self.state.global_step < self.state.max_steps:
             raise Interrupted(
                 f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "
@@ -248,7 +274,8 @@ class Resumable:
         return norm
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed where it ended: the Trainer would make one more step
+        # resumed where it ended: the Trainer would make one more step
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
