@@ -293,9 +293,10 @@ def test_more_features_cost_their_products_by_hand():
     plain, wide, signed = (
         plan.shape_of(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED)
     )
-    products = lambda P, F: (
-        2 * (2 * 128 * P) + 2 * (F + 128) * L / 2 + 2 * (2 * F * 128)
-    )  # maps; scores and values of half a chunk; state, two  # noqa: E731
+
+    def products(P, F):  # maps; scores and values of half a chunk; state, two
+        return 2 * (2 * 128 * P) + 2 * (F + 128) * L / 2 + 2 * (2 * F * 128)
+
     for shape_, P, F in ((wide, 256, 256), (signed, 128, 256)):
         assert plan.mixer_flops(shape_, length) - plan.mixer_flops(plain, length) == 32 * (
             products(P, F) - products(128, 128)

@@ -70,9 +70,12 @@ def read_json(path, what):
     object.
     """
     path = Path(path)
-    refuse = lambda reason: CheckpointError(
-        f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again"
-    )  # noqa: E731
+
+    def refuse(reason):
+        return CheckpointError(
+            f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again"
+        )
+
     return read_object(path, JSON_BYTES, refuse)
 
 
