@@ -25,7 +25,8 @@ from xlstm_hybrid.commands.plan_layers import measured as ranked
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.environment import precision
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline import costs, final, judge, settings, stages
+from xlstm_hybrid.evaluation import efficiency_checks as costs
+from xlstm_hybrid.pipeline import evaluation, settings, stages
 from xlstm_hybrid.planning import run as plan
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.teacher_store import TeacherStore
@@ -441,8 +442,8 @@ def test_scores_are_measured_in_float32_on_every_machine_unless_the_user_names_a
 ):
     seen = []
     monkeypatch.setattr(
-        judge,
-        "judge_domains",
+        evaluation,
+        "evaluate_domains",
         lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}},
     )
     monkeypatch.setattr(
@@ -471,7 +472,7 @@ def test_a_teacher_that_a_recipe_holds_in_bfloat16_is_held_so_with_one_warning(m
     ((level, line),) = said()
     assert level == "WARNING" and line.startswith("teacher_dtype: bfloat16 is slower than float32 on this cpu")
     monkeypatch.setattr(final, "measure_checkpoints", lambda *args, dtype, **rest: dtype)
-    assert final.measure_sides(recipe, str(TINY), str(TINY)) == "bfloat16" and len(said()) == 1
+    assert evaluation.measure_efficiency(recipe, str(TINY), str(TINY)) == "bfloat16" and len(said()) == 1
 
 
 def test_groups_are_ranked_in_what_the_machine_does_well(narrow, machine, monkeypatch):
