@@ -471,7 +471,7 @@ def test_a_teacher_that_a_recipe_holds_in_bfloat16_is_held_so_with_one_warning(m
     assert [stages.load_teacher(TINY, recipe, args).dtype for _ in range(2)] == [torch.bfloat16] * 2
     ((level, line),) = said()
     assert level == "WARNING" and line.startswith("teacher_dtype: bfloat16 is slower than float32 on this cpu")
-    monkeypatch.setattr(final, "measure_checkpoints", lambda *args, dtype, **rest: dtype)
+    monkeypatch.setattr(evaluation, "measure_checkpoints", lambda *args, dtype, **rest: dtype)
     assert evaluation.measure_efficiency(recipe, str(TINY), str(TINY)) == "bfloat16" and len(said()) == 1
 
 
