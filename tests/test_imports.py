@@ -141,3 +141,8 @@ print('imported', xlstm_hybrid.__version__)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and result.stdout.startswith("imported "), result.stderr
+
+
+def test_every_folder_of_modules_is_a_package_or_a_wheel_would_lack_it():
+    folders = {path.parent for path in SOURCES if "lm_eval_tasks" not in path.parts}
+    assert not [name_of(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
