@@ -2,6 +2,7 @@
 
 import math
 import re
+from difflib import get_close_matches
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "fisher", "regmean")
 ON_POLICY = "on_policy"  # not a merge of weights: the experts teach one student on its own samples
@@ -42,6 +43,14 @@ def is_number(x):
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
+def unknown_keys(where, given, known):
+    """Keys that a section does not have, in words, with the nearest that it has; [] where it has all."""
+    unknown = sorted(map(str, set(given) - set(known)))
+    near = [match for name in unknown for match in get_close_matches(name, list(known), n=1)]
+    hint = f" (did you mean {' and '.join(near)}?)" if near else ""
+    return [f"{where}unknown keys {unknown}, expected some of {sorted(known)}{hint}"] * bool(unknown)
+
+
 def group_of(name):
     """Module group of a tensor, a key of `GROUPS`."""
     return next(group for group, pattern in GROUPS.items() if pattern.search(name))
@@ -55,7 +64,11 @@ def on_simplex(shares):
 def option_faults(method, options):
     """Options that `method` does not have or that are out of range, in words."""
     known = OPTIONS.get(method, set())
-    wrong = [f"{name}: expected one of {sorted(known)}" if known else f"{name}: it takes no options" for name in options if name not in known]
+    wrong = [
+        f"{name}: expected one of {sorted(known)}" if known else f"{name}: it takes no options"
+        for name in options
+        if name not in known
+    ]
     for name, value in options.items():
         if name in known and not (is_number(value) and ALLOWED[name][1](value)):
             wrong.append(f"{name}={value!r}: expected {ALLOWED[name][0]}")
@@ -66,14 +79,27 @@ def option_faults(method, options):
 
 
 def whole(least, most=math.inf):
-    return f"a whole number of at least {least}", lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+    return (
+        f"a whole number of at least {least}",
+        lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most,
+    )
 
 
 SETTINGS = {  # of the parts of the section that hold settings: what each may be, in words and as a test
-    "search": {"examples": whole(1), "documents": whole(1), "batch_size": whole(1), "budget": whole(1),
-               "parts": (f"a divisor of {PARTS}", lambda x: whole(1)[1](x) and PARTS % x == 0)},
-    "statistics": {"rows": whole(1), "batch_size": whole(1), "seed": whole(0), "labels": (f"one of {LABELS}", lambda x: x in LABELS)},
-}  # fmt: skip
+    "search": {
+        "examples": whole(1),
+        "documents": whole(1),
+        "batch_size": whole(1),
+        "budget": whole(1),
+        "parts": (f"a divisor of {PARTS}", lambda x: whole(1)[1](x) and PARTS % x == 0),
+    },
+    "statistics": {
+        "rows": whole(1),
+        "batch_size": whole(1),
+        "seed": whole(0),
+        "labels": (f"one of {LABELS}", lambda x: x in LABELS),
+    },
+}
 KEYS = {"method", "weights", "options", "group_weights", "base", "search", "statistics", "on_policy"}
 
 
@@ -88,9 +114,17 @@ def section_faults(merge, experts):
             on_policy: fields of `OnPolicyKDConfig`; the experts then teach the merged student, or with method "on_policy" the aligned one.
         experts: {name: mix} of the recipe.
     """
-    wrong = [f"merge: unknown keys {sorted(map(str, set(merge) - KEYS))}, expected some of {sorted(KEYS)}"] * bool(set(merge) - KEYS)
-    parts = {name: merge[name] for name in ("weights", "options", "group_weights", "search", "statistics", "on_policy") if name in merge}
-    wrong += [f"merge.{name}: expected names and values, got {part!r}" for name, part in parts.items() if not isinstance(part, dict)]
+    wrong = unknown_keys("merge: ", merge, KEYS)
+    parts = {
+        name: merge[name]
+        for name in ("weights", "options", "group_weights", "search", "statistics", "on_policy")
+        if name in merge
+    }
+    wrong += [
+        f"merge.{name}: expected names and values, got {part!r}"
+        for name, part in parts.items()
+        if not isinstance(part, dict)
+    ]
     parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
     method = merge.get("method")
     if method not in (*METHODS, ON_POLICY):
@@ -106,7 +140,9 @@ def section_faults(merge, experts):
             wrong.append(f"merge.group_weights: {group!r} is no module group, expected some of {list(GROUPS)}")
         else:
             wrong += share_faults(f"merge.group_weights.{group}", shares, experts)
-    if "documents" in parts.get("search", {}) and not all(isinstance(mix, dict) and "sources" in mix for mix in experts.values()):
+    if "documents" in parts.get("search", {}) and not all(
+        isinstance(mix, dict) and "sources" in mix for mix in experts.values()
+    ):
         wrong.append("merge.search.documents: expected sources for every expert; the tiny domains have examples")
     for part in SETTINGS.keys() & parts.keys():
         wrong += setting_faults(part, parts[part])
@@ -119,10 +155,14 @@ def method_faults(merge, method, experts):
     if method == ON_POLICY:
         idle = sorted(given & {"options", "group_weights", "base", "search", "statistics"})
         wrong += [f"merge: method on_policy merges no weights, leave out {', '.join(idle)}"] * bool(idle)
-        wrong += ["merge: method on_policy needs the section on_policy, fields of OnPolicyKDConfig with max_steps"] * ("on_policy" not in given)
+        wrong += ["merge: method on_policy needs the section on_policy, fields of OnPolicyKDConfig with max_steps"] * (
+            "on_policy" not in given
+        )
         return wrong
     if "base" in given and (method not in NEED_BASE or not isinstance(merge["base"], str) or not merge["base"]):
-        wrong.append(f"merge.base={merge['base']!r}: expected 'aligned' or a path, for one of {', '.join(sorted(NEED_BASE))}")
+        wrong.append(
+            f"merge.base={merge['base']!r}: expected 'aligned' or a path, for one of {', '.join(sorted(NEED_BASE))}"
+        )
     if "statistics" in given and method not in NEED_STATISTICS:
         wrong.append(f"merge.statistics: {method} takes none, only {', '.join(NEED_STATISTICS)}")
     if method in NEED_TWO and len(experts) != 2:
@@ -135,18 +175,21 @@ def method_faults(merge, method, experts):
 def share_faults(where, shares, experts):
     """Faults of {expert: share}: other names, shares off the simplex."""
     if not isinstance(shares, dict) or set(shares) != set(experts):
-        return [f"{where} names {sorted(map(str, shares)) if isinstance(shares, dict) else shares}, the experts are {sorted(experts)}"]
+        return [
+            f"{where} names {sorted(map(str, shares)) if isinstance(shares, dict) else shares}, the experts are {sorted(experts)}"
+        ]
     if not on_simplex(shares.values()):
         return [f"{where}: {dict(shares)}, expected shares of at least 0 whose sum is 1"]
     return []
 
 
 def setting_faults(part, settings):
-    wrong = [f"merge.{part}: unknown keys {unknown}, expected some of {sorted(SETTINGS[part])}"
-             for unknown in [sorted(map(str, set(settings) - set(SETTINGS[part])))] if unknown]  # fmt: skip
+    wrong = unknown_keys(f"merge.{part}: ", settings, SETTINGS[part])
     for name, value in settings.items():
         words, allowed = SETTINGS[part].get(name, ("", lambda x: True))
         wrong += [f"merge.{part}.{name}={value!r}: expected {words}"] * (not allowed(value))
     if part == "search" and ("examples" in settings) == ("documents" in settings):
-        wrong.append("merge.search: expected either examples, of the tiny domains, or documents, of the experts' sources")
+        wrong.append(
+            "merge.search: expected either examples, of the tiny domains, or documents, of the experts' sources"
+        )
     return wrong

@@ -8,9 +8,12 @@ from pathlib import Path
 import yaml
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.recipe.merge_settings import section_faults
+from xlstm_hybrid.recipe.merge_settings import is_number, section_faults, unknown_keys
 
-SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # in a wheel; in a working copy
+SHIPPED = (
+    Path(__file__).parents[1] / "recipes",
+    Path(__file__).parents[3] / "recipes",
+)  # in a wheel; in a working copy
 MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # names become folders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -68,7 +71,9 @@ class Source:
         if not is_number(self.weight) or not 0 < self.weight < math.inf:
             wrong.append(f"weight={self.weight!r}: expected a positive number")
         if self.score not in SCORES or self.overlong not in (None, *OVERLONG):
-            wrong.append(f"score={self.score!r}, overlong={self.overlong!r}: expected one of {SCORES}, one of {OVERLONG}")
+            wrong.append(
+                f"score={self.score!r}, overlong={self.overlong!r}: expected one of {SCORES}, one of {OVERLONG}"
+            )
         if self.where is not None and not isinstance(self.where, dict):
             wrong.append(f"where={self.where!r}: expected {{column: value}}")
         return wrong
@@ -87,7 +92,7 @@ class Recipe:
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for held-out documents of the
-        sources, or None. For teacher and final student also: "harness" [names of the verb harness], "limit" (first documents of each), "chat",
+        sources, or None. For teacher and final student also: "harness" [names of the command harness], "limit" (first documents of each), "chat",
         "long_context" {"lengths", and "kinds", "samples", "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
@@ -138,19 +143,24 @@ class Recipe:
 
 MIXES = {"mixture", "sources"}
 DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5)}  # type, least, most
-SECTIONS = {  # the keys of a section, or of its kinds
-    "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}],
-}
-FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}  # of teacher and student only
+EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
+FINAL = {
+    "harness": list,
+    "limit": int,
+    "chat": bool,
+    "long_context": dict,
+    "alpha": (int, float),
+    "efficiency": dict,
+}  # of teacher and student only
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
-TYPES = {"name": str, "teacher": str, "out": str, "student": dict, "data": dict, "align": dict, "distill": dict, "experts": dict, "merge": dict,
-         "evaluate": dict, "on_policy": dict, "revision": str, "teacher_dtype": str, "seed": int}  # fmt: skip
-
-
-def is_number(x):
-    return isinstance(x, int | float) and not isinstance(x, bool)
+SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
+TYPES = (
+    dict.fromkeys(SECTIONS, dict)
+    | dict.fromkeys(("name", "teacher", "out", "revision", "teacher_dtype"), str)
+    | {"seed": int}
+)
 
 
 def as_mix(section):
@@ -183,7 +193,9 @@ def read_yaml(path):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if aliases > MAX_ALIASES or depth > MAX_DEPTH:
-                raise ConfigError(f"{path.name}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels; write the values out")
+                raise ConfigError(
+                    f"{path.name}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels; write the values out"
+                )
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506, it is a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
@@ -193,7 +205,12 @@ def shipped(path):
     """`path`, or the recipe of that name that comes with the package, so that `xlstm-hybrid run tiny` works anywhere."""
     path = Path(path)
     names = (path.name, f"{path.name}.yaml")
-    found = (folder / name for folder in SHIPPED for name in names if not path.is_file() and path.parts[:-1] in ((), ("recipes",)))
+    found = (
+        folder / name
+        for folder in SHIPPED
+        for name in names
+        if not path.is_file() and path.parts[:-1] in ((), ("recipes",))
+    )
     return next((file for file in found if file.is_file()), path)
 
 
@@ -208,25 +225,28 @@ def load_recipe(path):
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
-    known = {f.name for f in fields(Recipe)} - {"path"}
-    unknown, missing = sorted(map(str, set(content) - known)), sorted(known - OPTIONAL - set(content))
-    wrong = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing}"] * bool(missing)
-    wrong += [f"{k}: expected {TYPES[k].__name__}, got {type(v).__name__}" for k, v in content.items()
-              if k in known and not isinstance(v, TYPES[k]) and not (v is None and k in OPTIONAL - {"seed"})]  # fmt: skip
+    missing = sorted(TYPES.keys() - OPTIONAL - content.keys())
+    wrong = unknown_keys("", content, TYPES) + [f"missing keys {missing}"] * bool(missing)
+    for key, value in content.items():
+        kind = TYPES.get(key, object)
+        if not isinstance(value, kind) and not (value is None and key in OPTIONAL - {"seed"}):
+            wrong.append(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
     if not wrong:
         content = {k: v for k, v in content.items() if v is not None}
         wrong = faults(content)
     if wrong:
-        raise ConfigError(f"{path.name}: {'; '.join(wrong)}; known keys are {sorted(known)}")
+        raise ConfigError(f"{path.name}: {'; '.join(wrong)}")
     return Recipe(**content, path=path)
 
 
 def faults(content):
     """What is wrong inside the sections of a recipe, in words."""
-    wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (not NAME.fullmatch(content["name"]))
-    for section, kinds in SECTIONS.items():
-        if section in content and set(content[section]) - (set(FINAL) if section == "evaluate" else set()) not in kinds:
-            wrong.append(f"{section}: expected exactly the keys {' or '.join(str(sorted(k)) for k in kinds)}, got {sorted(content[section])}")
+    wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (
+        not NAME.fullmatch(content["name"])
+    )
+    if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
+        kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
+        wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
     wrong += evaluate_faults(content.get("evaluate", {}))
     wrong += data_faults(content["data"]) + stage_faults(content)
     for name, section in content["experts"].items():
@@ -242,8 +262,12 @@ def faults(content):
 
 def evaluate_faults(section):
     """Mistakes of the section `evaluate` that can be seen without lm-eval."""
-    wrong = [f"evaluate.{k}={v!r}: expected a number of at least 1" for k, v in section.items()
-             if (k not in FINAL or k == "limit") and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]  # fmt: skip
+    numbers = {k: v for k, v in section.items() if k not in FINAL or k == "limit"}
+    wrong = [
+        f"evaluate.{k}={v!r}: expected a number of at least 1"
+        for k, v in numbers.items()
+        if not isinstance(v, int) or isinstance(v, bool) or v < 1
+    ]
     wrong += type_faults("evaluate", {k: v for k, v in section.items() if k in FINAL and k != "limit"}, FINAL)
     for name, known in (("long_context", LONG_CONTEXT), ("efficiency", EFFICIENCY)):
         wrong += type_faults(f"evaluate.{name}", section[name], known) if isinstance(section.get(name), dict) else []
@@ -253,7 +277,9 @@ def evaluate_faults(section):
         wrong.append(f"evaluate.alpha={alpha!r}: expected a share between 0 and 1")
     names = section.get("harness", ["?"])
     if isinstance(names, list) and not (names and all(isinstance(n, str) and n for n in names)):
-        wrong.append(f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]")
+        wrong.append(
+            f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]"
+        )
     if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
         wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
     return wrong
@@ -261,8 +287,7 @@ def evaluate_faults(section):
 
 def type_faults(where, section, known):
     """Unknown keys of a section, values of another type than `known` {key: type} says, and numbers below 1."""
-    unknown = sorted(map(str, set(section) - set(known)))
-    wrong = [f"{where}: unknown keys {unknown}, expected some of {sorted(known)}"] * bool(unknown)
+    wrong = unknown_keys(f"{where}: ", section, known)
     for key, value in section.items():
         kind = known.get(key, object)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object):
@@ -275,9 +300,7 @@ def type_faults(where, section, known):
 def data_faults(data):
     """Mistakes of the section `data`."""
     length, chosen = data.get("sequence_length"), MIXES & set(data)
-    wrong = [f"data: unknown keys {sorted(set(data) - MIXES - {'sequence_length', *DATA_OPTIONS})}"] * bool(
-        set(data) - MIXES - {"sequence_length", *DATA_OPTIONS}
-    )
+    wrong = unknown_keys("data: ", data, {*MIXES, "sequence_length", *DATA_OPTIONS})
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
         wrong.append(f"data.sequence_length={length!r}: expected at least 2 tokens")
     if len(chosen) != 1:
@@ -287,7 +310,9 @@ def data_faults(data):
     for name, (kind, least, most) in DATA_OPTIONS.items():
         value = data.get(name, least)
         if not is_number(value) or (kind is int and not isinstance(value, int)) or not least <= value <= most:
-            wrong.append(f"data.{name}={value!r}: expected {'a whole number' if kind is int else 'a share'} of {least} to {most}")
+            wrong.append(
+                f"data.{name}={value!r}: expected {'a whole number' if kind is int else 'a share'} of {least} to {most}"
+            )
     return wrong
 
 
@@ -295,9 +320,15 @@ def mix_faults(where, mix):
     """Mistakes of a mixture of domains or of a table of sources."""
     [(kind, entries)] = mix.items()
     if not isinstance(entries, dict) or not entries:
-        return [f"{where}.{kind}: expected names with {'shares' if kind == 'mixture' else 'the fields of a source'}, got {entries!r}"]
+        return [
+            f"{where}.{kind}: expected names with {'shares' if kind == 'mixture' else 'the fields of a source'}, got {entries!r}"
+        ]
     if kind == "mixture":
-        return [f"{where}: the share of {n} is {s!r}, expected a positive number" for n, s in entries.items() if not is_number(s) or not s > 0]
+        return [
+            f"{where}: the share of {n} is {s!r}, expected a positive number"
+            for n, s in entries.items()
+            if not is_number(s) or not s > 0
+        ]
     wrong, known = [], {f.name for f in fields(Source)}
     for name, entry in entries.items():
         here = f"{where}.sources.{name}"
