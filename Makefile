@@ -61,6 +61,7 @@ $(VENV)/.docs: $(VENV)/.installed
 
 lint: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest .common-suite runs build site *.egg-info src/*.egg-info

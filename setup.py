@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,7 +14,9 @@ TABLE = runpy.run_path(str(HERE / "src/xlstm_hybrid/environment/versions.py"))  
 bounds, of_extra = TABLE["requirement"], TABLE["requirements"]
 
 # torch's GPU builds bring triton themselves
-CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")]
+# The arena is not part of the package: a working copy has it, a wheel does not
+EXCLUDED = [] if "editable_wheel" in sys.argv else ["xlstm_arena*"]
+CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")]
 EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
 # Triton's interpreter and compiler need no GPU
 EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", f"{bounds('triton')}; platform_system == 'Linux'"]
@@ -30,10 +33,17 @@ setup(
     license="Apache-2.0",
     python_requires=f">={TABLE['PYTHON']}",
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
-    packages=[*find_packages("src", exclude=["xlstm_arena*"]), *find_packages("kernels"), "xlstm_hybrid.recipes"],
-    package_data={"xlstm_hybrid": ["reports/card_template.md", "evaluation/lm_eval_tasks/*"],
-                  "xlstm_hybrid.recipes": ["*.yaml", "accelerate/*.yaml", "arena/*.yaml", "tiny_teacher/*.*",
-                                           "tiny_teacher/tiny-llama/*"]},
+    packages=[*find_packages("src", exclude=EXCLUDED), *find_packages("kernels"), "xlstm_hybrid.recipes"],
+    package_data={
+        "xlstm_hybrid": ["reports/card_template.md", "evaluation/lm_eval_tasks/*"],
+        "xlstm_hybrid.recipes": [
+            "*.yaml",
+            "accelerate/*.yaml",
+            "arena/*.yaml",
+            "tiny_teacher/*.*",
+            "tiny_teacher/tiny-llama/*",
+        ],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"]},

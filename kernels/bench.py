@@ -52,19 +52,37 @@ CPU_TARGETS = [  # (what, operation, pass, T, over, candidate, must, aim), d 64
     ("hybrid over SDPA, forward, 8k", "sequence", "forward", 8192, "sdpa", "hybrid", 3.0, 4.5),
     ("hybrid over SDPA, forward+backward, 8k", "sequence", "forward+backward", 8192, "sdpa", "hybrid", 3.0, 4.5),
     ("mLSTM over transformers' native, forward, 8k", "sequence", "forward", 8192, "native", "mlstm", 2.0, 3.0),
-    ("mLSTM over transformers' native, forward+backward, 8k", "sequence", "forward+backward", 8192, "native", "mlstm", 4.0, 6.0),
+    (
+        "mLSTM over transformers' native, forward+backward, 8k",
+        "sequence",
+        "forward+backward",
+        8192,
+        "native",
+        "mlstm",
+        4.0,
+        6.0,
+    ),
     ("SDPA over hybrid (cost), forward, 512", "sequence", "forward", 512, "sdpa", "hybrid", 1 / 1.6, 1 / 1.6),
     ("SDPA over hybrid (cost), forward, 256", "sequence", "forward", 256, "sdpa", "hybrid", 1 / 2.5, 1 / 2.5),
     ("decode over a static KV cache, 8k", "decode", "step", 8192, "static", "hybrid", 5.0, 8.0),
     ("decode over a static KV cache, 32k", "decode", "step", 32768, "static", "hybrid", 20.0, 35.0),
-]  # a table, a target in a line  # fmt: skip
+]  # a table, a target in a line
 CUDA_TARGETS = [  # the same, d 128, as ratios in one run
     ("hybrid over SDPA flash, forward, 8k", "sequence", "forward", 8192, "sdpa flash", "hybrid", 3.0, 3.0),
     ("hybrid over SDPA cuDNN, forward, 8k", "sequence", "forward", 8192, "sdpa cudnn", "hybrid", 1.8, 1.8),
     ("mLSTM over mlstm_kernels, forward, 8k", "sequence", "forward", 8192, "mlstm_kernels", "mlstm", 1.5, 1.5),
-    ("mLSTM over mlstm_kernels, forward+backward, 8k", "sequence", "forward+backward", 8192, "mlstm_kernels", "mlstm", 1.8, 1.8),
+    (
+        "mLSTM over mlstm_kernels, forward+backward, 8k",
+        "sequence",
+        "forward+backward",
+        8192,
+        "mlstm_kernels",
+        "mlstm",
+        1.8,
+        1.8,
+    ),
     ("mLSTM over simple_gla, forward, 8k", "sequence", "forward", 8192, "simple_gla", "mlstm", 1.0, 1.0),
-]  # a table, a target in a line  # fmt: skip
+]  # a table, a target in a line
 H200_MS = [  # (what, pass, candidate, must, aim): ms at most, T 8192, d 128
     ("mLSTM, forward", "forward", "mlstm", 1.1, 0.8),
     ("mLSTM, forward+backward", "forward+backward", "mlstm", 4.0, 2.8),

@@ -42,12 +42,23 @@ EXPECTED = [
         "transformers<5.18",
         "load_adapter loses modules_to_save, PeftModel.from_pretrained does not",
     ),
+    (
+        ("automatic_device_map_splits_no_layer",),
+        "accelerate<1.11",
+        "infer_auto_device_map takes no set of names: it splits the layers of a Llama as well",
+    ),
 ]
 HEAD = """# Compatibility
 
 Written by `make test-newest` and `make test-oldest`, from the records in `docs/compatibility/` and the table in
 `src/xlstm_hybrid/environment/versions.py`. Each run installs a clean environment: *newest* takes what pip finds, *oldest* the floor
 of every package.
+
+On a transformers that is newer than the newest tested one, the first load or generation of a process generates with a
+tiny model and compares with calls without a cache, in half a second; the verdict is kept on disk. If it is wrong, a
+`CompatibilityError` says what differs and what to install. `XLSTM_HYBRID_SELF_CHECK=1` checks on every version, `=0`
+never. `xlstm-hybrid verify MODEL` checks a model in the same ways, `xlstm-hybrid run` its student before anything is
+scored, and an answer that the student gives token by token and did not generate is a contradiction, not a score.
 """
 
 

@@ -1,4 +1,6 @@
-"""The command line: one table of commands in groups, imported when they are called; each has a line, an example, and keeps its old name."""
+"""The command line: one table of commands in groups, imported when they are called; each has a line, an example, and
+keeps its old name.
+"""
 
 import inspect
 import shlex

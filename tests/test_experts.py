@@ -1,4 +1,6 @@
-"""Experts of one start, in one launch or in several; they are refused when their start is another, and waited for when another launch makes them."""
+"""Experts of one start, in one launch or in several; they are refused when their start is another, and waited for when
+another launch makes them.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The section `merge` of a recipe in a run: methods with their base, options and statistics, module groups, weights that are searched for."""
+"""The section `merge` of a recipe in a run: methods with their base, options and statistics, module groups, weights
+that are searched for.
+"""
 
 import json
 import shutil
@@ -75,11 +77,28 @@ def by_hand(run, folder, **settings):
 
 
 def test_a_method_has_the_recipes_options_and_the_aligned_start_as_its_base(run_of, tmp_path):
-    section = {"method": "ties", "weights": {"memory": 0.75, "symbols": 0.25}, "options": {"density": 0.4, "scale": 1.5}}
+    section = {
+        "method": "ties",
+        "weights": {"memory": 0.75, "symbols": 0.25},
+        "options": {"density": 0.4, "scale": 1.5},
+    }
     found, record = merged(run_of(**section))
-    wanted = by_hand(run_of(), tmp_path / "hand", weights=[0.25, 0.75], method="ties", base=tmp_path / "run/aligned", options=section["options"])
-    assert same(found, wanted) and record["config"]["base"] == "aligned" and record["config"]["options"] == section["options"]
-    assert not same(found, by_hand(run_of(), tmp_path / "other", weights=[0.75, 0.25], method="ties", base=tmp_path / "run/aligned"))
+    wanted = by_hand(
+        run_of(),
+        tmp_path / "hand",
+        weights=[0.25, 0.75],
+        method="ties",
+        base=tmp_path / "run/aligned",
+        options=section["options"],
+    )
+    assert (
+        same(found, wanted)
+        and record["config"]["base"] == "aligned"
+        and record["config"]["options"] == section["options"]
+    )
+    assert not same(
+        found, by_hand(run_of(), tmp_path / "other", weights=[0.75, 0.25], method="ties", base=tmp_path / "run/aligned")
+    )
 
 
 def test_a_base_is_named_relative_to_the_recipe_or_refused_before_anything_runs(made, run_of, tmp_path):
@@ -94,16 +113,29 @@ def test_a_base_is_named_relative_to_the_recipe_or_refused_before_anything_runs(
 def test_module_groups_have_weights_of_their_own(run_of, tmp_path):
     groups = {"gates": {"memory": 1.0, "symbols": 0.0}, "mlp": {"memory": 0.2, "symbols": 0.8}}
     found, record = merged(run_of(method="linear", weights=HALVES, group_weights=groups))
-    assert same(found, by_hand(run_of(), tmp_path / "hand", weights=[0.5, 0.5], group_weights={"gates": [0.0, 1.0], "mlp": [0.8, 0.2]}))
-    assert not same(found, by_hand(run_of(), tmp_path / "plain")) and record["config"]["group_weights"]["mlp"] == [0.8, 0.2]
+    assert same(
+        found,
+        by_hand(
+            run_of(), tmp_path / "hand", weights=[0.5, 0.5], group_weights={"gates": [0.0, 1.0], "mlp": [0.8, 0.2]}
+        ),
+    )
+    assert not same(found, by_hand(run_of(), tmp_path / "plain")) and record["config"]["group_weights"]["mlp"] == [
+        0.8,
+        0.2,
+    ]
 
 
-@pytest.mark.parametrize(("method", "options", "settings"), [
-    ("regmean", {"alpha": 0.8}, {"rows": 3, "batch_size": 2}), ("fisher", {}, {"rows": 2, "labels": "data"}),
-])  # fmt: skip
-def test_statistics_are_measured_on_each_experts_own_rows_and_kept(made, run_of, tmp_path, monkeypatch, method, options, settings):
+@pytest.mark.parametrize(
+    ("method", "options", "settings"),
+    [("regmean", {"alpha": 0.8}, {"rows": 3, "batch_size": 2}), ("fisher", {}, {"rows": 2, "labels": "data"})],
+)
+def test_statistics_are_measured_on_each_experts_own_rows_and_kept(
+    made, run_of, tmp_path, monkeypatch, method, options, settings
+):
     measured, measure = [], merging.measure_statistics
-    monkeypatch.setattr(merging, "measure_statistics", lambda *args, **kwargs: measured.append(args[0]) or measure(*args, **kwargs))
+    monkeypatch.setattr(
+        merging, "measure_statistics", lambda *args, **kwargs: measured.append(args[0]) or measure(*args, **kwargs)
+    )
     started = run_of(method=method, weights=HALVES, options=options, statistics=settings)
     found, record = merged(started)
     assert len(measured) == 2 and record["config"]["tensors"][method] > 10
@@ -115,7 +147,10 @@ def test_statistics_are_measured_on_each_experts_own_rows_and_kept(made, run_of,
         merging.write_statistics(expert, rows, files[-1], method, {k: v for k, v in settings.items() if k != "rows"})
     assert same(found, by_hand(started, tmp_path / "hand", method=method, statistics=files, options=options))
     shutil.rmtree(started.out / "merged")
-    assert same(merged(run_of(method=method, weights=HALVES, options=options, statistics=settings))[0], found) and len(measured) == 4
+    assert (
+        same(merged(run_of(method=method, weights=HALVES, options=options, statistics=settings))[0], found)
+        and len(measured) == 4
+    )
     other = replace(started.recipe, merge=started.recipe.merge | {"statistics": {"rows": 1}})
     merged(Run(other, started.out, redo=True, console=started.console))
     assert len(measured) == 6  # other settings, other statistics
@@ -132,7 +167,9 @@ def test_weights_are_searched_for_and_the_candidates_kept(run_of, tmp_path, monk
 
         def scored(model, tokenizer):
             calls.append(model)
-            return judge(model, tokenizer) | {"distance": 1 / (1 + (model.model.layers[0].mlp.up_proj.weight - target).square().sum().item())}
+            return judge(model, tokenizer) | {
+                "distance": 1 / (1 + (model.model.layers[0].mlp.up_proj.weight - target).square().sum().item())
+            }
 
         return scored, f"{count} of {size}"
 
@@ -140,24 +177,38 @@ def test_weights_are_searched_for_and_the_candidates_kept(run_of, tmp_path, monk
     target = load(started.path(started.experts["memory"]))[0].model.layers[0].mlp.up_proj.weight
     monkeypatch.setattr(merging, "domain_scorer", pointed)
     memory = started.path(started.experts["memory"])
-    monkeypatch.setattr(merging, "load", lambda folder, revision=None: load(memory if folder == started.teacher else folder))
+    monkeypatch.setattr(
+        merging, "load", lambda folder, revision=None: load(memory if folder == started.teacher else folder)
+    )
     found, record = merged(started)
     assert same(found, load_file(started.path(started.experts["memory"]) / "model.safetensors")) and len(calls) == 5
-    assert record["figures"]["search"]["calibration"] == "3 of 5" and len(record["figures"]["search"]["candidates"]) == 4
-    assert "weights of symbols, memory: 0.000, 1.000" in (tmp_path / "console.txt").read_text() and not list(started.out.glob(".*"))
+    assert (
+        record["figures"]["search"]["calibration"] == "3 of 5" and len(record["figures"]["search"]["candidates"]) == 4
+    )
+    assert "weights of symbols, memory: 0.000, 1.000" in (tmp_path / "console.txt").read_text() and not list(
+        started.out.glob(".*")
+    )
     (table,) = (started.out / "stages").glob("search-*.json")
     shutil.rmtree(started.out / "merged")
     content = json.loads(table.read_text())
-    table.write_text(json.dumps(content | {"points": content["points"][:3]}))  # as if interrupted before the fourth candidate
+    # as if interrupted before the fourth candidate
+    table.write_text(json.dumps(content | {"points": content["points"][:3]}))
     merged(run_of(method="linear", search={"examples": 3, "budget": 4, "parts": 2, "batch_size": 5}))
     assert len(calls) == 5 + 2
 
 
 def test_a_search_by_documents_reads_those_that_nothing_else_reads(made, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n}+{n}={2 * n} and so on"}) + "\n" for n in range(80)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n}+{n}={2 * n} and so on"}) + "\n" for n in range(80))
+    )
     source = {"sources": {"sums": {"path": "a.jsonl", "text": "text"}}}
-    recipe = replace(made[0], path=tmp_path / "r.yaml", experts={"one": source, "two": source}, evaluate={"documents": 4, "batch_size": 4},
-                     data={"sequence_length": 32, "held_out": 0.4, **source})  # fmt: skip
+    recipe = replace(
+        made[0],
+        path=tmp_path / "r.yaml",
+        experts={"one": source, "two": source},
+        evaluate={"documents": 4, "batch_size": 4},
+        data={"sequence_length": 32, "held_out": 0.4, **source},
+    )
     judge, words = merging.scorer_of(recipe, {"documents": 5, "batch_size": 2})
     model, tokenizer = load(made[1] / "aligned")
     from xlstm_hybrid.data import open_streams
@@ -165,7 +216,9 @@ def test_a_search_by_documents_reads_those_that_nothing_else_reads(made, tmp_pat
     (stream,) = open_streams(recipe, tokenizer, "one", test=True)
     documents = [next(stream) for _ in range(9)][4:]
     scores = judge(model, tokenizer)
-    assert set(scores) == {"one/sums", "two/sums"} and scores["one/sums"] == pytest.approx(1 / perplexity(model, documents), rel=1e-5)
+    assert set(scores) == {"one/sums", "two/sums"} and scores["one/sums"] == pytest.approx(
+        1 / perplexity(model, documents), rel=1e-5
+    )
     assert words == "inverse perplexity of 5 held-out documents per source, behind the first 4"
 
 
@@ -179,13 +232,38 @@ def test_merge_statistics_reads_recipes_and_rows(made, run_of, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
-    assert run("prepare", expert, tmp_path / "rows", "--recipe", recipe, "--expert", "memory", "--count", 3).exit_code == 0
-    told = run("merge-statistics", expert, recipe, "--expert", "memory", "--rows", 2, "--method", "regmean", "--out", files[0])
+    assert (
+        run("prepare", expert, tmp_path / "rows", "--recipe", recipe, "--expert", "memory", "--count", 3).exit_code == 0
+    )
+    told = run(
+        "merge-statistics", expert, recipe, "--expert", "memory", "--rows", 2, "--method", "regmean", "--out", files[0]
+    )
     assert told.exit_code == 0 and "regmean statistics of memory over 192 tokens" in told.output
-    assert run("merge-statistics", expert, tmp_path / "rows", "--rows", 2, "--method", "regmean", "--out", files[1]).exit_code == 0
+    assert (
+        run(
+            "merge-statistics", expert, tmp_path / "rows", "--rows", 2, "--method", "regmean", "--out", files[1]
+        ).exit_code
+        == 0
+    )
     assert same(*(load_file(file) for file in files))
-    assert isinstance(run("merge-statistics", expert, recipe, "--expert", "memory", "--out", files[0]).exception, CheckpointWriteError)
-    wrong = run("merge-statistics", expert, recipe, "--expert", "memory", "--out", tmp_path / "c.safetensors", "--method", "ties").exception
-    assert isinstance(wrong, ConfigError) and "method='ties' needs no statistics, expected one of fisher, regmean" in str(wrong)
-    named = run("merge-statistics", expert, tmp_path / "rows", "--expert", "memory", "--out", tmp_path / "c.safetensors").exception
+    assert isinstance(
+        run("merge-statistics", expert, recipe, "--expert", "memory", "--out", files[0]).exception, CheckpointWriteError
+    )
+    wrong = run(
+        "merge-statistics",
+        expert,
+        recipe,
+        "--expert",
+        "memory",
+        "--out",
+        tmp_path / "c.safetensors",
+        "--method",
+        "ties",
+    ).exception
+    assert isinstance(
+        wrong, ConfigError
+    ) and "method='ties' needs no statistics, expected one of fisher, regmean" in str(wrong)
+    named = run(
+        "merge-statistics", expert, tmp_path / "rows", "--expert", "memory", "--out", tmp_path / "c.safetensors"
+    ).exception
     assert isinstance(named, ConfigError) and "rows holds rows already" in str(named)

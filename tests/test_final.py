@@ -1,4 +1,6 @@
-"""What a run measures last: lm-evaluation-harness on both sides, the comparison, the efficiency; kept, resumed, refused."""
+"""What a run measures last: lm-evaluation-harness on both sides, the comparison, the efficiency; kept, resumed,
+refused.
+"""
 
 import json
 import shutil
@@ -24,9 +26,15 @@ pytest.importorskip("lm_eval")
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER = RECIPES / "tiny_teacher/tiny-llama"
 UNITS = ("domain_arithmetic", "domain_code")
-SECTION = {"examples": 6, "text_chunks": 2, "batch_size": 6, "harness": list(UNITS), "limit": 6,
-           "long_context": {"kinds": ["needle"], "lengths": [256], "samples": 2},
-           "efficiency": {"lengths": [32], "rounds": 1, "steps": 2}}  # fmt: skip
+SECTION = {
+    "examples": 6,
+    "text_chunks": 2,
+    "batch_size": 6,
+    "harness": list(UNITS),
+    "limit": 6,
+    "long_context": {"kinds": ["needle"], "lengths": [256], "samples": 2},
+    "efficiency": {"lengths": [32], "rounds": 1, "steps": 2},
+}
 
 
 def recipe(**changes):

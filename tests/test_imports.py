@@ -1,4 +1,6 @@
-"""Folders carry the order of imports, importing the package is quiet and quick, and the core needs torch and transformers only."""
+"""Folders carry the order of imports, importing the package is quiet and quick, and the core needs torch and
+transformers only.
+"""
 
 import ast
 import subprocess
@@ -40,7 +42,9 @@ def name_of(path):
 
 
 def imports(path, top_level_only=False):
-    """Names of imported modules; of `from xlstm_hybrid import x` the name of x, and of `from package import module` the module's."""
+    """Names of imported modules; of `from xlstm_hybrid import x` the name of x, and of `from package import module` the
+    module's.
+    """
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,7 +79,11 @@ def test_a_room_imports_only_from_rooms_behind_it(path):
 
 
 def test_nothing_but_the_arena_imports_the_arena():
-    assert not [name_of(path) for path in SOURCES if ARENA not in path.parents and any(n.startswith("xlstm_arena") for n in imports(path))]
+    assert not [
+        name_of(path)
+        for path in SOURCES
+        if ARENA not in path.parents and any(n.startswith("xlstm_arena") for n in imports(path))
+    ]
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, ARENA, KERNELS], ids=name_of)
@@ -97,7 +105,9 @@ def test_no_two_modules_import_each_other(folder):
         visit(name)
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "training" not in p.parts and p.name != "trainer.py"], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if "training" not in p.parts and p.name != "trainer.py"], ids=name_of
+)
 def test_extras_are_imported_inside_functions_only(path):
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & EXTRAS
 

@@ -1,4 +1,6 @@
-"""What was written before the package's modules moved still loads: a run, its checkpoints, a state, a store. `fixtures/` says how they were made."""
+"""What was written before the package's modules moved still loads: a run, its checkpoints, a state, a store.
+`fixtures/` says how they were made.
+"""
 
 import io
 import json
@@ -29,7 +31,9 @@ def test_a_checkpoint_gives_the_logits_that_it_gave(before):
     expected = json.loads((before / "expected.json").read_text())
     verify(before / "run/student")
     stages = [entry["stage"] for entry in read_provenance(before / "run/student")]
-    assert stages[0] == "convert" and {"align", "distill", "merge", "evaluate"} <= {stage.partition(":")[0] for stage in stages}
+    assert stages[0] == "convert" and {"align", "distill", "merge", "evaluate"} <= {
+        stage.partition(":")[0] for stage in stages
+    }
     model = AutoModelForCausalLM.from_pretrained(before / "run/student")
     with torch.no_grad():
         logits = model(torch.tensor([expected["ids"]])).logits[0, -4:]

@@ -21,7 +21,9 @@ def place(file):
 
 
 def trace(model, cache):
-    """`[(caller, callee)]`, each `(place, function)`, of one token in the last layer, in the order of the calls; of the callers the nearest that is ours."""
+    """`[(caller, callee)]`, each `(place, function)`, of one token in the last layer, in the order of the calls; of the
+    callers the nearest that is ours.
+    """
     calls, stack, layer = [], [], model.model.layers[-1]
 
     def watch(frame, event, argument):
@@ -32,7 +34,10 @@ def trace(model, cache):
         elif here and event == "return" and stack:
             stack.pop()
 
-    hooks = layer.register_forward_pre_hook(lambda *_: sys.setprofile(watch)), layer.register_forward_hook(lambda *_: sys.setprofile(None))
+    hooks = (
+        layer.register_forward_pre_hook(lambda *_: sys.setprofile(watch)),
+        layer.register_forward_hook(lambda *_: sys.setprofile(None)),
+    )
     try:
         with torch.no_grad():
             model(token_ids(1, 1), use_cache=True, cache=cache)
@@ -67,12 +72,22 @@ def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_ba
     """Whoever calls into another file is the decoder layer or the attention; what they call stays in its own file."""
     between = [(caller, callee) for caller, callee in one_token if caller and caller[0] != callee[0]]
     assert [caller[0] for caller, _ in between] == ["modeling", "attention", "attention", "attention"]
-    assert [callee[1] for _, callee in between] == ["HybridAttention.forward", "MLSTMMixer.forward", "hybrid_step", "HybridCacheLayer.advance"]
+    assert [callee[1] for _, callee in between] == [
+        "HybridAttention.forward",
+        "MLSTMMixer.forward",
+        "hybrid_step",
+        "HybridCacheLayer.advance",
+    ]
 
 
 def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_nothing_else(one_token):
     model = tiny_student(torch.float32, num_hidden_layers=2)
     recording = trace(model, prefill(model, token_ids(1, 9), rollback=40))
-    plain, noted = ([callee[1] for caller, callee in calls if caller and caller[1] == "HybridAttention.mix_heads"] for calls in (one_token, recording))
+    plain, noted = (
+        [callee[1] for caller, callee in calls if caller and caller[1] == "HybridAttention.mix_heads"]
+        for calls in (one_token, recording)
+    )
     assert plain == ["HybridAttention.read", "hybrid_step", "HybridCacheLayer.advance"]
-    assert [name for name in noted if "Rollback.note" not in name and "Step" not in name] == plain and noted.index("Rollback.note") < noted.index(plain[1])
+    assert [name for name in noted if "Rollback.note" not in name and "Step" not in name] == plain and noted.index(
+        "Rollback.note"
+    ) < noted.index(plain[1])

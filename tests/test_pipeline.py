@@ -1,4 +1,6 @@
-"""A run from end to end on the shipped teacher, with two steps per stage: it arrives, it resumes, it refuses to mix settings."""
+"""A run from end to end on the shipped teacher, with two steps per stage: it arrives, it resumes, it refuses to mix
+settings.
+"""
 
 import json
 import os
@@ -41,7 +43,9 @@ def smoke_run(out, **changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run; memory is measured in this process and the student's forms are not proven again, which other tests do."""
+    """A whole run; memory is measured in this process and the student's forms are not proven again, which other tests
+    do.
+    """
     out = tmp_path_factory.mktemp("smoke") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(efficiency, "apart", lambda function, *arguments: function(*arguments))

@@ -1,4 +1,6 @@
-"""Pictures say one thing each: at most six coloured lines, each with its name, in colours that mean the same everywhere."""
+"""Pictures say one thing each: at most six coloured lines, each with its name, in colours that mean the same
+everywhere.
+"""
 
 import importlib.util
 import json

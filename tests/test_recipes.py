@@ -1,4 +1,6 @@
-"""Every recipe: it loads, its teacher can be planned for, and all of its stages run on a tiny teacher of its family and local data."""
+"""Every recipe: it loads, its teacher can be planned for, and all of its stages run on a tiny teacher of its family and
+local data.
+"""
 
 import json
 from dataclasses import replace
@@ -115,9 +117,13 @@ def test_published_settings_are_the_recipes(name):
     recipe, (rate, tokens, weights) = load_recipe(RECIPES / f"{name}.yaml"), PUBLISHED[name]
     a, d = recipe.align, recipe.distill
     assert (recipe.student["sliding_window"], recipe.student["num_sink_tokens"], recipe.length) == (512, 4, 4096)
-    assert (a["max_steps"], a["sequences_per_step"], a["learning_rate"], a["lr_scheduler_kwargs"], a["weight_decay"]) == (
-        2500, 64, 1e-2, {"min_lr": 1e-5}, 0.1,
-    )  # fmt: skip
+    assert (
+        a["max_steps"],
+        a["sequences_per_step"],
+        a["learning_rate"],
+        a["lr_scheduler_kwargs"],
+        a["weight_decay"],
+    ) == (2500, 64, 1e-2, {"min_lr": 1e-5}, 0.1)
     assert (d["learning_rate"], d["ce_weight"], d["kl_weight"], d["top_k"], d["max_grad_norm"]) == (
         rate,
         0.9,
@@ -159,8 +165,10 @@ def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_say
     )
     kept = found.student["kept_groups"]
     assert kept == [[3] if j == 5 else [] for j in range(16)]
-    before, after = (sum(plan.plan(config, plan.machine_of(8, 80e9), r).cache["student"].values())
-                     for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept})))  # fmt: skip
+    before, after = (
+        sum(plan.plan(config, plan.machine_of(8, 80e9), r).cache["student"].values())
+        for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept}))
+    )
     head, slots = (
         (128 * 64 + 128 + 1) * 4,
         516 * 2 * 64 * 2,

@@ -16,7 +16,13 @@ from xlstm_hybrid.training import alignment_by_groups as streaming
 from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
 from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed, spooled_bytes
 
-SETTINGS = {"max_steps": 6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 3e-2, "warmup_steps": 2}
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-2,
+    "warmup_steps": 2,
+}
 MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
 HELD_OUT = {"input_ids": token_ids(4, LENGTH, seed=9)}
 
@@ -26,7 +32,9 @@ def rows(count=24):
     ids = token_ids(count, LENGTH).tolist()
     real = [[1] * (LENGTH - n % 3) + [0] * (n % 3) for n in range(count)]
     positions = [t % 15 for t in range(LENGTH)]
-    return Dataset.from_list([{"input_ids": i, "attention_mask": m, "position_ids": positions} for i, m in zip(ids, real, strict=True)])
+    return Dataset.from_list(
+        [{"input_ids": i, "attention_mask": m, "position_ids": positions} for i, m in zip(ids, real, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,9 @@ class Killed(BaseException):
     """What no handler of ours catches."""
 
 
-@pytest.mark.parametrize("where", ["train", *(pytest.param(where, marks=pytest.mark.slow) for where in ("embed", "spool", "progress"))])
+@pytest.mark.parametrize(
+    "where", ["train", *(pytest.param(where, marks=pytest.mark.slow) for where in ("embed", "spool", "progress"))]
+)
 def test_a_killed_run_goes_on_at_the_layer_it_was_at(where, checkpoint, joint, tmp_path, monkeypatch):
     done = []
     with monkeypatch.context() as patch:

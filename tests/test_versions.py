@@ -14,7 +14,17 @@ import setuptools
 from packaging.requirements import Requirement
 
 from xlstm_hybrid.environment import versions
-from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES, PYTHON, Package, extra_of, fault, installed, requirement, untested
+from xlstm_hybrid.environment.versions import (
+    EXTRAS,
+    PACKAGES,
+    PYTHON,
+    Package,
+    extra_of,
+    fault,
+    installed,
+    requirement,
+    untested,
+)
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]

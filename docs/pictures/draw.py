@@ -4,7 +4,7 @@ Each is drawn twice, for light and for dark pages. The layer is an SVG that is w
 """
 
 import json
-import re
+import runpy
 from pathlib import Path
 
 from xlstm_hybrid.reports.plots import BLUE, GREEN, MEANING, VERMILION, label_ends, legible
@@ -157,12 +157,9 @@ def results(theme):
 
 
 def badges():
-    """{file: SVG} of the facts at the head of the README, as setup.py has them."""
-    setup = (ROOT / "setup.py").read_text()
-    python, oldest = (
-        re.search(rf"{name}>=([\d.]+)", setup.replace('="', "").replace('"', ""))[1]
-        for name in ("python_requires", "transformers")
-    )
+    """{file: SVG} of the facts at the head of the README, as the table of versions has them."""
+    table = runpy.run_path(str(ROOT / "src/xlstm_hybrid/environment/versions.py"))
+    python, oldest = table["PYTHON"], table["PACKAGES"]["transformers"].floor
     facts = {"paper": ("arXiv", "2603.15590"), "python": ("python", f"{python}+"), "transformers": ("transformers", f"{oldest}+"),
              "licence": ("licence", "Apache-2.0")}  # fmt: skip
     return {f"badge-{name}.svg": badge(*fact) for name, fact in facts.items()}

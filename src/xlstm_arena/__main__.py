@@ -7,20 +7,36 @@ import typer
 
 
 def arena(
-    settings: Annotated[Path | None, typer.Argument(help="The arena's file; recipes/arena/arena.yaml by default.")] = None,
+    settings: Annotated[
+        Path | None, typer.Argument(help="The arena's file; recipes/arena/arena.yaml by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/arena"),
-    only: Annotated[list[str] | None, typer.Option(help="An arm; repeatable. Arms that it starts from are added.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An arm; repeatable. Arms that it starts from are added.")
+    ] = None,
     tier: Annotated[int | None, typer.Option(help="Arms of this tier and those before it.", min=1)] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated; those of the file by default.")] = None,
-    teacher: Annotated[list[str] | None, typer.Option(help="A teacher of the file; repeatable. The first one by default.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each; 0: none, one job after the other.", min=0)] = 2,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="A teacher of the file; repeatable. The first one by default.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes of one thread each; 0: none, one job after the other.", min=0)
+    ] = 2,
     budget_minutes: Annotated[float | None, typer.Option(help="Begin no job after so many minutes.")] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Make results again whose settings, data or teacher have changed.")] = False,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make results again whose settings, data or teacher have changed.")
+    ] = False,
     list_only: Annotated[bool, typer.Option("--list", help="Show arms and what became of them, run nothing.")] = False,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is there, run nothing.")] = False,
-    docs: Annotated[Path | None, typer.Option(help="Folder of the report, arena.md and arena/; OUT by default.")] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report of what is there, run nothing.")
+    ] = False,
+    docs: Annotated[
+        Path | None, typer.Option(help="Folder of the report, arena.md and arena/; OUT by default.")
+    ] = None,
 ):
-    """Run every arm of an arena on the same teacher with the same budget, and report. Started again, it goes on with what is missing."""
+    """Run every arm of an arena on the same teacher with the same budget, and report. Started again, it goes on with
+    what is missing.
+    """
     from xlstm_arena.arms import load_arena
     from xlstm_arena.report import write_report
     from xlstm_arena.runner import check_settings, choose_jobs, run
@@ -36,7 +52,13 @@ def arena(
     if not report_only:
         check_settings(chosen, dict.fromkeys(job.arm for job in jobs))
         states = run(chosen, jobs, workers=workers, minutes=budget_minutes, redo=redo)
-        print(", ".join(f"{count} {state}" for state in dict.fromkeys(states.values()) if (count := list(states.values()).count(state))))
+        print(
+            ", ".join(
+                f"{count} {state}"
+                for state in dict.fromkeys(states.values())
+                if (count := list(states.values()).count(state))
+            )
+        )
     files = write_report(summarise(chosen, out), docs or out)
     print(f"wrote {', '.join(files)} in {docs or out}")
 

@@ -1,6 +1,8 @@
-"""What the arena compares, read strictly from one YAML file: the setting that all arms share, and in what each arm differs from it.
+"""What the arena compares, read strictly from one YAML file: the setting that all arms share, and in what each arm
+differs from it.
 
-An arm is a road from the teacher to a student. Its sections go over those of the setting, key by key; what it does not name is as in every other arm.
+An arm is a road from the teacher to a student. Its sections go over those of the setting, key by key; what it does not
+name is as in every other arm.
 """
 
 import inspect
@@ -15,7 +17,8 @@ from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.recipe.merge_settings import METHODS, NEED_STATISTICS
 from xlstm_hybrid.recipe.schema import NAME, SHIPPED, is_number, read_yaml
 
-STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}  # of each kind of student, in their order
+# of each kind of student, in their order
+STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}
 DEFAULT_STAGES = {"hybrid": ("align", "distill"), "distil": ("delta",)}
 TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers' settings
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
@@ -36,20 +39,28 @@ class Arm:
     tier: 1 decides, 2 and 3 follow.
     teachers: names of those that it is made for, where it says something per layer; None: of all.
     kind: "hybrid" (`conversion.convert`) or "distil" (`distil.convert`, a recurrent student).
-    start: another arm, whose student this one begins with instead of a conversion; `student` then changes fields of its config, and its weights stay.
+    start: another arm, whose student this one begins with instead of a conversion; `student` then changes fields of its
+    config, and its weights stay.
     student: options of `convert`.
-    keep: {"groups": k, "by": a key of KEPT_BY}: the student keeps k KV groups, chosen by a measurement on recall rows (`allocation.rank_groups` of
-        the teacher's windowed student): the best by that method, or as a control the "worst" of an ablation.
+    keep: {"groups": k, "by": a key of KEPT_BY}: the student keeps k KV groups, chosen by a measurement on recall rows
+        (`allocation.rank_groups` of the teacher's windowed student): the best by that method, or as a control the
+        "worst" of an ablation.
     data: {"length", "recall_share"} of the rows of every stage.
-    stages: those that are walked, in order; none: the student is judged as it was made. With `start` they have to be named.
-    align, distill, on_policy, delta: fields of the trainers' configs, and `length`, `recall_share` where a stage has its own.
+    stages: those that are walked, in order; none: the student is judged as it was made. With `start` they have to be
+    named.
+    align, distill, on_policy, delta: fields of the trainers' configs, and `length`, `recall_share` where a stage has
+    its own.
     lora: options of `adapters.lora_config` (targets, r, ...) for stage II.
-    experts: {name: {"recall_share": ...}}: each is distilled with its data from the same start, for an equal part of the steps; then they are merged.
+    experts: {name: {"recall_share": ...}}: each is distilled with its data from the same start, for an equal part of
+    the steps; then they are merged.
     expert_stages: what each expert walks before merging, "distill" or "distill" and "on_policy".
-    merge: arguments of `merging.merge` (method, weights as {expert: share}, options); where a method has a base, it is the experts' start.
+    merge: arguments of `merging.merge` (method, weights as {expert: share}, options); where a method has a base, it is
+    the experts' start.
     freeze: names of modules, such as q_proj, that do not learn in stage II.
-    restore: names of modules, such as q_proj, whose weights become the teacher's again after the last stage (QK-Restore, arXiv 2606.11052).
-    evaluate: {row: fields of the config that are changed for it}: more rows of results of the same weights, such as a branch that is switched off.
+    restore: names of modules, such as q_proj, whose weights become the teacher's again after the last stage
+    (QK-Restore, arXiv 2606.11052).
+    evaluate: {row: fields of the config that are changed for it}: more rows of results of the same weights, such as a
+    branch that is switched off.
     """
 
     name: str
@@ -89,10 +100,11 @@ class Arena:
     """The setting and its arms.
 
     teachers: {name: checkpoint directory, relative to the file}; the first one is where every arm runs.
-    evaluate: {"lengths": tokens of the recall tests, "rows": most rows of a test, "tokens": most tokens of a recall test (at least 8 rows are read),
-        "batch_tokens": of one forward, "short_rows": rows per short task, "text_rows": rows of text for the perplexity}.
-    orderings: [{"claim", "better", "worse", "measures", "source"}]: what somebody published, as two arms (ARM, or ARM/ROW of its `evaluate`) and
-        measures, each of MEASURES or KIND@LENGTH.
+    evaluate: {"lengths": tokens of the recall tests, "rows": most rows of a test, "tokens": most tokens of a recall
+        test (at least 8 rows are read), "batch_tokens": of one forward, "short_rows": rows per short task, "text_rows":
+        rows of text for the perplexity}.
+    orderings: [{"claim", "better", "worse", "measures", "source"}]: what somebody published, as two arms (ARM, or
+        ARM/ROW of its `evaluate`) and measures, each of MEASURES or KIND@LENGTH.
     The rest: see `Arm`.
     """
 
@@ -128,7 +140,11 @@ class Arena:
 
     def student_options(self, arm):
         """What `convert` is told; a recurrent student shares nothing but its context with the hybrids."""
-        shared = self.student if arm.kind == "hybrid" else {k: v for k, v in self.student.items() if k in options_of("distil")}
+        shared = (
+            self.student
+            if arm.kind == "hybrid"
+            else {k: v for k, v in self.student.items() if k in options_of("distil")}
+        )
         return {**shared, **arm.student}
 
     def resolved(self, arm):
@@ -147,7 +163,12 @@ class Arena:
         total = 0
         for stage in (*arm.road, *(arm.expert_stages or ())[1:]):
             given, rows = self.settings(arm, stage)
-            total += given["max_steps"] * given.get("per_device_train_batch_size", 8) * given.get("gradient_accumulation_steps", 1) * rows["length"]
+            total += (
+                given["max_steps"]
+                * given.get("per_device_train_batch_size", 8)
+                * given.get("gradient_accumulation_steps", 1)
+                * rows["length"]
+            )
         return total
 
 
@@ -164,14 +185,20 @@ def load_arena(path=None):
     """Read and check an arena.
 
     Raises:
-        ConfigError: no such file, not YAML, unknown or missing keys, values of a wrong type, an arm that starts from none, an ordering of arms
-            that are not there; all mistakes are listed.
+        ConfigError: no such file, not YAML, unknown or missing keys, values of a wrong type, an arm that starts from
+            none, an ordering of arms that are not there; all mistakes are listed.
     """
     path = default_path() if path is None else Path(path)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
-    wrong = key_faults("the file", content, Arena, needed=("name", "teachers", "seeds", "student", "data", "evaluate", "arms"), given={"path"})
+    wrong = key_faults(
+        "the file",
+        content,
+        Arena,
+        needed=("name", "teachers", "seeds", "student", "data", "evaluate", "arms"),
+        given={"path"},
+    )
     wrong = wrong or top_faults(content)
     for name, entry in (content["arms"] if not wrong else {}).items():
         wrong += [f"arms.{name}: {fault}" for fault in arm_faults(name, entry, content["arms"])]
@@ -187,7 +214,11 @@ def load_arena(path=None):
 def key_faults(where, content, cls, needed=(), given=()):
     """Keys that are unknown, missing or of a wrong type, by the fields of a dataclass."""
     known = {f.name: f.type for f in fields(cls) if f.name not in given}
-    found = [f"{where}: unknown keys {unknown}, known are {sorted(known)}"] if (unknown := sorted(map(str, set(content) - set(known)))) else []
+    found = (
+        [f"{where}: unknown keys {unknown}, known are {sorted(known)}"]
+        if (unknown := sorted(map(str, set(content) - set(known))))
+        else []
+    )
     found += [f"{where}: missing keys {missing}"] if (missing := sorted(set(needed) - set(content))) else []
     for name, value in content.items():
         kind = known.get(name, object)
@@ -198,16 +229,30 @@ def key_faults(where, content, cls, needed=(), given=()):
 
 def top_faults(content):
     wrong = [f"{key}: expected at least one entry" for key in ("teachers", "seeds", "arms") if not content[key]]
-    wrong += [f"seeds: {s!r} is no number of at least 0" for s in content["seeds"] if not isinstance(s, int) or isinstance(s, bool) or s < 0]
-    wrong += [f"teachers.{n}: expected a plain name and a directory" for n, p in content["teachers"].items() if not NAME.fullmatch(str(n)) or not p]
-    wrong += [f"student: expected {key}" for key in ("sliding_window", "num_sink_tokens") if key not in content["student"]]
+    wrong += [
+        f"seeds: {s!r} is no number of at least 0"
+        for s in content["seeds"]
+        if not isinstance(s, int) or isinstance(s, bool) or s < 0
+    ]
+    wrong += [
+        f"teachers.{n}: expected a plain name and a directory"
+        for n, p in content["teachers"].items()
+        if not NAME.fullmatch(str(n)) or not p
+    ]
+    wrong += [
+        f"student: expected {key}" for key in ("sliding_window", "num_sink_tokens") if key not in content["student"]
+    ]
     wrong += [f"data: expected {key}" for key in ROWS if key not in content["data"]]
     return wrong + option_faults("student", content["student"], "hybrid") + data_faults("data", content["data"])
 
 
 def options_of(kind):
     """Names that `convert` of a kind of student takes."""
-    config, own = (XLSTMHybridConfig, inspect.signature(convert).parameters) if kind == "hybrid" else (DistilXLSTMConfig, {"dtype": None})
+    config, own = (
+        (XLSTMHybridConfig, inspect.signature(convert).parameters)
+        if kind == "hybrid"
+        else (DistilXLSTMConfig, {"dtype": None})
+    )
     return {*config.__annotations__, *own} - {"teacher", "out", "overwrite", "overrides", "revision", "shard_bytes"}
 
 
@@ -217,7 +262,11 @@ def option_faults(where, options, kind):
 
 
 def data_faults(where, section, known=tuple(ROWS)):
-    wrong = [f"{where}: unknown keys {unknown}, known are {sorted(known)}"] if (unknown := sorted(map(str, set(section) - set(known)))) else []
+    wrong = (
+        [f"{where}: unknown keys {unknown}, known are {sorted(known)}"]
+        if (unknown := sorted(map(str, set(section) - set(known))))
+        else []
+    )
     for name in ROWS:
         low, high = ROWS[name]
         if name in section and (not is_number(section[name]) or not low <= section[name] <= high):
@@ -245,23 +294,45 @@ def arm_faults(name, entry, arms):
     wrong += option_faults("student", arm.student, arm.kind) + data_faults("data", arm.data)
     for row, changes in arm.evaluate.items():
         fault = not NAME.fullmatch(str(row)) or not isinstance(changes, dict)
-        wrong += [f"evaluate.{row}: expected a plain name and fields of the config"] if fault else option_faults(f"evaluate.{row}", changes, arm.kind)
+        wrong += (
+            [f"evaluate.{row}: expected a plain name and fields of the config"]
+            if fault
+            else option_faults(f"evaluate.{row}", changes, arm.kind)
+        )
     if arm.experts is not None:
         odd = [n for n, e in arm.experts.items() if not NAME.fullmatch(str(n)) or not isinstance(e, dict)]
         wrong += [f"experts.{n}: expected a plain name and data" for n in odd]
         wrong = wrong or [f for n, e in arm.experts.items() for f in data_faults(f"experts.{n}", e)]
         if len(arm.experts) < 2 or "distill" not in arm.road or arm.lora:
             wrong.append("experts: expected at least two, the stage distill, and no lora")
-        if arm.expert_stages not in (None, ["distill"], ["distill", "on_policy"]) or "on_policy" in arm.road and arm.expert_stages:
-            wrong.append(f"expert_stages={arm.expert_stages}: expected [distill], or [distill, on_policy] and no on_policy in stages")
+        if (
+            arm.expert_stages not in (None, ["distill"], ["distill", "on_policy"])
+            or "on_policy" in arm.road
+            and arm.expert_stages
+        ):
+            wrong.append(
+                f"expert_stages={arm.expert_stages}: expected [distill], or [distill, on_policy] and no on_policy in stages"
+            )
     if (arm.merge or arm.expert_stages) is not None and arm.experts is None:
         wrong.append("merge, expert_stages: expected experts as well")
-    if arm.keep is not None and (set(arm.keep) != {"groups", "by"} or arm.keep["by"] not in KEPT_BY or not is_count(arm.keep["groups"]) or arm.start):
+    if arm.keep is not None and (
+        set(arm.keep) != {"groups", "by"}
+        or arm.keep["by"] not in KEPT_BY
+        or not is_count(arm.keep["groups"])
+        or arm.start
+    ):
         wrong.append(f"keep={arm.keep}: expected groups (at least 1) and by, one of {list(KEPT_BY)}, and no start")
     for key in ("freeze", "restore"):
         names = getattr(arm, key)
-        if names is not None and (arm.kind != "hybrid" or not names or not set(names) <= MODULES or (key == "freeze" and "distill" not in arm.road)):
-            wrong.append(f"{key}={names}: expected some of {sorted(MODULES)} of a hybrid student, freeze with the stage distill")
+        if names is not None and (
+            arm.kind != "hybrid"
+            or not names
+            or not set(names) <= MODULES
+            or (key == "freeze" and "distill" not in arm.road)
+        ):
+            wrong.append(
+                f"{key}={names}: expected some of {sorted(MODULES)} of a hybrid student, freeze with the stage distill"
+            )
     if arm.merge is not None and arm.merge.get("method") not in MERGES:
         wrong.append(f"merge.method={arm.merge.get('method')!r}: expected one of {list(MERGES)}")
     return wrong
@@ -272,7 +343,11 @@ def is_count(x):
 
 
 def evaluate_faults(evaluate):
-    wrong = [f"evaluate: expected exactly the keys {sorted(EVALUATE)}, got {sorted(map(str, evaluate))}"] if set(evaluate) != set(EVALUATE) else []
+    wrong = (
+        [f"evaluate: expected exactly the keys {sorted(EVALUATE)}, got {sorted(map(str, evaluate))}"]
+        if set(evaluate) != set(EVALUATE)
+        else []
+    )
     for name, value in evaluate.items():
         values = value if isinstance(value, list) else [value]
         if not all(map(is_count, values)) or not values:
@@ -299,9 +374,13 @@ def road_faults(arena):
             wrong += data_faults(f"arms.{arm.name}.{stage}", rows)
             steps = given.get("max_steps")
             if not isinstance(steps, int) or steps < 1:
-                wrong.append(f"arms.{arm.name}.{stage}.max_steps={steps!r}: expected a number of steps, here or in the setting")
+                wrong.append(
+                    f"arms.{arm.name}.{stage}.max_steps={steps!r}: expected a number of steps, here or in the setting"
+                )
             elif stage in ("distill", *(arm.expert_stages or ())) and arm.experts and steps % len(arm.experts):
-                wrong.append(f"arms.{arm.name}: {steps} steps are not {len(arm.experts)} equal parts, one for each expert")
+                wrong.append(
+                    f"arms.{arm.name}: {steps} steps are not {len(arm.experts)} equal parts, one for each expert"
+                )
     return wrong
 
 
@@ -312,10 +391,18 @@ def ordering_faults(arena):
         if not isinstance(entry, dict) or set(entry) != keys:
             wrong.append(f"orderings[{j}]: expected exactly the keys {sorted(keys)}")
             continue
-        wrong += [f"orderings[{j}].{side}: no arm or row {entry[side]!r}" for side in ("better", "worse") if not is_row(arena, entry[side])]
+        wrong += [
+            f"orderings[{j}].{side}: no arm or row {entry[side]!r}"
+            for side in ("better", "worse")
+            if not is_row(arena, entry[side])
+        ]
         measures = entry["measures"] if isinstance(entry["measures"], list) else []
         wrong += [] if measures else [f"orderings[{j}].measures: expected a list"]
-        wrong += [f"orderings[{j}]: {m!r}, expected one of {list(MEASURES)} or KIND@LENGTH of a test" for m in measures if not is_measure(arena, m)]
+        wrong += [
+            f"orderings[{j}]: {m!r}, expected one of {list(MEASURES)} or KIND@LENGTH of a test"
+            for m in measures
+            if not is_measure(arena, m)
+        ]
     return wrong
 
 

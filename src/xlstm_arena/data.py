@@ -1,4 +1,5 @@
-"""The arena's language: 512 words in which facts are stated, asked for again, and short tasks are solved inside a window.
+"""The arena's language: 512 words in which facts are stated, asked for again, and short tasks are solved inside a
+window.
 
 A document is a run of segments, one token per word:
 
@@ -7,8 +8,8 @@ A document is a run of segments, one token per word:
     ask     ASK key value             of an earlier fact, near or far: what a memory is for
     short   COPY a b c d = a b c d    REVERSE a b c d = d c b a    MAX a b c = m    ADD a b = a + b, both below 10
 
-Answers are one token each: a score is a share of argmax hits in one forward pass. All words are random numbers of a seeded generator, the chain of
-`text` is the same for every seed.  Dims: n rows, L tokens of a row, q answers of a row.
+Answers are one token each: a score is a share of argmax hits in one forward pass. All words are random numbers of a
+seeded generator, the chain of `text` is the same for every seed.  Dims: n rows, L tokens of a row, q answers of a row.
 """
 
 import numpy as np
@@ -19,7 +20,8 @@ from xlstm_hybrid.errors import DataError
 VOCAB = 512
 PAD, BOS, EOS, FACT, ASK, COPY, REVERSE, ADD, MAX, EQUALS = range(10)
 KEYS, VALUES, NUMBERS, WORDS = range(32, 160), range(160, 224), range(224, 256), range(256, 512)
-SUCCESSORS = np.random.default_rng(20_26).permuted(np.tile(np.arange(256), (256, 1)), axis=1)[:, :4] + WORDS[0]  # [256, 4]
+# [256, 4]
+SUCCESSORS = np.random.default_rng(20_26).permuted(np.tile(np.arange(256), (256, 1)), axis=1)[:, :4] + WORDS[0]
 CHANCES = np.array([0.7, 0.15, 0.1, 0.05])
 LONG, SHORT = ("single", "multikey", "multiquery"), ("copy", "reverse", "add", "max", "lookup", "text")
 SHORT_LENGTH = 28  # tokens of a short test: inside every window of the arena
@@ -76,7 +78,8 @@ def document(rng, length, recall_share, most_facts=96):
 
 
 def rows(seed, length, count, recall_share=0.35):
-    """Training rows, one document each and no padding: `[{"input_ids": [L], "labels": [L]}]`; a label stands at its own token's place.
+    """Training rows, one document each and no padding: `[{"input_ids": [L], "labels": [L]}]`; a label stands at its own
+    token's place.
 
     Args:
         seed: of the generator; the same seed gives the same rows, more of them at the end.
@@ -86,7 +89,9 @@ def rows(seed, length, count, recall_share=0.35):
         DataError: a length below 2, no rows, or a share off [0, 1].
     """
     if length < 2 or count < 1 or not 0 <= recall_share <= 1:
-        raise DataError(f"length={length}, count={count}, recall_share={recall_share}: expected at least 2 tokens, 1 row, and a share from 0 to 1")
+        raise DataError(
+            f"length={length}, count={count}, recall_share={recall_share}: expected at least 2 tokens, 1 row, and a share from 0 to 1"
+        )
     rng = np.random.default_rng([seed, length, 1])
     made = (document(rng, length, recall_share) for _ in range(count))
     return [{"input_ids": ids, "labels": labels} for ids, labels in made]
@@ -99,24 +104,32 @@ def tests(kind, length, count, seed=0):
     """Test rows of one kind; none of them can be in a training row but by the chance of equal random words.
 
     Args:
-        kind: of LONG: `single` (one fact in text), `multikey` (eight facts), `multiquery` (a fact per 16 tokens, at most 96), the last two with
-            four questions; or of SHORT, whose rows have SHORT_LENGTH tokens whatever the length.
+        kind: of LONG: `single` (one fact in text), `multikey` (eight facts), `multiquery` (a fact per 16 tokens, at
+            most 96), the last two with four questions; or of SHORT, whose rows have SHORT_LENGTH tokens whatever the
+            length.
         length: L tokens of a row, questions and answers included.
     Returns:
-        {"input_ids": [n, L] long, "answer_at": [n, q] places whose next token is the answer, "answers": [n, q], "depth": [n, q] tokens from the
-        fact's value to its question, 0 for short kinds}
+        {"input_ids": [n, L] long, "answer_at": [n, q] places whose next token is the answer, "answers": [n, q],
+        "depth": [n, q] tokens from the fact's value to its question, 0 for short kinds}
     Raises:
         DataError: no such kind, or a length that the kind does not fit in.
     """
     if kind not in (*LONG, *SHORT) or (kind in LONG and length < 48):
-        raise DataError(f"kind={kind!r}, length={length}: expected one of {', '.join((*LONG, *SHORT))}, and at least 48 tokens for {', '.join(LONG)}")
+        raise DataError(
+            f"kind={kind!r}, length={length}: expected one of {', '.join((*LONG, *SHORT))}, and at least 48 tokens for {', '.join(LONG)}"
+        )
     rng = np.random.default_rng([seed, length, 2, (*LONG, *SHORT).index(kind)])
     made = [long_test(rng, kind, length) if kind in LONG else short_test(rng, kind) for _ in range(count)]
-    return {name: torch.tensor([row[j] for row in made]) for j, name in enumerate(("input_ids", "answer_at", "answers", "depth"))}
+    return {
+        name: torch.tensor([row[j] for row in made])
+        for j, name in enumerate(("input_ids", "answer_at", "answers", "depth"))
+    }
 
 
 def long_test(rng, kind, length):
-    facts, asked = {"single": (1, 1), "multikey": (8, 4), "multiquery": (min(96, length // 16), min(4, length // 16))}[kind]
+    facts, asked = {"single": (1, 1), "multikey": (8, 4), "multiquery": (min(96, length // 16), min(4, length // 16))}[
+        kind
+    ]
     body = length - 1 - 3 * asked  # tokens between BOS and the first question
     keys = (rng.permutation(len(KEYS))[:facts] + KEYS[0]).tolist()
     values = (rng.integers(len(VALUES), size=facts) + VALUES[0]).tolist()

@@ -1,6 +1,8 @@
-"""Judging one student: recall by length and distance with coverage and bytes beside it, short tasks, perplexity, the cache against one pass.
+"""Judging one student: recall by length and distance with coverage and bytes beside it, short tasks, perplexity, the
+cache against one pass.
 
-Dims: n rows, L tokens, q answers per row, W window, S sinks. Every answer is one token: a score is the share of argmax hits in one forward pass.
+Dims: n rows, L tokens, q answers per row, W window, S sinks. Every answer is one token: a score is the share of argmax
+hits in one forward pass.
 """
 
 import math
@@ -39,7 +41,9 @@ def hits_of(model, test, batch_tokens):
 
 
 def seen_by(model, window, sinks):
-    """`(window, sinks)` of the student's own hybrid layers, the largest; (0, 0) for one without attention; those given for a teacher."""
+    """`(window, sinks)` of the student's own hybrid layers, the largest; (0, 0) for one without attention; those given
+    for a teacher.
+    """
     config, branches = model.config, getattr(model.config, "mixer_branches", "both")
     if config.model_type == "distil_xlstm" or branches == "memory":
         return 0, 0
@@ -50,14 +54,18 @@ def seen_by(model, window, sinks):
 
 
 def distances(hits, depth, window):
-    """Accuracy by distance from fact to question, in octaves of the window: [{"from", "to" (tokens), "answers", "accuracy"}]."""
+    """Accuracy by distance from fact to question, in octaves of the window: [{"from", "to" (tokens), "answers",
+    "accuracy"}].
+    """
     edges, found = [0, window], []
     while edges[-1] <= int(depth.max()):
         edges.append(2 * edges[-1])
     for low, high in zip(edges, edges[1:], strict=False):
         inside = (depth >= low) & (depth < high)
         if inside.any():
-            found.append({"from": low, "to": high, "answers": int(inside.sum()), "accuracy": hits[inside].double().mean().item()})
+            found.append(
+                {"from": low, "to": high, "answers": int(inside.sum()), "accuracy": hits[inside].double().mean().item()}
+            )
     return found
 
 
@@ -69,8 +77,9 @@ def recall_cell(hits, depth, length, seen, window):
         seen: `seen_by` of the student.
         window: W of the arena, the same for every arm.
     Returns:
-        {"accuracy", "rows": mean hits of each row, "n": answers, "coverage": c = (W + S) / L, "excess": (accuracy - c) / (1 - c), "beyond": accuracy
-        on the answers whose fact is at least W of the arena away from its question, None where there are none, "beyond_n", "by_distance"}
+        {"accuracy", "rows": mean hits of each row, "n": answers, "coverage": c = (W + S) / L, "excess": (accuracy - c)
+        / (1 - c), "beyond": accuracy on the answers whose fact is at least W of the arena away from its question, None
+        where there are none, "beyond_n", "by_distance"}
     """
     accuracy, c = hits.double().mean().item(), coverage(length, *seen)
     far = depth >= window
@@ -88,7 +97,9 @@ def recall_cell(hits, depth, length, seen, window):
 
 @torch.inference_mode()
 def bytes_at(model, lengths):
-    """{length: bytes that the cache of one sequence keeps alive after so many tokens}; {} for a model that refuses a cache."""
+    """{length: bytes that the cache of one sequence keeps alive after so many tokens}; {} for a model that refuses a
+    cache.
+    """
     found = {}
     for length in lengths:
         try:
@@ -106,8 +117,8 @@ def cached_check(model, length, batch_tokens, seed=0):
     """Whether reading in pieces and then one token at a time gives the logits of one pass.
 
     Returns:
-        {"answers", "same": share of answers with the same argmax, "error": largest difference of logits as a share of their scale, "passed"}, or
-        {"refused": why} for a model without a cache.
+        {"answers", "same": share of answers with the same argmax, "error": largest difference of logits as a share of
+        their scale, "passed"}, or {"refused": why} for a model without a cache.
     """
     test = data.tests("multikey", length, CACHED_ROWS, seed)
     ids, at = test["input_ids"].to(model.device), test["answer_at"]
@@ -115,7 +126,8 @@ def cached_check(model, length, batch_tokens, seed=0):
     try:
         cache = prefill(model, ids[:, :begin], cache=DynamicCache(config=model.config), piece=CACHED_PIECE)
         steps = [
-            model(input_ids=ids[:, t : t + 1], **named(cache), use_cache=True).logits[:, -1].float().cpu() for t in range(begin, ids.shape[1])
+            model(input_ids=ids[:, t : t + 1], **named(cache), use_cache=True).logits[:, -1].float().cpu()
+            for t in range(begin, ids.shape[1])
         ]
     except CacheError as reason:
         return {"refused": str(reason)}
@@ -135,8 +147,8 @@ def judge(model, evaluate, seed, window, sinks, cached=True):
         window, sinks: W and S of the arena.
         cached: whether bytes and the cache's check are wanted.
     Returns:
-        {"recall": {kind: {length: `recall_cell`}}, "short": {task: accuracy}, "short_rows": {task: [hits per row]}, "perplexity", "cache_bytes",
-        "cached"}
+        {"recall": {kind: {length: `recall_cell`}}, "short": {task: accuracy}, "short_rows": {task: [hits per row]},
+        "perplexity", "cache_bytes", "cached"}
     """
     seen, tokens = seen_by(model, window, sinks), evaluate["batch_tokens"]
     result = {"recall": {}, "short": {}, "short_rows": {}}
@@ -145,12 +157,19 @@ def judge(model, evaluate, seed, window, sinks, cached=True):
         for length in evaluate["lengths"]:
             rows = min(evaluate["rows"], max(LEAST_ROWS, evaluate["tokens"] // length))
             test = data.tests(kind, length, rows, seed)
-            result["recall"][kind][str(length)] = recall_cell(hits_of(model, test, tokens), test["depth"], length, seen, window)
+            result["recall"][kind][str(length)] = recall_cell(
+                hits_of(model, test, tokens), test["depth"], length, seen, window
+            )
     for kind in data.SHORT:
         hits = hits_of(model, data.tests(kind, data.SHORT_LENGTH, evaluate["short_rows"], seed), tokens).double()
-        result["short"][kind], result["short_rows"][kind] = hits.mean().item(), [round(x, 4) for x in hits.mean(1).tolist()]
+        result["short"][kind], result["short_rows"][kind] = (
+            hits.mean().item(),
+            [round(x, 4) for x in hits.mean(1).tolist()],
+        )
     rows = data.rows(seed, TEXT_LENGTH, evaluate["text_rows"], recall_share=0.0)
-    found = perplexity(model, [(row["input_ids"], row["labels"]) for row in rows], batch_size=max(1, tokens // TEXT_LENGTH))
+    found = perplexity(
+        model, [(row["input_ids"], row["labels"]) for row in rows], batch_size=max(1, tokens // TEXT_LENGTH)
+    )
     result["perplexity"] = found if math.isfinite(found) else None
     if cached:
         result["cache_bytes"] = bytes_at(model, evaluate["lengths"])

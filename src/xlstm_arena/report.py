@@ -60,16 +60,42 @@ def first_teacher(summary):
 def show_main(summary, teacher):
     W, at = summary["window"], [length for length in (8, 16, 64) if length * summary["window"] in summary["lengths"]]
     last = str(summary["lengths"][-1])
-    head = ["arm", "seeds", "C_0", "α*", "short", *(f"{kind} {n} W (excess)" for kind in KINDS for n in at[1:2] or at[:1]),
-            f"cache at {in_windows(int(last), W)}", "M tokens", "CPU min", "CPU / reference's", "perplexity"]  # fmt: skip
+    head = [
+        "arm",
+        "seeds",
+        "C_0",
+        "α*",
+        "short",
+        *(f"{kind} {n} W (excess)" for kind in KINDS for n in at[1:2] or at[:1]),
+        f"cache at {in_windows(int(last), W)}",
+        "M tokens",
+        "CPU min",
+        "CPU / reference's",
+        "perplexity",
+    ]
     table = [head]
-    usual = next((mean(row["cpu_seconds"]) for row in main_rows(summary, teacher) if row["name"] == summary["reference"]), None)
+    usual = next(
+        (mean(row["cpu_seconds"]) for row in main_rows(summary, teacher) if row["name"] == summary["reference"]), None
+    )
     for row in main_rows(summary, teacher):
         cells = [row["recall"][kind][str(n * W)] for kind in KINDS for n in at[1:2] or at[:1]]
-        cost = [scaled(row[key], by) for key, by in (("tokens", 1e6), ("cpu_seconds", 60), ("cpu_seconds", usual or math.inf))]
-        table.append([row["name"], len(row["seeds"]), share(row.get("c_0")), share(row.get("alpha_star"), 3), with_interval(row["short"], 3),
-                      *(f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})" for c in cells), size(row["cache_bytes"].get(last)),
-                      *(cost if row["row"] == MAIN and row["name"] != TEACHER else [NONE] * 3), share(mean(row["perplexity"]), 3)])  # fmt: skip
+        cost = [
+            scaled(row[key], by)
+            for key, by in (("tokens", 1e6), ("cpu_seconds", 60), ("cpu_seconds", usual or math.inf))
+        ]
+        table.append(
+            [
+                row["name"],
+                len(row["seeds"]),
+                share(row.get("c_0")),
+                share(row.get("alpha_star"), 3),
+                with_interval(row["short"], 3),
+                *(f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})" for c in cells),
+                size(row["cache_bytes"].get(last)),
+                *(cost if row["row"] == MAIN and row["name"] != TEACHER else [NONE] * 3),
+                share(mean(row["perplexity"]), 3),
+            ]
+        )
     return markdown_table(table)
 
 
@@ -91,13 +117,19 @@ def show_accuracy(summary, teacher, kind):
     covered = [share(min(1.0, (summary["window"] + summary["sinks"]) / length)) for length in summary["lengths"]]
     cell = lambda c: f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})"  # noqa: E731
     table = [length_head(summary), ["(coverage c of W + sinks)", *covered]]
-    table += [[row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
+    table += [
+        [row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])]
+        for row in main_rows(summary, teacher)
+    ]
     return f"**{kind}: accuracy ± interval (excess)**\n\n{markdown_table(table)}"
 
 
 def show_cache(summary, teacher):
     table = [length_head(summary)]
-    table += [[row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])] for row in main_rows(summary, teacher)]
+    table += [
+        [row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])]
+        for row in main_rows(summary, teacher)
+    ]
     return f"**Cache of one sequence**\n\n{markdown_table(table)}"
 
 
@@ -106,8 +138,14 @@ def show_recall(summary, teacher):
     parts, head = [], length_head(summary)
     rows = main_rows(summary, teacher)
     for kind in KINDS:
-        beyond = [[row["name"], *(share(mean(row["recall"][kind][str(n)]["beyond"])) for n in summary["lengths"])] for row in rows]
-        parts += [show_accuracy(summary, teacher, kind), f"**{kind}: accuracy on facts beyond the window**\n\n{markdown_table([head, *beyond])}"]
+        beyond = [
+            [row["name"], *(share(mean(row["recall"][kind][str(n)]["beyond"])) for n in summary["lengths"])]
+            for row in rows
+        ]
+        parts += [
+            show_accuracy(summary, teacher, kind),
+            f"**{kind}: accuracy on facts beyond the window**\n\n{markdown_table([head, *beyond])}",
+        ]
     parts.append(show_cache(summary, teacher))
     tasks = list(rows[0]["tasks"])
     table = [["arm", *tasks], *([row["name"], *(with_interval(row["tasks"][t], 3) for t in tasks)] for row in rows)]
@@ -126,36 +164,61 @@ def show_branches(summary, teacher):
         for row in rows:
             found = {(p["from"], p["to"]): p["accuracy"] for p in row["by_distance"][kind]}
             table.append([row["name"], *(share(found.get(span)) for span in spans)])
-        parts.append(f"**{kind}: accuracy by distance from fact to question, tokens, all lengths and seeds together**\n\n{markdown_table(table)}")
+        parts.append(
+            f"**{kind}: accuracy by distance from fact to question, tokens, all lengths and seeds together**\n\n{markdown_table(table)}"
+        )
     return "\n\n".join(parts)
 
 
 def show_levers(summary, teacher):
     table = [["arm", "single, excess gained", "multikey, excess gained", "worth a GPU"]]
     for lever in (e for e in summary["levers"] if e["teacher"] == teacher):
-        table.append([lever["name"], with_interval(lever["single"]), with_interval(lever["multikey"]), "yes" if lever["worth_a_gpu"] else "no"])
+        table.append(
+            [
+                lever["name"],
+                with_interval(lever["single"]),
+                with_interval(lever["multikey"]),
+                "yes" if lever["worth_a_gpu"] else "no",
+            ]
+        )
     return markdown_table(table) if len(table) > 1 else "Nothing to compare yet."
 
 
 def show_goals(summary, teacher):
     """Both goals; of the arms that miss one, only the nearest are named."""
-    texts = {"constant": "Constant memory: single ≥ .95 at 32 W within 2x the bytes of the reference, and C_0 ≥ .5.",
-             "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, C_0 ≥ .5."}  # fmt: skip
+    texts = {
+        "constant": "Constant memory: single ≥ .95 at 32 W within 2x the bytes of the reference, and C_0 ≥ .5.",
+        "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, C_0 ≥ .5.",
+    }
     parts = []
     for goal, text in texts.items():
         found = [g for g in summary["goals"] if g["goal"] == goal and g["teacher"] == teacher]
         met = [g["name"] for g in found if g["met"]]
         more = ["multikey / teacher's"] if goal == "growing" else []
-        table = [["arm", "single", *more, "bytes / reference's" if goal == "constant" else "bytes / teacher's", "C_0", "met"]]
+        table = [
+            ["arm", "single", *more, "bytes / reference's" if goal == "constant" else "bytes / teacher's", "C_0", "met"]
+        ]
         for g in sorted(found, key=lambda g: (-g["met"], -g["single"]))[:8]:
             more = [share(g["multikey"])] if goal == "growing" else []
-            table.append([g["name"], share(g["single"]), *more, f"{g['bytes']:.3f}", share(g["c_0"]), "yes" if g["met"] else "no"])
+            table.append(
+                [
+                    g["name"],
+                    share(g["single"]),
+                    *more,
+                    f"{g['bytes']:.3f}",
+                    share(g["c_0"]),
+                    "yes" if g["met"] else "no",
+                ]
+            )
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
         shape = summary["teachers"][teacher]["shape"]
         one = 1 / (shape["layers"] * shape["groups"])
         if goal == "growing" and one > 0.05:
             outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
-        parts.append(f"{text} **{outcome}**" + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""))
+        parts.append(
+            f"{text} **{outcome}**"
+            + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else "")
+        )
     return "\n\n".join(parts)
 
 
@@ -163,7 +226,18 @@ def show_orderings(summary):
     """Every ordering on the first teacher, on the others those that were run."""
     table = [["published", "source", "teacher", "measure", "better", "worse", "difference", "here"]]
     for e in (e for e in summary["orderings"] if e["difference"] is not None or e["teacher"] == first_teacher(summary)):
-        table.append([e["claim"], e["source"], e["teacher"], e["measure"], e["better"], e["worse"], with_interval(e["difference"], 3), e["verdict"]])
+        table.append(
+            [
+                e["claim"],
+                e["source"],
+                e["teacher"],
+                e["measure"],
+                e["better"],
+                e["worse"],
+                with_interval(e["difference"], 3),
+                e["verdict"],
+            ]
+        )
     return markdown_table(table) if len(table) > 1 else "No results yet."
 
 
@@ -173,11 +247,15 @@ def show_missing(summary):
     for teacher, content in summary["teachers"].items():
         ran = [row["name"] for row in content["rows"] if row["row"] == MAIN]
         if len(content["missing"]) > 2 * len(ran):
-            lines.append(f"- {teacher}: runnable, not run: all {len(content['missing'])} but {', '.join(ran) or 'none'}")
+            lines.append(
+                f"- {teacher}: runnable, not run: all {len(content['missing'])} but {', '.join(ran) or 'none'}"
+            )
         elif content["missing"]:
             lines.append(f"- {teacher}: runnable, not run: {', '.join(content['missing'])}")
         if content["stale"]:
-            lines.append(f"- {teacher}: made from other settings than the present ones, left out: {', '.join(content['stale'])}")
+            lines.append(
+                f"- {teacher}: made from other settings than the present ones, left out: {', '.join(content['stale'])}"
+            )
         lines += [f"- {job}: failed: {error}" for job, error in content["failed"].items()]
     return "\n".join(lines) or "Nothing: every arm has results on every teacher."
 
@@ -199,7 +277,8 @@ def others_of(summary, teacher):
 
 
 def show_others(summary, teacher, shown):
-    """For every other teacher that has results what the first one's sections show at length: main table, recall, caches, goals.
+    """For every other teacher that has results what the first one's sections show at length: main table, recall,
+    caches, goals.
 
     Args:
         shown: gives the pictures of some names.
@@ -208,7 +287,15 @@ def show_others(summary, teacher, shown):
     for name in others_of(summary, teacher):
         shape, recall = summary["teachers"][name]["shape"], [show_accuracy(summary, name, kind) for kind in KINDS]
         drawn = shown([f"{name}_{what}.png" for what in (*KINDS[:2], "front")])
-        parts += [f"### {name}", shown_shape(shape), show_main(summary, name), drawn, *recall, show_cache(summary, name), show_goals(summary, name)]
+        parts += [
+            f"### {name}",
+            shown_shape(shape),
+            show_main(summary, name),
+            drawn,
+            *recall,
+            show_cache(summary, name),
+            show_goals(summary, name),
+        ]
     return "\n\n".join(parts) or "No arm has been run on another teacher yet."
 
 
@@ -228,7 +315,10 @@ def show_setting(summary, teacher):
     lines.append(f"- Tests: {', '.join(f'{k} {v}' for k, v in setting['evaluate'].items())}")
     if judge:
         worst = {kind: min((accuracy(judge, kind, str(n)), n) for n in summary["lengths"]) for kind in KINDS}
-        lines.append("- The teacher's own recall, at its worst length: " + ", ".join(f"{k} {share(a, 3)} (L = {n})" for k, (a, n) in worst.items()))
+        lines.append(
+            "- The teacher's own recall, at its worst length: "
+            + ", ".join(f"{k} {share(a, 3)} (L = {n})" for k, (a, n) in worst.items())
+        )
     return "\n".join(lines)
 
 
@@ -236,9 +326,16 @@ def show_setting(summary, teacher):
 
 
 COLOURS = {  # of the arms that have one; all others are grey
-    TEACHER: MEANING["teacher"], "hybrid": MEANING["student"], "mlstm": MEANING["memory"], "wide": MEANING["wide"], "kept-1": MEANING["kept"],
-    "kept-ranked": MEANING["kept"], "no-align": MEANING["unaligned"], "hybrid/memory": MEANING["memory"], "hybrid/window": MEANING["window"],
-}  # fmt: skip
+    TEACHER: MEANING["teacher"],
+    "hybrid": MEANING["student"],
+    "mlstm": MEANING["memory"],
+    "wide": MEANING["wide"],
+    "kept-1": MEANING["kept"],
+    "kept-ranked": MEANING["kept"],
+    "no-align": MEANING["unaligned"],
+    "hybrid/memory": MEANING["memory"],
+    "hybrid/window": MEANING["window"],
+}
 
 
 def coloured(names):
@@ -251,15 +348,26 @@ def coloured(names):
 
 
 def draw_curves(summary, teacher, kind):
-    """Accuracy against length: a line per arm of the first tier, those of `COLOURS` with their names, over the coverage."""
-    W, lengths, rows = summary["window"], summary["lengths"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1]
+    """Accuracy against length: a line per arm of the first tier, those of `COLOURS` with their names, over the
+    coverage.
+    """
+    W, lengths, rows = (
+        summary["window"],
+        summary["lengths"],
+        [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1],
+    )
     colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
     made, (axes,) = figure(width=7, height=4.2)
     x, ends = [n / W for n in lengths], []
     axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#ebebeb", zorder=0)
     axes.annotate("coverage", (x[0], 0.03), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=9)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="length of the context, windows", ylabel="accuracy", ylim=(-0.03, 1.04), title=f"Recall against length: {kind}")
+    axes.set(
+        xlabel="length of the context, windows",
+        ylabel="accuracy",
+        ylim=(-0.03, 1.04),
+        title=f"Recall against length: {kind}",
+    )
     axes.set_xticks(x, [f"{n:g}" for n in x])
     axes.set_xlim(x[0] / 1.1, x[-1])
     for row in rows:
@@ -271,8 +379,18 @@ def draw_curves(summary, teacher, kind):
             axes.plot(x, heights, "o", color=colour, markersize=3.5, zorder=3, clip_on=False)
         if colour and cells[0]["over"] == "seeds":
             low, high = ([min(max(c[side], 0), 1) for c in cells] for side in ("low", "high"))
-            axes.vlines([a * 1.012 ** (len(ends) - 1 - len(colours) / 2) for a in x], low, high, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
-    if others := [row["recall"][kind][str(lengths[-1])]["accuracy"]["mean"] for row in rows if row["name"] not in colours]:
+            axes.vlines(
+                [a * 1.012 ** (len(ends) - 1 - len(colours) / 2) for a in x],
+                low,
+                high,
+                color=colour,
+                alpha=0.4,
+                linewidth=1.2,
+                zorder=2,
+            )
+    if others := [
+        row["recall"][kind][str(lengths[-1])]["accuracy"]["mean"] for row in rows if row["name"] not in colours
+    ]:
         ends.append((sum(others) / len(others), f"{len(others)} more arms", GREY))
     label_ends(axes, ends)
     return made
@@ -295,18 +413,23 @@ def dot(axes, x, y, name, colour, beside=True):
 
 
 def draw_front(summary, teacher, length):
-    """Recall against bytes with the Pareto front, single above multikey; what is on the front or in `COLOURS` has a name."""
+    """Recall against bytes with the Pareto front, single above multikey; what is on the front or in `COLOURS` has a
+    name.
+    """
     made, panels = figure(rows=2, width=7, height=7.4)
     for axes, kind in zip(panels, ("single", "multikey"), strict=True):
         points = points_of(summary, teacher, kind, length)
         front, colours = pareto(points), coloured(name for name, *_ in points if name in COLOURS)
         line = sorted((b, a) for name, b, a in points if name in front)
-        axes.plot([b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=2)
+        axes.plot(
+            [b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=2
+        )
         c, named = min(1, (summary["window"] + summary["sinks"]) / length), set()
         for name, b, a in points:
             colour = colours.get(name) or (INK if name in front and (b, a) not in named else None)
             named |= {(b, a)} if name in front else set()
-            dot(axes, b, a, name, colour, beside=name in front or a > c + 0.1)  # what lies on the floor is in the tables
+            # what lies on the floor is in the tables
+            dot(axes, b, a, name, colour, beside=name in front or a > c + 0.1)
         axes.axhline(c, color=GREY, linewidth=1, linestyle=":")
         axes.set_xscale("log")
         axes.margins(x=0.12)
@@ -318,7 +441,11 @@ def draw_front(summary, teacher, length):
 def draw_cost(summary, teacher):
     """The second view: what training cost against what came of it, short tasks above multikey at 16 W."""
     length, made = 16 * summary["window"], None
-    rows = [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None]
+    rows = [
+        r
+        for r in main_rows(summary, teacher)
+        if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None
+    ]
     if length in summary["lengths"] and rows:
         made, panels = figure(rows=2, width=7, height=6.4)
         colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
@@ -328,7 +455,14 @@ def draw_cost(summary, teacher):
         }
         for axes, (title, value) in zip(panels, marks.items(), strict=True):
             for row in rows:
-                dot(axes, row["cpu_seconds"]["mean"] / 60, value(row), row["name"], colours.get(row["name"]), beside=title != "short")
+                dot(
+                    axes,
+                    row["cpu_seconds"]["mean"] / 60,
+                    value(row),
+                    row["name"],
+                    colours.get(row["name"]),
+                    beside=title != "short",
+                )
             axes.margins(x=0.12)
             axes.set(ylabel="accuracy", title=title)
         panels[-1].set_xlabel("CPU minutes of training")
@@ -345,12 +479,26 @@ def draw_distances(summary, teacher):
     for axes, kind in zip(panels, KINDS, strict=True):
         for row in rows:
             parts = row["by_distance"][kind]
-            axes.plot([math.sqrt(max(p["from"], 8) * p["to"]) for p in parts], [p["accuracy"] for p in parts], "o-", color=colours[row["name"]])
+            axes.plot(
+                [math.sqrt(max(p["from"], 8) * p["to"]) for p in parts],
+                [p["accuracy"] for p in parts],
+                "o-",
+                color=colours[row["name"]],
+            )
         axes.axvline(summary["window"], color=GREY, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(ylabel="accuracy", ylim=(-0.03, 1.04), title=kind, xlim=(axes.get_xlim()[0], max(max(line.get_xdata()) for line in axes.lines)))
-        label_ends(axes, [(row["by_distance"][kind][-1]["accuracy"], row["name"], colours[row["name"]]) for row in rows], gap=0.11)
+        axes.set(
+            ylabel="accuracy",
+            ylim=(-0.03, 1.04),
+            title=kind,
+            xlim=(axes.get_xlim()[0], max(max(line.get_xdata()) for line in axes.lines)),
+        )
+        label_ends(
+            axes,
+            [(row["by_distance"][kind][-1]["accuracy"], row["name"], colours[row["name"]]) for row in rows],
+            gap=0.11,
+        )
     panels[-1].set_xlabel("distance from fact to question, tokens (line: the window)")
     return made
 
@@ -362,11 +510,17 @@ def pictures(summary, teacher):
     for kind in KINDS:
         draw = lambda s, kind=kind: draw_curves(s, teacher, kind)  # noqa: E731
         found[f"{kind}.png"] = (draw, f"Recall against length, {kind}; grey area: the coverage.")
-    found["branches.png"] = (lambda s: draw_distances(s, teacher), "Accuracy by distance with one branch at a time; the line is the window.")
+    found["branches.png"] = (
+        lambda s: draw_distances(s, teacher),
+        "Accuracy by distance with one branch at a time; the line is the window.",
+    )
     found["cost.png"] = (lambda s: draw_cost(s, teacher), "Short tasks and multikey against CPU minutes of training.")
     for n in (16, 32, 64):
         if n * W in lengths:
-            found[f"front_{n}w.png"] = (lambda s, n=n: draw_front(s, teacher, n * W), f"Recall against bytes at {n} W, and the Pareto front.")
+            found[f"front_{n}w.png"] = (
+                lambda s, n=n: draw_front(s, teacher, n * W),
+                f"Recall against bytes at {n} W, and the Pareto front.",
+            )
     for name in others_of(summary, teacher):
         for kind in KINDS[:2]:
             draw = lambda s, name=name, kind=kind: draw_curves(s, name, kind)  # noqa: E731
@@ -392,12 +546,23 @@ def markdown(summary, drawn):
     if teacher is None:
         return f"# The arena\n\n{again}\n\nNo results yet.\n\n{show_missing(summary)}\n"
     fronts = [name for name in drawn if name.startswith("front_")]
-    parts = {"generated": again, "setting": show_setting(summary, teacher), "window": summary["window"], "main_table": show_main(summary, teacher),
-             "cached": show_cached(summary, teacher), "cost": shown(["cost.png"]),
-             "curves": shown([f"{k}.png" for k in KINDS]), "recall_tables": show_recall(summary, teacher),
-             "branches": "\n\n".join(p for p in (shown(["branches.png"]), show_branches(summary, teacher)) if p), "front": shown(fronts),
-             "levers": show_levers(summary, teacher), "goals": show_goals(summary, teacher), "orderings": show_orderings(summary),
-             "others": show_others(summary, teacher, shown), "missing": show_missing(summary)}  # fmt: skip
+    parts = {
+        "generated": again,
+        "setting": show_setting(summary, teacher),
+        "window": summary["window"],
+        "main_table": show_main(summary, teacher),
+        "cached": show_cached(summary, teacher),
+        "cost": shown(["cost.png"]),
+        "curves": shown([f"{k}.png" for k in KINDS]),
+        "recall_tables": show_recall(summary, teacher),
+        "branches": "\n\n".join(p for p in (shown(["branches.png"]), show_branches(summary, teacher)) if p),
+        "front": shown(fronts),
+        "levers": show_levers(summary, teacher),
+        "goals": show_goals(summary, teacher),
+        "orderings": show_orderings(summary),
+        "others": show_others(summary, teacher, shown),
+        "missing": show_missing(summary),
+    }
     return template.substitute(parts)
 
 

@@ -1,4 +1,5 @@
-"""The arena's command: every (teacher, arm, seed) is a job that leaves one JSON; started again, it goes on with what is missing.
+"""The arena's command: every (teacher, arm, seed) is a job that leaves one JSON; started again, it goes on with what is
+missing.
 
 OUT/results/TEACHER/ARM/SEED.json     what was measured, or why it failed, with fingerprints of what it was made from
 OUT/students/TEACHER/ARM/SEED/        the student, so that it is judged anew without training, and arms that start from it find it
@@ -78,12 +79,17 @@ def language():
 
 
 def fingerprints(arena, job):
-    """`{"training", "evaluation"}`: what the student, and what its figures depend on. A `resolved` arm is never empty, so a teacher has its own."""
+    """`{"training", "evaluation"}`: what the student, and what its figures depend on. A `resolved` arm is never empty,
+    so a teacher has its own.
+    """
     from xlstm_arena.students import teacher_digest
 
     arm = arm_of(arena, job.arm)
     training = hashed([arena.resolved(arm), job.seed, teacher_digest(arena.teacher_dir(job.teacher)), language()])
-    return {"training": training, "evaluation": hashed([training, arena.evaluate, arm.evaluate, arena.window, arena.sinks])}
+    return {
+        "training": training,
+        "evaluation": hashed([training, arena.evaluate, arm.evaluate, arena.window, arena.sinks]),
+    }
 
 
 def read_result(path):
@@ -103,22 +109,30 @@ def read_result(path):
 
 
 def status_of(arena, job):
-    """`(DONE, FAILED, STALE or MISSING, its result)`; stale: made from other settings, data or another teacher, or with bytes that are wrong."""
+    """`(DONE, FAILED, STALE or MISSING, its result)`; stale: made from other settings, data or another teacher, or with
+    bytes that are wrong.
+    """
     found = read_result(job.result)
     if found is None:
         return MISSING, None
-    same = found.get("fingerprints") == fingerprints(arena, job) and (found["status"] == FAILED or right_bytes(job, found))
+    same = found.get("fingerprints") == fingerprints(arena, job) and (
+        found["status"] == FAILED or right_bytes(job, found)
+    )
     return (found["status"] if same else STALE), found
 
 
 def right_bytes(job, found):
-    """Whether the bytes of a result are what the student's config says of its cache: a count that has missed a part is not believed."""
+    """Whether the bytes of a result are what the student's config says of its cache: a count that has missed a part is
+    not believed.
+    """
     if not (job.student / "config.json").is_file():
         return True
     config, counted = AutoConfig.from_pretrained(job.student), found["rows"]["main"]["cache_bytes"]
     if config.model_type != "xlstm_hybrid":
         return True
-    return all(sum(cache_bytes(config, int(length), torch.float32).values()) == count for length, count in counted.items())
+    return all(
+        sum(cache_bytes(config, int(length), torch.float32).values()) == count for length, count in counted.items()
+    )
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------
@@ -137,16 +151,26 @@ def choose_jobs(arena, out, only=None, seeds=None, tier=None, teachers=None):
     wanted, names = list(only or arena.arms), list(teachers or list(arena.teachers)[:1])
     for what, given, known in (("arm", wanted, {**arena.arms, TEACHER: None}), ("teacher", names, arena.teachers)):
         if unknown := [n for n in given if n not in known]:
-            raise ConfigError(f"{arena.path.name} has no {what} {', '.join(unknown)}: expected some of {', '.join(known)}")
+            raise ConfigError(
+                f"{arena.path.name} has no {what} {', '.join(unknown)}: expected some of {', '.join(known)}"
+            )
     if tier is not None and not only:
         wanted = [n for n in wanted if arena.arms[n].tier <= tier]
     if odd := [n for n in only or () if not any(arm_of(arena, n).fits(t) for t in names)]:
-        raise ConfigError(f"{arena.path.name}: {', '.join(odd)} made for other teachers than {', '.join(names)}: see `teachers` of the arm")
+        raise ConfigError(
+            f"{arena.path.name}: {', '.join(odd)} made for other teachers than {', '.join(names)}: see `teachers` of the arm"
+        )
     arms = {TEACHER: None}
     for name in wanted:
         for each in reversed(list(line_of(arena, name))):
             arms[each] = None
-    return [Job(t, a, s, Path(out)) for s in (arena.seeds if seeds is None else seeds) for t in names for a in arms if arm_of(arena, a).fits(t)]
+    return [
+        Job(t, a, s, Path(out))
+        for s in (arena.seeds if seeds is None else seeds)
+        for t in names
+        for a in arms
+        if arm_of(arena, a).fits(t)
+    ]
 
 
 def line_of(arena, name):
@@ -179,15 +203,28 @@ def check_settings(arena, arms):
 
 
 def work(arena, job, progress=print):
-    """Train, unless the student is there, judge, and write the result; a failure is a result as well. Returns the result."""
+    """Train, unless the student is there, judge, and write the result; a failure is a result as well. Returns the
+    result.
+    """
 
     def say(text):
         progress(f"{job}: {text}")
 
     begin, arm, marks = time.time(), arm_of(arena, job.arm), fingerprints(arena, job)
-    result = {"format_version": FORMAT_VERSION, "status": DONE, "teacher": job.teacher, "arm": job.arm, "seed": job.seed, "about": arm.about,
-              "tier": arm.tier, "fingerprints": marks, "settings": arena.resolved(arm), "window": arena.window, "sinks": arena.sinks,
-              "evaluate": {**arena.evaluate, "rows_of_results": arm.evaluate}}  # fmt: skip
+    result = {
+        "format_version": FORMAT_VERSION,
+        "status": DONE,
+        "teacher": job.teacher,
+        "arm": job.arm,
+        "seed": job.seed,
+        "about": arm.about,
+        "tier": arm.tier,
+        "fingerprints": marks,
+        "settings": arena.resolved(arm),
+        "window": arena.window,
+        "sinks": arena.sinks,
+        "evaluate": {**arena.evaluate, "rows_of_results": arm.evaluate},
+    }
     try:
         result["facts"] = trained(arena, job, marks["training"], say)
         result["rows"] = judged(arena, job, say)
@@ -206,10 +243,21 @@ def work(arena, job, progress=print):
 def summary_line(result):
     """The figures of a result that one wants to see go by."""
     main = result["rows"]["main"]
-    recall = {kind: " ".join(f"{cell['accuracy']:.2f}" for cell in cells.values()) for kind, cells in main["recall"].items()}
-    parts = [*(f"{kind} {text}" for kind, text in recall.items()), f"short {sum(main['short'].values()) / len(main['short']):.3f}"]
+    recall = {
+        kind: " ".join(f"{cell['accuracy']:.2f}" for cell in cells.values()) for kind, cells in main["recall"].items()
+    }
+    parts = [
+        *(f"{kind} {text}" for kind, text in recall.items()),
+        f"short {sum(main['short'].values()) / len(main['short']):.3f}",
+    ]
     check = main["cached"]
-    cached = "no cache" if "refused" in check else "cache exact" if check["passed"] else f"CACHE DIFFERS by {check['error']:.2g}"
+    cached = (
+        "no cache"
+        if "refused" in check
+        else "cache exact"
+        if check["passed"]
+        else f"CACHE DIFFERS by {check['error']:.2g}"
+    )
     return "; ".join([*parts, cached, f"{result['seconds']:.0f} s"])
 
 
@@ -272,7 +320,10 @@ def run(arena, jobs, *, workers=2, minutes=None, redo=False, progress=print):
     states = {job: status_of(arena, job)[0] for job in jobs}
     todo = [job for job, state in states.items() if state in (MISSING, FAILED) or (redo and state == STALE)]
     kept, stale = sum(s == DONE for s in states.values()), sum(s == STALE for s in states.values())
-    progress(f"{len(jobs)} jobs: {kept} kept, {len(todo)} to do" + (f", {stale} made from other settings (--redo makes them again)" if stale else ""))
+    progress(
+        f"{len(jobs)} jobs: {kept} kept, {len(todo)} to do"
+        + (f", {stale} made from other settings (--redo makes them again)" if stale else "")
+    )
     deadline = None if minutes is None else time.time() + 60 * minutes
     with environment(workers):
         Crew(arena, states, todo, workers, deadline, progress).go()
@@ -293,17 +344,28 @@ def environment(workers):
 
 
 class Crew:
-    """Worker processes and what they still have to do. A job waits until the arm that it starts from is done, and fails if that one has failed."""
+    """Worker processes and what they still have to do. A job waits until the arm that it starts from is done, and fails
+    if that one has failed.
+    """
 
     def __init__(self, arena, states, todo, workers, deadline, progress):
-        self.arena, self.states, self.todo, self.workers, self.deadline, self.progress = arena, dict(states), list(todo), workers, deadline, progress
+        self.arena, self.states, self.todo, self.workers, self.deadline, self.progress = (
+            arena,
+            dict(states),
+            list(todo),
+            workers,
+            deadline,
+            progress,
+        )
         self.running = {}
 
     def go(self):
         try:
             while self.todo or self.running:
                 if self.deadline is not None and time.time() > self.deadline and self.todo:
-                    self.progress(f"the time is up: {len(self.todo)} jobs are not begun, start the same command again to go on")
+                    self.progress(
+                        f"the time is up: {len(self.todo)} jobs are not begun, start the same command again to go on"
+                    )
                     self.todo = []
                 while len(self.running) < max(1, self.workers) and (job := self.next()) is not None:
                     self.start(job)
@@ -314,7 +376,9 @@ class Crew:
                 process.join()
 
     def next(self):
-        """The first job whose beginning is there, taken from the list; one whose beginning has failed is written down as failed."""
+        """The first job whose beginning is there, taken from the list; one whose beginning has failed is written down
+        as failed.
+        """
         busy = {*self.todo, *self.running}
         for job in list(self.todo):
             start = arm_of(self.arena, job.arm).start
@@ -324,7 +388,10 @@ class Crew:
             self.todo.remove(job)
             if before is None or self.states.get(before) == DONE or status_of(self.arena, before)[0] == DONE:
                 return job
-            self.fail(job, f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}: mend that one first")
+            self.fail(
+                job,
+                f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}: mend that one first",
+            )
         return None
 
     def start(self, job):
@@ -346,12 +413,27 @@ class Crew:
             process.join()
             self.states[job] = status_of(self.arena, job)[0]
             if process.exitcode or self.states[job] not in (DONE, FAILED):
-                self.fail(job, f"the process ended with exit code {process.exitcode} (-9: killed, often for memory); see logs/{job.log.name}")
+                self.fail(
+                    job,
+                    f"the process ended with exit code {process.exitcode} (-9: killed, often for memory); see logs/{job.log.name}",
+                )
 
     def fail(self, job, reason):
         arm = arm_of(self.arena, job.arm)
         self.states[job] = FAILED
         job.result.parent.mkdir(parents=True, exist_ok=True)
-        write_json(job.result, {"format_version": FORMAT_VERSION, "status": FAILED, "teacher": job.teacher, "arm": job.arm, "seed": job.seed,
-                                "about": arm.about, "tier": arm.tier, "fingerprints": fingerprints(self.arena, job), "error": reason})  # fmt: skip
+        write_json(
+            job.result,
+            {
+                "format_version": FORMAT_VERSION,
+                "status": FAILED,
+                "teacher": job.teacher,
+                "arm": job.arm,
+                "seed": job.seed,
+                "about": arm.about,
+                "tier": arm.tier,
+                "fingerprints": fingerprints(self.arena, job),
+                "error": reason,
+            },
+        )
         self.progress(f"{job}: failed, {reason}")

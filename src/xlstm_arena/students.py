@@ -1,4 +1,5 @@
-"""An arm's road: the teacher's checkpoint in, a trained student's checkpoint out, by the public conversion and trainers.
+"""An arm's road: the teacher's checkpoint in, a trained student's checkpoint out, by the public conversion and
+trainers.
 
 Every arm reads the same rows for a seed, stage and data; float32 on a CPU. Dims: L tokens of a row.
 """
@@ -43,7 +44,17 @@ SEEDS = {
     "test": 9,
 }  # rows of stages and tests come from seeds of their own
 RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
-LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass", "completions/mean_length")
+LOGGED = (
+    "loss",
+    "ce",
+    "kl",
+    "divergence",
+    "nll",
+    "frobenius",
+    "top1_agreement",
+    "kept_mass",
+    "completions/mean_length",
+)
 
 
 def seed_of(seed, what):
@@ -52,7 +63,9 @@ def seed_of(seed, what):
 
 def load(directory):
     """A checkpoint in float32 and eval mode."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
 
 
 def changed(model, changes):
@@ -69,8 +82,12 @@ def changed(model, changes):
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version")}
     made = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
     weights, shapes = model.state_dict(), {name: x.shape for name, x in made.state_dict().items()}
-    if wrong := sorted(name for name in {*weights, *shapes} if name not in weights or weights[name].shape != shapes.get(name)):
-        raise ConfigError(f"{changes} changes the parameters of the student ({len(wrong)}, first {wrong[0]}): train an arm of its own")
+    if wrong := sorted(
+        name for name in {*weights, *shapes} if name not in weights or weights[name].shape != shapes.get(name)
+    ):
+        raise ConfigError(
+            f"{changes} changes the parameters of the student ({len(wrong)}, first {wrong[0]}): train an arm of its own"
+        )
     made.load_state_dict(weights)
     return made.eval()
 
@@ -79,10 +96,19 @@ def changed(model, changes):
 
 
 class Road:
-    """One arm of an arena on one teacher with one seed. `walk()` writes the student; `facts` is what it cost and logged."""
+    """One arm of an arena on one teacher with one seed. `walk()` writes the student; `facts` is what it cost and
+    logged.
+    """
 
     def __init__(self, arena, arm, teacher, seed, work, starts, progress=print):
-        self.arena, self.arm, self.seed, self.work, self.starts, self.progress = arena, arm, seed, Path(work), starts, progress
+        self.arena, self.arm, self.seed, self.work, self.starts, self.progress = (
+            arena,
+            arm,
+            seed,
+            Path(work),
+            starts,
+            progress,
+        )
         self.teacher_dir = arena.teacher_dir(teacher)
         self.facts = {"tokens": {}, "seconds": {}, "cpu_seconds": {}, "figures": {}}
 
@@ -92,14 +118,21 @@ class Road:
         settings = {**OURS, **given, **(changes or {})}
         settings["logging_steps"] = min(settings["logging_steps"], settings["max_steps"])
         settings |= {"log_completions": False} if stage == "on_policy" else {}
-        return trainer_config(CONFIGS[stage], settings, f"arms.{self.arm.name}.{stage}", self.work / "trainer", self.seed)
+        return trainer_config(
+            CONFIGS[stage], settings, f"arms.{self.arm.name}.{stage}", self.work / "trainer", self.seed
+        )
 
     def rows_of(self, stage, changes=None, share=None):
         """The rows that a stage reads, as lists."""
         given, rows = self.arena.settings(self.arm, stage)
         micro, accumulation = batch_of({"per_device_train_batch_size": 8} | given, stage)
         count = {**given, **(changes or {})}["max_steps"] * micro * accumulation
-        return data.rows(seed_of(self.seed, stage), rows["length"], count, recall_share=rows["recall_share"] if share is None else share)
+        return data.rows(
+            seed_of(self.seed, stage),
+            rows["length"],
+            count,
+            recall_share=rows["recall_share"] if share is None else share,
+        )
 
     @contextlib.contextmanager
     def timed(self, stage, tokens):
@@ -108,7 +141,11 @@ class Road:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="(torch|trl|accelerate).*")
             yield
-        for name, value in {"seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}.items():
+        for name, value in {
+            "seconds": time.time() - start,
+            "cpu_seconds": time.process_time() - cpu,
+            "tokens": tokens,
+        }.items():
             self.facts[name][stage] = round(self.facts[name].get(stage, 0) + value, 2)
         self.progress(f"{stage}: {self.facts['cpu_seconds'][stage]:.0f} CPU s, {self.last(stage)}")
 
@@ -137,7 +174,9 @@ class Road:
         with self.timed("align", sum(len(r["input_ids"]) for r in rows)):
             self.train(AlignmentTrainer(model=model, args=args, **self.shared(rows)), "align")
         after = measure_alignment(model, [batch])
-        self.facts["figures"]["align"]["relative_error"] = [{"layer": n, "before": before[n], "after": after[n]} for n in before]
+        self.facts["figures"]["align"]["relative_error"] = [
+            {"layer": n, "before": before[n], "after": after[n]} for n in before
+        ]
         return model
 
     def distill(self, model, name="distill", changes=None, share=None):
@@ -146,7 +185,9 @@ class Road:
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
             trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
-            for parameter in (p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())):
+            for parameter in (
+                p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())
+            ):
                 parameter.requires_grad_(False)  # the optimiser is made when training begins
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
@@ -174,7 +215,9 @@ class Road:
                 expert = load(start)
                 for stage in self.arm.expert_stages or ("distill",):
                     steps = self.arena.settings(self.arm, stage)[0]["max_steps"] // len(names)
-                    expert = getattr(self, stage)(expert, f"{stage} {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share"))
+                    expert = getattr(self, stage)(
+                        expert, f"{stage} {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share")
+                    )
                     expert = reloaded(expert)
             finally:
                 self.seed = seed
@@ -194,7 +237,12 @@ class Road:
         seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
         make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | seeded)
         if self.arm.keep:
-            make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | self.chosen_groups(load(made)))
+            make(
+                self.teacher_dir,
+                made,
+                overwrite=True,
+                **{"dtype": "float32"} | options | self.chosen_groups(load(made)),
+            )
         return load(made)
 
     def chosen_groups(self, student):
@@ -206,7 +254,11 @@ class Road:
             found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
         order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
         keep(student.config, order[-count:] if by == "worst" else order[:count])
-        self.facts["figures"]["ranking"] = {**found, "kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        self.facts["figures"]["ranking"] = {
+            **found,
+            "kept_groups": student.config.kept_groups,
+            "layer_types": student.config.layer_types,
+        }
         return {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
 
     def save(self, model, folder, stage, parent):
@@ -232,7 +284,13 @@ class Road:
             self.facts["parameters"] = sum(p.numel() for p in model.parameters())
             with staged(out, overwrite=True) as folder:
                 model.save_pretrained(folder)
-                add_provenance(folder, f"arena:{self.arm.name}", parent=self.teacher_dir, config=self.arena.resolved(self.arm), figures=self.facts)
+                add_provenance(
+                    folder,
+                    f"arena:{self.arm.name}",
+                    parent=self.teacher_dir,
+                    config=self.arena.resolved(self.arm),
+                    figures=self.facts,
+                )
                 write_json(folder / FACTS, self.facts)
                 write_manifest(folder)
         finally:
@@ -280,5 +338,7 @@ def teacher_digest(directory):
     """SHA-256 of a teacher's weights."""
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{Path(directory).name}: expected a teacher's checkpoint with safetensors; make one, or correct the arena's teachers")
+        raise ConfigError(
+            f"{Path(directory).name}: expected a teacher's checkpoint with safetensors; make one, or correct the arena's teachers"
+        )
     return [digest(file) for file in files]

@@ -1,4 +1,5 @@
-"""From the results of all jobs to the figures of the report: means over seeds with intervals, verdicts, orderings, goals. One plain dict.
+"""From the results of all jobs to the figures of the report: means over seeds with intervals, verdicts, orderings,
+goals. One plain dict.
 
 Dims: s seeds, n rows of a test, L tokens, W window.
 """
@@ -14,11 +15,26 @@ from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.evaluation.significance import interval, resampled_means
 
-# 97.5 % quantile of Student's t by degrees of freedom; above the last one its value stands, which is too wide rather than too narrow
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}
+# 97.5 % quantile of Student's t by degrees of freedom; above the last one its value stands, which is too wide rather
+# than too narrow
+STUDENT_T = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    15: 2.131,
+    20: 2.086,
+    30: 2.042,
+}
 MAIN = "main"
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "not decided", "not run"
-LEVER = 0.05  # excess recall at 16 W below which a lever is not worth a GPU (RECALL.md, section 9)
+LEVER = 0.05  # excess recall at 16 W below which a lever is not worth a GPU
 SHARES = ("accuracy", "excess", "beyond")
 
 
@@ -26,7 +42,8 @@ SHARES = ("accuracy", "excess", "beyond")
 
 
 def stat(values, rows=None):
-    """Mean of the values of s seeds with a 95 % interval: Student's t over seeds; with one seed, the bootstrap over its `rows` [n] if there are any.
+    """Mean of the values of s seeds with a 95 % interval: Student's t over seeds; with one seed, the bootstrap over its
+    `rows` [n] if there are any.
 
     Returns:
         {"mean", "low", "high", "values", "over": "seeds", "rows" or None (no interval)}; None where no value is there.
@@ -55,7 +72,9 @@ def verdict(difference):
 
 
 def recall_stats(judged):
-    """{kind: {length: {"accuracy", "excess", "beyond": stats, "coverage", "n": answers per seed}}} of one row's results per seed."""
+    """{kind: {length: {"accuracy", "excess", "beyond": stats, "coverage", "n": answers per seed}}} of one row's results
+    per seed.
+    """
     found = {}
     for kind, cells in judged[0]["recall"].items():
         found[kind] = {}
@@ -88,16 +107,32 @@ def row_of(name, arm, row, results, teachers, facts):
     Args:
         results: {seed: result} of the arm.
         facts: per seed, those of the arm's training and of the arms that it starts from.
-        teachers: {seed: result} of the teacher, for the win-and-tie rate; without that of a seed, the rate leaves the seed out.
+        teachers: {seed: result} of the teacher, for the win-and-tie rate; without that of a seed, the rate leaves the
+            seed out.
     """
     judged = {seed: r["rows"][row] for seed, r in sorted(results.items()) if row in r["rows"]}
     each, first = list(judged.values()), next(iter(results.values()))
-    short = {task: stat([j["short"][task] for j in each], each[0]["short_rows"][task] if len(each) == 1 else None) for task in each[0]["short"]}
-    found = {"arm": name, "row": row, "name": name if row == MAIN else f"{name}/{row}", "about": arm.about, "tier": arm.tier, "seeds": list(judged),
-             "tasks": short, "short": stat([sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None),
-             "perplexity": stat([j["perplexity"] for j in each]), "recall": recall_stats(each), "by_distance": distance_stats(each),
-             "cache_bytes": {n: max(j["cache_bytes"][n] for j in each) for n in each[0]["cache_bytes"]},
-             "cached": [j["cached"] for j in each]}  # fmt: skip
+    short = {
+        task: stat([j["short"][task] for j in each], each[0]["short_rows"][task] if len(each) == 1 else None)
+        for task in each[0]["short"]
+    }
+    found = {
+        "arm": name,
+        "row": row,
+        "name": name if row == MAIN else f"{name}/{row}",
+        "about": arm.about,
+        "tier": arm.tier,
+        "seeds": list(judged),
+        "tasks": short,
+        "short": stat(
+            [sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None
+        ),
+        "perplexity": stat([j["perplexity"] for j in each]),
+        "recall": recall_stats(each),
+        "by_distance": distance_stats(each),
+        "cache_bytes": {n: max(j["cache_bytes"][n] for j in each) for n in each[0]["cache_bytes"]},
+        "cached": [j["cached"] for j in each],
+    }
     for key in ("tokens", "cpu_seconds", "seconds"):
         found[key] = stat([sum(sum(f.get(key, {}).values()) for f in line) for line in facts])
     found["parameters"] = first["facts"].get("parameters")
@@ -123,11 +158,13 @@ def against_teacher(student, teacher):
 
 
 def summarise(arena, out):
-    """The summary of a run directory; only results of the present settings count, and what is missing, stale or failed is named.
+    """The summary of a run directory; only results of the present settings count, and what is missing, stale or failed
+    is named.
 
     Returns:
-        {"name", "setting", "window", "sinks", "lengths", "seeds", "teachers": {name: {"rows", "failed", "stale", "missing"}}, "orderings", "levers",
-        "goals"}; the last three are of the first teacher that has results, as each says.
+        {"name", "setting", "window", "sinks", "lengths", "seeds", "teachers": {name: {"rows", "failed", "stale",
+        "missing"}}, "orderings", "levers", "goals"}; the last three are of the first teacher that has results, as each
+        says.
     """
     teachers = {}
     for teacher in arena.teachers:
@@ -139,20 +176,47 @@ def summarise(arena, out):
         rows = []
         for name, results in done.items():
             arm = arm_of(arena, name)
-            facts = [[done[each][seed]["facts"] for each in line_of(arena, name) if seed in done.get(each, {})] for seed in results]
+            facts = [
+                [done[each][seed]["facts"] for each in line_of(arena, name) if seed in done.get(each, {})]
+                for seed in results
+            ]
             rows += [row_of(name, arm, row, results, done.get(TEACHER, {}), facts) for row in (MAIN, *arm.evaluate)]
-        gone = {name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done}) for name in (STALE, MISSING)}
+        gone = {
+            name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done})
+            for name in (STALE, MISSING)
+        }
         failed = {str(job): result["error"] for job, (state, result) in states.items() if state == FAILED}
         shape = shape_of(arena, teacher) if rows else None
-        teachers[teacher] = {"rows": rows, "shape": shape, "results": done, "failed": failed, "stale": gone[STALE], "missing": gone[MISSING]}
-    setting = {name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")}
-    found = {"format_version": FORMAT_VERSION, "name": arena.name, "setting": setting, "window": arena.window, "sinks": arena.sinks,
-             "lengths": arena.evaluate["lengths"], "seeds": arena.seeds, "reference": next(iter(arena.arms)),
-             "orderings": [], "levers": [], "goals": []}  # fmt: skip
+        teachers[teacher] = {
+            "rows": rows,
+            "shape": shape,
+            "results": done,
+            "failed": failed,
+            "stale": gone[STALE],
+            "missing": gone[MISSING],
+        }
+    setting = {
+        name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")
+    }
+    found = {
+        "format_version": FORMAT_VERSION,
+        "name": arena.name,
+        "setting": setting,
+        "window": arena.window,
+        "sinks": arena.sinks,
+        "lengths": arena.evaluate["lengths"],
+        "seeds": arena.seeds,
+        "reference": next(iter(arena.arms)),
+        "orderings": [],
+        "levers": [],
+        "goals": [],
+    }
     for teacher, content in teachers.items():
         results = content.pop("results")
         if content["rows"]:
-            found["orderings"] += [ordering(teacher, entry, measure, results) for entry in arena.orderings for measure in entry["measures"]]
+            found["orderings"] += [
+                ordering(teacher, entry, measure, results) for entry in arena.orderings for measure in entry["measures"]
+            ]
             found["levers"] += levers(arena, teacher, results)
             found["goals"] += goals(arena, teacher, content["rows"])
     found["teachers"] = teachers
@@ -163,12 +227,19 @@ def shape_of(arena, teacher):
     """Parameters, layers, heads, key/value groups per layer and head dim of a teacher."""
     with open_teacher(arena.teacher_dir(teacher)) as source:
         config, parameters = source.config, sum(math.prod(shape) for shape, _ in source.tensors.values())
-    return {"parameters": parameters, "layers": config.num_hidden_layers, "heads": config.num_attention_heads, "groups": config.num_key_value_heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}  # fmt: skip
+    return {
+        "parameters": parameters,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "groups": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
 
 
 def measured(judged, measure):
-    """One number of one row of a result, larger is better: "short" (mean of the tasks), "perplexity" (negated) or KIND@LENGTH (accuracy)."""
+    """One number of one row of a result, larger is better: "short" (mean of the tasks), "perplexity" (negated) or
+    KIND@LENGTH (accuracy).
+    """
     if measure == "short":
         return sum(judged["short"].values()) / len(judged["short"])
     if measure == "perplexity":
@@ -182,7 +253,13 @@ def paired(results, better, worse, measure):
     sides = []
     for side in (better, worse):
         arm, _, row = side.partition("/")
-        sides.append({s: measured(r["rows"][row or MAIN], measure) for s, r in results.get(arm, {}).items() if (row or MAIN) in r["rows"]})
+        sides.append(
+            {
+                s: measured(r["rows"][row or MAIN], measure)
+                for s, r in results.get(arm, {}).items()
+                if (row or MAIN) in r["rows"]
+            }
+        )
     seeds = [s for s in sorted(sides[0]) if s in sides[1] and None not in (sides[0][s], sides[1][s])]
     return stat([sides[0][s] - sides[1][s] for s in seeds])
 
@@ -201,7 +278,9 @@ def ordering(teacher, entry, measure, results):
 
 
 def levers(arena, teacher, results):
-    """Each arm's gain over the reference (the first arm) at 16 W, paired by seed: excess recall in units of what the reference's window leaves."""
+    """Each arm's gain over the reference (the first arm) at 16 W, paired by seed: excess recall in units of what the
+    reference's window leaves.
+    """
     length, reference = 16 * arena.window, next(iter(arena.arms))
     if length not in arena.evaluate["lengths"] or reference not in results:
         return []
@@ -211,25 +290,41 @@ def levers(arena, teacher, results):
             shown = name if row == MAIN else f"{name}/{row}"
             if shown == reference:
                 continue
-            gain = {kind: excess_gain(paired(results, shown, reference, f"{kind}@{length}"), arena, length) for kind in ("single", "multikey")}
+            gain = {
+                kind: excess_gain(paired(results, shown, reference, f"{kind}@{length}"), arena, length)
+                for kind in ("single", "multikey")
+            }
             best = max((g["mean"] for g in gain.values() if g is not None), default=None)
-            found.append({"teacher": teacher, "name": shown, "length": length, **gain, "worth_a_gpu": best is not None and best >= LEVER})
+            found.append(
+                {
+                    "teacher": teacher,
+                    "name": shown,
+                    "length": length,
+                    **gain,
+                    "worth_a_gpu": best is not None and best >= LEVER,
+                }
+            )
     return found
 
 
 def excess_gain(difference, arena, length):
-    """A difference of accuracies as one of excess at the arena's coverage: both sides are judged by the reference's window."""
+    """A difference of accuracies as one of excess at the arena's coverage: both sides are judged by the reference's
+    window.
+    """
     if difference is None:
         return None
     rest = 1 - min(1.0, (arena.window + arena.sinks) / length)
-    scaled = {k: None if difference[k] is None else difference[k] / rest for k in ("mean", "low", "high")} if rest else None
+    scaled = (
+        {k: None if difference[k] is None else difference[k] / rest for k in ("mean", "low", "high")} if rest else None
+    )
     return scaled and {**difference, **scaled, "values": [v / rest for v in difference["values"]]}
 
 
 def goals(arena, teacher, rows):
     """The two goals of the arena for every row that has the figures.
 
-    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5, among those whose cache does not grow from there on.
+    constant: single >= .95 at 32 W within twice the bytes of the reference, C_0 >= .5, among those whose cache does not
+    grow from there on.
     growing: single >= .95 and multi-key >= .60 of the teacher's at 64 W with at most 5 % of its bytes, C_0 >= .5.
     """
     by_name = {row["name"]: row for row in rows}
@@ -243,13 +338,36 @@ def goals(arena, teacher, rows):
         if reference and far in reference["cache_bytes"] and constant:
             single, share = accuracy(row, "single", far), row["cache_bytes"][far] / reference["cache_bytes"][far]
             met = single >= 0.95 and share <= 2 and row["c_0"] >= 0.5
-            found.append({"teacher": teacher, "goal": "constant", "name": name, "single": single, "bytes": share, "c_0": row["c_0"], "met": met})
+            found.append(
+                {
+                    "teacher": teacher,
+                    "goal": "constant",
+                    "name": name,
+                    "single": single,
+                    "bytes": share,
+                    "c_0": row["c_0"],
+                    "met": met,
+                }
+            )
         if judge and further in row["cache_bytes"] and further in judge["cache_bytes"]:
-            single, share = accuracy(row, "single", further), row["cache_bytes"][further] / judge["cache_bytes"][further]
+            single, share = (
+                accuracy(row, "single", further),
+                row["cache_bytes"][further] / judge["cache_bytes"][further],
+            )
             multikey, theirs = accuracy(row, "multikey", further), accuracy(judge, "multikey", further)
             met = single >= 0.95 and multikey >= 0.6 * theirs and share <= 0.05 and row["c_0"] >= 0.5
-            found.append({"teacher": teacher, "goal": "growing", "name": name, "single": single, "multikey": multikey / theirs if theirs else None,
-                          "bytes": share, "c_0": row["c_0"], "met": met})  # fmt: skip
+            found.append(
+                {
+                    "teacher": teacher,
+                    "goal": "growing",
+                    "name": name,
+                    "single": single,
+                    "multikey": multikey / theirs if theirs else None,
+                    "bytes": share,
+                    "c_0": row["c_0"],
+                    "met": met,
+                }
+            )
     return found
 
 
@@ -267,6 +385,8 @@ def rounded(value, places=6):
 
 
 def pareto(points):
-    """Names of those (name, bytes, score) that no other beats: none with at most their bytes and a higher score, or fewer bytes and as high a one."""
+    """Names of those (name, bytes, score) that no other beats: none with at most their bytes and a higher score, or
+    fewer bytes and as high a one.
+    """
     beaten = lambda p: any(q[1] <= p[1] and q[2] >= p[2] and (q[1] < p[1] or q[2] > p[2]) for q in points)  # noqa: E731
     return [p[0] for p in points if not beaten(p)]

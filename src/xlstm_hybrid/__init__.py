@@ -22,9 +22,20 @@ from xlstm_hybrid.model.modeling import (
 
 __version__ = "0.1.0"
 STATE = ("fork", "load_state", "prefill", "remember", "restore", "rollback", "save_state", "snapshot")
-__all__ = ["DistilXLSTMConfig", "DistilXLSTMForCausalLM", "DistilXLSTMModel", "TransferReport", "XLSTMHybridConfig", "XLSTMHybridForCausalLM",
-           "XLSTMHybridForQuestionAnswering", "XLSTMHybridForSequenceClassification", "XLSTMHybridForTokenClassification", "XLSTMHybridModel",
-           "convert", *STATE]  # fmt: skip
+__all__ = [
+    "DistilXLSTMConfig",
+    "DistilXLSTMForCausalLM",
+    "DistilXLSTMModel",
+    "TransferReport",
+    "XLSTMHybridConfig",
+    "XLSTMHybridForCausalLM",
+    "XLSTMHybridForQuestionAnswering",
+    "XLSTMHybridForSequenceClassification",
+    "XLSTMHybridForTokenClassification",
+    "XLSTMHybridModel",
+    "convert",
+    *STATE,
+]
 
 XLSTMHybridForCausalLM.teacher_loader = from_teacher  # what its classmethod `from_teacher` calls
 AutoConfig.register(XLSTMHybridConfig.model_type, XLSTMHybridConfig, exist_ok=True)

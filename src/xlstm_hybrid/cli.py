@@ -1,4 +1,6 @@
-"""The command line, `xlstm-hybrid COMMAND`: one table of commands, each a module of `commands` that is imported when it is called."""
+"""The command line, `xlstm-hybrid COMMAND`: one table of commands, each a module of `commands` that is imported when it
+is called.
+"""
 
 import inspect
 import logging
@@ -13,7 +15,8 @@ from typer.core import TyperGroup
 
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
-# {group: {command: the first line of its help}}; `plan-layers` is the function `plan_layers` of `commands/plan_layers.py`.
+# {group: {command: the first line of its help}}; `plan-layers` is the function `plan_layers` of
+# `commands/plan_layers.py`.
 # The lines stand here as well, so that this help imports no command; a test compares them.
 COMMANDS = {
     "Run a recipe": {"run": "Run a whole recipe: convert, align, distil experts, merge, evaluate, report."},
@@ -80,7 +83,9 @@ class Commands(TyperGroup):
 
 
 def load_command(name):
-    """The command of a name, its module imported. One that takes a `typer.Context` hands further options to a trainer's config."""
+    """The command of a name, its module imported. One that takes a `typer.Context` hands further options to a trainer's
+    config.
+    """
     name_in_python = name.replace("-", "_")
     function = getattr(import_module(f"xlstm_hybrid.commands.{name_in_python}"), name_in_python)
     passes_on = typer.Context in [parameter.annotation for parameter in inspect.signature(function).parameters.values()]

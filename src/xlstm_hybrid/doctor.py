@@ -18,7 +18,7 @@ from typing import NamedTuple
 from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES, PYTHON, fault, installed, requirement, untested
 
 OK, NOTE, MISSING, WRONG = "ok", "note", "missing", "WRONG"  # MISSING: optional
-NEEDED = {"torch", "transformers", "safetensors", "huggingface_hub"}
+NEEDED = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
 VARIABLES = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -93,7 +93,13 @@ def self_check():
         try:
             ensure_compatible(cls)
         except CompatibilityError as error:
-            yield Row(name, "generation is wrong", WRONG, without_home(str(error)), f"pip install '{requirement('transformers')}'")
+            yield Row(
+                name,
+                "generation is wrong",
+                WRONG,
+                without_home(str(error)),
+                f"pip install '{requirement('transformers')}'",
+            )
         else:
             newer = untested("transformers", installed("transformers"))
             yield Row(name, "right", OK, "checked with a tiny model" if newer else "with a transformers that is tested")

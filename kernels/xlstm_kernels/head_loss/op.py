@@ -104,9 +104,27 @@ def check_ids(labels, task, V):
         raise ValueError(f"top_ids: expected 0..{V - 1} at counted tokens, got {ids.min().item()}..{ids.max().item()}")
 
 
-def head_loss(hidden, weight, labels, top_ids=None, top_logp=None, rest_logp=None, *, bias=None, mask=None,
-              ce_weight=1.0, forward_kl_weight=0.0, reverse_kl_weight=0.0, outcomes="tail", num_items=None, shift=True,
-              logit_scale=1.0, softcap=None, rows=None, backend="auto"):  # too many for a line each  # fmt: skip
+def head_loss(
+    hidden,
+    weight,
+    labels,
+    top_ids=None,
+    top_logp=None,
+    rest_logp=None,
+    *,
+    bias=None,
+    mask=None,
+    ce_weight=1.0,
+    forward_kl_weight=0.0,
+    reverse_kl_weight=0.0,
+    outcomes="tail",
+    num_items=None,
+    shift=True,
+    logit_scale=1.0,
+    softcap=None,
+    rows=None,
+    backend="auto",
+):  # too many for a line each
     """Cross-entropy, forward KL(teacher || student) and reverse KL of an LM head's predictions, without a [B, T, V].
     Returns a `HeadLoss`.
 

@@ -79,10 +79,34 @@ def sum_row(p_row, V, scale, BV: tl.constexpr):
 
 
 @triton.jit
-def head_loss_rows(p_u, p_d, p_label, p_ids, p_logp, p_rest, p_w_ce, p_w_forward, p_w_reverse, p_ce, p_forward,
-                   p_reverse, p_hit, V, M, u_stride, d_stride, logit_scale, softcap, floor, SUPPORT: tl.constexpr,
-                   CAPPED: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BM: tl.constexpr,
-                   BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def head_loss_rows(
+    p_u,
+    p_d,
+    p_label,
+    p_ids,
+    p_logp,
+    p_rest,
+    p_w_ce,
+    p_w_forward,
+    p_w_reverse,
+    p_ce,
+    p_forward,
+    p_reverse,
+    p_hit,
+    V,
+    M,
+    u_stride,
+    d_stride,
+    logit_scale,
+    softcap,
+    floor,
+    SUPPORT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """Terms of row i_r, and its gradient in p_d: the memory of p_u, in its dtype or (NARROW) in one half as wide."""
     i_r = tl.program_id(0).to(tl.int64)
     p_row, p_out, o_m = p_u + i_r * u_stride, p_d + i_r * d_stride, tl.arange(0, BM)
@@ -175,8 +199,18 @@ def rows_step(logits, targets, rule, gradient):
         "GRADIENT": gradient is not None,
         "NARROW": d.dtype != logits.dtype,
     }
-    launch(head_loss_rows, (R,), logits, d, *(x.contiguous() for x in targets), *out, *numbers, **constants,
-           BM=power_of_2(M), tile=look_up(TILES, logits.device, M, d.dtype))  # too many for a line each  # fmt: skip
+    launch(
+        head_loss_rows,
+        (R,),
+        logits,
+        d,
+        *(x.contiguous() for x in targets),
+        *out,
+        *numbers,
+        **constants,
+        BM=power_of_2(M),
+        tile=look_up(TILES, logits.device, M, d.dtype),
+    )  # too many for a line each
     return Terms(*out[:3], out[3].bool()), None if gradient is None else d
 
 

@@ -378,9 +378,22 @@ def _(q, k, v, i, f, C, n, m, L, keep):
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_streaming_backward", mutates_args=())
-def streaming_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, m: Tensor, rounded: Tensor,
-                       inverse_den: Tensor, stored_C: Tensor, stored_n: Tensor, dh: Tensor, dC: Tensor, dn: Tensor,
-                       L: int) -> list[Tensor]:  # too many for a line each  # fmt: skip
+def streaming_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    m: Tensor,
+    rounded: Tensor,
+    inverse_den: Tensor,
+    stored_C: Tensor,
+    stored_n: Tensor,
+    dh: Tensor,
+    dC: Tensor,
+    dn: Tensor,
+    L: int,
+) -> list[Tensor]:  # too many for a line each
     """The gradients of q, k, v, i, f, C, n."""
     B, _, H, _ = q.shape
     gates, space = chunk_gates(i, f, m, L, stored_C.dtype), space_of("mlstm", stored_C.dtype, q.device)

@@ -153,13 +153,44 @@ def gate_pass(i, f, n, m, K, chunks, exact):
     start = torch.empty_like(rows, dtype=torch.int8)
     total, weight = rows.new_empty(chunks.total, H, dtype=torch.float64), rows.new_empty(chunks.total, H)
     per, *packed = chunks.places
-    launch(gate_kernel, (chunks.total * H,), i, f, a, low, own, start, total, weight, T, per, H, *packed,
-           tile=Tile({"BT": chunks.BT}, 8 if chunks.BT > 64 else 4, 1))  # too many for a line each  # fmt: skip
+    launch(
+        gate_kernel,
+        (chunks.total * H,),
+        i,
+        f,
+        a,
+        low,
+        own,
+        start,
+        total,
+        weight,
+        T,
+        per,
+        H,
+        *packed,
+        tile=Tile({"BT": chunks.BT}, 8 if chunks.BT > 64 else 4, 1),
+    )  # too many for a line each
     scales = rows.new_empty(chunks.total, H, 4)
     m_last, ends = rows.new_empty(chunks.sequences, H), rows.new_empty(chunks.sequences, H, 2)
     tile = Tile({"BT": chunks.BT, "BK": power_of_2(K), "BC": min(64, power_of_2(chunks.longest))}, 8, 1)
-    launch(scan_kernel, (chunks.sequences * H,), own, start, total, weight, m, n, scales, m_last, ends, per, H,
-           chunks.first, tile=tile, K=K)  # too many for a line each  # fmt: skip
+    launch(
+        scan_kernel,
+        (chunks.sequences * H,),
+        own,
+        start,
+        total,
+        weight,
+        m,
+        n,
+        scales,
+        m_last,
+        ends,
+        per,
+        H,
+        chunks.first,
+        tile=tile,
+        K=K,
+    )  # too many for a line each
     return Gates(a, low, own, start, scales), m_last, ends
 
 
@@ -183,9 +214,40 @@ def scan_states(x, y, gates, ends, C, n, chunks, weight=None, delta=None, wanted
 
     def start(grid, C, n, states, norms, last_C, last_n, spans, **mode):
         per, cu, first, _ = chunks.places
-        launch(state_kernel, (grid * programs,), x, y, gates.a, gates.low, gates.start, gates.scales, weight, delta, C,
-               n, ends, states, norms, last_C, last_n, spans, *x.stride()[:3], *y.stride()[:3], T, per, lanes, H, S, cu,
-               first, tile=tile, K=K, V=V, REVERSE=reverse, **mode)  # too many for a line each  # fmt: skip
+        launch(
+            state_kernel,
+            (grid * programs,),
+            x,
+            y,
+            gates.a,
+            gates.low,
+            gates.start,
+            gates.scales,
+            weight,
+            delta,
+            C,
+            n,
+            ends,
+            states,
+            norms,
+            last_C,
+            last_n,
+            spans,
+            *x.stride()[:3],
+            *y.stride()[:3],
+            T,
+            per,
+            lanes,
+            H,
+            S,
+            cu,
+            first,
+            tile=tile,
+            K=K,
+            V=V,
+            REVERSE=reverse,
+            **mode,
+        )  # too many for a line each
 
     if segments > 1:
         parts = [norms.new_empty(segments, lanes, *rest) for rest in ((K, V), (K,), ())]
@@ -193,8 +255,19 @@ def scan_states(x, y, gates, ends, C, n, chunks, weight=None, delta=None, wanted
         for part, given in zip(parts, (C, n), strict=False):
             M, BM = part[0, 0].numel(), 1024
             tile_1d = Tile({"BM": BM}, 4, 1)
-            launch(join_kernel, (lanes * -(-M // BM),), part, parts[2], given, ends, lanes, segments, M, tile=tile_1d,
-                   END=int(reverse))  # too many for a line each  # fmt: skip
+            launch(
+                join_kernel,
+                (lanes * -(-M // BM),),
+                part,
+                parts[2],
+                given,
+                ends,
+                lanes,
+                segments,
+                M,
+                tile=tile_1d,
+                END=int(reverse),
+            )  # too many for a line each
         C, n = parts[:2]
     start(segments, C, n, states, norms, last_C, last_n, None, LOCAL=False, INNER=segments > 1)
     return states, norms, last_C, last_n
@@ -209,8 +282,28 @@ def forward(q, k, v, i, f, C, n, m, chunks):
     tile = tile_of("output", q, v, chunks.BT)
     per, *packed = chunks.places
     programs = chunks.total * H * -(-V // tile.sizes["BV"]) * (chunks.BT // tile.sizes["BR"])
-    launch(output_kernel, (programs,), q, k, v, states, norms, *gates, h, inverse, *q.stride()[:3], *k.stride()[:3],
-           *v.stride()[:3], T, per, H, *packed, tile=tile, K=K, V=V)  # too many for a line each  # fmt: skip
+    launch(
+        output_kernel,
+        (programs,),
+        q,
+        k,
+        v,
+        states,
+        norms,
+        *gates,
+        h,
+        inverse,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        T,
+        per,
+        H,
+        *packed,
+        tile=tile,
+        K=K,
+        V=V,
+    )  # too many for a line each
     return h, C, n, m_last, *gates, ends, inverse
 
 
@@ -221,8 +314,22 @@ def backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks):
     BR = min(chunks.BT, max(16, 2048 // power_of_2(V)))
     delta, weight = torch.empty_like(inverse), torch.empty_like(inverse)
     tile = Tile({"BT": chunks.BT, "BR": BR, "BV": power_of_2(V)}, 4, 1)
-    launch(delta_kernel, (chunks.total * H * (chunks.BT // BR),), h, dh, *gates[2:], inverse, delta, weight, T, per, H,
-           *packed, tile=tile, V=V)  # too many for a line each  # fmt: skip
+    launch(
+        delta_kernel,
+        (chunks.total * H * (chunks.BT // BR),),
+        h,
+        dh,
+        *gates[2:],
+        inverse,
+        delta,
+        weight,
+        T,
+        per,
+        H,
+        *packed,
+        tile=tile,
+        V=V,
+    )  # too many for a line each
     states, norms, _, _ = scan_states(k, v, gates, ends, C, n, chunks, wanted=False)
     dstates, dnorms, dC, dn = scan_states(q, dh, gates, ends, dC, dn, chunks, weight, delta, wanted=C is not None)
     dq, dk, dv, di, df = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, i, f))
@@ -232,18 +339,71 @@ def backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks):
         # the addresses of packed sequences take the registers that loads ahead would need
         tile = tile._replace(num_stages=1)
     programs = chunks.total * H * (chunks.BT // tile.sizes["BR"]) * (2 + -(-V // tile.sizes["BV"]))
-    launch(grad_kernel, (programs,), q, k, v, dh, states, norms, dstates, dnorms, *gates, inverse, delta, weight, dq,
-           dk, dv, sums, through, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, per, H, *packed,
-           inverse.numel(), tile=tile, K=K, V=V)  # too many for a line each  # fmt: skip
-    launch(gate_grad_kernel, (chunks.total * H,), sums, through, f, di, df, T, per, H, inverse.numel(), *packed,
-           tile=Tile({"BT": chunks.BT}, 4, 1))  # too many for a line each  # fmt: skip
+    launch(
+        grad_kernel,
+        (programs,),
+        q,
+        k,
+        v,
+        dh,
+        states,
+        norms,
+        dstates,
+        dnorms,
+        *gates,
+        inverse,
+        delta,
+        weight,
+        dq,
+        dk,
+        dv,
+        sums,
+        through,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        T,
+        per,
+        H,
+        *packed,
+        inverse.numel(),
+        tile=tile,
+        K=K,
+        V=V,
+    )  # too many for a line each
+    launch(
+        gate_grad_kernel,
+        (chunks.total * H,),
+        sums,
+        through,
+        f,
+        di,
+        df,
+        T,
+        per,
+        H,
+        inverse.numel(),
+        *packed,
+        tile=Tile({"BT": chunks.BT}, 4, 1),
+    )  # too many for a line each
     return dq, dk, dv, di, df, dC, dn
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_chunks", mutates_args=())
-def mlstm_chunks(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-                 m: Tensor | None, cu: Tensor | None, first: Tensor | None, owner: Tensor | None,
-                 longest: int) -> list[Tensor]:  # too many for a line each  # fmt: skip
+def mlstm_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    cu: Tensor | None,
+    first: Tensor | None,
+    owner: Tensor | None,
+    longest: int,
+) -> list[Tensor]:  # too many for a line each
     """What `forward` returns; an empty tensor stands for None."""
     if reason := unavailable(q.device):
         raise ValueError(f"backend='triton': {reason}")
@@ -264,11 +424,30 @@ def _(q, k, v, i, f, C, n, m, cu, first, owner, longest):
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_chunks_backward", mutates_args=())
-def mlstm_chunks_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor | None, n: Tensor | None,
-                          cu: Tensor | None, first: Tensor | None, owner: Tensor | None, h: Tensor, a: Tensor,
-                          low: Tensor, own: Tensor, start: Tensor, scales: Tensor, ends: Tensor, inverse: Tensor,
-                          dh: Tensor, dC: Tensor | None, dn: Tensor | None,
-                          longest: int) -> list[Tensor]:  # too many for a line each  # fmt: skip
+def mlstm_chunks_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor | None,
+    n: Tensor | None,
+    cu: Tensor | None,
+    first: Tensor | None,
+    owner: Tensor | None,
+    h: Tensor,
+    a: Tensor,
+    low: Tensor,
+    own: Tensor,
+    start: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    inverse: Tensor,
+    dh: Tensor,
+    dC: Tensor | None,
+    dn: Tensor | None,
+    longest: int,
+) -> list[Tensor]:  # too many for a line each
     """What `backward` returns; an empty tensor stands for None."""
     gates = Gates(a, low if low.numel() else None, own, start, scales)
     chunks = chunks_of(q, a.shape[2], longest, cu, first, owner)

@@ -80,9 +80,24 @@ def gate_kernel(
 
 
 @triton.jit
-def scan_kernel(p_own, p_start, p_total, p_weight, p_m, p_n, p_scales, p_m_last, p_ends, per, H, p_first,
-                K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                BC: tl.constexpr):  # too many for a line each  # fmt: skip
+def scan_kernel(
+    p_own,
+    p_start,
+    p_total,
+    p_weight,
+    p_m,
+    p_n,
+    p_scales,
+    p_m_last,
+    p_ends,
+    per,
+    H,
+    p_first,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+):  # too many for a line each
     """One head of one sequence, BC chunks at a time: the frames of the states, m after the last token, and the scales
     [N, H, 2] that take the given state into the first frame and the last frame into that of m.
 
@@ -181,11 +196,46 @@ def write_weights(p_a, p_low, p_start, p_scales, i_ch, o, BT: tl.constexpr):
 
 
 @triton.jit
-def state_kernel(p_x, p_y, p_a, p_low, p_start, p_scales, p_weight, p_delta, p_C, p_n, p_ends, p_states, p_norms,
-                 p_last_C, p_last_n, p_spans, x_b, x_t, x_h, y_b, y_t, y_h, T, per, lanes, H, S, p_cu, p_first,
-                 K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
-                 INNER: tl.constexpr):  # too many for a line each  # fmt: skip
+def state_kernel(
+    p_x,
+    p_y,
+    p_a,
+    p_low,
+    p_start,
+    p_scales,
+    p_weight,
+    p_delta,
+    p_C,
+    p_n,
+    p_ends,
+    p_states,
+    p_norms,
+    p_last_C,
+    p_last_n,
+    p_spans,
+    x_b,
+    x_t,
+    x_h,
+    y_b,
+    y_t,
+    y_h,
+    T,
+    per,
+    lanes,
+    H,
+    S,
+    p_cu,
+    p_first,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    INNER: tl.constexpr,
+):  # too many for a line each
     """A tile of one head's state through S chunks: state <- decay state + (weight x)^T y, kept as it stands before each
     chunk's update.
 
@@ -284,10 +334,41 @@ def join_kernel(p_x, p_spans, p_given, p_ends, lanes, segments, M, END: tl.const
 
 
 @triton.jit
-def output_kernel(p_q, p_k, p_v, p_states, p_norms, p_a, p_low, p_own, p_start, p_scales, p_h, p_inverse, q_b, q_t, q_h,
-                  k_b, k_t, k_h, v_b, v_t, v_h, T, per, H, p_cu, p_first, p_owner, K: tl.constexpr, V: tl.constexpr,
-                  BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def output_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_states,
+    p_norms,
+    p_a,
+    p_low,
+    p_own,
+    p_start,
+    p_scales,
+    p_h,
+    p_inverse,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    T,
+    per,
+    H,
+    p_cu,
+    p_first,
+    p_owner,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """h and 1 / den of BR rows, from the state before their chunk and the tokens of their chunk in blocks of BR."""
     pid = tl.program_id(0).to(tl.int64)
     i_r = (pid % (BT // BR)).to(tl.int32)
@@ -328,9 +409,26 @@ def output_kernel(p_q, p_k, p_v, p_states, p_norms, p_a, p_low, p_own, p_start, 
 
 
 @triton.jit
-def delta_kernel(p_h, p_dh, p_own, p_start, p_scales, p_inverse, p_delta, p_weight, T, per, H, p_cu, p_first, p_owner,
-                 V: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                 BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def delta_kernel(
+    p_h,
+    p_dh,
+    p_own,
+    p_start,
+    p_scales,
+    p_inverse,
+    p_delta,
+    p_weight,
+    T,
+    per,
+    H,
+    p_cu,
+    p_first,
+    p_owner,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """Of BR rows [NC, H, BT]: delta = <h, dh> = -den dden, and the weight of the carried state over den."""
     pid = tl.program_id(0).to(tl.int64)
     i_ch = pid // (BT // BR)
@@ -357,9 +455,32 @@ def weights_of_keys(p_a, p_low, p_own, p_start, p_inverse, at, o_s, o_t, enter):
 
 
 @triton.jit
-def query_grad(p_k, p_v, p_dh, p_states, p_norms, p_a, p_low, p_own, p_start, p_inverse, p_delta, p_weight, at, enter,
-               i_r, k_t, v_t, h_t, left, K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-               BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def query_grad(
+    p_k,
+    p_v,
+    p_dh,
+    p_states,
+    p_norms,
+    p_a,
+    p_low,
+    p_own,
+    p_start,
+    p_inverse,
+    p_delta,
+    p_weight,
+    at,
+    enter,
+    i_r,
+    k_t,
+    v_t,
+    h_t,
+    left,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """dq [BR, BK] of rows that look back: at the state before the chunk and at the tokens of the chunk."""
     o_r, o_k, o_v = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV)
     o_t = i_r * BR + o_r
@@ -394,9 +515,37 @@ def query_grad(p_k, p_v, p_dh, p_states, p_norms, p_a, p_low, p_own, p_start, p_
 
 
 @triton.jit
-def key_grad(p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_a, p_low, p_own, p_start, p_inverse, p_delta, p_sums, write,
-             at, size, enter, i_r, q_t, k_t, v_t, h_t, left, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-             BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def key_grad(
+    p_q,
+    p_k,
+    p_v,
+    p_dh,
+    p_dstates,
+    p_dnorms,
+    p_a,
+    p_low,
+    p_own,
+    p_start,
+    p_inverse,
+    p_delta,
+    p_sums,
+    write,
+    at,
+    size,
+    enter,
+    i_r,
+    q_t,
+    k_t,
+    v_t,
+    h_t,
+    left,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """dk [BR, BK] of tokens, from rows after the chunk, its last state, and in it; <k, dk> goes to `sums`."""
     o_r, o_k, o_v = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV)
     o_s = i_r * BR + o_r
@@ -431,9 +580,31 @@ def key_grad(p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_a, p_low, p_own, p_star
 
 
 @triton.jit
-def value_grad(p_q, p_k, p_dh, p_dstates, p_a, p_low, p_own, p_start, p_inverse, write, at, enter, i_r, q_t, k_t, h_t,
-               o_v, left, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-               BK: tl.constexpr):  # too many for a line each  # fmt: skip
+def value_grad(
+    p_q,
+    p_k,
+    p_dh,
+    p_dstates,
+    p_a,
+    p_low,
+    p_own,
+    p_start,
+    p_inverse,
+    write,
+    at,
+    enter,
+    i_r,
+    q_t,
+    k_t,
+    h_t,
+    o_v,
+    left,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):  # too many for a line each
     """dv [BR, columns o_v] of tokens that later rows look at."""
     o_r, o_k = tl.arange(0, BR), tl.arange(0, BK)
     o_s = i_r * BR + o_r
@@ -450,10 +621,51 @@ def value_grad(p_q, p_k, p_dh, p_dstates, p_a, p_low, p_own, p_start, p_inverse,
 
 
 @triton.jit
-def grad_kernel(p_q, p_k, p_v, p_dh, p_states, p_norms, p_dstates, p_dnorms, p_a, p_low, p_own, p_start, p_scales,
-                p_inverse, p_delta, p_weight, p_dq, p_dk, p_dv, p_sums, p_through, q_b, q_t, q_h, k_b, k_t, k_h, v_b,
-                v_t, v_h, T, per, H, p_cu, p_first, p_owner, size, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
-                BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # too many for a line each  # fmt: skip
+def grad_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_dh,
+    p_states,
+    p_norms,
+    p_dstates,
+    p_dnorms,
+    p_a,
+    p_low,
+    p_own,
+    p_start,
+    p_scales,
+    p_inverse,
+    p_delta,
+    p_weight,
+    p_dq,
+    p_dk,
+    p_dv,
+    p_sums,
+    p_through,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    T,
+    per,
+    H,
+    p_cu,
+    p_first,
+    p_owner,
+    size,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # too many for a line each
     """dq, dk, or a tile of dv of BR rows: programs with different parts in the same rows run next to each other and
     share what they read.
 
@@ -484,21 +696,95 @@ def grad_kernel(p_q, p_k, p_v, p_dh, p_states, p_norms, p_dstates, p_dnorms, p_a
     o_out = o_t[:, None] * H
     inside = (o_t[:, None] < left) & (o_k[None, :] < K)
     if part == 0:
-        b_dq = query_grad(p_k, p_v, p_dh, p_states, p_norms, p_a, p_low, p_own, p_start, p_inverse, p_delta, p_weight,
-                          at, enter, i_r, k_t, v_t, H * V, left, K, V, BR, BK,
-                          BV)  # too many for a line each  # fmt: skip
+        b_dq = query_grad(
+            p_k,
+            p_v,
+            p_dh,
+            p_states,
+            p_norms,
+            p_a,
+            p_low,
+            p_own,
+            p_start,
+            p_inverse,
+            p_delta,
+            p_weight,
+            at,
+            enter,
+            i_r,
+            k_t,
+            v_t,
+            H * V,
+            left,
+            K,
+            V,
+            BR,
+            BK,
+            BV,
+        )  # too many for a line each
         tl.store(p_dq + place * K + o_out * K + o_k[None, :], b_dq.to(p_dq.dtype.element_ty), mask=inside)
     elif part == 1:
         write = write_weights(p_a, p_low, p_start, p_scales, i_ch, o_t, BT)
-        b_dk = key_grad(p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_a, p_low, p_own, p_start, p_inverse, p_delta,
-                        p_sums, write, at, size, enter, i_r, q_t, k_t, v_t, H * V, left, K, V, BT, BR, BK,
-                        BV)  # too many for a line each  # fmt: skip
+        b_dk = key_grad(
+            p_q,
+            p_k,
+            p_v,
+            p_dh,
+            p_dstates,
+            p_dnorms,
+            p_a,
+            p_low,
+            p_own,
+            p_start,
+            p_inverse,
+            p_delta,
+            p_sums,
+            write,
+            at,
+            size,
+            enter,
+            i_r,
+            q_t,
+            k_t,
+            v_t,
+            H * V,
+            left,
+            K,
+            V,
+            BT,
+            BR,
+            BK,
+            BV,
+        )  # too many for a line each
         tl.store(p_dk + place * K + o_out * K + o_k[None, :], b_dk.to(p_dk.dtype.element_ty), mask=inside)
     else:
         o_v = (part - 2) * BV + tl.arange(0, BV)
         write = write_weights(p_a, p_low, p_start, p_scales, i_ch, o_t, BT)
-        b_dv = value_grad(p_q, p_k, p_dh, p_dstates, p_a, p_low, p_own, p_start, p_inverse, write, at, enter, i_r, q_t,
-                          k_t, H * V, o_v, left, K, V, BT, BR, BK)  # too many for a line each  # fmt: skip
+        b_dv = value_grad(
+            p_q,
+            p_k,
+            p_dh,
+            p_dstates,
+            p_a,
+            p_low,
+            p_own,
+            p_start,
+            p_inverse,
+            write,
+            at,
+            enter,
+            i_r,
+            q_t,
+            k_t,
+            H * V,
+            o_v,
+            left,
+            K,
+            V,
+            BT,
+            BR,
+            BK,
+        )  # too many for a line each
         mask = (o_t[:, None] < left) & (o_v[None, :] < V)
         tl.store(p_dv + place * V + o_out * V + o_v[None, :], b_dv.to(p_dv.dtype.element_ty), mask=mask)
         if (part == 2) & (i_r == 0):

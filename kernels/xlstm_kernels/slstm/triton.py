@@ -70,8 +70,25 @@ def product(x, w, y, HALF: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(p_a, p_r, p_h, p_c, p_n, p_m, p_real, p_start, T, B, H, V, EXP: tl.constexpr, HALF: tl.constexpr,
-                   BB: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):  # too many for a line each  # fmt: skip
+def forward_kernel(
+    p_a,
+    p_r,
+    p_h,
+    p_c,
+    p_n,
+    p_m,
+    p_real,
+    p_start,
+    T,
+    B,
+    H,
+    V,
+    EXP: tl.constexpr,
+    HALF: tl.constexpr,
+    BB: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+):  # too many for a line each
     """a [T, H, B, 4, V]: the input's share comes, pre-activations go; h, c, n, m [T + 1, H, B, V], the first given."""
     i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b, o_v = i_b * BB + tl.arange(0, BB), tl.arange(0, BV)
@@ -133,9 +150,29 @@ def forward_kernel(p_a, p_r, p_h, p_c, p_n, p_m, p_real, p_start, T, B, H, V, EX
 
 
 @triton.jit
-def backward_kernel(p_a, p_r, p_c, p_n, p_m, p_real, p_start, p_dh, p_da, p_dh0, p_dc0, p_dn0, T, B, H, V,
-                    EXP: tl.constexpr, HALF: tl.constexpr, BB: tl.constexpr, BV: tl.constexpr,
-                    BK: tl.constexpr):  # too many for a line each  # fmt: skip
+def backward_kernel(
+    p_a,
+    p_r,
+    p_c,
+    p_n,
+    p_m,
+    p_real,
+    p_start,
+    p_dh,
+    p_da,
+    p_dh0,
+    p_dc0,
+    p_dn0,
+    T,
+    B,
+    H,
+    V,
+    EXP: tl.constexpr,
+    HALF: tl.constexpr,
+    BB: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+):  # too many for a line each
     """dh [T, H, B, V] and the last state's in dh0, dc0, dn0 [H, B, V] come; da [T, H, B, 4, V] and the first's go."""
     i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b, o_v = i_b * BB + tl.arange(0, BB), tl.arange(0, BV)
@@ -248,8 +285,21 @@ def run_loop_triton(a, weight, real, start, state, forget):
     states = [a.new_empty(T + 1, H, B, V) for _ in range(4)]
     for mine, given in zip(states, state, strict=True):
         mine[0] = given.transpose(0, 1)
-    launch(forward_kernel, grid, a, weight.contiguous(), *states, bytes_of(real), bytes_of(start), T, B, H, V,
-           tile=tile, **constants)  # too many for a line each  # fmt: skip
+    launch(
+        forward_kernel,
+        grid,
+        a,
+        weight.contiguous(),
+        *states,
+        bytes_of(real),
+        bytes_of(start),
+        T,
+        B,
+        H,
+        V,
+        tile=tile,
+        **constants,
+    )  # too many for a line each
     return tuple(states)
 
 
@@ -259,8 +309,24 @@ def run_loop_backward_triton(a, weight, real, start, forget, states, gradients):
     tile, grid, constants = start_of(a, weight, forget)
     dh, dc, dn = gradients
     da, first = torch.empty_like(a), [torch.zeros_like(dc), dc.clone(), dn.clone()]
-    launch(backward_kernel, grid, a, weight.contiguous(), *states[1:], bytes_of(real), bytes_of(start), dh, da, *first,
-           T, B, H, V, tile=tile, **constants)  # too many for a line each  # fmt: skip
+    launch(
+        backward_kernel,
+        grid,
+        a,
+        weight.contiguous(),
+        *states[1:],
+        bytes_of(real),
+        bytes_of(start),
+        dh,
+        da,
+        *first,
+        T,
+        B,
+        H,
+        V,
+        tile=tile,
+        **constants,
+    )  # too many for a line each
     return da, tuple(first)
 
 

@@ -60,9 +60,24 @@ def _(q, k, v, keys, values, index, sinks, scale):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
-def step_both(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tensor, f: Tensor, o: Tensor, C: Tensor,
-              n: Tensor, m: Tensor, keys: Tensor, values: Tensor, index: Tensor, sinks: int,
-              scale: float | None) -> Tensor:  # too many for a line each  # fmt: skip
+def step_both(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    o: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    sinks: int,
+    scale: float | None,
+) -> Tensor:  # too many for a line each
     """o * mLSTM + (1 - o) * window. One operation in compiled graphs, as branches depend on the values of `index`."""
     repeats = q.shape[2] // v.shape[2]
     memory = step_memory(phi_q, phi_k, v if repeats == 1 else v.repeat_interleave(repeats, 2), i, f, C, n, m)

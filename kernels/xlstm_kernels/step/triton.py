@@ -59,9 +59,36 @@ def gate_weights(i, f, m, FORGET: tl.constexpr):
 
 
 @triton.jit
-def attend_slots(p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight, q_b, q_h, k_b, k_g, v_b, v_g, H, R, W, P,
-                 rate, i, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, EXACT: tl.constexpr, BS: tl.constexpr):  # too many for a line each  # fmt: skip
+def attend_slots(
+    p_q,
+    p_k,
+    p_v,
+    p_keys,
+    p_values,
+    p_index,
+    p_part,
+    p_weight,
+    q_b,
+    q_h,
+    k_b,
+    k_g,
+    v_b,
+    v_g,
+    H,
+    R,
+    W,
+    P,
+    rate,
+    i,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    EXACT: tl.constexpr,
+    BS: tl.constexpr,
+):  # too many for a line each
     """Part i_p of the slots, of R heads: sum of weighted values [BR, BV], sum of weights and largest exponent [BR]."""
     i_p, i_bg, G = i % P, (i // P).to(tl.int64), H // R
     i_b, i_g = i_bg // G, i_bg % G
@@ -115,9 +142,34 @@ def attend_slots(p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight, q_b
 
 
 @triton.jit
-def update_state(p_phi_q, p_phi_k, p_v, p_i, p_f, p_C, p_m, p_num, phi_q_b, phi_q_h, phi_k_b, phi_k_h, v_b, v_g, i_b_,
-                 i_h_, f_b, f_h, H, R, i, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, FORGET: tl.constexpr,
-                 BC: tl.constexpr):  # too many for a line each  # fmt: skip
+def update_state(
+    p_phi_q,
+    p_phi_k,
+    p_v,
+    p_i,
+    p_f,
+    p_C,
+    p_m,
+    p_num,
+    phi_q_b,
+    phi_q_h,
+    phi_k_b,
+    phi_k_h,
+    v_b,
+    v_g,
+    i_b_,
+    i_h_,
+    f_b,
+    f_h,
+    H,
+    R,
+    i,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    BF: tl.constexpr,
+    FORGET: tl.constexpr,
+    BC: tl.constexpr,
+):  # too many for a line each
     """C of one head, columns i_c BC and on, after the token, and phi_q C of it."""
     n_c = tl.cdiv(V, BC)
     i_c, i_bh = i % n_c, (i // n_c).to(tl.int64)
@@ -140,27 +192,152 @@ def update_state(p_phi_q, p_phi_k, p_v, p_i, p_f, p_C, p_m, p_num, phi_q_b, phi_
 
 
 @triton.jit
-def decode_step(p_q, p_k, p_v, p_phi_q, p_phi_k, p_i, p_f, p_C, p_m, p_keys, p_values, p_index, p_part, p_weight, p_num,
-                q_b, q_h, k_b, k_g, v_b, v_g, phi_q_b, phi_q_h, phi_k_b, phi_k_h, i_b, i_h, f_b, f_h, H, R, W, P,
-                n_attend, rate, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BR: tl.constexpr,
-                BK: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, EXACT: tl.constexpr, FORGET: tl.constexpr,
-                BS: tl.constexpr, BC: tl.constexpr):  # too many for a line each  # fmt: skip
+def decode_step(
+    p_q,
+    p_k,
+    p_v,
+    p_phi_q,
+    p_phi_k,
+    p_i,
+    p_f,
+    p_C,
+    p_m,
+    p_keys,
+    p_values,
+    p_index,
+    p_part,
+    p_weight,
+    p_num,
+    q_b,
+    q_h,
+    k_b,
+    k_g,
+    v_b,
+    v_g,
+    phi_q_b,
+    phi_q_h,
+    phi_k_b,
+    phi_k_h,
+    i_b,
+    i_h,
+    f_b,
+    f_h,
+    H,
+    R,
+    W,
+    P,
+    n_attend,
+    rate,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    EXACT: tl.constexpr,
+    FORGET: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):  # too many for a line each
     """The first n_attend programs read the slots, which takes longest; the others update the state."""
     i = tl.program_id(0)
     if i < n_attend:
-        attend_slots(p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight, q_b, q_h, k_b, k_g, v_b, v_g, H, R, W,
-                     P, rate, i, S, K, V, BR, BK, BV, EXACT, BS)  # too many for a line each  # fmt: skip
+        attend_slots(
+            p_q,
+            p_k,
+            p_v,
+            p_keys,
+            p_values,
+            p_index,
+            p_part,
+            p_weight,
+            q_b,
+            q_h,
+            k_b,
+            k_g,
+            v_b,
+            v_g,
+            H,
+            R,
+            W,
+            P,
+            rate,
+            i,
+            S,
+            K,
+            V,
+            BR,
+            BK,
+            BV,
+            EXACT,
+            BS,
+        )  # too many for a line each
     else:
-        update_state(p_phi_q, p_phi_k, p_v, p_i, p_f, p_C, p_m, p_num, phi_q_b, phi_q_h, phi_k_b, phi_k_h, v_b, v_g,
-                     i_b, i_h, f_b, f_h, H, R, i - n_attend, F, V, BF, FORGET,
-                     BC)  # too many for a line each  # fmt: skip
+        update_state(
+            p_phi_q,
+            p_phi_k,
+            p_v,
+            p_i,
+            p_f,
+            p_C,
+            p_m,
+            p_num,
+            phi_q_b,
+            phi_q_h,
+            phi_k_b,
+            phi_k_h,
+            v_b,
+            v_g,
+            i_b,
+            i_h,
+            f_b,
+            f_h,
+            H,
+            R,
+            i - n_attend,
+            F,
+            V,
+            BF,
+            FORGET,
+            BC,
+        )  # too many for a line each
 
 
 @triton.jit
-def decode_finish(p_phi_q, p_phi_k, p_i, p_f, p_o, p_n, p_m, p_index, p_part, p_weight, p_num, p_h, phi_q_b, phi_q_h,
-                  phi_k_b, phi_k_h, i_b, i_h, f_b, f_h, o_b, o_h, H, P, V: tl.constexpr, F: tl.constexpr,
-                  BP: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
-                  FORGET: tl.constexpr):  # too many for a line each  # fmt: skip
+def decode_finish(
+    p_phi_q,
+    p_phi_k,
+    p_i,
+    p_f,
+    p_o,
+    p_n,
+    p_m,
+    p_index,
+    p_part,
+    p_weight,
+    p_num,
+    p_h,
+    phi_q_b,
+    phi_q_h,
+    phi_k_b,
+    phi_k_h,
+    i_b,
+    i_h,
+    f_b,
+    f_h,
+    o_b,
+    o_h,
+    H,
+    P,
+    V: tl.constexpr,
+    F: tl.constexpr,
+    BP: tl.constexpr,
+    BV: tl.constexpr,
+    BF: tl.constexpr,
+    FORGET: tl.constexpr,
+):  # too many for a line each
     """n, m and h of one row and head."""
     lane = tl.program_id(0).to(tl.int64)
     row, head = lane // H, lane % H
@@ -196,9 +373,24 @@ def parts_of(B, G, slots, size):
     return max(1, min(-(-slots // size), PROGRAMS // (B * G)))
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tensor, f: Tensor, o: Tensor, C: Tensor,
-         n: Tensor, m: Tensor, keys: Tensor, values: Tensor, index: Tensor, sinks: int,
-         scale: float) -> Tensor:  # too many for a line each  # fmt: skip
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    o: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    sinks: int,
+    scale: float,
+) -> Tensor:  # too many for a line each
     """h [B, 1, H, V]; C, n, m, keys and values are written in place."""
     (B, _, H, K), G, F, V, slots = q.shape, k.shape[2], phi_q.shape[3], v.shape[3], keys.shape[2]
     tensors = q, k, v, phi_q, phi_k
@@ -210,12 +402,61 @@ def step(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, i: Tenso
     part, weight = C.new_empty(B, H, parts, V), C.new_empty(B, H, parts, 2)
     strides = [n for x in (q, k, v, phi_q, phi_k, i, f, o) for n in (x.stride(0), x.stride(2))]
     widths = {"V": V, "F": F, "BV": power_of_2(V), "BF": power_of_2(F), "FORGET": FORGET_ALL}
-    launch(decode_step, (B * G * parts + B * H * columns,), q, k, v, phi_q, phi_k, i, f, C, m, keys, values, index,
-           part, weight, num, *strides[:14], H, H // G, slots - sinks, parts, B * G * parts, scale * LOG2E, **widths,
-           S=sinks, K=K, BR=power_of_2(H // G), BK=power_of_2(K), EXACT=exact,
-           tile=tile)  # too many for a line each  # fmt: skip
-    launch(decode_finish, (B * H,), phi_q, phi_k, i, f, o, n, m, index, part, weight, num, h, *strides[6:], H, parts,
-           **widths, BP=power_of_2(parts, 1), tile=FINISH)  # too many for a line each  # fmt: skip
+    launch(
+        decode_step,
+        (B * G * parts + B * H * columns,),
+        q,
+        k,
+        v,
+        phi_q,
+        phi_k,
+        i,
+        f,
+        C,
+        m,
+        keys,
+        values,
+        index,
+        part,
+        weight,
+        num,
+        *strides[:14],
+        H,
+        H // G,
+        slots - sinks,
+        parts,
+        B * G * parts,
+        scale * LOG2E,
+        **widths,
+        S=sinks,
+        K=K,
+        BR=power_of_2(H // G),
+        BK=power_of_2(K),
+        EXACT=exact,
+        tile=tile,
+    )  # too many for a line each
+    launch(
+        decode_finish,
+        (B * H,),
+        phi_q,
+        phi_k,
+        i,
+        f,
+        o,
+        n,
+        m,
+        index,
+        part,
+        weight,
+        num,
+        h,
+        *strides[6:],
+        H,
+        parts,
+        **widths,
+        BP=power_of_2(parts, 1),
+        tile=FINISH,
+    )  # too many for a line each
     return h
 
 

@@ -167,8 +167,16 @@ def lanes_of(block, groups, repeats):
     return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
 
 
-def banded_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, index: Tensor | None,
-                   document: Tensor | None) -> Tensor:  # too many for a line each  # fmt: skip
+def banded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    sinks: int,
+    index: Tensor | None,
+    document: Tensor | None,
+) -> Tensor:  # too many for a line each
     """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
     dtype, G, every = calculation_dtype(q, k, v), k.shape[2], slice(None)
     h = v.new_empty(*q.shape[:3], v.shape[3])
@@ -199,8 +207,18 @@ def _(q, k, v, scale, window, sinks, index, document):
 
 
 @torch.library.custom_op("xlstm_kernels::window_banded_backward", mutates_args=())
-def banded_backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, scale: float, window: int, sinks: int,
-                    index: Tensor | None, document: Tensor | None) -> list[Tensor]:  # too many for lines  # fmt: skip
+def banded_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    scale: float,
+    window: int,
+    sinks: int,
+    index: Tensor | None,
+    document: Tensor | None,
+) -> list[Tensor]:  # too many for lines
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]

@@ -165,23 +165,57 @@ def tiles(T, size):
     return -(-T // size)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, place: Tensor | None, start: Tensor | None, end: Tensor | None,
-            count: Tensor | None, scale: float, window: int,
-            sinks: int) -> tuple[Tensor, Tensor]:  # too many for a line each  # fmt: skip
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
+    count: Tensor | None,
+    scale: float,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor]:  # too many for a line each
     """h [B, T, H, V] and lse [B, H, T], tokens as `Layout` counts them: a weight is exp2(rate (q k - lse))."""
     (B, T, H, _), x = q.shape, call(q, k, v, scale, window, sinks, place is not None)
     fresh = torch.empty if place is None else torch.zeros  # what stands behind the real tokens is told to autograd, too
     h, tile = fresh(B, T, H, v.shape[3], dtype=v.dtype, device=v.device), x.tile(FORWARD)
     lse = fresh(B, H, T, dtype=torch.float32, device=q.device)
-    launch(forward_kernel, (tiles(T, tile.sizes["BT"]) * x.lanes[0],), *x.tensors, h, lse, place, start, count,
-           *x.strides, *x.numbers, **x.constants, S=x.sinks, BN=x.sink_tile,
-           tile=tile)  # too many for a line each  # fmt: skip
+    launch(
+        forward_kernel,
+        (tiles(T, tile.sizes["BT"]) * x.lanes[0],),
+        *x.tensors,
+        h,
+        lse,
+        place,
+        start,
+        count,
+        *x.strides,
+        *x.numbers,
+        **x.constants,
+        S=x.sinks,
+        BN=x.sink_tile,
+        tile=tile,
+    )  # too many for a line each
     return h, lse
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, lse: Tensor, dh: Tensor, place: Tensor | None,
-             start: Tensor | None, end: Tensor | None, count: Tensor | None, scale: float, window: int,
-             sinks: int) -> tuple[Tensor, Tensor, Tensor]:  # too many for a line each  # fmt: skip
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    lse: Tensor,
+    dh: Tensor,
+    place: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
+    count: Tensor | None,
+    scale: float,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # too many for a line each
     """The gradients of q, k, v."""
     T, x = q.shape[1], call(q, k, v, scale, window, sinks, place is not None)
     where, dh = (place, start, end, count), dh.contiguous()
@@ -189,17 +223,60 @@ def backward(q: Tensor, k: Tensor, v: Tensor, h: Tensor, lse: Tensor, dh: Tensor
     dq, dk, dv = (fresh(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
     delta, far, chunk = prepare(x, h, lse, dh, where)
     tile = x.tile(KEYS)
-    launch(key_kernel, (tiles(T, tile.sizes["BS"]) * x.lanes[1],), *x.tensors, dh, lse, delta, dk, dv, *where,
-           *x.strides, *x.numbers, scale, **x.constants, tile=tile)  # too many for a line each  # fmt: skip
+    launch(
+        key_kernel,
+        (tiles(T, tile.sizes["BS"]) * x.lanes[1],),
+        *x.tensors,
+        dh,
+        lse,
+        delta,
+        dk,
+        dv,
+        *where,
+        *x.strides,
+        *x.numbers,
+        scale,
+        **x.constants,
+        tile=tile,
+    )  # too many for a line each
     if x.sinks:
         leaders, columns = 1 if place is None else tiles(T, chunk), tiles(far.shape[4], SINKS.sizes["BD"])
-        launch(sink_kernel, (x.lanes[1] * leaders * x.sinks * columns,), far, dk, dv, *where, *x.numbers[:4], scale,
-               chunk, S=x.sinks, K=q.shape[3], V=v.shape[3], PACKED=place is not None,
-               tile=SINKS)  # too many for a line each  # fmt: skip
+        launch(
+            sink_kernel,
+            (x.lanes[1] * leaders * x.sinks * columns,),
+            far,
+            dk,
+            dv,
+            *where,
+            *x.numbers[:4],
+            scale,
+            chunk,
+            S=x.sinks,
+            K=q.shape[3],
+            V=v.shape[3],
+            PACKED=place is not None,
+            tile=SINKS,
+        )  # too many for a line each
     tile = x.tile(QUERIES)
-    launch(query_kernel, (tiles(T, tile.sizes["BT"]) * x.lanes[0],), *x.tensors, dh, lse, delta, dq, place, start,
-           count, *x.strides, *x.numbers, scale, **x.constants, S=x.sinks, BN=x.sink_tile,
-           tile=tile)  # too many for a line each  # fmt: skip
+    launch(
+        query_kernel,
+        (tiles(T, tile.sizes["BT"]) * x.lanes[0],),
+        *x.tensors,
+        dh,
+        lse,
+        delta,
+        dq,
+        place,
+        start,
+        count,
+        *x.strides,
+        *x.numbers,
+        scale,
+        **x.constants,
+        S=x.sinks,
+        BN=x.sink_tile,
+        tile=tile,
+    )  # too many for a line each
     return dq, dk, dv
 
 
@@ -210,9 +287,24 @@ def prepare(x, h, lse, dh, where):
     chunk = min(CHUNK, x.numbers[3]) if S else CHUNK
     far = lse.new_empty(B, H, tiles(T, chunk), S, x.constants["K"] + x.constants["V"]) if S else None
     delta = torch.empty_like(lse)
-    launch(prepare_kernel, (tiles(T, chunk) * B * H * max(1, tiles(S, x.sink_tile)),), *x.tensors, h, dh, lse, delta,
-           far, *where, *x.strides, *x.numbers, chunk, **x.constants, S=S, BN=x.sink_tile,
-           tile=tile)  # too many for a line each  # fmt: skip
+    launch(
+        prepare_kernel,
+        (tiles(T, chunk) * B * H * max(1, tiles(S, x.sink_tile)),),
+        *x.tensors,
+        h,
+        dh,
+        lse,
+        delta,
+        far,
+        *where,
+        *x.strides,
+        *x.numbers,
+        chunk,
+        **x.constants,
+        S=S,
+        BN=x.sink_tile,
+        tile=tile,
+    )  # too many for a line each
     return delta, far, chunk
 
 

@@ -107,10 +107,40 @@ def absorb(b_h, b_l, b_m, b_s, b_v, rate, MASKED: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def forward_kernel(p_q, p_k, p_v, p_h, p_lse, p_place, p_start, p_count, q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, T,
-                   H, R, W, rate, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   BN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-                   BS: tl.constexpr):  # too many for a line each  # fmt: skip
+def forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_h,
+    p_lse,
+    p_place,
+    p_start,
+    p_count,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_g,
+    v_b,
+    v_t,
+    v_g,
+    T,
+    H,
+    R,
+    W,
+    rate,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+):  # too many for a line each
     """h [B, T, H, V] and lse [B, H, T] of one tile of queries of one head."""
     n_tiles = tl.cdiv(T, BT)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -183,10 +213,44 @@ def key_step(
 
 
 @triton.jit
-def prepare_kernel(p_q, p_k, p_v, p_h, p_dh, p_lse, p_delta, p_far, p_place, p_start, p_end, p_count, q_b, q_t, q_h,
-                   k_b, k_t, k_g, v_b, v_t, v_g, T, H, R, W, rate, CHUNK, S: tl.constexpr, K: tl.constexpr,
-                   V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
-                   PRECISION: tl.constexpr, BT: tl.constexpr):  # too many for a line each  # fmt: skip
+def prepare_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_h,
+    p_dh,
+    p_lse,
+    p_delta,
+    p_far,
+    p_place,
+    p_start,
+    p_end,
+    p_count,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_g,
+    v_b,
+    v_t,
+    v_g,
+    T,
+    H,
+    R,
+    W,
+    rate,
+    CHUNK,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+):  # too many for a line each
     """delta [B, H, T] = <dh, h>, and what the queries of a chunk add to dk and dv of sinks that have left their
     windows.
 
@@ -234,10 +298,43 @@ def prepare_kernel(p_q, p_k, p_v, p_h, p_dh, p_lse, p_delta, p_far, p_place, p_s
 
 
 @triton.jit
-def key_kernel(p_q, p_k, p_v, p_dh, p_lse, p_delta, p_dk, p_dv, p_place, p_start, p_end, p_count, q_b, q_t, q_h, k_b,
-               k_t, k_g, v_b, v_t, v_g, T, H, R, W, rate, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-               BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-               BS: tl.constexpr):  # too many for a line each  # fmt: skip
+def key_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_dh,
+    p_lse,
+    p_delta,
+    p_dk,
+    p_dv,
+    p_place,
+    p_start,
+    p_end,
+    p_count,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_g,
+    v_b,
+    v_t,
+    v_g,
+    T,
+    H,
+    R,
+    W,
+    rate,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+):  # too many for a line each
     """dk [B, T, G, K], dv [B, T, G, V] of one tile of keys, from queries less than W later, all heads of the group."""
     n_tiles = tl.cdiv(T, BS)
     i_bg = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -312,10 +409,43 @@ def query_step(b_dq, b_dh, b_lse, b_delta, b_s, b_k, b_v, rate, PRECISION: tl.co
 
 
 @triton.jit
-def query_kernel(p_q, p_k, p_v, p_dh, p_lse, p_delta, p_dq, p_place, p_start, p_count, q_b, q_t, q_h, k_b, k_t, k_g,
-                 v_b, v_t, v_g, T, H, R, W, rate, scale, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-                 BT: tl.constexpr, BS: tl.constexpr):  # too many for a line each  # fmt: skip
+def query_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_dh,
+    p_lse,
+    p_delta,
+    p_dq,
+    p_place,
+    p_start,
+    p_count,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_g,
+    v_b,
+    v_t,
+    v_g,
+    T,
+    H,
+    R,
+    W,
+    rate,
+    scale,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+):  # too many for a line each
     """dq [B, T, H, K] of one tile of queries of one head; the keys are read as in `forward_kernel`."""
     n_tiles = tl.cdiv(T, BT)
     i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -367,9 +497,27 @@ def query_kernel(p_q, p_k, p_v, p_dh, p_lse, p_delta, p_dq, p_place, p_start, p_
 
 
 @triton.jit
-def sink_kernel(p_far, p_dk, p_dv, p_place, p_start, p_end, p_count, T, H, R, W, scale, CHUNK, S: tl.constexpr,
-                K: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr, BC: tl.constexpr,
-                BD: tl.constexpr):  # too many for a line each  # fmt: skip
+def sink_kernel(
+    p_far,
+    p_dk,
+    p_dv,
+    p_place,
+    p_start,
+    p_end,
+    p_count,
+    T,
+    H,
+    R,
+    W,
+    scale,
+    CHUNK,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PACKED: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+):  # too many for a line each
     """Add to dk and dv of one sink what all chunks of its document and all heads of the group have for it, in a fixed
     order.
 

@@ -1,4 +1,7 @@
-"""Checkpoint directories: written whole or not at all, listed with their hashes, and with a record of where they came from."""
+"""Checkpoint directories: written whole or not at all, listed with their hashes, and with a record of where they came
+from.
+"""
+
 import contextlib
 import hashlib
 import importlib.metadata
@@ -35,8 +38,10 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointWriteError(f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
-                                   "what was there before is untouched") from error
+        raise CheckpointWriteError(
+            f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
+            "what was there before is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,7 +51,9 @@ def write_json(path, value):
 
 
 def read_object(path, limit, refuse):
-    """The object in a JSON file of at most `limit` bytes. Where it is missing, damaged, too large or no object, `refuse(reason)` is raised."""
+    """The object in a JSON file of at most `limit` bytes. Where it is missing, damaged, too large or no object,
+    `refuse(reason)` is raised.
+    """
     try:
         if path.stat().st_size > limit:
             raise ValueError(f"{path.stat().st_size} bytes, expected at most {limit}")
@@ -59,9 +66,16 @@ def read_object(path, limit, refuse):
 
 
 def read_json(path, what):
-    """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no object."""
+    """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no
+    object.
+    """
     path = Path(path)
-    refuse = lambda reason: CheckpointError(f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again")  # noqa: E731
+
+    def refuse(reason):
+        return CheckpointError(
+            f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again"
+        )
+
     return read_object(path, JSON_BYTES, refuse)
 
 
@@ -69,7 +83,9 @@ def read_versioned(path, what):
     value = read_json(path, what)
     if value.get("format_version") != FORMAT_VERSION:
         found = value.get("format_version")
-        raise CheckpointError(f"{what}: {path.name} has format_version {found}, expected {FORMAT_VERSION}; upgrade xlstm-hybrid")
+        raise CheckpointError(
+            f"{what}: {path.name} has format_version {found}, expected {FORMAT_VERSION}; upgrade xlstm-hybrid"
+        )
     return value
 
 
@@ -83,8 +99,10 @@ def check_space(path, bytes_needed):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
-        raise CheckpointWriteError(f"{Path(path).name} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
-                                   "make room or choose another directory; nothing was written")
+        raise CheckpointWriteError(
+            f"{Path(path).name} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
+            "make room or choose another directory; nothing was written"
+        )
 
 
 def sync(path):
@@ -115,7 +133,9 @@ def dead(text):
 
 
 def remove_abandoned(path, kind=".tmp"):
-    """Remove temporary files and directories of `path` whose process on this machine was killed; those of other machines stay."""
+    """Remove temporary files and directories of `path` whose process on this machine was killed; those of other
+    machines stay.
+    """
     for folder in path.parent.glob(f"{kind}-{path.name}-*"):
         tail = folder.name.removeprefix(f"{kind}-{path.name}-").split("-")
         if len(tail) == 3 and dead("-".join(tail[:2])):
@@ -123,7 +143,9 @@ def remove_abandoned(path, kind=".tmp"):
 
 
 def clean_abandoned(directory):
-    """Remove what killed processes of this machine left half-written in `directory`, and what a directory that is there was about to replace."""
+    """Remove what killed processes of this machine left half-written in `directory`, and what a directory that is there
+    was about to replace.
+    """
     for folder in [*Path(directory).glob(".tmp-*-*-*-*"), *Path(directory).glob(".old-*-*-*-*")]:
         path = folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]
         remove_abandoned(path)
@@ -135,20 +157,23 @@ def clean_abandoned(directory):
 def staged(path, overwrite=False):
     """A temporary sibling directory that becomes `path` when the block succeeds and disappears when it fails.
 
-    Everything reaches the disk before the rename. Replacing takes two renames: after a power cut between them the old and the new directory
-    are both complete, beside `path` under names with a dot.
+    Everything reaches the disk before the rename. Replacing takes two renames: after a power cut between them the old
+    and the new directory are both complete, beside `path` under names with a dot.
 
     Args:
         overwrite: replace what is there, once the new one is complete; otherwise a non-empty `path` is refused.
     Raises:
-        CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False, before the block or after it.
+        CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False, before the block or after
+            it.
         CheckpointWriteError: the disk refused; what was at `path` is untouched.
     """
     path = Path(path).absolute()
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CheckpointError(f"{path.name} exists and is no directory: choose another place")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(f"{path.name} exists already and is not empty: choose another directory, or allow overwriting")
+        raise CheckpointError(
+            f"{path.name} exists already and is not empty: choose another directory, or allow overwriting"
+        )
     mark = f"{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
     temporary, retired = path.parent / f".tmp-{mark}", path.parent / f".old-{mark}"
     try:
@@ -160,18 +185,24 @@ def staged(path, overwrite=False):
             sync(file)
         exchange(temporary, path, retired, overwrite)
     except OSError as error:
-        raise CheckpointWriteError(f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
-                                   "what was there before is untouched") from error
+        raise CheckpointWriteError(
+            f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
+            "what was there before is untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
 
 
 def exchange(new, path, retired, overwrite):
-    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails. What came meanwhile is not replaced unasked."""
+    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails. What came meanwhile
+    is not replaced unasked.
+    """
     there = path.exists()
     if there and not overwrite and any(path.iterdir()):
-        raise CheckpointError(f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it")
+        raise CheckpointError(
+            f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
+        )
     if there:
         os.rename(path, retired)
     try:
@@ -192,7 +223,9 @@ def digest(path):
 
 
 def write_manifest(directory):
-    """List every file of a checkpoint with its size in bytes and SHA-256 in manifest.json, sorted by name; to be written last."""
+    """List every file of a checkpoint with its size in bytes and SHA-256 in manifest.json, sorted by name; to be
+    written last.
+    """
     directory = Path(directory)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
     entries = {p.relative_to(directory).as_posix(): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
@@ -205,33 +238,46 @@ def verify(directory, level="full"):
     Args:
         level: "full" hashes every file, "size" looks at sizes only.
     Raises:
-        CheckpointError: no manifest, another format, a file that is missing or differs, weights that the manifest does not list;
-            it names the file, what was expected and what was found.
+        CheckpointError: no manifest, another format, a file that is missing or differs, weights that the manifest does
+            not list; it names the file, what was expected and what was found.
     """
     directory = Path(directory)
     if level not in ("full", "size"):
         raise CheckpointError(f"verify: level={level!r}, expected 'full' or 'size'")
     listed = read_versioned(directory / MANIFEST, directory.name).get("files")
-    if not isinstance(listed, dict) or not all(isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in listed.values()):
-        raise CheckpointError(f"{directory.name}: {MANIFEST} lists no files with size and sha256; make or download the checkpoint again")
+    if not isinstance(listed, dict) or not all(
+        isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in listed.values()
+    ):
+        raise CheckpointError(
+            f"{directory.name}: {MANIFEST} lists no files with size and sha256; make or download the checkpoint again"
+        )
     for name, entry in listed.items():
         check_file(directory, name, entry, level)
-    for file in sorted(directory.glob("*.safetensors*")):  # a stale index or shard would be loaded in the place of the listed ones
+    # a stale index or shard would be loaded in the place of the listed ones
+    for file in sorted(directory.glob("*.safetensors*")):
         if file.name not in listed:
-            raise CheckpointError(f"{directory.name}: {file.name} is not listed in {MANIFEST}, expected no other weights; remove it, or make the "
-                                  "checkpoint again")
+            raise CheckpointError(
+                f"{directory.name}: {file.name} is not listed in {MANIFEST}, expected no other weights; remove it, or make the "
+                "checkpoint again"
+            )
 
 
 def check_file(directory, name, entry, level):
     file, step = directory / name, "make or download the checkpoint again"
     if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
-        raise CheckpointError(f"{directory.name}: {MANIFEST} lists {name!r}, expected names inside of the directory; {step}")
+        raise CheckpointError(
+            f"{directory.name}: {MANIFEST} lists {name!r}, expected names inside of the directory; {step}"
+        )
     if not file.is_file():
         raise CheckpointError(f"{directory.name}: {name} is missing, expected {entry['size']} bytes; {step}")
     if file.stat().st_size != entry["size"]:
-        raise CheckpointError(f"{directory.name}: {name} has {file.stat().st_size} bytes, expected {entry['size']}; {step}")
+        raise CheckpointError(
+            f"{directory.name}: {name} has {file.stat().st_size} bytes, expected {entry['size']}; {step}"
+        )
     if level == "full" and (found := digest(file)) != entry["sha256"]:
-        raise CheckpointError(f"{directory.name}: {name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged; {step}")
+        raise CheckpointError(
+            f"{directory.name}: {name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged; {step}"
+        )
 
 
 def in_blobs(directory, file):
@@ -240,23 +286,35 @@ def in_blobs(directory, file):
 
 
 def contained(directory, name):
-    """The path of a file of a checkpoint by its plain name; CheckpointError for a path, or for a link out of the checkpoint."""
+    """The path of a file of a checkpoint by its plain name; CheckpointError for a path, or for a link out of the
+    checkpoint.
+    """
     directory, file = Path(directory), Path(directory) / name
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{directory.name}: names the file {name!r}, expected a plain name; make or download the checkpoint again")
+        raise CheckpointError(
+            f"{directory.name}: names the file {name!r}, expected a plain name; make or download the checkpoint again"
+        )
     if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
-        raise CheckpointError(f"{directory.name}/{name}: links to a file outside of the checkpoint; replace the link by the file")
+        raise CheckpointError(
+            f"{directory.name}/{name}: links to a file outside of the checkpoint; replace the link by the file"
+        )
     return file
 
 
 def checkpoints_by_step(directory):
     """Directories `checkpoint-<step>` of a run, the oldest step first."""
-    found = [path for path in Path(directory).glob("checkpoint-*") if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        path
+        for path in Path(directory).glob("checkpoint-*")
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def newest_verified(directory, level="full"):
-    """`(path, skipped)`: the newest checkpoint of a run that its manifest confirms, or None, and `{name: reason}` of newer ones that it does not."""
+    """`(path, skipped)`: the newest checkpoint of a run that its manifest confirms, or None, and `{name: reason}` of
+    newer ones that it does not.
+    """
     skipped = {}
     for path in reversed(checkpoints_by_step(directory)):
         try:
@@ -280,7 +338,9 @@ def versions():
 
 
 def plain(value):
-    """A value as JSON that can be published: an absolute path becomes its last component, a secret goes, a number that is not finite is None."""
+    """A value as JSON that can be published: an absolute path becomes its last component, a secret goes, a number that
+    is not finite is None.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items() if not SECRETS.search(str(k))}
     if isinstance(value, list | tuple | set):
@@ -300,12 +360,15 @@ def read_provenance(directory):
         return []
     stages = read_versioned(path, Path(directory).name).get("stages")
     if not isinstance(stages, list) or not all(isinstance(s, dict) and isinstance(s.get("stage"), str) for s in stages):
-        raise CheckpointError(f"{Path(directory).name}: {PROVENANCE} holds no list of stages; restore it or make the checkpoint again")
+        raise CheckpointError(
+            f"{Path(directory).name}: {PROVENANCE} holds no list of stages; restore it or make the checkpoint again"
+        )
     return stages
 
 
 def add_provenance(directory, stage, parent=None, stages=None, config=None, data=None, figures=None, seconds=None):
-    """Write provenance.json: the parent's stages (or `stages`), then this one. It holds no absolute path, no host, no secret.
+    """Write provenance.json: the parent's stages (or `stages`), then this one. It holds no absolute path, no host, no
+    secret.
 
     Args:
         parent: checkpoint directory that the stage started from, or a name; kept by its last component.
@@ -316,7 +379,15 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
     if stages is None:
         stages = read_provenance(parent) if parent is not None and Path(parent).is_dir() else []
     name = None if parent is None else Path(parent).resolve().name if Path(parent).is_dir() else Path(parent).name
-    entry = {"stage": stage, "parent": name, "config": config, "data": data, "figures": figures, "seconds": seconds, "versions": versions()}
+    entry = {
+        "stage": stage,
+        "parent": name,
+        "config": config,
+        "data": data,
+        "figures": figures,
+        "seconds": seconds,
+        "versions": versions(),
+    }
     if parent is not None and (Path(parent) / MANIFEST).is_file():
         entry["parent_manifest"] = digest(Path(parent) / MANIFEST)  # tells starts of the same name apart
     entry = {key: plain(value) for key, value in entry.items() if value is not None}
@@ -331,7 +402,9 @@ def append_stage(directory, stage, config=None, figures=None):
     """
     stages = read_provenance(directory)
     if not stages:
-        raise CheckpointError(f"{Path(directory).name}: no record of stages, expected a checkpoint that this package made; name its directory")
+        raise CheckpointError(
+            f"{Path(directory).name}: no record of stages, expected a checkpoint that this package made; name its directory"
+        )
     if (Path(directory) / MANIFEST).is_file():
         verify(directory)
     add_provenance(directory, stage, stages=stages, config=config, figures=figures)
@@ -339,7 +412,9 @@ def append_stage(directory, stage, config=None, figures=None):
 
 
 def relist(directory, name):
-    """Bring one file's entry in the manifest up to date, and no other: what else changed must show. Without a manifest nothing is done."""
+    """Bring one file's entry in the manifest up to date, and no other: what else changed must show. Without a manifest
+    nothing is done.
+    """
     file, path = Path(directory) / name, Path(directory) / MANIFEST
     if path.is_file():
         manifest = read_versioned(path, Path(directory).name)
@@ -354,7 +429,8 @@ def weight_files(directory):
     """`{tensor name: file}` of a safetensors checkpoint, single or sharded.
 
     Raises:
-        CheckpointError: no weights, a damaged file, an index entry that is no plain file name, or a shard that is missing.
+        CheckpointError: no weights, a damaged file, an index entry that is no plain file name, or a shard that is
+            missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -368,12 +444,16 @@ def weight_files(directory):
                 raise CheckpointError(f"{directory.name}: shard {name} is missing; copy or download it again")
         return {tensor: directory / name for tensor, name in names.items()}
     if not (directory / SINGLE).is_file():
-        raise CheckpointError(f"{directory.name}: expected {SINGLE} or {INDEX}, found neither; save the model as safetensors")
+        raise CheckpointError(
+            f"{directory.name}: expected {SINGLE} or {INDEX}, found neither; save the model as safetensors"
+        )
     try:
         with safe_open(contained(directory, SINGLE), framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again") from error
+        raise CheckpointError(
+            f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again"
+        ) from error
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------

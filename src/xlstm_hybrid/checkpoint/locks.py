@@ -1,6 +1,8 @@
-"""Claims: one of several processes does a piece of work, the others wait or do another. An optimisation, nothing's correctness depends on them.
+"""Claims: one of several processes does a piece of work, the others wait or do another. An optimisation, nothing's
+correctness depends on them.
 
-A claim is a file that names its process. A process of this machine that is gone has no claim; one of another machine must give a sign of life.
+A claim is a file that names its process. A process of this machine that is gone has no claim; one of another machine
+must give a sign of life.
 """
 
 import contextlib
@@ -16,7 +18,9 @@ BEAT_SECONDS = 60  # between signs of life of `held`
 
 @contextlib.contextmanager
 def claimed(path):
-    """`(True if this process may work under the claim, function that gives a sign of life)`; the claim goes with the block."""
+    """`(True if this process may work under the claim, function that gives a sign of life)`; the claim goes with the
+    block.
+    """
     mine = take(path)
     try:
         yield mine, lambda: os.utime(path) if path.exists() else None
@@ -39,7 +43,9 @@ def take(path):
 
 
 def holder_lives(path):
-    """Whether the process that holds a claim works on: it gave a sign of life lately and, if it is of this machine, it is there."""
+    """Whether the process that holds a claim works on: it gave a sign of life lately and, if it is of this machine, it
+    is there.
+    """
     try:
         text, age = path.read_text(), time.time() - path.stat().st_mtime
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""Writing checkpoints as transformers lays them out: weights in one safetensors file, or in shards with an index, and the settings beside them."""
+"""Writing checkpoints as transformers lays them out: weights in one safetensors file, or in shards with an index, and
+the settings beside them.
+"""
 
 import math
 
@@ -9,13 +11,23 @@ from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, write_json
 SHARD_BYTES = 4 * 2**30
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (  # plain text and JSON: a student directory holds no pickles and no code
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def using_cache(settings):
-    """Settings of config.json or generation_config.json without `use_cache: false`: what training left there, and slow in generation."""
+    """Settings of config.json or generation_config.json without `use_cache: false`: what training left there, and slow
+    in generation.
+    """
     return {key: value for key, value in settings.items() if not (key == "use_cache" and value is False)}
 
 
@@ -43,7 +55,11 @@ def write_weights(directory, shapes, itemsize, make, shard_bytes=SHARD_BYTES):
     count = {name: math.prod(shape) for name, shape in shapes.items()}
     sizes = {name: n * itemsize(name) for name, n in count.items()}
     shards = plan_shards(sizes, shard_bytes)
-    files = [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
+    files = (
+        [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else [SINGLE]
+    )
     for file, names in zip(files, shards, strict=True):
         save_file({name: make(name).contiguous() for name in names}, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from xlstm_hybrid.commands.options import settings_of
-from xlstm_hybrid.distil_xlstm.run import distil, draw, hybrid_scores, make_student, planned, read_delta_recipe, refuse_finished, scores, table
+from xlstm_hybrid.distil_xlstm.run import (
+    distil,
+    draw,
+    hybrid_scores,
+    make_student,
+    planned,
+    read_delta_recipe,
+    refuse_finished,
+    scores,
+    table,
+)
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.pipeline.settings import is_main
 from xlstm_hybrid.recipe.schema import resolve_teacher

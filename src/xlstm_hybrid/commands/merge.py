@@ -90,5 +90,14 @@ def searched(experts, out, teacher, count, budget, settings):
     """Weights under the win-and-tie objective on held-out prompts of the tiny domains; candidates are kept beside `out`, a second call goes on."""
     with Console(stderr=True).status("scoring the teacher") as status:
         score, calibration = merging.domain_scorer(count)
-        return merging.searched(experts, out, teacher, score, calibration, out.with_name(f"{out.name}.search.json"), budget=budget,
-                                progress=lambda c: status.update(f"last candidate: {c.scores}"), **settings)  # fmt: skip
+        return merging.searched(
+            experts,
+            out,
+            teacher,
+            score,
+            calibration,
+            out.with_name(f"{out.name}.search.json"),
+            budget=budget,
+            progress=lambda c: status.update(f"last candidate: {c.scores}"),
+            **settings,
+        )

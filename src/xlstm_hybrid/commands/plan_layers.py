@@ -49,10 +49,7 @@ def plan_layers(
     kind: Annotated[str, typer.Option(help="Of the rows: needle, multikey, recall or variables.")] = "multikey",
     rows: Annotated[int, typer.Option(help="Number of rows.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 2048,
-    method: Annotated[
-        str,
-        typer.Option(help="ablate (all groups but one), add (none but one) or greedy."),
-    ] = "ablate",
+    method: Annotated[str, typer.Option(help="ablate (all groups but one), add (none but one) or greedy.")] = "ablate",
     steps: Annotated[int | None, typer.Option(help="Groups that greedy chooses one by one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per forward call.")] = 4,
     device: Annotated[str, typer.Option(help="Where to measure, for example cuda.")] = "cpu",

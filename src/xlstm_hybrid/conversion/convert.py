@@ -1,7 +1,10 @@
-"""From a teacher to a student with the same function as far as it is shared: tensors are placed by table, new ones initialised.
+"""From a teacher to a student with the same function as far as it is shared: tensors are placed by table, new ones
+initialised.
 
-Everything is checked from configuration and headers before the first byte is written. Tensors stream: one output shard is in memory at a time.
+Everything is checked from configuration and headers before the first byte is written. Tensors stream: one output shard
+is in memory at a time.
 """
+
 import copy
 import math
 import re
@@ -36,7 +39,9 @@ SHOWN = 3  # names per kind of mistake in an error
 
 
 class TensorReport:
-    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name -> fate) and `parameters`."""
+    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name ->
+    fate) and `parameters`.
+    """
 
     def as_dict(self):
         return asdict(self)
@@ -49,7 +54,10 @@ class TensorReport:
     def tensor_lines(self, of_teacher, of_student):
         """Two tables, layers counted together; the arguments head their last columns."""
         lines = []
-        for title, heading, tensors in (("teacher tensor", of_teacher, self.teacher_tensors), ("student tensor", of_student, self.student_tensors)):
+        for title, heading, tensors in (
+            ("teacher tensor", of_teacher, self.teacher_tensors),
+            ("student tensor", of_student, self.student_tensors),
+        ):
             rows = Counter((layerless(name), what) for name, what in tensors.items())
             width = max([len(title), *(len(name) for name, _ in rows)])
             lines += ["", f"{title:{width}}  number  {heading}"]
@@ -77,11 +85,16 @@ class TransferReport(TensorReport):
 
     def __str__(self):
         layers = ", ".join(f"{number} {kind}" for kind, number in Counter(self.layer_types).items())
-        lines = [f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"]
+        lines = [
+            f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"
+        ]
         lines += self.tensor_lines("what became of it", "where it comes from")
         share = 100 * self.parameters["new"] / self.parameters["student"]
-        lines += ["", f"parameters: teacher {self.parameters['teacher']:,}, student {self.parameters['student']:,}, of these new "
-                  f"{self.parameters['new']:,} ({share:.2f} %), all of them and nothing else trainable in stage I"]
+        lines += [
+            "",
+            f"parameters: teacher {self.parameters['teacher']:,}, student {self.parameters['student']:,}, of these new "
+            f"{self.parameters['new']:,} ({share:.2f} %), all of them and nothing else trainable in stage I",
+        ]
         return "\n".join(lines)
 
 
@@ -97,7 +110,8 @@ def empty_student(config):
 
 
 class Transfer:
-    """The plan from one teacher to one student: what each tensor of the student is made of. Complete and checked once constructed.
+    """The plan from one teacher to one student: what each tensor of the student is made of. Complete and checked once
+    constructed.
 
     Args:
         teacher: a `DirectoryTeacher` or `ModelTeacher`.
@@ -105,7 +119,8 @@ class Transfer:
         student: arguments of `student_config`.
     Raises:
         UnsupportedTeacherError, ConfigError: see `student_config`.
-        CheckpointError: teacher tensors that are missing, mis-shaped or without a place in the student, all named at once.
+        CheckpointError: teacher tensors that are missing, mis-shaped or without a place in the student, all named at
+            once.
     """
 
     def __init__(self, teacher, dtype=None, **student):
@@ -144,17 +159,24 @@ class Transfer:
                 self.sources[target] = name
             self.fate[name] = "copied"
         if odd:
-            raise UnsupportedTeacherError(f"{self.teacher.name}: {len(odd)} tensors are not of a plain float type, the first {odd[0]}: "
-                                          "a quantised teacher; start from the original checkpoint, or save a dequantised one")
+            raise UnsupportedTeacherError(
+                f"{self.teacher.name}: {len(odd)} tensors are not of a plain float type, the first {odd[0]}: "
+                "a quantised teacher; start from the original checkpoint, or save a dequantised one"
+            )
         missing = [name for name in self.expected if name not in self.sources and name not in self.new]
         self.refuse({"missing": missing, "mis-shaped": misshaped, "without a place in the student": homeless})
 
     def refuse(self, mistakes):
         if any(mistakes.values()):
-            found = "; ".join(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-                              for kind, names in mistakes.items() if names)
-            raise CheckpointError(f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {found}; "
-                                  "compare the two, or download the checkpoint again")
+            found = "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+                for kind, names in mistakes.items()
+                if names
+            )
+            raise CheckpointError(
+                f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {found}; "
+                "compare the two, or download the checkpoint again"
+            )
 
     def choose_dtype(self, dtype):
         """The student's dtype: the one asked for, or the one in which the teacher's embedding is stored."""
@@ -182,8 +204,10 @@ class Transfer:
         value = self.fresh(name) if name in self.new else self.teacher.load(self.sources[name])
         value, stored = value.detach().to("cpu", self.dtype_of(name), copy=True).contiguous(), value.dtype
         if not torch.isfinite(value).all():
-            raise CheckpointError(f"{self.teacher.name}: {self.sources[name]} ({stored}) holds values that are not finite in {self.dtype}; "
-                                  "choose a dtype of a wider range, or another teacher")
+            raise CheckpointError(
+                f"{self.teacher.name}: {self.sources[name]} ({stored}) holds values that are not finite in {self.dtype}; "
+                "choose a dtype of a wider range, or another teacher"
+            )
         return value
 
     def fresh(self, name):
@@ -198,23 +222,44 @@ class Transfer:
         for name in self.fate:
             twin = self.ties.get(name)
             if twin and not torch.equal(self.teacher.load(name), self.teacher.load(self.sources[twin])):
-                raise CheckpointError(f"{self.teacher.name}: config.json says that {name} is tied to {twin}, but they differ; "
-                                      "set tie_word_embeddings to false in config.json")
+                raise CheckpointError(
+                    f"{self.teacher.name}: config.json says that {name} is tied to {twin}, but they differ; "
+                    "set tie_word_embeddings to false in config.json"
+                )
 
     def report(self):
         count = {name: math.prod(shape) for name, shape in self.expected.items()}
-        student = {name: f"new: {INITS[name.rsplit('.', 1)[-1]]}" if name in self.new else "copied" for name in self.expected}
+        student = {
+            name: f"new: {INITS[name.rsplit('.', 1)[-1]]}" if name in self.new else "copied" for name in self.expected
+        }
         student |= {name: f"derived: tied to {source}" for name, source in self.ties.items()}
         total, new = sum(count.values()), sum(count[name] for name in self.new)
         return TransferReport(
-            self.teacher.name, self.teacher.config.model_type, str(self.dtype).removeprefix("torch."), list(self.config.layer_types),
-            self.fate, student, {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new},
+            self.teacher.name,
+            self.teacher.config.model_type,
+            str(self.dtype).removeprefix("torch."),
+            list(self.config.layer_types),
+            self.fate,
+            student,
+            {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new},
         )
 
 
-def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, overwrite=False,
-            shard_bytes=SHARD_BYTES, **overrides):
-    """Convert a teacher into a student directory that `AutoModelForCausalLM` loads, with tokenizer, chat template and generation config.
+def convert(
+    teacher,
+    out,
+    *,
+    sliding_window=512,
+    num_sink_tokens=4,
+    layer_types=None,
+    dtype=None,
+    revision=None,
+    overwrite=False,
+    shard_bytes=SHARD_BYTES,
+    **overrides,
+):
+    """Convert a teacher into a student directory that `AutoModelForCausalLM` loads, with tokenizer, chat template and
+    generation config.
 
     Args:
         teacher: a directory, a Hub id, or a transformers model (which brings no tokenizer).
@@ -227,7 +272,8 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
     Returns:
         TransferReport
     Raises:
-        UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student, or `out` exists; nothing is written.
+        UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student, or `out`
+            exists; nothing is written.
         CheckpointWriteError: there is no room for `out`, or it holds the teacher; what was there is untouched.
     """
     started = time.monotonic()
@@ -236,29 +282,65 @@ def convert(teacher, out, *, sliding_window=512, num_sink_tokens=4, layer_types=
     out = Path(out)
     with open_teacher(teacher, revision) as source:
         source.refuse_target(out)
-        transfer = Transfer(source, sliding_window=sliding_window, num_sink_tokens=num_sink_tokens, layer_types=layer_types, dtype=dtype, **overrides)
+        transfer = Transfer(
+            source,
+            sliding_window=sliding_window,
+            num_sink_tokens=num_sink_tokens,
+            layer_types=layer_types,
+            dtype=dtype,
+            **overrides,
+        )
         transfer.check_ties()
         report = transfer.report()
         check_space(out, sum(transfer.bytes_of(name) for name in transfer.expected))
         with staged(out, overwrite=overwrite) as directory:
-            write_weights(directory, transfer.expected, lambda name: transfer.dtype_of(name).itemsize, transfer.tensor, shard_bytes)
+            write_weights(
+                directory,
+                transfer.expected,
+                lambda name: transfer.dtype_of(name).itemsize,
+                transfer.tensor,
+                shard_bytes,
+            )
             transfer.config.save_pretrained(directory)
             report.files = source.copy_files(directory)
-            chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": report.layer_types,
-                      "dtype": report.dtype, "teacher": source.name, "revision": source.revision, **overrides}
-            add_provenance(directory, "convert", parent=source.identity(), config=chosen, figures=report.summary(),
-                           seconds=round(time.monotonic() - started, 3))
+            chosen = {
+                "sliding_window": sliding_window,
+                "num_sink_tokens": num_sink_tokens,
+                "layer_types": report.layer_types,
+                "dtype": report.dtype,
+                "teacher": source.name,
+                "revision": source.revision,
+                **overrides,
+            }
+            add_provenance(
+                directory,
+                "convert",
+                parent=source.identity(),
+                config=chosen,
+                figures=report.summary(),
+                seconds=round(time.monotonic() - started, 3),
+            )
             write_manifest(directory)
     return report
 
 
-def from_teacher(cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, **overrides):
-    """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory with the teacher.
+def from_teacher(
+    cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, **overrides
+):
+    """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory
+    with the teacher.
 
     Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`.
     """
     with open_teacher(teacher, revision) as source:
-        transfer = Transfer(source, sliding_window=sliding_window, num_sink_tokens=num_sink_tokens, layer_types=layer_types, dtype=dtype, **overrides)
+        transfer = Transfer(
+            source,
+            sliding_window=sliding_window,
+            num_sink_tokens=num_sink_tokens,
+            layer_types=layer_types,
+            dtype=dtype,
+            **overrides,
+        )
         transfer.check_ties()
         state = {name: transfer.tensor(name) for name in transfer.expected}
         student = cls.from_pretrained(None, config=transfer.config, state_dict=state, dtype=transfer.dtype)

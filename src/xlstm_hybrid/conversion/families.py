@@ -1,7 +1,9 @@
 """Teacher families: for each, which tensor becomes which, and which field of its configuration sets which of ours.
 
-Proof-read a family beside its `modeling_*.py` and `configuration_*.py` in transformers. `{n}` stands for a layer's number.
+Proof-read a family beside its `modeling_*.py` and `configuration_*.py` in transformers. `{n}` stands for a layer's
+number.
 """
+
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,11 +83,19 @@ TRUNK = {
     "model.layers.{n}.self_attn.rotary_emb.inv_freq": None,
 }
 PRE_NORMS = same("model.layers.{n}.input_layernorm.weight", "model.layers.{n}.post_attention_layernorm.weight")
-POST_NORMS = same("model.layers.{n}.post_attention_layernorm.weight", "model.layers.{n}.post_feedforward_layernorm.weight")
+POST_NORMS = same(
+    "model.layers.{n}.post_attention_layernorm.weight", "model.layers.{n}.post_feedforward_layernorm.weight"
+)
 QK_NORMS = same("model.layers.{n}.self_attn.q_norm.weight", "model.layers.{n}.self_attn.k_norm.weight")
-QKV_BIASES = same("model.layers.{n}.self_attn.q_proj.bias", "model.layers.{n}.self_attn.k_proj.bias", "model.layers.{n}.self_attn.v_proj.bias")
+QKV_BIASES = same(
+    "model.layers.{n}.self_attn.q_proj.bias",
+    "model.layers.{n}.self_attn.k_proj.bias",
+    "model.layers.{n}.self_attn.v_proj.bias",
+)
 O_BIAS = same("model.layers.{n}.self_attn.o_proj.bias")
-MLP_BIASES = same("model.layers.{n}.mlp.gate_proj.bias", "model.layers.{n}.mlp.up_proj.bias", "model.layers.{n}.mlp.down_proj.bias")
+MLP_BIASES = same(
+    "model.layers.{n}.mlp.gate_proj.bias", "model.layers.{n}.mlp.up_proj.bias", "model.layers.{n}.mlp.down_proj.bias"
+)
 
 FAMILIES = {
     "llama": Family(
@@ -150,9 +160,20 @@ FAMILIES = {
     ),
 }
 EVERY_FAMILY = (  # fields that have one name and one meaning in all families and in the student
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
-    "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
 )
 
 
@@ -160,15 +181,20 @@ def family_of(config):
     """The `Family` of a teacher's configuration.
 
     Raises:
-        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE or layer type that we do not have.
+        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE or layer type that we do not
+            have.
     """
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise UnsupportedTeacherError(f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
-                                      "choose a teacher of one of them, or add its table to xlstm_hybrid/families.py")
+        raise UnsupportedTeacherError(
+            f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
+            "choose a teacher of one of them, or add its table to xlstm_hybrid/families.py"
+        )
     if getattr(config, "quantization_config", None):
-        raise UnsupportedTeacherError(f"teacher configuration ({kind}): quantization_config is set, expected unquantised weights; "
-                                      "start from the original checkpoint, or save a dequantised one (model.dequantize() in transformers)")
+        raise UnsupportedTeacherError(
+            f"teacher configuration ({kind}): quantization_config is set, expected unquantised weights; "
+            "start from the original checkpoint, or save a dequantised one (model.dequantize() in transformers)"
+        )
     check_rope(config)
     check_layer_types(config)
     return FAMILIES[kind]
@@ -181,25 +207,43 @@ def check_rope(config):
         found = f"teacher configuration ({config.model_type}): rope_parameters {rope}"
         kind = rope.get("rope_type") if rope else None
         if kind not in ROPE_TYPES:
-            raise UnsupportedTeacherError(f"{found}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; choose another teacher")
+            raise UnsupportedTeacherError(
+                f"{found}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; choose another teacher"
+            )
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedTeacherError(f"{found}: partial rotary embeddings, expected the whole head to rotate; choose another teacher")
+            raise UnsupportedTeacherError(
+                f"{found}: partial rotary embeddings, expected the whole head to rotate; choose another teacher"
+            )
         if nested and rope.get("truncate") is False:  # transformers looks for it one level too high, and rounds
-            raise UnsupportedTeacherError(f"{found}: truncate=False has no effect in nested parameters; remove it to get what transformers computes")
+            raise UnsupportedTeacherError(
+                f"{found}: truncate=False has no effect in nested parameters; remove it to get what transformers computes"
+            )
 
 
 def check_layer_types(config):
-    """Raise UnsupportedTeacherError unless each layer is full or sliding attention in a way that the teacher's own model follows."""
+    """Raise UnsupportedTeacherError unless each layer is full or sliding attention in a way that the teacher's own
+    model follows.
+    """
     fields = FAMILIES[config.model_type].fields(config)
-    kinds, window, found = fields["teacher_layer_types"], fields["teacher_sliding_window"], f"teacher configuration ({config.model_type})"
+    kinds, window, found = (
+        fields["teacher_layer_types"],
+        fields["teacher_sliding_window"],
+        f"teacher configuration ({config.model_type})",
+    )
     if unknown := sorted(set(kinds) - set(TEACHER_LAYER_TYPES)):
-        raise UnsupportedTeacherError(f"{found}: layer_types holds {unknown}, expected only {list(TEACHER_LAYER_TYPES)}; choose another teacher")
+        raise UnsupportedTeacherError(
+            f"{found}: layer_types holds {unknown}, expected only {list(TEACHER_LAYER_TYPES)}; choose another teacher"
+        )
     if "sliding_attention" in kinds and not window:
-        raise UnsupportedTeacherError(f"{found}: has sliding_attention layers and sliding_window={window}, expected a number of tokens; "
-                                      "correct the teacher's config.json")
+        raise UnsupportedTeacherError(
+            f"{found}: has sliding_attention layers and sliding_window={window}, expected a number of tokens; "
+            "correct the teacher's config.json"
+        )
     if list(getattr(config, "layer_types", None) or kinds) != kinds:
-        raise UnsupportedTeacherError(f"{found}: layer_types {config.layer_types} are ignored by this family, whose layers are all {kinds[0]}; "
-                                      "correct the teacher's config.json")
+        raise UnsupportedTeacherError(
+            f"{found}: layer_types {config.layer_types} are ignored by this family, whose layers are all {kinds[0]}; "
+            "correct the teacher's config.json"
+        )
 
 
 def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, layer_types=None, **overrides):
@@ -208,7 +252,8 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     Args:
         teacher_config: a configuration of one of `FAMILIES`.
         sliding_window, num_sink_tokens: W and S of the hybrid layers, in tokens.
-        layer_types: None: every layer "hybrid_sliding"; "teacher": every layer keeps the teacher's own attention; or a list, one entry per layer.
+        layer_types: None: every layer "hybrid_sliding"; "teacher": every layer keeps the teacher's own attention; or a
+            list, one entry per layer.
         overrides: other fields of `XLSTMHybridConfig` that do not come from the teacher, such as mlstm_context.
     Raises:
         UnsupportedTeacherError: see `family_of`.
@@ -216,20 +261,34 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     """
     family = family_of(teacher_config)
     fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY} | family.fields(teacher_config)
-    fields["head_dim"] = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
+    fields["head_dim"] = (
+        getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
+    )
     fields["rope_parameters"] = copy.deepcopy(teacher_config.rope_parameters)
     fields["attention_dropout"] = teacher_config.attention_dropout or 0.0
-    fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True  # in a teacher's, False is a leftover of its training
+    # in a teacher's, False is a leftover of its training
+    fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True
     allowed = sorted(set(XLSTMHybridConfig.__annotations__) - set(fields))
     if foreign := sorted(set(overrides) - set(allowed)):
-        raise ConfigError(f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher")
+        raise ConfigError(
+            f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher"
+        )
     if layer_types == "teacher":
         layer_types = fields["teacher_layer_types"]
     layers = fields["num_hidden_layers"]
     if layer_types is not None and (not isinstance(layer_types, (list, tuple)) or len(layer_types) != layers):
-        raise ConfigError(f"layer_types={layer_types!r}: expected None, 'teacher' or a list of {layers} layer types, each of {list(LAYER_TYPES)}")
-    chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": layer_types and list(layer_types)}
+        raise ConfigError(
+            f"layer_types={layer_types!r}: expected None, 'teacher' or a list of {layers} layer types, each of {list(LAYER_TYPES)}"
+        )
+    chosen = {
+        "sliding_window": sliding_window,
+        "num_sink_tokens": num_sink_tokens,
+        "layer_types": layer_types and list(layer_types),
+    }
     try:
         return XLSTMHybridConfig(**fields, **chosen, **overrides)
-    except StrictDataclassError as error:  # wraps the ConfigError of `validate_architecture`, or says which field has a wrong type
-        raise ConfigError(f"student of {teacher_config.model_type}: {' '.join(str(error.__cause__ or error).split())}") from error
+    # wraps the ConfigError of `validate_architecture`, or says which field has a wrong type
+    except StrictDataclassError as error:
+        raise ConfigError(
+            f"student of {teacher_config.model_type}: {' '.join(str(error.__cause__ or error).split())}"
+        ) from error

@@ -1,4 +1,7 @@
-"""Where a teacher's tensors come from: a directory, a snapshot of the Hub, or a model in memory. Headers are read at once, tensors one by one."""
+"""Where a teacher's tensors come from: a directory, a snapshot of the Hub, or a model in memory. Headers are read at
+once, tensors one by one.
+"""
+
 import copy
 import json
 import re
@@ -25,7 +28,8 @@ CONFIG_BYTES = 2**20
 class DirectoryTeacher:
     """A checkpoint directory.
 
-    tensors: name -> (shape, dtype; None if it is not a plain float).  config: the teacher's configuration, of its own class.
+    tensors: name -> (shape, dtype; None if it is not a plain float).  config: the teacher's configuration, of its own
+    class.
 
     Raises:
         CheckpointError: a missing, unreadable or truncated file.
@@ -44,13 +48,24 @@ class DirectoryTeacher:
     def read_json(self, file):
         path = self.path / file
         if not path.is_file():
-            raise CheckpointError(f"{self.name}: no {file}, expected a checkpoint of transformers; check the path, or download it again")
-        return read_object(path, CONFIG_BYTES, lambda reason: CheckpointError(f"{self.name}/{file}: cannot be read ({reason}); "
-                                                                              "download the checkpoint again"))  # fmt: skip
+            raise CheckpointError(
+                f"{self.name}: no {file}, expected a checkpoint of transformers; check the path, or download it again"
+            )
+        return read_object(
+            path,
+            CONFIG_BYTES,
+            lambda reason: CheckpointError(
+                f"{self.name}/{file}: cannot be read ({reason}); download the checkpoint again"
+            ),
+        )
 
     def read_config(self):
         """The configuration as data: only the family's own class interprets it, and nothing in it names code to run."""
-        values = {name: value for name, value in self.read_json("config.json").items() if not name.startswith("_") and name != "auto_map"}
+        values = {
+            name: value
+            for name, value in self.read_json("config.json").items()
+            if not name.startswith("_") and name != "auto_map"
+        }
         kind = values.get("model_type")
         if kind not in FAMILIES:
             family_of(type("Unknown", (), {"model_type": kind}))
@@ -58,23 +73,35 @@ class DirectoryTeacher:
             return FAMILIES[kind].config_class.from_dict(values)
         except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again") from error
+            raise CheckpointError(
+                f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again"
+            ) from error
 
     def require_safetensors(self):
         if any((self.path / name).is_file() for name in WEIGHTS):
             return
-        others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf") or p.name.startswith("consolidated"))
+        others = sorted(
+            p.name
+            for p in self.path.iterdir()
+            if p.suffix in (".bin", ".pt", ".pth", ".gguf") or p.name.startswith("consolidated")
+        )
         found, step = "no weights", "download the checkpoint again"
         if others:
-            found, step = ", ".join(others[:3]), "only safetensors is read: load the teacher in transformers and save_pretrained it"
+            found, step = (
+                ", ".join(others[:3]),
+                "only safetensors is read: load the teacher in transformers and save_pretrained it",
+            )
         raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {found}; {step}")
 
     def find_tensors(self):
         """`{tensor: file name}`."""
         try:
             return {name: file.name for name, file in weight_files(self.path).items()}
-        except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # a truncated file, or an index of another form
-            raise CheckpointError(f"{self.name}: {' or '.join(WEIGHTS)} is damaged ({error}); download the checkpoint again") from error
+        # a truncated file, or an index of another form
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.name}: {' or '.join(WEIGHTS)} is damaged ({error}); download the checkpoint again"
+            ) from error
 
     def handle(self, file):
         """The opened file; stays open, mapped and not in memory, until `close`."""
@@ -82,14 +109,18 @@ class DirectoryTeacher:
             try:
                 self.files[file] = self.open.enter_context(safe_open(self.path / file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.name}/{file}: not a complete safetensors file ({error}); download the checkpoint again") from error
+                raise CheckpointError(
+                    f"{self.name}/{file}: not a complete safetensors file ({error}); download the checkpoint again"
+                ) from error
         return self.files[file]
 
     def header(self, name, file):
         try:
             described = self.handle(file).get_slice(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again") from error
+            raise CheckpointError(
+                f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again"
+            ) from error
         return list(described.get_shape()), STORED.get(str(described.get_dtype()))
 
     def load(self, name):
@@ -101,14 +132,20 @@ class DirectoryTeacher:
     def refuse_target(self, out):
         """Raise CheckpointWriteError if writing to `out` would replace this teacher."""
         if self.path.resolve().is_relative_to(out.resolve()):
-            raise CheckpointWriteError(f"{out}: holds the teacher {self.name}; choose another directory for the student")
+            raise CheckpointWriteError(
+                f"{out}: holds the teacher {self.name}; choose another directory for the student"
+            )
 
     def identity(self):
         return self.path
 
     def generation_config(self):
         """The teacher's `GenerationConfig` with the cache that training turned off, or None."""
-        return GenerationConfig.from_dict(using_cache(self.read_json(GENERATION))) if (self.path / GENERATION).is_file() else None
+        return (
+            GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
+            if (self.path / GENERATION).is_file()
+            else None
+        )
 
     def copy_files(self, directory):
         """Copy tokenizer, chat template and generation config; returns their names."""
@@ -120,16 +157,26 @@ class DirectoryTeacher:
             self.generation_config()
             write_json(directory / GENERATION, using_cache(self.read_json(GENERATION)))
         if "tokenizer_config.json" in copied:
-            kept = {key: value for key, value in self.read_json("tokenizer_config.json").items()
-                    if key not in ("auto_map", "name_or_path") and not key.endswith("_file")}  # code, and paths of another machine
-            (directory / "tokenizer_config.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            kept = {
+                key: value
+                for key, value in self.read_json("tokenizer_config.json").items()
+                # code, and paths of another machine
+                if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
+            }
+            (directory / "tokenizer_config.json").write_text(
+                json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         return copied
 
     def refuse_outside(self, path):
-        """Raise CheckpointError for a link out of the checkpoint; a Hub snapshot links to the blobs of its own repository."""
+        """Raise CheckpointError for a link out of the checkpoint; a Hub snapshot links to the blobs of its own
+        repository.
+        """
         blobs = self.path.resolve().parent.parent / "blobs"
         if not any(path.resolve().is_relative_to(root) for root in (self.path.resolve(), blobs)):
-            raise CheckpointError(f"{self.name}/{path.name}: links to a file outside of the checkpoint; replace the link by the file")
+            raise CheckpointError(
+                f"{self.name}/{path.name}: links to a file outside of the checkpoint; replace the link by the file"
+            )
 
 
 class ModelTeacher:
@@ -141,12 +188,21 @@ class ModelTeacher:
     """
 
     def __init__(self, model):
-        self.model, self.config, self.name, self.revision = model, model.config, f"{type(model).__name__} in memory", None
+        self.model, self.config, self.name, self.revision = (
+            model,
+            model.config,
+            f"{type(model).__name__} in memory",
+            None,
+        )
         family_of(self.config)
         self.state = model.state_dict()
         if empty := [name for name, x in self.state.items() if x.is_meta]:
-            raise CheckpointError(f"{self.name}: {len(empty)} tensors are on the meta device, the first {empty[0]}; load it without offloading")
-        self.tensors = {name: (list(x.shape), x.dtype if x.dtype in STORED.values() else None) for name, x in self.state.items()}
+            raise CheckpointError(
+                f"{self.name}: {len(empty)} tensors are on the meta device, the first {empty[0]}; load it without offloading"
+            )
+        self.tensors = {
+            name: (list(x.shape), x.dtype if x.dtype in STORED.values() else None) for name, x in self.state.items()
+        }
 
     def load(self, name):
         return self.state[name]
@@ -183,11 +239,15 @@ def open_teacher(teacher, revision=None):
         CheckpointError, UnsupportedTeacherError: see the two classes.
     """
     if not isinstance(teacher, (str, PathLike, PreTrainedModel)):
-        raise ConfigError(f"teacher: expected a directory, a Hub id or a transformers model, got {type(teacher).__name__}; "
-                          "a PEFT model becomes one with merge_and_unload()")
+        raise ConfigError(
+            f"teacher: expected a directory, a Hub id or a transformers model, got {type(teacher).__name__}; "
+            "a PEFT model becomes one with merge_and_unload()"
+        )
     local = isinstance(teacher, PreTrainedModel) or Path(teacher).is_dir()
     if local and revision is not None:
-        raise ConfigError(f"revision={revision!r}: only a Hub id has revisions, the teacher is a directory or a model; leave it out")
+        raise ConfigError(
+            f"revision={revision!r}: only a Hub id has revisions, the teacher is a directory or a model; leave it out"
+        )
     if isinstance(teacher, PreTrainedModel):
         source = ModelTeacher(teacher)
     elif local:
@@ -212,8 +272,10 @@ def download(repository, revision):
         return snapshot_download(repository, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
-        raise CheckpointError(f"teacher {repository!r} (revision {revision or 'main'}): no such directory, and the Hub gave nothing "
-                              f"({type(error).__name__}: {reason}); check the name, your access to it, and HF_HUB_OFFLINE") from error
+        raise CheckpointError(
+            f"teacher {repository!r} (revision {revision or 'main'}): no such directory, and the Hub gave nothing "
+            f"({type(error).__name__}: {reason}); check the name, your access to it, and HF_HUB_OFFLINE"
+        ) from error
 
 
 def local_source(checkpoint, revision=None):
@@ -225,5 +287,7 @@ def local_source(checkpoint, revision=None):
     if not Path(checkpoint).is_dir():
         return Path(download(str(checkpoint), revision))
     if revision is not None:
-        raise ConfigError(f"--revision {revision}: only a hub id has revisions, {Path(checkpoint).name} is a directory; leave it out")
+        raise ConfigError(
+            f"--revision {revision}: only a hub id has revisions, {Path(checkpoint).name} is a directory; leave it out"
+        )
     return Path(checkpoint)

@@ -83,7 +83,14 @@ def code(rng):
         result = a + b if op == "+" else a - b
         return Example(((f"x={a}\ny=x{op}{b}\nprint(y)\n# ", str(result)),))
     if kind == 1:
-        return Example(((f">>> {(name := rng.choice(['max', 'min']))}({_listing(xs)})\n", str(max(xs) if name == "max" else min(xs))),))
+        return Example(
+            (
+                (
+                    f">>> {(name := rng.choice(['max', 'min']))}({_listing(xs)})\n",
+                    str(max(xs) if name == "max" else min(xs)),
+                ),
+            )
+        )
     if kind == 2:
         return Example(((f">>> sorted({_listing(xs)})\n", _listing(sorted(xs))),))
     if kind == 3:
@@ -95,7 +102,14 @@ def code(rng):
         return Example(((f">>> [x+1 for x in {_listing(xs)}]\n", _listing([x + 1 for x in xs])),))
     if kind == 6:
         return Example(((f">>> {_listing(xs)}[::-1]\n", _listing(xs[::-1])),))
-    return Example(((f"def f(x):\n    if x>{a}:\n        return {b}\n    return x\nprint(f({xs[0]}))\n# ", str(b if xs[0] > a else xs[0])),))
+    return Example(
+        (
+            (
+                f"def f(x):\n    if x>{a}:\n        return {b}\n    return x\nprint(f({xs[0]}))\n# ",
+                str(b if xs[0] > a else xs[0]),
+            ),
+        )
+    )
 
 
 STRING_OPERATIONS = {
@@ -152,10 +166,14 @@ def test_examples(domain, count, seed=0):
 
 
 def dataset(domain, examples=200, **_):
-    """Held-out examples of a domain as a task file of lm-eval reads them: `{"test": Dataset}`; those that `evaluate` takes."""
+    """Held-out examples of a domain as a task file of lm-eval reads them: `{"test": Dataset}`; those that `evaluate`
+    takes.
+    """
     from datasets import Dataset
 
-    return {"test": Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)])}
+    return {
+        "test": Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)])
+    }
 
 
 def process_results(doc, results):
@@ -167,15 +185,22 @@ def process_results(doc, results):
 
 
 def text_chunks(split="train", size=600):
-    """Prose (the language reference in `pydoc_data`) and code (the standard library's sources), in pieces of `size` characters.
+    """Prose (the language reference in `pydoc_data`) and code (the standard library's sources), in pieces of `size`
+    characters.
 
     Raises:
         DataError: the running Python was installed without its library's sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    texts = [p.read_text(encoding="utf-8", errors="replace") for folder in (".", "json", "asyncio") for p in sorted((root / folder).glob("*.py"))]
+    texts = [
+        p.read_text(encoding="utf-8", errors="replace")
+        for folder in (".", "json", "asyncio")
+        for p in sorted((root / folder).glob("*.py"))
+    ]
     if not texts:
-        raise DataError(f"no Python sources under {root}: text is read from the standard library; use a Python installed with its sources")
+        raise DataError(
+            f"no Python sources under {root}: text is read from the standard library; use a Python installed with its sources"
+        )
     if importlib.util.find_spec("pydoc_data.topics"):
         topics = importlib.import_module("pydoc_data.topics").topics
         texts = 2 * [text for _, text in sorted(topics.items())] + texts  # twice: prose is rarer than code
@@ -231,7 +256,9 @@ def documents(rng, tokenizer, mixture, pairs=(8, 32), queries=12, text_tokens=(3
 
 
 def packed_row(documents, length):
-    """`length` tokens of whole documents, the last one cut: {"input_ids", "labels", "position_ids"}; positions restart with each document."""
+    """`length` tokens of whole documents, the last one cut: {"input_ids", "labels", "position_ids"}; positions restart
+    with each document.
+    """
     ids, labels, positions = [], [], []
     while len(ids) < length:
         i, l = next(documents)

@@ -1,4 +1,6 @@
-"""Distil-xLSTM: a small, fully recurrent student of sLSTM and mLSTM blocks that keeps its teacher's embeddings (METHOD 3)."""
+"""Distil-xLSTM: a small, fully recurrent student of sLSTM and mLSTM blocks that keeps its teacher's embeddings
+(Thiombiano et al. 2025).
+"""
 
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.distil_xlstm.convert import DistilReport, convert, share_frozen

@@ -1,4 +1,5 @@
-"""The cache of a recurrent block: its state and the last inputs of its convolution. Its size does not depend on the context.
+"""The cache of a recurrent block: its state and the last inputs of its convolution. Its size does not depend on the
+context.
 
 Dims: B batch, F features of the convolution, c tokens that it looks back (its kernel size less one).
 """
@@ -13,7 +14,8 @@ from xlstm_hybrid.model.cache import StateLayer
 class RecurrentLayer(StateLayer):
     """What one block remembers.
 
-    memory: MLSTMState or SLSTMState, at least float32.  conv: [B, c, F], the last inputs of the present document, 0 where it has fewer.
+    memory: MLSTMState or SLSTMState, at least float32.  conv: [B, c, F], the last inputs of the present document, 0
+    where it has fewer.
     count: [B] real tokens of the present document.  seen_tokens: columns so far, padding included.
     """
 
@@ -44,8 +46,10 @@ class RecurrentLayer(StateLayer):
     def crop(self, tokens_to_remove):
         """Refused unless there is nothing to remove: no recurrent state can be run backwards."""
         if tokens_to_remove:
-            raise CacheError(f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible; keep a copy of the cache "
-                             "(copy.deepcopy) from before, or compute the prefix again")  # fmt: skip
+            raise CacheError(
+                f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state is not invertible; keep a copy of the cache "
+                "(copy.deepcopy) from before, or compute the prefix again"
+            )
 
     def _tensors(self, change):
         if self.is_initialized:
@@ -63,12 +67,22 @@ def adopt_cache(cache, layers):
         CacheError: no cache of transformers, or one that another model has filled.
     """
     if not isinstance(cache, Cache):
-        raise CacheError(f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)")
-    foreign = next((j for j, x in enumerate(cache.layers) if not isinstance(x, RecurrentLayer) and x.get_seq_length() > 0), None)
+        raise CacheError(
+            f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)"
+        )
+    foreign = next(
+        (j for j, x in enumerate(cache.layers) if not isinstance(x, RecurrentLayer) and x.get_seq_length() > 0), None
+    )
     if foreign is not None or len(cache.layers) > layers:
-        what = f"{len(cache.layers)} layers" if foreign is None else f"a filled {type(cache.layers[foreign]).__name__} in layer {foreign}"
-        raise CacheError(f"cache holds {what}, expected at most {layers} recurrent layers; another model made it: start from "
-                         "DynamicCache(config=model.config)")  # fmt: skip
+        what = (
+            f"{len(cache.layers)} layers"
+            if foreign is None
+            else f"a filled {type(cache.layers[foreign]).__name__} in layer {foreign}"
+        )
+        raise CacheError(
+            f"cache holds {what}, expected at most {layers} recurrent layers; another model made it: start from "
+            "DynamicCache(config=model.config)"
+        )
     cache.layers = [x if isinstance(x, RecurrentLayer) else RecurrentLayer() for x in cache.layers]
     cache.layers += [RecurrentLayer() for _ in range(layers - len(cache.layers))]
     return cache

@@ -19,16 +19,18 @@ class DistilXLSTMConfig(PreTrainedConfig):
 
     Args:
         num_attention_heads: heads H of the sLSTM, which are what its recurrent weights connect; D must be a multiple.
-        block_pattern: blocks in turn, repeated up to the last layer; ["slstm", "mlstm"] is the paper's 1:1, ["mlstm"] * 7 + ["slstm"] is 7:1.
+        block_pattern: blocks in turn, repeated up to the last layer; ["slstm", "mlstm"] is the paper's 1:1, ["mlstm"] *
+            7 + ["slstm"] is 7:1.
         block_types: one block per layer instead; what `block_pattern` gives if None.
         conv_kernel_size: tokens that the causal convolution of a block sees, the present one included.
         mlstm_expansion: width of the mLSTM's inside, and of its gate, relative to D.
         mlstm_num_heads: None: as many as make its heads as wide as the sLSTM's.
         mlstm_projection_block: q, k and v are projected in blocks of so many features.
-        mlstm_context: training context in tokens; the slowest forget gates start with a time constant of four times this.
+        mlstm_context: training context in tokens; the slowest forget gates start with a time constant of four times
+            this.
         mlstm_chunk_size: tokens per chunk of the chunkwise form; changes speed, not results.
         slstm_intermediate_size: width of the gated MLP of an sLSTM block; None: 4/3 D, rounded up to a multiple of 64.
-        slstm_forget_gate: "sigmoid" or "exp" (METHOD 3).
+        slstm_forget_gate: "sigmoid" or "exp" (both in Beck et al. 2024).
         hidden_act: of that MLP.
         initializer_range: standard deviation of new matrices; None: sqrt(2 / (5 D)).
         freeze_embeddings: token embedding and LM head do not train.
@@ -91,15 +93,31 @@ class DistilXLSTMConfig(PreTrainedConfig):
         if not pattern or set(pattern) - set(BLOCKS):
             raise ConfigError(f"DistilXLSTMConfig: block_pattern={pattern}: expected a list of {list(BLOCKS)}")
         if self.block_types is None and len(pattern) > n:
-            raise ConfigError(f"DistilXLSTMConfig: block_pattern has {len(pattern)} blocks for num_hidden_layers={n}, its end would never be "
-                              "reached; shorten it, or take more layers")  # fmt: skip
+            raise ConfigError(
+                f"DistilXLSTMConfig: block_pattern has {len(pattern)} blocks for num_hidden_layers={n}, its end would never be "
+                "reached; shorten it, or take more layers"
+            )
 
     def check(self):
         """Raise one `ConfigError` that lists every contradiction."""
         D, H, kinds = self.hidden_size, self.num_attention_heads, self.block_types
-        least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "mlstm_num_heads": 1, "conv_kernel_size": 2,
-                 "mlstm_projection_block": 1, "mlstm_context": 1, "mlstm_chunk_size": 1, "slstm_intermediate_size": 1}  # fmt: skip
-        wrong = [f"{name}={getattr(self, name)}: expected at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        least = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "mlstm_num_heads": 1,
+            "conv_kernel_size": 2,
+            "mlstm_projection_block": 1,
+            "mlstm_context": 1,
+            "mlstm_chunk_size": 1,
+            "slstm_intermediate_size": 1,
+        }
+        wrong = [
+            f"{name}={getattr(self, name)}: expected at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
         if not wrong and D % H:
             wrong.append(f"hidden_size={D} is no multiple of num_attention_heads={H}")
         if len(kinds) != self.num_hidden_layers:
@@ -111,8 +129,10 @@ class DistilXLSTMConfig(PreTrainedConfig):
         elif not wrong:
             for name in ("mlstm_num_heads", "mlstm_projection_block"):
                 if self.inner_size % getattr(self, name):
-                    wrong.append(f"the mLSTM's {self.inner_size} features (mlstm_expansion x hidden_size) are no multiple of {name}="
-                                 f"{getattr(self, name)}")  # fmt: skip
+                    wrong.append(
+                        f"the mLSTM's {self.inner_size} features (mlstm_expansion x hidden_size) are no multiple of {name}="
+                        f"{getattr(self, name)}"
+                    )
         if self.slstm_forget_gate not in FORGET_GATES:
             wrong.append(f"slstm_forget_gate={self.slstm_forget_gate!r}: expected one of {list(FORGET_GATES)}")
         if self.hidden_act not in ACT2FN:

@@ -1,13 +1,16 @@
-"""The Distil-xLSTM student: sLSTM and mLSTM blocks in turn between a teacher's embeddings and LM head; no attention, no window.
+"""The Distil-xLSTM student: sLSTM and mLSTM blocks in turn between a teacher's embeddings and LM head; no attention, no
+window.
 
-Dims: B batch, T tokens, D hidden size, H heads, K = V features per head, F features of a convolution, c tokens that it looks back.
-Source: METHOD 3 (Thiombiano et al. 2025) with the blocks of Beck et al. 2024.
+Dims: B batch, T tokens, D hidden size, H heads, K = V features per head, F features of a convolution, c tokens that it
+looks back.
+Source: Thiombiano et al. 2025 (arXiv 2503.18565) with the blocks of Beck et al. 2024.
 
-The mLSTM is the pure ratio (q C) / (q n) of `xlstm_kernels`, q and k being softmaxes over the features of a head, in the place of the signed q and
-k of Beck et al. with their clamp max(|q n|, exp(-m)). Why: the clamp makes h depend on the stabiliser m, and exp(-m) overflows for strongly negative
-gates; signed features can cancel in q n, and then h has no bound. With features >= 0 h is a mean of past v, one kernel serves both students, and the
-head-wise norm behind it takes out the scale that the clamp would have kept. The softmax is that of sqrt(K) times the projection, so that at the start
-the features are neither flat nor one-hot.
+The mLSTM is the pure ratio (q C) / (q n) of `xlstm_kernels`, q and k being softmaxes over the features of a head, in
+the place of the signed q and k of Beck et al. with their clamp max(|q n|, exp(-m)). Why: the clamp makes h depend on
+the stabiliser m, and exp(-m) overflows for strongly negative gates; signed features can cancel in q n, and then h has
+no bound. With features >= 0 h is a mean of past v, one kernel serves both students, and the head-wise norm behind it
+takes out the scale that the clamp would have kept. The softmax is that of sqrt(K) times the projection, so that at the
+start the features are neither flat nor one-hot.
 """
 
 import math
@@ -38,7 +41,9 @@ KEYWORDS = ACCEPTED - {"output_attentions"}  # what a forward accepts beside its
 
 
 def time_constants(low, high, steps):
-    """Forget-gate logits, [steps], whose time constants 1 / (1 - sigmoid) are spaced logarithmically from `low` to `high` tokens."""
+    """Forget-gate logits, [steps], whose time constants 1 / (1 - sigmoid) are spaced logarithmically from `low` to
+    `high` tokens.
+    """
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
     return (low * (high / low) ** share - 1).log().float()
 
@@ -48,7 +53,9 @@ def at_least_float32(x):
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over the last real tokens of a document, then SiLU: padding is not there, documents do not see each other."""
+    """Depthwise convolution over the last real tokens of a document, then SiLU: padding is not there, documents do not
+    see each other.
+    """
 
     def __init__(self, features, kernel_size):
         super().__init__()
@@ -64,7 +71,8 @@ class CausalConv(nn.Module):
             left = line[:, T:]
         else:
             ordinal = tokens.real.long().cumsum(-1)  # [B, T], 1 + number of real tokens before
-            packed = x.gather(1, (~tokens.real).long().argsort(dim=-1, stable=True)[..., None].expand_as(x))  # real tokens first
+            # real tokens first
+            packed = x.gather(1, (~tokens.real).long().argsort(dim=-1, stable=True)[..., None].expand_as(x))
             line = torch.cat([past, packed], 1)
             at = [(ordinal - 1 + c - j).clamp_min(0) for j in range(c + 1)]
             lagged = [torch.where((tokens.index >= j)[..., None], pick(line, place), 0.0) for j, place in enumerate(at)]
@@ -118,7 +126,9 @@ class DownProjection(nn.Linear):
 
 
 class MLSTMMixer(nn.Module):
-    """The inside of an mLSTM block: up, convolution, q, k and v, cell, head-wise norm, learnable skip, gate, down (Beck et al. 2024)."""
+    """The inside of an mLSTM block: up, convolution, q, k and v, cell, head-wise norm, learnable skip, gate, down (Beck
+    et al. 2024).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -128,18 +138,29 @@ class MLSTMMixer(nn.Module):
         self.up_proj = nn.Linear(D, 2 * E, bias=False)
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, config.mlstm_projection_block) for _ in range(3))
-        self.igate_weight, self.fgate_weight, self.igate_bias, self.fgate_bias = wide(H, 3 * E), wide(H, 3 * E), wide(H), wide(H)
+        self.igate_weight, self.fgate_weight, self.igate_bias, self.fgate_bias = (
+            wide(H, 3 * E),
+            wide(H, 3 * E),
+            wide(H),
+            wide(H),
+        )
         self.head_norm = HeadNorm(H, self.head_dim, config.rms_norm_eps)
         self.skip = nn.Parameter(torch.empty(E))
         self.down_proj = DownProjection(E, D, bias=False)
 
     def features(self, x):
-        """softmax(sqrt(K) x) per head, [B, T, H, K]; in float32 where x is float16, whose smallest number is too large for it."""
-        features = torch.softmax(at_least_float32(x).unflatten(-1, (self.heads, self.head_dim)) * math.sqrt(self.head_dim), -1)
+        """softmax(sqrt(K) x) per head, [B, T, H, K]; in float32 where x is float16, whose smallest number is too large
+        for it.
+        """
+        features = torch.softmax(
+            at_least_float32(x).unflatten(-1, (self.heads, self.head_dim)) * math.sqrt(self.head_dim), -1
+        )
         return features if x.dtype == torch.float16 else features.to(x.dtype)
 
     def gates(self, q, k, v, tokens):
-        """Input and forget gate before activation, [B, T, H], float32: padding writes and forgets nothing, a document start forgets all."""
+        """Input and forget gate before activation, [B, T, H], float32: padding writes and forgets nothing, a document
+        start forgets all.
+        """
         with torch.autocast(q.device.type, enabled=False):
             x = at_least_float32(torch.cat([q, k, v], -1))
             i = F.linear(x, self.igate_weight.to(x.dtype), self.igate_bias.to(x.dtype))
@@ -147,7 +168,9 @@ class MLSTMMixer(nn.Module):
         if tokens.plain:
             return i, f
         real, start = tokens.real[..., None], tokens.start[..., None]
-        return torch.where(real, i, float("-inf")), torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        return torch.where(real, i, float("-inf")), torch.where(
+            start, float("-inf"), torch.where(real, f, float("inf"))
+        )
 
     def forward(self, x, tokens, memory=None, past=None):
         """`(output [B, T, D], MLSTMState, what the convolution looks back to)`."""
@@ -156,13 +179,17 @@ class MLSTMMixer(nn.Module):
         q, k, v = self.q_proj(seen), self.k_proj(seen), self.v_proj(inside)
         i, f = self.gates(q, k, v, tokens)
         value = v.unflatten(-1, (self.heads, self.head_dim))
-        h, memory = mlstm(self.features(q), self.features(k), value, i, f, state=memory, chunk_size=self.config.mlstm_chunk_size)
+        h, memory = mlstm(
+            self.features(q), self.features(k), value, i, f, state=memory, chunk_size=self.config.mlstm_chunk_size
+        )
         h = self.head_norm(h).to(seen.dtype) + self.skip.to(seen.dtype) * seen
         return self.down_proj(h * F.silu(gate)), memory, left
 
 
 class SLSTMMixer(nn.Module):
-    """The inside of an sLSTM block: a convolution for the input and forget gates, the cell, head-wise norm (Beck et al. 2024)."""
+    """The inside of an sLSTM block: a convolution for the input and forget gates, the cell, head-wise norm (Beck et al.
+    2024).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -170,7 +197,11 @@ class SLSTMMixer(nn.Module):
         H, V = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         self.heads = H
         self.conv = CausalConv(config.hidden_size, config.conv_kernel_size)
-        self.input_weight, self.recurrent_weight = nn.Parameter(torch.empty(4, H, V, V)), nn.Parameter(torch.empty(4, H, V, V))  # z, i, f, o
+        # z, i, f, o
+        self.input_weight, self.recurrent_weight = (
+            nn.Parameter(torch.empty(4, H, V, V)),
+            nn.Parameter(torch.empty(4, H, V, V)),
+        )
         self.gate_bias = wide(4, H, V)
         self.head_norm = HeadNorm(H, V, config.rms_norm_eps)
 
@@ -182,7 +213,13 @@ class SLSTMMixer(nn.Module):
         parts = [torch.einsum("bthv,hvw->bthw", y, weight[g]) for g, y in enumerate((plain, seen, seen, plain))]
         pre = at_least_float32(torch.stack(parts, 2))
         rows = {} if tokens.plain else {"real": tokens.real, "start": tokens.start}
-        h, memory = slstm(pre + self.gate_bias.to(pre.dtype), self.recurrent_weight, state=memory, forget=self.config.slstm_forget_gate, **rows)
+        h, memory = slstm(
+            pre + self.gate_bias.to(pre.dtype),
+            self.recurrent_weight,
+            state=memory,
+            forget=self.config.slstm_forget_gate,
+            **rows,
+        )
         return self.head_norm(h.to(x.dtype)), memory, left
 
 
@@ -208,7 +245,9 @@ class DistilXLSTMLayer(CheckpointedLayer):
         self.layer_idx, slstm_block = layer_idx, config.block_types[layer_idx] == "slstm"
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = (SLSTMMixer if slstm_block else MLSTMMixer)(config)
-        self.mlp_norm, self.mlp = (LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), GatedMLP(config)) if slstm_block else (None, None)
+        self.mlp_norm, self.mlp = (
+            (LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), GatedMLP(config)) if slstm_block else (None, None)
+        )
 
     def forward(self, hidden_states, tokens, cache=None, **kwargs):
         layer = None if cache is None else cache.layers[self.layer_idx]
@@ -298,20 +337,37 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigError(f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding")
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding"
+            )
         if cu_seq_lens is not None and rows != 1:
-            raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart")
+            raise ConfigError(
+                f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
+            )
         if self.checkpointed and seen > 0:
-            raise CacheError(f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
-                             "call gradient_checkpointing_disable(), or pass the whole sequence")  # fmt: skip
+            raise CacheError(
+                f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
+                "call gradient_checkpointing_disable(), or pass the whole sequence"
+            )
 
     @takes_cache
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None, **kwargs):
-        """Residual stream after the last norm; arguments as in `LlamaModel.forward`. Positions only tell documents apart.
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """Residual stream after the last norm; arguments as in `LlamaModel.forward`. Positions only tell documents
+        apart.
 
-        Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`, also after a filled cache.
+        Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`, also
+        after a filled cache.
 
         Raises:
             ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
@@ -329,7 +385,12 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         (B, T), packed = hidden_states.shape[:2], kwargs.get("cu_seq_lens_q")
         filled = cache is not None and cache.layers[0].is_initialized
         self.check_inputs(B, attention_mask, packed, cache.layers[0].seen_tokens if filled else 0)
-        where = {"attention_mask": attention_mask, "position_ids": position_ids, "cu_seq_lens": packed, "seq_idx": kwargs.get("seq_idx")}
+        where = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cu_seq_lens": packed,
+            "seq_idx": kwargs.get("seq_idx"),
+        }
         seen = cache.layers[0].count.to(hidden_states.device) if filled else None
         tokens = Tokens.locate((B, T), hidden_states.device, **where, seen=seen)
         for layer in self.layers:
@@ -363,20 +424,32 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As in transformers; then the cache becomes ours at once, so that `generate` refuses by what its layers are."""
         if generation_config.cache_implementation == "quantized":
-            raise CacheError("cache_implementation='quantized': a recurrent state needs float32 and does not grow; leave it out")
+            raise CacheError(
+                "cache_implementation='quantized': a recurrent state needs float32 and does not grow; leave it out"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if cache_of(model_kwargs) is not None:
             adopt_cache(cache_of(model_kwargs), self.config.num_hidden_layers)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it `generate_batch`: it keeps keys and values in shared pages."""
-        raise CacheError("continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for a recurrent state; "
-                         "pass a left-padded batch to generate()")  # fmt: skip
+        raise CacheError(
+            "continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for a recurrent state; "
+            "pass a left-padded batch to generate()"
+        )
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         """The model reads no more of the 2-D mask than the call's own columns."""
         return attention_mask
+
+    @takes_cache
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs
+    ):
+        """As in transformers, which looks for `inputs_embeds` in the signature."""
+        more = named(cache) | {"inputs_embeds": inputs_embeds} | kwargs
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **more)
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
@@ -385,14 +458,36 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
 
     @takes_cache
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, with_head=None, **kwargs):  # fmt: skip
-        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in `XLSTMHybridForCausalLM.forward`."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        with_head=None,
+        **kwargs,
+    ):
+        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in
+        `XLSTMHybridForCausalLM.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         if with_head is not None:
             return with_head(outputs.last_hidden_state, self)
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(cache_of(outputs)))
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(cache_of(outputs))
+        )

@@ -22,7 +22,8 @@ CURVES = (("loss", "ce", "kl", "frobenius"), ("top1_agreement",), ("alpha",), ("
 def read_delta_recipe(path):
     """`(Recipe, rows)`: a recipe with the section `delta` in the place of align, distill, experts and merge.
 
-    delta: fields of `DeltaKDConfig`, and `rows`, the packed rows of an epoch; with max_steps and no rows, one epoch of that length.
+    delta: fields of `DeltaKDConfig`, and `rows`, the packed rows of an epoch; with max_steps and no rows, one epoch of
+    that length.
 
     Raises:
         ConfigError: unknown or missing keys, a section that describes no data or no length; all mistakes are listed.
@@ -92,7 +93,9 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
 
 
 def share(student, teacher):
-    """Keep one copy of the frozen embeddings in memory, where student and teacher hold them alike; a teacher in another dtype has its own."""
+    """Keep one copy of the frozen embeddings in memory, where student and teacher hold them alike; a teacher in another
+    dtype has its own.
+    """
     try:
         share_frozen(student, teacher)
     except ConfigError as reason:
@@ -108,7 +111,9 @@ def refuse_finished(student, overwrite):
 
 
 def make_student(recipe, teacher, out, overwrite):
-    """Convert, in the first process; the others wait. What an interrupted run has left is kept if it was made from the same settings."""
+    """Convert, in the first process; the others wait. What an interrupted run has left is kept if it was made from the
+    same settings.
+    """
     revision = {"revision": recipe.revision} if recipe.revision else {}
     order = contextlib.nullcontext()
     if processes() > 1:
@@ -189,5 +194,12 @@ def planned(recipe, teacher, rows, overrides=None):
     per_step, epochs = micro * accumulation * processes(), settings.get("num_train_epochs", 1)
     steps = settings["max_steps"] if settings.get("max_steps", -1) > 0 else -(-rows // per_step) * epochs
     counts = parameters_of(empty_student(config))
-    return {"blocks": config.block_types, "parameters": counts, "trainable_share": counts["trainable"] / counts["student"],
-            "tokens_per_epoch": rows * recipe.length, "epochs": epochs, "steps": steps, "sequences_per_step": per_step}  # fmt: skip
+    return {
+        "blocks": config.block_types,
+        "parameters": counts,
+        "trainable_share": counts["trainable"] / counts["student"],
+        "tokens_per_epoch": rows * recipe.length,
+        "epochs": epochs,
+        "steps": steps,
+        "sequences_per_step": per_step,
+    }

@@ -14,9 +14,7 @@ from typing import NamedTuple
 import torch
 
 NARROW = ("bfloat16", "float16")
-SLOWER = (
-    0.9  # share of float32's rate below which a dtype is slow here; what lies nearer to 1 may be the clock's noise
-)
+SLOWER = 0.9  # share of float32's rate below which a dtype is slow here; what lies nearer to 1 may be the clock's noise
 WIDTH = {"cpu": 256}  # of the square matrices, so that a product takes about a millisecond
 WIDTH_ELSEWHERE = 2048
 ROUNDS = 6  # the first one loads kernels; the best counts, because other processes only ever add time

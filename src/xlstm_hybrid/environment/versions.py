@@ -33,6 +33,7 @@ PACKAGES = {
     "torch": Package("2.10", "2.15.0"),  # before: a file with weights_only=True could run code, CVE-2026-24747
     "transformers": Package("5.17", "5.24.0", below="6"),
     "safetensors": Package("0.8", "0.8.0"),  # transformers 5.17 asks for it
+    "numpy": Package("2.0", "2.4.6"),  # pyarrow refuses older ones; Triton 3.6's interpreter fails with 2.4
     "huggingface_hub": Package("1.5", "2.4.0"),  # transformers 5.17 takes 1.5 to 1.x, 5.24 takes 1.31 to 2.x
     "trl": Package("1.16", "1.16.0", below="2"),
     "peft": Package("0.21", "0.21.2"),

@@ -1,7 +1,9 @@
-"""What a student costs beside its teacher: time to first token, decoding speed, peak memory, cache bytes and energy, against context and batch.
+"""What a student costs beside its teacher: time to first token, decoding speed, peak memory, cache bytes and energy,
+against context and batch.
 
-No figure without green checks. Teacher and student take turns in one process and the gain is the median of the rounds' ratios; peaks come from a
-process of their own for each model, length and batch. Dims: B rows of a batch, L tokens of context.
+No figure without green checks. Teacher and student take turns in one process and the gain is the median of the rounds'
+ratios; peaks come from a process of their own for each model, length and batch. Dims: B rows of a batch, L tokens of
+context.
 """
 
 import ctypes
@@ -34,7 +36,9 @@ POWERCAP, STATUS, CLEAR_REFS = Path("/sys/class/powercap"), Path("/proc/self/sta
 
 @dataclass(frozen=True)
 class Side:
-    """A model under its name. load: a function without arguments that another process can import, returning the model on its device."""
+    """A model under its name. load: a function without arguments that another process can import, returning the model
+    on its device.
+    """
 
     name: str
     load: Callable
@@ -42,8 +46,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Settings:
-    """lengths: L at which prompts are read and continued.  contexts: further L, reached in pieces, for decoding and memory only.  batches: B.
-    rounds: in which teacher and student take turns.  steps: tokens decoded per round.  cache: "dynamic", which grows as `generate`'s default
+    """lengths: L at which prompts are read and continued.  contexts: further L, reached in pieces, for decoding and
+    memory only.  batches: B.
+    rounds: in which teacher and student take turns.  steps: tokens decoded per round.  cache: "dynamic", which grows as
+    `generate`'s default
     does, or "static", allocated at its full length.
 
     Raises:
@@ -79,7 +85,11 @@ def token_rows(settings, L, B, vocab_size, device):
 
 
 def new_cache(model, kind, length):
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=length)
+    return (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=length)
+    )
 
 
 def first_token(model, ids, cache):
@@ -94,7 +104,9 @@ def next_tokens(model, token, cache, steps):
 
 
 def filled(model, ids, kind, room):
-    """`(cache, next token)` after `ids` [B, L], read in pieces. A dynamic cache reads the first row and repeats it: steps cost the same."""
+    """`(cache, next token)` after `ids` [B, L], read in pieces. A dynamic cache reads the first row and repeats it:
+    steps cost the same.
+    """
     rows = ids[:1] if kind == "dynamic" else ids
     cache = new_cache(model, kind, ids.shape[1] + room)
     for part in rows.split(PIECE, 1):
@@ -122,7 +134,8 @@ class Decoder:
 class Meter:
     """Seconds and joules of a call. source: the counter of energy; None where `absent` says why there is none.
 
-    Seconds are those of the process on a CPU, and from the call to its end on a GPU, launches included. Joules are the whole device's.
+    Seconds are those of the process on a CPU, and from the call to its end on a GPU, launches included. Joules are the
+    whole device's.
     """
 
     def __init__(self, device):
@@ -163,7 +176,11 @@ def nvml(device):
 
 def rapl():
     """The same of the CPU packages' counters of microjoules, which wrap around."""
-    zones = [zone for zone in sorted(POWERCAP.glob("*-rapl:*")) if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")]
+    zones = [
+        zone
+        for zone in sorted(POWERCAP.glob("*-rapl:*"))
+        if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")
+    ]
     if not zones:
         raise OSError("RAPL: this machine shows no counters of its CPU's energy")
     try:
@@ -186,7 +203,9 @@ def one_thread(device):
 
 
 class Peak:
-    """Bytes that this process, or on a GPU torch, has held beyond those at the construction; None where the platform does not count them."""
+    """Bytes that this process, or on a GPU torch, has held beyond those at the construction; None where the platform
+    does not count them.
+    """
 
     def __init__(self, device):
         self.device, self.counts = device, device.type == "cuda" or CLEAR_REFS.exists()
@@ -226,21 +245,28 @@ def cache_bytes(cache):
 def about(model):
     """What a reader has to know of a model: its size, dtype and attention."""
     config, parameters = model.config, list(model.parameters())
-    return {"model_type": config.model_type, "parameters": sum(x.numel() for x in parameters), "dtype": str(model.dtype).removeprefix("torch."),
-            "weight_bytes": storages([*parameters, *model.buffers()]), "attention": config._attn_implementation,
-            "max_position_embeddings": config.max_position_embeddings}  # fmt: skip
+    return {
+        "model_type": config.model_type,
+        "parameters": sum(x.numel() for x in parameters),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weight_bytes": storages([*parameters, *model.buffers()]),
+        "attention": config._attn_implementation,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
 
 
 @torch.no_grad()
 def memory_of(side, settings, L, B, vocab_size):
-    """`{prefill_peak_bytes, decode_peak_bytes, cache_bytes}` of one model beyond its weights; to be called in a fresh process.
+    """`{prefill_peak_bytes, decode_peak_bytes, cache_bytes}` of one model beyond its weights; to be called in a fresh
+    process.
 
     Peaks are None where the platform does not count, the first one for contexts that are no prompt.
     """
     model = side.load()
     with one_thread(model.device):
         ids, kind = token_rows(settings, L, B, vocab_size, model.device), settings.cache
-        next_tokens(model, first_token(model, ids[:1, :8], cache := new_cache(model, kind, 16)), cache, 2)  # loads weights and kernels
+        # loads weights and kernels
+        next_tokens(model, first_token(model, ids[:1, :8], cache := new_cache(model, kind, 16)), cache, 2)
         del cache
         peak, prompt = Peak(model.device), None
         if L in settings.lengths:
@@ -261,7 +287,9 @@ def reason_of(error):
     """Why there is no figure, if it is for want of memory; None for every other error."""
     if isinstance(error, BrokenProcessPool):
         return "its process was ended from outside, most likely for want of memory"
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
     return "out of memory" if full else None
 
 
@@ -289,7 +317,9 @@ def attempt(run):
 
 
 def take_turns(runs, rounds, meter):
-    """`({side: [(seconds, joules or None) per round]}, {side: reason})`; a first round, which loads kernels, is left out; who begins alternates."""
+    """`({side: [(seconds, joules or None) per round]}, {side: reason})`; a first round, which loads kernels, is left
+    out; who begins alternates.
+    """
     costs, absent = {side: [] for side in runs}, {}
     for turn in range(rounds + 1):
         for side in list(runs)[:: 1 if turn % 2 else -1]:
@@ -313,7 +343,9 @@ def summary(costs, tokens, per_second):
         if None not in joules:
             part[side]["joules_per_token"] = statistics.median(joules) / tokens
     if len(costs) == len(SIDES):
-        gain = statistics.median(teacher[0] / student[0] for teacher, student in zip(costs["teacher"], costs["student"], strict=True))
+        gain = statistics.median(
+            teacher[0] / student[0] for teacher, student in zip(costs["teacher"], costs["student"], strict=True)
+        )
         part["gain"] = {"tokens_per_second" if per_second else "seconds": gain}
         joules = [part[side].get("joules_per_token") for side in SIDES]
         if None not in joules and joules[1] > 0:
@@ -327,12 +359,17 @@ def timed(models, settings, meter, row, vocab_size):
     L, B, device = row["length"], row["batch"], meter.device
     ids = token_rows(settings, L, B, vocab_size, device)
     able = {side: model for side, model in models.items() if side in row["memory"]}
-    runs = {side: partial(lambda model: first_token(model, ids, new_cache(model, settings.cache, L)), model) for side, model in able.items()}
+    runs = {
+        side: partial(lambda model: first_token(model, ids, new_cache(model, settings.cache, L)), model)
+        for side, model in able.items()
+    }
     if L in settings.lengths:
         costs, absent = take_turns(runs, settings.rounds, meter)
         row["prefill"] = summary(costs, B * L, per_second=False)
         row["absent"] |= {f"{side}, prompt": reason for side, reason in absent.items()}
-    costs, absent = take_turns({side: Decoder(model, ids, settings) for side, model in able.items()}, settings.rounds, meter)
+    costs, absent = take_turns(
+        {side: Decoder(model, ids, settings) for side, model in able.items()}, settings.rounds, meter
+    )
     row["decode"] = summary(costs, B * settings.steps, per_second=True)
     row["absent"] |= {f"{side}, decoding": reason for side, reason in absent.items()}
 
@@ -352,17 +389,26 @@ def weighed(sides, settings, L, B, vocab_size):
 
 
 def checked(models, checks):
-    """The checks' results as JSON holds them; EvaluationError where one is red, or where the two sides cannot be compared."""
+    """The checks' results as JSON holds them; EvaluationError where one is red, or where the two sides cannot be
+    compared.
+    """
     student, teacher = models["student"], models["teacher"]
     for what in ("dtype", "device"):
         if (a := getattr(student, what)) != (b := getattr(teacher, what)):
-            raise EvaluationError(f"{what}: the student's is {a}, the teacher's {b}; load both alike, or the ratios say nothing")
+            raise EvaluationError(
+                f"{what}: the student's is {a}, the teacher's {b}; load both alike, or the ratios say nothing"
+            )
     if not (results := list(checks(student, teacher))):
         raise EvaluationError("checks: expected at least one result, found none; no figure without a check")
     if red := [result for result in results if not result.passed]:
         names = "; ".join(f"{r.name} ({r.note or f'{r.difference:.2e}, allowed {r.allowed:.2e}'})" for r in red)
-        raise EvaluationError(f"no figures, because {len(red)} of {len(results)} checks failed: {names}; run xlstm-hybrid verify on the student")
-    return [{"name": r.name, "dtype": r.dtype, "difference": r.difference, "allowed": r.allowed, "passed": True} for r in results]
+        raise EvaluationError(
+            f"no figures, because {len(red)} of {len(results)} checks failed: {names}; run xlstm-hybrid verify on the student"
+        )
+    return [
+        {"name": r.name, "dtype": r.dtype, "difference": r.difference, "allowed": r.allowed, "passed": True}
+        for r in results
+    ]
 
 
 def measure(student, teacher, settings, checks, report=lambda text: None):
@@ -373,8 +419,9 @@ def measure(student, teacher, settings, checks, report=lambda text: None):
         checks: called with both models; returns results as `xlstm_hybrid.evaluation.equivalence` does. They come first.
         report: called with a line on what is under way.
     Returns:
-        dict of `teacher`, `student` (see `about`), `checks`, `settings`, `energy` and `rows`, one per length and batch: `memory`, `prefill` and
-        `decode`, each with figures per side and the student's `gain` (above 1: cheaper, or quicker), and `absent`, {what: why}.
+        dict of `teacher`, `student` (see `about`), `checks`, `settings`, `energy` and `rows`, one per length and batch:
+        `memory`, `prefill` and `decode`, each with figures per side and the student's `gain` (above 1: cheaper, or
+        quicker), and `absent`, {what: why}.
     Raises:
         EvaluationError: a red check, or models that cannot be compared.
     """
@@ -396,4 +443,8 @@ def measure(student, teacher, settings, checks, report=lambda text: None):
         for row in rows:
             report(f"time, {row['length']} tokens, batch {row['batch']}")
             timed(models, settings, meter, row, vocab_size)
-    return found | {"settings": asdict(settings), "energy": {"source": meter.source, "absent": meter.absent}, "rows": rows}
+    return found | {
+        "settings": asdict(settings),
+        "energy": {"source": meter.source, "absent": meter.absent},
+        "rows": rows,
+    }

@@ -1,4 +1,6 @@
-"""Teacher and student as `efficiency.measure` takes them: how they are loaded, and what has to be green before anything is timed."""
+"""Teacher and student as `efficiency.measure` takes them: how they are loaded, and what has to be green before anything
+is timed.
+"""
 
 import copy
 import time
@@ -35,7 +37,8 @@ def load_checkpoint(path, dtype, device):
 
 
 def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
-    """Largest difference between the logits of what is timed and those of one call without a cache, in standard deviations of the latter.
+    """Largest difference between the logits of what is timed and those of one call without a cache, in standard
+    deviations of the latter.
 
     What is timed: a prompt of `length` tokens, then `steps` tokens one by one, two rows.
     """

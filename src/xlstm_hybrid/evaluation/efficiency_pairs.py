@@ -1,4 +1,6 @@
-"""Which pairs of models the command `efficiency` measures, at which lengths: two checkpoints, and random weights in published shapes."""
+"""Which pairs of models the command `efficiency` measures, at which lengths: two checkpoints, and random weights in
+published shapes.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -13,16 +15,47 @@ from xlstm_hybrid.evaluation.efficiency import Settings, Side
 from xlstm_hybrid.evaluation.efficiency_checks import checks, load_checkpoint
 from xlstm_hybrid.evaluation.equivalence import DTYPES
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES = {  # published configurations: (model type, fields)
-    "llama-3.1-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                               "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
-                               "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": LLAMA3}),
-    "qwen2.5-7b": ("qwen2", {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                             "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
-                             "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-}  # fmt: skip
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "qwen2.5-7b": (
+        "qwen2",
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+}
 SMALL = {
     "lengths": (1024, 4096, 16384),
     "contexts": (),
@@ -78,7 +111,8 @@ def affordable(config, rounds, batches, rate):
 
 
 def pairs_of(teacher, student, shapes, dtype, device, cache, asked, say):
-    """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each shape.
+    """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each
+    shape.
 
     say: called with a line on what was chosen.
     Raises:

@@ -7,6 +7,7 @@ difference of the logits, in units of their standard deviation. The bound follow
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEMORY, LOW = "the mLSTM's memory matters", "low precision"  # the one check whose ways must differ; and a pair of checks named by dtype
+# the one check whose ways must differ; and a pair of checks named by dtype
+MEMORY, LOW = "the mLSTM's memory matters", "low precision"
 DOUBLE_BYTES = 2**32  # a model whose float64 copy is smaller is checked in float64 on a CPU
 POWER = 10  # a model whose logits change by less than this many bounds without its memory proves nothing
 LOW_FACTOR = 4  # see `low_precision`
@@ -54,12 +56,13 @@ class Result:
 
 
 def rounded(model, dtype):
-    """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature maps, too) stay in float32,
-    buffers as they are."""
+    """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature
+    maps, too) stay in float32, buffers as they are.
+    """
     model = copy.deepcopy(model)
-    kept = model._get_dtype_plan(dtype)
+    kept = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if any(part in kept for part in name.split(".")) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in kept) else dtype)
     return model.eval()
 
 
@@ -78,7 +81,9 @@ def run_check(name, pairs, subject, allowed, difference=None, at_least=False):
 
 @contextmanager
 def rounding(model, dtype):
-    """Meanwhile what goes into and comes out of linear layers, norms and decoder layers is rounded to `dtype`; all else stays as wide as it is."""
+    """Meanwhile what goes into and comes out of linear layers, norms and decoder layers is rounded to `dtype`; all else
+    stays as wide as it is.
+    """
 
     def narrow(x):
         return x.to(dtype).to(x.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -87,7 +92,10 @@ def rounding(model, dtype):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             hooks.append(module.register_forward_pre_hook(lambda _, args: tuple(map(narrow, args))))
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | HybridDecoderLayer) or "norm" in name.rpartition(".")[2]:
+        if (
+            isinstance(module, torch.nn.Linear | torch.nn.Embedding | HybridDecoderLayer)
+            or "norm" in name.rpartition(".")[2]
+        ):
             hooks.append(module.register_forward_hook(lambda _, args, out: narrow(out)))
     try:
         yield
@@ -100,7 +108,8 @@ def rounding(model, dtype):
 def low_precision(low, exact):
     """Checks of a bfloat16 or float16 model against the same rounded weights in a wider dtype: `(name, pairs, bound)`.
 
-    The bound is `LOW_FACTOR` times the error that rounding between the modules alone would cause: it knows how well the model is conditioned.
+    The bound is `LOW_FACTOR` times the error that rounding between the modules alone would cause: it knows how well the
+    model is conditioned.
     """
     dtype = low.model.dtype
     want = exact.read(exact.ids[:2])
@@ -128,12 +137,15 @@ def default_length(config):
     return max(wrapping_length(config), 2 * config.mlstm_chunk_size + 3)
 
 
-def verify(model, *, length=None, dtype=None, seed=0, only=None, report: Callable[[Result], None] = lambda result: None):
+def verify(
+    model, *, length=None, dtype=None, seed=0, only=None, report: Callable[[Result], None] = lambda result: None
+):
     """Run every check on a model. Returns a list of `Result`; the model itself is not changed.
 
     Args:
         length: T of the random rows; by default enough for the window to wrap, see `default_length`.
-        dtype: of the copy on which the checks run; by default float64 on a CPU for a model of less than `DOUBLE_BYTES`, else float32.
+        dtype: of the copy on which the checks run; by default float64 on a CPU for a model of less than `DOUBLE_BYTES`,
+            else float32.
         only: names of the checks to run; None runs all.
         report: called with each result as it comes.
     Raises:
@@ -141,7 +153,9 @@ def verify(model, *, length=None, dtype=None, seed=0, only=None, report: Callabl
     """
     length = default_length(model.config) if length is None else length
     if length < 24:
-        raise ConfigError(f"length={length}: expected at least 24 tokens, which the checks cut into documents and pieces")
+        raise ConfigError(
+            f"length={length}: expected at least 24 tokens, which the checks cut into documents and pieces"
+        )
     if dtype is None:
         double = model.device.type == "cpu" and 8 * sum(p.numel() for p in model.parameters()) < DOUBLE_BYTES
         dtype = torch.float64 if double else torch.float32
@@ -162,13 +176,18 @@ def plan(model, length, dtype, seed, only):
     if any(p.dtype != dtype for p in model.parameters()):
         subject = Subject(rounded(model, dtype), length, seed)
     for name, check in CHECKS.items():
-        stock_windows = "inside" in name and "sliding_attention" in config.layer_types  # transformers' windows count padding
+        # transformers' windows count padding
+        stock_windows = "inside" in name and "sliding_attention" in config.layer_types
         if (only is None or name in only) and not stock_windows:
             yield name, partial(check, subject), subject, bound(dtype, layers)
     for name, check in GENERATION.items():
         if only is None or name in only:
             yield name, partial(check, subject.model, subject.ids), subject, bound(dtype, layers), difference
-    if (only is None or MEMORY in only) and "hybrid_sliding" in config.layer_types and config.mixer_branches != "window":
+    if (
+        (only is None or MEMORY in only)
+        and "hybrid_sliding" in config.layer_types
+        and config.mixer_branches != "window"
+    ):
         yield MEMORY, partial(memory_lost, subject), subject, POWER * bound(dtype, layers), None, True
     for name, check in FILES.items():
         if only is None or name in only:
@@ -195,15 +214,28 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "xlstm_hybrid":
-            raise ConfigError(f"{Path(path).name}: a {config.model_type} model, expected xlstm_hybrid; convert it first (xlstm-hybrid convert)")
+            raise ConfigError(
+                f"{Path(path).name}: a {config.model_type} model, expected xlstm_hybrid; convert it first (xlstm-hybrid convert)"
+            )
         model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(f"{Path(path).name}: cannot be loaded ({error})") from error
-    wrong = [f"{key}: {sorted(map(str, info[key]))[0]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)]
+    wrong = [
+        f"{key}: {sorted(map(str, info[key]))[0]}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(key)
+    ]
     count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    loaded = Result("every tensor loaded", float(count), 0.0, str(model.dtype).removeprefix("torch."), time.perf_counter() - begin, "; ".join(wrong))
+    loaded = Result(
+        "every tensor loaded",
+        float(count),
+        0.0,
+        str(model.dtype).removeprefix("torch."),
+        time.perf_counter() - begin,
+        "; ".join(wrong),
+    )
     report(loaded)
     warn_if_slow(device, dtype, "--dtype")
     length = length(model.config) if callable(length) else length
@@ -212,6 +244,11 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
 
 
 def as_json(results, **about):
-    """What `--json` writes: the verdict, whatever the caller tells about the run, and each result; an infinite difference is null."""
-    checks = [asdict(r) | {"difference": r.difference if math.isfinite(r.difference) else None, "passed": r.passed} for r in results]
+    """What `--json` writes: the verdict, whatever the caller tells about the run, and each result; an infinite
+    difference is null.
+    """
+    checks = [
+        asdict(r) | {"difference": r.difference if math.isfinite(r.difference) else None, "passed": r.passed}
+        for r in results
+    ]
     return {"passed": all(r.passed for r in results), **about, "checks": checks}

@@ -1,8 +1,10 @@
-"""The checks of `verify`: each yields pairs of hidden states that have to agree, computed in two ways from random tokens.
+"""The checks of `verify`: each yields pairs of hidden states that have to agree, computed in two ways from random
+tokens.
 
 Dims: B rows, T tokens, D hidden size.
 """
 
+import copy
 import itertools
 import tempfile
 from contextlib import contextmanager
@@ -99,10 +101,11 @@ def cached(s):
 
 
 def padded(s, side, beside):
-    """Padding columns in one row, alone in its batch or beside a row without them: at once, in pieces, token by token at the end.
+    """Padding columns in one row, alone in its batch or beside a row without them: at once, in pieces, token by token
+    at the end.
 
-    Right padding shows only in what comes after it: tokens that follow in later calls. Where layers keep the teacher's sliding attention,
-    padding that is not on the left is not followed by tokens: transformers' windows count it.
+    Right padding shows only in what comes after it: tokens that follow in later calls. Where layers keep the teacher's
+    sliding attention, padding that is not on the left is not followed by tokens: transformers' windows count it.
     """
     n = s.T - PAD
     cut = {"left": 0, "right": n - 4, "inside": n // 2}[side]
@@ -129,7 +132,11 @@ def packed(s):
     want = torch.cat([s.read(row[:, a:b]) for a, b in itertools.pairwise(ends)], 1)
     restarts = torch.cat([torch.arange(n) for n in lengths])[None].to(row.device)
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(row.device)
-    told = {"position_ids": restarts}, {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32, device=row.device)}, {"seq_idx": number}
+    told = (
+        {"position_ids": restarts},
+        {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32, device=row.device)},
+        {"seq_idx": number},
+    )
     for how, use_cache in itertools.product(told, (False, True)):
         yield s.read(row, use_cache=use_cache, **how), want
     yield s.read(row.expand(2, -1), position_ids=restarts.expand(2, -1)), want.expand(2, -1, -1)
@@ -143,7 +150,10 @@ def reordered(s):
     cache.reorder_cache(order)
     chosen = torch.cat([s.ids[order][:, :begin], s.ids[:, begin:]], 1)
     want = s.read(chosen)[:, begin:]
-    yield torch.cat([s.read(chosen[:, begin : begin + 1], cache=cache), s.read(chosen[:, begin + 1 :], cache=cache)], 1), want
+    yield (
+        torch.cat([s.read(chosen[:, begin : begin + 1], cache=cache), s.read(chosen[:, begin + 1 :], cache=cache)], 1),
+        want,
+    )
 
 
 def forked(s):
@@ -166,7 +176,8 @@ def rolled_back(s):
         s.in_pieces(other[:, begin : begin + 4], sizes, cache=cache)
         yield s.in_pieces(row[:, begin:], [1, s.T], cache=rollback(cache, 4)), want
     cache = remember(s.cache(), 8)
-    s.read(torch.cat([row[:, :begin], other[:, :5]], 1), cache=cache)  # prompt and draft in one call, as assisted decoding begins
+    # prompt and draft in one call, as assisted decoding begins
+    s.read(torch.cat([row[:, :begin], other[:, :5]], 1), cache=cache)
     yield s.in_pieces(row[:, begin:], [s.T], cache=rollback(cache, 5)), want
 
 
@@ -177,7 +188,9 @@ def memory_lost(s):
     lost = snapshot(cache)
     for layer in lost.layers:
         if isinstance(layer, HybridCacheLayer):
-            layer.state = MLSTMState(*(x.new_full(x.shape, empty) for x, empty in zip(layer.state, (0.0, 0.0, float("-inf")), strict=True)))
+            layer.state = MLSTMState(
+                *(x.new_full(x.shape, empty) for x, empty in zip(layer.state, (0.0, 0.0, float("-inf")), strict=True))
+            )
     yield s.read(s.ids[:2, begin:], cache=lost), s.read(s.ids[:2, begin:], cache=cache)
 
 
@@ -185,11 +198,14 @@ def model_file(s):
     with tempfile.TemporaryDirectory() as folder:
         s.model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=s.model.dtype).to(s.model.device).eval()
-    yield Subject(loaded, s.T).read(s.ids[:2]), s.read(s.ids[:2])
+    # Copies, in fresh memory: on some CPUs bits depend on where weights lie, and those of a mapped file lie anywhere
+    yield tuple(Subject(copy.deepcopy(model), s.T).read(s.ids[:2]) for model in (loaded, s.model))
     for name, x in s.model.state_dict().items():
         found = loaded.state_dict()[name]
         if found.dtype != x.dtype or not torch.equal(found, x):
-            raise CheckpointError(f"{name} is not what was saved: {x.dtype} {list(x.shape)} became {found.dtype} {list(found.shape)}")
+            raise CheckpointError(
+                f"{name} is not what was saved: {x.dtype} {list(x.shape)} became {found.dtype} {list(found.shape)}"
+            )
 
 
 def state_file(s):
@@ -202,12 +218,20 @@ def state_file(s):
     yield s.in_pieces(s.ids[:2, begin:], [1, s.T], cache=loaded), s.in_pieces(s.ids[:2, begin:], [1, s.T], cache=cache)
 
 
-CHECKS = {"chunkwise = parallel": chunkwise, "token by token = parallel": token_by_token, "chunked prefill = full": chunked_prefill,
-          "cached decoding = uncached": cached, "packed documents = separate": packed, "reordered rows = recomputed": reordered,
-          "forked state = recomputed": forked, "rolled back = never seen": rolled_back}  # fmt: skip
+CHECKS = {
+    "chunkwise = parallel": chunkwise,
+    "token by token = parallel": token_by_token,
+    "chunked prefill = full": chunked_prefill,
+    "cached decoding = uncached": cached,
+    "packed documents = separate": packed,
+    "reordered rows = recomputed": reordered,
+    "forked state = recomputed": forked,
+    "rolled back = never seen": rolled_back,
+}
 CHECKS |= {
     f"{side} padding, {where} = none": partial(padded, side=side, beside=beside)
     for side in ("left", "right", "inside")
     for where, beside in (("one row", False), ("beside another row", True))
 }
-FILES = {"saved and loaded model = same": model_file, "saved and loaded state = same": state_file}  # in the model's own dtype, bit for bit
+# in the model's own dtype, bit for bit
+FILES = {"saved and loaded model = same": model_file, "saved and loaded state = same": state_file}

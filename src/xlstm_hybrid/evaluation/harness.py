@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a student or its teacher, task by task, with our long-context tasks and the paper's suites.
 
-A unit is a task or group that is judged and kept by itself, in a folder with lm-eval's own files: what is finished is not judged again.
+A unit is a task or group that is judged and kept by itself, in a folder with lm-eval's own files: what is finished is
+not judged again.
 """
 
 import logging
@@ -32,7 +33,9 @@ CODE = ("HF_ALLOW_CODE_EVAL", "1")  # what lm-eval's metric wants beside its own
 
 @dataclass(frozen=True)
 class Unit:
-    """A task that is judged and kept by itself. shots, budget (max new tokens): None leaves the task's own. kind, length: of a long-context task."""
+    """A task that is judged and kept by itself. shots, budget (max new tokens): None leaves the task's own. kind,
+    length: of a long-context task.
+    """
 
     name: str
     shots: int | None = None
@@ -41,17 +44,41 @@ class Unit:
     length: int | None = None
 
 
-SUITES = {  # shots and max new tokens of Hauzenberger et al. 2026; of MATH level 5 they name none, and lm-eval has no MT-Bench
-    "paper_understanding": [Unit("piqa", 0), Unit("arc_easy", 0), Unit("arc_challenge", 25), Unit("hellaswag", 10), Unit("winogrande", 5),
-                            Unit("mmlu", 5)],
-    "paper_base": [Unit("gpqa_diamond_cot_zeroshot", 0, 2048), Unit("gpqa_main_cot_zeroshot", 0, 2048), Unit("gsm8k", 8, 1024),
-                   Unit("humaneval", 0, 1024), Unit("humaneval_plus", 0, 1024), Unit("mbpp", 3, 256), Unit("mbpp_plus", 3, 1024)],
-    "paper_instruct": [Unit("gsm8k_cot", 5, 3072), Unit("minerva_math500", 0, 3072), Unit("leaderboard_math_hard", None, 3072),
-                       Unit("humaneval_instruct", 0, 3072), Unit("humaneval_plus", 0, 3072), Unit("mbpp_instruct", 3, 1024),
-                       Unit("mbpp_plus_instruct", 3, 1024), Unit("cruxeval_output", 0), Unit("cruxeval_input", 2),
-                       Unit("gpqa_diamond_cot_zeroshot", 0, 2048), Unit("gpqa_main_cot_zeroshot", 0, 2048), Unit("ifeval", 0)],
+# shots and max new tokens of Hauzenberger et al. 2026; of MATH level 5 they name none, and lm-eval has no MT-Bench
+SUITES = {
+    "paper_understanding": [
+        Unit("piqa", 0),
+        Unit("arc_easy", 0),
+        Unit("arc_challenge", 25),
+        Unit("hellaswag", 10),
+        Unit("winogrande", 5),
+        Unit("mmlu", 5),
+    ],
+    "paper_base": [
+        Unit("gpqa_diamond_cot_zeroshot", 0, 2048),
+        Unit("gpqa_main_cot_zeroshot", 0, 2048),
+        Unit("gsm8k", 8, 1024),
+        Unit("humaneval", 0, 1024),
+        Unit("humaneval_plus", 0, 1024),
+        Unit("mbpp", 3, 256),
+        Unit("mbpp_plus", 3, 1024),
+    ],
+    "paper_instruct": [
+        Unit("gsm8k_cot", 5, 3072),
+        Unit("minerva_math500", 0, 3072),
+        Unit("leaderboard_math_hard", None, 3072),
+        Unit("humaneval_instruct", 0, 3072),
+        Unit("humaneval_plus", 0, 3072),
+        Unit("mbpp_instruct", 3, 1024),
+        Unit("mbpp_plus_instruct", 3, 1024),
+        Unit("cruxeval_output", 0),
+        Unit("cruxeval_input", 2),
+        Unit("gpqa_diamond_cot_zeroshot", 0, 2048),
+        Unit("gpqa_main_cot_zeroshot", 0, 2048),
+        Unit("ifeval", 0),
+    ],
     "domains": [Unit(f"domain_{d}") for d in DOMAINS],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +87,8 @@ class Options:
 
     name: of the model in the results; its last name if None.  limit: first documents of each task only.
     samples, depths, seed: of long-context documents, see `longcontext.documents`.
-    max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task needs, if None.
+    max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task
+    needs, if None.
     include: folder with further task files.  chat: apply the chat template.
     allow_code: run the code that the model writes.
     revision: of a hub id.  redo: replace results that were made with other settings.
@@ -92,14 +120,22 @@ def run_harness(model, units, out, options=None, report=print):
         {unit's name: {"settings", "scores" {task: {metric: score}}, "long_context" (see there) or None, "seconds",
         "contradictions" (of a procedural domain, see `evaluation.contradictions`)}}
     Raises:
-        EvaluationError: unknown tasks, data that cannot be read, code that may not run, results that other settings made.
+        EvaluationError: unknown tasks, data that cannot be read, code that may not run, results that other settings
+            made.
     """
     import lm_eval
 
     options, out = options or Options(), Path(out)
     source = local_source(model, options.revision)
-    shared = {"model": weights_hash(source), "name": options.name or last_part(model), "dtype": options.dtype, "limit": options.limit,
-              "chat": options.chat, "max_length": options.max_length, "lm_eval": lm_eval.__version__}  # fmt: skip
+    shared = {
+        "model": weights_hash(source),
+        "name": options.name or last_part(model),
+        "dtype": options.dtype,
+        "limit": options.limit,
+        "chat": options.chat,
+        "max_length": options.max_length,
+        "lm_eval": lm_eval.__version__,
+    }
     wanted = {u: settings_of(u, shared, options) for u in units}
     out.mkdir(parents=True, exist_ok=True)
     clean_abandoned(out)
@@ -137,11 +173,16 @@ def expand(tasks, lengths=None):
     """The units behind names of suites, kinds and tasks, each once, in order.
 
     Args:
-        tasks, lengths: names, and tokens of long-context tasks such as 4096 or "4k" (1k to 128k if None): lists, or text with commas.
+        tasks, lengths: names, and tokens of long-context tasks such as 4096 or "4k" (1k to 128k if None): lists, or
+            text with commas.
     Raises:
         EvaluationError: no task, a length that is no number, or one task twice with other shots or budgets.
     """
-    sizes = [tokens_of(x) for x in (lengths.split(",") if isinstance(lengths, str) else lengths) if x] if lengths else LENGTHS
+    sizes = (
+        [tokens_of(x) for x in (lengths.split(",") if isinstance(lengths, str) else lengths) if x]
+        if lengths
+        else LENGTHS
+    )
     found = {}
     for name in [t for t in tasks.split(",") if t] if isinstance(tasks, str) else tasks:
         kind, _, size = name.rpartition("_")
@@ -158,7 +199,9 @@ def expand(tasks, lengths=None):
                     "expected one setting per OUT, run them into two"
                 )
     if not found:
-        raise EvaluationError(f"tasks {tasks!r}: no task, expected names such as needle_4k,gsm8k or suites: {', '.join(SUITES)}, long_context")
+        raise EvaluationError(
+            f"tasks {tasks!r}: no task, expected names such as needle_4k,gsm8k or suites: {', '.join(SUITES)}, long_context"
+        )
     return list(found.values())
 
 
@@ -182,18 +225,27 @@ def documents_of(unit, options):
 
 
 def finished(folder, wanted, redo):
-    """Whether a unit's results are there, made with the same settings; EvaluationError where others made them, unless `redo`."""
+    """Whether a unit's results are there, made with the same settings; EvaluationError where others made them, unless
+    `redo`.
+    """
     if not folder.is_dir():
         return False
     made = read_json(folder / SETTINGS, folder.name)["settings"]
-    changed = [f"{key} {made.get(key)!r}, now {wanted.get(key)!r}" for key in sorted({*made, *wanted}) if made.get(key) != wanted.get(key)]
+    changed = [
+        f"{key} {made.get(key)!r}, now {wanted.get(key)!r}"
+        for key in sorted({*made, *wanted})
+        if made.get(key) != wanted.get(key)
+    ]
     if changed and not redo:
-        raise EvaluationError(f"{folder.name}: there are results with {'; '.join(changed)}. Choose another OUT, or replace them with --redo")
+        raise EvaluationError(
+            f"{folder.name}: there are results with {'; '.join(changed)}. Choose another OUT, or replace them with --redo"
+        )
     return not changed
 
 
 def task_manager(units, source, options):
-    """A function from a unit to lm-eval's task manager that knows it. lm-eval's own thousands of tasks are indexed only if one is asked for.
+    """A function from a unit to lm-eval's task manager that knows it. lm-eval's own thousands of tasks are indexed only
+    if one is asked for.
 
     Raises:
         EvaluationError: tasks that nobody knows, all of them.
@@ -212,7 +264,11 @@ def task_manager(units, source, options):
     def manager(unit):
         if not unit.kind:
             return every
-        return TaskManager(include_path=paths, include_defaults=False, metadata={**documents_of(unit, options), "tokenizer": str(source)})
+        return TaskManager(
+            include_path=paths,
+            include_defaults=False,
+            metadata={**documents_of(unit, options), "tokenizer": str(source)},
+        )
 
     return manager
 
@@ -284,7 +340,9 @@ def load_tasks(unit, manager, allow_code):
         ) from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
-            raise EvaluationError(f"{name} runs code that the model writes: start the verb in a sandbox with --allow-code, or leave the task out")
+            raise EvaluationError(
+                f"{name} runs code that the model writes: start the verb in a sandbox with --allow-code, or leave the task out"
+            )
         if unit.shots is not None:
             task.set_config(key="num_fewshot", value=unit.shots)
         if unit.kind:
@@ -295,7 +353,14 @@ def load_tasks(unit, manager, allow_code):
 def template_tokens(tokenizer):
     """Tokens that the chat template puts around a text, and a few that may be split in another way."""
     return (
-        len(tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False))["input_ids"]) + 8
+        len(
+            tokenizer(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False
+                )
+            )["input_ids"]
+        )
+        + 8
     )
 
 
@@ -304,7 +369,9 @@ def own_length(model):
 
 
 def long_context(results, unit, model, tokenizer):
-    """{"length", "window", "sinks", "coverage", "score", "recall", "excess" of recall, "cache_bytes" of one sequence of that length, "by_depth"}"""
+    """{"length", "window", "sinks", "coverage", "score", "recall", "excess" of recall, "cache_bytes" of one sequence of
+    that length, "by_depth"}
+    """
     scores, samples = results["results"][unit.name], results["samples"][unit.name]
     window, sinks = reach(model.config)
     covered, recall = coverage(unit.length, window, sinks), scores["recall,none"]
@@ -329,7 +396,9 @@ def reach(config):
     if hasattr(config, "window_of"):
         pairs = [(config.window_of(j), config.sinks_of(j)) for j in layers]
     else:
-        types = getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        types = getattr(config, "layer_types", None) or [
+            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        ]
         pairs = [(config.sliding_window if kind == "sliding_attention" else None, 0) for kind in types]
     return (None, 0) if any(window is None for window, _ in pairs) else max(pairs, key=sum)
 
@@ -360,10 +429,15 @@ def write(folder, results, settings, seconds):
             tracker.save_results_samples(task, rows)
         written = len(list(temporary.rglob("results_*.json"))), len(list(temporary.rglob("samples_*.jsonl")))
         if written != (1, len(samples)):  # lm-eval logs what goes wrong and goes on
-            raise CheckpointWriteError(f"{folder.name}: lm-eval wrote {written[0]} files of results and {written[1]} of samples, expected 1 and "
-                                       f"{len(samples)}; make room or choose another directory")  # fmt: skip
+            raise CheckpointWriteError(
+                f"{folder.name}: lm-eval wrote {written[0]} files of results and {written[1]} of samples, expected 1 and "
+                f"{len(samples)}; make room or choose another directory"
+            )
         summary = results.get("long_context", {}).get(folder.name)
-        scores = {t: {k: v for k, v in entry.items() if "," in k and isinstance(v, int | float)} for t, entry in results["results"].items()}
+        scores = {
+            t: {k: v for k, v in entry.items() if "," in k and isinstance(v, int | float)}
+            for t, entry in results["results"].items()
+        }
         kept = {"settings": settings, "scores": scores, "long_context": summary, "contradictions": wrong}
         write_json(temporary / SETTINGS, kept | {"seconds": round(seconds, 1)})
 
@@ -381,7 +455,9 @@ def lines(folder):
     """What is printed of a finished unit."""
     kept = read_json(folder / SETTINGS, folder.name)
     for task, scores in kept["scores"].items():
-        yield f"{task:<28} " + "  ".join(f"{k.removesuffix(',none')} {v:.4f}" for k, v in scores.items() if "_stderr," not in k)
+        yield f"{task:<28} " + "  ".join(
+            f"{k.removesuffix(',none')} {v:.4f}" for k, v in scores.items() if "_stderr," not in k
+        )
     if found := kept["long_context"]:
         beyond = "no excess: attention sees all" if found["excess"] is None else f"excess {found['excess']:+.3f}"
         yield f"{'':<28} coverage {found['coverage']:.3f}  {beyond}  cache {found['cache_bytes'] / 1e6:.3f} MB at {found['length']} tokens"

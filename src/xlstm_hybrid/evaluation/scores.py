@@ -1,4 +1,6 @@
-"""Judging a student: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and scores that others measured."""
+"""Judging a student: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and scores
+that others measured.
+"""
 
 import hashlib
 import json
@@ -24,7 +26,8 @@ MAX_BYTES = 2**28  # of a results file, samples inside included
 
 @dataclass
 class WinAndTie:
-    """C_alpha over `alphas`, the smallest tolerance at which half of the benchmarks are won or tied, and what it rests on.
+    """C_alpha over `alphas`, the smallest tolerance at which half of the benchmarks are won or tied, and what it rests
+    on.
 
     recovery: student score / teacher score per benchmark; None where the teacher scored 0.
     wins, ties, losses: numbers of benchmarks at tolerance 0.
@@ -51,7 +54,8 @@ def win_and_tie(student, teacher, alphas=None):
         student, teacher: {benchmark: score}, scores >= 0 of the same benchmarks; larger is better.
         alphas: tolerances of the curve, from 0 to 1; steps of half a percent if None.
     Raises:
-        EvaluationError: no benchmark, one that only one side has, a score that is negative or not finite, a tolerance off [0, 1]; all are named.
+        EvaluationError: no benchmark, one that only one side has, a score that is negative or not finite, a tolerance
+            off [0, 1]; all are named.
     """
     alphas = list(ALPHAS if alphas is None else alphas)
     check_scores(student, teacher, alphas)
@@ -76,7 +80,9 @@ def win_and_tie(student, teacher, alphas=None):
 
 def check_scores(student, teacher, alphas):
     sides = (("student", student), ("teacher", teacher))
-    wrong = [f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})]
+    wrong = [
+        f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})
+    ]
     wrong += [
         f"{b} is {s} for the {side}, expected a finite score of at least 0"
         for side, scores in sides
@@ -103,7 +109,8 @@ class ExactMatch:
 
 @torch.inference_mode()
 def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=None, progress=None):
-    """Greedy generation in left-padded batches through the cache, up to an end token, compared with the answers, surrounding blanks aside.
+    """Greedy generation in left-padded batches through the cache, up to an end token, compared with the answers,
+    surrounding blanks aside.
 
     Args:
         model: anything that `generate`s.
@@ -133,7 +140,12 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
             outputs = continuations(model, [prompts[j] for j in chosen], ends, max_new_tokens)
             for j, text in zip(chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
                 e = examples[j]
-                samples[j] = {"prompt": e.prompt, "answer": e.answer, "output": text, "correct": text.strip() == e.answer.strip()}
+                samples[j] = {
+                    "prompt": e.prompt,
+                    "answer": e.answer,
+                    "output": text,
+                    "correct": text.strip() == e.answer.strip(),
+                }
             if progress:
                 progress(first + len(chosen), len(order))
     return ExactMatch(sum(s["correct"] for s in samples) / len(samples), samples)
@@ -181,7 +193,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
     encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
     rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
-    texts = tokenizer.batch_decode([answer for _, answer in rows], skip_special_tokens=True)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
     with judged(model):
@@ -232,28 +244,36 @@ def named_contradictions(found):
 
 @torch.inference_mode()
 def perplexity(model, rows, *, batch_size=32):
-    """exp of the mean negative log-likelihood (nats, float32 log-softmax) over scored tokens; infinite beyond the range of a float.
+    """exp of the mean negative log-likelihood (nats, float32 log-softmax) over scored tokens; infinite beyond the range
+    of a float.
 
     Args:
-        rows: [(input_ids, labels)] lists of one length each; labels stand at the token that they name, -100 marks one that is not scored. The first
-            token of a row is never scored: nothing precedes it.
+        rows: [(input_ids, labels)] lists of one length each; labels stand at the token that they name, -100 marks one
+            that is not scored. The first token of a row is never scored: nothing precedes it.
         batch_size: rows per right-padded batch.
     Raises:
-        EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not numbers.
+        EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not
+            numbers.
     """
     if wrong := [j for j, (ids, labels) in enumerate(rows) if len(ids) != len(labels)]:
-        raise EvaluationError(f"perplexity: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many")
+        raise EvaluationError(
+            f"perplexity: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many"
+        )
     scored = [row for row in rows if any(label != NOT_SCORED for label in row[1][1:])]
     count = sum(label != NOT_SCORED for _, labels in scored for label in labels[1:])
     if not count or batch_size < 1:
-        raise EvaluationError(f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each")
+        raise EvaluationError(
+            f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
+        )
     scored.sort(key=lambda row: len(row[0]))
     total = 0.0
     with judged(model):
         for first in range(0, len(scored), batch_size):
             total += negative_log_likelihood(model, scored[first : first + batch_size])
     if math.isnan(total):
-        raise EvaluationError("perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint")
+        raise EvaluationError(
+            "perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint"
+        )
     return math.exp(total / count) if total / count < 709 else math.inf
 
 
@@ -281,10 +301,12 @@ def negative_log_likelihood(model, batch):
 class Results:
     """Scores of one model, read from files.
 
-    scores: {benchmark: {metric: score}}, a metric as lm-eval names it, "acc_norm,none": the metric and the filter of the answers.
+    scores: {benchmark: {metric: score}}, a metric as lm-eval names it, "acc_norm,none": the metric and the filter of
+    the answers.
     smaller: {benchmark: [metrics of which less is better]}.
     settings: {benchmark: {what student and teacher must share: value}}.
-    samples: {benchmark: {metric: {document: value}}}, a document as the hash of its content and its number among equal ones.
+    samples: {benchmark: {metric: {document: value}}}, a document as the hash of its content and its number among equal
+    ones.
     prompts: {benchmark: {document: hash of the prompt}}.
     fields: the content of the file, for costs.  notes: rules that were applied in reading, in words.
     """
@@ -302,8 +324,9 @@ class Results:
 def read_results(path):
     """Results of lm-eval (0.4: a results_*.json with its samples_*.jsonl, or a folder of them) or of this package.
 
-    A folder may hold several files of one model: what a later one repeats replaces the earlier. Of groups with a score of their own (mmlu) only that
-    score is a benchmark, not those of their parts. A run's results.json holds its teacher, first, and every student.
+    A folder may hold several files of one model: what a later one repeats replaces the earlier. Of groups with a score
+    of their own (mmlu) only that score is a benchmark, not those of their parts. A run's results.json holds its
+    teacher, first, and every student.
 
     Returns:
         `[Results]`: one model, or a run's teacher and its students in their order.
@@ -319,9 +342,13 @@ def read_results(path):
     if len(files) == 1 and not is_harness(contents[0]):
         return [own_results(contents[0], files[0])]
     if other := [f.name for f, c in zip(files, contents, strict=True) if not is_harness(c)]:
-        raise EvaluationError(f"{path.name}: {', '.join(other)} holds neither results of lm-eval nor of this package; name files that do")
+        raise EvaluationError(
+            f"{path.name}: {', '.join(other)} holds neither results of lm-eval nor of this package; name files that do"
+        )
     if len(models := sorted({str(c.get("model_name")) for c in contents})) > 1:
-        raise EvaluationError(f"{path.name}: results of {len(models)} models ({', '.join(map(last_part, models))}), expected one; name its folder")
+        raise EvaluationError(
+            f"{path.name}: results of {len(models)} models ({', '.join(map(last_part, models))}), expected one; name its folder"
+        )
     merged = Results(last_part(contents[-1].get("model_name") or path.stem), fields=contents[-1])
     for file, content in zip(files, contents, strict=True):
         read_harness(merged, content, harness_samples(file, content))
@@ -340,7 +367,9 @@ def last_part(name):
 
 def load_object(file):
     advice = "name a results file of lm-eval or of this package, or its folder"
-    return read_object(file, MAX_BYTES, lambda reason: EvaluationError(f"{file.name} cannot be read ({reason}); {advice}"))
+    return read_object(
+        file, MAX_BYTES, lambda reason: EvaluationError(f"{file.name} cannot be read ({reason}); {advice}")
+    )
 
 
 def is_harness(content):
@@ -348,10 +377,15 @@ def is_harness(content):
 
 
 def run_results(content, file):
-    """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder `evaluation`."""
+    """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder
+    `evaluation`.
+    """
     found = []
     for name, side in {"teacher": content.get("teacher_scores") or {}, **content["students"]}.items():
-        scores, kept = {task: {"exact_match": s} for task, s in (side.get("exact_match") or {}).items()}, file.parent / "evaluation" / f"{name}.json"
+        scores, kept = (
+            {task: {"exact_match": s} for task, s in (side.get("exact_match") or {}).items()},
+            file.parent / "evaluation" / f"{name}.json",
+        )
         judged = own_results(load_object(kept), kept) if last_part(name) == name and kept.is_file() else None
         samples = judged.samples if judged and judged.scores == scores else {}
         found.append(Results(name, scores=scores, samples=samples, fields=side))
@@ -362,8 +396,14 @@ def own_results(content, file):
     """One model's results of the verb `evaluate`, or of the folder `evaluation` of a run."""
     content = content["result"] if isinstance(content.get("result"), dict) else content
     if not isinstance(content.get("exact_match"), dict):
-        raise EvaluationError(f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students")
-    found = Results(file.stem, scores={task: {"exact_match": score} for task, score in content["exact_match"].items()}, fields=content)
+        raise EvaluationError(
+            f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students"
+        )
+    found = Results(
+        file.stem,
+        scores={task: {"exact_match": score} for task, score in content["exact_match"].items()},
+        fields=content,
+    )
     for task, samples in (content.get("samples") or {}).items():
         keys = documents([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
         found.samples[task] = {"exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}}
@@ -380,7 +420,11 @@ def read_harness(found, content, samples):
     hidden = {name for group in groups for name in descendants(group, parts)}
     for task in [t for t in content["results"] if t not in hidden and (t in groups or not parts.get(t))]:
         entries = content["results"][task].items()
-        scores = {k: v for k, v in entries if "," in k and "_stderr," not in k and isinstance(v, int | float) and not isinstance(v, bool)}
+        scores = {
+            k: v
+            for k, v in entries
+            if "," in k and "_stderr," not in k and isinstance(v, int | float) and not isinstance(v, bool)
+        }
         if not scores:
             continue
         found.notes += [f"{task}: the later of two results of {found.name} is used"] * (task in found.scores)
@@ -390,7 +434,9 @@ def read_harness(found, content, samples):
         found.samples[task], found.prompts[task] = {}, {}
         for leaf in leaves(task):
             for metric, values in samples.get(leaf, ({}, {}))[0].items():
-                found.samples[task].setdefault(metric, {}).update({(leaf, *key): value for key, value in values.items()})
+                found.samples[task].setdefault(metric, {}).update(
+                    {(leaf, *key): value for key, value in values.items()}
+                )
             found.prompts[task].update({(leaf, *key): value for key, value in samples.get(leaf, ({}, {}))[1].items()})
 
 
@@ -415,7 +461,9 @@ def settings_of(content, task, leaves):
 
 
 def harness_samples(file, content):
-    """{task: ({metric: {document: value}}, {document: hash of the prompt})} of the samples that belong to a results file."""
+    """{task: ({metric: {document: value}}, {document: hash of the prompt})} of the samples that belong to a results
+    file.
+    """
     if isinstance(content.get("samples"), dict):
         return {task: sample_values(rows) for task, rows in content["samples"].items()}
     found = {}
@@ -423,8 +471,16 @@ def harness_samples(file, content):
         rows = []
         for number, line in enumerate(path.open(encoding="utf-8"), 1):
             try:
-                rows.append({k: v for k, v in json.loads(line).items() if k not in ("doc", "arguments", "resps", "filtered_resps", "target")})
+                rows.append(
+                    {
+                        k: v
+                        for k, v in json.loads(line).items()
+                        if k not in ("doc", "arguments", "resps", "filtered_resps", "target")
+                    }
+                )
             except (ValueError, AttributeError) as error:
-                raise EvaluationError(f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it") from error
+                raise EvaluationError(
+                    f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it"
+                ) from error
         found[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
     return found

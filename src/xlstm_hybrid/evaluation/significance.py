@@ -1,4 +1,5 @@
-"""Paired statistics: two models judged on the same documents. Dims: N documents, U distinct pairs of values, R resamples, B benchmarks.
+"""Paired statistics: two models judged on the same documents. Dims: N documents, U distinct pairs of values, R
+resamples, B benchmarks.
 
 Everything random is drawn from a seed and the name of the benchmark: results do not depend on the order of benchmarks.
 """
@@ -32,7 +33,9 @@ def sample_values(rows):
     """Values and prompts of a task's samples; a metric whose values are not all numbers is left out."""
     values, prompts, odd = {}, {}, set()
     for kind in dict.fromkeys(row.get("filter", "none") for row in rows):
-        chosen = sorted((r for r in rows if r.get("filter", "none") == kind and r.get("doc_hash")), key=lambda r: r.get("doc_id", 0))
+        chosen = sorted(
+            (r for r in rows if r.get("filter", "none") == kind and r.get("doc_hash")), key=lambda r: r.get("doc_id", 0)
+        )
         for key, row in zip(documents([r["doc_hash"] for r in chosen]), chosen, strict=True):
             prompts[key] = row.get("prompt_hash")
             for metric in row.get("metrics") or ():
@@ -55,9 +58,16 @@ def stream(seed, name):
 def pair(student, teacher):
     """Two sequences as float64 arrays [N]; EvaluationError unless they have one length of at least 1 and finite values."""
     student, teacher = (np.asarray(x, dtype=np.float64) for x in (student, teacher))
-    if student.shape != teacher.shape or student.ndim != 1 or not student.size or not np.isfinite([student, teacher]).all():
-        raise EvaluationError(f"paired statistics: {list(student.shape)} values of the student and {list(teacher.shape)} of the teacher, expected "
-                              "as many finite ones of both, and at least one; pair the samples of one set of documents")  # fmt: skip
+    if (
+        student.shape != teacher.shape
+        or student.ndim != 1
+        or not student.size
+        or not np.isfinite([student, teacher]).all()
+    ):
+        raise EvaluationError(
+            f"paired statistics: {list(student.shape)} values of the student and {list(teacher.shape)} of the teacher, expected "
+            "as many finite ones of both, and at least one; pair the samples of one set of documents"
+        )
     return student, teacher
 
 
@@ -66,7 +76,8 @@ def is_binary(student, teacher):
 
 
 def mcnemar(student, teacher):
-    """Exact two-sided McNemar test of right and wrong answers (0 and 1), McNemar 1947: a fair coin over the documents on which the two differ.
+    """Exact two-sided McNemar test of right and wrong answers (0 and 1), McNemar 1947: a fair coin over the documents
+    on which the two differ.
 
     Returns:
         `(documents that only the student solves, that only the teacher solves, p)`; p is 1 where they never differ.
@@ -83,7 +94,9 @@ def mcnemar(student, teacher):
 
 
 def sign_flip(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
-    """Two-sided p of the mean difference if student and teacher could be exchanged on every document: random signs, Fisher 1935."""
+    """Two-sided p of the mean difference if student and teacher could be exchanged on every document: random signs,
+    Fisher 1935.
+    """
     student, teacher = pair(student, teacher)
     difference = student - teacher
     difference, observed, random = difference[difference != 0], abs(difference.sum()), stream(seed, f"flip {name}")
@@ -99,7 +112,9 @@ def sign_flip(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
 
 
 def resampled_means(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
-    """Means of student and teacher over R draws of N documents with replacement, the two together: `([R], [R])`. Efron 1979."""
+    """Means of student and teacher over R draws of N documents with replacement, the two together: `([R], [R])`. Efron
+    1979.
+    """
     student, teacher = pair(student, teacher)
     values, counts = np.unique(np.stack([student, teacher]), axis=1, return_counts=True)  # [2, U]
     n, random = student.size, stream(seed, f"bootstrap {name}")
@@ -133,7 +148,8 @@ def compare_pairs(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
     Returns:
         "documents": N.  "test": "McNemar" for values of 0 and 1, else "sign flip".  "p": two-sided, not corrected.
         "gained", "lost": documents on which the student scores above and below its teacher.
-        "difference", "recovery": paired bootstrap intervals of A_S - A_T and A_S / A_T; None where a resampled teacher scores 0.
+        "difference", "recovery": paired bootstrap intervals of A_S - A_T and A_S / A_T; None where a resampled teacher
+            scores 0.
     """
     student, teacher = pair(student, teacher)
     settings = {"resamples": resamples, "seed": seed, "name": name}
@@ -153,7 +169,8 @@ def compare_pairs(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
 
 
 def resampled_verdict(pairs, alpha, *, resamples=RESAMPLES, seed=0):
-    """How sure a win-and-tie verdict is, given that other documents could have been drawn: every benchmark is resampled by itself.
+    """How sure a win-and-tie verdict is, given that other documents could have been drawn: every benchmark is resampled
+    by itself.
 
     Args:
         pairs: {benchmark: (student [N], teacher [N])}.

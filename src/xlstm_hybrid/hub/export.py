@@ -1,8 +1,9 @@
 """A checkpoint that carries its code, so that `trust_remote_code=True` loads it where this package is not installed.
 
-transformers looks for code beside config.json, in one folder: it follows `from .x import y` from file to file and knows no sub-packages. So every
-module that the model needs becomes one flat file, written from our source: its imports become relative, triton's are guarded, and operators are
-registered under the name of the file, as torch knows an operator once per process and several copies may live in one. Nothing else changes.
+transformers looks for code beside config.json, in one folder: it follows `from .x import y` from file to file and knows
+no sub-packages. So every module that the model needs becomes one flat file, written from our source: its imports become
+relative, triton's are guarded, and operators are registered under the name of the file, as torch knows an operator once
+per process and several copies may live in one. Nothing else changes.
 """
 
 import ast
@@ -40,14 +41,16 @@ from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 
 OURS = ("xlstm_hybrid", "xlstm_kernels")
 OPERATORS = "xlstm_kernels::"  # how names of torch operators of ours begin
-CONFIGURATION, MODELING = "configuration_xlstm_hybrid", "modeling_xlstm_hybrid"  # names as transformers' own models have them
+# names as transformers' own models have them
+CONFIGURATION, MODELING = "configuration_xlstm_hybrid", "modeling_xlstm_hybrid"
 NAMED = {"xlstm_hybrid.model.configuration": CONFIGURATION, "xlstm_hybrid.model.modeling": MODELING}
 AUTO_MAP = {
     "AutoConfig": f"{CONFIGURATION}.XLSTMHybridConfig",
     "AutoModel": f"{MODELING}.XLSTMHybridModel",
     "AutoModelForCausalLM": f"{MODELING}.XLSTMHybridForCausalLM",
 }
-CARRIED = re.compile(r"README\.md|[\w-]+\.png|(LICENSE|NOTICE|USE_POLICY)(\.txt|\.md)?")  # beside weights, configuration and tokenizer
+# beside weights, configuration and tokenizer
+CARRIED = re.compile(r"README\.md|[\w-]+\.png|(LICENSE|NOTICE|USE_POLICY)(\.txt|\.md)?")
 HEADER = """\
 # Part of xlstm-hybrid {version}, written by `xlstm-hybrid export` from {source}: imports and names of operators are
 # this folder's, nothing else differs. Licence of this file: Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0.
@@ -78,7 +81,9 @@ NEEDS = f"torch {PACKAGES['torch'].floor} and transformers {PACKAGES['transforme
 
 @dataclass
 class ExportReport:
-    """files: names of what was written.  code: those with code.  left_out: names in the checkpoint that do not travel, pickles among them."""
+    """files: names of what was written.  code: those with code.  left_out: names in the checkpoint that do not travel,
+    pickles among them.
+    """
 
     files: list
     code: list
@@ -115,7 +120,12 @@ def is_package(module):
 def defined_in(package):
     """{name: module} of what a package's `__init__` imports from its own modules."""
     tree = ast.parse(origin(package).read_text(encoding="utf-8"))
-    return {alias.asname or alias.name: (node.module, alias.name) for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def mine(node):
@@ -129,7 +139,8 @@ def targets(node):
     found = []
     for alias in node.names:
         module, name = node.module, alias.name
-        if is_package(module) and name in defined_in(module):  # first: xlstm_kernels.mix is the function, which hides the folder of its name
+        # first: xlstm_kernels.mix is the function, which hides the folder of its name
+        if is_package(module) and name in defined_in(module):
             module, name = defined_in(module)[name]
         elif origin(f"{module}.{name}"):
             module, name = f"{module}.{name}", None
@@ -153,7 +164,9 @@ def is_triton(node):
 
 
 def guarded(body):
-    """`[(first line, last line)]` of the runs of triton imports at the top of a module, where Python executes them on import."""
+    """`[(first line, last line)]` of the runs of triton imports at the top of a module, where Python executes them on
+    import.
+    """
     runs = []
     for node in filter(is_triton, body):
         if runs and node.lineno == runs[-1][1] + 1:
@@ -205,8 +218,10 @@ def write_code(directory):
         write_file(directory / name, text.encode())
     found = {Path(file).name for file in get_relative_import_files(directory / f"{MODELING}.py")} | {f"{MODELING}.py"}
     if found != set(files):
-        raise CheckpointError(f"{Path(directory).name}: transformers would copy {sorted(found ^ set(files))} more or less than the code needs; "
-                              "report this with the version of transformers")  # fmt: skip
+        raise CheckpointError(
+            f"{Path(directory).name}: transformers would copy {sorted(found ^ set(files))} more or less than the code needs; "
+            "report this with the version of transformers"
+        )
     return list(files)
 
 
@@ -235,7 +250,9 @@ def read_config(checkpoint):
 
 
 def travelling(checkpoint):
-    """Names of the checkpoint's files that are copied as they are: weights, index, generation config, tokenizer, card, pictures, licences."""
+    """Names of the checkpoint's files that are copied as they are: weights, index, generation config, tokenizer, card,
+    pictures, licences.
+    """
     weights = sorted({file.name for file in weight_files(checkpoint).values()})
     index = [INDEX] if (checkpoint / INDEX).is_file() else []
     texts = [name for name in (GENERATION, *TOKENIZER_FILES) if name != "tokenizer_config.json"]
@@ -244,9 +261,13 @@ def travelling(checkpoint):
 
 
 def write_tokenizer_config(checkpoint, directory):
-    """tokenizer_config.json without what names code, or files of another machine (FAILURES S7)."""
+    """tokenizer_config.json without what names code, or files of another machine."""
     values = read_json(contained(checkpoint, "tokenizer_config.json"), checkpoint.name)
-    kept = {key: value for key, value in values.items() if key not in ("auto_map", "name_or_path") and not key.endswith("_file")}
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
+    }
     write_json(directory / "tokenizer_config.json", kept)
 
 
@@ -255,15 +276,18 @@ def write_loading(directory, count):
     path = directory / "README.md"
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [xlstm-hybrid, xlstm]\n---\n\n# A hybrid xLSTM student\n"
     text = path.read_text(encoding="utf-8") if path.is_file() else front
-    text = re.sub(r"(?m)^- It loads only where the package xlstm-hybrid is imported.*\n?", "", text)  # untrue of this copy
+    # untrue of this copy
+    text = re.sub(r"(?m)^- It loads only where the package xlstm-hybrid is imported.*\n?", "", text)
     section = LOADING.format(count=count, needs=NEEDS)
-    text = re.sub(r"(?ms)^## Load it without the package$.*?(?=^## |\Z)", "", text)  # of an export that is exported again
+    # of an export that is exported again
+    text = re.sub(r"(?ms)^## Load it without the package$.*?(?=^## |\Z)", "", text)
     before, heading, after = text.partition("## How it was made")
     write_file(path, f"{before.rstrip()}\n\n{section}{chr(10) if heading else ''}{heading}{after}".encode())
 
 
 def export(checkpoint, out, overwrite=False):
-    """Write `out`, the checkpoint with its code: weights, configuration, tokenizer, chat template, generation config, card, record and manifest.
+    """Write `out`, the checkpoint with its code: weights, configuration, tokenizer, chat template, generation config,
+    card, record and manifest.
 
     It holds safetensors, JSON, text, pictures and Python source; no pickle.
 
@@ -279,7 +303,9 @@ def export(checkpoint, out, overwrite=False):
     """
     started, checkpoint, out = time.monotonic(), Path(checkpoint).resolve(), Path(out)
     if checkpoint.is_relative_to(out.resolve()):
-        raise CheckpointWriteError(f"{out.name}: holds the checkpoint {checkpoint.name}; choose another directory for the export")
+        raise CheckpointWriteError(
+            f"{out.name}: holds the checkpoint {checkpoint.name}; choose another directory for the export"
+        )
     if (checkpoint / MANIFEST).is_file():
         verify(checkpoint)
     config, names = read_config(checkpoint), travelling(checkpoint)
@@ -294,8 +320,13 @@ def export(checkpoint, out, overwrite=False):
         files = write_code(directory)
         write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))
-        add_provenance(directory, "export", parent=checkpoint, config={"auto_map": AUTO_MAP, "code": files},
-                       seconds=round(time.monotonic() - started, 3))  # fmt: skip
+        add_provenance(
+            directory,
+            "export",
+            parent=checkpoint,
+            config={"auto_map": AUTO_MAP, "code": files},
+            seconds=round(time.monotonic() - started, 3),
+        )
         written = sorted(p.name for p in directory.iterdir())
         write_manifest(directory)
     left = sorted(p.name for p in checkpoint.iterdir() if p.name not in {*written, MANIFEST, PROVENANCE})

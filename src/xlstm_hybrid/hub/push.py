@@ -1,4 +1,6 @@
-"""Sharing a checkpoint: only files on a list, nothing that tells of the machine or opens one, every byte as the manifest says."""
+"""Sharing a checkpoint: only files on a list, nothing that tells of the machine or opens one, every byte as the
+manifest says.
+"""
 
 import getpass
 import json
@@ -18,7 +20,8 @@ ALLOWED = {*NEEDED, GENERATION, *TOKENIZER_FILES, SINGLE, INDEX, "training_log.j
 PATTERNS = (re.compile(r"model-\d{5}-of-\d{5}\.safetensors"), re.compile(r"[A-Za-z0-9][\w.-]{0,90}\.png"))
 CODE = re.compile(r"[a-z_][a-z0-9_]{0,90}\.py")  # only on demand: a checkpoint with remote code
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"}  # any text may be a token: searched for keys only
+# any text may be a token: searched for keys only
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"}
 CAPS = {"tensors": 20_000, "header": 2**24, "config": 2**20, "depth": 20}
 KEYS = re.compile(
     r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{18,}"
@@ -122,28 +125,37 @@ def inspect_json(path):
 
 
 def inspect_weights(path):
-    """`(texts of what is wrong, text of the header that may hold anything)` of a safetensors file, read without its tensors."""
+    """`(texts of what is wrong, text of the header that may hold anything)` of a safetensors file, read without its
+    tensors.
+    """
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if not 0 < length <= min(CAPS["header"], path.stat().st_size):
-            return [f"{path.name}: a header of {length} bytes, expected at most {CAPS['header']} and no more than the file has"], ""
+            return [
+                f"{path.name}: a header of {length} bytes, expected at most {CAPS['header']} and no more than the file has"
+            ], ""
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique_object)
         except ValueError as error:
             return [f"{path.name}: its header is damaged ({error})"], ""
     notes = header.pop("__metadata__", {})
-    wrong = [f"{path.name}: {len(header)} tensors, expected at most {CAPS['tensors']}"] * (len(header) > CAPS["tensors"])
+    wrong = [f"{path.name}: {len(header)} tensors, expected at most {CAPS['tensors']}"] * (
+        len(header) > CAPS["tensors"]
+    )
     return wrong, json.dumps([notes, list(header)], ensure_ascii=False)
 
 
 def png_text(path):
-    """The text chunks of a PNG, where programs write names and paths; `[compressed]` stands for what would have to be unpacked first."""
+    """The text chunks of a PNG, where programs write names and paths; `[compressed]` stands for what would have to be
+    unpacked first.
+    """
     data, place, found = path.read_bytes(), 8, []
     while place + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
         if kind in (b"tEXt", b"iTXt", b"zTXt", b"eXIf"):
             text = data[place + 8 : place + 8 + length].decode("latin-1")
-            packed = kind == b"zTXt" or (kind == b"iTXt" and "\0\1" in text[:82])  # keyword of at most 79 characters, end, flag
+            # keyword of at most 79 characters, end, flag
+            packed = kind == b"zTXt" or (kind == b"iTXt" and "\0\1" in text[:82])
             found.append("[compressed]" if packed else text)
         place += 12 + length
     return "\n".join(found)
@@ -158,7 +170,9 @@ def inspect(path, names):
         wrong, text = inspect_weights(path)
     else:
         text = png_text(path) if path.suffix == ".png" else path.read_bytes().decode("utf-8", "replace")
-        wrong += [f"{path.name}: holds compressed text, expected none"] * (path.suffix == ".png" and "[compressed]" in text)
+        wrong += [f"{path.name}: holds compressed text, expected none"] * (
+            path.suffix == ".png" and "[compressed]" in text
+        )
     found = dict.fromkeys(findings(text, names))
     if path.name in VOCABULARIES:
         found = [pair for pair in found if pair[0] == "a key"]
@@ -184,19 +198,29 @@ def inspect_folder(folder, repo, *, code=False):
         wrong.append(f"repo {repo!r}: expected NAME/NAME of letters, digits, dots, dashes and underscores")
     if not folder.is_dir():
         raise ShareError(f"{folder.name}: no such folder; name the directory of a checkpoint")
-    wrong += [f"{name}: is missing" + {CARD: " (xlstm-hybrid card writes it)"}.get(name, "") for name in NEEDED if not (folder / name).is_file()]
+    wrong += [
+        f"{name}: is missing" + {CARD: " (xlstm-hybrid card writes it)"}.get(name, "")
+        for name in NEEDED
+        if not (folder / name).is_file()
+    ]
     wrong += unlisted(folder, code)
     if not wrong:
         verify(folder)
         listed = read_json(folder / MANIFEST, folder.name)["files"]
-        wrong += [f"{p.name}: is not listed in {MANIFEST}" for p in sorted(folder.iterdir()) if p.name not in listed and p.name != MANIFEST]
+        wrong += [
+            f"{p.name}: is not listed in {MANIFEST}"
+            for p in sorted(folder.iterdir())
+            if p.name not in listed and p.name != MANIFEST
+        ]
         if not code and "auto_map" in read_json(folder / CONFIG, folder.name):
             wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code")
         names = own_names()
         wrong += [text for path in sorted(folder.iterdir()) for text in inspect(path, names)]
     if wrong:
-        raise ShareError(f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "
-                         "and card again")  # fmt: skip
+        raise ShareError(
+            f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "
+            "and card again"
+        )
     files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     files[MANIFEST] = ((folder / MANIFEST).stat().st_size, None)
     return Parcel(folder.name, repo, files, advice(folder))
@@ -221,7 +245,8 @@ def push(folder, repo, *, dry_run=False, private=False, code=False, message=None
     Returns:
         Parcel, with the hash of its commit.
     Raises:
-        ShareError, CheckpointError: see `inspect_folder`; a file that changed while it was read; an upload that arrived damaged.
+        ShareError, CheckpointError: see `inspect_folder`; a file that changed while it was read; an upload that arrived
+            damaged.
     """
     parcel = inspect_folder(folder, repo, code=code)
     if dry_run:
@@ -233,15 +258,21 @@ def push(folder, repo, *, dry_run=False, private=False, code=False, message=None
     for name, (_, sha256) in parcel.files.items():
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(Path(folder) / name))
         if sha256 is not None and operation.upload_info.sha256.hex() != sha256:
-            raise CheckpointError(f"{parcel.folder}: {name} changed after it was checked; leave the folder alone, then push again")
+            raise CheckpointError(
+                f"{parcel.folder}: {name} changed after it was checked; leave the folder alone, then push again"
+            )
         operations.append(operation)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.create_commit(repo, operations, commit_message=message or f"Upload {parcel.folder} with xlstm-hybrid")
+        commit = api.create_commit(
+            repo, operations, commit_message=message or f"Upload {parcel.folder} with xlstm-hybrid"
+        )
         arrived = {entry.path: entry for entry in api.get_paths_info(repo, list(parcel.files), revision=commit.oid)}
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ShareError(f"{repo}: the Hub refused or could not be reached ({type(error).__name__}); log in with `hf auth login`, check the name, "
-                         "then push again; what was there is untouched") from error  # fmt: skip
+        raise ShareError(
+            f"{repo}: the Hub refused or could not be reached ({type(error).__name__}); log in with `hf auth login`, check the name, "
+            "then push again; what was there is untouched"
+        ) from error
     parcel.commit = commit.oid
     check_arrival(parcel, arrived)
     return parcel

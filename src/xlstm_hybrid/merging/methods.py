@@ -1,7 +1,8 @@
 """Ways to merge one tensor of several experts, and the statistics that two of them need.
 
-Every method is `f(experts, weights, base, **options)`: E tensors of one shape, E shares whose sum is 1, the common start or None. It works in float32
-(float64 for float64), in the order given, block by block, and returns the dtype of the first expert.
+Every method is `f(experts, weights, base, **options)`: E tensors of one shape, E shares whose sum is 1, the common
+start or None. It works in float32 (float64 for float64), in the order given, block by block, and returns the dtype of
+the first expert.
 Dims: E experts, N elements of a tensor, O and I outputs and inputs of a linear layer, V vocabulary.
 """
 
@@ -26,7 +27,9 @@ RIDGE = 1e-6  # of the mean squared input: pulls what no input of a layer determ
 
 
 def blockwise(function, tensors):
-    """`function(*blocks)` over blocks of flat tensors of one shape: float32 at least inside, the dtype of the first outside, little memory."""
+    """`function(*blocks)` over blocks of flat tensors of one shape: float32 at least inside, the dtype of the first
+    outside, little memory.
+    """
     wide, flat = torch.promote_types(tensors[0].dtype, torch.float32), [t.reshape(-1) for t in tensors]
     out = torch.empty_like(flat[0])
     for first in range(0, out.numel(), BLOCK):
@@ -49,13 +52,16 @@ def linear(experts, weights, base=None):
 
 def task_arithmetic(experts, weights, base, *, scale=1.0):
     """base + scale * sum_e w_e (expert_e - base), Ilharco et al. 2023."""
-    return blockwise(lambda start, *xs: start + scale * weighted_sum([x - start for x in xs], weights), [base, *experts])
+    return blockwise(
+        lambda start, *xs: start + scale * weighted_sum([x - start for x in xs], weights), [base, *experts]
+    )
 
 
 def slerp(experts, weights, base=None):
     """The arc between two tensors as flat vectors, at the share of the second, Shoemake 1985.
 
-    sin((1 - t) a) / sin(a) x + sin(t a) / sin(a) y with the angle a between x and y; the straight line where x and y are (anti)parallel or zero.
+    sin((1 - t) a) / sin(a) x + sin(t a) / sin(a) y with the angle a between x and y; the straight line where x and y
+    are (anti)parallel or zero.
     """
     x, y = (expert.reshape(-1).split(BLOCK) for expert in experts)
 
@@ -65,7 +71,10 @@ def slerp(experts, weights, base=None):
     norms = [norm(part.double() for part in parts) for parts in (x, y)]
     if not all(norms):
         return linear(experts, weights)
-    apart, along = (norm(a.double() / norms[0] + sign * b.double() / norms[1] for a, b in zip(x, y, strict=True)) for sign in (-1, 1))
+    apart, along = (
+        norm(a.double() / norms[0] + sign * b.double() / norms[1] for a, b in zip(x, y, strict=True))
+        for sign in (-1, 1)
+    )
     angle = 2 * math.atan2(apart, along)  # exact for small angles, where acos is not
     if math.sin(angle) < 1e-4:  # arc and line differ by less than float32 can hold, or there is no one arc
         return linear(experts, weights)
@@ -78,7 +87,8 @@ def slerp(experts, weights, base=None):
 def threshold(expert, base, density):
     """The magnitude of expert - base that a share `density` of the elements reaches; at least one does.
 
-    Two passes over blocks: magnitudes are counted by their first 16 bits, and only those of the bin in question are compared.
+    Two passes over blocks: magnitudes are counted by their first 16 bits, and only those of the bin in question are
+    compared.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     integer, shift = (torch.int32, 16) if wide == torch.float32 else (torch.int64, 48)
@@ -110,8 +120,8 @@ def elected_mean(deltas, weights):
 def ties(experts, weights, base, *, density=0.2, scale=1.0):
     """base + scale * the elected, disjoint mean of trimmed task vectors, Yadav et al. 2023.
 
-    Trimming keeps the `density` of elements of largest magnitude, and those as large as the smallest of them. The paper trims over all
-    parameters at once; here each tensor keeps its own share, so that a model need not be in memory.
+    Trimming keeps the `density` of elements of largest magnitude, and those as large as the smallest of them. The paper
+    trims over all parameters at once; here each tensor keeps its own share, so that a model need not be in memory.
     """
     limits = [threshold(expert, base, density) for expert in experts]
 
@@ -130,7 +140,9 @@ def drop_stream(key):
 
 
 def dropped(delta, drop, stream):
-    """A block without a random share `drop` of its elements, the rest divided by 1 - drop; `stream` goes on from block to block."""
+    """A block without a random share `drop` of its elements, the rest divided by 1 - drop; `stream` goes on from block
+    to block.
+    """
     kept = torch.from_numpy(stream.random_raw(delta.numel()) >= round(drop * 2**64))
     return torch.where(kept.view(delta.shape), delta / (1 - drop), 0.0)
 
@@ -167,7 +179,8 @@ def fisher(experts, weights, base=None, *, statistics, floor=1e-6):
 
     Args:
         statistics: diagonals F_e >= 0 in the shape of the tensor, see `fisher_diagonals`.
-        floor: added to F_e, as a share of the mean of all F_e: an element that no expert's data touched gets the plain mean.
+        floor: added to F_e, as a share of the mean of all F_e: an element that no expert's data touched gets the plain
+            mean.
     """
     low = floor * sum(f.double().mean().item() for f in statistics) / len(statistics)
     if not low > 0:
@@ -181,7 +194,8 @@ def fisher(experts, weights, base=None, *, statistics, floor=1e-6):
 
 
 def regmean(experts, weights, base=None, *, statistics, alpha=0.9):
-    """(sum_e w_e W_e G_e) (sum_e w_e G_e)^-1: the linear layer that is nearest to every expert's on that expert's inputs, Jin et al. 2023.
+    """(sum_e w_e W_e G_e) (sum_e w_e G_e)^-1: the linear layer that is nearest to every expert's on that expert's
+    inputs, Jin et al. 2023.
 
     Args:
         experts: weights of a linear layer, [O, I].
@@ -225,8 +239,10 @@ def check_options(method, options):
 
 
 def rows_of(batches):
-    """`(row, counted)`: single rows [1, T] of batches of tensors [B, T], and which of the T - 1 last tokens count: those that the mask keeps and,
-    where there are labels, that they score. A packed document's first token is not scored: nothing in the row predicts it."""
+    """`(row, counted)`: single rows [1, T] of batches of tensors [B, T], and which of the T - 1 last tokens count:
+    those that the mask keeps and, where there are labels, that they score. A packed document's first token is not
+    scored: nothing in the row predicts it.
+    """
     for batch in batches:
         for j in range(len(batch["input_ids"])):
             row = {key: value[j : j + 1] for key, value in batch.items()}
@@ -240,9 +256,10 @@ def fisher_diagonals(model, batches, *, labels="model", seed=0):
     """Diagonals of the Fisher information per sequence: the mean over rows of (d log p(y | x) / d theta)^2.
 
     Args:
-        batches: dicts of tensors [B, T] with `input_ids`, `attention_mask` where rows are padded, `labels` where not all tokens count (-100).
-        labels: "model" draws every y_t from the model's own distribution after x_<t, which gives the Fisher information (Matena and Raffel 2022);
-            "data" takes y = x, the empirical one.
+        batches: dicts of tensors [B, T] with `input_ids`, `attention_mask` where rows are padded, `labels` where not
+            all tokens count (-100).
+        labels: "model" draws every y_t from the model's own distribution after x_<t, which gives the Fisher information
+            (Matena and Raffel 2022); "data" takes y = x, the empirical one.
         seed: of the draws.
     Returns:
         `({parameter name: float32 tensor}, number of rows)`. Tied parameters stand under their first name.
@@ -253,11 +270,19 @@ def fisher_diagonals(model, batches, *, labels="model", seed=0):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     squares = {name: torch.zeros_like(p, dtype=torch.float32, device="cpu") for name, p in parameters.items()}
     for row, counted in rows_of(batches):
-        logp = model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]
+        # [T - 1, V]
+        logp = (
+            model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)
+            .logits[0, :-1]
+            .float()
+            .log_softmax(-1)
+        )
         drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator)[:, 0]
         target = (row["input_ids"][0, 1:] if labels == "data" else drawn).to(logp.device)
         likelihood = logp.gather(-1, target[:, None])[:, 0][counted.to(logp.device)].sum()
-        for name, gradient in zip(parameters, torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True), strict=True):
+        for name, gradient in zip(
+            parameters, torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True), strict=True
+        ):
             if gradient is not None:
                 squares[name] += gradient.float().square().cpu()
         rows += 1
@@ -284,7 +309,9 @@ def gram_matrices(model, batches):
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(collect(n)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [
+        m.register_forward_pre_hook(collect(n)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    ]
     tokens = 0
     try:
         for batch in batches:
@@ -325,18 +352,29 @@ def measure_statistics(checkpoint, batches, out, kind, device="cpu", **options):
 
     out, measures = Path(out), {"fisher": fisher_diagonals, "gram": gram_matrices}
     if kind not in measures or out.resolve().is_relative_to(Path(checkpoint).resolve()):
-        raise MergeError(f"kind={kind!r}, out={out.name}: expected one of {sorted(measures)}, and a file outside of {Path(checkpoint).name}")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        raise MergeError(
+            f"kind={kind!r}, out={out.name}: expected one of {sorted(measures)}, and a file outside of {Path(checkpoint).name}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     tensors, *shared, items = measures[kind](model.eval().to(device), batches, **options)
     if not items:
         raise MergeError(f"{out.name}: no tokens to measure {kind} statistics on; give at least one batch")
-    notes = {"kind": kind, "items": str(items), "weights": weights_digest(checkpoint), "shared": json.dumps(shared[0] if shared else {})}
+    notes = {
+        "kind": kind,
+        "items": str(items),
+        "weights": weights_digest(checkpoint),
+        "shared": json.dumps(shared[0] if shared else {}),
+    }
     temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata={"format": "pt", **notes})
         os.replace(temporary, out)
     except OSError as error:
-        raise CheckpointWriteError(f"could not write {out.name} ({error.strerror or error}): make room or choose another place") from error
+        raise CheckpointWriteError(
+            f"could not write {out.name} ({error.strerror or error}): make room or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return items
@@ -352,7 +390,9 @@ class Statistics:
             notes = self.file.metadata() or {}
             self.shared = json.loads(notes.get("shared", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"statistics {self.path.name} of {name} cannot be read ({error}); measure them again") from error
+            raise CheckpointError(
+                f"statistics {self.path.name} of {name} cannot be read ({error}); measure them again"
+            ) from error
         names = self.file.keys()
         self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in names}
         if notes.get("kind") != kind:
@@ -364,11 +404,15 @@ class Statistics:
                 key = self.key(tensor)
                 expected = shape if kind == "fisher" else (shape[-1],) * 2 if shape else ()
                 if key is not None and self.shapes[key] != expected:
-                    self.wrong.append(f"statistics {self.path.name} of {name}: {key} is {list(self.shapes[key])}, expected {list(expected)}")
+                    self.wrong.append(
+                        f"statistics {self.path.name} of {name}: {key} is {list(self.shapes[key])}, expected {list(expected)}"
+                    )
 
     def key(self, tensor):
         """The entry that belongs to a tensor of the model; None where there is none."""
-        name = tensor if self.kind == "fisher" else tensor.removesuffix(".weight") if tensor.endswith(".weight") else None
+        name = (
+            tensor if self.kind == "fisher" else tensor.removesuffix(".weight") if tensor.endswith(".weight") else None
+        )
         name = self.shared.get(name, name)
         return name if name in self.shapes else None
 
@@ -377,5 +421,7 @@ class Statistics:
         value = self.file.get_tensor(self.key(tensor))
         diagonal = value if self.kind == "fisher" else value.diagonal()
         if not torch.isfinite(value).all() or (diagonal < 0).any():
-            raise MergeError(f"statistics {self.path.name}: {self.key(tensor)} holds values that are negative or not finite; measure them again")
+            raise MergeError(
+                f"statistics {self.path.name}: {self.key(tensor)} holds values that are negative or not finite; measure them again"
+            )
         return value

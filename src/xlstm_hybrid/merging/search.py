@@ -1,4 +1,6 @@
-"""Weights of a merge, searched for on the simplex under the win-and-tie objective, with every candidate kept. Dims: E experts."""
+"""Weights of a merge, searched for on the simplex under the win-and-tie objective, with every candidate kept. Dims: E
+experts.
+"""
 
 import hashlib
 import itertools
@@ -29,7 +31,9 @@ class Candidate:
     recovery: float
 
     def objective(self):
-        """Smaller is better: alpha*; then C_0, the mean recovery (each benchmark counts up to 1), and how even the weights are."""
+        """Smaller is better: alpha*; then C_0, the mean recovery (each benchmark counts up to 1), and how even the
+        weights are.
+        """
         uneven = sum(w * w for w in self.weights)
         return tuple(round(x, DECIMALS) for x in (self.alpha_star, -self.c_0, -self.recovery, uneven))
 
@@ -47,13 +51,32 @@ class Search:
         tasks = list(self.candidates[0].scores)
         head = [*self.experts, "alpha*", "C_0", "recovery", *tasks]
         ranked = sorted(self.candidates, key=lambda c: (c.objective(), c.weights))
-        return [head, *([*(f"{w:.3f}" for w in c.weights), f"{c.alpha_star:.4f}", f"{c.c_0:.3f}", f"{c.recovery:.4f}",
-                         *(f"{c.scores[t]:.4g}" for t in tasks)] for c in ranked)]  # fmt: skip
+        return [
+            head,
+            *(
+                [
+                    *(f"{w:.3f}" for w in c.weights),
+                    f"{c.alpha_star:.4f}",
+                    f"{c.c_0:.3f}",
+                    f"{c.recovery:.4f}",
+                    *(f"{c.scores[t]:.4g}" for t in tasks),
+                ]
+                for c in ranked
+            ),
+        ]
 
     def as_dict(self):
         """Plain values; one flat record per candidate, so that a card can print them as a table."""
-        rows = [{**{f"weight of {name}": w for name, w in zip(self.experts, c.weights, strict=True)}, "alpha_star": c.alpha_star, "c_0": c.c_0,
-                 "mean_recovery": c.recovery, **c.scores} for c in self.candidates]  # fmt: skip
+        rows = [
+            {
+                **{f"weight of {name}": w for name, w in zip(self.experts, c.weights, strict=True)},
+                "alpha_star": c.alpha_star,
+                "c_0": c.c_0,
+                "mean_recovery": c.recovery,
+                **c.scores,
+            }
+            for c in self.candidates
+        ]
         return {"experts": self.experts, "weights": self.weights, "candidates": rows}
 
     def markdown(self):
@@ -68,9 +91,14 @@ def simplex(count, parts):
 
 
 def first_points(count, parts, budget):
-    """Uniform weights, every expert alone, then the grid from the middle outwards, as sixtieths; at most `budget` of them."""
+    """Uniform weights, every expert alone, then the grid from the middle outwards, as sixtieths; at most `budget` of
+    them.
+    """
     even = [PARTS // count + (j < PARTS % count) for j in range(count)]
-    grid = sorted((tuple(PARTS // parts * n for n in point) for point in simplex(count, parts)), key=lambda p: (sum(x * x for x in p), p))
+    grid = sorted(
+        (tuple(PARTS // parts * n for n in point) for point in simplex(count, parts)),
+        key=lambda p: (sum(x * x for x in p), p),
+    )
     corners = [tuple(PARTS * (j == k) for j in range(count)) for k in range(count)]
     return list(dict.fromkeys([tuple(even), *corners, *grid]))[:budget]
 
@@ -84,10 +112,12 @@ def neighbours(point, step):
 
 
 def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=None, progress=None):
-    """Minimise alpha* of a merge over the simplex: a grid, then moves between pairs of experts around the best point with halving steps.
+    """Minimise alpha* of a merge over the simplex: a grid, then moves between pairs of experts around the best point
+    with halving steps.
 
     Args:
-        judge: weights (a list of `count` shares) -> {benchmark: score} of their merge on the calibration set; called once per point.
+        judge: weights (a list of `count` shares) -> {benchmark: score} of their merge on the calibration set; called
+            once per point.
         teacher_scores: {benchmark: score} of the teacher on the same set.
         parts: steps of the grid along an edge; a divisor of `PARTS`.
         budget: candidates at most, kept ones included.
@@ -96,10 +126,13 @@ def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=No
     Returns:
         Search
     Raises:
-        MergeError: settings that describe no search.  EvaluationError: scores that cannot be compared with the teacher's.
+        MergeError: settings that describe no search.  EvaluationError: scores that cannot be compared with the
+            teacher's.
     """
     if count < 2 or budget < 1 or parts < 1 or PARTS % parts:
-        raise MergeError(f"search: {count} experts, budget={budget}, parts={parts}; expected two experts or more, a candidate, a divisor of {PARTS}")
+        raise MergeError(
+            f"search: {count} experts, budget={budget}, parts={parts}; expected two experts or more, a candidate, a divisor of {PARTS}"
+        )
     known, tried = dict(known or {}), {}
 
     def attempt(point):
@@ -131,17 +164,31 @@ def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=No
     return Search(tried[best()].weights, list(tried.values()))
 
 
-def search_merge(experts, out, judge, teacher_scores, *, calibration="", table=None, parts=5, budget=40, overwrite=False, work=None, progress=None,
-                 **settings):  # fmt: skip
-    """Search the weights of a merge of checkpoints and write the best one to `out`, with the table of candidates in its record.
+def search_merge(
+    experts,
+    out,
+    judge,
+    teacher_scores,
+    *,
+    calibration="",
+    table=None,
+    parts=5,
+    budget=40,
+    overwrite=False,
+    work=None,
+    progress=None,
+    **settings,
+):
+    """Search the weights of a merge of checkpoints and write the best one to `out`, with the table of candidates in its
+    record.
 
     Experts are searched in the order of their names, so that their order changes neither the candidates nor the result.
 
     Args:
         judge: directory of a merged candidate -> {benchmark: score} on the calibration set.
         calibration: what the calibration set is, in words or JSON values; kept in the record.
-        table: JSON file that keeps every candidate as it is judged; a search with the same experts, settings, calibration set and teacher scores
-            goes on from it.
+        table: JSON file that keeps every candidate as it is judged; a search with the same experts, settings,
+            calibration set and teacher scores goes on from it.
         work: folder for the candidates, one at a time; a temporary one by default.
         progress: called with every new Candidate.
         settings: of `merging.merge` (method, base, options, statistics, ...), without weights.
@@ -154,7 +201,10 @@ def search_merge(experts, out, judge, teacher_scores, *, calibration="", table=N
     ordered = [experts[j] for j in order]
     if settings.get("statistics"):
         settings["statistics"] = [settings["statistics"][j] for j in order]
-    spec, names = specification(ordered, teacher_scores, calibration, settings), [Path(e).resolve().name for e in ordered]
+    spec, names = (
+        specification(ordered, teacher_scores, calibration, settings),
+        [Path(e).resolve().name for e in ordered],
+    )
     known = kept(table, spec)
     rows = dict(known)
 
@@ -175,7 +225,9 @@ def search_merge(experts, out, judge, teacher_scores, *, calibration="", table=N
     figures = {"search": {**found.as_dict(), "teacher_scores": teacher_scores, "calibration": calibration}}
     merge(ordered, out, weights=found.weights, overwrite=overwrite, figures=figures, **settings)
     back = [order.index(j) for j in range(len(order))]
-    candidates = [Candidate([c.weights[j] for j in back], c.scores, c.alpha_star, c.c_0, c.recovery) for c in found.candidates]
+    candidates = [
+        Candidate([c.weights[j] for j in back], c.scores, c.alpha_star, c.c_0, c.recovery) for c in found.candidates
+    ]
     return Search([found.weights[j] for j in back], candidates, [names[j] for j in back])
 
 
@@ -184,7 +236,9 @@ def specification(experts, teacher_scores, calibration, settings):
     base = settings.get("base")
     said = {k: v for k, v in settings.items() if k not in ("base", "statistics", "shard_bytes")}
     parts = [[weights_digest(e) for e in experts], teacher_scores, calibration, said]
-    parts += [digest(Path(base) / MANIFEST) if base and (Path(base) / MANIFEST).is_file() else str(base and Path(base).name)]
+    parts += [
+        digest(Path(base) / MANIFEST) if base and (Path(base) / MANIFEST).is_file() else str(base and Path(base).name)
+    ]
     parts += [[digest(path) for path in settings.get("statistics") or ()]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -196,13 +250,21 @@ def kept(table, spec):
     try:
         content = json.loads(Path(table).read_text(encoding="utf-8"))
         if content["spec"] != spec:
-            raise MergeError(f"{Path(table).name} holds candidates of other experts, settings or scores; remove it, or name another file")
+            raise MergeError(
+                f"{Path(table).name} holds candidates of other experts, settings or scores; remove it, or name another file"
+            )
         found = {tuple(point): scores for point, scores in content["points"]}
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, MergeError):
             raise
-        raise MergeError(f"{Path(table).name} is no table of a search ({error}); remove it, or name another file") from error
-    wrong = [p for p, s in found.items() if sum(p) != PARTS or not all(isinstance(v, int | float) and math.isfinite(v) for v in s.values())]
+        raise MergeError(
+            f"{Path(table).name} is no table of a search ({error}); remove it, or name another file"
+        ) from error
+    wrong = [
+        p
+        for p, s in found.items()
+        if sum(p) != PARTS or not all(isinstance(v, int | float) and math.isfinite(v) for v in s.values())
+    ]
     if wrong:
         raise MergeError(f"{Path(table).name}: the candidate {wrong[0]} is damaged; remove the file")
     return found

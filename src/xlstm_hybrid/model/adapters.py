@@ -3,15 +3,19 @@
     model = get_peft_model(student, lora_config(student, "projections"))
     print(coverage(model))
 
-Projections and MLPs are `nn.Linear`: LoRA and DoRA take them as `target_modules`. Feature maps and gates are parameters of the mixer, reached by
-`target_parameters`: LoRA only, peft has no DoRA and no dropout for them. `whole_mixer` trains copies of the mixers at full rank instead
-(`modules_to_save`). Every path of the model calls its projections and its mixer as modules, so that an adapter acts in all of them. A wrapped
-parameter is put together again in each call: merge (`merge_and_unload`) before long generation.
+Projections and MLPs are `nn.Linear`: LoRA and DoRA take them as `target_modules`. Feature maps and gates are parameters
+of the mixer, reached by
+`target_parameters`: LoRA only, peft has no DoRA and no dropout for them. `whole_mixer` trains copies of the mixers at
+full rank instead
+(`modules_to_save`). Every path of the model calls its projections and its mixer as modules, so that an adapter acts in
+all of them. A wrapped parameter is put together again in each call: merge (`merge_and_unload`) before long generation.
 
-QLoRA: `from_pretrained(student, quantization_config=BitsAndBytesConfig(...))` quantises the linear layers only; maps and gates are parameters and
-stay as they are, gates in float32. Then `prepare_model_for_kbit_training` and any preset. bitsandbytes does this on a CPU (tried: 0.50, NF4 and 8
-bit; an evaluation repacks 4-bit weights on a CPU, after which they no longer train) and is meant for a GPU (not tried). TRL rounds what trains
-beside a quantised base to bfloat16, gates of `whole_mixer` included: take "mixer" there. Merge into the student in full precision.
+QLoRA: `from_pretrained(student, quantization_config=BitsAndBytesConfig(...))` quantises the linear layers only; maps
+and gates are parameters and
+stay as they are, gates in float32. Then `prepare_model_for_kbit_training` and any preset. bitsandbytes does this on a
+CPU (tried: 0.50, NF4 and 8 bit; an evaluation repacks 4-bit weights on a CPU, after which they no longer train) and is
+meant for a GPU (not tried). TRL rounds what trains beside a quantised base to bfloat16, gates of `whole_mixer`
+included: take "mixer" there. Merge into the student in full precision.
 Dims: r rank, H query heads, K head dim, D hidden size.
 """
 
@@ -37,14 +41,24 @@ PRESETS = {
     "all": ATTENTION + MLP + MAPS + GATES,
     "whole_mixer": (WHOLE,),
 }
-GROUP_OF = dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp") | {"q_map": "feature maps", "k_map": "feature maps"}
-GROUP_OF |= dict.fromkeys(("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale", "norm_weight"), "gates")
+GROUP_OF = (
+    dict.fromkeys(ATTENTION, "attention")
+    | dict.fromkeys(MLP, "mlp")
+    | {"q_map": "feature maps", "k_map": "feature maps"}
+)
+GROUP_OF |= dict.fromkeys(
+    ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale", "norm_weight"), "gates"
+)
 GROUP_OF |= {"embed_tokens": "embeddings", "lm_head": "head"}
 TIED = ("embed_tokens", "lm_head")
 WRAPPERS = (".base_layer", ".original_module")  # what peft puts into the names of what it wraps
 PARAMETERS_ONLY = {  # arguments that peft ignores, or refuses late, where a parameter is the target
-    "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "lora_bias": False, "fan_in_fan_out": False,
-}  # fmt: skip
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "exclude_modules": None,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
 
 
 # --- what to target ----------------------------------------------------------------------------------------------
@@ -77,7 +91,8 @@ def adaptable(model):
 
 
 def resolve(model, targets):
-    """Short names for a preset, or for a list of presets and of names of one's own. Of a preset, what there is: a layer may have no mixer.
+    """Short names for a preset, or for a list of presets and of names of one's own. Of a preset, what there is: a layer
+    may have no mixer.
 
     Raises:
         AdapterError: an entry that is in no layer of this model, or an embedding or head that is tied.
@@ -87,15 +102,21 @@ def resolve(model, targets):
         names = PRESETS.get(entry, (entry, f"{WHOLE}.{entry}"))
         found = [name for name in names if name in exist]
         if not found:
-            raise AdapterError(f"{entry!r} matches nothing in this {type(base_of(model)).__name__}: presets are {sorted(PRESETS)}, names in it are "
-                               f"{sorted(exist)}")  # fmt: skip
+            raise AdapterError(
+                f"{entry!r} matches nothing in this {type(base_of(model)).__name__}: presets are {sorted(PRESETS)}, names in it are "
+                f"{sorted(exist)}"
+            )
         chosen |= dict.fromkeys(found)
     if not chosen:
         raise AdapterError(f"no targets: name at least one preset of {sorted(PRESETS)}")
     if WHOLE in chosen and any(name.startswith(f"{WHOLE}.") for name in chosen):
-        raise AdapterError("targets hold the whole mixer and parts of it: its copy is trained at full rank, leave the parts out")
+        raise AdapterError(
+            "targets hold the whole mixer and parts of it: its copy is trained at full rank, leave the parts out"
+        )
     if base_of(model).config.tie_word_embeddings and not chosen.keys().isdisjoint(TIED):
-        raise AdapterError(f"{' and '.join(TIED)} are tied: merging an adapter of one would change the other; leave it out, or untie them")
+        raise AdapterError(
+            f"{' and '.join(TIED)} are tied: merging an adapter of one would change the other; leave it out, or untie them"
+        )
     return list(chosen)
 
 
@@ -104,7 +125,8 @@ def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dro
 
     Args:
         model: student; a PeftModel for a second adapter.
-        targets: a name of PRESETS, or a list of presets and names of modules ("q_proj") or parameters ("mlstm.q_map") in the model.
+        targets: a name of PRESETS, or a list of presets and names of modules ("q_proj") or parameters ("mlstm.q_map")
+            in the model.
         r: rank. A feature map [H, K, K] gets one adapter of rank r per head, 2 r K numbers beside K².
         lora_alpha: scale, of which the update gets lora_alpha / r; 2 r by default.
         use_dora: magnitudes beside directions; on linear layers only.
@@ -131,7 +153,8 @@ def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dro
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
-        target_modules=modules if modules or parameters else DUMMY_TARGET_MODULES,  # peft wants a target even where only copies train
+        # peft wants a target even where only copies train
+        target_modules=modules if modules or parameters else DUMMY_TARGET_MODULES,
         target_parameters=parameters or None,
         modules_to_save=saved or None,
         **kwargs,
@@ -143,8 +166,10 @@ def check_parameters(parameters, arguments):
     neutral = PARAMETERS_ONLY | {"use_dora": False, "lora_dropout": 0.0}
     wrong = [name for name, value in neutral.items() if arguments.get(name, value) not in (value, [], None)]
     if parameters and wrong:
-        raise AdapterError(f"{wrong[0]}={arguments[wrong[0]]!r} does not work on {', '.join(parameters)}: peft adapts parameters by plain LoRA only; "
-                           "choose 'projections', or 'whole_mixer' for the mixers beside it")  # fmt: skip
+        raise AdapterError(
+            f"{wrong[0]}={arguments[wrong[0]]!r} does not work on {', '.join(parameters)}: peft adapts parameters by plain LoRA only; "
+            "choose 'projections', or 'whole_mixer' for the mixers beside it"
+        )
 
 
 # --- what is covered ---------------------------------------------------------------------------------------------
@@ -154,8 +179,10 @@ def check_parameters(parameters, arguments):
 class Coverage:
     """What trains, per group of parameters; counts are numbers, not tensors.
 
-    groups: {group: {"parameters": of the base model, split into "adapted" (an active adapter acts on them), "whole" (trained themselves, or
-    an active copy of them) and "frozen"; "adapter": what active adapters hold for the group; "trained": all that gets a gradient}}.
+    groups: {group: {"parameters": of the base model, split into "adapted" (an active adapter acts on them), "whole"
+    (trained themselves, or
+    an active copy of them) and "frozen"; "adapter": what active adapters hold for the group; "trained": all that gets a
+    gradient}}.
     """
 
     groups: dict = field(default_factory=dict)
@@ -174,7 +201,11 @@ class Coverage:
         for column in columns:
             table.add_column(column, justify="right")
         for name, row in rows.items():
-            table.add_row(name, *(f"{row[column]:,}" if row[column] else "–" for column in columns), end_section=name == list(rows)[-2])
+            table.add_row(
+                name,
+                *(f"{row[column]:,}" if row[column] else "–" for column in columns),
+                end_section=name == list(rows)[-2],
+            )
         return table
 
     def __str__(self):
@@ -187,7 +218,9 @@ class Coverage:
 
 
 def tuner_layers(model):
-    """`(place, module, active adapters)` of all that peft has put into the model; place is the plain name of what it wraps."""
+    """`(place, module, active adapters)` of all that peft has put into the model; place is the plain name of what it
+    wraps.
+    """
     if "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -205,7 +238,9 @@ def held(module):
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
         entries = attrgetter(attribute)(module) if hasattr(module, attribute.split(".")[0]) else {}
         for adapter, x in entries.items() if hasattr(entries, "items") else ():
-            found = x.named_parameters() if isinstance(x, nn.Module) else [("", x)] if isinstance(x, nn.Parameter) else ()
+            found = (
+                x.named_parameters() if isinstance(x, nn.Module) else [("", x)] if isinstance(x, nn.Parameter) else ()
+            )
             yield from ((adapter, name, parameter) for name, parameter in found)
 
 
@@ -223,7 +258,10 @@ def numel(x):
 def group_of(name):
     """The group of a parameter by its plain name."""
     parts = name.split(".")
-    return next((GROUP_OF[part] for part in reversed(parts) if part in GROUP_OF), "norms" if any("norm" in part for part in parts) else "other")
+    return next(
+        (GROUP_OF[part] for part in reversed(parts) if part in GROUP_OF),
+        "norms" if any("norm" in part for part in parts) else "other",
+    )
 
 
 def acting(model):
@@ -248,25 +286,34 @@ def coverage(model):
     check_matches(model)
     adapters, adapted, copied = acting(model)
     base, own = {id(x): x for x in base_of(model).parameters()}, own_parameters(model)
-    adapters |= {id(x): ("prompt", x) for x in model.parameters() if id(x) not in base}  # soft prompts stand beside the model
+    # soft prompts stand beside the model
+    adapters |= {id(x): ("prompt", x) for x in model.parameters() if id(x) not in base}
     groups = {}
 
     def add(group, x, kind):
-        row = groups.setdefault(group, dict.fromkeys(("parameters", "adapted", "whole", "frozen", "adapter", "trained"), 0))
+        row = groups.setdefault(
+            group, dict.fromkeys(("parameters", "adapted", "whole", "frozen", "adapter", "trained"), 0)
+        )
         row[kind] += numel(x)
         row["parameters"] += numel(x) * (kind != "adapter")
         row["trained"] += numel(x) * x.requires_grad
 
     for name, x in base_of(model).named_parameters():
         if id(x) not in own:
-            add(group_of(plain(name)), x, "adapted" if id(x) in adapted else "whole" if id(x) in copied or x.requires_grad else "frozen")
+            add(
+                group_of(plain(name)),
+                x,
+                "adapted" if id(x) in adapted else "whole" if id(x) in copied or x.requires_grad else "frozen",
+            )
     for group, x in adapters.values():
         add(group, x, "adapter")
     return Coverage(groups)
 
 
 def check_matches(model):
-    """Raise AdapterError if an adapter's config names something that it did not reach; peft itself speaks up only if nothing at all matches."""
+    """Raise AdapterError if an adapter's config names something that it did not reach; peft itself speaks up only if
+    nothing at all matches.
+    """
     reached = {}
     for place, module, _ in tuner_layers(model):
         for adapter, _, _ in held(module):
@@ -276,5 +323,7 @@ def check_matches(model):
             entries = getattr(config, attribute, None) or ()
             for entry in () if isinstance(entries, str) else sorted(entries):
                 if not any(place == entry or place.endswith(f".{entry}") for place in reached.get(adapter, ())):
-                    raise AdapterError(f"adapter {adapter!r}: {attribute} names {entry!r}, which matches nothing in this model; names in it are "
-                                       f"{sorted(adaptable(model))}")  # fmt: skip
+                    raise AdapterError(
+                        f"adapter {adapter!r}: {attribute} names {entry!r}, which matches nothing in this model; names in it are "
+                        f"{sorted(adaptable(model))}"
+                    )

@@ -1,6 +1,7 @@
 """The hybrid layer: o * mLSTM + (1 - o) * window attention, head by head, in the place of a Transformer's attention.
 
-Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, F features, W window, S sinks.
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, F features, W
+window, S sinks.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, repeat_kv
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb  # this one rounds to the dtype of q and k
+
+# this one rounds to the dtype of q and k
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb
 from xlstm_kernels import mix, window_attention
 
 from xlstm_hybrid.model.experimental.cells import CELLS
@@ -21,7 +24,8 @@ from xlstm_hybrid.model.rollback import Piece, Step
 class HybridAttention(nn.Module):
     """Attention layer of the student: "hybrid_sliding" mixes, any other type is the teacher's own attention."""
 
-    # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache: `planning.layers` measures what each is worth
+    # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache: `planning.layers` measures what
+    # each is worth
     restored = None
 
     def __init__(self, config, layer_idx):
@@ -30,7 +34,11 @@ class HybridAttention(nn.Module):
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
-        D, q_dim, kv_dim = config.hidden_size, config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        D, q_dim, kv_dim = (
+            config.hidden_size,
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
@@ -38,7 +46,10 @@ class HybridAttention(nn.Module):
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         elif config.qk_norm == "full":
-            self.q_norm, self.k_norm = Olmo2RMSNorm(q_dim, config.rms_norm_eps), Olmo2RMSNorm(kv_dim, config.rms_norm_eps)
+            self.q_norm, self.k_norm = (
+                Olmo2RMSNorm(q_dim, config.rms_norm_eps),
+                Olmo2RMSNorm(kv_dim, config.rms_norm_eps),
+            )
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
         kept = config.kept_of(layer_idx)
@@ -48,7 +59,9 @@ class HybridAttention(nn.Module):
         """`(output [B, T, D], attention weights or None)`; `cache` is that of all layers."""
         projected = self.project(hidden_states, position_embeddings)
         if self.layer_type == "hybrid_sliding":
-            h, weights = self.mix(hidden_states, projected, tokens, mask, None if cache is None else cache.layers[self.layer_idx])
+            h, weights = self.mix(
+                hidden_states, projected, tokens, mask, None if cache is None else cache.layers[self.layer_idx]
+            )
         else:
             query, key, value, *_ = projected
             if cache is not None:
@@ -57,8 +70,9 @@ class HybridAttention(nn.Module):
         return self.o_proj(h.flatten(-2)), weights
 
     def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm and RoPE, [B, T, H | G, K],
-        unrotated is (query, key) before RoPE."""
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm
+        and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         raw = q.view(heads), k.view(heads), v.view(heads)
@@ -74,7 +88,9 @@ class HybridAttention(nn.Module):
     # --- the mix of both branches ----------------------------------------------------------------------------------
 
     def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
-        """`(h [B, T, H, V], attention weights or None)`: o * mLSTM + (1 - o) * window attention. Takes the tokens into the cache layer."""
+        """`(h [B, T, H, V], attention weights or None)`: o * mLSTM + (1 - o) * window attention. Takes the tokens into
+        the cache layer.
+        """
         config, (query, key, value, *_) = self.config, projected
         variant = VARIANTS.get((config.mixer_combine, config.mixer_branches, config.sparse_memory > 0))
         if variant is not None:
@@ -83,7 +99,8 @@ class HybridAttention(nn.Module):
         mlstm, hybrid_step = cell.run, cell.step  # the paper's, unless `memory_cell` names another recurrence
         phi_q, phi_k, i, f, o = self.read(hidden_states, projected, tokens)
 
-        if mask is None and cache is not None and cache.is_initialized:  # one token: nothing is allocated that depends on window or context
+        # one token: nothing is allocated that depends on window or context
+        if mask is None and cache is not None and cache.is_initialized:
             inputs = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi_q, phi_k, i, f, o
             if cache.depth:  # tokens that may be taken back
                 cache.note(Step(hybrid_step, inputs, tokens, self.scaling))
@@ -115,12 +132,16 @@ class HybridAttention(nn.Module):
             return self.attend(query, key, value, mask, implementation=self.masked_implementation)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
-        return window_attention(q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where), None
+        return window_attention(
+            q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where
+        ), None
 
     # --- kept groups -----------------------------------------------------------------------------------------------
 
     def mix(self, hidden_states, projected, tokens, mask, cache=None):
-        """`(h [B, T, H, V] before W_o, attention weights or None)` of all heads of a hybrid layer, those that keep full attention included."""
+        """`(h [B, T, H, V] before W_o, attention weights or None)` of all heads of a hybrid layer, those that keep full
+        attention included.
+        """
         mixed = projected if self.split is None else self.split.projected(projected, kept=False)
         h, weights = self.mix_heads(hidden_states, mixed, tokens, mask, cache)
         h = (normed(self.mlstm, h) if self.config.mixer_norm else h).to(projected[2].dtype)
@@ -132,12 +153,16 @@ class HybridAttention(nn.Module):
         return h, weights
 
     def keep(self, projected, tokens, cache=None):
-        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it had one."""
+        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it
+        had one.
+        """
         query, key, value, _, unrotated = projected
         if self.config.kept_positions == "log":
             query, key = unrotated
             query = log_scaled(query, tokens.index, self.config.kept_log_base)
-        keys, spare = (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        keys, spare = (
+            (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        )
         key, value, mask = keys.append(key, value, tokens, spare, masked=self.masked_implementation == "eager")
         return self.attend(query, key, value, mask, implementation=self.masked_implementation)
 
@@ -155,4 +180,14 @@ class HybridAttention(nn.Module):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, sliding_window=sliding_window, **kwargs)
+        return interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )

@@ -1,7 +1,7 @@
 """The cache of a hybrid layer: mLSTM state, ring buffer of the window, sinks. Its size does not depend on the context.
 
-It stores: kernels write into its tensors, and it says which token stands where. Dims: B batch, T new tokens, H query heads, G key/value heads,
-K query/key dim, V value dim, W window, S sinks.
+It stores: kernels write into its tensors, and it says which token stands where. Dims: B batch, T new tokens, H query
+heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
 """
 
 from typing import NamedTuple
@@ -46,9 +46,11 @@ class StateLayer(CacheLayerMixin):
 class Placing(NamedTuple):
     """Where the tokens of a call go.
 
-    count, before: [B, 1] tokens of the row's document after the call and before it.  restarted: [B, 1] bool, whether a document begins in it.
+    count, before: [B, 1] tokens of the row's document after the call and before it.  restarted: [B, 1] bool, whether a
+    document begins in it.
     inside: [B, T] bool, tokens of the document that the row ends with.
-    written: [B, S + W] bool, slots that hold another token afterwards; source: [B, S + W], the column of the call that they take.
+    written: [B, S + W] bool, slots that hold another token afterwards; source: [B, S + W], the column of the call that
+    they take.
     """
 
     count: torch.Tensor
@@ -70,9 +72,11 @@ class HybridCacheLayer(Rollback, StateLayer):
     """mLSTM state and [sinks | ring] of one hybrid layer.
 
     state: `MLSTMState`, None where the layer has no memory.
-    keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose index is j mod W.
+    keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose
+    index is j mod W.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
-    kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G groups here.
+    kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G
+    groups here.
     cell: the config's `memory_cell`, whose state it is.
     room: where a static layer's state stays; what a decode step writes keeps its address, as CUDA graphs demand.
     """
@@ -103,7 +107,11 @@ class HybridCacheLayer(Rollback, StateLayer):
         B, G = key_states.shape[:2]
         slots = self.num_sink_tokens + self.sliding_window
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if self.room is not None and self.keys.shape == (B, G, slots, key_states.shape[-1]) and self.keys.dtype == self.dtype:
+        if (
+            self.room is not None
+            and self.keys.shape == (B, G, slots, key_states.shape[-1])
+            and self.keys.dtype == self.dtype
+        ):
             self.count.zero_()  # a static layer that was reset
             return
         self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
@@ -118,7 +126,9 @@ class HybridCacheLayer(Rollback, StateLayer):
                 torch._dynamo.mark_static_address(x)
 
     def hold(self, state):
-        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one was."""
+        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one
+        was.
+        """
         if state is not None and self.is_compileable and not torch.is_grad_enabled():
             if self.room is None:
                 self.room = MLSTMState(*(x.clone() for x in state))
@@ -151,8 +161,9 @@ class HybridCacheLayer(Rollback, StateLayer):
         return torch.where((held > last) | (held < 0), -1, held)
 
     def visible(self, tokens):
-        """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its ring slot while
-        it is inside the window and from its sink slot afterwards, never from both."""
+        """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its
+        ring slot while it is inside the window and from its sink slot afterwards, never from both.
+        """
         slot_index = self.slot_index
         distance = tokens.index[:, :, None] - slot_index[:, None]
         inside = distance < self.sliding_window
@@ -165,11 +176,15 @@ class HybridCacheLayer(Rollback, StateLayer):
         document, restarted = tokens.document[:, -1:], tokens.start.any(-1, keepdim=True)
         inside = tokens.real & (tokens.document == document)
         before = torch.where(restarted, 0, self.count[:, None])
-        count = torch.where(inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, before)
+        count = torch.where(
+            inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, before
+        )
         wanted = self.index_of_slots(count)  # index that each slot holds from now on
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
-        source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1)).clamp_max(tokens.index.shape[1] - 1)
+        source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1)).clamp_max(
+            tokens.index.shape[1] - 1
+        )
         return Placing(count, before, restarted, inside, wanted >= before, source)
 
     # --- taking tokens in ------------------------------------------------------------------------------------------
@@ -186,8 +201,8 @@ class HybridCacheLayer(Rollback, StateLayer):
         Args:
             key_states, value_states: [B, G, T, K | V].
         Returns:
-            `(keys, values)` that the new tokens may attend to, [B, G, (S + W) + T, K | V]: the slots as they were, unless the layer was empty,
-            then the tokens themselves (see `visible`).
+            `(keys, values)` that the new tokens may attend to, [B, G, (S + W) + T, K | V]: the slots as they were,
+            unless the layer was empty, then the tokens themselves (see `visible`).
         """
         seen = key_states, value_states
         if self.is_initialized:
@@ -202,7 +217,9 @@ class HybridCacheLayer(Rollback, StateLayer):
         return seen
 
     def skip(self, tokens):
-        """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks layer 0 everywhere."""
+        """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks
+        layer 0 everywhere.
+        """
         self.seen_tokens += tokens
 
     # --- all tensors together --------------------------------------------------------------------------------------
@@ -239,15 +256,24 @@ class HybridCacheLayer(Rollback, StateLayer):
     def fill(self, tensors, seen):
         """Take `named_tensors` of a layer that had `seen` tokens."""
         self.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
-        self.keys, self.values, self.count, self.seen_tokens = tensors["keys"], tensors["values"], tensors["count"], seen
+        self.keys, self.values, self.count, self.seen_tokens = (
+            tensors["keys"],
+            tensors["values"],
+            tensors["count"],
+            seen,
+        )
         self.state = MLSTMState(*(tensors[name] for name in MLSTMState._fields)) if "C" in tensors else None
         if self.kept is not None:
-            self.kept.keys, self.kept.values, self.kept.place = (tensors[f"kept_{name}"] for name in ("keys", "values", "place"))
+            self.kept.keys, self.kept.values, self.kept.place = (
+                tensors[f"kept_{name}"] for name in ("keys", "values", "place")
+            )
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """Keys and values of a layer that keeps the teacher's sliding attention. With `record_past` it holds `depth` tokens more than the window
-    needs; transformers' own holds every token since the last `crop`, and cuts keys that it no longer has without a word."""
+    """Keys and values of a layer that keeps the teacher's sliding attention. With `record_past` it holds `depth` tokens
+    more than the window needs; transformers' own holds every token since the last `crop`, and cuts keys that it no
+    longer has without a word.
+    """
 
     depth = ROLLBACK_TOKENS
 
@@ -256,7 +282,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             self.trim(0)  # recording may have been switched off
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.trim(self.depth if self.record_past else 0)
-        visible = self.sliding_window - 1 + key_states.shape[-2]  # as masks are sized; transformers before 5.18 returns the record too
+        # as masks are sized; transformers before 5.18 returns the record too
+        visible = self.sliding_window - 1 + key_states.shape[-2]
         return keys[:, :, -visible:], values[:, :, -visible:]
 
     def trim(self, more):

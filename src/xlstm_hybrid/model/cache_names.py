@@ -1,7 +1,8 @@
-"""What transformers calls the cache: `cache` since 5.24, `past_key_values` before. No other module of ours knows both names.
+"""What transformers calls the cache: `cache` since 5.24, `past_key_values` before. No other module of ours knows both
+names.
 
-Our own code says `cache` everywhere. A public method is decorated with `takes_cache` and accepts either name; what is handed to transformers goes
-through `named`, what comes back from any model of it through `cache_of`.
+Our own code says `cache` everywhere. A public method is decorated with `takes_cache` and accepts either name; what is
+handed to transformers goes through `named`, what comes back from any model of it through `cache_of`.
 """
 
 import functools
@@ -18,9 +19,11 @@ from xlstm_hybrid.errors import CacheError, CompatibilityError, ConfigError
 
 OLD = "past_key_values"
 NAMES = ["cache", OLD]
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD  # the name in the installed transformers
+# the name in the installed transformers
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD
 
-# What a forward of ours accepts beside its own parameters. A keyword that is missing here would be ignored in silence, and is refused.
+# What a forward of ours accepts beside its own parameters. A keyword that is missing here would be ignored in silence,
+# and is refused.
 OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -65,7 +68,8 @@ def renamed(kwargs, name, where):
 def takes_cache(method):
     """Let a function with a parameter `cache` be called with `past_key_values` as well.
 
-    The old name warns where transformers' own models warn. The signature shows the name that the installed transformers uses: `generate` reads it.
+    The old name warns where transformers' own models warn. The signature shows the name that the installed transformers
+    uses: `generate` reads it.
     """
     signature = inspect.signature(method)
     parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
@@ -82,7 +86,8 @@ def refuse_unknown(kwargs, accepted, where):
     """Raise for a keyword that a forward would ignore.
 
     Args:
-        kwargs: what is left after the parameters of its own; None counts as not given, and so does False of an `output_...`.
+        kwargs: what is left after the parameters of its own; None counts as not given, and so does False of an
+            `output_...`.
         accepted: names, for example `ACCEPTED`.
         where: the class, for the message.
     Raises:

@@ -3,7 +3,8 @@
 `verify` proves them of a checkpoint, `compatibility` of a version of transformers. Each check yields pairs of numbers
 that have to agree, in standard deviations of the logits. No two texts are compared: ways that round differently may
 part where two tokens are equally likely. What was generated is judged by the logits that it had, and by how far each
-token is behind the best one, against a call that sees the same tokens before it and no cache: the argmax loop.
+token is behind the best one, in a call that sees the whole text and no cache: if it never is, and none but rounding is
+in the logits, the text is what an argmax loop without a cache writes.
 
 Dims: B rows, T tokens of a prompt, N new ones, V vocabulary.
 """
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from xlstm_hybrid.model.cache_names import cache_of, named
 
 NEW, BEAMS, PADDING = 6, 3, 5  # new tokens, beams, columns of padding
+BEAM_PROMPT = 32  # tokens: a search without a cache reads its rows again for every token
 SETTINGS = {
     "max_new_tokens": NEW,
     "do_sample": False,
@@ -84,16 +86,12 @@ def generate(model, ids, mask=None, **options):
 
 
 def uncached(model, ids, new=NEW):
-    """Logits [B, N, V] of the last N tokens of rows [B, T + N], float64.
+    """Logits [B, N, V] that the last N tokens of rows [B, T + N] are chosen by without a cache, float64.
 
-    Each is a call of its own that sees what stands before its token and nothing else.
+    In one call: what a token sees is what stands before it, so that a loop of calls, one for each token, has these.
     """
-    calls = []
-    for end in range(ids.shape[1] - new, ids.shape[1]):
-        seen = ids[:, :end]
-        out = model(seen, attention_mask=torch.ones_like(seen), use_cache=False, logits_to_keep=1)
-        calls.append(out.logits[:, -1])
-    return torch.stack(calls, 1).double()
+    out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=new + 1)
+    return out.logits[:, :-1].double()
 
 
 def token_of(logits, ids):
@@ -139,7 +137,7 @@ def continued(model, ids):
 def beams(model, ids):
     """Beams that are found with a cache have the scores of their texts, and the best is that of a search without."""
     options = {"num_beams": BEAMS, "num_return_sequences": BEAMS, "length_penalty": 0.0, "output_scores": True}
-    out, without = (generate(model, ids[:2], use_cache=on, **options) for on in (True, False))
+    out, without = (generate(model, ids[:2, :BEAM_PROMPT], use_cache=on, **options) for on in (True, False))
     want = uncached(model, out.sequences)
     true = token_of(want.log_softmax(-1), out.sequences).mean(-1)  # [2 x beams], nats per token
     scores, best = (x.sequences_scores.double() / NEW for x in (out, without))

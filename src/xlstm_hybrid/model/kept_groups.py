@@ -1,6 +1,8 @@
-"""Key/value groups of a hybrid layer that keep the teacher's full attention: no window and no memory for them, and all of their keys in the cache.
+"""Key/value groups of a hybrid layer that keep the teacher's full attention: no window and no memory for them, and all
+of their keys in the cache.
 
-Dims: B batch, T tokens of a call, N columns held, H query heads, G key/value heads, E of them kept, R query heads per group, K query/key dim, V value
+Dims: B batch, T tokens of a call, N columns held, H query heads, G key/value heads, E of them kept, R query heads per
+group, K query/key dim, V value
 dim.
 """
 
@@ -12,17 +14,21 @@ DOCUMENT = 2**40  # places of two documents of a row are so far apart; a documen
 
 
 class Split:
-    """Which key/value groups of a layer keep full attention. All selections are slices: query heads of a group lie side by side.
+    """Which key/value groups of a layer keep full attention. All selections are slices: query heads of a group lie side
+    by side.
 
     kept: numbers of the groups that do, of `groups`; `repeats` query heads share one.
     """
 
     def __init__(self, kept, groups, repeats):
         self.repeats = repeats
-        self.runs = [(chosen, len(list(run))) for chosen, run in groupby(range(groups), set(kept).__contains__)]  # [(is kept, groups)]
+        # [(is kept, groups)]
+        self.runs = [(chosen, len(list(run))) for chosen, run in groupby(range(groups), set(kept).__contains__)]
 
     def take(self, x, kept, dim, per_group=1):
-        """The part of x that belongs to the groups that are kept, or that are not; a group has `per_group` entries along `dim`."""
+        """The part of x that belongs to the groups that are kept, or that are not; a group has `per_group` entries
+        along `dim`.
+        """
         parts = x.split([n * per_group for _, n in self.runs], dim)
         return torch.cat([part for part, (chosen, _) in zip(parts, self.runs, strict=True) if chosen == kept], dim)
 
@@ -32,7 +38,13 @@ class Split:
         heads, groups = {"kept": kept, "per_group": self.repeats}, {"kept": kept}
         raw = self.take(raw[0], dim=2, **heads), *(self.take(x, dim=2, **groups) for x in raw[1:])
         unrotated = self.take(unrotated[0], dim=1, **heads), self.take(unrotated[1], dim=1, **groups)
-        return self.take(query, dim=1, **heads), self.take(key, dim=1, **groups), self.take(value, dim=1, **groups), raw, unrotated
+        return (
+            self.take(query, dim=1, **heads),
+            self.take(key, dim=1, **groups),
+            self.take(value, dim=1, **groups),
+            raw,
+            unrotated,
+        )
 
     def join(self, mixed, kept, dim):
         """Put the two parts of `take(..., per_group=repeats)` together again."""
@@ -43,7 +55,9 @@ class Split:
 
 
 def join_weights(split, mixed, kept):
-    """Attention weights of all heads [B, H, T, columns]; the call's own tokens are the last columns of both, the rest is filled with 0."""
+    """Attention weights of all heads [B, H, T, columns]; the call's own tokens are the last columns of both, the rest
+    is filled with 0.
+    """
     if mixed is None or kept is None:
         return None
     columns = max(mixed.shape[-1], kept.shape[-1])
@@ -52,15 +66,19 @@ def join_weights(split, mixed, kept):
 
 
 def log_scaled(query, index, base):
-    """Queries [B, E R, T, K] times log_a(t + a), a = `base`, t the tokens before: attention without positions stays sharp as its context grows
-    (HyPE, arXiv 2601.22156)."""
+    """Queries [B, E R, T, K] times log_a(t + a), a = `base`, t the tokens before: attention without positions stays
+    sharp as its context grows (HyPE, arXiv 2601.22156).
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = torch.log(index.clamp_min(0).to(dtype) + base) / torch.log(torch.tensor(float(base), dtype=dtype, device=index.device))
+    scale = torch.log(index.clamp_min(0).to(dtype) + base) / torch.log(
+        torch.tensor(float(base), dtype=dtype, device=index.device)
+    )
     return (query.to(dtype) * scale[:, None, :, None]).to(query.dtype)
 
 
 class KeptKeys:
-    """Keys and values of the groups that keep full attention; with `window` only those that the teacher's own window still reaches.
+    """Keys and values of the groups that keep full attention; with `window` only those that the teacher's own window
+    still reaches.
 
     keys, values: [B, E, N, K | V], every column of the calls, padding included.
     place: [B, N] DOCUMENT * (number of the document) + index within it, -1 at padding.
@@ -70,7 +88,8 @@ class KeptKeys:
         self.window, self.keys, self.values, self.place = window, None, None, None
 
     def append(self, key, value, tokens, spare=0, masked=False):
-        """Take T tokens in; returns what they attend to, `(keys, values, mask [B, 1, T, N] or None)`. None: everything up to oneself.
+        """Take T tokens in; returns what they attend to, `(keys, values, mask [B, 1, T, N] or None)`. None: everything
+        up to oneself.
 
         Args:
             key, value: [B, E, T, K | V].
@@ -79,7 +98,9 @@ class KeptKeys:
         """
         T, before = tokens.real.shape[1], 0
         if self.place is not None:
-            before = (self.place.amax(-1, keepdim=True) if self.place.shape[1] else tokens.index.new_zeros(len(key), 1)).clamp_min(0) // DOCUMENT
+            before = (
+                self.place.amax(-1, keepdim=True) if self.place.shape[1] else tokens.index.new_zeros(len(key), 1)
+            ).clamp_min(0) // DOCUMENT
         place = torch.where(tokens.real, (before + tokens.document) * DOCUMENT + tokens.index, -1)
         if not masked and self.place is None and tokens.plain and (self.window is None or self.window >= T):
             mask = None
@@ -104,24 +125,33 @@ class KeptKeys:
         return ((column >= low) & (column <= high) | ~tokens.real[..., None])[:, None]
 
     def trim(self, spare):
-        """Drop leading columns that no later token attends to, neither now nor after `spare` tokens have been taken back."""
+        """Drop leading columns that no later token attends to, neither now nor after `spare` tokens have been taken
+        back.
+        """
         place = self.place[:, : self.place.shape[1] - spare]
         if not place.shape[1]:
             return
         last = place.amax(-1, keepdim=True)
         low = last // DOCUMENT * DOCUMENT
         if self.window is not None:
-            low = torch.maximum(low, last + min(2 - self.window, 0))  # the last token stays in any case: it tells the document
+            # the last token stays in any case: it tells the document
+            low = torch.maximum(low, last + min(2 - self.window, 0))
         alive = (place >= low.clamp_min(0)).any(0)
         begin = int(torch.where(alive.any(), alive.int().argmax(), place.shape[1]))
         if begin:
-            self.keys, self.values, self.place = (x[..., begin:, :].clone() for x in (self.keys, self.values, self.place[..., None]))
+            self.keys, self.values, self.place = (
+                x[..., begin:, :].clone() for x in (self.keys, self.values, self.place[..., None])
+            )
             self.place = self.place[..., 0]
 
     def crop(self, tokens):
         """Take the last columns back."""
         if tokens:
-            self.keys, self.values, self.place = self.keys[:, :, :-tokens], self.values[:, :, :-tokens], self.place[:, :-tokens]
+            self.keys, self.values, self.place = (
+                self.keys[:, :, :-tokens],
+                self.values[:, :, :-tokens],
+                self.place[:, :-tokens],
+            )
 
     def map(self, change):
         if self.place is not None:

@@ -1,6 +1,7 @@
 """The new parameters of a hybrid layer, feature maps and gates, and how they are shared out to several processes.
 
-Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value dim.
+Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value
+dim.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
@@ -14,10 +15,11 @@ from xlstm_hybrid.model.experimental.branches import clamped
 
 
 class HeadsParallel(TensorParallelLayer):
-    """Tensor-parallel style of `MLSTMMixer`: every parameter is cut along its heads, dim 0, and each rank works on its own.
+    """Tensor-parallel style of `MLSTMMixer`: every parameter is cut along its heads, dim 0, and each rank works on its
+    own.
 
-    Queries, keys and values come from projections that are cut alike; the layer's input, which the gates read, is whole on every rank, so that
-    its gradient has to be summed over them.
+    Queries, keys and values come from projections that are cut alike; the layer's input, which the gates read, is whole
+    on every rank, so that its gradient has to be summed over them.
     """
 
     def should_use_local_tensors(self, module):
@@ -26,7 +28,9 @@ class HeadsParallel(TensorParallelLayer):
     def validate_param(self, module, param, mesh, parameter_name=None):
         heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
         if any(module.config.kept_groups or ()):
-            raise ConfigError(f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process")
+            raise ConfigError(
+                f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process"
+            )
         for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
             if (found := getattr(module.config, field)) != needed:
                 raise ConfigError(
@@ -48,7 +52,9 @@ class HeadsParallel(TensorParallelLayer):
         from torch.distributed.tensor import Shard, distribute_tensor
 
         whole = module._parameters[param]
-        module._parameters[param] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None), requires_grad=whole.requires_grad)
+        module._parameters[param] = nn.Parameter(
+            distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None), requires_grad=whole.requires_grad
+        )
 
     def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
         from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -66,10 +72,12 @@ def wide(*shape):
 
 
 class MLSTMMixer(nn.Module):
-    """What conversion adds to an attention layer: feature maps for the mLSTM, its input and forget gates, and the gate that mixes it with the window.
+    """What conversion adds to an attention layer: feature maps for the mLSTM, its input and forget gates, and the gate
+    that mixes it with the window.
 
-    Gate parameters stay in float32; in a float16 model maps do, too. `memory_feature_map`, `memory_feature_dim` and `mixer_gate_input` of the config
-    say what the maps and the output gate read; other cells and one softmax over both branches are in `experimental`.
+    Gate parameters stay in float32; in a float16 model maps do, too. `memory_feature_map`, `memory_feature_dim` and
+    `mixer_gate_input` of the config say what the maps and the output gate read; other cells and one softmax over both
+    branches are in `experimental`.
     """
 
     def __init__(self, config, layer_idx):
@@ -94,8 +102,9 @@ class MLSTMMixer(nn.Module):
             query, key: after QK-norm and, unless `memory_rope` is False, RoPE, [B, H | G, T, K].
             tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
         Returns:
-            `(phi_q [B, T, H, F], phi_k [B, T, H, F], i [B, T, H], f [B, T, H], o [B, T, H])`: features, gates before activation, and the output gate
-            itself, always last. The features are None if there is no memory branch to read them.
+            `(phi_q [B, T, H, F], phi_k [B, T, H, F], i [B, T, H], f [B, T, H], o [B, T, H])`: features, gates before
+            activation, and the output gate itself, always last. The features are None if there is no memory branch to
+            read them.
         """
         q, k, v = raw
         n = q.shape[2] // k.shape[2]
@@ -122,7 +131,9 @@ class MLSTMMixer(nn.Module):
             i, f = self.input_and_forget_gates(x, dtype)
             weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
             read_qkv = self.config.mixer_gate_input == "qkv"
-            o = torch.sigmoid((qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias))
+            o = torch.sigmoid(
+                (qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias)
+            )
         return i, f, o
 
     def input_and_forget_gates(self, x, dtype):
@@ -135,10 +146,11 @@ class MLSTMMixer(nn.Module):
 
     @staticmethod
     def features(x, feature_map, signed=False):
-        """softmax(x P_h) or, if `signed`, softmax([x P_h, -x P_h]) over the features: [B, H, T, K] -> [B, T, H, F], product and softmax in float32
-        at least (Hedgehog, Zhang et al. 2024; here after RoPE).
+        """softmax(x P_h) or, if `signed`, softmax([x P_h, -x P_h]) over the features: [B, H, T, K] -> [B, T, H, F],
+        product and softmax in float32 at least (Hedgehog, Zhang et al. 2024; here after RoPE).
 
-        Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the normaliser would be lost.
+        Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the
+        normaliser would be lost.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -147,15 +159,19 @@ class MLSTMMixer(nn.Module):
         return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
 
     def first_map(self):
-        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale of its own for each copy,
-        so that no two features are the same and gradients tell them apart."""
+        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale
+        of its own for each copy, so that no two features are the same and gradients tell them apart.
+        """
         K, P = self.q_map.shape[1:]
-        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)  # the signed map brings the other sign itself
+        # the signed map brings the other sign itself
+        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)
         scales = [sign * 0.5**n for n in range(-(-P // K)) for sign in signs]
         return torch.cat([scale * torch.eye(K, dtype=self.q_map.dtype) for scale in scales], 1)[:, :P]
 
     def forget_bias(self):
-        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training context."""
+        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training
+        context.
+        """
         window = self.config.window_of(self.layer_idx)
         low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
         steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)

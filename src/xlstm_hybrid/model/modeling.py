@@ -1,11 +1,11 @@
 """The hybrid xLSTM student: a Transformer decoder whose attention layers mix an mLSTM with window + sink attention.
 
-Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, W window, S
+sinks.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
 import copy
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,8 +43,10 @@ KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own 
 class Align(NamedTuple):
     """What stage I asks of a decoder layer.
 
-    counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.  output_terms: whether cosine and
-    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are returned, which cost nothing.
+    counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.
+    output_terms: whether cosine and
+    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are
+    returned, which cost nothing.
     """
 
     counted: torch.Tensor
@@ -77,7 +79,8 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
 
     def __init__(self, config, layer_type=None):
-        heads = config.num_attention_heads  # LlamaConfig wants hidden_size to be a multiple of them, other families do not
+        # LlamaConfig wants hidden_size to be a multiple of them, other families do not
+        heads = config.num_attention_heads
         super().__init__(
             LlamaConfig(
                 hidden_size=heads * config.head_dim,
@@ -114,7 +117,9 @@ class CheckpointedLayer(GradientCheckpointingLayer):
 
     @property
     def gradient_checkpointing(self):
-        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate` would lose the context."""
+        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate`
+        would lose the context.
+        """
         return self.checkpointing and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter
@@ -157,18 +162,24 @@ class HybridDecoderLayer(CheckpointedLayer):
         return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
     def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
-        """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden states.
+        """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
+        states.
 
         Only the mixer's own parameters receive gradients: layers stay independent.
 
         Returns:
-            `(the teacher's hidden states after the layer [B, T, D], sums [4] of ALIGNMENT_TERMS over the counted tokens)`.
+            `(the teacher's hidden states after the layer [B, T, D], sums [4] of ALIGNMENT_TERMS over the counted
+            tokens)`.
         """
         attention, config = self.self_attn, self.self_attn.config
         with torch.no_grad():
             x = self.attention_input(hidden_states)
             projected = attention.project(x, position_embeddings)
-            teacher_window = config.teacher_sliding_window if config.teacher_layer_types[attention.layer_idx] == "sliding_attention" else None
+            teacher_window = (
+                config.teacher_sliding_window
+                if config.teacher_layer_types[attention.layer_idx] == "sliding_attention"
+                else None
+            )
             target, _ = attention.attend(*projected[:3], align.teacher_mask, teacher_window, position_ids=position_ids)
             output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
             following = self.finish(hidden_states, output) if align.onward else hidden_states
@@ -185,7 +196,9 @@ class HybridDecoderLayer(CheckpointedLayer):
 
 
 def output_terms(student, teacher, counted):
-    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention outputs."""
+    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention
+    outputs.
+    """
     student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher))
     cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)  # 0 where one of them is
     norm = torch.linalg.vector_norm(student - teacher, dim=-1) / student.shape[-1] ** 0.5  # its gradient at 0 is 0
@@ -193,14 +206,18 @@ def output_terms(student, teacher, counted):
 
 
 def drop_absent_names(model):
-    """Of the names that stay in float32 keep those that a parameter has: the configuration says which gates there are."""
-    have = [name for name, _ in model.named_parameters()]
-    for kept in (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict):
-        kept -= {part for part in kept if not any(re.search(rf"(^|\.){part}(\.|$)", name) for name in have)}
+    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration
+    to say.
+    """
+    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    model._keep_in_fp32_modules &= have
+    model._keep_in_fp32_modules_strict &= have
 
 
 class XLSTMHybridPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in float32."""
+    """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in
+    float32.
+    """
 
     config: XLSTMHybridConfig
     config_class = XLSTMHybridConfig
@@ -208,14 +225,22 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = NAMES
-    _keep_in_fp32_modules_strict = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
-    _keep_in_fp32_modules = [".*mlstm"]  # in float16; and what quantisers leave alone, who match names from their start
+    _keep_in_fp32_modules_strict = [
+        "igate_weight",
+        "fgate_weight",
+        "fgate_bias",
+        "ogate_weight",
+        "ogate_bias",
+        "joint_scale",
+    ]
+    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _is_stateful = False  # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
+    # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
+    _is_stateful = False
     _can_record_outputs = {
         "hidden_states": HybridDecoderLayer,
         "attentions": OutputRecorder(HybridAttention, index=1),
@@ -232,10 +257,16 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
                 init.copy_(feature_map, module.first_map().expand_as(feature_map))
-            first = {"fgate_bias": module.forget_bias(), "ogate_bias": self.config.mlstm_output_gate_bias, "norm_weight": 1.0}
+            first = {
+                "fgate_bias": module.forget_bias(),
+                "ogate_bias": self.config.mlstm_output_gate_bias,
+                "norm_weight": 1.0,
+            }
             for name, parameter in module.named_parameters(recurse=False):  # which there are is for the config to say
                 if not name.endswith("_map"):
-                    init.copy_(parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter))
+                    init.copy_(
+                        parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter)
+                    )
 
 
 def mask_key(config, layer_idx):
@@ -243,7 +274,9 @@ def mask_key(config, layer_idx):
 
 
 def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs):
-    """Mask of a layer that keeps the teacher's attention: transformers' own, or ours where one row holds several documents."""
+    """Mask of a layer that keeps the teacher's attention: transformers' own, or ours where one row holds several
+    documents.
+    """
     if packed and config._attn_implementation in ("eager", "sdpa"):
         return tokens.visible(window or tokens.real.shape[1], 0)[:, None]
     if kind == "full_attention":
@@ -254,7 +287,9 @@ def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs)
 
 
 class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
-    """Embeddings, decoder layers and final norm. Set `window_dropout` to have another probability than the config's, as a schedule does."""
+    """Embeddings, decoder layers and final norm. Set `window_dropout` to have another probability than the config's, as
+    a schedule does.
+    """
 
     window_dropout = None
 
@@ -264,18 +299,28 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         self.checked = copy.deepcopy(config.choices())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
-        self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
+        self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(
+            config.hidden_size, config.rms_norm_eps
+        )
         kinds = config.teacher_layer_types
-        self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))})
+        self.rotary_emb = nn.ModuleDict(
+            {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
-        """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts over layer kinds."""
+        """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts
+        over layer kinds.
+        """
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        there = range(config.num_hidden_layers)  # fewer than the model has while early layers draft, see `assistant_early_exit`
-        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]  # a pipeline's stage has some of the layers
-        layers = [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
+        # fewer than the model has while early layers draft, see `assistant_early_exit`
+        there = range(config.num_hidden_layers)
+        # a pipeline's stage has some of the layers
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]
+        layers = (
+            [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
+        )
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
         self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen)
@@ -298,21 +343,34 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
                 "start each packed row with an empty cache, or pass use_cache=False"
             )
-        if position_ids is None:  # positions count real tokens: feature maps follow RoPE, so padding must not shift them
+        # positions count real tokens: feature maps follow RoPE, so padding must not shift them
+        if position_ids is None:
             position_ids = tokens.index.clamp_min(0)
             if not layers:
                 position_ids = position_ids + seen
-        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids, **named(cache)}
+        shared = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **named(cache),
+        }
         for j, kind in kinds:
             if kind in masks:
                 continue
             if kind[0] == "hybrid_sliding":
                 masks[kind] = self.hybrid_mask(tokens, *kind[1:], cache.layers[j] if filled else None)
             elif kind[0] == "teacher":
-                masks[kind] = attention_mask_of(config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared)
+                masks[kind] = attention_mask_of(
+                    config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared
+                )
             else:
                 masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
-        return tokens, masks, {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()}, position_ids
+        return (
+            tokens,
+            masks,
+            {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()},
+            position_ids,
+        )
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
@@ -324,7 +382,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
             )
         if cu_seq_lens is not None and rows != 1:
-            raise ConfigError(f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart")
+            raise ConfigError(
+                f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
+            )
         if self.checkpointed and seen > 0:
             raise CacheError(
                 f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
@@ -337,7 +397,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
 
     def hybrid_mask(self, tokens, window, sinks, filled=None):
-        """[B, 1, T, (S + W) + T] of a hybrid layer; None where none is needed: banded attention from an empty cache, a step from a filled one.
+        """[B, 1, T, (S + W) + T] of a hybrid layer; None where none is needed: banded attention from an empty cache, a
+        step from a filled one.
 
         Args:
             filled: a `HybridCacheLayer` of that kind, if it holds tokens.
@@ -349,10 +410,16 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         if not dense and (filled is None or step):
             return None
         new = tokens.visible(window, sinks)[:, None]
-        return new if filled is None else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
+        return (
+            new
+            if filled is None
+            else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
+        )
 
     def blind_rows(self, real):
-        """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is [B, T]."""
+        """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is
+        [B, T].
+        """
         p = self.config.window_dropout if self.window_dropout is None else self.window_dropout
         if not p or not self.training or not torch.is_grad_enabled():
             return None
@@ -361,7 +428,16 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     @takes_cache
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
         """Residual stream after the last norm; arguments as in `LlamaModel.forward`.
 
         Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`.
@@ -382,26 +458,43 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
         held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]  # fewer than there are while early layers draft
+        # fewer than there are while early layers draft
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]
         for j, (layer, kind) in enumerate(zip(self.layers, kinds, strict=False)):
-            where = {"tokens": tokens, "mask": masks.get(mask_key(self.config, j)), "position_embeddings": rope[kind], "position_ids": position_ids}
+            where = {
+                "tokens": tokens,
+                "mask": masks.get(mask_key(self.config, j)),
+                "position_embeddings": rope[kind],
+                "position_ids": position_ids,
+            }
             hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
             if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "skip"):
                 cache.layers[j].skip(hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
-    def teacher_forced(self, input_ids, attention_mask=None, position_ids=None, counted=None, hidden_states=None, terms=False, onward=True, **kwargs):
+    def teacher_forced(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        counted=None,
+        hidden_states=None,
+        terms=False,
+        onward=True,
+        **kwargs,
+    ):
         """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces.
 
-        The trunk is the teacher as long as only the mixers' new parameters have been trained; the target is its attention as it is used, without
-        dropout. Layers are called as modules: DDP and FSDP2 have their hooks there.
+        The trunk is the teacher as long as only the mixers' new parameters have been trained; the target is its
+        attention as it is used, without dropout. Layers are called as modules: DDP and FSDP2 have their hooks there.
 
         Args:
             counted: [B, T] bool, tokens whose error counts; all real ones by default.
             hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
             terms: whether `sums` has cosine and distance after W_o.
-            onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the loss.
+            onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the
+                loss.
         Returns:
             AlignmentOutput
         """
@@ -410,15 +503,30 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         try:
             with torch.no_grad():
                 hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
-                tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs)
+                tokens, masks, rope, position_ids = self.prepare(
+                    hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs
+                )
             counted = tokens.real if counted is None else counted & tokens.real
             sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]
             for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
                 if isinstance(layer, nn.Identity):  # of another group of layers
-                    sums.append(hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)))
+                    sums.append(
+                        hidden_states.new_zeros(
+                            len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)
+                        )
+                    )
                     continue
-                where = {"tokens": tokens, "mask": masks[mask_key(self.config, j)], "position_embeddings": rope[kind], "position_ids": position_ids}
-                hidden_states, found = layer(hidden_states, align=Align(counted, masks["teacher", kind], terms, onward or layer is not last), **where)
+                where = {
+                    "tokens": tokens,
+                    "mask": masks[mask_key(self.config, j)],
+                    "position_embeddings": rope[kind],
+                    "position_ids": position_ids,
+                }
+                hidden_states, found = layer(
+                    hidden_states,
+                    align=Align(counted, masks["teacher", kind], terms, onward or layer is not last),
+                    **where,
+                )
                 sums.append(found)
         finally:
             self.train(training)
@@ -428,7 +536,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
 
 
 def keep_positions(hidden_states, keep):
-    """The positions whose logits are wanted: the last `keep` (0: all), indices [n] or [B, n], or a [B, T] bool mask (then flat)."""
+    """The positions whose logits are wanted: the last `keep` (0: all), indices [n] or [B, n], or a [B, T] bool mask
+    (then flat).
+    """
     if isinstance(keep, int):
         return hidden_states[:, -keep:]
     if keep.ndim == 2:
@@ -450,15 +560,20 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here, as it registers the Auto
+    # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here,
+    # as it registers the Auto
     # classes. Exported code has no conversion and says so.
     teacher_loader = None
 
     @classmethod
     def from_teacher(cls, teacher, **options):
-        """The student of a teacher, in memory: `xlstm_hybrid.conversion.convert.from_teacher`, whose arguments and errors these are."""
+        """The student of a teacher, in memory: `xlstm_hybrid.conversion.convert.from_teacher`, whose arguments and
+        errors these are.
+        """
         if cls.teacher_loader is None:
-            raise ConfigError("from_teacher: this class was loaded from a checkpoint's own code, which converts nothing; pip install xlstm-hybrid")
+            raise ConfigError(
+                "from_teacher: this class was loaded from a checkpoint's own code, which converts nothing; pip install xlstm-hybrid"
+            )
         return cls.teacher_loader(cls, teacher, **options)
 
     @classmethod
@@ -472,7 +587,9 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         return True  # transformers says no to every class with "xlstm" in its name
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by what its layers are."""
+        """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by
+        what its layers are.
+        """
         if generation_config.cache_implementation == "quantized" and "hybrid_sliding" in self.config.layer_types:
             raise CacheError(
                 "cache_implementation='quantized': a hybrid layer's state needs float32 and its window does not grow, there is nothing to quantise; "
@@ -483,7 +600,9 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
             adopt_cache(cache_of(model_kwargs), self.config)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused, and with it `generate_batch` and `transformers serve --continuous-batching`: they keep keys and values in shared pages."""
+        """Refused, and with it `generate_batch` and `transformers serve --continuous-batching`: they keep keys and
+        values in shared pages.
+        """
         raise CacheError(
             "continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for the state of an mLSTM; pass a "
             "left-padded batch to generate(), or read a common prefix once with xlstm_hybrid.state.prefill and answer from fork(cache, rows)"
@@ -491,21 +610,30 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
-        """The model derives its masks from the 2-D one and from the cache. Hybrid layers read no more than the call's own columns: without the
-        others, a compiled step keeps its shapes."""
+        """The model derives its masks from the 2-D one and from the cache. Hybrid layers read no more than the call's
+        own columns: without the others, a compiled step keeps its shapes.
+        """
         if attention_mask is None or set(config.layer_types) != {"hybrid_sliding"}:
             return attention_mask
         return attention_mask[:, -inputs_embeds.shape[1] :]
 
     @takes_cache
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs):
-        """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a filled cache only what it has
-        not seen (transformers feeds the whole prompt)."""
-        lengths = {kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
-        whole = lengths == {input_ids.shape[1]}  # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs
+    ):
+        """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a
+        filled cache only what it has not seen (transformers feeds the whole prompt).
+        """
+        lengths = {
+            kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None
+        }
+        # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
+        whole = lengths == {input_ids.shape[1]}
         if next_sequence_length is None and cache is not None and whole and inputs_embeds is None:
             next_sequence_length = max(input_ids.shape[1] - cache.get_seq_length(), 0) or None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **named(cache), **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **named(cache), **kwargs
+        )
 
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
@@ -532,12 +660,15 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
         Args:
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
-            with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits: losses that go over the head in
-                chunks. It runs in here because FSDP gathers the head's weight only inside of `forward`.
+            with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits:
+                losses that go over the head in chunks. It runs in here because FSDP gathers the head's weight only
+                inside of `forward`.
         """
         if teacher_forced:
             if (self._tp_size or 1) > 1:
-                raise ConfigError(f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process")
+                raise ConfigError(
+                    f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process"
+                )
             return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
@@ -556,7 +687,11 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **named(cache_of(outputs))
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **named(cache_of(outputs)),
         )
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]
@@ -564,7 +699,9 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
 
 
 class XLSTMHybridForSequenceClassification(GenericForSequenceClassification, XLSTMHybridPreTrainedModel):
-    """One score or class per row, read from its last real token, as reward models are; arguments as in `LlamaForSequenceClassification`."""
+    """One score or class per row, read from its last real token, as reward models are; arguments as in
+    `LlamaForSequenceClassification`.
+    """
 
 
 class XLSTMHybridForTokenClassification(GenericForTokenClassification, XLSTMHybridPreTrainedModel):

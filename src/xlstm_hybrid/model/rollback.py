@@ -1,7 +1,9 @@
-"""Taking the last tokens of a hybrid layer's cache back: a recurrent state is not invertible, so what came last is kept and repeated.
+"""Taking the last tokens of a hybrid layer's cache back: a recurrent state is not invertible, so what came last is kept
+and repeated.
 
-A layer that records holds a copy of itself from before its last `depth` tokens, and the calls since. Taking tokens back repeats the calls that stay.
-What whole calls leave behind is bitwise what they left the first time; a call that is cut gives what the shorter call gives, to rounding.
+A layer that records holds a copy of itself from before its last `depth` tokens, and the calls since. Taking tokens back
+repeats the calls that stay. What whole calls leave behind is bitwise what they left the first time; a call that is cut
+gives what the shorter call gives, to rounding.
 Memory: the layer once more, and the inputs of `depth` tokens.
 
 Dims: B batch, T tokens, H query heads, G key/value heads, K query/key dim, V value dim.
@@ -16,7 +18,8 @@ import torch
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.tokens import Tokens
 
-ROLLBACK_TOKENS = 256  # last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
+# last tokens that can be taken back where nobody says how many: more than assisted decoding drafts at once
+ROLLBACK_TOKENS = 256
 
 
 def tokens_removed(tokens_to_remove):
@@ -30,7 +33,8 @@ def tokens_removed(tokens_to_remove):
 class Step:
     """One token that a kernel has taken in place.
 
-    inputs: the kernel's arguments before the layer's tensors, all [B, 1, ...]: q, k, v and, where there is a memory, its features and gates.
+    inputs: the kernel's arguments before the layer's tensors, all [B, 1, ...]: q, k, v and, where there is a memory,
+    its features and gates.
     """
 
     kernel: Callable
@@ -44,7 +48,9 @@ class Step:
     def repeat(self, layer):
         state = (layer.state,) if len(self.inputs) > 3 else ()
         index = self.tokens.index[:, 0]
-        self.kernel(*self.inputs, *state, layer.keys, layer.values, index, sinks=layer.num_sink_tokens, scale=self.scale)
+        self.kernel(
+            *self.inputs, *state, layer.keys, layer.values, index, sinks=layer.num_sink_tokens, scale=self.scale
+        )
         layer.advance(self.tokens)
 
     def map(self, change):
@@ -56,7 +62,8 @@ class Step:
 class Piece:
     """T tokens that came in one call.
 
-    kernel, written: of the recurrence and its (k, v, i, f), [B, T, H, ...]; None and () where the layer has none, or calculates its state itself.
+    kernel, written: of the recurrence and its (k, v, i, f), [B, T, H, ...]; None and () where the layer has none, or
+    calculates its state itself.
     key, value: [B, G, T, K | V].  chunk_size: of the recurrence in that call.
     """
 
@@ -89,11 +96,14 @@ class Piece:
     def map(self, change):
         """The same with `change` applied to every tensor; all of them are [B, ...]."""
         written = tuple(change(x) for x in self.written)
-        return replace(self, written=written, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change))
+        return replace(
+            self, written=written, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change)
+        )
 
 
 class Rollback:
-    """The record of a cache layer: base, a copy of the layer from before `calls`; depth, tokens that it reaches back; 0 records nothing.
+    """The record of a cache layer: base, a copy of the layer from before `calls`; depth, tokens that it reaches back; 0
+    records nothing.
 
     The layer itself has `take_over(other)`, `_tensors(change)`, and `kept`, which takes its own columns back.
     """
@@ -131,7 +141,13 @@ class Rollback:
             call = call.map(torch.Tensor.detach)
         if self.base is None:
             self.base = copy.copy(self)
-            self.base.depth, self.base.calls, self.base.kept, self.base.room, self.base.is_compileable = 0, [], None, None, False
+            self.base.depth, self.base.calls, self.base.kept, self.base.room, self.base.is_compileable = (
+                0,
+                [],
+                None,
+                None,
+                False,
+            )
             self.base._tensors(lambda x: x.detach().clone())  # steps write in place
         self.calls.append(call)
         excess = max(self.recorded - self.depth, 0)
@@ -141,7 +157,8 @@ class Rollback:
         if excess and len(oldest := self.calls[0]) > self.depth:
             cut = len(oldest) - self.depth
             oldest.slice(0, cut).repeat(self.base)
-            self.calls[0] = oldest.slice(cut, len(oldest)).map(torch.clone)  # a slice would hold the whole call's memory
+            # a slice would hold the whole call's memory
+            self.calls[0] = oldest.slice(cut, len(oldest)).map(torch.clone)
 
     def rollback(self, tokens, keep_record=True):
         """Take the last tokens (columns, padding included) back.
@@ -151,7 +168,11 @@ class Rollback:
         """
         if tokens > self.recorded:
             arm = "xlstm_hybrid.state.remember(cache, tokens) before they come, or keep a snapshot(cache)"
-            why = f"the record holds {self.recorded} tokens" if self.record_past else "a recurrent state is not invertible"
+            why = (
+                f"the record holds {self.recorded} tokens"
+                if self.record_past
+                else "a recurrent state is not invertible"
+            )
             raise CacheError(f"cannot remove {tokens} tokens: {why}. Call {arm}, or compute the prefix again")
         if tokens:
             left = self.recorded - tokens
@@ -169,5 +190,7 @@ class Rollback:
             self.forget()
 
     def crop(self, tokens_to_remove):
-        """Take the last `-tokens_to_remove` tokens back, as transformers does after each round of assisted decoding; the record starts anew."""
+        """Take the last `-tokens_to_remove` tokens back, as transformers does after each round of assisted decoding;
+        the record starts anew.
+        """
         self.rollback(tokens_removed(tokens_to_remove), keep_record=False)

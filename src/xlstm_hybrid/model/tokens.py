@@ -9,7 +9,8 @@ import torch
 class Tokens:
     """Where the T tokens of a forward call stand in their documents.
 
-    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this call.
+    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this
+    call.
     index: [B, T] position among the real tokens of its document, -1 at padding.
     document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
     plain: True if every row is known to be one document without padding.
@@ -24,11 +25,14 @@ class Tokens:
     blind: torch.Tensor | None = None
 
     @classmethod
-    def locate(cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None):
+    def locate(
+        cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None
+    ):
         """Find padding and document starts.
 
-        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or at an inner
-        entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the row has seen tokens.
+        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or
+        at an inner entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the
+        row has seen tokens.
 
         Args:
             shape: (B, T).
@@ -39,7 +43,11 @@ class Tokens:
             seen: [B] real tokens that the row's present document has in the cache.
         """
         B, T = shape
-        real = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
+        real = (
+            torch.ones(B, T, dtype=torch.bool, device=device)
+            if attention_mask is None
+            else attention_mask[:, -T:].to(device, torch.bool)
+        )
         seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
         order = torch.arange(T, device=device)
         latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
@@ -59,7 +67,8 @@ class Tokens:
         base = torch.where(start, ordinal, 0).cummax(-1).values
         index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
         given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
-        looked_at = T > 1 and not torch.compiler.is_compiling()  # looking waits for the GPU: once per call, and never for one token
+        # looking waits for the GPU: once per call, and never for one token
+        looked_at = T > 1 and not torch.compiler.is_compiling()
         plain = not given or (looked_at and not bool((start | ~real).any()))
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
@@ -71,14 +80,20 @@ class Tokens:
 
     def map(self, change):
         blind = None if self.blind is None else change(self.blind)
-        return Tokens(*(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain, blind=blind)
+        return Tokens(
+            *(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain, blind=blind
+        )
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""
         return self.map(lambda x: x.to(device, **kwargs))
 
     def visible(self, window, sinks):
-        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything, nobody sees padding."""
+        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything,
+        nobody sees padding.
+        """
         q, k = self.index[:, :, None], self.index[:, None, :]
         near = (q >= k) & ((q - k < window) | (k < sinks))
-        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[:, :, None]
+        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[
+            :, :, None
+        ]

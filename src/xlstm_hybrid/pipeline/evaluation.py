@@ -1,4 +1,6 @@
-"""What a run measures: scores of each model, lm-evaluation-harness on teacher and student, their comparison, and what they cost."""
+"""What a run measures: scores of each model, lm-evaluation-harness on teacher and student, their comparison, and what
+they cost.
+"""
 
 import json
 import os
@@ -31,10 +33,10 @@ WHOLE_DOMAIN = 200  # prompts of a domain's task file
 def evaluate(model_dir, recipe, progress=None, known=None):
     """Scores of one checkpoint as the recipe's section `evaluate` asks for them.
 
-    With "examples": exact match (greedy, batched, through the cache) and perplexity on every domain of `tasks`, and perplexity of real text.
-    What is `known` already, {"exact_match": {domain: share}, "samples": ..., "contradictions": ...}, is not measured
-    again.
-    With "documents": perplexity of so many held-out documents of every source of the recipe, each cut to a row's length.
+    With "examples": exact match (greedy, batched, through the cache) and perplexity on every domain of `tasks`, and
+    perplexity of real text. What is `known` already, {"exact_match": {domain: share}, "samples": ..., "contradictions":
+    ...}, is not measured again. With "documents": perplexity of so many held-out documents of every source of the
+    recipe, each cut to a row's length.
 
     Returns:
         {"exact_match": {domain: share}, "perplexity": {domain or source: value}, "samples": {domain: [...]},
@@ -130,12 +132,22 @@ def units_of(section):
 
 
 def harness_options(recipe, **more):
-    """`harness.Options` of a recipe: code that a model writes runs only where the environment says so, whatever the recipe."""
+    """`harness.Options` of a recipe: code that a model writes runs only where the environment says so, whatever the
+    recipe.
+    """
     section, asked = recipe.evaluate, recipe.evaluate.get("long_context") or {}
     known = {key: asked[key] for key in ("samples", "depths") if key in asked}
     allowed = os.environ.get(CODE[0]) == CODE[1]
-    return Options(seed=recipe.seed, allow_code=allowed, limit=section.get("limit"), batch_size=section["batch_size"], dtype=recipe.teacher_dtype,
-                   chat=section.get("chat", False), **known, **more)  # fmt: skip
+    return Options(
+        seed=recipe.seed,
+        allow_code=allowed,
+        limit=section.get("limit"),
+        batch_size=section["batch_size"],
+        dtype=recipe.teacher_dtype,
+        chat=section.get("chat", False),
+        **known,
+        **more,
+    )
 
 
 def efficiency_settings(section):
@@ -146,8 +158,8 @@ def efficiency_settings(section):
 
 
 def check_evaluation(recipe):
-    """Raise, before anything runs, for tasks that nobody knows, settings of `efficiency` that make no sense, and domains that two sets of
-    prompts are asked for.
+    """Raise, before anything runs, for tasks that nobody knows, settings of `efficiency` that make no sense, and
+    domains that two sets of prompts are asked for.
 
     Raises:
         ConfigError, EvaluationError.
@@ -158,8 +170,10 @@ def check_evaluation(recipe):
     units = units_of(section)
     asked, limit = [u.name for u in units if u.name in domains()], min(section.get("limit", WHOLE_DOMAIN), WHOLE_DOMAIN)
     if asked and section.get("examples", limit) != limit:
-        raise ConfigError(f"{recipe.path.name}: evaluate.limit={section.get('limit')} gives {', '.join(asked)} {limit} prompts, the other stages "
-                          f"have examples={section['examples']}; expected the same number, so that their scores can stand in one table")  # fmt: skip
+        raise ConfigError(
+            f"{recipe.path.name}: evaluate.limit={section.get('limit')} gives {', '.join(asked)} {limit} prompts, the other stages "
+            f"have examples={section['examples']}; expected the same number, so that their scores can stand in one table"
+        )
     if units and harness_installed():
         task_manager(units, "", harness_options(recipe))
 
@@ -213,8 +227,16 @@ def long_context_rows(of_teacher, of_student):
                 for side, found in (("teacher", teacher), ("student", student))
             }
             documents = of_unit["settings"]["samples"]
-            rows.append({"task": unit, "tokens": student["length"], "documents": min(documents, of_unit["settings"]["limit"] or documents),
-                         "coverage": student["coverage"], "excess": student["excess"], **both})  # fmt: skip
+            rows.append(
+                {
+                    "task": unit,
+                    "tokens": student["length"],
+                    "documents": min(documents, of_unit["settings"]["limit"] or documents),
+                    "coverage": student["coverage"],
+                    "excess": student["excess"],
+                    **both,
+                }
+            )
     return rows
 
 
@@ -227,7 +249,8 @@ def compare_with_teacher(recipe, teacher, folder, out, units=None):
     Long-context tasks have no part in it: what student and teacher both fail would count as tied.
 
     Args:
-        folder: `evaluation` of the run.  units: of the teacher, what `run_lm_eval` returned; None compares the run's own exact match.
+        folder: `evaluation` of the run.  units: of the teacher, what `run_lm_eval` returned; None compares the run's
+            own exact match.
     """
     tasks_of = None
     if units:

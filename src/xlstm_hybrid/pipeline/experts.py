@@ -1,4 +1,6 @@
-"""The experts of a recipe from one aligned start, in one launch or one each. Their stages are the run's, so that `run` goes on from them."""
+"""The experts of a recipe from one aligned start, in one launch or one each. Their stages are the run's, so that `run`
+goes on from them.
+"""
 
 import shlex
 
@@ -12,12 +14,14 @@ from xlstm_hybrid.pipeline.run import Run, check_settings
 def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False, console=None):
     """Distil domain experts, on their own samples too where the recipe has a section `on_policy`.
 
-    Launches that share `out`, each with other experts, may run at once: the start is made by one of them, the others wait for it.
+    Launches that share `out`, each with other experts, may run at once: the start is made by one of them, the others
+    wait for it.
 
     Args:
         out: run directory; the recipe's own by default.
         only: names of the experts to make; all by default.
-        start: aligned student that they start from; by default the recipe's, converted and aligned in `out` unless it is there.
+        start: aligned student that they start from; by default the recipe's, converted and aligned in `out` unless it
+            is there.
         redo: make again what was made with other settings or from another start.
         merge: make one student of the experts as well, as soon as all of them are there.
     Returns:
@@ -68,7 +72,9 @@ def distilled(directory):
 
 
 def from_another_start(run, start, names):
-    """Experts among `names` that are there and were distilled from another checkpoint than that with the manifest `start`."""
+    """Experts among `names` that are there and were distilled from another checkpoint than that with the manifest
+    `start`.
+    """
     folders = {name: folder_of(run, f"distill:{name}") for name in names}
     return [
         name

@@ -1,4 +1,6 @@
-"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or searched for."""
+"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or
+searched for.
+"""
 
 import json
 from itertools import islice
@@ -92,7 +94,9 @@ def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table
 
 
 def scorer_of(recipe, settings):
-    """`(function of model and tokenizer -> {benchmark: score}, words for the calibration set)` of the settings of a search."""
+    """`(function of model and tokenizer -> {benchmark: score}, words for the calibration set)` of the settings of a
+    search.
+    """
     if "documents" not in settings:
         return domain_scorer(settings["examples"], settings["batch_size"])
     count, before = settings["documents"], (recipe.evaluate or {}).get("documents", 0)
@@ -133,8 +137,17 @@ def searched(experts, out, teacher, score, calibration, table, revision=None, pr
     """
     goal = score(*load(teacher, revision=revision))
     with workspace(out) as work:
-        return search_merge(experts, out, lambda folder: score(*load(folder)), goal, calibration=calibration, table=table, work=work,
-                            progress=progress, **settings)  # fmt: skip
+        return search_merge(
+            experts,
+            out,
+            lambda folder: score(*load(folder)),
+            goal,
+            calibration=calibration,
+            table=table,
+            work=work,
+            progress=progress,
+            **settings,
+        )
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
@@ -166,7 +179,8 @@ def write_statistics(expert, rows, out, method, settings=None):
 
 
 def expert_statistics(recipe, name, expert, file, spec):
-    """The recipe's statistics of one expert in `file`, measured unless those of `spec` are there, as a note beside it says.
+    """The recipe's statistics of one expert in `file`, measured unless those of `spec` are there, as a note beside it
+    says.
 
     The rows are the first that its distillation reads.
     """

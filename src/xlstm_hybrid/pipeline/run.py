@@ -78,7 +78,8 @@ class Run(Runner):
         redo: make stages again whose settings or inputs have changed; otherwise that is a ConfigError.
         start: an aligned student from elsewhere, in the place of the recipe's own convert and align.
     Attributes:
-        training: the stages up to the student, in order.  experts: {name: its last stage}.  models: {name: what is evaluated under it}.
+        training: the stages up to the student, in order.  experts: {name: its last stage}.  models: {name: what is
+            evaluated under it}.
     Raises:
         ConfigError: settings that no trainer has; more than one process.
     """
@@ -179,7 +180,9 @@ class Run(Runner):
         return stages, models | {"student": student}
 
     def evaluation_stages(self):
-        """What follows when the student is there: checks, scores, the comparison with the teacher, and its folder `student`."""
+        """What follows when the student is there: checks, scores, the comparison with the teacher, and its folder
+        `student`.
+        """
         recipe, section, models = self.recipe, self.recipe.evaluate, self.models
         teacher, student = models["teacher"], models["student"]
         versions = {name: version(name) for name in ("transformers", "torch")}
@@ -236,7 +239,9 @@ class Run(Runner):
         self.console.print(str(convert(teacher, out, overwrite=again, **self.recipe.student, **self.revision)))
 
     def merge(self, settings, out, again, *inputs):
-        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from them."""
+        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from
+        them.
+        """
         section, files = self.recipe.merge, None
         experts = {name: self.path(stage) for name, stage in self.experts.items()}
         if section["method"] in NEED_STATISTICS:
@@ -280,7 +285,9 @@ class Run(Runner):
         return as_json(results, student=Path(student).name)
 
     def harness(self, side, out, again, model):
-        """One side by lm-eval: what it found, and the part of it that `evaluate` need not measure again. Finished tasks are kept."""
+        """One side by lm-eval: what it found, and the part of it that `evaluate` need not measure again. Finished tasks
+        are kept.
+        """
         found = run_lm_eval(self.recipe, side, model, out, self.redo, partial(self.say, side))
         self.seconds[f"harness:{side}"] = round(
             sum(unit["seconds"] for unit in found.values()), 1

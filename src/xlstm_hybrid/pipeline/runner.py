@@ -26,11 +26,14 @@ class Stage:
 
     name: as the run's report calls it, for example "distill:math".
     inputs: stages before it, directories, and hub ids that it reads.
-    build: makes it: called with its folder and whether that is there already, if it has one, and with the paths of its inputs. A dict that it
-        returns becomes part of its note.
-    settings: what it depends on beside its inputs and the run's seed; a function without arguments where they follow from stages before.
-    folder: what it writes, relative to the run directory. Made with other settings it is replaced only with `redo`; a mere note always is.
-    note: file, relative to the run directory, of what it was made from and how long it took; without one it is made in every run.
+    build: makes it: called with its folder and whether that is there already, if it has one, and with the paths of its
+        inputs. A dict that it returns becomes part of its note.
+    settings: what it depends on beside its inputs and the run's seed; a function without arguments where they follow
+    from stages before.
+    folder: what it writes, relative to the run directory. Made with other settings it is replaced only with `redo`; a
+    mere note always is.
+    note: file, relative to the run directory, of what it was made from and how long it took; without one it is made in
+    every run.
     check: called with its folder and note; raises one of our errors where they are not what they should be.
     """
 
@@ -136,7 +139,8 @@ class Runner:
 def fingerprint(directory):
     """SHA-256 over the files of a checkpoint as its manifest lists them, or over names and sizes where it has none.
 
-    Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows from it is kept.
+    Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows
+    from it is kept.
     """
     directory = Path(directory)
     manifest = directory / "manifest.json"

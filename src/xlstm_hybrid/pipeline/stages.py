@@ -47,8 +47,8 @@ def load_teacher(teacher, recipe, args):
 def workspace(out, settings=None):
     """A directory beside `out` for what a stage needs while it runs.
 
-    With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command goes on from the newest
-    checkpoint in it. Otherwise each process has its own, which is gone afterwards.
+    With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command
+    goes on from the newest checkpoint in it. Otherwise each process has its own, which is gone afterwards.
     """
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +84,8 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     Args:
         overrides: fields of `AlignmentConfig` that go before the recipe's.
     Returns:
-        The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains on (of a sharded model:
-        on the first and the last rows that it was trained on).
+        The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains
+        on (of a sharded model: on the first and the last rows that it was trained on).
     """
     from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
@@ -117,8 +117,17 @@ def align_in_groups(student, out, recipe, args, count, work, overwrite):
 
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
-    figures = align_streamed(student, out, args, data, collate, tokenizer, dtype=torch.float32, held_out=held_out_batches(recipe, tokenizer),
-                             overwrite=overwrite)  # fmt: skip
+    figures = align_streamed(
+        student,
+        out,
+        args,
+        data,
+        collate,
+        tokenizer,
+        dtype=torch.float32,
+        held_out=held_out_batches(recipe, tokenizer),
+        overwrite=overwrite,
+    )
     return {"relative_error": figures["relative_error"]}
 
 
@@ -140,7 +149,8 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     """Stage II: one domain expert by sparse knowledge distillation; returns the figures that it also writes.
 
     Args:
-        teacher: checkpoint directory or Hub id. It is loaded unless the setting `teacher` names a store of its targets for these rows.
+        teacher: checkpoint directory or Hub id. It is loaded unless the setting `teacher` names a store of its targets
+            for these rows.
         expert: its name in the recipe.
         overrides: fields of `SparseKDConfig` that go before the recipe's.
     """
@@ -220,11 +230,13 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
 
 
 def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None):
-    """The experts teach one student on its own samples, each on the prompts of its domain; returns the figures that it also writes.
+    """The experts teach one student on its own samples, each on the prompts of its domain; returns the figures that it
+    also writes.
 
     Args:
         student: the aligned start of the experts, or what they were merged into.
-        experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares where it has none.
+        experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares
+            where it has none.
         overrides: fields of `OnPolicyKDConfig` that go before those of the recipe's section merge.on_policy.
     Raises:
         ConfigError: no number of steps, an expert that the recipe does not have, a tokenizer that is not the student's.
@@ -296,7 +308,9 @@ def last_figures(log, more=()):
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
-    """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until it is there."""
+    """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until
+    it is there.
+    """
     from xlstm_hybrid.training.checkpoints import collect_weights
     from xlstm_hybrid.training.metrics import PLOTS
 
@@ -332,7 +346,8 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
 
 
 def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
-    """Write the rows of stage I, or of one expert, as a `datasets` directory, for `cache-teacher` and for a look at them; returns their number.
+    """Write the rows of stage I, or of one expert, as a `datasets` directory, for `cache-teacher` and for a look at
+    them; returns their number.
 
     Args:
         tokenizer: checkpoint directory or Hub id.

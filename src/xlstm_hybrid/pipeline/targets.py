@@ -104,8 +104,16 @@ def build(rank, world, source, data, out, settings, spec, dtype, device, seed):
         check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
     with Console(stderr=True).status("reading") as status:
-        build_store(out, data, TeacherTargets(model, select), spec=spec, rank=rank, world=world, **settings,
-                    report=lambda done, all_: status.update(f"{done} of {all_} shards"))  # fmt: skip
+        build_store(
+            out,
+            data,
+            TeacherTargets(model, select),
+            spec=spec,
+            rank=rank,
+            world=world,
+            **settings,
+            report=lambda done, all_: status.update(f"{done} of {all_} shards"),
+        )
 
 
 def share_out(processes, source, data, out, settings, spec, dtype, device, seed):

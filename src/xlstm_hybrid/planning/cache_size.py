@@ -1,6 +1,7 @@
 """Bytes of a cache, from the configuration alone.
 
-Dims: H query heads that mix, G key/value heads of them, E kept ones, K head dim, F features of the state, W window, S sinks, L chosen tokens.
+Dims: H query heads that mix, G key/value heads of them, E kept ones, K head dim, F features of the state, W window, S
+sinks, L chosen tokens.
 """
 
 import torch
@@ -15,17 +16,20 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
 
     Args:
         config: an `XLSTMHybridConfig`.
-        dtype: of keys and values, a torch dtype or its name; states and scores are float32, or float64 in a float64 model.
+        dtype: of keys and values, a torch dtype or its name; states and scores are float32, or float64 in a float64
+            model.
         teacher: of the teacher instead, whose layers are `teacher_layer_types`.
     Returns:
-        {"state": mLSTM and counters, "window": ring and sinks, "sparse": chosen tokens and scores, "kept": kept groups, "full": layers that keep the
-        teacher's attention}
+        {"state": mLSTM and counters, "window": ring and sinks, "sparse": chosen tokens and scores, "kept": kept groups,
+        "full": layers that keep the teacher's attention}
     Raises:
         ConfigError: a length below 1, or no such dtype.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if length < 1 or not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"cache_bytes: length={length}, dtype={dtype}; expected at least 1 token, and a dtype as bfloat16")
+        raise ConfigError(
+            f"cache_bytes: length={length}, dtype={dtype}; expected at least 1 token, and a dtype as bfloat16"
+        )
     parts = dict.fromkeys(("state", "window", "sparse", "kept", "full"), 0)
     for j in range(config.num_hidden_layers):
         kind = config.teacher_layer_types[j] if teacher else config.layer_types[j]
@@ -33,7 +37,11 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
             layer = hybrid_layer(config, j, length, dtype)
         else:
             window = config.kept_window_of(j) if teacher else config.window_of(j)
-            layer = {"full": columns(length, window if kind == "sliding_attention" else None) * pair(config, dtype) * config.num_key_value_heads}
+            layer = {
+                "full": columns(length, window if kind == "sliding_attention" else None)
+                * pair(config, dtype)
+                * config.num_key_value_heads
+            }
         for name, size in layer.items():
             parts[name] += size
     return parts
@@ -48,7 +56,13 @@ def tensors_in(value, seen=None):
     if isinstance(value, torch.Tensor):
         yield value
         return
-    parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else vars(value).values()
+    parts = (
+        value
+        if isinstance(value, list | tuple)
+        else value.values()
+        if isinstance(value, dict)
+        else vars(value).values()
+    )
     for part in parts:
         if isinstance(part, torch.Tensor | list | tuple | dict) or (hasattr(part, "__dict__") and not callable(part)):
             yield from tensors_in(part, seen)

@@ -29,7 +29,8 @@ WINDOWS = ("all", "first")
 
 
 def keep_groups(student, kept_groups):
-    """A student whose `kept_groups` have the teacher's full attention back, without training. It shares all other tensors with `student`.
+    """A student whose `kept_groups` have the teacher's full attention back, without training. It shares all other
+    tensors with `student`.
 
     Args:
         student: with hybrid layers; groups that it keeps already must be kept on.
@@ -43,7 +44,9 @@ def keep_groups(student, kept_groups):
     config.check()
     for j in range(config.num_hidden_layers):
         if lost := sorted(set(before.kept_of(j)) - set(config.kept_of(j))):
-            raise ConfigError(f"kept_groups of layer {j}: groups {lost} have no mixer to go back to; keep them, or convert the teacher again")
+            raise ConfigError(
+                f"kept_groups of layer {j}: groups {lost} have no mixer to go back to; keep them, or convert the teacher again"
+            )
     for layer in made.get_decoder().layers:
         attention, j = layer.self_attn, layer.self_attn.layer_idx
         if config.kept_of(j) == before.kept_of(j):
@@ -61,11 +64,17 @@ def keep_groups(student, kept_groups):
 
 @contextmanager
 def restored(student, groups):
-    """Meanwhile the `groups` {(layer, group)} of hybrid layers have full attention, in passes without a cache; nothing else changes."""
-    layers = [layer.self_attn for layer in student.get_decoder().layers if layer.self_attn.layer_type == "hybrid_sliding"]
+    """Meanwhile the `groups` {(layer, group)} of hybrid layers have full attention, in passes without a cache; nothing
+    else changes.
+    """
+    layers = [
+        layer.self_attn for layer in student.get_decoder().layers if layer.self_attn.layer_type == "hybrid_sliding"
+    ]
     try:
         for attention in layers:
-            chosen = torch.tensor([(attention.layer_idx, g) in groups for g in range(student.config.num_key_value_heads)])
+            chosen = torch.tensor(
+                [(attention.layer_idx, g) in groups for g in range(student.config.num_key_value_heads)]
+            )
             if chosen.any():
                 attention.restored = chosen.repeat_interleave(attention.num_key_value_groups)[:, None]  # [H, 1]
         yield
@@ -75,10 +84,14 @@ def restored(student, groups):
 
 
 def retrieval_rows(tokenizer, documents):
-    """`(rows [N, T], answer_mask [N, T])` for `rank_groups` of `longcontext.documents`: prompt and answer, padded on the right."""
+    """`(rows [N, T], answer_mask [N, T])` for `rank_groups` of `longcontext.documents`: prompt and answer, padded on
+    the right.
+    """
     ids, answers = [], []
     for doc in documents:
-        prompt, whole = (tokenizer(text, verbose=False)["input_ids"] for text in (doc["prompt"], doc["prompt"] + doc["answer"]))
+        prompt, whole = (
+            tokenizer(text, verbose=False)["input_ids"] for text in (doc["prompt"], doc["prompt"] + doc["answer"])
+        )
         if whole[: len(prompt)] != prompt:  # the tokenizer joins the answer to the prompt's end
             whole = prompt + tokenizer(doc["answer"], add_special_tokens=False)["input_ids"]
         ids.append(torch.tensor(whole))
@@ -88,31 +101,44 @@ def retrieval_rows(tokenizer, documents):
 
 @torch.no_grad()
 def answers_of(model, rows, answer_mask, batch_size=8):
-    """How a model does on the answers: {"nll": nats per answer token, "token_accuracy", "row_accuracy": share of rows with every token right}."""
+    """How a model does on the answers: {"nll": nats per answer token, "token_accuracy", "row_accuracy": share of rows
+    with every token right}.
+    """
     nll, right, rows_right = [], [], []
     for ids, wanted in zip(rows.split(batch_size), answer_mask.split(batch_size), strict=True):
         before = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # the position that predicts each answer token
-        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=before.to(model.device)).logits.float().cpu()
+        logits = (
+            model(ids.to(model.device), use_cache=False, logits_to_keep=before.to(model.device)).logits.float().cpu()
+        )
         target = ids[wanted]
         nll.append(cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(-1) == target)
         rows_right += [bool(part.all()) for part in right[-1].split(wanted.sum(-1).tolist())]
     nll, right = torch.cat(nll).double(), torch.cat(right)
-    return {"nll": nll.mean().item(), "token_accuracy": right.double().mean().item(), "row_accuracy": sum(rows_right) / len(rows_right)}
+    return {
+        "nll": nll.mean().item(),
+        "token_accuracy": right.double().mean().item(),
+        "row_accuracy": sum(rows_right) / len(rows_right),
+    }
 
 
-def rank_groups(student, rows, answer_mask, *, method="ablate", steps=None, batch_size=8, progress=lambda done, of: None):
-    """Measure what the full attention of each key/value group is worth on retrieval rows. Never by stage I's error, which does not say
-    (RECALL: greedy addition .754, error of stage I .419 of RULER).
+def rank_groups(
+    student, rows, answer_mask, *, method="ablate", steps=None, batch_size=8, progress=lambda done, of: None
+):
+    """Measure what the full attention of each key/value group is worth on retrieval rows. Never by stage I's error,
+    which does not say (arXiv 2512.20569: greedy addition .754, error of stage I .419 of RULER).
 
     Args:
-        student: without kept groups; or a teacher's, fresh from `from_teacher`, whose windows then stand for what is lost.
+        student: without kept groups; or a teacher's, fresh from `from_teacher`, whose windows then stand for what is
+            lost.
         rows: [N, T] token ids, padded on the right; answer_mask: [N, T] bool, the tokens that are answers.
-        method: "ablate": all groups full but one, what that one's loss costs (the head ablation of arXiv 2602.11374); "add": none but one, what that
-            one brings; "greedy": one after the other, each the best beside those before it, `steps` of them (arXiv 2512.20569), the others behind.
+        method: "ablate": all groups full but one, what that one's loss costs (the head ablation of arXiv 2602.11374);
+            "add": none but one, what that one brings; "greedy": one after the other, each the best beside those before
+            it, `steps` of them (arXiv 2512.20569), the others behind.
         steps: of "greedy"; None: all.
     Returns:
-        {"method", "rows", "answer_tokens", "length", "layers", "key_value_heads", "none", "all": figures of `answers_of` with no and with every group
+        {"method", "rows", "answer_tokens", "length", "layers", "key_value_heads", "none", "all": figures of
+        `answers_of` with no and with every group
         restored, "groups": [{"layer", "group", "gain": nats per answer token, and the figures}], the best first}
     Raises:
         ConfigError: no such method, rows without answers, or a student that keeps groups already.
@@ -120,11 +146,20 @@ def rank_groups(student, rows, answer_mask, *, method="ablate", steps=None, batc
     config, groups = student.config, groups_of(student.config)
     if method not in METHODS or (steps is not None and steps < 1):
         raise ConfigError(f"method={method!r}, steps={steps}: expected one of {list(METHODS)}, and at least 1 step")
-    if rows.shape != answer_mask.shape or answer_mask.dtype != torch.bool or not answer_mask.any(-1).all() or answer_mask[:, 0].any():
-        raise ConfigError(f"rows {list(rows.shape)}, answer_mask {list(answer_mask.shape)} ({answer_mask.dtype}): expected [N, T] ids and bools, "
-                          "with an answer in every row, after its first token")  # fmt: skip
+    if (
+        rows.shape != answer_mask.shape
+        or answer_mask.dtype != torch.bool
+        or not answer_mask.any(-1).all()
+        or answer_mask[:, 0].any()
+    ):
+        raise ConfigError(
+            f"rows {list(rows.shape)}, answer_mask {list(answer_mask.shape)} ({answer_mask.dtype}): expected [N, T] ids and bools, "
+            "with an answer in every row, after its first token"
+        )
     if any(config.kept_groups or ()) or not groups:
-        raise ConfigError("rank_groups: expected a student with hybrid layers and without kept groups; convert the teacher without kept_groups")
+        raise ConfigError(
+            "rank_groups: expected a student with hybrid layers and without kept groups; convert the teacher without kept_groups"
+        )
     training, done = student.training, 0
     student.eval()
 
@@ -149,10 +184,16 @@ def rank_groups(student, rows, answer_mask, *, method="ablate", steps=None, batc
     finally:
         student.train(training)
     return {
-        "method": method, "rows": len(rows), "answer_tokens": int(answer_mask.sum()), "length": rows.shape[1], "layers": config.num_hidden_layers,
-        "key_value_heads": config.num_key_value_heads, "none": none, "all": every,
+        "method": method,
+        "rows": len(rows),
+        "answer_tokens": int(answer_mask.sum()),
+        "length": rows.shape[1],
+        "layers": config.num_hidden_layers,
+        "key_value_heads": config.num_key_value_heads,
+        "none": none,
+        "all": every,
         "groups": [{"layer": j, "group": g, "gain": gain, **figures} for (j, g), gain, figures in found],
-    }  # fmt: skip
+    }
 
 
 def groups_of(config):
@@ -162,7 +203,9 @@ def groups_of(config):
 
 
 def greedily(measure, before, groups, steps):
-    """[((layer, group), gain, figures)] in the order in which they help most, each beside those before it; the last round ranks the rest."""
+    """[((layer, group), gain, figures)] in the order in which they help most, each beside those before it; the last
+    round ranks the rest.
+    """
     found, rest = [], list(groups)
     while rest:
         chosen = [one for one, _, _ in found]
@@ -179,8 +222,9 @@ def greedily(measure, before, groups, steps):
 
 @dataclass
 class Allocation:
-    """Memories for a budget. student: arguments of `convert` and of a recipe's `student`.  bytes, teacher_bytes: of one sequence of `length` tokens,
-    see `cache_bytes`.  measured: whether groups were chosen by a ranking."""
+    """Memories for a budget. student: arguments of `convert` and of a recipe's `student`.  bytes, teacher_bytes: of one
+    sequence of `length` tokens, see `cache_bytes`.  measured: whether groups were chosen by a ranking.
+    """
 
     student: dict
     budget: int
@@ -200,26 +244,35 @@ class Allocation:
 
 
 def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows="all", widen=True, sparse_share=0.0):
-    """Fill a budget in the order of what recalled more in docs/arena.md: windows, full attention of the best groups, wider features.
+    """Fill a budget in the order of what recalled more in docs/arena.md: windows, full attention of the best groups,
+    wider features.
 
     Args:
-        config: of a student without kept groups, whose window and sinks are wanted; a window that does not fit is halved until it does.
+        config: of a student without kept groups, whose window and sinks are wanted; a window that does not fit is
+            halved until it does.
         budget: bytes per sequence at `length` tokens.
         ranking: of `rank_groups`; None: groups are spread evenly, which is not measured and said so.
         dtype: of keys and values.
-        windows: "all": every hybrid layer has a window and sinks; "first": the first one alone, the others see the token itself and have to remember.
+        windows: "all": every hybrid layer has a window and sinks; "first": the first one alone, the others see the
+            token itself and have to remember.
         widen: whether features may grow, to twice head_dim at most; those of a trained student cannot.
-        sparse_share: share of what the windows leave that goes to a sparse memory, with the rest that nothing else can use; 0: none.
+        sparse_share: share of what the windows leave that goes to a sparse memory, with the rest that nothing else can
+            use; 0: none.
     Returns:
         Allocation
     Raises:
-        ConfigError: a budget below the smallest student, a ranking of another model, a share off [0, 1], no such `windows`.
+        ConfigError: a budget below the smallest student, a ranking of another model, a share off [0, 1], no such
+            `windows`.
     """
     if not 0 <= sparse_share <= 1 or not budget > 0 or windows not in WINDOWS:
-        raise ConfigError(f"sparse_share={sparse_share}, budget={budget}, windows={windows!r}: expected a share between 0 and 1, some bytes, and one "
-                          f"of {list(WINDOWS)}")  # fmt: skip
+        raise ConfigError(
+            f"sparse_share={sparse_share}, budget={budget}, windows={windows!r}: expected a share between 0 and 1, some bytes, and one "
+            f"of {list(WINDOWS)}"
+        )
     if config.layer_windows is not None or config.layer_sinks is not None:
-        raise ConfigError("allocate: layer_windows or layer_sinks are set, expected one window for all hybrid layers; leave them out")
+        raise ConfigError(
+            "allocate: layer_windows or layer_sinks are set, expected one window for all hybrid layers; leave them out"
+        )
     trial, notes = copy.deepcopy(config), []
     trial.kept_groups, trial.sparse_memory = None, 0
 
@@ -236,13 +289,25 @@ def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows=
         add_sparse(trial, budget, length, size)
     kept = trial.kept_groups if any(trial.kept_groups or ()) else None
     if ranking is None and (kept or trial.layer_types != config.layer_types):
-        notes.append("no ranking was given: which groups are kept is not measured, they are spread evenly; measure with plan-layers --measure")
+        notes.append(
+            "no ranking was given: which groups are kept is not measured, they are spread evenly; measure with plan-layers --measure"
+        )
     sparse = ("sparse_memory", "sparse_memory_score") if trial.sparse_memory else ()
-    fields = ("sliding_window", "num_sink_tokens", "layer_windows", "layer_sinks", "layer_types", "memory_feature_dim", *sparse)
+    fields = (
+        "sliding_window",
+        "num_sink_tokens",
+        "layer_windows",
+        "layer_sinks",
+        "layer_types",
+        "memory_feature_dim",
+        *sparse,
+    )
     student = {name: getattr(trial, name) for name in fields} | {"kept_groups": kept}
     name = str(dtype).removeprefix("torch.")
     teacher = cache_bytes(config, length, dtype, teacher=True)
-    return Allocation(student, int(budget), length, name, cache_bytes(trial, length, dtype), teacher, ranking is not None, notes)
+    return Allocation(
+        student, int(budget), length, name, cache_bytes(trial, length, dtype), teacher, ranking is not None, notes
+    )
 
 
 def fit_windows(config, windows, budget, length, size, notes):
@@ -258,8 +323,10 @@ def fit_windows(config, windows, budget, length, size, notes):
             break
         config.sliding_window //= 2
     if size() > budget:
-        raise ConfigError(f"budget of {budget:,} bytes: a student with a window of {config.sliding_window} has {size():,} at {length} tokens; "
-                          "expected at least so many. Take fewer layers that keep the teacher's attention, or memory_feature_dim")  # fmt: skip
+        raise ConfigError(
+            f"budget of {budget:,} bytes: a student with a window of {config.sliding_window} has {size():,} at {length} tokens; "
+            "expected at least so many. Take fewer layers that keep the teacher's attention, or memory_feature_dim"
+        )
     if config.sliding_window != wanted:
         notes.append(f"the window was cut from {wanted} to {config.sliding_window} tokens to fit")
 
@@ -282,14 +349,24 @@ def ranked(config, ranking, notes):
         found = [(int(entry["layer"]), int(entry["group"]), float(entry["gain"])) for entry in ranking["groups"]]
         shape = ranking["layers"], ranking["key_value_heads"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"ranking: not a file of plan-layers --measure ({error!r}); make one for this model") from error
+        raise ConfigError(
+            f"ranking: not a file of plan-layers --measure ({error!r}); make one for this model"
+        ) from error
     hybrid = set(groups_of(config))
-    if shape != (config.num_hidden_layers, config.num_key_value_heads) or {(j, g) for j, g, _ in found} != hybrid or len(found) != len(hybrid):
-        raise ConfigError(f"ranking of {len(found)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
-                          f"groups of {config.num_hidden_layers} layers with {config.num_key_value_heads}; measure this model")  # fmt: skip
+    if (
+        shape != (config.num_hidden_layers, config.num_key_value_heads)
+        or {(j, g) for j, g, _ in found} != hybrid
+        or len(found) != len(hybrid)
+    ):
+        raise ConfigError(
+            f"ranking of {len(found)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
+            f"groups of {config.num_hidden_layers} layers with {config.num_key_value_heads}; measure this model"
+        )
     helpful = [(j, g) for j, g, gain in found if gain > 0 and math.isfinite(gain)]
     if len(helpful) < len(found):
-        notes.append(f"{len(found) - len(helpful)} of {len(found)} groups brought nothing in the measurement and are not kept")
+        notes.append(
+            f"{len(found) - len(helpful)} of {len(found)} groups brought nothing in the measurement and are not kept"
+        )
     return helpful
 
 
@@ -321,7 +398,10 @@ def keep(config, groups):
 def fill_groups(config, order, budget, size):
     """Keep as many groups as fit: those of `order`, the best first, or evenly spread ones."""
     names = ("layer_types", "layer_windows", "layer_sinks")
-    before, most = {name: copy.copy(getattr(config, name)) for name in names}, len(groups_of(config)) if order is None else len(order)
+    before, most = (
+        {name: copy.copy(getattr(config, name)) for name in names},
+        len(groups_of(config)) if order is None else len(order),
+    )
 
     def take(count):
         config.kept_groups = None
@@ -329,7 +409,8 @@ def fill_groups(config, order, budget, size):
             setattr(config, name, copy.copy(before[name]))
         keep(config, evenly(config, count) if order is None else order[:count])
 
-    low, high = 0, most  # every group more costs something beyond a short context, so that bisection finds the last that fits
+    # every group more costs something beyond a short context, so that bisection finds the last that fits
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
         take(middle)
@@ -339,7 +420,11 @@ def fill_groups(config, order, budget, size):
 
 def add_features(config, budget, size, notes):
     """The widest features that fit, at most twice head_dim and no wider than there are kernels for."""
-    if "hybrid_sliding" not in config.layer_types or config.mixer_branches == "window" or config.mixer_combine == "joint":
+    if (
+        "hybrid_sliding" not in config.layer_types
+        or config.mixer_branches == "window"
+        or config.mixer_combine == "joint"
+    ):
         return
     before = config.memory_feature_dim
     start, most = before or config.head_dim, 2 * config.head_dim
@@ -350,7 +435,9 @@ def add_features(config, budget, size, notes):
             config.memory_feature_dim = last
             break
     if config.memory_feature_dim != before:
-        notes.append(f"features were widened from {start} to {config.memory_feature_dim} per head: the student needs its alignment (stage I) so")
+        notes.append(
+            f"features were widened from {start} to {config.memory_feature_dim} per head: the student needs its alignment (stage I) so"
+        )
 
 
 def add_sparse(config, budget, length, size):

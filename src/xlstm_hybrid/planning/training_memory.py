@@ -1,6 +1,8 @@
-"""Bytes that one process needs to train, as a sum of named parts whose coefficients were fitted to allocator peaks on a CPU, see tests/test_plan.py.
+"""Bytes that one process needs to train, as a sum of named parts whose coefficients were fitted to allocator peaks on a
+CPU, see tests/test_plan.py.
 
-Dims: N tokens of a micro-batch, D hidden size, F width of the MLP, H query heads, K head dim, E features of a head beyond K, L layers, V vocabulary.
+Dims: N tokens of a micro-batch, D hidden size, F width of the MLP, H query heads, K head dim, E features of a head
+beyond K, L layers, V vocabulary.
 """
 
 import torch
@@ -17,20 +19,25 @@ ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, resi
     ("distill", False): {"D": 20.7, "F": 16.9, "HK": 55.1},
     ("distill", True): {"D": 24.9, "F": 9.5, "HK": 47.4},
 }
-# Per token, head and feature beyond K: phi(q) and phi(k) as the softmax gave them, in float32, and under autocast as the memory reads them, too.
+# Per token, head and feature beyond K: phi(q) and phi(k) as the softmax gave them, in float32, and under autocast as
+# the memory reads them, too.
 FEATURES = {False: 2 * FP32, True: 2 * (FP32 + BF16)}
-# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`backends.scratch`); fitted, E measured.
+# Of one layer in its backward, beside them: per token, and per token in the buffers of the mLSTM (`backends.scratch`);
+# fitted, E measured.
 WORK, BUFFERS = {"HK": 10, "HE": 14}, {"HK": 70, "HE": 30}
 
 
 def layer_activations(shape, job):
     """Bytes per token that one layer keeps for its backward. Fewer features than K are counted as K.
 
-    The memory keeps a state [E, K] in float32 per chunk: that of the forms for a CPU; the Triton kernel calculates it again.
+    The memory keeps a state [E, K] in float32 per chunk: that of the forms for a CPU; the Triton kernel calculates it
+    again.
     """
     widths = {"D": shape.D, "F": shape.F, "HK": shape.H * shape.K}
     features = FEATURES[job.bf16] + FP32 * shape.K / shape.chunk
-    return sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items()) + features * more_features(shape)
+    return sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items()) + features * more_features(
+        shape
+    )
 
 
 def more_features(shape):
@@ -40,7 +47,10 @@ def more_features(shape):
 
 def in_buffers(shape, job, setting):
     """Tokens that the mLSTM's form for a CPU works on at once, and has in its buffers."""
-    q, v = (torch.empty(setting.micro, job.length, shape.H, width, device="meta") for width in (max(shape.features, shape.K), shape.K))
+    q, v = (
+        torch.empty(setting.micro, job.length, shape.H, width, device="meta")
+        for width in (max(shape.features, shape.K), shape.K)
+    )
     L = min(shape.chunk, job.length)
     rows = min(setting.micro, rows_at_once(q, v, L))
     return rows * max(piece.n * piece.L for piece in segments(q[:rows], v[:rows], L))
@@ -54,9 +64,16 @@ def memory_of(shape, job, setting, machine):
     """
     shard = machine.gpus if setting.strategy == "FSDP2" else 1
     tokens, trained = setting.micro * job.length, shape.new if job.kind == "align" else shape.student
-    widths, held = {"HK": shape.H * shape.K, "HE": more_features(shape)}, in_buffers(shape, job, setting) if machine.device == "cpu" else tokens
+    widths, held = (
+        {"HK": shape.H * shape.K, "HE": more_features(shape)},
+        in_buffers(shape, job, setting) if machine.device == "cpu" else tokens,
+    )
     buffers = held * sum(BUFFERS[name] * width for name, width in widths.items())
-    parts = {"weights": FP32 * shape.student / shard, "gradients": FP32 * trained / shard, "Adam": ADAM * trained / shard}
+    parts = {
+        "weights": FP32 * shape.student / shard,
+        "gradients": FP32 * trained / shard,
+        "Adam": ADAM * trained / shard,
+    }
     if setting.strategy == "DDP":
         parts["DDP buckets"] = FP32 * trained
     if setting.strategy == "FSDP2":  # two layers gathered at a time, and the root (embedding and head) throughout
@@ -65,7 +82,8 @@ def memory_of(shape, job, setting, machine):
         parts["bfloat16 copies"] = BF16 * shape.matmul  # autocast keeps them from the forward to its end
     if job.kind == "align":
         parts["activations"] = tokens * shape.hybrid * layer_activations(shape, job)
-        work = 14 * shape.D + sum(WORK[name] * width for name, width in widths.items())  # targets, and the mixer's backward
+        # targets, and the mixer's backward
+        work = 14 * shape.D + sum(WORK[name] * width for name, width in widths.items())
         return parts | {"a layer at work": tokens * work + buffers}
     if not job.stored:
         parts["teacher"] = job.teacher_bytes * shape.teacher / shard
@@ -74,10 +92,15 @@ def memory_of(shape, job, setting, machine):
     one, head = tokens * layer_activations(shape, job), head_memory(shape, job, tokens, machine)
     if not setting.checkpointing:
         return parts | {"activations": one * shape.L, "LM head and targets": head}
-    return parts | {"layer inputs": tokens * FP32 * shape.D * shape.L, "one layer, or LM head and targets": max(one, head)}
+    return parts | {
+        "layer inputs": tokens * FP32 * shape.D * shape.L,
+        "one layer, or LM head and targets": max(one, head),
+    }
 
 
 def head_memory(shape, job, tokens, machine):
-    """Bytes of the LM head's loss in chunks of rows (`xlstm_kernels.head_loss`): workspace, gradients of weight and hidden states, kept targets."""
+    """Bytes of the LM head's loss in chunks of rows (`xlstm_kernels.head_loss`): workspace, gradients of weight and
+    hidden states, kept targets.
+    """
     workspace = min(WORKSPACE[machine.device], (FP32 + BF16) * tokens * shape.V)
     return workspace + FP32 * shape.head + 2 * FP32 * tokens * shape.D + tokens * job.top_k * (8 + FP32)

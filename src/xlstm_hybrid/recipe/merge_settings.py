@@ -1,4 +1,6 @@
-"""What a merge can be told: methods, what each of them needs, their options, module groups; and the section `merge` of a recipe. No tensors here."""
+"""What a merge can be told: methods, what each of them needs, their options, module groups; and the section `merge` of
+a recipe. No tensors here.
+"""
 
 import math
 import re
@@ -107,11 +109,12 @@ def section_faults(merge, experts):
     """What is wrong with a recipe's section `merge`, in words.
 
     Args:
-        merge: the section. method: one of `METHODS` or "on_policy".  weights: {expert: share}, or search: {"examples" of the tiny domains or
-            "documents" that nothing trains on, "budget", "parts", "batch_size"}, which finds them.  options: of the method.
-            group_weights: {group: {expert: share}}.  base: "aligned" (the default) or a path, for methods that need one.
-            statistics: {"rows", "batch_size", "labels", "seed"}, for methods that need them.
-            on_policy: fields of `OnPolicyKDConfig`; the experts then teach the merged student, or with method "on_policy" the aligned one.
+        merge: the section. method: one of `METHODS` or "on_policy".  weights: {expert: share}, or search: {"examples"
+            of the tiny domains or "documents" that nothing trains on, "budget", "parts", "batch_size"}, which finds
+            them.  options: of the method. group_weights: {group: {expert: share}}.  base: "aligned" (the default) or a
+            path, for methods that need one. statistics: {"rows", "batch_size", "labels", "seed"}, for methods that need
+            them. on_policy: fields of `OnPolicyKDConfig`; the experts then teach the merged student, or with method
+            "on_policy" the aligned one.
         experts: {name: mix} of the recipe.
     """
     wrong = unknown_keys("merge: ", merge, KEYS)

@@ -10,10 +10,8 @@ import yaml
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.merge_settings import is_number, section_faults, unknown_keys
 
-SHIPPED = (
-    Path(__file__).parents[1] / "recipes",
-    Path(__file__).parents[3] / "recipes",
-)  # in a wheel; in a working copy
+# in a wheel; in a working copy
+SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # names become folders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,18 +20,21 @@ SCORES, OVERLONG = ("assistant", "last"), ("split", "cut")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mix. Exactly one of `text`, `messages`, and the pair `prompt` and `completion` says which columns hold its documents.
+    """One data set of a mix. Exactly one of `text`, `messages`, and the pair `prompt` and `completion` says which
+    columns hold its documents.
 
-    path: Hub id, or a file or folder (relative to the recipe).  name, split, revision, data_files: of `datasets.load_dataset`.
+    path: Hub id, or a file or folder (relative to the recipe).  name, split, revision, data_files: of
+    `datasets.load_dataset`.
     text: column of plain text, all of it scored.
-    messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the assistant's words are scored.
+    messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the
+    assistant's words are scored.
     prompt, completion: columns of a question (text or messages) and its answer (text), which become messages.
     weight: share of tokens, relative to the other sources.
     streaming: read while training instead of downloading first; None: yes for Hub ids, no for local files.
     where: {column: value or list of values}; other rows are left out.
     score: "assistant" scores every turn of the assistant, "last" the last one.
-    overlong: what does not fit into a row goes on in the next row as a document of its own ("split"), or is lost ("cut");
-        None: split for text, cut for chat, whose rest would be answers without their question.
+    overlong: what does not fit into a row goes on in the next row as a document of its own ("split"), or is lost
+        ("cut"); None: split for text, cut for chat, whose rest would be answers without their question.
     """
 
     path: str
@@ -83,17 +84,21 @@ class Source:
 class Recipe:
     """A run, section by section; see `recipes/tiny.yaml` and `recipes/llama-3.1-8b.yaml`.
 
-    teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory while it teaches.
+    teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory
+    while it teaches.
     out: run directory.  seed: of data and training.  student: arguments of `conversion.convert`.
-    data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`}, what stage I reads;
-        the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together) and "held_out" (share of documents that
-        nothing trains on) hold for every stage.
-    align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is calculated.
-    experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are merged.
+    data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
+        what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
+        and "held_out" (share of documents that nothing trains on) hold for every stage.
+    align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is
+    calculated.
+    experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are
+    merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
-    evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for held-out documents of the
-        sources, or None. For teacher and final student also: "harness" [names of the command harness], "limit" (first documents of each), "chat",
-        "long_context" {"lengths", and "kinds", "samples", "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+    evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
+        held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
+        harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
+        "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
     name: str
@@ -130,7 +135,8 @@ class Recipe:
         return name
 
     def mix(self, expert=None):
-        """What a stage reads: {"mixture": {domain: share}} or {"sources": {name: Source}}; of stage I, or of one expert.
+        """What a stage reads: {"mixture": {domain: share}} or {"sources": {name: Source}}; of stage I, or of one
+        expert.
 
         Raises:
             ConfigError: no such expert.
@@ -144,23 +150,14 @@ class Recipe:
 MIXES = {"mixture", "sources"}
 DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5)}  # type, least, most
 EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
-FINAL = {
-    "harness": list,
-    "limit": int,
-    "chat": bool,
-    "long_context": dict,
-    "alpha": (int, float),
-    "efficiency": dict,
-}  # of teacher and student only
+# of teacher and student only
+FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
 SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
-TYPES = (
-    dict.fromkeys(SECTIONS, dict)
-    | dict.fromkeys(("name", "teacher", "out", "revision", "teacher_dtype"), str)
-    | {"seed": int}
-)
+TEXTS = ("name", "teacher", "out", "revision", "teacher_dtype")
+TYPES = dict.fromkeys(SECTIONS, dict) | dict.fromkeys(TEXTS, str) | {"seed": int}
 
 
 def as_mix(section):
@@ -218,8 +215,8 @@ def load_recipe(path):
     """Read and check a recipe: a file, or the name of one that comes with the package.
 
     Raises:
-        ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no source describes, merge
-            weights that do not name the experts. All mistakes are listed.
+        ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no
+            source describes, merge weights that do not name the experts. All mistakes are listed.
     """
     path = shipped(path)
     content = read_yaml(path)
@@ -371,5 +368,7 @@ def resolve_path(recipe, path):
 
 
 def resolve_teacher(recipe):
-    """The teacher as a local path where the recipe's folder or the working directory holds one, else the hub id as it is."""
+    """The teacher as a local path where the recipe's folder or the working directory holds one, else the hub id as it
+    is.
+    """
     return resolve_path(recipe, recipe.teacher) or recipe.teacher

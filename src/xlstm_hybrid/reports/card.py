@@ -6,7 +6,15 @@ from collections import Counter
 from pathlib import Path
 from string import Template
 
-from xlstm_hybrid.checkpoint.files import PROVENANCE, escaped, markdown_table, plain, read_provenance, relist, write_file
+from xlstm_hybrid.checkpoint.files import (
+    PROVENANCE,
+    escaped,
+    markdown_table,
+    plain,
+    read_provenance,
+    relist,
+    write_file,
+)
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.comparison import NONE, c_0_and_alpha, duration, percent
 from xlstm_hybrid.evaluation.significance import LEVEL
@@ -18,9 +26,19 @@ RESAMPLED = f" (in brackets: {percent(LEVEL)} of resamples of the answers)"
 SHOWN = 8  # entries of a list that are written out
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|gz|zst)$")
-COSTS = (("cache, MB", "cache_bytes", 1e-6), ("decoding, tokens/s", "tokens_per_second", 1), ("first token, ms", "first_token_s", 1e3))
-ENERGY = {"energy_kwh": "energy, kWh", "co2_kg": "CO2 equivalent, kg", "peak_memory_mib": "peak memory, MiB", "device": "device", "gpus": "GPUs",
-          "tokens": "tokens"}  # fmt: skip
+COSTS = (
+    ("cache, MB", "cache_bytes", 1e-6),
+    ("decoding, tokens/s", "tokens_per_second", 1),
+    ("first token, ms", "first_token_s", 1e3),
+)
+ENERGY = {
+    "energy_kwh": "energy, kWh",
+    "co2_kg": "CO2 equivalent, kg",
+    "peak_memory_mib": "peak memory, MiB",
+    "device": "device",
+    "gpus": "GPUs",
+    "tokens": "tokens",
+}
 
 
 def write_card(directory, results=None):
@@ -28,14 +46,18 @@ def write_card(directory, results=None):
 
     Args:
         directory: of the checkpoint.
-        results: those of the run that judged it (`report.write_report` names the parts); they add the scores of every stage. Samples are left out.
+        results: those of the run that judged it (`report.write_report` names the parts); they add the scores of every
+            stage. Samples are left out.
     Raises:
-        CheckpointError: no record of stages; results whose final student has other scores than the checkpoint's own last evaluation.
+        CheckpointError: no record of stages; results whose final student has other scores than the checkpoint's own
+            last evaluation.
     """
     directory = Path(directory)
     stages = read_provenance(directory)
     if not stages:
-        raise CheckpointError(f"{directory.name}: no {PROVENANCE}, expected a record of its stages: a card says only what stages recorded")
+        raise CheckpointError(
+            f"{directory.name}: no {PROVENANCE}, expected a record of its stages: a card says only what stages recorded"
+        )
     judged, compared = part(last(stages, "evaluate"), "figures"), last(stages, "compare")
     if results is not None:
         check_results(directory, judged, results)
@@ -60,7 +82,11 @@ def check_results(directory, judged, results):
     students = results.get("students") or {}
     name = next(reversed(students), None)
     found = plain(students[name].get("exact_match")) if name else None
-    same = found == judged.get("exact_match") if found else judged and plain(students.get(name, {}).get("perplexity")) == judged.get("perplexity")
+    same = (
+        found == judged.get("exact_match")
+        if found
+        else judged and plain(students.get(name, {}).get("perplexity")) == judged.get("perplexity")
+    )
     if not same:
         raise CheckpointError(
             f"{directory.name}: its last evaluation recorded exact match {judged.get('exact_match')}, the results have {found} for "
@@ -69,7 +95,9 @@ def check_results(directory, judged, results):
 
 
 def without_repeats(judged, compared):
-    """The figures of an evaluation without the exact match that the comparison shows again, as tasks of lm-eval: `domain_` and the domain's name."""
+    """The figures of an evaluation without the exact match that the comparison shows again, as tasks of lm-eval:
+    `domain_` and the domain's name.
+    """
     scores = part(part(compared, "figures"), "scores")
     if not all(scores.get(f"domain_{domain}") == score for domain, score in part(judged, "exact_match").items()):
         return judged
@@ -132,8 +160,14 @@ def model_index(stages, judged, compared):
     for domain, scores in found.items():
         metrics = [{"type": kind, "name": name, "value": score} for kind, name, score in scores if score is not None]
         if metrics:
-            results.append({"task": {"type": "text-generation"}, "dataset": {"name": domain, "type": domain}, "metrics": metrics})
-    return [{"name": f"xlstm-hybrid student of {teacher_of(stages) or 'a Transformer'}", "results": results}] if results else []
+            results.append(
+                {"task": {"type": "text-generation"}, "dataset": {"name": domain, "type": domain}, "metrics": metrics}
+            )
+    return (
+        [{"name": f"xlstm-hybrid student of {teacher_of(stages) or 'a Transformer'}", "results": results}]
+        if results
+        else []
+    )
 
 
 def metadata(stages, judged, compared):
@@ -142,7 +176,12 @@ def metadata(stages, judged, compared):
     entries = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["xlstm-hybrid", "xlstm", *(["distillation"] if "distill" in names else []), *(["merge"] if "merge" in names else [])],
+        "tags": [
+            "xlstm-hybrid",
+            "xlstm",
+            *(["distillation"] if "distill" in names else []),
+            *(["merge"] if "merge" in names else []),
+        ],
     }
     if teacher and HUB_ID.fullmatch(teacher):
         entries |= {"base_model": teacher, "base_model_relation": "finetune"}
@@ -163,19 +202,29 @@ def summary(stages):
     config, parameters = part(converted(stages), "config"), part(part(converted(stages), "figures"), "parameters")
     facts = [f"a student of the Transformer {escaped(teacher_of(stages))}"] if teacher_of(stages) else []
     if parameters.get("student"):
-        facts.append(f"{parameters['student']:,} parameters, of these {parameters.get('new', 0):,} that its teacher does not have")
+        facts.append(
+            f"{parameters['student']:,} parameters, of these {parameters.get('new', 0):,} that its teacher does not have"
+        )
     if isinstance(config.get("layer_types"), list):
-        facts.append("layers: " + ", ".join(f"{count} {escaped(kind)}" for kind, count in Counter(config["layer_types"]).items()))
+        facts.append(
+            "layers: " + ", ".join(f"{count} {escaped(kind)}" for kind, count in Counter(config["layer_types"]).items())
+        )
     if isinstance(config.get("layer_windows"), list):
         sinks = config.get("layer_sinks") if isinstance(config.get("layer_sinks"), list) else []
-        facts.append(f"windows per layer: {escaped(', '.join(map(str, config['layer_windows'])))} tokens"
-                     + (f", sink tokens per layer: {escaped(', '.join(map(str, sinks)))}" if sinks else ""))  # fmt: skip
+        facts.append(
+            f"windows per layer: {escaped(', '.join(map(str, config['layer_windows'])))} tokens"
+            + (f", sink tokens per layer: {escaped(', '.join(map(str, sinks)))}" if sinks else "")
+        )
     elif config.get("sliding_window"):
-        facts.append(f"a window of {config['sliding_window']} tokens and {config.get('num_sink_tokens', 0)} sink tokens in its hybrid layers")
+        facts.append(
+            f"a window of {config['sliding_window']} tokens and {config.get('num_sink_tokens', 0)} sink tokens in its hybrid layers"
+        )
     if config.get("memory_feature_dim"):
         facts.append(f"{config['memory_feature_dim']} features per head of its memory")
     if isinstance(config.get("kept_groups"), list):
-        facts.append(f"{sum(len(mine) for mine in config['kept_groups'] if isinstance(mine, list))} key/value groups of them keep full attention")
+        facts.append(
+            f"{sum(len(mine) for mine in config['kept_groups'] if isinstance(mine, list))} key/value groups of them keep full attention"
+        )
     if config.get("sparse_memory"):
         facts.append(f"an exact memory of {config['sparse_memory']} tokens per key/value group")
     return "A causal language model of the xLSTM hybrid architecture" + (": " + "; ".join(facts) if facts else "") + "."
@@ -185,19 +234,32 @@ def benchmarks(compared):
     """Scores of the last recorded comparison with the teacher; [] where there is none."""
     config, found = part(compared, "config"), part(compared, "figures")
     rows = [
-        [task, part(config, "metrics").get(task), part(config, "shots").get(task), score, part(found, "teacher_scores").get(task)]
+        [
+            task,
+            part(config, "metrics").get(task),
+            part(config, "shots").get(task),
+            score,
+            part(found, "teacher_scores").get(task),
+        ]
         for task, score in part(found, "scores").items()
     ]
     if not rows:
         return []
-    shown = [[t, m or NONE, number(n), number(s), number(x), percent(part(found, "recovery").get(t))] for t, m, n, s, x in rows]
+    shown = [
+        [t, m or NONE, number(n), number(s), number(x), percent(part(found, "recovery").get(t))]
+        for t, m, n, s, x in rows
+    ]
     text = (
         f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost; {c_0_and_alpha(found)}{RESAMPLED if found.get('resampled') else ''}; "
         f"at α = {config['alpha']:g} it is {'' if found['lossless'] else 'not '}lossless (C_α = {found['c_alpha']:.3f}, the bar is 0.5)."
     )
     head = ["benchmark", "metric", "shots", "score", config.get("teacher", "teacher"), "recovery"]
     differed = [escaped(d) for d in config.get("differences") or ()]
-    title = f"Benchmarks, against the teacher; what differed: {'; '.join(differed)}." if differed else "Benchmarks, teacher and student alike:"
+    title = (
+        f"Benchmarks, against the teacher; what differed: {'; '.join(differed)}."
+        if differed
+        else "Benchmarks, teacher and student alike:"
+    )
     return [title, markdown_table([head, *shown]), text]
 
 
@@ -225,10 +287,20 @@ def figures(directory, judged, compared, results):
             f"tied: {c_0_and_alpha(judged)}{RESAMPLED if judged.get('resampled') else ''}."
         )
     if results is not None:
-        students = {name: scores["exact_match"] for name, scores in results["students"].items() if scores.get("exact_match")}
-        rows = [[d, *(percent(scores.get(d)) for scores in students.values())] for d in domains if any(d in scores for scores in students.values())]
+        students = {
+            name: scores["exact_match"] for name, scores in results["students"].items() if scores.get("exact_match")
+        }
+        rows = [
+            [d, *(percent(scores.get(d)) for scores in students.values())]
+            for d in domains
+            if any(d in scores for scores in students.values())
+        ]
         parts += ["Exact match after each stage:", markdown_table([["domain", *students], *rows])] if rows else []
-        parts += [f"![{escaped(p.stem.replace('_', ' '))}]({p.name})" for p in sorted(directory.glob("*.png")) if re.fullmatch(r"[\w.-]+", p.name)]
+        parts += [
+            f"![{escaped(p.stem.replace('_', ' '))}]({p.name})"
+            for p in sorted(directory.glob("*.png"))
+            if re.fullmatch(r"[\w.-]+", p.name)
+        ]
     return "\n\n".join(parts)
 
 
@@ -238,14 +310,30 @@ def costs(stage):
     if not rows:
         return ""
     where = escaped(config.get("gpu") or config.get("cpu") or "machine unknown")
-    text = (f"{where}, {escaped(config.get('dtype', NONE))}; times are {escaped(config.get('clock', NONE))}; {config.get('checks_passed', 0)} checks "
-            "passed before anything was measured. Gain: how much less, or faster, than the teacher; above 1 the student is ahead.")  # fmt: skip
+    text = (
+        f"{where}, {escaped(config.get('dtype', NONE))}; times are {escaped(config.get('clock', NONE))}; {config.get('checks_passed', 0)} checks "
+        "passed before anything was measured. Gain: how much less, or faster, than the teacher; above 1 the student is ahead."
+    )
     shown = [
-        [what, number(row["tokens"]), row["batch"], *(NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
-                                              for side, scale in (("teacher", factor), ("student", factor), ("gain", 1)))]
-        for what, key, factor in COSTS for row in rows
-    ]  # fmt: skip
-    return "\n\n".join(["## Cost beside the teacher", text, markdown_table([["figure", "tokens", "batch", "teacher", "student", "gain"], *shown])])
+        [
+            what,
+            number(row["tokens"]),
+            row["batch"],
+            *(
+                NONE if (x := row.get(f"{side}_{key}")) is None else number(float(x * scale))
+                for side, scale in (("teacher", factor), ("student", factor), ("gain", 1))
+            ),
+        ]
+        for what, key, factor in COSTS
+        for row in rows
+    ]
+    return "\n\n".join(
+        [
+            "## Cost beside the teacher",
+            text,
+            markdown_table([["figure", "tokens", "batch", "teacher", "student", "gain"], *shown]),
+        ]
+    )
 
 
 def describe(position, stage):
@@ -270,7 +358,11 @@ def flat(values, prefix=""):
             inner = flat(value, name)
             rows += inner[0]
             tables += inner[1]
-        elif isinstance(value, list) and value and all(isinstance(v, dict) and v.keys() == value[0].keys() for v in value):
+        elif (
+            isinstance(value, list)
+            and value
+            and all(isinstance(v, dict) and v.keys() == value[0].keys() for v in value)
+        ):
             tables.append((name, [list(value[0]), *([number(v) for v in record.values()] for record in value)]))
         else:
             rows.append((name, listed(value) if isinstance(value, list) else number(value)))
@@ -280,15 +372,36 @@ def flat(values, prefix=""):
 def listed(values):
     """A list in few words: equal entries are counted, a long one is cut."""
     counts = Counter(map(number, values))
-    entries = [entry if count == 1 else f"{count} × {entry}" for entry, count in counts.items()] if len(counts) < len(values) else list(counts)
-    return ", ".join(entries[:SHOWN]) + (f", and {len(entries) - SHOWN} more" if len(entries) > SHOWN else "") if entries else NONE
+    entries = (
+        [entry if count == 1 else f"{count} × {entry}" for entry, count in counts.items()]
+        if len(counts) < len(values)
+        else list(counts)
+    )
+    return (
+        ", ".join(entries[:SHOWN]) + (f", and {len(entries) - SHOWN} more" if len(entries) > SHOWN else "")
+        if entries
+        else NONE
+    )
 
 
 def environment(stages, results):
     """What making it took, as far as it was recorded."""
-    rows = [[s["stage"], duration(s["seconds"])] for s in stages if s.get("seconds") is not None and s["stage"] != "evaluate"]
-    parts = ["## Time and energy", markdown_table([["stage", "time"], *rows])] if rows else ["## Time and energy", "No stage recorded its time."]
-    noted = [[f"{s['stage']}: {label}", number(value)] for s in stages for key, label in ENERGY.items() if (value := recorded(s, key)) is not None]
+    rows = [
+        [s["stage"], duration(s["seconds"])]
+        for s in stages
+        if s.get("seconds") is not None and s["stage"] != "evaluate"
+    ]
+    parts = (
+        ["## Time and energy", markdown_table([["stage", "time"], *rows])]
+        if rows
+        else ["## Time and energy", "No stage recorded its time."]
+    )
+    noted = [
+        [f"{s['stage']}: {label}", number(value)]
+        for s in stages
+        for key, label in ENERGY.items()
+        if (value := recorded(s, key)) is not None
+    ]
     if results is not None and results.get("peak_memory_mib") is not None:
         noted.append(["run: peak memory, MiB", number(results["peak_memory_mib"])])
     parts += [markdown_table([["recorded", "value"], *noted])] if noted else []
@@ -314,11 +427,16 @@ def versions(stages):
 
 def limits(stages, judged, compared):
     """What the record does not support."""
-    config, recovery = part(converted(stages), "config"), {**part(judged, "recovery"), **part(part(compared, "figures"), "recovery")}
+    config, recovery = (
+        part(converted(stages), "config"),
+        {**part(judged, "recovery"), **part(part(compared, "figures"), "recovery")},
+    )
     below = [d for d, r in recovery.items() if r is not None and r < 1]
     lines = []
     if not any(stage["stage"] == "export" for stage in stages):  # an export carries its code
-        lines.append("It loads only where the package xlstm-hybrid is imported: transformers alone does not know the architecture.")
+        lines.append(
+            "It loads only where the package xlstm-hybrid is imported: transformers alone does not know the architecture."
+        )
     if config.get("sliding_window"):
         lines.append(
             f"What lies further back than {config['sliding_window']} tokens reaches its hybrid layers through a state of fixed size (and "

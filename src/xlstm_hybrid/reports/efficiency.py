@@ -1,4 +1,6 @@
-"""The report of what `efficiency.measure` found: tables, sentences, a picture, files, and an entry in a checkpoint's record."""
+"""The report of what `efficiency.measure` found: tables, sentences, a picture, files, and an entry in a checkpoint's
+record.
+"""
 
 import math
 import os
@@ -27,7 +29,9 @@ def surroundings(device):
     """Machine, clock and versions, for the file of results."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     machine = {"cpu": cpu, "cores": os.cpu_count(), "device": device.type}
     if device.type == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(device), "clock": "from the call to its end"}
@@ -45,7 +49,10 @@ def tables(pair):
                 [
                     row["length"],
                     row["batch"],
-                    *(number(None if x is None else x * scale) for x, scale in zip(found, (factor, factor, 1), strict=True)),
+                    *(
+                        number(None if x is None else x * scale)
+                        for x, scale in zip(found, (factor, factor, 1), strict=True)
+                    ),
                 ]
                 for row, found in zip(pair["rows"], cells, strict=True)
             ]
@@ -55,8 +62,10 @@ def tables(pair):
 def notes(pair):
     """Sentences on what the figures rest on and what is missing."""
     teacher, student = (pair[name] for name in SIDES)
-    sizes = [f"{s['name']} ({s['model_type']}, {s['parameters']:,} parameters, {s['weight_bytes'] / 2**20:.4g} MiB of {s['dtype']} weights)"
-             for s in (teacher, student)]  # fmt: skip
+    sizes = [
+        f"{s['name']} ({s['model_type']}, {s['parameters']:,} parameters, {s['weight_bytes'] / 2**20:.4g} MiB of {s['dtype']} weights)"
+        for s in (teacher, student)
+    ]
     yield f"Teacher {sizes[0]}, attention {teacher['attention']}; student {sizes[1]}."
     settings = pair["settings"]
     parts = [check["name"].rpartition(", ")[2] for check in pair["checks"] if check["name"].endswith(" layers")]
@@ -64,13 +73,21 @@ def notes(pair):
     yield f"{len(pair['checks'])} checks passed before anything was measured{some}."
     yield f"{settings['cache']} cache; {settings['rounds']} rounds in turns, {settings['steps']} tokens decoded in each."
     yield "Gain: how much less, or faster, than the teacher; for times the median of the ratios of paired rounds. Above 1 the student is ahead."
-    longest, limit = max(row["length"] for row in pair["rows"]), min(s["max_position_embeddings"] or math.inf for s in (teacher, student))
+    longest, limit = (
+        max(row["length"] for row in pair["rows"]),
+        min(s["max_position_embeddings"] or math.inf for s in (teacher, student)),
+    )
     if longest > limit:
         yield f"Contexts beyond {limit} tokens are longer than the models are made for: what they cost, not what they are worth."
     energy = pair["energy"]
     if energy["absent"]:
         yield f"Energy: no figure. {energy['absent']}."
-    elif not any("joules_per_token" in row[part].get("student", {}) for row in pair["rows"] for part in ("prefill", "decode") if part in row):
+    elif not any(
+        "joules_per_token" in row[part].get("student", {})
+        for row in pair["rows"]
+        for part in ("prefill", "decode")
+        if part in row
+    ):
         yield f"Energy: no figure, no round took the {MIN_ENERGY_SECONDS} s that {energy['source']} needs."
     else:
         yield f"Energy from {energy['source']}: the whole device's, whoever used it, in rounds of at least {MIN_ENERGY_SECONDS} s."
@@ -82,12 +99,17 @@ def notes(pair):
 
 
 def markdown(results, pictures=()):
-    """The report of `results`: `surroundings` and under `pairs` what `measure` returned; `pictures`: names of those that are there."""
+    """The report of `results`: `surroundings` and under `pairs` what `measure` returned; `pictures`: names of those
+    that are there.
+    """
     machine = results["machine"]
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = ["# Efficiency", f"{machine.get('gpu') or machine['cpu']}; times are {machine['clock']}; {told}."]
     for j, pair in enumerate(results["pairs"]):
-        parts += [f"## {pair['student']['name']} beside {pair['teacher']['name']}", "\n".join(f"* {note}" for note in notes(pair))]
+        parts += [
+            f"## {pair['student']['name']} beside {pair['teacher']['name']}",
+            "\n".join(f"* {note}" for note in notes(pair)),
+        ]
         parts += [f"![Figures against the context]({picture_name(j)})"] if picture_name(j) in pictures else []
         parts += [f"### {title}\n\n{markdown_table(rows)}" for title, rows in tables(pair)]
     return "\n\n".join(parts) + "\n"
@@ -98,7 +120,9 @@ def picture_name(j):
 
 
 def picture(pair):
-    """A matplotlib figure with a panel per table, against L, a line per side and batch: teacher dashed, student solid; None without a figure."""
+    """A matplotlib figure with a panel per table, against L, a line per side and batch: teacher dashed, student solid;
+    None without a figure.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -112,9 +136,18 @@ def picture(pair):
     for axes, (title, part, field, factor) in zip(panels, shown, strict=False):
         for j, B in enumerate(dict.fromkeys(row["batch"] for row in pair["rows"])):
             for name, style in (("teacher", {"color": "0.35", "linestyle": "--"}), ("student", {"color": "C0"})):
-                points = [(row["length"], row.get(part, {}).get(name, {}).get(field)) for row in pair["rows"] if row["batch"] == B]
+                points = [
+                    (row["length"], row.get(part, {}).get(name, {}).get(field))
+                    for row in pair["rows"]
+                    if row["batch"] == B
+                ]
                 points = sorted((L, factor * value) for L, value in points if value)
-                axes.plot(*zip(*points, strict=True) if points else ([], []), marker=marks[j % len(marks)], label=f"{name}, batch {B}", **style)
+                axes.plot(
+                    *zip(*points, strict=True) if points else ([], []),
+                    marker=marks[j % len(marks)],
+                    label=f"{name}, batch {B}",
+                    **style,
+                )
         axes.set_title(title, fontsize=9)
         axes.set(xlabel="tokens of context", xscale="log", yscale="log")
         axes.set_xticks(lengths := sorted({row["length"] for row in pair["rows"]}), [f"{L:,}" for L in lengths])
@@ -142,8 +175,14 @@ def write_efficiency(results, folder, pictures):
 
 
 def recorded(pair):
-    """What a checkpoint's record keeps: one flat row per length and batch, of the figures that were measured, with the student's gain."""
-    fields = {"cache_bytes": ("memory", "cache_bytes"), "tokens_per_second": ("decode", "tokens_per_second"), "first_token_s": ("prefill", "seconds")}
+    """What a checkpoint's record keeps: one flat row per length and batch, of the figures that were measured, with the
+    student's gain.
+    """
+    fields = {
+        "cache_bytes": ("memory", "cache_bytes"),
+        "tokens_per_second": ("decode", "tokens_per_second"),
+        "first_token_s": ("prefill", "seconds"),
+    }
     rows = []
     for row in pair["rows"]:
         found = {"tokens": row["length"], "batch": row["batch"]}
@@ -154,13 +193,19 @@ def recorded(pair):
 
 
 def record(results, directory):
-    """Add the first pair of an efficiency report to the record of the student's checkpoint, as the stage "efficiency", for its card.
+    """Add the first pair of an efficiency report to the record of the student's checkpoint, as the stage "efficiency",
+    for its card.
 
     Raises:
         CheckpointError: see `artifacts.append_stage`.
     """
     pair = results["pairs"][0]
     machine = {key: results["machine"][key] for key in ("gpu", "cpu", "clock") if key in results["machine"]}
-    config = {**machine, "teacher": pair["teacher"]["name"], "dtype": pair["student"]["dtype"],
-              **{key: pair["settings"][key] for key in ("cache", "rounds", "steps")}, "checks_passed": len(pair["checks"])}  # fmt: skip
+    config = {
+        **machine,
+        "teacher": pair["teacher"]["name"],
+        "dtype": pair["student"]["dtype"],
+        **{key: pair["settings"][key] for key in ("cache", "rounds", "steps")},
+        "checks_passed": len(pair["checks"]),
+    }
     append_stage(directory, "efficiency", config=config, figures={"rows": recorded(pair)})

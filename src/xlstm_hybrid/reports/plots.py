@@ -1,6 +1,7 @@
 """One look for pictures: the palette, what each colour stands for, and labels beside the lines that they name.
 
-The colours are Okabe and Ito's, told apart with every kind of colour vision. At most six lines of a picture have one of them; the rest is grey.
+The colours are Okabe and Ito's, told apart with every kind of colour vision. At most six lines of a picture have one of
+them; the rest is grey.
 """
 
 INK, GREY, FAINT = "#555555", "#999999", "#cfcfcf"
@@ -26,7 +27,9 @@ def legible(colour):
 
 
 def spread(heights, gap, low, high):
-    """Heights in the range from low to high that are moved apart to about `gap`, in the same order, each as near to where it was as that allows."""
+    """Heights in the range from low to high that are moved apart to about `gap`, in the same order, each as near to
+    where it was as that allows.
+    """
     order = sorted(range(len(heights)), key=lambda j: heights[j])
     placed = [min(max(heights[j], low), high) for j in order]
     for _ in range(200):
@@ -54,5 +57,15 @@ def label_ends(axes, ends, gap=0.06, letters=legible):
             if moved
             else {}
         )
-        axes.annotate(name, (1, height), xytext=(1.03, place), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
-                      color=letters(colour) if letters else colour, fontsize=9, va="center", annotation_clip=False, **look)  # fmt: skip
+        axes.annotate(
+            name,
+            (1, height),
+            xytext=(1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            color=letters(colour) if letters else colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            **look,
+        )

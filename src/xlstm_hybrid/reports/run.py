@@ -1,4 +1,6 @@
-"""The report of a run: Markdown, pictures and a table for the terminal, all from one plain dict. What the dict lacks is left out."""
+"""The report of a run: Markdown, pictures and a table for the terminal, all from one plain dict. What the dict lacks is
+left out.
+"""
 
 import io
 import math
@@ -16,10 +18,20 @@ from xlstm_hybrid.reports.sections import benchmarks, costs, fenced, long_contex
 TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False,
-    "lines.linewidth": 1.8, "figure.dpi": 130,
-}  # fmt: skip
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": 130,
+}
 
 
 def final(results):
@@ -30,12 +42,24 @@ def final(results):
 def score_rows(results, kind, show):
     """Header and one row per domain: teacher, each student, and for exact match the final student's recovery."""
     teacher, students = (results.get("teacher_scores") or {}).get(kind) or {}, results.get("students") or {}
-    columns = ({"teacher": teacher} if teacher else {}) | {name: scores.get(kind) or {} for name, scores in students.items()}
+    columns = ({"teacher": teacher} if teacher else {}) | {
+        name: scores.get(kind) or {} for name, scores in students.items()
+    }
     columns = {name: scores for name, scores in columns.items() if scores}
-    recovery = ((results.get("win_and_tie") or {}).get(final(results)) or {}).get("recovery") if kind == "exact_match" else None
+    recovery = (
+        ((results.get("win_and_tie") or {}).get(final(results)) or {}).get("recovery")
+        if kind == "exact_match"
+        else None
+    )
     domains = list(dict.fromkeys(domain for scores in columns.values() for domain in scores))
     head = ["domain", *columns, *(["recovery"] if recovery else [])]
-    return [head, *([d, *(show(scores.get(d)) for scores in columns.values()), *([show(recovery.get(d))] if recovery else [])] for d in domains)]
+    return [
+        head,
+        *(
+            [d, *(show(scores.get(d)) for scores in columns.values()), *([show(recovery.get(d))] if recovery else [])]
+            for d in domains
+        ),
+    ]
 
 
 def verdict_rows(results):
@@ -46,12 +70,16 @@ def verdict_rows(results):
         rows.append([label, *(form.format(verdicts[c][key]) if c in verdicts else "" for c in columns)])
         sure = {name: (v.get("resampled") or {}).get(key) for name, v in verdicts.items()}
         if any(sure.values()):
-            rows.append([f"in {LEVEL:.0%}".replace("%", " %"), *(between(sure[c], form) if c in sure else "" for c in columns)])
+            rows.append(
+                [f"in {LEVEL:.0%}".replace("%", " %"), *(between(sure[c], form) if c in sure else "" for c in columns)]
+            )
     return rows
 
 
 def table(results):
-    """A `rich` table for the terminal, 80 columns wide: domains down, teacher, student stages and recovery across; then C_0 and alpha*."""
+    """A `rich` table for the terminal, 80 columns wide: domains down, teacher, student stages and recovery across; then
+    C_0 and alpha*.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -60,7 +88,12 @@ def table(results):
     title = Text(f"Exact match in %: {results.get('title', '')}")
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for first, column in zip([True, *[False] * len(head)], head, strict=False):
-        made.add_column(Text(column), justify="left" if first else "right", no_wrap=first, style="bold" if column == final(results) else None)
+        made.add_column(
+            Text(column),
+            justify="left" if first else "right",
+            no_wrap=first,
+            style="bold" if column == final(results) else None,
+        )
     for row in rows:
         made.add_row(*map(Text, row))
     made.add_section()
@@ -94,19 +127,42 @@ def ordered_colours(count):
 
 def draw_win_and_tie(results):
     """C_alpha of every student, with a dot at alpha*."""
-    verdicts = {name: v for name, v in (results.get("win_and_tie") or {}).items() if name in (results.get("students") or {})}
+    verdicts = {
+        name: v for name, v in (results.get("win_and_tie") or {}).items() if name in (results.get("students") or {})
+    }
     if not verdicts:
         return None
     made, (axes,) = figure()
-    done = max(next((a for a, c in zip(v["alphas"], v["curve"], strict=True) if c >= max(v["curve"])), 1) for v in verdicts.values())
+    done = max(
+        next((a for a, c in zip(v["alphas"], v["curve"], strict=True) if c >= max(v["curve"])), 1)
+        for v in verdicts.values()
+    )
     for j, (name, v) in enumerate(verdicts.items()):
         colour, dashes = colours(results)[name], "-" if name == final(results) else DASHES[j % len(DASHES)]
-        look = {"color": colour, "linestyle": dashes, "linewidth": 3.2 if dashes == "-" else 1.8, "zorder": 2 if dashes == "-" else 3}
+        look = {
+            "color": colour,
+            "linestyle": dashes,
+            "linewidth": 3.2 if dashes == "-" else 1.8,
+            "zorder": 2 if dashes == "-" else 3,
+        }
         axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", label=f"{name}: α* = {v['alpha_star']:.3f}", **look)
         height = next((c for a, c in zip(v["alphas"], v["curve"], strict=True) if a >= v["alpha_star"]), v["curve"][-1])
-        axes.plot([v["alpha_star"]], [height], "o", color=colour, markeredgecolor="white", markersize=8, zorder=4 + j, clip_on=False)
+        axes.plot(
+            [v["alpha_star"]],
+            [height],
+            "o",
+            color=colour,
+            markeredgecolor="white",
+            markersize=8,
+            zorder=4 + j,
+            clip_on=False,
+        )
     axes.axhline(0.5, color="#999999", linewidth=1, zorder=1)
-    axes.set(xlabel="relative tolerance α", ylabel="share of domains won or tied, $C_α$", title="Win-and-tie rate against the teacher (dots: α*)")
+    axes.set(
+        xlabel="relative tolerance α",
+        ylabel="share of domains won or tied, $C_α$",
+        title="Win-and-tie rate against the teacher (dots: α*)",
+    )
     axes.set(ylim=(-0.03, 1.05), xlim=(-0.01, min(1, done * 1.1 + 0.02)))
     made.legend(loc="outside right center")
     return made
@@ -115,7 +171,9 @@ def draw_win_and_tie(results):
 def draw_domains(results, title="Exact match per domain", label="exact match, %"):
     """Scores per domain: one bar for the teacher and one per student."""
     teacher, students = (results.get("teacher_scores") or {}).get("exact_match") or {}, results.get("students") or {}
-    bars = ({"teacher": teacher} if teacher else {}) | {n: s["exact_match"] for n, s in students.items() if s.get("exact_match")}
+    bars = ({"teacher": teacher} if teacher else {}) | {
+        n: s["exact_match"] for n, s in students.items() if s.get("exact_match")
+    }
     if not bars:
         return None
     domains = list(dict.fromkeys(d for scores in bars.values() for d in scores))
@@ -141,7 +199,9 @@ def draw_alignment(results):
     layers, curve = ((results.get("alignment") or {}).get(key) or [] for key in ("layers", "curve"))
     if not layers and not curve:
         return None
-    made, axes = figure(columns=bool(layers) + bool(curve), width=9 if layers and curve else 6, height=max(3.8, 0.24 * len(layers)))
+    made, axes = figure(
+        columns=bool(layers) + bool(curve), width=9 if layers and curve else 6, height=max(3.8, 0.24 * len(layers))
+    )
     names = [str(entry.get("layer", n)) for n, entry in enumerate(layers)]
     if layers:
         draw_before_and_after(axes[0], names, [e["before"] for e in layers], [e["after"] for e in layers])
@@ -174,7 +234,9 @@ def draw_curves(axes, names, curve):
 
 
 def scale_steps(axes, values):
-    """Whole steps across; up from zero, or logarithmic with plain numbers where positive values span more than a factor of five."""
+    """Whole steps across; up from zero, or logarithmic with plain numbers where positive values span more than a factor
+    of five.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_xlabel("step")
@@ -199,7 +261,10 @@ def draw_losses(results):
     for axes, term in zip(panels, terms, strict=True):
         for j, (name, log) in enumerate(logs.items()):
             points = [(e["step"], e[term]) for e in log if term in e]
-            look = {"color": OTHERS[(j + 2) % len(OTHERS)], "linestyle": "-" if j == 0 else DASHES[(j - 1) % len(DASHES)]}
+            look = {
+                "color": OTHERS[(j + 2) % len(OTHERS)],
+                "linestyle": "-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
+            }
             axes.plot(*zip(*points, strict=True), label=name if axes is panels[0] else None, **look)
         axes.set_title(titles[term])
         scale_steps(axes, [e[term] for log in logs.values() for e in log if term in e])
@@ -215,11 +280,15 @@ def draw_gates(results):
         return None
     heads, layers = max(map(len, gates)), len(gates)
     made, (axes,) = figure(width=min(12, 3.2 + 0.5 * heads), height=min(10, 1.6 + 0.42 * layers))
-    image = axes.imshow([row + [math.nan] * (heads - len(row)) for row in gates], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    image = axes.imshow(
+        [row + [math.nan] * (heads - len(row)) for row in gates], vmin=0, vmax=1, cmap="cividis", aspect="auto"
+    )
     if heads * layers <= 128:
         for n, row in enumerate(gates):
             for h, gate in enumerate(row):
-                axes.text(h, n, f"{gate:.2f}", ha="center", va="center", fontsize=8, color="white" if gate < 0.55 else "black")
+                axes.text(
+                    h, n, f"{gate:.2f}", ha="center", va="center", fontsize=8, color="white" if gate < 0.55 else "black"
+                )
     axes.set(xlabel="head", ylabel="hybrid layer", title="Mean output gate")
     axes.set_xticks(range(0, heads, 1 + heads // 24))
     axes.set_yticks(range(0, layers, 1 + layers // 24))
@@ -235,17 +304,28 @@ def draw_tasks(comparison):
     """Scores per benchmark, teacher and students."""
     teacher, *students = ({"exact_match": scores} for scores in scaled_scores(comparison).values())
     students = dict(zip(comparison["students"], students, strict=True))
-    return draw_domains({"teacher_scores": teacher, "students": students}, title="Score per benchmark", label="score, %")
+    return draw_domains(
+        {"teacher_scores": teacher, "students": students}, title="Score per benchmark", label="score, %"
+    )
 
 
 def draw_recovery(comparison):
     """Student score over teacher score, students down and benchmarks across; blank where the teacher scored 0."""
     rows = [[s["recovery"][task] for task in comparison["teacher_scores"]] for s in comparison["students"].values()]
     made, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
-    image = axes.imshow([[math.nan if r is None else r for r in row] for row in rows], vmin=0.5, vmax=1.5, cmap="PuOr", aspect="auto")
+    image = axes.imshow(
+        [[math.nan if r is None else r for r in row] for row in rows], vmin=0.5, vmax=1.5, cmap="PuOr", aspect="auto"
+    )
     for j, row in enumerate(rows):
         for n, r in enumerate(row):
-            axes.text(n, j, NONE if r is None else f"{100 * r:.0f}", ha="center", va="center", color="black" if r and 0.6 < r < 1.4 else "#888888")
+            axes.text(
+                n,
+                j,
+                NONE if r is None else f"{100 * r:.0f}",
+                ha="center",
+                va="center",
+                color="black" if r and 0.6 < r < 1.4 else "#888888",
+            )
     axes.set_xticks(range(len(rows[0])), comparison["teacher_scores"], rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), comparison["students"])
     axes.set(title=f"Recovery: score in % of that of {comparison['teacher']}")
@@ -259,7 +339,10 @@ def draw_front(comparison):
     if not (students := {name: s for name, s in comparison["students"].items() if s["pareto"] is not None}):
         return None
     made, (axes,) = figure()
-    points = [(name, (s["cost"], s["mean_recovery"]), FINAL if s["pareto"] else "white", FINAL) for name, s in students.items()]
+    points = [
+        (name, (s["cost"], s["mean_recovery"]), FINAL if s["pareto"] else "white", FINAL)
+        for name, s in students.items()
+    ]
     front = sorted(point for _, point, fill, _ in points if fill == FINAL)
     axes.plot([c for c, _ in front], [r for _, r in front], color=FINAL, drawstyle="steps-post", zorder=1)
     if comparison["teacher_cost"] is not None:
@@ -270,7 +353,9 @@ def draw_front(comparison):
     costs = [cost for _, (cost, _), _, _ in points]
     if 0 < 20 * min(costs) < max(costs):
         axes.set_xscale("log")
-    axes.set(xlabel=comparison["cost"], ylabel="mean recovery", title="Quality against cost (filled: on the Pareto front)")
+    axes.set(
+        xlabel=comparison["cost"], ylabel="mean recovery", title="Quality against cost (filled: on the Pareto front)"
+    )
     return made
 
 
@@ -282,7 +367,11 @@ def comparison_pictures(comparison):
     """
     curves = {"students": comparison["students"], "win_and_tie": comparison["students"]}
     drawings = {
-        "curve.png": (draw_win_and_tie, curves, "Share of benchmarks won or tied against the relative tolerance α; the dots are at α*."),
+        "curve.png": (
+            draw_win_and_tie,
+            curves,
+            "Share of benchmarks won or tied against the relative tolerance α; the dots are at α*.",
+        ),
         "tasks.png": (draw_tasks, comparison, "Score per benchmark, teacher and students."),
         "recovery.png": (draw_recovery, comparison, "Recovery per benchmark: student score over teacher score."),
         "front.png": (draw_front, comparison, "Mean recovery against cost."),
@@ -292,17 +381,28 @@ def comparison_pictures(comparison):
 
 
 PICTURES = {  # file: (drawing, caption)
-    "win_and_tie.png": (draw_win_and_tie, "Share of domains that a student wins or ties, against the relative tolerance α; the dots are at α*."),
+    "win_and_tie.png": (
+        draw_win_and_tie,
+        "Share of domains that a student wins or ties, against the relative tolerance α; the dots are at α*.",
+    ),
     "domains.png": (draw_domains, "Exact match per domain, teacher and every student."),
-    "alignment.png": (draw_alignment, "Alignment error per layer: squared error of the mixer over the squared output of the attention it replaces."),
+    "alignment.png": (
+        draw_alignment,
+        "Alignment error per layer: squared error of the mixer over the squared output of the attention it replaces.",
+    ),
     "losses.png": (draw_losses, "Losses of the experts in distillation."),
     "efficiency.png": (draw_efficiency, "What teacher (dashed) and student (solid) cost against the context."),
-    "gates.png": (draw_gates, "Mean output gate of every head on held-out rows: 1 reads the mLSTM only, 0 the window only."),
+    "gates.png": (
+        draw_gates,
+        "Mean output gate of every head on held-out rows: 1 reads the mLSTM only, 0 the window only.",
+    ),
 }
 
 
 def write_pictures(results, folder):
-    """Draw what the results have; returns `{file name: caption}`. A picture that an earlier report left and this one lacks is removed."""
+    """Draw what the results have; returns `{file name: caption}`. A picture that an earlier report left and this one
+    lacks is removed.
+    """
     written = {}
     for name, (draw, caption) in PICTURES.items():
         image = as_png(draw, results)
@@ -328,7 +428,9 @@ def styled():
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        raise ConfigError("the report's pictures need matplotlib, found none; pip install 'xlstm-hybrid[train]'") from error
+        raise ConfigError(
+            "the report's pictures need matplotlib, found none; pip install 'xlstm-hybrid[train]'"
+        ) from error
     return rc_context(STYLE)
 
 
@@ -339,16 +441,14 @@ def write_report(results, run_dir):
     """Write `report.md` and its pictures into `run_dir`; returns the names of the files.
 
     Args:
-        results: any of these parts; what is missing is left out of the report.
-            "title": text.  "teacher": its name.
+        results: any of these parts; what is missing is left out of the report. "title": text.  "teacher": its name.
             "contradictions": {model: {domain: samples}}, see `evaluation.contradictions`: the scores are none.
-            "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}.
-            "students": {name: the same form}, in the order of the stages, the final student last.
-            "win_and_tie": {student: `dataclasses.asdict` of a `WinAndTie`}.
-            "alignment": {"layers": [{"layer", "before", "after"}], "curve": [{"step", "error": [per layer]}]}, relative squared errors.
-            "distillation": {expert: [{"step", "loss", "ce", "kl"}]}, nats per token.
-            "gates": [[mean output gate per head] per hybrid layer].
-            "comparison": `compare.plain_floats` of `compare.compare`.  "efficiency": what `efficiency_report.write_efficiency` takes.
+            "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}. "students": {name: the
+            same form}, in the order of the stages, the final student last. "win_and_tie": {student:
+            `dataclasses.asdict` of a `WinAndTie`}. "alignment": {"layers": [{"layer", "before", "after"}], "curve":
+            [{"step", "error": [per layer]}]}, relative squared errors. "distillation": {expert: [{"step", "loss", "ce",
+            "kl"}]}, nats per token. "gates": [[mean output gate per head] per hybrid layer]. "comparison":
+            `compare.plain_floats` of `compare.compare`.  "efficiency": what `efficiency_report.write_efficiency` takes.
             "long_context": rows of `report_sections.HEAD`, with "task".  "notes": sentences on how it was judged.
             "sample": {"prompt", "output"}.  "seconds": {stage: seconds}.  "peak_memory_mib": number.
     Raises:
@@ -372,7 +472,11 @@ def markdown(results, pictures=()):
     parts += map(escaped, results.get("notes") or [])
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
-        parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)]), *shown("domains.png", "win_and_tie.png")]
+        parts += [
+            "## Exact match",
+            markdown_table([*scores, *verdict_rows(results)]),
+            *shown("domains.png", "win_and_tie.png"),
+        ]
     if len(perplexities) > 1:
         parts += ["## Perplexity", markdown_table(perplexities)]
     parts += [*benchmarks(results), *long_context(results)]

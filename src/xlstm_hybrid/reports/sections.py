@@ -1,4 +1,6 @@
-"""Sections of a run's report that come from comparison, long context, costs and times, as lists of Markdown parts or rows; [] where it has none."""
+"""Sections of a run's report that come from comparison, long context, costs and times, as lists of Markdown parts or
+rows; [] where it has none.
+"""
 
 import re
 
@@ -30,12 +32,22 @@ def benchmarks(results):
     text = (
         f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {found['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
         f"α\\* = {student['alpha_star']:.3f}"
-        + (f" ({between(sure['alpha_star'])} in {percent(found['level'])} of resamples of the documents)" if sure else "")
+        + (
+            f" ({between(sure['alpha_star'])} in {percent(found['level'])} of resamples of the documents)"
+            if sure
+            else ""
+        )
         + f"; {student['wins']} won, {student['ties']} tied, {student['losses']} lost."
     )
     rules = [escaped(note) for note in found["notes"]]
     more = "More in [comparison/comparison.html](comparison/comparison.html) and [comparison/comparison.md](comparison/comparison.md)."
-    return [f"## {escaped(name)} against {escaped(found['teacher'])}", text, markdown_table(task_rows(found, student)), *rules, more]
+    return [
+        f"## {escaped(name)} against {escaped(found['teacher'])}",
+        text,
+        markdown_table(task_rows(found, student)),
+        *rules,
+        more,
+    ]
 
 
 def long_context_table(rows):
@@ -50,7 +62,9 @@ def long_context(results):
     if not rows:
         return []
     zero = [row["task"] for row in rows if not row["teacher_recall"]]
-    said = [f"The teacher recalls nothing on {', '.join(map(escaped, zero))}: nothing can be lost there."] if zero else []
+    said = (
+        [f"The teacher recalls nothing on {', '.join(map(escaped, zero))}: nothing can be lost there."] if zero else []
+    )
     return ["## Long context", long_context_table(rows), EXPLAINED, *said]
 
 
@@ -59,7 +73,10 @@ def costs(results):
     if not (found := results.get("efficiency")):
         return []
     pair, machine = found["pairs"][0], found["machine"]
-    parts = ["## Cost beside the teacher", f"{escaped(machine.get('gpu') or machine['cpu'])}; times are {machine['clock']}."]
+    parts = [
+        "## Cost beside the teacher",
+        f"{escaped(machine.get('gpu') or machine['cpu'])}; times are {machine['clock']}.",
+    ]
     parts += [f"### {title}\n\n{markdown_table(rows)}" for title, rows in tables(pair)]
     return [*parts, "\n".join(f"* {escaped(note)}" for note in notes(pair))]
 
@@ -78,7 +95,9 @@ def time_table(results):
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text("Where the time went"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    made = Table(
+        title=Text("Where the time went"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     head, *rows = time_rows(results) or [["stage", "time", "share"]]
     for column in head:
         made.add_column(Text(column), justify="left" if column == "stage" else "right")

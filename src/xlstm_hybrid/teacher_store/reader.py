@@ -1,4 +1,6 @@
-"""Reading a store: rows by number, each checked as it is read; a collator that adds their targets to a batch. Dims: B T M as everywhere, P stored."""
+"""Reading a store: rows by number, each checked as it is read; a collator that adds their targets to a batch. Dims: B T
+M as everywhere, P stored.
+"""
 
 import os
 from pathlib import Path
@@ -21,7 +23,8 @@ class TeacherStore:
     Args:
         directory: of `build_store`.
         partial: accept a store that is not finished; a row of a missing shard is an error when it is read.
-        verify: "rows" checks what is read; "full" hashes each shard as well, once, before the first of its rows is read.
+        verify: "rows" checks what is read; "full" hashes each shard as well, once, before the first of its rows is
+            read.
         expected: fields of the spec and the values that they must have.
     Raises:
         StoreError: no store, an unfinished or damaged one, or one made for something else.
@@ -32,12 +35,16 @@ class TeacherStore:
             raise ConfigError(f"verify={verify!r}: expected 'rows' or 'full'")
         self.directory, self.level, self.opened = Path(directory), verify, {}
         index = read_index(self.directory)
-        self.spec, self.spec_hash, self.first, self.shards = (index[key] for key in ("spec", "spec_hash", "first_rows", "shards"))
+        self.spec, self.spec_hash, self.first, self.shards = (
+            index[key] for key in ("spec", "spec_hash", "first_rows", "shards")
+        )
         self.kind, self.k, self.vocab_size = (self.spec[key] for key in ("kind", "k", "vocab_size"))
         require_same(self.spec, expected, f"the store {self.directory.name}")
         if not partial and len(self.shards) < len(self.first) - 1:
-            raise StoreError(f"{self.directory.name}: {len(self.shards)} of {len(self.first) - 1} shards are finished; run cache-teacher again, it "
-                             "goes on from there")  # fmt: skip
+            raise StoreError(
+                f"{self.directory.name}: {len(self.shards)} of {len(self.first) - 1} shards are finished; run cache-teacher again, it "
+                "goes on from there"
+            )
 
     def __len__(self):
         return self.first[-1]
@@ -49,10 +56,13 @@ class TeacherStore:
         """`Row` n: tokens, document starts and targets.
 
         Raises:
-            StoreError: no such row, a shard that is missing or damaged, or values that cannot be; it names row, document and position.
+            StoreError: no such row, a shard that is missing or damaged, or values that cannot be; it names row,
+                document and position.
         """
         if not 0 <= n < len(self):
-            raise StoreError(f"{self.directory.name}: row {n}, the store has {len(self)}; read it with the data that it was made from")
+            raise StoreError(
+                f"{self.directory.name}: row {n}, the store has {len(self)}; read it with the data that it was made from"
+            )
         j = shard_of(self.first, n)
         shard, name = self.shard(j), f"{self.directory.name}/{shard_name(j)}"
         per_entry, per_place = KINDS[self.kind]
@@ -61,7 +71,9 @@ class TeacherStore:
         for part, start in starts.items():
             begin, end = (int(x) for x in shard.get_slice(start)[i : i + 2])
             if not 0 <= begin <= end <= shard.get_slice(part).get_shape()[0]:
-                raise StoreError(f"{name}, row {n}, document 0: {part} {begin}..{end} lie outside of the shard, it is damaged: {AGAIN}")
+                raise StoreError(
+                    f"{name}, row {n}, document 0: {part} {begin}..{end} lie outside of the shard, it is damaged: {AGAIN}"
+                )
             arrays[part] = np.asarray(shard.get_slice(part)[begin:end])
         return decode(arrays, self.kind, self.k, self.vocab_size, f"{name}, row {n}")
 
@@ -79,19 +91,28 @@ class TeacherStore:
         name = shard_name(j)
         path, entry, where = self.directory / name, self.shards.get(name), f"{self.directory.name}/{name}"
         if entry is None:
-            raise StoreError(f"{where}: rows {self.first[j]}..{self.first[j + 1] - 1} are not finished; run cache-teacher again")
+            raise StoreError(
+                f"{where}: rows {self.first[j]}..{self.first[j + 1] - 1} are not finished; run cache-teacher again"
+            )
         try:
             handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except OSError as error:
-            raise StoreError(f"{where} is missing or cannot be read ({error.strerror}); run cache-teacher again") from error
+            raise StoreError(
+                f"{where} is missing or cannot be read ({error.strerror}); run cache-teacher again"
+            ) from error
         with os.fdopen(handle, "rb") as file:
             size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
             if size != entry["size"] or header > HEADER_BYTES:
-                raise StoreError(f"{where} has {size} bytes and a header of {header}, expected {entry['size']} and at most {HEADER_BYTES}: {AGAIN}")
-            same = f"/dev/fd/{file.fileno()}"  # what is hashed is what is mapped, whatever happens to the name meanwhile
+                raise StoreError(
+                    f"{where} has {size} bytes and a header of {header}, expected {entry['size']} and at most {HEADER_BYTES}: {AGAIN}"
+                )
+            # what is hashed is what is mapped, whatever happens to the name meanwhile
+            same = f"/dev/fd/{file.fileno()}"
             source = same if Path(same).exists() else path
             if self.level == "full" and (found := digest(source)) != entry["sha256"]:
-                raise StoreError(f"{where} has SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...; {self.locate(j, source)}")
+                raise StoreError(
+                    f"{where} has SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...; {self.locate(j, source)}"
+                )
             try:
                 shard = safe_open(source, framework="np")
             except (SafetensorError, OSError) as error:
@@ -103,7 +124,9 @@ class TeacherStore:
         """The shard must be the one that its name says, and hold what a shard holds."""
         made = (shard.metadata() or {}).get("shard")
         if made != f"{name} {self.spec_hash}":
-            raise StoreError(f"{where} was written as {made!r}, expected {name} of this store: put each shard back where it belongs, or {AGAIN}")
+            raise StoreError(
+                f"{where} was written as {made!r}, expected {name} of this store: put each shard back where it belongs, or {AGAIN}"
+            )
         wanted = COMMON | {part: DTYPES[part] for part in KINDS[self.kind]}
         codes = {np.uint32: "U32", np.int64: "I64", np.float16: "F16", np.float32: "F32", np.uint16: "U16"}
         found = {part: str(shard.get_slice(part).get_dtype()) for part in shard.keys()}  # noqa: SIM118, a handle and no dict
@@ -121,7 +144,9 @@ class TeacherStore:
         return f"no row of it shows where: {AGAIN}"
 
     def verify(self, report=None):
-        """Hash every shard and check every row; raises StoreError at the first that is not as it was written. `report`: of (shard, shards)."""
+        """Hash every shard and check every row; raises StoreError at the first that is not as it was written. `report`:
+        of (shard, shards).
+        """
         whole = TeacherStore(self.directory, verify="full")
         for j in range(len(self.first) - 1):
             for n in range(self.first[j], self.first[j + 1]):
@@ -131,7 +156,9 @@ class TeacherStore:
                 report(j + 1, len(self.first) - 1)
 
     def example(self, n):
-        """Row n with an entry per token: `input_ids, position_ids, teacher_rest [T], teacher_ids, teacher_logp [T, M]`; -inf where none is stored."""
+        """Row n with an entry per token: `input_ids, position_ids, teacher_rest [T], teacher_ids, teacher_logp [T, M]`;
+        -inf where none is stored.
+        """
         row = self.row(n)
         first = np.flatnonzero(row.starts)
         positions = np.arange(len(row.starts)) - np.repeat(first, np.diff([*first, len(row.starts)]))
@@ -141,7 +168,8 @@ class TeacherStore:
         """The store as a `datasets` data set of `example`s.
 
         Args:
-            streaming: an `IterableDataset` that reads the store, its shards shared out among workers; else a `Dataset`, which is a copy.
+            streaming: an `IterableDataset` that reads the store, its shards shared out among workers; else a `Dataset`,
+                which is a copy.
         """
         from datasets import Dataset, IterableDataset
 
@@ -160,7 +188,11 @@ def examples(store, shard):
 def spread(row):
     """Targets of a `Row` with an entry per token; where none is stored, ids are 0 and log-probabilities -inf."""
     T, M = len(row.input_ids), row.ids.shape[1]
-    ids, logp, rest = np.zeros((T, M), dtype=np.int64), np.full((T, M), NEVER, dtype=np.float32), np.full(T, NEVER, dtype=np.float32)
+    ids, logp, rest = (
+        np.zeros((T, M), dtype=np.int64),
+        np.full((T, M), NEVER, dtype=np.float32),
+        np.full(T, NEVER, dtype=np.float32),
+    )
     ids[row.stored], logp[row.stored], rest[row.stored] = row.ids, row.logp, row.rest
     return {"teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
 
@@ -175,9 +207,15 @@ def number_rows(data, store):
         StoreError: another number of rows than the store has.
     """
     if hasattr(data, "__len__") and len(data) != len(store):
-        raise StoreError(f"{store.directory.name} has {len(store)} rows, the data {len(data)}: read it with the data that it was made from")
+        raise StoreError(
+            f"{store.directory.name} has {len(store)} rows, the data {len(data)}: read it with the data that it was made from"
+        )
     if hasattr(data, "map"):
-        return data.add_column(NUMBER, list(range(len(data)))) if hasattr(data, "__len__") else data.map(with_number, with_indices=True)
+        return (
+            data.add_column(NUMBER, list(range(len(data))))
+            if hasattr(data, "__len__")
+            else data.map(with_number, with_indices=True)
+        )
     return [{**row, NUMBER: n} for n, row in enumerate(data)]
 
 
@@ -188,15 +226,16 @@ def with_number(row, n):
 class StoreCollator:
     """A collator that adds `teacher_ids, teacher_logp [B, T, M], teacher_rest [B, T]` to the batch of another.
 
-    Rows may be padded on either side (`attention_mask` says where), or joined to one (padding-free). Tokens and document starts of the batch are
-    compared with those that the teacher saw.
+    Rows may be padded on either side (`attention_mask` says where), or joined to one (padding-free). Tokens and
+    document starts of the batch are compared with those that the teacher saw.
 
     Args:
         store: `TeacherStore`.
-        collate: function of a list of rows without the column `store_row`; it returns tensors, `input_ids` [B, T] among them.
+        collate: function of a list of rows without the column `store_row`; it returns tensors, `input_ids` [B, T] among
+            them.
     Raises (when called):
-        StoreError: a row without number, tokens or documents that differ from the store's, or a scored token without targets; it names row,
-            document and position.
+        StoreError: a row without number, tokens or documents that differ from the store's, or a scored token without
+            targets; it names row, document and position.
     """
 
     def __init__(self, store, collate):
@@ -204,7 +243,9 @@ class StoreCollator:
 
     def __call__(self, rows):
         if any(NUMBER not in row for row in rows):
-            raise StoreError(f"a row has no column {NUMBER}: number the data with number_rows before it is shuffled, and keep the column")
+            raise StoreError(
+                f"a row has no column {NUMBER}: number the data with number_rows before it is shuffled, and keep the column"
+            )
         batch = self.collate([{key: value for key, value in row.items() if key != NUMBER} for row in rows])
         return add_targets(batch, [int(row[NUMBER]) for row in rows], self.store)
 
@@ -218,9 +259,15 @@ def add_targets(batch, numbers, store):
     M = stored[0].ids.shape[1]
     ids, logp, rest = torch.zeros(B, T, M, dtype=torch.int64), torch.full((B, T, M), NEVER), torch.full((B, T), NEVER)
     for n, row, (b, place) in zip(numbers, stored, places(batch, numbers, stored), strict=True):
-        compare({key: batch[key][b, place].numpy() for key in ("input_ids", "position_ids", "labels") if key in batch}, row, n)
+        compare(
+            {key: batch[key][b, place].numpy() for key in ("input_ids", "position_ids", "labels") if key in batch},
+            row,
+            n,
+        )
         where = place[torch.from_numpy(row.stored)]
-        ids[b, where], logp[b, where], rest[b, where] = (torch.from_numpy(np.ascontiguousarray(x)) for x in (row.ids, row.logp, row.rest))
+        ids[b, where], logp[b, where], rest[b, where] = (
+            torch.from_numpy(np.ascontiguousarray(x)) for x in (row.ids, row.logp, row.rest)
+        )
     return {**batch, "teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
 
 
@@ -236,11 +283,15 @@ def places(batch, numbers, stored):
     elif B == 1 and int(real.sum()) == sum(lengths):
         found = [(0, part) for part in real[0].nonzero()[:, 0].split(lengths)]
     else:
-        raise StoreError(f"rows {numbers} of {lengths} tokens became a batch of {[B, T]}: expected one row each, or all of them joined to one")
+        raise StoreError(
+            f"rows {numbers} of {lengths} tokens became a batch of {[B, T]}: expected one row each, or all of them joined to one"
+        )
     for n, length, (_, place) in zip(numbers, lengths, found, strict=True):
         if len(place) != length:
-            raise StoreError(f"row {n}, document 0: {len(place)} tokens in the batch, {length} in the store; read it with the data that it was made "
-                             "from, neither cut nor packed again")  # fmt: skip
+            raise StoreError(
+                f"row {n}, document 0: {len(place)} tokens in the batch, {length} in the store; read it with the data that it was made "
+                "from, neither cut nor packed again"
+            )
     return found
 
 
@@ -251,9 +302,14 @@ def compare(batch, row, n):
     starts[:1] = True
     labels = batch.get("labels", np.full(len(row.starts), IGNORE))
     scored = np.append((labels[1:] != IGNORE) & ~starts[1:], False)
-    checks = [(batch["input_ids"] != row.input_ids, lambda p: f"token {batch['input_ids'][p]} in the batch, {row.input_ids[p]} in the store"),
-              (starts != row.starts, lambda p: f"a document starts in {'the batch' if starts[p] else 'the store'} alone"),
-              (scored & ~row.stored, lambda p: "the next token is scored, the store has no targets for it")]  # fmt: skip
+    checks = [
+        (
+            batch["input_ids"] != row.input_ids,
+            lambda p: f"token {batch['input_ids'][p]} in the batch, {row.input_ids[p]} in the store",
+        ),
+        (starts != row.starts, lambda p: f"a document starts in {'the batch' if starts[p] else 'the store'} alone"),
+        (scored & ~row.stored, lambda p: "the next token is scored, the store has no targets for it"),
+    ]
     for wrong, text in checks:
         if wrong.any():
             p = int(np.flatnonzero(wrong)[0])

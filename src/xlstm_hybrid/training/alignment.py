@@ -1,7 +1,8 @@
 """Stage I: layer-wise alignment. Each hybrid mixer learns to give what the attention it replaces gives.
 
-Teacher-forced: every layer sees the teacher's hidden states, so the layers are independent, and teacher and student share one trunk:
-the student's own frozen weights are the teacher's. Only the new parameters (feature maps and gates) are trained.
+Teacher-forced: every layer sees the teacher's hidden states, so the layers are independent, and teacher and student
+share one trunk: the student's own frozen weights are the teacher's. Only the new parameters (feature maps and gates)
+are trained.
 
 Dims: B batch, T tokens, D hidden size, H heads, V value dim, L layers, N counted tokens.
 """
@@ -16,46 +17,79 @@ from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import HybridDecoderLayer
-from xlstm_hybrid.training.resume import resumable
+from xlstm_hybrid.training.resume import Resumable
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
 
 
 @dataclass
 class AlignmentConfig(SFTConfig):
-    """Arguments of `AlignmentTrainer`. Defaults follow the paper: AdamW with weight decay, 1e-2 decaying by a cosine, no gradient clipping."""
+    """Arguments of `AlignmentTrainer`. Defaults follow the paper: AdamW with weight decay, 1e-2 decaying by a cosine,
+    no gradient clipping.
+    """
 
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the new parameters."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule after the warm-up."})
-    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr": 1e-5}, metadata={"help": "The floor of the cosine."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr": 1e-5}, metadata={"help": "The floor of the cosine."}
+    )
     weight_decay: float = field(default=0.1, metadata={"help": "Of AdamW."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: a global clip would couple the layers."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of no use here: the trunk keeps no activations."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Of no use here: the trunk keeps no activations."}
+    )
     loss_form: str = field(
         default="sum",
-        metadata={"help": "'sum': squared error per token, summed over layers; 'relative': each layer's error over the mean squared norm of its "
-                          "target, measured once on the first micro-batch."},
-    )  # fmt: skip
-    cosine_weight: float = field(default=0.0, metadata={"help": "Weight of 1 - cosine of the attention outputs (after W_o), per token and layer."})
-    frobenius_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the norm of the attention outputs' difference over sqrt(D), per token and layer."}
+        metadata={
+            "help": "'sum': squared error per token, summed over layers; 'relative': each layer's error over the mean squared norm of its "
+            "target, measured once on the first micro-batch."
+        },
     )
-    stop_error: float = field(default=0.0, metadata={"help": "A layer stops when its relative error over a window is below this; 0: never."})
-    stop_patience: int = field(default=0, metadata={"help": "A layer stops after so many windows without a gain of stop_gain; 0: never."})
-    stop_gain: float = field(default=0.01, metadata={"help": "Share by which a window's relative error must beat the best one before."})
+    cosine_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of 1 - cosine of the attention outputs (after W_o), per token and layer."},
+    )
+    frobenius_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the norm of the attention outputs' difference over sqrt(D), per token and layer."},
+    )
+    stop_error: float = field(
+        default=0.0, metadata={"help": "A layer stops when its relative error over a window is below this; 0: never."}
+    )
+    stop_patience: int = field(
+        default=0, metadata={"help": "A layer stops after so many windows without a gain of stop_gain; 0: never."}
+    )
+    stop_gain: float = field(
+        default=0.01, metadata={"help": "Share by which a window's relative error must beat the best one before."}
+    )
     stop_window: int = field(default=25, metadata={"help": "Steps per window of early stopping."})
-    layers_at_a_time: int = field(default=0, metadata={"help": "Layers per group of `streaming.align_streamed`; 0: all at once, in memory."})
-    max_skipped_steps: int = field(default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."})
-    allow_changes: list[str] | None = field(default=None, metadata={"help": "Fields of the run spec that may differ at resume."})
+    layers_at_a_time: int = field(
+        default=0, metadata={"help": "Layers per group of `streaming.align_streamed`; 0: all at once, in memory."}
+    )
+    max_skipped_steps: int = field(
+        default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."}
+    )
+    allow_changes: list[str] | None = field(
+        default=None, metadata={"help": "Fields of the run spec that may differ at resume."}
+    )
 
     def __post_init__(self):
         settle_bf16(self)
         super().__post_init__()
         if self.max_grad_norm:
-            raise ConfigError(f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent")
+            raise ConfigError(
+                f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent"
+            )
         if self.loss_form not in ("sum", "relative"):
             raise ConfigError(f"loss_form={self.loss_form!r}: expected 'sum' or 'relative'")
-        for name in ("cosine_weight", "frobenius_weight", "stop_error", "stop_patience", "stop_gain", "layers_at_a_time"):
+        for name in (
+            "cosine_weight",
+            "frobenius_weight",
+            "stop_error",
+            "stop_patience",
+            "stop_gain",
+            "layers_at_a_time",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if self.stop_window < 1:
@@ -71,13 +105,13 @@ def new_parameters(model):
 # --- the trainer -----------------------------------------------------------------------------------------------
 
 
-@resumable
-class AlignmentTrainer(SFTTrainer):
+class AlignmentTrainer(Resumable, SFTTrainer):
     """Minimises the distance between each mixer and the teacher's attention, per counted token, summed over layers.
 
-    A token counts unless it is padding. The divisor is the number of counted tokens of the whole step, over micro-batches and processes.
-    Logs, per layer and over the steps between two logs, `layer_<n>/relative_error`: squared error as a share of the squared norm of the target.
-    A layer that has stopped early (`stop_error`, `stop_patience`) keeps its last error in the log, and the others do not notice.
+    A token counts unless it is padding. The divisor is the number of counted tokens of the whole step, over
+    micro-batches and processes. Logs, per layer and over the steps between two logs, `layer_<n>/relative_error`:
+    squared error as a share of the squared norm of the target. A layer that has stopped early (`stop_error`,
+    `stop_patience`) keeps its last error in the log, and the others do not notice.
 
     Raises:
         ConfigError: the model has no hybrid layer, or `layers_at_a_time` asks for `streaming.align_streamed`.
@@ -89,9 +123,13 @@ class AlignmentTrainer(SFTTrainer):
 
     def __init__(self, model, args=None, **kwargs):
         if not new_parameters(model):
-            raise ConfigError("nothing to align: no layer of the model is hybrid_sliding; convert the teacher with hybrid layers")
+            raise ConfigError(
+                "nothing to align: no layer of the model is hybrid_sliding; convert the teacher with hybrid layers"
+            )
         if model.config.mixer_branches == "window":
-            raise ConfigError("nothing to align: mixer_branches='window' leaves the new parameters out; go on with stage II")
+            raise ConfigError(
+                "nothing to align: mixer_branches='window' leaves the new parameters out; go on with stage II"
+            )
         if getattr(args, "layers_at_a_time", 0) and not hasattr(model, "streamed_layers"):
             raise ConfigError(
                 f"layers_at_a_time={args.layers_at_a_time}: call streaming.align_streamed(checkpoint, ...), which loads so many at a time"
@@ -103,7 +141,9 @@ class AlignmentTrainer(SFTTrainer):
         super().__init__(model=model, args=args, **kwargs)
         vars(model).pop("forward", None)  # TRL's fused LM head: stage I has no use for logits
         self.layers = {
-            n: layer for n, layer in enumerate(model.model.layers) if isinstance(layer, HybridDecoderLayer) and hasattr(layer.self_attn, "mlstm")
+            n: layer
+            for n, layer in enumerate(model.model.layers)
+            if isinstance(layer, HybridDecoderLayer) and hasattr(layer.self_attn, "mlstm")
         }
         self.scales, self.sums, self.window, self.best, self.waited, self.stopped = None, {}, None, {}, {}, {}
 
@@ -128,13 +168,16 @@ class AlignmentTrainer(SFTTrainer):
         if self.args.loss_form == "relative":
             error = error / self.target_scales(out)
         total = error.sum() + self.args.cosine_weight * cosine.sum() + self.args.frobenius_weight * frobenius.sum()
-        count = out.num_items if num_items_in_batch is None else num_items_in_batch / self.args.world_size  # gradients are averaged over processes
+        # gradients are averaged over processes
+        count = out.num_items if num_items_in_batch is None else num_items_in_batch / self.args.world_size
         loss = total / torch.where(count > 0, count, 1)
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
     def target_scales(self, out):
-        """[L] mean squared norm of each layer's target per token, of the run's first micro-batch; 1 where there is none."""
+        """[L] mean squared norm of each layer's target per token, of the run's first micro-batch; 1 where there is
+        none.
+        """
         if self.scales is None:
             target, count = self.over_processes(out.target.detach().clone()), self.over_processes(out.num_items.float())
             scales = target / count.clamp_min(1)
@@ -147,9 +190,13 @@ class AlignmentTrainer(SFTTrainer):
     def record(self, out):
         """Add the layers' sums to those of the mode and of the window; nothing waits for the device."""
         mode = "train" if self.model.training else "eval"
-        self.sums[mode] = self.sums[mode] + out.sums.detach().double() if mode in self.sums else out.sums.detach().double()
+        self.sums[mode] = (
+            self.sums[mode] + out.sums.detach().double() if mode in self.sums else out.sums.detach().double()
+        )
         if mode == "train":
-            self.window = out.sums.detach().double() if self.window is None else self.window + out.sums.detach().double()
+            self.window = (
+                out.sums.detach().double() if self.window is None else self.window + out.sums.detach().double()
+            )
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -171,8 +218,13 @@ class AlignmentTrainer(SFTTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def end_window(self):
-        """After each `stop_window` steps, stop the layers that are good enough or have stopped improving (from the next step on)."""
-        if not (self.args.stop_error or self.args.stop_patience) or (self.state.global_step + 1) % self.args.stop_window:
+        """After each `stop_window` steps, stop the layers that are good enough or have stopped improving (from the next
+        step on).
+        """
+        if (
+            not (self.args.stop_error or self.args.stop_patience)
+            or (self.state.global_step + 1) % self.args.stop_window
+        ):
             return
         sums, self.window = self.over_processes(self.window.clone()).tolist(), None
         for n in self.layers:
@@ -201,8 +253,14 @@ class AlignmentTrainer(SFTTrainer):
         device, first = self.args.device, self.args.process_index == 0
         dtype = torch.promote_types(next(iter(new_parameters(self.model).values())).dtype, torch.float32)
         self.scales = None if saved["scales"] is None else torch.tensor(saved["scales"], device=device, dtype=dtype)
-        self.window = None if saved["window"] is None else torch.tensor(saved["window"], device=device, dtype=torch.float64) * first
-        self.best, self.waited, stopped = ({int(n): x for n, x in saved[name].items()} for name in ("best", "waited", "stopped"))
+        self.window = (
+            None
+            if saved["window"] is None
+            else torch.tensor(saved["window"], device=device, dtype=torch.float64) * first
+        )
+        self.best, self.waited, stopped = (
+            {int(n): x for n, x in saved[name].items()} for name in ("best", "waited", "stopped")
+        )
         for n, error in stopped.items():
             self.stop(n, error)
 
@@ -217,7 +275,11 @@ def counted_tokens(batch):
 
 def relative_errors(out):
     """`{"layer_<n>/relative_error": squared error / squared target}` of an `AlignmentOutput`, hybrid layers only."""
-    return {f"layer_{n}/relative_error": (e / t).item() for n, (e, t) in enumerate(zip(out.error, out.target, strict=True)) if t > 0}
+    return {
+        f"layer_{n}/relative_error": (e / t).item()
+        for n, (e, t) in enumerate(zip(out.error, out.target, strict=True))
+        if t > 0
+    }
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Stage I for a teacher that does not fit: n layers are in memory at a time, what enters them lies on disk.
 
-Teacher-forced alignment makes layers independent of each other's training, so that groups of them can be trained one after the other. The hidden
-states that enter a group are spooled micro-batch by micro-batch in the order of the joint run, so that every layer sees what it would have seen
-there, and optimiser, schedule and data order are the joint run's: the result is the same. Finished groups are listed in `streaming.json`.
+Teacher-forced alignment makes layers independent of each other's training, so that groups of them can be trained one
+after the other. The hidden states that enter a group are spooled micro-batch by micro-batch in the order of the joint
+run, so that every layer sees what it would have seen there, and optimiser, schedule and data order are the joint run's:
+the result is the same. Finished groups are listed in `streaming.json`.
 
 Dims: B batch, T tokens, D hidden size, L layers.
 """
@@ -53,7 +54,8 @@ log = logging.getLogger(__name__)
 
 
 def group_model(config, files, layers, dtype=None):
-    """A student that has the given layers only, read from the checkpoint's safetensors; the rest of its modules are `Identity`.
+    """A student that has the given layers only, read from the checkpoint's safetensors; the rest of its modules are
+    `Identity`.
 
     Args:
         files: `{tensor: file}`, see `weight_files`.
@@ -63,7 +65,9 @@ def group_model(config, files, layers, dtype=None):
     trunk, kinds = model.model, config.teacher_layer_types
     trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
     trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
-    trunk.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))})
+    trunk.rotary_emb = nn.ModuleDict(
+        {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
+    )
     state = {name: read_tensor(files, name, dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model.streamed_layers = sorted(layers)
@@ -85,7 +89,8 @@ def read_tensor(files, name, dtype=None):
 
 
 class Spool:
-    """Micro-batches and the hidden states that enter a layer: `batches/<n>.safetensors`, and `hidden-<layer>.bin`, read through a memory map.
+    """Micro-batches and the hidden states that enter a layer: `batches/<n>.safetensors`, and `hidden-<layer>.bin`, read
+    through a memory map.
 
     shapes: [B, T, D] of each micro-batch.  offsets: where each begins, in elements.
     """
@@ -133,7 +138,9 @@ class Spool:
         if layer not in self.mapped:
             expected, path = self.offsets[-1] * self.dtype.itemsize, self.path(layer)
             if not path.is_file() or path.stat().st_size != expected:
-                raise CheckpointError(f"{path.name}: expected {expected} bytes of hidden states; remove {self.folder.name} to start again")
+                raise CheckpointError(
+                    f"{path.name}: expected {expected} bytes of hidden states; remove {self.folder.name} to start again"
+                )
             self.mapped = {layer: torch.from_file(str(path), shared=False, size=self.offsets[-1], dtype=self.dtype)}
         return self.mapped[layer][self.offsets[n] : self.offsets[n + 1]].view(self.shapes[n]).clone()
 
@@ -143,7 +150,9 @@ class Spool:
 
 
 class Progress:
-    """`streaming.json`: what the run is, and its finished groups. Written after each step forward, so that a killed run goes on from there."""
+    """`streaming.json`: what the run is, and its finished groups. Written after each step forward, so that a killed run
+    goes on from there.
+    """
 
     def __init__(self, folder, spec, allowed=()):
         self.path = Path(folder) / PROGRESS
@@ -181,17 +190,28 @@ class Streaming:
         self.files, self.work, self.held_out = weight_files(checkpoint), Path(work), list(held_out)
         n, L = args.layers_at_a_time, self.config.num_hidden_layers
         self.groups = [range(j, min(j + n, L)) for j in range(0, L, n)]
-        joint = self.trainer(self.model_of(next(g for g in self.groups if self.aligned(g))), args, train_dataset, data_collator)
+        joint = self.trainer(
+            self.model_of(next(g for g in self.groups if self.aligned(g))), args, train_dataset, data_collator
+        )
         self.loader = joint.get_train_dataloader()
         self.epochs, per_epoch, _, _, _, _, self.steps = joint.set_initial_training_values(args, self.loader)
         if self.epochs > 1 and self.steps > per_epoch and len(self.loader) % args.gradient_accumulation_steps:
-            raise ConfigError(f"{len(self.loader)} micro-batches per epoch are no multiple of gradient_accumulation_steps="
-                              f"{args.gradient_accumulation_steps}: over several epochs steps would be cut differently; drop some rows")  # fmt: skip
+            raise ConfigError(
+                f"{len(self.loader)} micro-batches per epoch are no multiple of gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps}: over several epochs steps would be cut differently; drop some rows"
+            )
         manifest = Path(checkpoint) / MANIFEST
-        facts = {"checkpoint": digest(manifest) if manifest.is_file() else digest_of(sorted(self.files)), "dtype": str(dtype), "model": None,
-                 "held_out": digest_of([batch["input_ids"].tolist() for batch in self.held_out])}  # fmt: skip
+        facts = {
+            "checkpoint": digest(manifest) if manifest.is_file() else digest_of(sorted(self.files)),
+            "dtype": str(dtype),
+            "model": None,
+            "held_out": digest_of([batch["input_ids"].tolist() for batch in self.held_out]),
+        }
         self.work.mkdir(parents=True, exist_ok=True)
-        self.spool, self.progress = Spool(self.work), Progress(self.work, run_spec(joint) | facts, tuple(args.allow_changes or ()))
+        self.spool, self.progress = (
+            Spool(self.work),
+            Progress(self.work, run_spec(joint) | facts, tuple(args.allow_changes or ())),
+        )
         self.entered = self.progress.restore(self.spool)
 
     def aligned(self, layers):
@@ -201,9 +221,17 @@ class Streaming:
         return group_model(self.config, self.files, layers, self.dtype)
 
     def trainer(self, model, args, dataset, collator):
-        trainer = AlignmentTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=self.processing_class)
+        trainer = AlignmentTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collator,
+            processing_class=self.processing_class,
+        )
         if trainer.args.world_size > 1:
-            raise ConfigError(f"world_size={trainer.args.world_size}: a streamed run has one process; align all layers at once with FSDP2 instead")
+            raise ConfigError(
+                f"world_size={trainer.args.world_size}: a streamed run has one process; align all layers at once with FSDP2 instead"
+            )
         return trainer
 
     def joint_batches(self):
@@ -223,7 +251,8 @@ class Streaming:
             for n, batch in enumerate(stream):
                 if n == 0:
                     size = batch["input_ids"].numel() * table.shape[1] * table.element_size()
-                    check_space(self.spool.path(0), 2.02 * size * (count + len(self.held_out)))  # what enters a group, and what leaves it
+                    # what enters a group, and what leaves it
+                    check_space(self.spool.path(0), 2.02 * size * (count + len(self.held_out)))
                 self.spool.add_batch(n, batch)
                 yield nn.functional.embedding(batch["input_ids"].cpu(), table)
 
@@ -244,16 +273,27 @@ class Streaming:
     def train_group(self, layers):
         """Train the layers over the spooled data; `(new tensors, log, trainer, measured)`."""
         args, first = copy.copy(self.args), layers[0]
-        args.output_dir, args.max_steps, args.per_device_train_batch_size = str(self.work / f"group-{first:04}"), self.steps, 1
+        args.output_dir, args.max_steps, args.per_device_train_batch_size = (
+            str(self.work / f"group-{first:04}"),
+            self.steps,
+            1,
+        )
         args.train_sampling_strategy, args.dataloader_num_workers, args.num_train_epochs = "sequential", 0, 1
         count = len(self.spool.shapes) - len(self.held_out)
         rows = Dataset.from_dict({"micro_batch": list(range(count))})
-        trainer = self.trainer(self.model_of(layers), args, rows, lambda picked: self.inputs(first, picked[0]["micro_batch"]))
+        trainer = self.trainer(
+            self.model_of(layers), args, rows, lambda picked: self.inputs(first, picked[0]["micro_batch"])
+        )
         before = self.measure(trainer, layers)
         trainer.train(resume_from_checkpoint=True)
         after = self.measure(trainer, layers)
         measured = [{"layer": n, "before": before[n], "after": after[n]} for n in after]
-        return {name: p.detach().cpu() for name, p in new_parameters(trainer.model).items()}, trainer.state.log_history, trainer, measured
+        return (
+            {name: p.detach().cpu() for name, p in new_parameters(trainer.model).items()},
+            trainer.state.log_history,
+            trainer,
+            measured,
+        )
 
     @torch.no_grad()
     def measure(self, trainer, layers):
@@ -263,7 +303,11 @@ class Streaming:
             batch = {name: x.to(trainer.args.device) for name, x in self.inputs(layers[0], n).items()}
             out = trainer.model.model.teacher_forced(**batch)
             error, target = error + out.error.double().cpu(), target + out.target.double().cpu()
-        return {n: (error[n] / target[n]).item() for n in layers if target[n] > 0 and self.config.layer_types[n] == "hybrid_sliding"}
+        return {
+            n: (error[n] / target[n]).item()
+            for n in layers
+            if target[n] > 0 and self.config.layer_types[n] == "hybrid_sliding"
+        }
 
     def run_group(self, layers):
         """Train a group if there is anything to train, keep its tensors, and spool what enters the next one."""
@@ -293,7 +337,11 @@ class Streaming:
         from accelerate import Accelerator
 
         model = self.model_of(layers).to(self.args.device)
-        return type("Trunk", (), {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)})
+        return type(
+            "Trunk",
+            (),
+            {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)},
+        )
 
     def walk(self):
         if self.entered is None:
@@ -317,11 +365,23 @@ def merged_log(work, groups):
     return [steps[step] for step in sorted(steps)]
 
 
-def align_streamed(checkpoint, out, args, train_dataset, data_collator, processing_class, work=None, dtype=None, held_out=(), overwrite=False):
+def align_streamed(
+    checkpoint,
+    out,
+    args,
+    train_dataset,
+    data_collator,
+    processing_class,
+    work=None,
+    dtype=None,
+    held_out=(),
+    overwrite=False,
+):
     """Align a student directory with `args.layers_at_a_time` layers in memory; write another one.
 
-    Started again after an interruption, it goes on with the group, and from the training checkpoint (`save_steps`) that it was at. The disk holds
-    two sets of hidden states at a time, each (tokens of the run) x D in the dtype of the weights.
+    Started again after an interruption, it goes on with the group, and from the training checkpoint (`save_steps`) that
+    it was at. The disk holds two sets of hidden states at a time, each (tokens of the run) x D in the dtype of the
+    weights.
 
     Args:
         checkpoint: a converted student.  out: directory of the aligned one; it appears complete or not at all.
@@ -330,7 +390,8 @@ def align_streamed(checkpoint, out, args, train_dataset, data_collator, processi
         dtype: of weights and hidden states in memory; None: as stored.
         held_out: batches of model inputs on which each layer is measured before and after.
     Returns:
-        `{"relative_error": [{"layer", "before", "after"}], "log": [...]}`; the log is that of a joint run, without the norm of all gradients.
+        `{"relative_error": [{"layer", "before", "after"}], "log": [...]}`; the log is that of a joint run, without the
+        norm of all gradients.
     Raises:
         ConfigError: no layers at a time, several processes, or a work directory of another run.
         CheckpointError, CheckpointWriteError: a damaged checkpoint or spool, or no room for the hidden states.
@@ -341,14 +402,23 @@ def align_streamed(checkpoint, out, args, train_dataset, data_collator, processi
     work = Path(work or out.with_name(f"{out.name}.streaming"))
     run = Streaming(checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out)
     groups = run.walk()
-    figures = {"relative_error": [entry for group in groups for entry in group["relative_error"]], "log": merged_log(work, groups)}
+    figures = {
+        "relative_error": [entry for group in groups for entry in group["relative_error"]],
+        "log": merged_log(work, groups),
+    }
     with staged(out, overwrite=overwrite) as folder:
         write_aligned(Path(checkpoint), folder, work, groups)
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
         kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
         settings = {name: value for name, value in args.to_dict().items() if name in kept}
-        add_provenance(folder, "align", parent=checkpoint, config=settings, figures={"relative_error": figures["relative_error"]},
-                       seconds=round(time.time() - started, 1))  # fmt: skip
+        add_provenance(
+            folder,
+            "align",
+            parent=checkpoint,
+            config=settings,
+            figures={"relative_error": figures["relative_error"]},
+            seconds=round(time.time() - started, 1),
+        )
         write_manifest(folder)
     shutil.rmtree(work, ignore_errors=True)
     return figures

@@ -1,8 +1,10 @@
-"""Checkpoints of a running trainer: whole, verified, without pickles, and the same whatever number of processes wrote them.
+"""Checkpoints of a running trainer: whole, verified, without pickles, and the same whatever number of processes wrote
+them.
 
-A checkpoint directory holds the model (or adapter) as safetensors, `optimizer.safetensors` by parameter name, `rng.json` with one entry per
-process, `resume.json` (schedule, optimiser settings, run spec, what a trainer adds) and `trainer_state.json`; `manifest.json` lists all of them.
-Every process takes part in gathering, only the first one writes (FAILURES A1-A5).
+A checkpoint directory holds the model (or adapter) as safetensors, `optimizer.safetensors` by parameter name,
+`rng.json` with one entry per process, `resume.json` (schedule, optimiser settings, run spec, what a trainer adds) and
+`trainer_state.json`; `manifest.json` lists all of them. Every process takes part in gathering, only the first one
+writes.
 """
 
 import base64
@@ -20,13 +22,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 
-from xlstm_hybrid.checkpoint.files import FORMAT_VERSION, check_space, checkpoints_by_step, read_versioned, staged, verify, weight_files, write_json
+from xlstm_hybrid.checkpoint.files import (
+    FORMAT_VERSION,
+    check_space,
+    checkpoints_by_step,
+    read_versioned,
+    staged,
+    verify,
+    weight_files,
+    write_json,
+)
 from xlstm_hybrid.checkpoint.files import write_manifest as finish_manifest
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.training.distributed import plain_name
 from xlstm_hybrid.training.run_spec import allowed_changes, run_spec
 
-RESUME, RNG, OPTIMIZER, TRAINABLE, STATE = "resume.json", "rng.json", "optimizer.safetensors", "trainable.safetensors", "trainer_state.json"
+RESUME, RNG, OPTIMIZER, TRAINABLE, STATE = (
+    "resume.json",
+    "rng.json",
+    "optimizer.safetensors",
+    "trainable.safetensors",
+    "trainer_state.json",
+)
 ATTEMPTS = 2  # a full disk may be emptied by the removal of our own half-written directory
 log = logging.getLogger(__name__)
 
@@ -43,7 +60,8 @@ def placed(value, like):
     """A full tensor laid out as `like` is: on its device, sharded where it is."""
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # every process has read the file
+        # every process has read the file
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value
 
 
@@ -89,7 +107,10 @@ def collect_optimizer(trainer, parameters):
     optimizer, names = trainer.optimizer, {id(p): name for name, p in parameters.items()}
     tensors, scalars, groups = {}, {}, []
     for group in optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key != "params"} | {"params": [names[id(p)] for p in group["params"]]})
+        groups.append(
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [names[id(p)] for p in group["params"]]}
+        )
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
                 if torch.is_tensor(value):
@@ -144,19 +165,25 @@ def not_finite(trainer, parameters):
 
 
 def save_checkpoint(trainer, model, trial=None):
-    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is there complete or not at all.
+    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is there complete or not at
+    all.
 
     Raises:
-        CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are untouched.
+        CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are
+            untouched.
     """
-    assert trainer.accelerator.sync_gradients, "a checkpoint in the middle of an accumulation would lose half of a gradient"
+    assert trainer.accelerator.sync_gradients, (
+        "a checkpoint in the middle of an accumulation would lose half of a gradient"
+    )
     run = Path(trainer._get_output_dir(trial=trial))
     target = run / f"checkpoint-{trainer.state.global_step}"
     trainer.store_flos()
     parameters = named_parameters(trainer)
     if bad := not_finite(trainer, parameters):
-        raise CheckpointWriteError(f"{target.name}: {len(bad)} trained tensors are not finite, the first is {bad[0]}; it is not written, "
-                                   f"{kept(run)}: lower learning_rate, or look at the data of the last steps")  # fmt: skip
+        raise CheckpointWriteError(
+            f"{target.name}: {len(bad)} trained tensors are not finite, the first is {bad[0]}; it is not written, "
+            f"{kept(run)}: lower learning_rate, or look at the data of the last steps"
+        )
     contents = gather_contents(trainer, parameters)
     error = write_checkpoint(trainer, target, contents) if trainer.args.should_save else None
     if error := shared(trainer, error):
@@ -212,7 +239,9 @@ def write_contents(trainer, folder, contents):
         try:
             write_json(folder / RESUME, contents["resume"])
         except TypeError as error:
-            raise ConfigError(f"the optimiser or its schedule keeps a state that JSON has not ({error}): choose another optim") from error
+            raise ConfigError(
+                f"the optimiser or its schedule keeps a state that JSON has not ({error}): choose another optim"
+            ) from error
     record_callbacks(trainer)
     trainer.state.save_to_json(str(folder / STATE))
 
@@ -223,7 +252,9 @@ def record_callbacks(trainer):
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             found.setdefault(type(callback).__name__, []).append(callback.state())
-    trainer.state.stateful_callbacks = {name: states if len(states) > 1 else states[0] for name, states in found.items()}
+    trainer.state.stateful_callbacks = {
+        name: states if len(states) > 1 else states[0] for name, states in found.items()
+    }
 
 
 def kept(run):
@@ -233,7 +264,9 @@ def kept(run):
 
 
 def rotate(newest, limit, best=None):
-    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays, too (FAILURES A4)."""
+    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays,
+    too.
+    """
     others = [path for path in checkpoints_by_step(newest.parent) if path != newest]
     others = [path for path in others if best is None or path.name != Path(best).name]
     if not limit or limit < 1 or len(others) < limit:
@@ -253,13 +286,16 @@ def rotate(newest, limit, best=None):
 def read_resume(checkpoint):
     """The `resume.json` of a checkpoint; CheckpointError where there is none."""
     if not (Path(checkpoint) / RESUME).is_file():
-        raise CheckpointError(f"{Path(checkpoint).name}: no {RESUME}, it holds a model and no training state; resume from another checkpoint")
+        raise CheckpointError(
+            f"{Path(checkpoint).name}: no {RESUME}, it holds a model and no training state; resume from another checkpoint"
+        )
     return read_versioned(Path(checkpoint) / RESUME, Path(checkpoint).name)
 
 
 @torch.no_grad()
 def load_weights(trainer, checkpoint, model=None):
-    """`Trainer._load_from_checkpoint`: every tensor of the model, or of its trained part if it has adapters; one at a time.
+    """`Trainer._load_from_checkpoint`: every tensor of the model, or of its trained part if it has adapters; one at a
+    time.
 
     Raises:
         CheckpointError: a tensor that is missing, unexpected or of another shape.
@@ -270,16 +306,22 @@ def load_weights(trainer, checkpoint, model=None):
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     wanted = {name for name, x in state.items() if (x.requires_grad if adapter else name not in tied)}
     files = tensors_of(checkpoint / TRAINABLE) if adapter else weight_files(checkpoint)
-    wrong = [f"{name} is missing" for name in sorted(wanted - set(files))] + [f"{name} is unknown" for name in sorted(set(files) - set(state))]
+    wrong = [f"{name} is missing" for name in sorted(wanted - set(files))] + [
+        f"{name} is unknown" for name in sorted(set(files) - set(state))
+    ]
     if wrong:
-        raise CheckpointError(f"{checkpoint.name}: {len(wrong)} tensors do not fit the model, the first: {wrong[0]}; resume with the same model")
+        raise CheckpointError(
+            f"{checkpoint.name}: {len(wrong)} tensors do not fit the model, the first: {wrong[0]}; resume with the same model"
+        )
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name in files if files[name] == path):
                 value = file.get_tensor(name)
                 if value.shape != state[name].shape:
-                    raise CheckpointError(f"{checkpoint.name}: {name} is {list(value.shape)}, expected {list(state[name].shape)}; "
-                                          "resume with the same model")  # fmt: skip
+                    raise CheckpointError(
+                        f"{checkpoint.name}: {name} is {list(value.shape)}, expected {list(state[name].shape)}; "
+                        "resume with the same model"
+                    )
                 state[name].copy_(placed(value, state[name]))
 
 
@@ -309,8 +351,10 @@ def load_optimizer(trainer, checkpoint):
     if [sorted(group) for group in mine] != [sorted(group) for group in theirs]:
         ours, other = {n for g in mine for n in g}, {n for g in theirs for n in g}
         first = sorted(ours ^ other)[:1] or ["their grouping"]
-        raise CheckpointError(f"{Path(checkpoint).name}: its optimiser trains {len(other)} tensors, this run {len(ours)}, the first difference is "
-                              f"{first[0]}; resume with the same trained parameters")  # fmt: skip
+        raise CheckpointError(
+            f"{Path(checkpoint).name}: its optimiser trains {len(other)} tensors, this run {len(ours)}, the first difference is "
+            f"{first[0]}; resume with the same trained parameters"
+        )
     index = {name: n for n, name in enumerate(name for group in mine for name in group)}
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     state = {}
@@ -318,7 +362,9 @@ def load_optimizer(trainer, checkpoint):
         for key in file.keys():  # noqa: SIM118
             kind, _, name = key.partition("/")
             value = file.get_tensor(key)
-            state.setdefault(index[name], {})[kind] = value if kind == "step" else placed(value, parameters[index[name]])
+            state.setdefault(index[name], {})[kind] = (
+                value if kind == "step" else placed(value, parameters[index[name]])
+            )
     for key, value in settings["scalars"].items():
         kind, _, name = key.partition("/")
         state.setdefault(index[name], {})[kind] = value
@@ -334,7 +380,8 @@ def load_optimizer(trainer, checkpoint):
 
 
 def load_rng(trainer, checkpoint):
-    """`Trainer._load_rng_state`. A checkpoint of another number of processes has no state for each: then all start from a seed of the step.
+    """`Trainer._load_rng_state`. A checkpoint of another number of processes has no state for each: then all start from
+    a seed of the step.
 
     Raises:
         CheckpointError: no `rng.json`, or one of another number of processes without `allow_changes` naming world_size.
@@ -345,10 +392,18 @@ def load_rng(trainer, checkpoint):
     states = read_versioned(Path(checkpoint) / RNG, name)["processes"]
     if len(states) != trainer.args.world_size:
         if "world_size" not in allowed_changes(trainer.args):
-            raise CheckpointError(f"{name}: {RNG} has generators of {len(states)} processes, this run has {trainer.args.world_size}; "
-                                  "start as many, or add world_size to allow_changes")  # fmt: skip
+            raise CheckpointError(
+                f"{name}: {RNG} has generators of {len(states)} processes, this run has {trainer.args.world_size}; "
+                "start as many, or add world_size to allow_changes"
+            )
         seed = trainer.args.seed + 1_000_003 * trainer.state.global_step + rank
-        log.warning("%s was written by %d processes, now %d: generators start from seed %d", name, len(states), trainer.args.world_size, seed)
+        log.warning(
+            "%s was written by %d processes, now %d: generators start from seed %d",
+            name,
+            len(states),
+            trainer.args.world_size,
+            seed,
+        )
         set_seed(seed)
         return
     state = states[rank]

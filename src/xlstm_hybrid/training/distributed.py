@@ -1,7 +1,7 @@
 """Many processes: what a trainer and its teacher need under DDP and FSDP2, beyond what accelerate does.
 
-Under FSDP2 parameters stay float32 and are gathered and reduced as such; bfloat16 is the compute type of autocast, as it is under DDP, so that
-gates stay in float32 and one process, DDP and FSDP2 calculate the same.
+Under FSDP2 parameters stay float32 and are gathered and reduced as such; bfloat16 is the compute type of autocast, as
+it is under DDP, so that gates stay in float32 and one process, DDP and FSDP2 calculate the same.
 """
 
 import os
@@ -34,14 +34,22 @@ def prepare(trainer):
         raise ConfigError("DeepSpeed: checkpoints of ours know DDP and FSDP2; use recipes/accelerate/eight_gpus.yaml")
     plugin = fsdp_plugin(trainer)
     if plugin is None:
-        if trainer.args.world_size > 1 and (trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
-            raise ConfigError("FSDP was asked for, and accelerate has not switched it on (it does so on GPUs only): leave it out for DDP")
+        if trainer.args.world_size > 1 and (
+            trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        ):
+            raise ConfigError(
+                "FSDP was asked for, and accelerate has not switched it on (it does so on GPUs only): leave it out for DDP"
+            )
         return
     if plugin.fsdp_version != 2:
-        raise ConfigError(f"fsdp_version={plugin.fsdp_version}: expected 2; set fsdp_version: 2 in the accelerate config")
+        raise ConfigError(
+            f"fsdp_version={plugin.fsdp_version}: expected 2; set fsdp_version: 2 in the accelerate config"
+        )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ConfigError(f"{plugin.state_dict_type}: sharded state files are pickles and belong to one number of processes; "
-                          "set fsdp_state_dict_type: FULL_STATE_DICT")  # fmt: skip
+        raise ConfigError(
+            f"{plugin.state_dict_type}: sharded state files are pickles and belong to one number of processes; "
+            "set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
@@ -66,7 +74,8 @@ def check_precision(trainer):
 def prepare_teacher(trainer, teacher):
     """A frozen teacher in eval mode: on the trainer's device, and under FSDP2 sharded as the student is. Returns it.
 
-    Call its `forward` only through the module (`teacher(...)`), never that of a part of it: sharded layers gather their weights when called.
+    Call its `forward` only through the module (`teacher(...)`), never that of a part of it: sharded layers gather their
+    weights when called.
     """
     teacher = teacher.requires_grad_(False).eval()
     if fsdp_plugin(trainer) is None:
@@ -76,5 +85,8 @@ def prepare_teacher(trainer, teacher):
         mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
         layers = [module for module in teacher.modules() if type(module).__name__ in (teacher._no_split_modules or ())]
         for module in [*layers, teacher]:
-            fully_shard(module, mesh=mesh if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)])
+            fully_shard(
+                module,
+                mesh=mesh if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)],
+            )
     return teacher

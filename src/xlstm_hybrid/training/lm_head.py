@@ -1,7 +1,10 @@
-"""What is calculated from hidden states and an LM head where logits of all tokens must not exist: a teacher's targets, a student's loss.
+"""What is calculated from hidden states and an LM head where logits of all tokens must not exist: a teacher's targets,
+a student's loss.
 
-Dims: B batch, T tokens, D hidden size, V vocabulary, M teacher entries kept; N positions that are scored, R of them in a chunk.
-Either runs inside the model's own forward (`with_head`), where DDP and FSDP gather parameters and expect them to be used.
+Dims: B batch, T tokens, D hidden size, V vocabulary, M teacher entries kept; N positions that are scored, R of them in
+a chunk.
+Either runs inside the model's own forward (`with_head`), where DDP and FSDP gather parameters and expect them to be
+used.
 """
 
 import functools
@@ -22,14 +25,17 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.training.losses import cross_entropy, distillation_loss, in_row_chunks, sampled_targets, top_k_targets
 
 FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")
-TENSORS_PER_LOGIT = 6  # that autograd keeps of a chunk in the general path: logits, both sides' log-probabilities, and gradients of them
+# that autograd keeps of a chunk in the general path: logits, both sides' log-probabilities, and gradients of them
+TENSORS_PER_LOGIT = 6
 
 
 # --- the head inside the forward ---------------------------------------------------------------------------------
 
 
 class LMHead(NamedTuple):
-    """z = softcap tanh(scale u / softcap), u = h W^T + b; no tanh if softcap is None. weight: [V, D]; bias: [V] or None."""
+    """z = softcap tanh(scale u / softcap), u = h W^T + b; no tanh if softcap is None. weight: [V, D]; bias: [V] or
+    None.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -63,11 +69,13 @@ def head_of(model, size=None):
 
 
 def attach(model):
-    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for a causal LM of any family.
+    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for a causal LM of
+    any family.
 
-    Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only inside of `forward`, and no
-    hook of a module can return something else than its own forward without having made the logits. Without the argument it is what it was. A
-    bound method, so that a deep copy of the model gets one of its own.
+    Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only
+    inside of `forward`, and no hook of a module can return something else than its own forward without having made the
+    logits. Without the argument it is what it was. A bound method, so that a deep copy of the model gets one of its
+    own.
     """
     if "with_head" in inspect.signature(type(model).forward).parameters:
         return
@@ -87,7 +95,9 @@ def attach(model):
 
 @torch.no_grad()
 def check_head(model, name, length=8):
-    """Refuse a model whose logits are not what `LMHead` says, within sqrt(eps) of their scale: another loss than asked for would be trained."""
+    """Refuse a model whose logits are not what `LMHead` says, within sqrt(eps) of their scale: another loss than asked
+    for would be trained.
+    """
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
@@ -99,8 +109,10 @@ def check_head(model, name, length=8):
     model.train(training)
     gap, scale = (got - wanted).abs().max().item(), wanted.abs().max().item()
     if not gap <= torch.finfo(wanted.dtype).eps ** 0.5 * scale:
-        raise ConfigError(f"the {name} ({type(model).__name__}) makes logits in a way of its own: on a scale of {scale:.3g} they are {gap:.3g} off "
-                          "LM head, logit_scale and final_logit_softcapping; choose a model that transformers has no extra rule for")  # fmt: skip
+        raise ConfigError(
+            f"the {name} ({type(model).__name__}) makes logits in a way of its own: on a scale of {scale:.3g} they are {gap:.3g} off "
+            "LM head, logit_scale and final_logit_softcapping; choose a model that transformers has no extra rule for"
+        )
 
 
 # --- the teacher -------------------------------------------------------------------------------------------------
@@ -108,8 +120,10 @@ def check_head(model, name, length=8):
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of a teacher. kind: "topk" or "sampled", k entries; "dense" keeps hidden states. size: ids that are compared, None for all;
-    rows: of a chunk, None for what fits the workspace."""
+    """What is kept of a teacher. kind: "topk" or "sampled", k entries; "dense" keeps hidden states. size: ids that are
+    compared, None for all;
+    rows: of a chunk, None for what fits the workspace.
+    """
 
     kind: str = "topk"
     k: int = 256
@@ -139,19 +153,29 @@ class Selection:
 
 
 def logit_chunks(x, head, rows=None):
-    """Logits [R, V] of the hidden states x [N, D], the way `head_loss` multiplies them; what one chunk holds is gone with the next."""
+    """Logits [R, V] of the hidden states x [N, D], the way `head_loss` multiplies them; what one chunk holds is gone
+    with the next.
+    """
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32))
-        half = x.dtype if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 else None
+        half = (
+            x.dtype
+            if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+            else None
+        )
         half = half if half and mixed_products(x.device, half) else None
         product, V = Head(head.weight, head.bias, dtype, half), len(head.weight)
-        R = rows or chunk_rows(len(x), 3 * V * dtype.itemsize, x.device)  # logits, their log-softmax, and the copy without the kept ids
+        # logits, their log-softmax, and the copy without the kept ids
+        R = rows or chunk_rows(len(x), 3 * V * dtype.itemsize, x.device)
         for part in x.split(R):
-            yield head.bend(product.logits(part.to(half or dtype), torch.empty(len(part), V, dtype=dtype, device=x.device)))
+            yield head.bend(
+                product.logits(part.to(half or dtype), torch.empty(len(part), V, dtype=dtype, device=x.device))
+            )
 
 
 class TeacherTargets:
-    """The targets of rows for `store.build_store`, by a causal LM in memory, which is frozen. Rows are padded on the right, behind what counts.
+    """The targets of rows for `store.build_store`, by a causal LM in memory, which is frozen. Rows are padded on the
+    right, behind what counts.
 
     Raises:
         ConfigError: the model makes logits in a way of its own.
@@ -175,12 +199,15 @@ class TeacherTargets:
         for b, row in enumerate(rows):
             found, length = torch.from_numpy(row.position_ids()), len(row.input_ids)
             ids[b, :length] = torch.from_numpy(row.input_ids)
-            positions[b, :length], positions[b, length:] = found, found[-1] + 1 + torch.arange(T - length)  # padding goes on as the document does
+            # padding goes on as the document does
+            positions[b, :length], positions[b, length:] = found, found[-1] + 1 + torch.arange(T - length)
         stored = torch.zeros(len(rows), T, dtype=torch.bool)
         for b, row in enumerate(rows):
             stored[b, : len(row.stored)] = torch.from_numpy(row.stored)
         scorer = functools.partial(self.selection, place=stored.flatten().nonzero()[:, 0].to(device), seed=seed)
-        kept = self.model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False, with_head=scorer)
+        kept = self.model(
+            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False, with_head=scorer
+        )
         parts = zip(*(x.cpu().split(stored.sum(1).tolist()) for x in kept), strict=True)
         return [tuple(x.numpy() for x in part) for part in parts]
 
@@ -189,7 +216,9 @@ class TeacherTargets:
 
 
 class Terms(NamedTuple):
-    """loss: weighted sum, differentiable; ce, kl: sums over the scored tokens; agreement: of those, how many have the teacher's first choice."""
+    """loss: weighted sum, differentiable; ce, kl: sums over the scored tokens; agreement: of those, how many have the
+    teacher's first choice.
+    """
 
     loss: Tensor
     ce: Tensor
@@ -201,8 +230,9 @@ class Terms(NamedTuple):
 class Objective:
     """ce_weight * cross-entropy + kl_weight * divergence, over the scored tokens; options: of the divergence.
 
-    Forward and reverse KL at temperature 1 on "tail", "renormalise" and (forward) "gemma" outcomes run in `xlstm_kernels.head_loss`; everything
-    else goes over rows in chunks whose logits are calculated a second time in the backward. Either holds one chunk's logits at a time.
+    Forward and reverse KL at temperature 1 on "tail", "renormalise" and (forward) "gemma" outcomes run in
+    `xlstm_kernels.head_loss`; everything else goes over rows in chunks whose logits are calculated a second time in the
+    backward. Either holds one chunk's logits at a time.
     """
 
     ce_weight: float
@@ -214,8 +244,12 @@ class Objective:
 
     @property
     def fused(self):
-        return (self.divergence in FUSED_DIVERGENCES and self.outcomes in FUSED_OUTCOMES and self.temperature == 1
-                and (self.divergence, self.outcomes) != ("reverse_kl", "gemma"))  # fmt: skip
+        return (
+            self.divergence in FUSED_DIVERGENCES
+            and self.outcomes in FUSED_OUTCOMES
+            and self.temperature == 1
+            and (self.divergence, self.outcomes) != ("reverse_kl", "gemma")
+        )
 
     def __call__(self, hidden, model, place, labels, targets, items, size=None, teacher_head=None, rows=None):
         """Terms of the flat positions `place` [N] of hidden states [B, T, D]; the form that `attach` calls.
@@ -237,16 +271,32 @@ class Objective:
     def by_kernel(self, x, head, labels, targets, items, rows):
         ids, logp, rest = targets
         weights = {f"{name}_weight": self.kl_weight if name == self.divergence else 0.0 for name in FUSED_DIVERGENCES}
-        out = head_loss(x[None], head.weight, labels[None], ids[None], logp[None], rest[None] if self.outcomes == "tail" else None, bias=head.bias,
-                        ce_weight=self.ce_weight, **weights, outcomes=self.outcomes, num_items=items, shift=False, logit_scale=head.scale,
-                        softcap=head.softcap, rows=rows)  # fmt: skip
+        out = head_loss(
+            x[None],
+            head.weight,
+            labels[None],
+            ids[None],
+            logp[None],
+            rest[None] if self.outcomes == "tail" else None,
+            bias=head.bias,
+            ce_weight=self.ce_weight,
+            **weights,
+            outcomes=self.outcomes,
+            num_items=items,
+            shift=False,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            rows=rows,
+        )
         kl = out.forward_kl if self.divergence == "forward_kl" else out.reverse_kl
         return Terms(out.loss, out.ce * items, kl * items, out.agreement * len(labels))
 
     def by_chunks(self, x, head, labels, targets, items, teacher_head, rows):
         V = len(head.weight)
         R = rows or chunk_rows(len(x), TENSORS_PER_LOGIT * V * 4, x.device)
-        whole = head._replace(weight=head.weight.to(torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32))))
+        whole = head._replace(
+            weight=head.weight.to(torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32)))
+        )
 
         def sums(x, labels, *targets):
             logits = whole.logits(x)
@@ -259,8 +309,16 @@ class Objective:
                 targets, first = (ids.long(), logp, rest), ids[:, 0]
             ce = cross_entropy(logits, labels, num_items=1)
             mask = torch.ones_like(labels, dtype=torch.bool)
-            kl = distillation_loss(logits, targets, mask, 1, outcomes=self.outcomes, divergence=self.divergence, temperature=self.temperature,
-                                   **self.options)  # fmt: skip
+            kl = distillation_loss(
+                logits,
+                targets,
+                mask,
+                1,
+                outcomes=self.outcomes,
+                divergence=self.divergence,
+                temperature=self.temperature,
+                **self.options,
+            )
             return torch.stack([ce, kl, (logits.detach().argmax(-1) == first).sum().to(ce.dtype)])
 
         ce, kl, agreement = in_row_chunks(sums, (x, labels, *targets), R)

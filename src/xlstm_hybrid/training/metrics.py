@@ -1,8 +1,10 @@
-"""What a person steers a run by: metrics that go wherever `report_to` says (TensorBoard, W&B, trackio), and pictures in the run directory.
+"""What a person steers a run by: metrics that go wherever `report_to` says (TensorBoard, W&B, trackio), and pictures in
+the run directory.
 
-`Insight(trainer)` is a callback that adds to what a trainer logs: `tokens_per_second` (of all processes), `memory_gb` (peak of this process),
-`layer_<n>/output_gate` (mean over real tokens and heads: 1 is the mLSTM, 0 the window), `layer_<n>/grad_norm` and `skipped_steps`. At the end of
-training, and when it saves, the first process draws everything that was logged into `plots/`.
+`Insight(trainer)` is a callback that adds to what a trainer logs: `tokens_per_second` (of all processes), `memory_gb`
+(peak of this process), `layer_<n>/output_gate` (mean over real tokens and heads: 1 is the mLSTM, 0 the window),
+`layer_<n>/grad_norm` and `skipped_steps`. At the end of training, and when it saves, the first process draws everything
+that was logged into `plots/`.
 
 Dims: B batch, T tokens, H heads.
 """
@@ -26,7 +28,15 @@ from xlstm_hybrid.training.distributed import plain_name
 PLOTS = "plots"
 FEW, BETWEEN = 10, 60.0  # entries below which there is no curve to look at; seconds between two drawings while training
 LAYER = re.compile(r"(?:eval_)?layer_(\d+)/(\w+)")
-NOT_CURVES = {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+NOT_CURVES = {
+    "step",
+    "epoch",
+    "total_flos",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+}
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"  # Okabe and Ito's, told apart with every kind of colour vision
 HEAT = {  # metric of layers -> title, colours, logarithmic, limits
     "relative_error": ("Relative squared error", "viridis", True, None),
@@ -46,7 +56,7 @@ def peak_memory(device):
 
 
 class Insight(TrainerCallback):
-    """See the module. Add it once: `trainer.add_callback(Insight(trainer))`, or let `resumable` do so.
+    """See the module. Add it once: `trainer.add_callback(Insight(trainer))`, or let `Resumable` do so.
 
     Everything but the token count is measured in the steps that are logged, so that the others cost nothing.
     """
@@ -104,7 +114,9 @@ class Insight(TrainerCallback):
 
     def mean(self, total, count):
         """Of all processes."""
-        both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(self.trainer.args.device)
+        both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(
+            self.trainer.args.device
+        )
         if self.trainer.args.world_size > 1:
             torch.distributed.all_reduce(both)
         return (both[0] / both[1].clamp_min(1)).item()
@@ -158,7 +170,12 @@ def curves(log):
     found = defaultdict(lambda: ([], []))
     for entry in log:
         for name, value in entry.items():
-            if name not in NOT_CURVES and not LAYER.fullmatch(name) and not name.startswith("eval_") and not math.isnan(number(value)):
+            if (
+                name not in NOT_CURVES
+                and not LAYER.fullmatch(name)
+                and not name.startswith("eval_")
+                and not math.isnan(number(value))
+            ):
                 found[name][0].append(entry["step"])
                 found[name][1].append(number(value))
     return {name: series for name, series in found.items() if series[0]}
@@ -167,13 +184,26 @@ def curves(log):
 def evaluations(log):
     """`{metric: ([steps], [values])}` of `eval_<metric>`, without what it cost."""
     found = curves(
-        [{name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_") or name == "step"} for entry in log]
+        [
+            {
+                name.removeprefix("eval_"): value
+                for name, value in entry.items()
+                if name.startswith("eval_") or name == "step"
+            }
+            for entry in log
+        ]
     )
-    return {name: series for name, series in found.items() if name not in ("runtime", "samples_per_second", "steps_per_second")}
+    return {
+        name: series
+        for name, series in found.items()
+        if name not in ("runtime", "samples_per_second", "steps_per_second")
+    }
 
 
 def layer_grids(log):
-    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of metrics that are logged per layer, nan where one is missing."""
+    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of metrics that are logged per layer, nan where one is
+    missing.
+    """
     found = defaultdict(dict)
     for entry in log:
         for name, value in entry.items():
@@ -182,12 +212,17 @@ def layer_grids(log):
     grids = {}
     for metric, layers in found.items():
         steps = sorted({step for values in layers.values() for step in values})
-        grids[metric] = steps, sorted(layers), [[layers[n].get(step, math.nan) for step in steps] for n in sorted(layers)]
+        grids[metric] = (
+            steps,
+            sorted(layers),
+            [[layers[n].get(step, math.nan) for step in steps] for n in sorted(layers)],
+        )
     return grids
 
 
 def write_plots(directory, log):
-    """Draw a trainer's `log_history`: `curves.png` with a curve per metric, `layers_<metric>.png` with a heat map and a curve per layer.
+    """Draw a trainer's `log_history`: `curves.png` with a curve per metric, `layers_<metric>.png` with a heat map and a
+    curve per layer.
 
     Returns:
         Names of the files; none for an empty log.
@@ -196,10 +231,18 @@ def write_plots(directory, log):
     """
     series, measured, pictures = curves(log), evaluations(log), {}
     if series or measured:
-        pictures["curves"] = picture([lambda axes, name=name: draw_curve(axes, name, series.get(name), measured.get(name))
-                                      for name in sorted({*series, *measured})], columns=3)  # fmt: skip
+        pictures["curves"] = picture(
+            [
+                lambda axes, name=name: draw_curve(axes, name, series.get(name), measured.get(name))
+                for name in sorted({*series, *measured})
+            ],
+            columns=3,
+        )
     for metric, grid in layer_grids(log).items():
-        draws = [lambda axes, metric=metric, grid=grid, draw=draw: draw(axes, metric, *grid) for draw in (draw_heat, draw_layers)]
+        draws = [
+            lambda axes, metric=metric, grid=grid, draw=draw: draw(axes, metric, *grid)
+            for draw in (draw_heat, draw_layers)
+        ]
         pictures[f"layers_{metric}"] = picture(draws, columns=2, width=6)
     if pictures:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -219,7 +262,14 @@ def picture(draws, columns, width=4.2, height=2.8):
     rows = -(-len(draws) // columns)
     figure = Figure(figsize=(columns * width, rows * height), dpi=100)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.6 / (columns * width), 0.5 / (rows * height), 1 - 0.2 / (columns * width), 1 - 0.35 / (rows * height), 0.22, 0.42)
+    figure.subplots_adjust(
+        0.6 / (columns * width),
+        0.5 / (rows * height),
+        1 - 0.2 / (columns * width),
+        1 - 0.35 / (rows * height),
+        0.22,
+        0.42,
+    )
     for n, draw in enumerate(draws):
         draw(figure.add_subplot(rows, columns, n + 1))
     content = io.BytesIO()
@@ -230,7 +280,13 @@ def picture(draws, columns, width=4.2, height=2.8):
 def draw_curve(axes, name, series, measured):
     for points, label, colour, marker in ((series, "training", BLUE, None), (measured, "evaluation", ORANGE, "o")):
         if points:
-            axes.plot(*points, label=label, color=colour, marker=marker or ("o" if len(points[0]) < 3 else None), linewidth=1.6)
+            axes.plot(
+                *points,
+                label=label,
+                color=colour,
+                marker=marker or ("o" if len(points[0]) < 3 else None),
+                linewidth=1.6,
+            )
     axes.set_title(name.replace("_", " "), loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("step")
     axes.grid(color="#e6e6e6")
@@ -253,8 +309,15 @@ def draw_heat(axes, metric, steps, layers, rows):
 
     title, colours, logarithmic, limits = described(metric)
     found = positive(rows)
-    norm = LogNorm(min(found), max(found)) if logarithmic and found and min(found) < max(found) else Normalize(*(limits or (None, None)))
-    masked = [[value if math.isfinite(value) and (not logarithmic or value > 0) else math.nan for value in row] for row in rows]
+    norm = (
+        LogNorm(min(found), max(found))
+        if logarithmic and found and min(found) < max(found)
+        else Normalize(*(limits or (None, None)))
+    )
+    masked = [
+        [value if math.isfinite(value) and (not logarithmic or value > 0) else math.nan for value in row]
+        for row in rows
+    ]
     edges = [n - 0.5 for n in range(len(steps) + 1)]
     mesh = axes.pcolormesh(edges, [n - 0.5 for n in range(len(layers) + 1)], masked, cmap=colours, norm=norm)
     axes.set_facecolor("#cccccc")
@@ -273,8 +336,14 @@ def draw_layers(axes, metric, steps, layers, rows):
 
     title, colours, logarithmic, limits = described(metric)
     for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
-        axes.plot(steps, row, color=colormaps[colours](0.05 + 0.8 * n / max(len(layers) - 1, 1)), label=f"layer {layer}", linewidth=1.4,
-                  marker="o" if len(steps) < 3 else None)  # fmt: skip
+        axes.plot(
+            steps,
+            row,
+            color=colormaps[colours](0.05 + 0.8 * n / max(len(layers) - 1, 1)),
+            label=f"layer {layer}",
+            linewidth=1.4,
+            marker="o" if len(steps) < 3 else None,
+        )
     if logarithmic and positive(rows):
         axes.set_yscale("log")
     if limits:

@@ -1,17 +1,15 @@
-"""A run that can be killed, stopped and resumed: `@resumable` on a trainer's class is all that a trainer adopts.
+"""A run that can be killed, stopped and resumed: a trainer inherits it from `Resumable`.
 
-    @resumable
-    class SomeTrainer(SFTTrainer): ...
+    class SomeTrainer(Resumable, SFTTrainer): ...
 
-It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint, refuses to resume as another
-run, saves on SIGTERM, skips a step whose loss or gradient is not finite (FAILURES A1-A15, C22), adds the metrics of `insight`, and leaves the
-model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The arguments may have two fields, `max_skipped_steps` (3)
-and `allow_changes` (none); a trainer may have `run_facts() -> dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for
-what it has to remember.
+It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
+refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
+`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The
+arguments may have two fields, `max_skipped_steps` (3) and `allow_changes` (none); a trainer may have `run_facts() ->
+dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for what it has to remember.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -51,7 +49,8 @@ class Interrupted(SystemExit):
 class Guard(TrainerCallback):
     """What a run looks out for: a loss or gradient that is not finite, and SIGTERM.
 
-    skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.  stopping: all know of it.
+    skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.
+    stopping: all know of it.
     began: the step at which training began, or went on.
     """
 
@@ -69,7 +68,9 @@ class Guard(TrainerCallback):
         self.window.append((inputs, loss))
 
     def agreed(self):
-        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small reduction per step."""
+        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small
+        reduction per step.
+        """
         bad = bool(self.bad_loss) if self.bad_loss is not None else False
         bad |= self.norm is not None and not math.isfinite(self.norm)
         flags = torch.tensor([float(bad), float(self.requested)], device=self.trainer.args.device)
@@ -89,15 +90,18 @@ class Guard(TrainerCallback):
         """Leave parameters and optimiser as they are: an optimiser passes over what has no gradient."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         where = self.dump(args, state)
-        if getattr(self.trainer.accelerator, "scaler", None) is None:  # a scaler skips by itself, and insists on gradients
+        # a scaler skips by itself, and insists on gradients
+        if getattr(self.trainer.accelerator, "scaler", None) is None:
             for parameter in self.trainer.model.parameters():
                 parameter.grad = None
         limit = getattr(args, "max_skipped_steps", SKIPS)
         what = f"loss or gradient is not finite at step {state.global_step} (losses {self.losses()}, gradient norm {self.norm})"
         if self.in_a_row >= limit:
             last = checkpoints_by_step(args.output_dir)
-            raise DataError(f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
-                            f"lower learning_rate or look at these batches{', then resume' if last else ''}")  # fmt: skip
+            raise DataError(
+                f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
+                f"lower learning_rate or look at these batches{', then resume' if last else ''}"
+            )
         log.warning("%s: no update (%d skipped so far), the batches are in %s", what, self.skipped, where)
 
     def losses(self):
@@ -113,10 +117,22 @@ class Guard(TrainerCallback):
             if tensors:
                 save_file(tensors, folder / f"process-{rank}-batch-{n}.safetensors")
             ids = tensors.get("input_ids", torch.zeros(0))
-            batches.append({"loss": repr(float(loss)), "shape": list(ids.shape), "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()})
+            batches.append(
+                {
+                    "loss": repr(float(loss)),
+                    "shape": list(ids.shape),
+                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                }
+            )
         micro = state.global_step * args.gradient_accumulation_steps
-        note = {"step": state.global_step, "epoch": state.epoch, "micro_batches": [micro, micro + len(batches)], "process": rank,
-                "gradient_norm": repr(self.norm), "batches": batches}  # fmt: skip
+        note = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "micro_batches": [micro, micro + len(batches)],
+            "process": rank,
+            "gradient_norm": repr(self.norm),
+            "batches": batches,
+        }
         write_json(folder / f"process-{rank}.json", note)
         return f"{DUMPS}/{folder.name}"
 
@@ -179,8 +195,10 @@ def find_checkpoint(trainer, wanted):
             log.warning("passed over: %s", reason)
         if path is None:
             if skipped:
-                raise CheckpointError(f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
-                                      f"{next(iter(skipped.values()))}; remove them to start from the beginning")  # fmt: skip
+                raise CheckpointError(
+                    f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
+                    f"{next(iter(skipped.values()))}; remove them to start from the beginning"
+                )
             return None
     allowed = allowed_changes(trainer.args)
     changed = check_run_spec(checkpoints.read_resume(path)["spec"], run_spec(trainer), allowed, path)
@@ -189,23 +207,34 @@ def find_checkpoint(trainer, wanted):
     return path
 
 
-def resumable(cls):
-    """Class decorator: give a trainer the saving, loading and watching of this module; it leaves no pickle, writes no card and calls nobody."""
-    init, train, epoch, step, norm, autocast = (
-        cls.__init__, cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm, cls.compute_loss_context_manager
-    )  # fmt: skip
+class Resumable:
+    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no
+    pickle, writes no card and calls nobody.
+    """
 
-    @functools.wraps(init)
-    def init_with_cache(self, model=None, *args, **kwargs):
+    _save_checkpoint, _load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
+    _load_optimizer_and_scheduler, _load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
+    _load_best_model, _save = checkpoints.load_best, save_weights
+
+    def __init__(self, model=None, *args, **kwargs):
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
-        init(self, model, *args, **kwargs)
-        if wanted is not None:  # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+        super().__init__(model, *args, **kwargs)
+        # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+        if wanted is not None:
             self.model.config.use_cache = wanted
 
-    @functools.wraps(train)
-    def guarded_train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in transformers; goes on from the newest verified checkpoint of the same run where it is asked to resume.
+
+        Raises:
+            ConfigError: push_to_hub, or a checkpoint of another run.
+            DataError: no step was finite.
+            Interrupted: SIGTERM came; a checkpoint is written.
+        """
         if self.args.push_to_hub:
-            raise ConfigError("push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead")
+            raise ConfigError(
+                "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
+            )
         scale.prepare(self)
         scale.check_precision(self)
         if self.args.should_save:
@@ -218,53 +247,50 @@ def resumable(cls):
             self.add_callback(Insight(self))
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         with listening(self.guard):
-            result = train(self, checkpoint, *args, **kwargs)
+            result = super().train(checkpoint, *args, **kwargs)
         if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
-            raise DataError(f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/")
+            raise DataError(
+                f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/"
+            )
         if self.guard.stopping and self.state.global_step < self.state.max_steps:
-            raise Interrupted(f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "
-                              "start the same command again to go on")  # fmt: skip
+            raise Interrupted(
+                f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "
+                "start the same command again to go on"
+            )
         return result
 
-    @functools.wraps(step)
-    def watched_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         seen = dict(inputs) if isinstance(inputs, dict) or hasattr(inputs, "keys") else {}
-        loss = step(self, model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
         seen = getattr(self, "scored_inputs", seen)  # of a trainer whose batches are prompts
         if hasattr(self, "guard"):
             self.guard.saw(seen, loss.detach())
         return loss
 
-    @functools.wraps(norm)
-    def watched_norm(self, model, grad_norm=None):
-        found = norm(self, model, grad_norm=grad_norm)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if hasattr(self, "guard"):
-            self.guard.norm = None if found is None else float(checkpoints.whole(found))
-        return found
+            self.guard.norm = None if norm is None else float(checkpoints.whole(norm))
+        return norm
 
-    @functools.wraps(epoch)
-    def needed_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed where it ended: the Trainer would make one more step
+    def _run_epoch(self, *args, **kwargs):
+        # resumed where it ended: the Trainer would make one more step
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        epoch(self, *args, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
-    def mixed_precision(self):
-        stack = autocast(self)
+    def compute_loss_context_manager(self):
+        stack = super().compute_loss_context_manager()
         if self.is_fsdp_enabled:
-            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `scale.prepare`
+            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare`
         return stack
 
-    cls.__init__ = init_with_cache
-    cls.train, cls._run_epoch, cls.training_step, cls._get_grad_norm = guarded_train, needed_epoch, watched_step, watched_norm
-    cls.compute_loss_context_manager = mixed_precision
-    cls._save_checkpoint, cls._load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
-    cls._load_optimizer_and_scheduler, cls._load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
-    cls._load_best_model = checkpoints.load_best
-    cls._save = save_weights
-    cls.create_model_card = lambda self, *args, **kwargs: None  # the card is printed from the provenance of a finished student
-    cls._send_telemetry = lambda self: None
-    return cls
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the card is printed from the provenance of a finished student."""
+
+    def _send_telemetry(self):
+        """Nothing."""
 
 
 def reproduce(folder):

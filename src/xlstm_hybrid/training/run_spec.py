@@ -1,4 +1,4 @@
-"""What a run is: the settings, the data and the model that must be the same when it is resumed (FAILURES A12)."""
+"""What a run is: the settings, the data and the model that must be the same when it is resumed."""
 
 import hashlib
 import json
@@ -32,13 +32,22 @@ def digest_of(value):
 def run_spec(trainer):
     """`{field: value}`: what the run learns from, how, and what. Plain JSON.
 
-    The data are known by their number of rows and the content of 64 of them, evenly spread. A trainer adds fields of its own in `run_facts()`.
+    The data are known by their number of rows and the content of 64 of them, evenly spread. A trainer adds fields of
+    its own in `run_facts()`.
     """
     args = trainer.args
-    spec = {name: value for name, value in json.loads(json.dumps(args.to_dict(), default=str)).items() if not NEUTRAL.fullmatch(name)}
+    spec = {
+        name: value
+        for name, value in json.loads(json.dumps(args.to_dict(), default=str)).items()
+        if not NEUTRAL.fullmatch(name)
+    }
     if getattr(args, "bf16_by_machine", False):
         del spec["bf16"]  # nobody asked for it: the run may go on where another precision is quicker
-    spec |= {"world_size": args.world_size, "trainer": type(trainer).__name__, "data": data_digest(trainer.train_dataset)}
+    spec |= {
+        "world_size": args.world_size,
+        "trainer": type(trainer).__name__,
+        "data": data_digest(trainer.train_dataset),
+    }
     spec["model"] = digest_of(model_facts(trainer.model))
     if hasattr(trainer, "run_facts"):
         spec |= json.loads(json.dumps(trainer.run_facts(), default=str))
@@ -51,7 +60,8 @@ def model_facts(model):
     fields = {} if config is None else config.to_dict()
     neutral = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "_attn_implementation")
     trained = sorted(plain_name(name) for name, p in model.named_parameters() if p.requires_grad)
-    fields = {k: v for k, v in fields.items() if k not in neutral and not k.endswith("token_id")}  # the Trainer aligns these with the tokenizer's
+    # the Trainer aligns these with the tokenizer's
+    fields = {k: v for k, v in fields.items() if k not in neutral and not k.endswith("token_id")}
     fields = {k: v for k, v in fields.items() if not (k in MIXER and v == MIXER[k])}  # older runs know nothing of them
     return {"config": fields, "trained": trained}
 
@@ -62,7 +72,11 @@ def data_digest(dataset):
         count = len(dataset)
     except TypeError:
         return "stream"
-    rows = [dataset[n * (count - 1) // max(SAMPLED - 1, 1)] for n in range(SAMPLED)] if count > SAMPLED else [dataset[n] for n in range(count)]
+    rows = (
+        [dataset[n * (count - 1) // max(SAMPLED - 1, 1)] for n in range(SAMPLED)]
+        if count > SAMPLED
+        else [dataset[n] for n in range(count)]
+    )
     return f"{count} rows, {digest_of([{k: v.tolist() if hasattr(v, 'tolist') else v for k, v in row.items()} for row in rows])}"
 
 
@@ -70,15 +84,20 @@ def check_run_spec(before, now, allowed, checkpoint):
     """Refuse to resume a run as another one.
 
     Args:
-        before, now: run specs, of the checkpoint and of this run. A field that only one of them has belongs to another version of a library.
+        before, now: run specs, of the checkpoint and of this run. A field that only one of them has belongs to another
+            version of a library.
         allowed: fields that may differ.
     Raises:
         ConfigError: it lists every field that changed, with both values.
     """
-    changed = {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
+    changed = {
+        name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
+    }
     refused = {name: values for name, values in changed.items() if name not in allowed}
     if refused:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())
-        raise ConfigError(f"{Path(checkpoint).name} belongs to another run: {listed}. Resume with the same settings, start in another output_dir, "
-                          f"or allow it: allow_changes={sorted(refused)}")  # fmt: skip
+        raise ConfigError(
+            f"{Path(checkpoint).name} belongs to another run: {listed}. Resume with the same settings, start in another output_dir, "
+            f"or allow it: allow_changes={sorted(refused)}"
+        )
     return changed

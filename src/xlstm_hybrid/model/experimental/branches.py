@@ -1,7 +1,9 @@
-"""A hybrid layer without one of its branches: the mLSTM alone or the window alone, in all rows or, in training, in those that are drawn.
+"""A hybrid layer without one of its branches: the mLSTM alone or the window alone, in all rows or, in training, in
+those that are drawn.
 
-`mixer_branches` makes baselines of the arena, and set on a loaded model it shows what each branch remembers. Window dropout is scheduled
-sliding-window dropout (Benfeghoul et al. 2025, arXiv 2510.05901). Dims: B batch, T tokens, H query heads.
+`mixer_branches` makes baselines of the arena, and set on a loaded model it shows what each branch remembers. Window
+dropout is scheduled sliding-window dropout (Benfeghoul et al. 2025, arXiv 2510.05901). Dims: B batch, T tokens, H query
+heads.
 """
 
 import torch
@@ -22,7 +24,10 @@ def window_alone(attention, hidden_states, projected, tokens, mask, cache):
     query, key, value, *_ = projected
     attention.read(hidden_states, projected, tokens)  # for those who record its gate
     if mask is None and cache is not None and cache.is_initialized:
-        inputs, where = tuple(x.transpose(1, 2) for x in (query, key, value)), {"sinks": attention.num_sink_tokens, "scale": attention.scaling}
+        inputs, where = (
+            tuple(x.transpose(1, 2) for x in (query, key, value)),
+            {"sinks": attention.num_sink_tokens, "scale": attention.scaling},
+        )
         if cache.depth:
             cache.note(Step(window_step, inputs, tokens, attention.scaling))
         cache.state, h = None, window_step(*inputs, cache.keys, cache.values, tokens.index[:, 0], **where)

@@ -1,7 +1,7 @@
 """The recurrence of a hybrid layer by the config's `memory_cell`: the paper's mLSTM, and two others for comparison.
 
-"linear" gates nothing, i = 0 and f = inf: the linear attention of Katharopoulos et al. 2020. "delta" is the gated delta rule of Yang et al. 2024
-(arXiv 2412.06464). Dims: B batch, T tokens, H heads, K query/key dim, F features.
+"linear" gates nothing, i = 0 and f = inf: the linear attention of Katharopoulos et al. 2020. "delta" is the gated delta
+rule of Yang et al. 2024 (arXiv 2412.06464). Dims: B batch, T tokens, H heads, K query/key dim, F features.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,16 @@ class DeltaMixer(MLSTMMixer):
                 features = nn.functional.silu(x.to(dtype) @ feature_map.to(dtype)).transpose(1, 2)
             else:
                 features = self.features(x.to(dtype), feature_map, kind == "softmax_signed")
-            features = features * (features.square().sum(-1, keepdim=True) + 1e-6).rsqrt()  # of length 1, also close to 0 with a finite slope
+            # of length 1, also close to 0 with a finite slope
+            features = features * (features.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
         return features if x.dtype == torch.float16 else features.to(x.dtype)
 
 
 @dataclass
 class Cell:
-    """mixer: class of the parameters.  run: the recurrence over T tokens.  step: one token of it and of the window, mixed, in the cache's tensors."""
+    """mixer: class of the parameters.  run: the recurrence over T tokens.  step: one token of it and of the window,
+    mixed, in the cache's tensors.
+    """
 
     mixer: type
     run: Callable

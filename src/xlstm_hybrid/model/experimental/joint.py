@@ -1,7 +1,9 @@
-"""One softmax over both branches, without a gate (LoLCATs, Zhang et al. 2024, arXiv 2410.10254): `mixer_combine="joint"`.
+"""One softmax over both branches, without a gate (LoLCATs, Zhang et al. 2024, arXiv 2410.10254):
+`mixer_combine="joint"`.
 
-Tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the document before them exp(s_h) phi(q) phi(k), with one factor exp(s_h)
-per head. A baseline: every pair of tokens of a call is calculated. In the cache a token goes into the state when it leaves the window.
+Tokens in the window or the sinks weigh exp(q k / sqrt K), all others of the document before them exp(s_h) phi(q)
+phi(k), with one factor exp(s_h) per head. A baseline: every pair of tokens of a call is calculated. In the cache a
+token goes into the state when it leaves the window.
 
 Dims: B batch, T new tokens, H query heads, G key/value heads, K key dim, V value dim, F features, W window, S sinks.
 """
@@ -26,7 +28,8 @@ class JointMixer(LinearMixer):
         self.joint_scale = wide(len(config.mixed_heads(layer_idx)))
 
     def forward(self, query, key, value, tokens, scale, layer=None):
-        """`(h [B, T, H, V], weights [B, H, T, columns], share [B, T, H] of the features in the weights)`; updates the cache layer.
+        """`(h [B, T, H, V], weights [B, H, T, columns], share [B, T, H] of the features in the weights)`; updates the
+        cache layer.
 
         Args:
             query, key, value: of the window and of the maps, [B, H | G, T, K | V].
@@ -37,7 +40,11 @@ class JointMixer(LinearMixer):
         new, n, state, near = (key, value), query.shape[1] // key.shape[1], None, tokens.visible(window, sinks)
         far, key, value = tokens.visible(T, 0) & ~near, repeat_kv(key, n), repeat_kv(value, n)
         if layer is not None and layer.is_initialized:
-            key, value, state = torch.cat([repeat_kv(layer.keys, n), key], 2), torch.cat([repeat_kv(layer.values, n), value], 2), layer.state
+            key, value, state = (
+                torch.cat([repeat_kv(layer.keys, n), key], 2),
+                torch.cat([repeat_kv(layer.values, n), value], 2),
+                layer.state,
+            )
             near, far = torch.cat([layer.visible(tokens), near], -1), torch.cat([layer.left(tokens), far], -1)
         h, weights, share = self.softmax(query, key, value, near[:, None], far[:, None], state, tokens, scale)
         if layer is not None:
@@ -51,15 +58,26 @@ class JointMixer(LinearMixer):
         """`forward`'s result; near, far: [B, 1, T, columns], what a token sees exactly and by its features."""
         q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
         dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, value, least, factor = q.to(dtype), k.to(dtype), value.to(dtype), torch.finfo(dtype).tiny, self.joint_scale.to(dtype)[:, None, None]
+        q, k, value, least, factor = (
+            q.to(dtype),
+            k.to(dtype),
+            value.to(dtype),
+            torch.finfo(dtype).tiny,
+            self.joint_scale.to(dtype)[:, None, None],
+        )
         with torch.autocast(query.device.type, enabled=False):
             close = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
             rest = (q @ k.transpose(-1, -2)).clamp_min(least).log() + factor
             exponents = torch.where(near, close, rest).masked_fill(~(near | far), float("-inf"))
             if state is None:
                 weights = torch.softmax(exponents, -1)
-                return (weights @ value).transpose(1, 2), weights, weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2)
-            den = q @ state.n[..., None].to(dtype)  # [B, H, T, 1]; the state is one more column, of all that it has read
+                return (
+                    (weights @ value).transpose(1, 2),
+                    weights,
+                    weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2),
+                )
+            # [B, H, T, 1]; the state is one more column, of all that it has read
+            den = q @ state.n[..., None].to(dtype)
             empty = (den < least) | (tokens.document > 0)[:, None, :, None]
             log_den = (den.clamp_min(least).log() + factor).masked_fill(empty, float("-inf"))
             old, weights = torch.softmax(torch.cat([log_den, exponents], -1), -1).split([1, exponents.shape[-1]], -1)
@@ -103,9 +121,18 @@ class JointCacheLayer(HybridCacheLayer):
         new = tokens.index.masked_fill(~place.inside, -1)
         index = torch.cat([self.slot_index[:, S:].masked_fill(place.restarted, -1), new], -1)
         gone = ((index >= S) & (index < place.count - W))[..., None, None]
-        key, value = torch.cat([self.keys[:, :, S:], key_states], 2), torch.cat([self.values[:, :, S:], value_states], 2)
+        key, value = (
+            torch.cat([self.keys[:, :, S:], key_states], 2),
+            torch.cat([self.values[:, :, S:], value_states], 2),
+        )
         dtype, repeats = torch.promote_types(value.dtype, torch.float32), len(feature_map) // key.shape[1]
-        k = LinearMixer.features(repeat_kv(key, repeats), feature_map, signed).to(dtype).masked_fill(~gone, 0.0).transpose(1, 2)  # [B, H, W + T, F]
+        # [B, H, W + T, F]
+        k = (
+            LinearMixer.features(repeat_kv(key, repeats), feature_map, signed)
+            .to(dtype)
+            .masked_fill(~gone, 0.0)
+            .transpose(1, 2)
+        )
         v = value.to(dtype).repeat_interleave(repeats, 1)
         C, n = k.transpose(-1, -2) @ v, k.sum(-2)
         if self.state is not None:

@@ -1,4 +1,6 @@
-"""An RMS norm of each head's mix before W_o, as in Beck et al. 2024 (`mixer_norm`); Hauzenberger et al. 2026 leave it out."""
+"""An RMS norm of each head's mix before W_o, as in Beck et al. 2024 (`mixer_norm`); Hauzenberger et al. 2026 leave it
+out.
+"""
 
 import torch
 

@@ -1,8 +1,9 @@
-"""A sparse exact memory beside the window (`sparse_memory`): the few tokens that score best among those that have left it stay visible.
+"""A sparse exact memory beside the window (`sparse_memory`): the few tokens that score best among those that have left
+it stay visible.
 
-A few pairs per key/value head, chosen by what the state cannot give back (LoLA, arXiv 2505.23666; HOLA, arXiv 2607.02303), join the window's
-softmax. Dims: B batch, T tokens, N tokens that compete, H query heads, G key/value heads, R = H / G, K query/key dim, V value dim, W window, S sinks,
-L chosen tokens per key/value head.
+A few pairs per key/value head, chosen by what the state cannot give back (LoLA, arXiv 2505.23666; HOLA, arXiv
+2607.02303), join the window's softmax. Dims: B batch, T tokens, N tokens that compete, H query heads, G key/value
+heads, R = H / G, K query/key dim, V value dim, W window, S sinks, L chosen tokens per key/value head.
 """
 
 from dataclasses import dataclass, replace
@@ -26,14 +27,32 @@ NEVER = 2**62  # a time after all tokens
 
 
 def sparse_memory(attention, hidden_states, projected, tokens, mask, cache):
-    """In the place of `HybridAttention.mix_heads`: o * mLSTM + (1 - o) * attention over window, sinks and chosen tokens."""
+    """In the place of `HybridAttention.mix_heads`: o * mLSTM + (1 - o) * attention over window, sinks and chosen
+    tokens.
+    """
     config, (query, key, value, *_) = attention.config, projected
-    layer = SparseCacheLayer(attention.sliding_window, attention.num_sink_tokens, capacity=config.sparse_memory) if cache is None else cache
+    layer = (
+        SparseCacheLayer(attention.sliding_window, attention.num_sink_tokens, capacity=config.sparse_memory)
+        if cache is None
+        else cache
+    )
     phi_q, phi_k, i, f, o = attention.read(hidden_states, projected, tokens)
-    v, cell, chunk_size = repeat_kv(value, attention.num_key_value_groups).transpose(1, 2), CELLS[config.memory_cell], config.mlstm_chunk_size
+    v, cell, chunk_size = (
+        repeat_kv(value, attention.num_key_value_groups).transpose(1, 2),
+        CELLS[config.memory_cell],
+        config.mlstm_chunk_size,
+    )
     memory, state = cell.run(phi_q, phi_k, v, i, f, state=layer.state, chunk_size=chunk_size)
     written = phi_k, v, i, f
-    scores = scores_of(config.sparse_memory_score, tokens, key, (written, chunk_size), layer.state, attention.layer_idx, config.memory_cell)
+    scores = scores_of(
+        config.sparse_memory_score,
+        tokens,
+        key,
+        (written, chunk_size),
+        layer.state,
+        attention.layer_idx,
+        config.memory_cell,
+    )
     attend = None
     if config._attn_implementation == "eager" or (attention.training and config.attention_dropout):
         attend = partial(attention.attend, implementation=attention.masked_implementation)
@@ -52,8 +71,10 @@ def sparse_memory(attention, hidden_states, projected, tokens, mask, cache):
 def scores_of(kind, tokens, key, call, state=None, layer_idx=0, cell="mlstm"):
     """[B, G, T], float32 at least: how much a token is worth keeping, fixed when it is read.
 
-    "residual": |v - h|^2, h the mLSTM's answer to the token's own key just after it was written, mean over the query heads of the group.
-    "weighted": the same times exp(i) / (exp(i) + sigmoid(f)), the share of the input gate in what is written and what is kept.
+    "residual": |v - h|^2, h the mLSTM's answer to the token's own key just after it was written, mean over the query
+    heads of the group.
+    "weighted": the same times exp(i) / (exp(i) + sigmoid(f)), the share of the input gate in what is written and what
+    is kept.
     "recency": the index.  "random": a hash of it. The last two are controls.
 
     Args:
@@ -78,13 +99,14 @@ def scores_of(kind, tokens, key, call, state=None, layer_idx=0, cell="mlstm"):
 def sparse_attention(query, key, value, tokens, scores, layer, attend=None, scale=None):
     """`(h [B, T, H, V], weights or None)` of window, sinks and chosen tokens; `layer` is left as it is.
 
-    Every block of max(W, 64) queries reads slots that the blocks before it have filled, as pieces of a prompt do: time is linear in T, and a block
-    sees S + W + L + block keys.
+    Every block of max(W, 64) queries reads slots that the blocks before it have filled, as pieces of a prompt do: time
+    is linear in T, and a block sees S + W + L + block keys.
 
     Args:
         query, key, value: [B, H | G, T, K | V]; scores: [B, G, T].
         layer: a `SparseCacheLayer` of the tokens before.
-        attend: (query, key, value, mask [B, H, T, keys]) -> (h, weights), for all queries at once; None: torch's, in float32 at least.
+        attend: (query, key, value, mask [B, H, T, keys]) -> (h, weights), for all queries at once; None: torch's, in
+            float32 at least.
     """
     T, held = query.shape[2], SparseCacheLayer(layer.sliding_window, layer.num_sink_tokens, capacity=layer.capacity)
     held.take_over(layer)
@@ -102,7 +124,9 @@ def sparse_attention(query, key, value, tokens, scores, layer, attend=None, scal
 
 
 def seen(held, key, value, scores, tokens):
-    """`(keys, values [B, G, N, K | V], mask [B, G, T, N])` of one block, N = [S + W slots | L chosen | T new], of an empty layer T new."""
+    """`(keys, values [B, G, N, K | V], mask [B, G, T, N])` of one block, N = [S + W slots | L chosen | T new], of an
+    empty layer T new.
+    """
     W, S, L, T = held.sliding_window, held.num_sink_tokens, held.capacity, key.shape[2]
     mask, index, document = tokens.visible(W, S), tokens.index, tokens.document
     if held.is_initialized:
@@ -113,7 +137,9 @@ def seen(held, key, value, scores, tokens):
         index = torch.cat([old, index[:, None].expand(-1, key.shape[1], -1)], -1)
         document = torch.cat([torch.zeros_like(old[:, 0]), document], -1)[:, None]
         scores = torch.cat([held.scores, held.sparse.score, scores], -1)
-        key, value = (torch.cat(x, 2) for x in ((held.keys, held.sparse.keys, key), (held.values, held.sparse.values, value)))
+        key, value = (
+            torch.cat(x, 2) for x in ((held.keys, held.sparse.keys, key), (held.values, held.sparse.values, value))
+        )
     else:
         index, document = index[:, None], document[:, None]
     mask = mask[:, None].expand(-1, key.shape[1], -1, -1)
@@ -139,7 +165,8 @@ def grouped_attention(query, key, value, mask, scale):
 
 
 class SparseSlots(NamedTuple):
-    """The chosen tokens of a row's present document, by index; empty slots come last, with index -1, score -inf, and 0 elsewhere.
+    """The chosen tokens of a row's present document, by index; empty slots come last, with index -1, score -inf, and 0
+    elsewhere.
 
     keys, values: [B, G, L, K | V].  score: [B, G, L], float32 at least.  index: [B, G, L].
     """
@@ -155,7 +182,9 @@ class SparseSlots(NamedTuple):
         B, G, dtype = *key.shape[:2], torch.promote_types(key.dtype, torch.float32)
         score = torch.full((B, G, capacity), float("-inf"), dtype=dtype, device=key.device)
         index = torch.full((B, G, capacity), -1, device=key.device)
-        return cls(key.new_zeros(B, G, capacity, key.shape[-1]), value.new_zeros(B, G, capacity, value.shape[-1]), score, index)
+        return cls(
+            key.new_zeros(B, G, capacity, key.shape[-1]), value.new_zeros(B, G, capacity, value.shape[-1]), score, index
+        )
 
     def forget(self, rows):
         """The same without the tokens of `rows` [B, 1] bool, whose document is over."""
@@ -186,14 +215,19 @@ def choose(keys, values, score, index, capacity):
     place = torch.where(index.gather(-1, best) < 0, NEVER, index.gather(-1, best))
     best = best.gather(-1, place.argsort(dim=-1, stable=True))
     index, score = index.gather(-1, best), score.gather(-1, best)
-    keys, values = (torch.where(index[..., None] < 0, 0.0, x.gather(2, best[..., None].expand(-1, -1, -1, x.shape[-1]))) for x in (keys, values))
+    keys, values = (
+        torch.where(index[..., None] < 0, 0.0, x.gather(2, best[..., None].expand(-1, -1, -1, x.shape[-1])))
+        for x in (keys, values)
+    )
     return SparseSlots(keys, values, score, index)
 
 
 def leaves(score, index, document, enters, capacity):
-    """[B, G, N] time at which each token is pushed out: when the L-th better one of its document comes to compete. `NEVER` where that never is.
+    """[B, G, N] time at which each token is pushed out: when the L-th better one of its document comes to compete.
+    `NEVER` where that never is.
 
-    A token competes from `enters` on and never comes back, so what a query sees is an interval of time, whatever the calls were.
+    A token competes from `enters` on and never comes back, so what a query sees is an interval of time, whatever the
+    calls were.
 
     Args:
         score: [B, G, N], -inf for what does not compete; index, document, enters: [B, G, N] integers.
@@ -203,19 +237,25 @@ def leaves(score, index, document, enters, capacity):
         return torch.full_like(index, NEVER)
     order = index.argsort(dim=-1, stable=True)  # within a document, tokens come to compete in this order
     score, index, document, enters = (x.gather(-1, order) for x in (score, index, document, enters))
-    mine, other = (x[..., :, None] for x in (score, index, document)), (x[..., None, :] for x in (score, index, document))
+    mine, other = (
+        (x[..., :, None] for x in (score, index, document)),
+        (x[..., None, :] for x in (score, index, document)),
+    )
     (s, j, d), (s_, j_, d_) = mine, other
     better = ((s_ > s) | ((s_ == s) & (j_ < j))) & (d_ == d) & (s_ > float("-inf"))  # [B, G, N, N]
-    last = (better.cumsum(-1, dtype=torch.int32) < capacity).sum(-1)  # position of the L-th better one, N if there are fewer
+    # position of the L-th better one, N if there are fewer
+    last = (better.cumsum(-1, dtype=torch.int32) < capacity).sum(-1)
     left = torch.where(last < N, enters.gather(-1, last.clamp_max(N - 1)), NEVER)
     return left.gather(-1, order.argsort(-1))
 
 
 def sparse_visible(score, index, document, tokens, window, sinks, capacity):
-    """[B, G, T, N] bool: which of N tokens each query sees as chosen ones: those that have left its window, are no sinks, and score best.
+    """[B, G, T, N] bool: which of N tokens each query sees as chosen ones: those that have left its window, are no
+    sinks, and score best.
 
     Args:
-        score: [B, G, N]; index, document: [B or 1, G or 1, N], index -1 for nothing, document as in `Tokens`: 0 is the one of the cache.
+        score: [B, G, N]; index, document: [B or 1, G or 1, N], index -1 for nothing, document as in `Tokens`: 0 is the
+            one of the cache.
     """
     index, document = (x.expand(score.shape) for x in (index, document))
     competes = index >= sinks if sinks else index >= 0
@@ -227,8 +267,9 @@ def sparse_visible(score, index, document, tokens, window, sinks, capacity):
 
 
 def spread(index, layer_idx):
-    """[B, T] integers below 2^24 that look random: a hash of the tokens' index and the layer's number, with the constants of splitmix64
-    (Steele et al. 2014)."""
+    """[B, T] integers below 2^24 that look random: a hash of the tokens' index and the layer's number, with the
+    constants of splitmix64 (Steele et al. 2014).
+    """
     x = (index + 1 + layer_idx * 2**33) * -7046029254386353131  # integers wrap
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ (x >> shift)) * factor
@@ -255,7 +296,9 @@ class SparsePiece(Piece):
 
 
 class SparseCacheLayer(HybridCacheLayer):
-    """Besides: sparse, `SparseSlots` of `capacity` chosen tokens, and scores [B, G, S + W], what the tokens in the slots are worth."""
+    """Besides: sparse, `SparseSlots` of `capacity` chosen tokens, and scores [B, G, S + W], what the tokens in the
+    slots are worth.
+    """
 
     fields = (*HybridCacheLayer.fields, "scores", "sparse")
 
@@ -290,8 +333,15 @@ class SparseCacheLayer(HybridCacheLayer):
         self.scores = self.sparse = None
 
     def named_tensors(self):
-        return super().named_tensors() | {"scores": self.scores} | {f"sparse_{name}": x for name, x in self.sparse._asdict().items()}
+        return (
+            super().named_tensors()
+            | {"scores": self.scores}
+            | {f"sparse_{name}": x for name, x in self.sparse._asdict().items()}
+        )
 
     def fill(self, tensors, seen):
         super().fill(tensors, seen)
-        self.scores, self.sparse = tensors["scores"], SparseSlots(*(tensors[f"sparse_{name}"] for name in SparseSlots._fields))
+        self.scores, self.sparse = (
+            tensors["scores"],
+            SparseSlots(*(tensors[f"sparse_{name}"] for name in SparseSlots._fields)),
+        )

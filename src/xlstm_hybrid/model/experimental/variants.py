@@ -1,4 +1,5 @@
-"""The options of the hybrid layer that replace its way of mixing, one table: they won nothing in docs/arena.md and stand here for comparison.
+"""The options of the hybrid layer that replace its way of mixing, one table: they won nothing in docs/arena.md and
+stand here for comparison.
 
 Cells, which replace the recurrence alone, are in `cells`; a norm of the mix in `norm`.
 """
@@ -14,13 +15,17 @@ from xlstm_hybrid.model.experimental.sparse import SparseCacheLayer, sparse_memo
 
 
 class Variant(NamedTuple):
-    """mix_heads: what runs in the place of `HybridAttention.mix_heads`, with the layer as its first argument.  cache: class of the cache layer."""
+    """mix_heads: what runs in the place of `HybridAttention.mix_heads`, with the layer as its first argument.  cache:
+    class of the cache layer.
+    """
 
     mix_heads: Callable
     cache: type = HybridCacheLayer
 
 
-VARIANTS = {  # by `mixer_combine`, `mixer_branches` and whether there is a `sparse_memory`; no two go together, see `XLSTMHybridConfig.check`
+# by `mixer_combine`, `mixer_branches` and whether there is a `sparse_memory`; no two go together, see
+# `XLSTMHybridConfig.check`
+VARIANTS = {
     ("joint", "both", False): Variant(joint_softmax, JointCacheLayer),
     ("gate", "both", True): Variant(sparse_memory, SparseCacheLayer),
     ("gate", "window", False): Variant(window_alone),
