@@ -184,7 +184,7 @@ def test_a_right_verdict_is_remembered_on_disk_for_the_versions(fresh, monkeypat
     assert asked == ["xlstm_hybrid"] and verdicts(fresh) == {"xlstm_hybrid": RIGHT}
     (path,) = fresh.iterdir()
     assert path.name.startswith(f"transformers-{NEWER}-")
-    about = json.loads(path.read_text())["surroundings"]
+    about = json.loads(path.read_text())["environment"]
     assert (about["transformers"], about["torch"]) == (NEWER, torch.__version__)
     # another version of either is another question
     for name, value in ((compatibility.transformers, "99.2.0"), (torch, "99.0")):

@@ -91,13 +91,13 @@ def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
 def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state(llama, student, cache, monkeypatch):
     for model in (llama, student):
         assert efficiency_checks.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
-    step = HybridCacheLayer.step
+    advance = HybridCacheLayer.advance
 
-    def forgetful(self, *arguments, **named):
+    def forgetful(self, tokens):
         self.state.C.zero_()
-        return step(self, *arguments, **named)
+        return advance(self, tokens)
 
-    monkeypatch.setattr(HybridCacheLayer, "step", forgetful)
+    monkeypatch.setattr(HybridCacheLayer, "advance", forgetful)
     assert efficiency_checks.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
 
 

@@ -53,6 +53,7 @@ def run_of(made, tmp_path):
         if not (tmp_path / "run").exists():
             shutil.copytree(made[1], tmp_path / "run")
         console = Console(file=open(tmp_path / "console.txt", "a"), width=200)  # noqa: SIM115
+        section = section or {"method": "linear", "weights": HALVES}
         return Run(replace(made[0], merge=section), tmp_path / "run", console=console)
 
     return run_of

@@ -14,7 +14,7 @@ from xlstm_hybrid.checkpoint.files import read_provenance, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training import alignment_by_groups as streaming
 from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
-from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed, spooled_bytes
+from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed
 
 SETTINGS = {
     "max_steps": 6,
@@ -196,4 +196,4 @@ def test_bfloat16_is_stored_as_it_is(tmp_path):
     spool, x = Spool(tmp_path), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     spool.write(5, iter([x]))
     assert torch.equal(spool.read(5, 0), x) and spool.read(5, 0).dtype == torch.bfloat16
-    assert spool.path(5).stat().st_size == 48 and spooled_bytes(6, 4) == 96
+    assert spool.path(5).stat().st_size == 48

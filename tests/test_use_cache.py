@@ -14,10 +14,10 @@ from tiny_teachers import teacher
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-import xlstm_hybrid.distil_xlstm.convert as distil
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.checkpoint.files import write_manifest
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.distil_xlstm.convert import convert as convert_to_distil
 from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
 from xlstm_hybrid.hub.export import export
 from xlstm_hybrid.merging.merge import merge
@@ -100,7 +100,7 @@ def test_a_student_in_memory_generates_with_its_cache_whatever_its_teacher_says(
 
 
 def test_a_distil_student_generates_with_its_cache_whatever_its_teacher_says(trained_teacher, tmp_path, monkeypatch):
-    distil.convert(trained_teacher, tmp_path / "student")
+    convert_to_distil(trained_teacher, tmp_path / "student")
     assert says(tmp_path / "student") == [True, True]
     student = DistilXLSTMForCausalLM.from_teacher(trained_teacher)
     assert student.config.use_cache

@@ -273,15 +273,6 @@ def counted_tokens(batch):
     return batch["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
 
 
-def relative_errors(out):
-    """`{"layer_<n>/relative_error": squared error / squared target}` of an `AlignmentOutput`, hybrid layers only."""
-    return {
-        f"layer_{n}/relative_error": (e / t).item()
-        for n, (e, t) in enumerate(zip(out.error, out.target, strict=True))
-        if t > 0
-    }
-
-
 @torch.no_grad()
 def measure_alignment(model, batches):
     """Relative error per hybrid layer over `batches` of model inputs; `{layer: error}`, in the order of the layers."""

@@ -451,8 +451,3 @@ def write_aligned(checkpoint, folder, work, groups):
             shutil.copyfile(checkpoint / name, folder / name)
         elif (checkpoint / name).is_file():
             write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
-
-
-def spooled_bytes(tokens, hidden_size, itemsize=2):
-    """Bytes of disk that a streamed run needs for hidden states: those that enter a group and those that leave it."""
-    return 2 * tokens * hidden_size * itemsize
