@@ -49,6 +49,7 @@ def search(group_weights=None, **settings):
 
 BREAKS = {
     r"unknown keys \['learning_rate'\]": lambda c: c.update(learning_rate=1),
+    r"unknown keys \['evalute'\], expected some of .*\(did you mean evaluate\?\)": lambda c: c.update(evalute={}),
     r"missing keys \['align'\]": without("align"),
     r"evaluate: expected exactly the keys": lambda c: c["evaluate"].pop("examples"),
     r"evaluate.examples=0: expected a number of at least 1": lambda c: c["evaluate"].update(examples=0),

@@ -4,6 +4,7 @@ a recipe. No tensors here.
 
 import math
 import re
+from difflib import get_close_matches
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "fisher", "regmean")
 ON_POLICY = "on_policy"  # not a merge of weights: the experts teach one student on its own samples
@@ -42,6 +43,14 @@ LABELS = ("model", "data")
 
 def is_number(x):
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def unknown_keys(where, given, known):
+    """Keys that a section does not have, in words, with the nearest that it has; [] where it has all."""
+    unknown = sorted(map(str, set(given) - set(known)))
+    near = [match for name in unknown for match in get_close_matches(name, list(known), n=1)]
+    hint = f" (did you mean {' and '.join(near)}?)" if near else ""
+    return [f"{where}unknown keys {unknown}, expected some of {sorted(known)}{hint}"] * bool(unknown)
 
 
 def group_of(name):
@@ -108,9 +117,7 @@ def section_faults(merge, experts):
             "on_policy" the aligned one.
         experts: {name: mix} of the recipe.
     """
-    wrong = [f"merge: unknown keys {sorted(map(str, set(merge) - KEYS))}, expected some of {sorted(KEYS)}"] * bool(
-        set(merge) - KEYS
-    )
+    wrong = unknown_keys("merge: ", merge, KEYS)
     parts = {
         name: merge[name]
         for name in ("weights", "options", "group_weights", "search", "statistics", "on_policy")
@@ -180,11 +187,7 @@ def share_faults(where, shares, experts):
 
 
 def setting_faults(part, settings):
-    wrong = [
-        f"merge.{part}: unknown keys {unknown}, expected some of {sorted(SETTINGS[part])}"
-        for unknown in [sorted(map(str, set(settings) - set(SETTINGS[part])))]
-        if unknown
-    ]
+    wrong = unknown_keys(f"merge.{part}: ", settings, SETTINGS[part])
     for name, value in settings.items():
         words, allowed = SETTINGS[part].get(name, ("", lambda x: True))
         wrong += [f"merge.{part}.{name}={value!r}: expected {words}"] * (not allowed(value))

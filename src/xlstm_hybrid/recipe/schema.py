@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.recipe.merge_settings import section_faults
+from xlstm_hybrid.recipe.merge_settings import is_number, section_faults, unknown_keys
 
 # in a wheel; in a working copy
 SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
@@ -96,7 +96,7 @@ class Recipe:
     merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
-        held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the verb
+        held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
         harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
         "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
@@ -149,34 +149,15 @@ class Recipe:
 
 MIXES = {"mixture", "sources"}
 DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5)}  # type, least, most
-SECTIONS = {  # the keys of a section, or of its kinds
-    "evaluate": [{"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"}]
-}
+EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
 # of teacher and student only
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
-TYPES = {
-    "name": str,
-    "teacher": str,
-    "out": str,
-    "student": dict,
-    "data": dict,
-    "align": dict,
-    "distill": dict,
-    "experts": dict,
-    "merge": dict,
-    "evaluate": dict,
-    "on_policy": dict,
-    "revision": str,
-    "teacher_dtype": str,
-    "seed": int,
-}
-
-
-def is_number(x):
-    return isinstance(x, int | float) and not isinstance(x, bool)
+SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
+TEXTS = ("name", "teacher", "out", "revision", "teacher_dtype")
+TYPES = dict.fromkeys(SECTIONS, dict) | dict.fromkeys(TEXTS, str) | {"seed": int}
 
 
 def as_mix(section):
@@ -241,19 +222,17 @@ def load_recipe(path):
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
-    known = {f.name for f in fields(Recipe)} - {"path"}
-    unknown, missing = sorted(map(str, set(content) - known)), sorted(known - OPTIONAL - set(content))
-    wrong = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing}"] * bool(missing)
-    wrong += [
-        f"{k}: expected {TYPES[k].__name__}, got {type(v).__name__}"
-        for k, v in content.items()
-        if k in known and not isinstance(v, TYPES[k]) and not (v is None and k in OPTIONAL - {"seed"})
-    ]
+    missing = sorted(TYPES.keys() - OPTIONAL - content.keys())
+    wrong = unknown_keys("", content, TYPES) + [f"missing keys {missing}"] * bool(missing)
+    for key, value in content.items():
+        kind = TYPES.get(key, object)
+        if not isinstance(value, kind) and not (value is None and key in OPTIONAL - {"seed"}):
+            wrong.append(f"{key}: expected {kind.__name__}, got {type(value).__name__}")
     if not wrong:
         content = {k: v for k, v in content.items() if v is not None}
         wrong = faults(content)
     if wrong:
-        raise ConfigError(f"{path.name}: {'; '.join(wrong)}; known keys are {sorted(known)}")
+        raise ConfigError(f"{path.name}: {'; '.join(wrong)}")
     return Recipe(**content, path=path)
 
 
@@ -262,11 +241,9 @@ def faults(content):
     wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (
         not NAME.fullmatch(content["name"])
     )
-    for section, kinds in SECTIONS.items():
-        if section in content and set(content[section]) - (set(FINAL) if section == "evaluate" else set()) not in kinds:
-            wrong.append(
-                f"{section}: expected exactly the keys {' or '.join(str(sorted(k)) for k in kinds)}, got {sorted(content[section])}"
-            )
+    if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
+        kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
+        wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
     wrong += evaluate_faults(content.get("evaluate", {}))
     wrong += data_faults(content["data"]) + stage_faults(content)
     for name, section in content["experts"].items():
@@ -282,10 +259,11 @@ def faults(content):
 
 def evaluate_faults(section):
     """Mistakes of the section `evaluate` that can be seen without lm-eval."""
+    numbers = {k: v for k, v in section.items() if k not in FINAL or k == "limit"}
     wrong = [
         f"evaluate.{k}={v!r}: expected a number of at least 1"
-        for k, v in section.items()
-        if (k not in FINAL or k == "limit") and (not isinstance(v, int) or isinstance(v, bool) or v < 1)
+        for k, v in numbers.items()
+        if not isinstance(v, int) or isinstance(v, bool) or v < 1
     ]
     wrong += type_faults("evaluate", {k: v for k, v in section.items() if k in FINAL and k != "limit"}, FINAL)
     for name, known in (("long_context", LONG_CONTEXT), ("efficiency", EFFICIENCY)):
@@ -306,8 +284,7 @@ def evaluate_faults(section):
 
 def type_faults(where, section, known):
     """Unknown keys of a section, values of another type than `known` {key: type} says, and numbers below 1."""
-    unknown = sorted(map(str, set(section) - set(known)))
-    wrong = [f"{where}: unknown keys {unknown}, expected some of {sorted(known)}"] * bool(unknown)
+    wrong = unknown_keys(f"{where}: ", section, known)
     for key, value in section.items():
         kind = known.get(key, object)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object):
@@ -320,9 +297,7 @@ def type_faults(where, section, known):
 def data_faults(data):
     """Mistakes of the section `data`."""
     length, chosen = data.get("sequence_length"), MIXES & set(data)
-    wrong = [f"data: unknown keys {sorted(set(data) - MIXES - {'sequence_length', *DATA_OPTIONS})}"] * bool(
-        set(data) - MIXES - {"sequence_length", *DATA_OPTIONS}
-    )
+    wrong = unknown_keys("data: ", data, {*MIXES, "sequence_length", *DATA_OPTIONS})
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
         wrong.append(f"data.sequence_length={length!r}: expected at least 2 tokens")
     if len(chosen) != 1:
