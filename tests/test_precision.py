@@ -424,6 +424,9 @@ def test_the_dtype_of_a_stored_teacher_is_the_users_then_the_recipes(machine, sa
     ((level, line),) = said()
     assert level == "WARNING" and line.startswith("teacher_dtype: bfloat16 is slower")
     assert choose_dtype("auto", RECIPES / "smoke.yaml", config, "cpu", tmp_path) == "float32"
+    recipe.write_text(recipe.read_text().replace("teacher_dtype: bfloat16", "teacher_dtype: int8"))
+    with pytest.raises(ConfigError, match="teacher_dtype int8: expected one of"):
+        choose_dtype("auto", recipe, config, "cpu", tmp_path)
     with pytest.raises(ConfigError, match="--dtype int8: expected one of auto, float32, bfloat16, float16"):
         choose_dtype("int8", rows, config, "cpu", tmp_path)
 

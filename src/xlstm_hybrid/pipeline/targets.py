@@ -72,12 +72,13 @@ def choose_dtype(asked, rows, config, device, out):
     Raises:
         ConfigError: a dtype that we do not know.
     """
+    setting = "--dtype"
+    if asked == "auto" and rows.suffix in RECIPE:
+        asked, setting = load_recipe(rows).teacher_dtype, "teacher_dtype"
     if asked not in DTYPES:
-        raise ConfigError(f"--dtype {asked}: expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"{setting} {asked}: expected one of {', '.join(DTYPES)}")
     if asked != "auto":
-        return dtype_for(device, asked)
-    if rows.suffix in RECIPE:
-        return dtype_for(device, load_recipe(rows).teacher_dtype, setting="teacher_dtype")
+        return dtype_for(device, asked, setting=setting)
     stored = str(config.dtype or "float32").removeprefix("torch.")
     begun = read_index(out)["spec"].get("dtype") if (out / INDEX).is_file() else None
     return begun if begun in (stored, "float32") else dtype_for(device, stored=stored)
