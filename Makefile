@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait spin briefly, then sleep: on a busy machine long spinning makes a training step ten times slower.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: install quickstart test test-all test-common test-newest test-oldest lint clean
+.PHONY: install quickstart test test-all test-common test-newest test-oldest lint docs clean
 
 install: $(VENV)/.installed
 
@@ -47,12 +47,21 @@ test-newest:
 
 test-oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
-	$(PYTHON) -P src/xlstm_hybrid/versions.py $(if $(TORCH),'$(TORCH)') > .venv-oldest/floors.txt
+	$(PYTHON) -P src/xlstm_hybrid/environment/versions.py $(if $(TORCH),'$(TORCH)') > .venv-oldest/floors.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/floors.txt -e '.[train,eval,test]'
 	$(call RECORDED,oldest)
 
+# The documents as a site, in site/; a dead link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 lint: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .common-suite runs build *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .common-suite runs build site *.egg-info src/*.egg-info

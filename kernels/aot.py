@@ -4,8 +4,8 @@
     python kernels/aot.py --chips 80,100 --one       one entry per kernel
     python kernels/aot.py --chips 90 --json -        the same as JSON on standard output
 
-An entry fails if it spills registers (STACK > 0, or > 32 bytes where Triton is older than 3.9), wants more shared memory than the chip has, or
-multiplies half-precision matrices without tensor cores. Exit code 1 if any does.
+An entry fails if it spills registers (STACK > 0, or > 32 bytes where Triton is older than 3.9), wants more shared
+memory than the chip has, or multiplies half-precision matrices without tensor cores. Exit code 1 if any does.
 """
 
 import argparse
@@ -20,18 +20,30 @@ from pathlib import Path
 
 import torch
 import triton
-from xlstm_kernels.gpu.launch import SHARED, Tile, recording
+from xlstm_kernels.backends.launch import SHARED, Tile, recording
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
-            torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}  # fmt: skip
-SPILL = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32  # bytes let pass: 3.7 leaves 8 to 24 in a few entries
-MODULES = ("mlstm", "window", "decode", "head_loss", "slstm")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+}
+# bytes let pass: 3.7 leaves 8 to 24 in a few entries
+SPILL = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
+OPERATIONS = ("mlstm", "window", "step", "head_loss", "slstm")
 TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma|mma\.sync", 100: r"tcgen05|wgmma|mma\.sync"}
 
 
-def cases(module):
-    """[(name, function)]: each function calls the module's wrappers on meta tensors of one head dim and dtype, forward and backward."""
-    return importlib.import_module(f"xlstm_kernels.gpu.{module}").aot_cases()
+def cases(operation):
+    """[(name, function)]: each function calls the operation's wrappers on meta tensors of one head dim and dtype,
+    forward and backward.
+    """
+    return importlib.import_module(f"xlstm_kernels.{operation}.triton").aot_cases()
 
 
 def described(launch):
@@ -64,7 +76,7 @@ def key_of(launch):
 
 
 def compiled(launch, capability):
-    """What one kernel needs on a chip: registers, bytes of stack and shared memory, and whether it uses tensor cores."""
+    """What one kernel needs on a chip: registers, bytes of stack and shared memory, and if it uses tensor cores."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -74,9 +86,14 @@ def compiled(launch, capability):
     options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages, "enable_fp_fusion": True}
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, usage = result.asm["ptx"], resources(result.asm["cubin"])
-    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "shared": result.metadata.shared,
-            "tensor_cores": bool(re.search(TENSOR_CORES[capability], ptx)), "wgmma": "wgmma" in ptx,
-            "dots": "tt.dot" in result.asm["ttir"]}  # fmt: skip
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "shared": result.metadata.shared,
+        "tensor_cores": bool(re.search(TENSOR_CORES[capability], ptx)),
+        "wgmma": "wgmma" in ptx,
+        "dots": "tt.dot" in result.asm["ttir"],
+    }
 
 
 def resources(cubin):
@@ -90,10 +107,10 @@ def resources(cubin):
     return dict(re.findall(r"(REG|STACK):(\d+)", text))
 
 
-def launches_of(module, capability, one):
+def launches_of(operation, capability, one):
     """{case: its starts that no case before it made}; with `one`, the first start of each kernel."""
     seen, found = set(), {}
-    for name, case in cases(module):
+    for name, case in cases(operation):
         with recording(capability) as launches:
             case()
         for launch in launches:
@@ -106,34 +123,44 @@ def launches_of(module, capability, one):
 
 def examine(job):
     """Rows of one case on one chip."""
-    module, name, capability, one = job
+    operation, name, capability, one = job
     rows = []
-    for launch in launches_of(module, capability, one)[name]:
-        row = {"module": module, "case": name, "kernel": launch.kernel.__name__, "chip": capability, **launch.tile._asdict()}
+    for launch in launches_of(operation, capability, one)[name]:
+        row = {
+            "operation": operation,
+            "case": name,
+            "kernel": launch.kernel.__name__,
+            "chip": capability,
+            **launch.tile._asdict(),
+        }
         row |= compiled(launch, capability)
         half = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
         red = [f"STACK {row['stack']}"] if row["stack"] > SPILL else []
-        red += [f"shared {row['shared']} of {SHARED[capability] * 1024}"] if row["shared"] > SHARED[capability] * 1024 else []
+        room = SHARED[capability] * 1024
+        red += [f"shared {row['shared']} of {room}"] if row["shared"] > room else []
         red += ["no tensor cores"] if half and row["dots"] and not row["tensor_cores"] else []
         rows.append(row | {"red": red})
     return rows
 
 
-def tables_of(module):
-    """The tile tables of a module, wherever it keeps them."""
-    values = list(vars(importlib.import_module(f"xlstm_kernels.gpu.{module}")).values())
+def tables_of(operation):
+    """The tile tables of an operation, wherever they stand."""
+    values = list(vars(importlib.import_module(f"xlstm_kernels.{operation}.triton")).values())
     values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
-    is_table = lambda x: isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())  # noqa: E731
+
+    def is_table(x):
+        return isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())
+
     return {id(x): x for x in values if is_table(x)}.values()
 
 
-def never_reached(module, capability):
-    """Entries of the module's tables for a chip that none of its cases looks up."""
+def never_reached(operation, capability):
+    """Entries of the operation's tables for a chip that none of its cases looks up."""
     with recording(capability) as launches:
-        for _, case in cases(module):
+        for _, case in cases(operation):
             case()
     missing = []
-    for table in tables_of(module):
+    for table in tables_of(operation):
         row = capability if any(c == capability for c, _, _ in table) else 80
         missing += [key for key in table if key[0] == row and (id(table), key) not in launches.entries]
     return missing
@@ -142,26 +169,27 @@ def never_reached(module, capability):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="90", help="compute capabilities, such as 80,90,100")
-    parser.add_argument("--modules", default=",".join(MODULES))
+    parser.add_argument("--operations", default=",".join(OPERATIONS))
     parser.add_argument("--one", action="store_true", help="one entry per kernel")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", help="file, or - for standard output")
     args = parser.parse_args()
-    chips = [int(c) for c in args.chips.split(",")]
-    jobs = [(m, name, c, args.one) for m in args.modules.split(",") for c in chips for name in launches_of(m, c, args.one)]
+    pairs = [(o, int(c)) for o in args.operations.split(",") for c in args.chips.split(",")]
+    jobs = [(o, name, c, args.one) for o, c in pairs for name in launches_of(o, c, args.one)]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = [row for found in pool.map(examine, jobs) for row in found]
     out = sys.stderr if args.json == "-" else sys.stdout
     for r in rows:
         verdict = "RED  " + ", ".join(r["red"]) if r["red"] else "ok"
         cores = "wgmma" if r["wgmma"] else "mma" if r["tensor_cores"] else "-"
-        print(f"sm_{r['chip']:<4} {r['module']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44} warps {r['num_warps']} stages {r['num_stages']} "
-              f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {cores:5} {verdict}", file=out)  # fmt: skip
-    missing = {} if args.one else {(m, c): never_reached(m, int(c)) for m in args.modules.split(",") for c in args.chips.split(",")}
-    for (module, c), entries in missing.items():
-        for entry in entries:
-            rows.append({"module": module, "chip": int(c), "entry": entry, "red": ["no case reaches this entry"]})
-            print(f"sm_{c:<4} {module:10} RED  no case reaches the entry {entry}", file=out)
+        kernel = f"sm_{r['chip']:<4} {r['operation']:10} {r['case']:28} {r['kernel']:28} {r['sizes']!s:44}"
+        kernel += f" warps {r['num_warps']} stages {r['num_stages']}"
+        needs = f"reg {r['registers']:3} stack {r['stack']} shared {r['shared']:6} {cores:5}"
+        print(kernel, needs, verdict, file=out)
+    for operation, c in [] if args.one else pairs:
+        for entry in never_reached(operation, c):
+            rows.append({"operation": operation, "chip": c, "entry": entry, "red": ["no case reaches this entry"]})
+            print(f"sm_{c:<4} {operation:10} RED  no case reaches the entry {entry}", file=out)
     if args.json:
         text = json.dumps(rows, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")

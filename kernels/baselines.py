@@ -1,7 +1,8 @@
-"""What other people's code does with the same tensors, for the benchmark. Nothing here is a dependency: what is missing is left out, with the reason.
+"""What other people's code does with the same tensors, for the benchmark. Nothing here is a dependency: what is missing
+is left out, with the reason.
 
-Tensors come by name: q, k, v, phi_q, phi_k [B, T, H, d], i, f [B, T, H]. Every function returns [B, T, H, d]. Those of other operations (another
-normaliser, no window) are timed and not compared.
+Tensors come by name: q, k, v, phi_q, phi_k [B, T, H, d], i, f [B, T, H]. Every function returns [B, T, H, d]. Those of
+other operations (another normaliser, no window) are timed and not compared.
 """
 
 import importlib
@@ -17,7 +18,7 @@ def heads_first(x, names):
 
 
 def sdpa(x):
-    """Causal softmax attention over the whole sequence, by the kernel that torch chooses: what a teacher's layer does."""
+    """Causal softmax attention over the whole sequence, by the kernel that torch chooses, as in a teacher's layer."""
     return F.scaled_dot_product_attention(*heads_first(x, "qkv"), is_causal=True).transpose(1, 2)
 
 
@@ -66,15 +67,22 @@ def simple_gla(x):
 def mlstm_kernels(x):
     """NXAI's TFLA kernel. It scales q and clamps the normaliser."""
     run = importlib.import_module("mlstm_kernels.torch").get_mlstm_kernel("chunkwise--triton_xl_chunk")
-    return run(*(a.contiguous() for a in heads_first(x, ("phi_q", "phi_k", "v", "i", "f"))), chunk_size=128).transpose(1, 2)
+    inputs = (a.contiguous() for a in heads_first(x, ("phi_q", "phi_k", "v", "i", "f")))
+    return run(*inputs, chunk_size=128).transpose(1, 2)
 
 
 def all_of(window, sinks):
     """{name: function}"""
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-    return {"sdpa": sdpa, **{f"sdpa {name}": partial(pinned, kernel=kernel) for name, kernel in kernels.items()},
-            "flex": partial(flex, window=window, sinks=sinks), "masked": partial(masked, window=window, sinks=sinks), "native": native,
-            "simple_gla": simple_gla, "mlstm_kernels": mlstm_kernels}  # fmt: skip
+    return {
+        "sdpa": sdpa,
+        **{f"sdpa {name}": partial(pinned, kernel=kernel) for name, kernel in kernels.items()},
+        "flex": partial(flex, window=window, sinks=sinks),
+        "masked": partial(masked, window=window, sinks=sinks),
+        "native": native,
+        "simple_gla": simple_gla,
+        "mlstm_kernels": mlstm_kernels,
+    }
 
 
 def reason_against(run, x, backward):

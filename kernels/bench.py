@@ -1,16 +1,19 @@
 """How fast the kernels are, beside what they replace. `python kernels/bench.py --help`.
 
-One process; every round runs all candidates on the same tensors, one after the other, and what is reported is the median of the rounds'
-ratios: a busy machine slows the candidates of a round alike. On a CPU: one thread, float32, CPU time of the process. On a GPU: bfloat16, events
-around each call after the cache has been flushed. Nothing is timed before outputs and gradients have been checked against float64. Peak memory
-is measured in a process of its own for each candidate.
+One process; every round runs all candidates on the same tensors, one after the other, and what is reported is the
+median of the rounds' ratios: a busy machine slows the candidates of a round alike. On a CPU: one thread, float32, CPU
+time of the process. On a GPU: bfloat16, events around each call after the cache has been flushed. Nothing is timed
+before outputs and gradients have been checked against float64. Peak memory is measured in a process of its own for each
+candidate.
 
-The baseline is causal softmax attention over the whole sequence (`sdpa`), which is what a teacher's layer does. `hybrid` is mLSTM, window
-attention and their gated sum on given queries, keys, values and gates; `layer` includes the two feature maps.
+The baseline is causal softmax attention over the whole sequence (`sdpa`), which is what a teacher's layer does.
+`hybrid` is mLSTM, window attention and their gated sum on given queries, keys, values and gates; `layer` includes the
+two feature maps.
 """
 
 import argparse
 import json
+import operator
 import os
 import platform
 import statistics
@@ -25,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from baselines import all_of, reason_against
 from xlstm_kernels import MLSTMState, hybrid_step, mix, mlstm, mlstm_step, window_attention, window_step
-from xlstm_kernels.scratch import LOCAL
+from xlstm_kernels.backends.scratch import LOCAL
 
 
 class Setting(NamedTuple):
@@ -42,41 +45,63 @@ SETTINGS = {"cpu": Setting("cpu", torch.float32, 1, 8, 3e-5), "cuda": Setting("c
 HERE = SETTINGS["cpu"]
 WINDOW, SINKS = 512, 4
 BASELINES = all_of(WINDOW, SINKS)
-LIMITS = {"native": 8192, "masked": 4096, "sdpa math": 4096, "growing": 32768}  # the longest sequence that a quadratic or copying one is given
+# the longest sequence that a quadratic or copying one is given
+LIMITS = {"native": 8192, "masked": 4096, "sdpa math": 4096, "growing": 32768}
 CPU_TARGETS = [  # (what, operation, pass, T, over, candidate, must, aim), d 64
     ("hybrid over SDPA, forward, 4k", "sequence", "forward", 4096, "sdpa", "hybrid", 1.6, 2.0),
     ("hybrid over SDPA, forward, 8k", "sequence", "forward", 8192, "sdpa", "hybrid", 3.0, 4.5),
     ("hybrid over SDPA, forward+backward, 8k", "sequence", "forward+backward", 8192, "sdpa", "hybrid", 3.0, 4.5),
     ("mLSTM over transformers' native, forward, 8k", "sequence", "forward", 8192, "native", "mlstm", 2.0, 3.0),
-    ("mLSTM over transformers' native, forward+backward, 8k", "sequence", "forward+backward", 8192, "native", "mlstm", 4.0, 6.0),
+    (
+        "mLSTM over transformers' native, forward+backward, 8k",
+        "sequence",
+        "forward+backward",
+        8192,
+        "native",
+        "mlstm",
+        4.0,
+        6.0,
+    ),
     ("SDPA over hybrid (cost), forward, 512", "sequence", "forward", 512, "sdpa", "hybrid", 1 / 1.6, 1 / 1.6),
     ("SDPA over hybrid (cost), forward, 256", "sequence", "forward", 256, "sdpa", "hybrid", 1 / 2.5, 1 / 2.5),
     ("decode over a static KV cache, 8k", "decode", "step", 8192, "static", "hybrid", 5.0, 8.0),
     ("decode over a static KV cache, 32k", "decode", "step", 32768, "static", "hybrid", 20.0, 35.0),
-]
+]  # a table, a target in a line
 CUDA_TARGETS = [  # the same, d 128, as ratios in one run
     ("hybrid over SDPA flash, forward, 8k", "sequence", "forward", 8192, "sdpa flash", "hybrid", 3.0, 3.0),
     ("hybrid over SDPA cuDNN, forward, 8k", "sequence", "forward", 8192, "sdpa cudnn", "hybrid", 1.8, 1.8),
     ("mLSTM over mlstm_kernels, forward, 8k", "sequence", "forward", 8192, "mlstm_kernels", "mlstm", 1.5, 1.5),
-    ("mLSTM over mlstm_kernels, forward+backward, 8k", "sequence", "forward+backward", 8192, "mlstm_kernels", "mlstm", 1.8, 1.8),
+    (
+        "mLSTM over mlstm_kernels, forward+backward, 8k",
+        "sequence",
+        "forward+backward",
+        8192,
+        "mlstm_kernels",
+        "mlstm",
+        1.8,
+        1.8,
+    ),
     ("mLSTM over simple_gla, forward, 8k", "sequence", "forward", 8192, "simple_gla", "mlstm", 1.0, 1.0),
-]
+]  # a table, a target in a line
 H200_MS = [  # (what, pass, candidate, must, aim): ms at most, T 8192, d 128
-    ("mLSTM, forward", "forward", "mlstm", 1.1, 0.8), ("mLSTM, forward+backward", "forward+backward", "mlstm", 4.0, 2.8),
-    ("window, forward", "forward", "window", 0.9, 0.65), ("hybrid, forward", "forward", "hybrid", 2.0, 1.5),
+    ("mLSTM, forward", "forward", "mlstm", 1.1, 0.8),
+    ("mLSTM, forward+backward", "forward+backward", "mlstm", 4.0, 2.8),
+    ("window, forward", "forward", "window", 0.9, 0.65),
+    ("hybrid, forward", "forward", "hybrid", 2.0, 1.5),
     ("hybrid, forward+backward", "forward+backward", "hybrid", 7.3, 5.2),
-]  # fmt: skip
+]
 
 
 def tensors(T, d, dtype=None, grad=False):
     """Queries, keys, values, feature maps and gates as a trained layer has them, by name."""
     make, B, H = torch.Generator().manual_seed(T + d), HERE.B, HERE.H
-    shapes = {"q": (B, T, H, d), "k": (B, T, H, d), "v": (B, T, H, d), "o": (B, T, H, 1), "i": (B, T, H), "f": (B, T, H)}
+    shapes = dict.fromkeys("qkv", (B, T, H, d)) | {"o": (B, T, H, 1), "i": (B, T, H), "f": (B, T, H)}
     x = {name: torch.randn(shape, generator=make, dtype=torch.float64) for name, shape in shapes.items()}
     x["phi_q"], x["phi_k"] = x["q"].softmax(-1), x["k"].softmax(-1)
     x["map"] = torch.randn(H, d, d, generator=make, dtype=torch.float64)
     x["o"], x["f"] = x["o"].sigmoid(), 5 + x["f"]
-    x = {name: a.to(HERE.dtype).to(dtype or HERE.dtype) for name, a in x.items()}  # float64 sees the numbers that the candidates see
+    # float64 sees the numbers that the candidates see
+    x = {name: a.to(HERE.dtype).to(dtype or HERE.dtype) for name, a in x.items()}
     return {name: a.to(HERE.device).requires_grad_(grad) for name, a in x.items()}
 
 
@@ -97,10 +122,22 @@ def layer(x, **backends):
     return hybrid({**x, **mapped}, **backends)
 
 
-SEQUENCE = {**BASELINES, "chunkwise": partial(memory, backend="chunkwise"), "window": window, "mlstm": memory, "hybrid": hybrid, "layer": layer}
+SEQUENCE = {
+    **BASELINES,
+    "chunkwise": partial(memory, backend="chunkwise"),
+    "window": window,
+    "mlstm": memory,
+    "hybrid": hybrid,
+    "layer": layer,
+}
 PLAIN = {"window": "reference", "mlstm": "chunkwise"}
-TRUTH = {"sdpa": BASELINES["sdpa"], "window": partial(window, backend="reference"), "mlstm": partial(memory, backend="chunkwise"),
-         "hybrid": partial(hybrid, **PLAIN), "layer": partial(layer, **PLAIN)}  # fmt: skip
+TRUTH = {
+    "sdpa": BASELINES["sdpa"],
+    "window": partial(window, backend="reference"),
+    "mlstm": partial(memory, backend="chunkwise"),
+    "hybrid": partial(hybrid, **PLAIN),
+    "layer": partial(layer, **PLAIN),
+}
 
 
 class Decode:
@@ -116,8 +153,8 @@ class Decode:
 
     def static(self):
         """A KV cache that was allocated at its full length."""
-        q, self.keys[:, :, self.N], self.values[:, :, self.N] = self.x["q"].transpose(1, 2), self.x["k"][:, 0], self.x["v"][:, 0]
-        return F.scaled_dot_product_attention(q, self.keys, self.values).transpose(1, 2)
+        self.keys[:, :, self.N], self.values[:, :, self.N] = self.x["k"][:, 0], self.x["v"][:, 0]
+        return F.scaled_dot_product_attention(self.x["q"].transpose(1, 2), self.keys, self.values).transpose(1, 2)
 
     def growing(self):
         """transformers' default: every step concatenates."""
@@ -157,7 +194,9 @@ def check(d, T=1500):
     errors["step"] = check_steps(d)
     red = {name: e for name, e in errors.items() if not e < HERE.tolerance}
     if red:
-        raise SystemExit(f"d={d}: no numbers, because these are wrong (error against float64, allowed {HERE.tolerance}): {red}")
+        raise SystemExit(
+            f"d={d}: no numbers, because these are wrong (error against float64, allowed {HERE.tolerance}): {red}"
+        )
     return errors
 
 
@@ -165,16 +204,20 @@ def check(d, T=1500):
 def check_steps(d, T=WINDOW + 20):
     """Largest error of token-by-token decoding against the whole sequence in float64."""
     want, x, case = TRUTH["hybrid"](tensors(T, d, torch.float64)), tensors(T, d), Decode(1, d)
-    case.state = MLSTMState(torch.zeros_like(case.state.C), torch.zeros_like(case.state.n), torch.full_like(case.state.m, float("-inf")))
+    C, n, m = case.state
+    case.state = MLSTMState(torch.zeros_like(C), torch.zeros_like(n), torch.full_like(m, float("-inf")))
     h = []
     for t in range(T):
-        case.x, case.index = {name: a[:, t : t + 1] if name != "map" else a for name, a in x.items()}, torch.full_like(case.index, t)
+        case.x = {name: a[:, t : t + 1] if name != "map" else a for name, a in x.items()}
+        case.index = torch.full_like(case.index, t)
         h.append(case.hybrid())
     return error(torch.cat(h, 1), want)
 
 
 def cost(fn):
-    """Milliseconds of one call: CPU time of the process, or between two events on the GPU whose cache holds other things."""
+    """Milliseconds of one call: CPU time of the process, or between two events on the GPU whose cache holds other
+    things.
+    """
     if HERE.device == "cpu":
         start = time.process_time()
         fn()
@@ -189,7 +232,9 @@ def cost(fn):
 
 
 def rounds(candidates, seconds, repeat=1):
-    """{candidate: ms of each round}: all candidates in turn, first once unmeasured, until the time is up, three rounds at least."""
+    """{candidate: ms of each round}: all candidates in turn, first once unmeasured, until the time is up, three rounds
+    at least.
+    """
     times, begin = {name: [] for name in candidates}, time.perf_counter()
     for fn in candidates.values():
         fn()
@@ -202,15 +247,19 @@ def rounds(candidates, seconds, repeat=1):
 def row(operation, which, T, d, times, baseline):
     """One line of the result: median ms of each candidate, and the median over the rounds of baseline / candidate."""
     ms = {name: round(statistics.median(t), 4) for name, t in times.items()}
-    ratios = {name: statistics.median(a / b for a, b in zip(times[baseline], t, strict=True)) for name, t in times.items()}
-    pairs = {(a, b) for _, o, p, _, a, b, _, _ in CPU_TARGETS + CUDA_TARGETS if a != baseline and a in times and b in times}
-    ratios |= {f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)) for a, b in sorted(pairs)}
-    return {"operation": operation, "pass": which, "T": T, "d": d, "rounds": len(times[baseline]), "ms": ms,
-            "ratio": {name: round(r, 3) for name, r in ratios.items()}}
+    over = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))  # noqa: E731
+    ratios = {name: over(baseline, name) for name in times}
+    targets = [(a, b) for _, _, _, _, a, b, _, _ in CPU_TARGETS + CUDA_TARGETS if a != baseline]
+    ratios |= {f"{a}/{b}": over(a, b) for a, b in sorted(set(targets)) if a in times and b in times}
+    result = {"operation": operation, "pass": which, "T": T, "d": d, "rounds": len(times[baseline]), "ms": ms}
+    return result | {"ratio": {name: round(r, 3) for name, r in ratios.items()}}
 
 
 def once(candidate, x, dh=None):
-    """One call, and the gradients of what it read; they are not added to earlier ones, as those of activations never are."""
+    """One call, and the gradients of what it read.
+
+    They are not added to earlier ones, as those of activations never are.
+    """
     h = candidate(x)
     if dh is not None:
         torch.autograd.grad(h, list(x.values()), dh, allow_unused=True)
@@ -240,7 +289,10 @@ def bench_decode(N, d, seconds, skip):
 
 
 def peak(name, T, d):
-    """MiB that forward and backward of a candidate need beyond inputs, output and gradients; measured in this process, so call it in a fresh one."""
+    """MiB that forward and backward of a candidate need beyond inputs, output and gradients.
+
+    Measured in this process, so call it in a fresh one.
+    """
     x, dh = tensors(T, d, grad=True), tensors(T, d)["v"].flip(1)
     SEQUENCE[name](tensors(WINDOW + 64, d, grad=True)).sum().backward()  # loads what the first call loads
     LOCAL.__dict__.clear()  # but not the scratch memory, which counts
@@ -252,25 +304,38 @@ def peak(name, T, d):
         held = torch.cuda.memory_allocated()
     h = SEQUENCE[name](x)
     h.backward(dh)
-    most = (resident("VmHWM") - held) / 1024 if HERE.device == "cpu" else (torch.cuda.max_memory_allocated() - held) / 2**20
+    cpu = HERE.device == "cpu"
+    most = (resident("VmHWM") - held) / 1024 if cpu else (torch.cuda.max_memory_allocated() - held) / 2**20
     results = [h, *(a.grad for a in x.values() if a.grad is not None)]
     return most - sum(a.numel() * a.element_size() for a in results) / 2**20
 
 
 def resident(field):
     """A line of /proc/self/status in KiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def bench_memory(T, d, skip):
-    names = [name for name in ("sdpa", "masked", "chunkwise", "window", "mlstm", "hybrid", "layer") if name not in skip and LIMITS.get(name, T) >= T]
-    run = [sys.executable, __file__, "--device", HERE.device, "--peak"]
-    found = {name: float(subprocess.run([*run, name, str(T), str(d)], check=True, capture_output=True, text=True).stdout) for name in names}
-    return {"operation": "memory", "pass": "forward+backward", "T": T, "d": d, "mib": {name: round(mib, 1) for name, mib in found.items()}}
+    names = ("sdpa", "masked", "chunkwise", "window", "mlstm", "hybrid", "layer")
+    names = [name for name in names if name not in skip and LIMITS.get(name, T) >= T]
+    command = [sys.executable, __file__, "--device", HERE.device, "--peak"]
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    mib = {name: round(float(run([*command, name, str(T), str(d)]).stdout), 1) for name in names}
+    return {"operation": "memory", "pass": "forward+backward", "T": T, "d": d, "mib": mib}
+
+
+def target(what, d, figure, must, aim, meets):
+    """A target and whether it is met; `meets(figure, bound)` compares."""
+    met = {"met": meets(figure, must), "aim_met": meets(figure, aim)}
+    return {"target": what, "d": d, "figure": figure, "must": must, "aim": aim, **met}
 
 
 def verdicts(rows):
-    """Each target that was measured: figure, must, aim. A CPU's are held against d 64 and told for d 128 as well, a GPU's are for d 128."""
+    """Each target that was measured: figure, must, aim.
+
+    A CPU's are required of d 64 and told for d 128 as well, a GPU's are for d 128.
+    """
     out, cpu = [], HERE.device == "cpu"
     for d in (64, 128) if cpu else (128,):
         found = {(r["operation"], r["pass"], r["T"]): r for r in rows if r["d"] == d and "ratio" in r}
@@ -278,19 +343,16 @@ def verdicts(rows):
             ratios = found.get((operation, which, T), {"ratio": {}})["ratio"]
             ratio = ratios.get(name if over in ("sdpa", "static") else f"{over}/{name}")
             if ratio is not None:
-                out.append({"target": what, "d": d, "figure": ratio, "must": round(must, 3), "aim": round(aim, 3), "met": ratio >= round(must, 3),
-                            "aim_met": ratio >= round(aim, 3)})  # fmt: skip
+                out.append(target(what, d, ratio, round(must, 3), round(aim, 3), operator.ge))
         for which in ("forward", "forward+backward") if cpu else ():
             short, long = (found.get(("sequence", which, T)) for T in (4096, 8192))
             if short and long:
                 growth = round(long["ms"]["hybrid"] / short["ms"]["hybrid"], 3)
-                out.append({"target": f"hybrid, {which}: 4k to 8k costs at most", "d": d, "figure": growth, "must": 2.2, "aim": 2.2,
-                            "met": growth <= 2.2, "aim_met": growth <= 2.2})  # fmt: skip
+                out.append(target(f"hybrid, {which}: 4k to 8k costs at most", d, growth, 2.2, 2.2, operator.le))
         for what, which, name, must, aim in () if cpu else H200_MS:
             r = found.get(("sequence", which, 8192))
             if r and name in r["ms"]:
-                out.append({"target": f"{what}: ms at most", "d": d, "figure": r["ms"][name], "must": must, "aim": aim, "met": r["ms"][name] <= must,
-                            "aim_met": r["ms"][name] <= aim})  # fmt: skip
+                out.append(target(f"{what}: ms at most", d, r["ms"][name], must, aim, operator.le))
     return out
 
 
@@ -305,32 +367,66 @@ def surroundings():
     """Machine, versions, commit."""
     import transformers
 
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")][:1]
-    git = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    machine = {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "load_average": os.getloadavg()}  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+    def git(*command):
+        run = subprocess.run(["git", *command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    settings = {
+        "B": HERE.B,
+        "H": HERE.H,
+        "window": WINDOW,
+        "sinks": SINKS,
+        "dtype": str(HERE.dtype).removeprefix("torch."),
+    }
+    clock = "CPU time of the process" if HERE.device == "cpu" else "GPU events, cache flushed"
+    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if HERE.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    clock = "CPU time of the process" if HERE.device == "cpu" else "GPU events, cache flushed"
-    return {"machine": machine,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-            "commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain", "--", "kernels")),
-            "settings": {"B": HERE.B, "H": HERE.H, "window": WINDOW, "sinks": SINKS, "dtype": str(HERE.dtype).removeprefix("torch."),
-                         "clock": clock}}  # fmt: skip
+    return {
+        "machine": machine | {"load_average": os.getloadavg()},
+        "versions": versions,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "kernels")),
+        "settings": settings | {"clock": clock},
+    }
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     integers = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu")
-    parser.add_argument("--lengths", type=integers, default=[256, 512, 1024, 2048, 4096, 8192], help="T of the sequence benchmarks, up to 32768")
-    parser.add_argument("--contexts", type=integers, default=[1024, 8192, 32768], help="tokens remembered in the decode benchmarks")
+    parser.add_argument(
+        "--lengths",
+        type=integers,
+        default=[256, 512, 1024, 2048, 4096, 8192],
+        help="T of the sequence benchmarks, up to 32768",
+    )
+    parser.add_argument(
+        "--contexts", type=integers, default=[1024, 8192, 32768], help="tokens remembered in the decode benchmarks"
+    )
     parser.add_argument("--memory", type=integers, default=[8192], help="T of the memory benchmarks")
     parser.add_argument("--dims", type=integers, default=[64, 128], help="head dims")
-    parser.add_argument("--kept", type=integers, default=[], help="teacher entries of the head loss benchmark, such as 64,256 (minutes each)")
+    parser.add_argument(
+        "--kept",
+        type=integers,
+        default=[],
+        help="teacher entries of the head loss benchmark, such as 64,256 (minutes each)",
+    )
     parser.add_argument("--seconds", type=float, default=10, help="per line of the table, three rounds at least")
-    parser.add_argument("--skip", type=lambda text: text.split(","), default=["sdpa math", "flex"],
-                        help="candidates to leave out, separated by commas; 'sdpa math,flex' by default, which take minutes")  # fmt: skip
+    parser.add_argument(
+        "--skip",
+        type=lambda text: text.split(","),
+        default=["sdpa math", "flex"],
+        help="candidates to leave out, separated by commas; 'sdpa math,flex' by default, which take minutes",
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--peak", nargs=3, metavar=("CANDIDATE", "T", "D"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -347,7 +443,10 @@ def main():
     result = surroundings() | {"errors": {}, "rows": [], "absent": {}}
     for d in args.dims:
         result["errors"][d] = check(d)
-        print(f"d {d}: errors against float64 " + ", ".join(f"{name} {e:.1e}" for name, e in result["errors"][d].items()), flush=True)
+        print(
+            f"d {d}: errors against float64 " + ", ".join(f"{name} {e:.1e}" for name, e in result["errors"][d].items()),
+            flush=True,
+        )
         rows = [(bench_sequence, (T, d, args.seconds, args.skip, result["absent"])) for T in args.lengths]
         rows += [(bench_decode, (N, d, min(args.seconds, 5), args.skip)) for N in args.contexts]
         for bench, settings in rows:
@@ -368,7 +467,8 @@ def main():
         print(f"not timed: {name}: {reason}")
     result["targets"] = verdicts(result["rows"]) + (head.verdicts(result["head_loss"]) if result["head_loss"] else [])
     for t in result["targets"]:
-        print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}{', d ' + str(t['d']) if 'd' in t else ''}: {t['figure']} (must {t['must']})")
+        width = f", d {t['d']}" if "d" in t else ""
+        print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}{width}: {t['figure']} (must {t['must']})")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

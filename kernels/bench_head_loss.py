@@ -1,8 +1,9 @@
 """How fast the head loss is, beside what it replaces. `python kernels/bench_head_loss.py --help`.
 
-One process, one thread, CPU time of the process; every round runs all candidates on the same tensors and a ratio is the median of the rounds'
-ratios. Nothing is timed before values and gradients have been checked against float64. Peak memory is what forward and backward need beyond
-their inputs, the gradients included, measured in a process of its own for each candidate.
+One process, one thread, CPU time of the process; every round runs all candidates on the same tensors and a ratio is the
+median of the rounds' ratios. Nothing is timed before values and gradients have been checked against float64. Peak
+memory is what forward and backward need beyond their inputs, the gradients included, measured in a process of its own
+for each candidate.
 
 Dims: N tokens, D hidden size, V vocabulary, M teacher entries kept. The loss is 0.9 CE + 0.1 forward KL.
 
@@ -17,13 +18,14 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from bench import cost, error, resident, surroundings
 from torch.utils.checkpoint import checkpoint
-from xlstm_kernels.head_loss import head_loss
+from xlstm_kernels import head_loss
 
 SIZES = {"N": 2048, "D": 1024, "V": 128256}
 CE, KL = 0.9, 0.1
@@ -35,8 +37,11 @@ TIME, EXTRA = 1.0, 100.0  # targets: time of `fused` over `gathered` at most, Mi
 def tensors(M, N, D, V, dtype=torch.float32, whole=False):
     """Hidden states, head, labels and a teacher's M entries by name; `whole` adds the teacher's logits [N, V]."""
     make = torch.Generator().manual_seed(M)
-    x = {"hidden": torch.randn(N, D, generator=make), "weight": torch.randn(V, D, generator=make) * (2 / D**0.5),
-         "labels": torch.randint(0, V, (N,), generator=make)}  # fmt: skip
+    x = {
+        "hidden": torch.randn(N, D, generator=make),
+        "weight": torch.randn(V, D, generator=make) * (2 / D**0.5),
+        "labels": torch.randint(0, V, (N,), generator=make),
+    }
     if whole:
         x["teacher"] = 3 * torch.randn(N, V, generator=make)
         logp = x["teacher"].double().log_softmax(-1)
@@ -77,8 +82,9 @@ def checkpointed(x):
 
 
 def fused(x, backend="auto"):
-    return head_loss(x["hidden"][None], x["weight"], x["labels"][None], x["top_ids"][None], x["top_logp"][None], x["rest_logp"][None],
-                     ce_weight=CE, forward_kl_weight=KL, shift=False, backend=backend).loss  # fmt: skip
+    teacher = (x[name][None] for name in ("top_ids", "top_logp", "rest_logp"))
+    terms = {"ce_weight": CE, "forward_kl_weight": KL, "shift": False, "backend": backend}
+    return head_loss(x["hidden"][None], x["weight"], x["labels"][None], *teacher, **terms).loss
 
 
 CANDIDATES = {"dense": dense, "gathered": gathered, "checkpointed": checkpointed, "fused": fused, "frozen": fused}
@@ -101,7 +107,8 @@ def check(N=300, D=64, V=4001, M=64):
         leaves = {n: x[n].clone().requires_grad_() for n in ("hidden", "weight")}
         loss = fused(x | leaves, backend="dense")
         loss.backward()
-        got, want = step(name, tensors(kept, N, D, V, whole=True)), {"loss": loss.detach(), **{n: a.grad for n, a in leaves.items()}}
+        got = step(name, tensors(kept, N, D, V, whole=True))
+        want = {"loss": loss.detach(), **{n: a.grad for n, a in leaves.items()}}
         errors[name] = max(error(a, want[n]) for n, a in got.items() if a is not None)
     red = {name: e for name, e in errors.items() if not e < TOLERANCE}
     if red:
@@ -118,14 +125,15 @@ def bench_time(M, rounds, names, sizes):
     for _ in range(rounds):
         for name in names:
             times[name].append(cost(lambda name=name: step(name, x)) / 1e3)
-    base = times.get("gathered", [])
-    over = {name: round(statistics.median(a / b for a, b in zip(t, base, strict=True)), 3) for name, t in times.items()} if base else {}
-    return {"operation": "head_loss", "pass": "forward+backward", "M": M, **sizes, "rounds": rounds, "over_gathered": over,
-            "s": {name: round(statistics.median(t), 3) for name, t in times.items()}}  # fmt: skip
+    base = times.get("gathered")
+    over = {name: statistics.median(a / b for a, b in zip(t, base, strict=True)) for name, t in times.items() if base}
+    result = {"operation": "head_loss", "pass": "forward+backward", "M": M, **sizes, "rounds": rounds}
+    result["over_gathered"] = {name: round(ratio, 3) for name, ratio in over.items()}
+    return result | {"s": {name: round(statistics.median(t), 3) for name, t in times.items()}}
 
 
 def peak(name, M, sizes):
-    """MiB that forward and backward of a candidate need beyond their inputs, in this process: call it in a fresh one."""
+    """MiB that forward and backward of a candidate need beyond inputs, in this process: call it in a fresh one."""
     step(name, tensors(16, 64, 32, 1000, whole=True))  # loads what the first call loads
     x = tensors(M, **sizes)
     if name == "dense":
@@ -137,10 +145,12 @@ def peak(name, M, sizes):
 
 
 def bench_memory(M, names, sizes):
-    run = [sys.executable, __file__, "--sizes", json.dumps(sizes), "--peak"]
-    found = {name: float(subprocess.run([*run, name, str(M)], check=True, capture_output=True, text=True).stdout) for name in names}
-    return {"operation": "head_loss memory", "pass": "forward+backward", "M": M, **sizes, "mib": {name: round(mib, 1) for name, mib in found.items()},
-            "head_gradient_mib": round(sizes["V"] * sizes["D"] * 4 / 2**20, 1)}  # fmt: skip
+    command = [sys.executable, __file__, "--sizes", json.dumps(sizes), "--peak"]
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    mib = {name: round(float(run([*command, name, str(M)]).stdout), 1) for name in names}
+    head = round(sizes["V"] * sizes["D"] * 4 / 2**20, 1)
+    result = {"operation": "head_loss memory", "pass": "forward+backward", "M": M, **sizes}
+    return result | {"mib": mib, "head_gradient_mib": head}
 
 
 def verdicts(rows):
@@ -148,10 +158,18 @@ def verdicts(rows):
     out = []
     for r in rows:
         if "fused" in r.get("over_gathered", {}):
-            out.append({"target": f"fused over gathered (time), M {r['M']}", "figure": r["over_gathered"]["fused"], "must": TIME})
+            out.append(
+                {
+                    "target": f"fused over gathered (time), M {r['M']}",
+                    "figure": r["over_gathered"]["fused"],
+                    "must": TIME,
+                }
+            )
         if "fused" in r.get("mib", {}):
             beyond = round(r["mib"]["fused"] - r["head_gradient_mib"], 1)
-            out.append({"target": f"fused: MiB beyond the head's gradient, M {r['M']}", "figure": beyond, "must": EXTRA})
+            out.append(
+                {"target": f"fused: MiB beyond the head's gradient, M {r['M']}", "figure": beyond, "must": EXTRA}
+            )
     return [t | {"met": t["figure"] <= t["must"]} for t in out]
 
 
@@ -169,16 +187,23 @@ def bench(kept=(64, 256), rounds=3, names=tuple(CANDIDATES), memory=tuple(CANDID
 def show(r):
     values, unit = (r["s"], "s") if "s" in r else (r["mib"], "MiB")
     ratio = r.get("over_gathered", {})
-    print(f"{r['operation']:17} N {r['N']} D {r['D']} V {r['V']} M {r['M']:4} {unit}:  "
-          + "  ".join(f"{n} {v:.4g}" + (f" ({ratio[n]:.2f}x)" if n in ratio else "") for n, v in values.items()), flush=True)  # fmt: skip
+    print(
+        f"{r['operation']:17} N {r['N']} D {r['D']} V {r['V']} M {r['M']:4} {unit}:  "
+        + "  ".join(f"{n} {v:.4g}" + (f" ({ratio[n]:.2f}x)" if n in ratio else "") for n, v in values.items()),
+        flush=True,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = lambda text: tuple(part for part in text.split(",") if part)  # noqa: E731
-    parser.add_argument("--kept", type=lambda text: [int(M) for M in text.split(",")], default=[64, 256], help="M, teacher entries kept")
+    parser.add_argument(
+        "--kept", type=lambda text: [int(M) for M in text.split(",")], default=[64, 256], help="M, teacher entries kept"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--candidates", type=listed, default=tuple(CANDIDATES), help="to time; some minutes a round for all")
+    parser.add_argument(
+        "--candidates", type=listed, default=tuple(CANDIDATES), help="to time; some minutes a round for all"
+    )
     parser.add_argument("--memory", type=listed, default=tuple(CANDIDATES), help="candidates whose peak is measured")
     parser.add_argument("--sizes", type=json.loads, default=SIZES, help="JSON with N, D, V")
     parser.add_argument("--out", type=Path, help="JSON file")

@@ -1,4 +1,4 @@
-"""The benchmark's JSON as the Markdown tables of the README: `python kernels/bench_table.py benchmarks/cpu.json`."""
+"""The benchmark's JSON as the Markdown tables of docs/speed.md: `python kernels/bench_table.py benchmarks/cpu.json`."""
 
 import json
 import sys
@@ -9,7 +9,13 @@ DECODE = ("static", "growing", "window", "mlstm", "hybrid")
 
 
 def table(header, rows):
-    return "\n".join(["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1), *("| " + " | ".join(r) + " |" for r in rows)])
+    return "\n".join(
+        [
+            "| " + " | ".join(header) + " |",
+            "|---|" + "---:|" * (len(header) - 1),
+            *("| " + " | ".join(r) + " |" for r in rows),
+        ]
+    )
 
 
 def number(x, unit=""):
@@ -18,7 +24,10 @@ def number(x, unit=""):
 
 def sequences(result, d):
     rows = [r for r in result["rows"] if r["operation"] == "sequence" and r["d"] == d]
-    lines = [[f"{r['pass']}, {r['T']:,}", *(number(r["ms"].get(n)) for n in SEQUENCE), f"**{r['ratio']['hybrid']:.2f}×**"] for r in rows]
+    lines = [
+        [f"{r['pass']}, {r['T']:,}", *(number(r["ms"].get(n)) for n in SEQUENCE), f"**{r['ratio']['hybrid']:.2f}×**"]
+        for r in rows
+    ]
     return table(["ms; T", *SEQUENCE, "hybrid over sdpa"], lines)
 
 
@@ -41,7 +50,9 @@ def head_loss(result):
     lines = []
     for r in result:
         values = r.get("s") or r["mib"]
-        lines.append([f"{'s' if 's' in r else 'MiB beyond inputs'}, k {r['M']}", *(number(values.get(n)) for n in names)])
+        lines.append(
+            [f"{'s' if 's' in r else 'MiB beyond inputs'}, k {r['M']}", *(number(values.get(n)) for n in names)]
+        )
     return table(["head loss, forward+backward", *names], lines)
 
 

@@ -1,9 +1,12 @@
 """How far each form of the mLSTM is from the float64 recurrence, as the Markdown table of kernels/README.md.
 
-    python kernels/precision.py                                     CPU forms; minutes, for the recurrence takes 131,072 steps
-    TRITON_INTERPRET=1 python kernels/precision.py --forms triton   the kernels in Triton's interpreter, float32 and float16 only
+    python kernels/precision.py                                     CPU forms; minutes, for the recurrence takes 131,072
+                                                                    steps
+    TRITON_INTERPRET=1 python kernels/precision.py --forms triton   the kernels in Triton's interpreter, float32 and
+                                                                    float16 only
 
-Errors are the largest difference of h on the scale of its largest entry, inputs rounded first, so that the truth has the candidate's inputs.
+Errors are the largest difference of h on the scale of its largest entry, inputs rounded first, so that the truth has
+the candidate's inputs.
 """
 
 import argparse
@@ -15,7 +18,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def inputs(T, gate, dtype, device, d=32):
-    """q and k in the domain of the feature maps, gate pre-activations up to +-gate; a third of the sequence long runs of one sign."""
+    """q and k in the domain of the feature maps, gate pre-activations up to +-gate.
+
+    a third of the sequence long runs of one sign.
+    """
     make = torch.Generator().manual_seed(T)
     q, k = ((3 * torch.randn(1, T, 1, d, generator=make, dtype=torch.float64)).softmax(-1) for _ in range(2))
     v = torch.randn(1, T, 1, d, generator=make, dtype=torch.float64)

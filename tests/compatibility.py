@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from xlstm_hybrid.versions import PACKAGES, installed
+from xlstm_hybrid.environment.versions import PACKAGES, installed
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE, PARTIAL = ROOT / "docs/compatibility", ROOT / "docs/compatibility.md", ROOT / "build/compatibility"
@@ -51,8 +51,14 @@ EXPECTED = [
 HEAD = """# Compatibility
 
 Written by `make test-newest` and `make test-oldest`, from the records in `docs/compatibility/` and the table in
-`src/xlstm_hybrid/versions.py`. Each run installs a clean environment: *newest* takes what pip finds, *oldest* the floor
+`src/xlstm_hybrid/environment/versions.py`. Each run installs a clean environment: *newest* takes what pip finds, *oldest* the floor
 of every package.
+
+On a transformers that is newer than the newest tested one, the first load or generation of a process generates with a
+tiny model and compares with calls without a cache, in half a second; the verdict is kept on disk. If it is wrong, a
+`CompatibilityError` says what differs and what to install. `XLSTM_HYBRID_SELF_CHECK=1` checks on every version, `=0`
+never. `xlstm-hybrid verify MODEL` checks a model in the same ways, `xlstm-hybrid run` its student before anything is
+scored, and an answer that the student gives token by token and did not generate is a contradiction, not a score.
 """
 
 

@@ -1,4 +1,6 @@
-"""What every test shares: offline, quiet, one thread, and a student whose weights are large enough for a broken state to show."""
+"""What every test shares: offline, quiet, one thread, and a student whose weights are large enough for a broken state
+to show.
+"""
 
 import copy
 import functools
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels' tests run in its interpreter, or else on the GPU
+    # before anything imports triton: the kernels' tests run in its interpreter, or else on the GPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 
@@ -84,7 +87,9 @@ def assert_same_model(found, want, ids, **inputs):
     """
     loaded, weights = found.state_dict(), want.state_dict()
     assert loaded.keys() == weights.keys()
-    assert not [name for name, x in weights.items() if x.dtype != loaded[name].dtype or not torch.equal(x, loaded[name])]
+    assert not [
+        name for name, x in weights.items() if x.dtype != loaded[name].dtype or not torch.equal(x, loaded[name])
+    ]
     found, want = (copy.deepcopy(model)(ids, **inputs)[0] for model in (found, want))
     assert torch.equal(found, want)
 
@@ -104,9 +109,10 @@ def rename_cache(monkeypatch):
 
     With `swallowed=True` nothing refuses the name: each step after the first sees its own token and an empty cache.
     """
-    from xlstm_hybrid import DistilXLSTMForCausalLM, XLSTMHybridForCausalLM, modeling
-    from xlstm_hybrid.cache_names import CACHE
-    from xlstm_hybrid.distil import modeling as distil
+    from xlstm_hybrid import DistilXLSTMForCausalLM, XLSTMHybridForCausalLM
+    from xlstm_hybrid.distil_xlstm import modeling as distil
+    from xlstm_hybrid.model import modeling
+    from xlstm_hybrid.model.cache_names import CACHE
 
     def rename(swallowed):
         for module, cls in ((modeling, XLSTMHybridForCausalLM), (distil, DistilXLSTMForCausalLM)):

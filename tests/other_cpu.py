@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests .venv/bin/python -m pytest -q -p other_cpu
 
-Last bits of matrix products are changed, by shapes, strides and alignment of the operands: the same call twice gives the
-same bits, a row in a batch of another size does not. Tensors read from a safetensors file lie eight bytes off, where
-fresh memory is aligned. Processes that a test starts are not changed: `test_export` compares bits with one, and fails.
+Last bits of matrix products are changed, by shapes, strides and alignment of the operands: the same call twice gives
+the same bits, a row in a batch of another size does not. Tensors read from a safetensors file lie eight bytes off,
+where fresh memory is aligned. Processes that a test starts are not changed: `test_export` compares bits with one, and
+fails.
 """
 
 import warnings

@@ -1,4 +1,6 @@
-"""The arena runs what its file says, resumes, writes failures down, and its figures are those of models whose recall is known."""
+"""The arena runs what its file says, resumes, writes failures down, and its figures are those of models whose recall is
+known.
+"""
 
 import copy
 import json
@@ -12,11 +14,11 @@ import torch
 from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.arena import arms, data, judge, report, runner, students, summary, teacher
-from xlstm_hybrid.arena.students import Road, changed, load, question
-from xlstm_hybrid.arena.teacher import tokenizer
+from xlstm_arena import arms, data, judge, report, runner, students, summary, teacher
+from xlstm_arena.students import Road, changed, load, question
+from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
-from xlstm_hybrid.merging import merge
+from xlstm_hybrid.merging.merge import merge
 
 SETTING = {
     "name": "tiny",
@@ -48,8 +50,19 @@ def minute(tmp_path_factory):
     """A folder with a teacher of one layer."""
     folder = tmp_path_factory.mktemp("arena")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=data.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
-                         num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=data.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "teacher")
     return folder
 
@@ -66,21 +79,43 @@ def minute(tmp_path_factory):
         ({"arms": {"a": {"start": "b", "stages": []}, "b": {"start": "a", "stages": []}}}, "circle"),
         ({"arms": {"a": {"start": "nobody", "stages": []}}}, "expected another arm"),
         ({"arms": {"a": {"teachers": ["gpt"]}}}, r"arms.a: teachers=\['gpt'\]: expected some of \['llama'\]"),
-        ({"teachers": {"llama": "x", "qwen3": "y"}, "arms": {"a": {"teachers": ["qwen3"]}, "b": {"start": "a", "stages": []}}}, "not made for llama"),
+        (
+            {
+                "teachers": {"llama": "x", "qwen3": "y"},
+                "arms": {"a": {"teachers": ["qwen3"]}, "b": {"start": "a", "stages": []}},
+            },
+            "not made for llama",
+        ),
         ({"arms": {"teacher": {}}}, "not 'teacher'"),
-        ({"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}}, "3 steps are not 2 equal parts"),
+        (
+            {"arms": {"a": {"distill": {"max_steps": 3}, "experts": {"x": {}, "y": {}}}}},
+            "3 steps are not 2 equal parts",
+        ),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
         ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not walk"),
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
         ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
         ({"arms": {"a": {"restore": ["mlp"]}}}, r"restore=\['mlp'\]"),
         ({"arms": {"a": {"freeze": ["q_proj"], "stages": []}}}, "freeze with the stage distill"),
-        ({"arms": {"a": {"distill": {"max_steps": 4}, "experts": {"x": {}, "y": {}}, "merge": {"method": "mean"}}}}, "merge.method='mean'"),
+        (
+            {"arms": {"a": {"distill": {"max_steps": 4}, "experts": {"x": {}, "y": {}}, "merge": {"method": "mean"}}}},
+            "merge.method='mean'",
+        ),
         ({"arms": {"a": {"expert_stages": ["on_policy"]}}}, "expected experts as well"),
         ({"seeds": [-1]}, "-1 is no number"),
         ({"evaluate": {"lengths": [64]}}, "exactly the keys"),
-        ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "x", "measures": ["short"], "source": "s"}]}, "no arm or row 'x'"),
-        ({"orderings": [{"claim": "c", "better": "hybrid", "worse": "hybrid", "measures": ["single@65"], "source": "s"}]}, "'single@65', expected"),
+        (
+            {"orderings": [{"claim": "c", "better": "hybrid", "worse": "x", "measures": ["short"], "source": "s"}]},
+            "no arm or row 'x'",
+        ),
+        (
+            {
+                "orderings": [
+                    {"claim": "c", "better": "hybrid", "worse": "hybrid", "measures": ["single@65"], "source": "s"}
+                ]
+            },
+            "'single@65', expected",
+        ),
         ({"colour": "red"}, r"unknown keys \['colour'\]"),
     ],
 )
@@ -97,8 +132,12 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
         stage: getattr(arena, stage)["max_steps"] * getattr(arena, stage)["per_device_train_batch_size"]
         for stage in ("align", "distill", "on_policy")
     }
-    assert (usual, more) == ((steps["align"] + steps["distill"]) * arena.data["length"], steps["on_policy"] * arena.data["length"])
-    whole = {name: sum(arena.tokens(arena.arms[n]) for n in runner.line_of(arena, name)) for name in arena.arms}  # with the arm that it starts from
+    assert (usual, more) == (
+        (steps["align"] + steps["distill"]) * arena.data["length"],
+        steps["on_policy"] * arena.data["length"],
+    )
+    # with the arm that it starts from
+    whole = {name: sum(arena.tokens(arena.arms[n]) for n in runner.line_of(arena, name)) for name in arena.arms}
     begun = {arm.start for arm in arena.arms.values()} - {"hybrid"}  # half a road: other arms go on from them
     others = {name: tokens for name, tokens in whole.items() if tokens != usual and name not in begun}
     extended = {"on-policy", "on-policy-jsd", "off-policy", "experts-on-policy"}
@@ -115,7 +154,9 @@ def test_all_shipped_settings_are_accepted_by_their_trainers():
 
 
 def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(minute):
-    arena = arena_of(minute, arms={"a": {}, "b": {"student": {"num_sink_tokens": 0}}, "c": {"data": {"recall_share": 0.9}}})
+    arena = arena_of(
+        minute, arms={"a": {}, "b": {"student": {"num_sink_tokens": 0}}, "c": {"data": {"recall_share": 0.9}}}
+    )
     rows = lambda arm, seed, stage: Road(arena, arena.arms[arm], "llama", seed, minute / "w", None).rows_of(stage)  # noqa: E731
     assert rows("a", 0, "distill") == rows("b", 0, "distill") and len(rows("a", 0, "distill")) == 8
     assert rows("a", 0, "distill") != rows("a", 1, "distill") and rows("a", 0, "distill") != rows("a", 0, "align")
@@ -126,7 +167,9 @@ def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(min
 
 
 def run(arena, out, only=None, seeds=(0,), **options):
-    return runner.run(arena, runner.choose_jobs(arena, out, only, list(seeds)), workers=0, progress=lambda text: None, **options)
+    return runner.run(
+        arena, runner.choose_jobs(arena, out, only, list(seeds)), workers=0, progress=lambda text: None, **options
+    )
 
 
 ROADS = {
@@ -134,9 +177,16 @@ ROADS = {
     "broken": {"student": {"layer_types": ["hybrid_sliding"] * 3}},
     "after-broken": {"start": "broken", "stages": []},
     "sparse-free": {"start": "hybrid", "stages": [], "student": {"sparse_memory": 4}},
-    "experts": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}}},
+    "experts": {
+        "experts": {"x": {"recall_share": 0.9}, "y": {}},
+        "merge": {"method": "linear", "weights": {"x": 0.75, "y": 0.25}},
+    },
     "frozen": {"stages": ["distill"], "freeze": ["q_proj", "k_proj"]},
-    "ties": {"experts": {"x": {"recall_share": 0.9}, "y": {}}, "merge": {"method": "ties", "options": {"density": 0.5}}, "stages": ["distill"]},
+    "ties": {
+        "experts": {"x": {"recall_share": 0.9}, "y": {}},
+        "merge": {"method": "ties", "options": {"density": 0.5}},
+        "stages": ["distill"],
+    },
     "rollouts": {"start": "hybrid", "stages": ["on_policy"]},
     "lora": {"lora": {"targets": "projections", "r": 2}, "stages": ["distill"]},
     "restored": {"start": "lora", "stages": [], "restore": ["q_proj", "k_proj"]},
@@ -165,7 +215,10 @@ def test_a_failure_is_written_down_and_the_others_go_on(ran):
 def test_a_result_says_what_was_read_and_what_came_of_it(ran):
     _, out, _ = ran
     found = result_of(out, "hybrid")
-    assert found["facts"]["tokens"] == {"align": 2 * 4 * 48, "distill": 2 * 4 * 48} and set(found["rows"]) == {"main", "memory"}
+    assert found["facts"]["tokens"] == {"align": 2 * 4 * 48, "distill": 2 * 4 * 48} and set(found["rows"]) == {
+        "main",
+        "memory",
+    }
     assert found["facts"]["cpu_seconds"]["distill"] > 0 and math.isfinite(found["facts"]["figures"]["distill"]["ce"])
     cell = found["rows"]["main"]["recall"]["multikey"]["64"]
     assert cell["coverage"] == 18 / 64 and cell["n"] == 8 * 4 and len(cell["rows"]) == 8
@@ -184,13 +237,18 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
         merge(made, *args, **options)
 
     starts, distill = [], Road.distill
-    monkeypatch.setattr(Road, "distill", lambda road, model, *a: (starts.append(copy.deepcopy(model.state_dict())), distill(road, model, *a))[1])
+    monkeypatch.setattr(
+        Road,
+        "distill",
+        lambda road, model, *a: (starts.append(copy.deepcopy(model.state_dict())), distill(road, model, *a))[1],
+    )
     monkeypatch.setattr(students, "merge", watched)
     Road(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).walk(minute / "experts")
     merged, name = load(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(kept["x"][name], kept["y"][name])
     torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
-    torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])  # a run can be had again
+    # a run can be had again
+    torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])
 
 
 def test_restored_modules_are_the_teachers_again_and_the_others_what_training_left(ran, minute):
@@ -219,7 +277,9 @@ def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
     assert run(replace(arena, evaluate=evaluate), out, ["lora"])[runner.Job("llama", "lora", 0, out)] == runner.STALE
     assert path.stat().st_mtime_ns == before[0]
     states = run(replace(arena, evaluate=evaluate), out, ["lora"], redo=True)
-    assert set(states.values()) == {runner.DONE} and len(result_of(out, "lora")["rows"]["main"]["short_rows"]["copy"]) == 4
+    assert (
+        set(states.values()) == {runner.DONE} and len(result_of(out, "lora")["rows"]["main"]["short_rows"]["copy"]) == 4
+    )
     assert student.stat().st_mtime_ns == before[1]  # judged anew, not trained
     learned = replace(arena.arms["lora"], distill={"learning_rate": 2e-3})
     other = replace(arena, evaluate=evaluate, arms={**arena.arms, "lora": learned})
@@ -261,9 +321,15 @@ def test_an_unknown_arm_or_teacher_is_refused(minute):
 
 
 def test_an_arm_of_one_teacher_is_a_job_of_that_teacher_alone(minute, tmp_path):
-    arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "teacher"}, arms={"all": {}, "one": {"teachers": ["qwen3"]}})
+    arena = arena_of(
+        minute, teachers={"llama": "teacher", "qwen3": "teacher"}, arms={"all": {}, "one": {"teachers": ["qwen3"]}}
+    )
     jobs = runner.choose_jobs(arena, tmp_path, seeds=[0], teachers=["llama", "qwen3"])
-    assert [(j.teacher, j.arm) for j in jobs] == [("llama", "teacher"), ("llama", "all"), *(("qwen3", name) for name in ("teacher", "all", "one"))]
+    assert [(j.teacher, j.arm) for j in jobs] == [
+        ("llama", "teacher"),
+        ("llama", "all"),
+        *(("qwen3", name) for name in ("teacher", "all", "one")),
+    ]
     with pytest.raises(ConfigError, match="one made for other teachers than llama"):
         runner.choose_jobs(arena, tmp_path, only=["one"])
 
@@ -291,7 +357,9 @@ def test_worker_processes_leave_the_same_results_and_a_killed_one_is_written_dow
     there, here = (result_of(folder, "hybrid")["rows"]["main"] for folder in (tmp_path, tmp_path / "here"))
     assert there["short_rows"] == here["short_rows"] and there["recall"] == here["recall"]
     monkeypatch.setattr(runner, "in_process", kill)
-    states = runner.run(arena, runner.choose_jobs(arena, tmp_path, ["worse"], [0]), workers=2, progress=lambda text: None)
+    states = runner.run(
+        arena, runner.choose_jobs(arena, tmp_path, ["worse"], [0]), workers=2, progress=lambda text: None
+    )
     assert states[runner.Job("llama", "worse", 0, tmp_path)] == runner.FAILED
     assert "exit code -9" in result_of(tmp_path, "worse")["error"]
 
@@ -360,7 +428,9 @@ def test_recall_of_a_model_that_sees_a_window_is_the_share_of_facts_in_it(kind):
     assert cell["accuracy"] == (test["depth"] < 32).double().mean() and cell["coverage"] == 0.25 and cell["beyond"] == 0
     assert cell["excess"] == pytest.approx((cell["accuracy"] - 0.25) / 0.75)
     assert [p["accuracy"] for p in cell["by_distance"] if p["to"] <= 32] == [1.0] * ((test["depth"] < 32).any().item())
-    assert sum(p["answers"] for p in cell["by_distance"]) == cell["n"] and all(p["accuracy"] == 0 for p in cell["by_distance"] if p["from"] >= 32)
+    assert sum(p["answers"] for p in cell["by_distance"]) == cell["n"] and all(
+        p["accuracy"] == 0 for p in cell["by_distance"] if p["from"] >= 32
+    )
 
 
 def test_the_first_distance_beyond_a_window_is_its_width():
@@ -368,13 +438,22 @@ def test_the_first_distance_beyond_a_window_is_its_width():
     hits, depth = torch.tensor([[True, False, True]]), torch.tensor([[31, 32, 64]])
     cell = judge.recall_cell(hits, depth, 128, (32, 4), 32)
     assert (cell["beyond"], cell["beyond_n"]) == (0.5, 2)
-    assert [(p["from"], p["to"], p["accuracy"]) for p in cell["by_distance"]] == [(0, 32, 1.0), (32, 64, 0.0), (64, 128, 1.0)]
+    assert [(p["from"], p["to"], p["accuracy"]) for p in cell["by_distance"]] == [
+        (0, 32, 1.0),
+        (32, 64, 0.0),
+        (64, 128, 1.0),
+    ]
 
 
 def test_a_model_that_remembers_everything_has_an_excess_of_one():
     test = data.tests("multiquery", 128, 4)
     cell = judge.recall_cell(judge.hits_of(Oracle(10**6), test, 10**6), test["depth"], 128, (32, 4), 32)
-    assert (cell["accuracy"], cell["excess"], cell["beyond"], cell["beyond_n"]) == (1.0, 1.0, 1.0, int((test["depth"] >= 32).sum()))
+    assert (cell["accuracy"], cell["excess"], cell["beyond"], cell["beyond_n"]) == (
+        1.0,
+        1.0,
+        1.0,
+        int((test["depth"] >= 32).sum()),
+    )
 
 
 def test_the_window_of_a_row_is_its_own():
@@ -387,7 +466,8 @@ def test_the_window_of_a_row_is_its_own():
 
 def test_bytes_are_those_of_the_cache_and_only_full_attention_grows(minute):
     teacher = load(minute / "teacher")
-    assert judge.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}  # one layer, one group, keys and values of 8 floats
+    # one layer, one group, keys and values of 8 floats
+    assert judge.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}
     found = judge.bytes_at(tiny_student(torch.float32, vocab_size=data.VOCAB), [64, 128])
     state, window = 4 * (16 * 16 + 16 + 1) * 4, 2 * 2 * (7 + 3) * 16 * 4
     assert found["64"] == found["128"] == 3 * (state + window + 8)  # eight bytes: the count of tokens
@@ -410,7 +490,11 @@ def test_intervals_are_student_t_over_seeds_and_bootstrap_over_rows_of_one():
     assert three["mean"] == pytest.approx(0.3) and three["over"] == "seeds"
     assert three["high"] - 0.3 == pytest.approx(4.303 * math.sqrt(0.07) / math.sqrt(3))  # variance of the sample: .07
     one = summary.stat([0.5], [0.0, 1.0] * 50)
-    assert one["over"] == "rows" and one["low"] == pytest.approx(0.40, abs=0.021) and one["high"] == pytest.approx(0.60, abs=0.021)
+    assert (
+        one["over"] == "rows"
+        and one["low"] == pytest.approx(0.40, abs=0.021)
+        and one["high"] == pytest.approx(0.60, abs=0.021)
+    )
     assert summary.stat([]) is None and summary.stat([0.5])["low"] is None
 
 
@@ -424,8 +508,14 @@ def judged_as(recall, short=0.5, size=1000, window=4):
         return {**made, "accuracy": accuracy, "excess": (accuracy - c) / (1 - c)}
 
     tests = {kind: {str(n): cell(n, recall.get(kind, 0.0)) for n in (64, 128)} for kind in data.LONG}
-    return {"recall": tests, "short": dict.fromkeys(data.SHORT, short), "short_rows": {t: [0.0, 1.0] for t in data.SHORT}, "perplexity": 10.0,
-            "cache_bytes": {"64": size, "128": size}, "cached": {"answers": 8, "same": 1.0, "error": 1e-7, "passed": True}}  # fmt: skip
+    return {
+        "recall": tests,
+        "short": dict.fromkeys(data.SHORT, short),
+        "short_rows": {t: [0.0, 1.0] for t in data.SHORT},
+        "perplexity": 10.0,
+        "cache_bytes": {"64": size, "128": size},
+        "cached": {"answers": 8, "same": 1.0, "error": 1e-7, "passed": True},
+    }
 
 
 FIGURES = {  # arm: (single of three seeds, bytes)
@@ -441,30 +531,61 @@ FIGURES = {  # arm: (single of three seeds, bytes)
 @pytest.fixture
 def constructed(minute, tmp_path):
     """An arena whose results are written by hand: W = 4, so that 64 is 16 W and 128 is 32 W."""
-    orderings = [{"claim": f"{a} over {b}", "better": a, "worse": b, "measures": ["single@64"], "source": "a paper"}
-                 for a, b in (("better", "hybrid"), ("worse", "hybrid"), ("same", "hybrid"), ("hybrid", "later"))]  # fmt: skip
+    orderings = [
+        {"claim": f"{a} over {b}", "better": a, "worse": b, "measures": ["single@64"], "source": "a paper"}
+        for a, b in (("better", "hybrid"), ("worse", "hybrid"), ("same", "hybrid"), ("hybrid", "later"))
+    ]
     names = ("hybrid", "better", "same", "worse", "fat", "later")
-    arena = arena_of(minute, seeds=[0, 1, 2], student={"sliding_window": 4, "num_sink_tokens": 0}, arms={n: {"about": n} for n in names},
-                     orderings=orderings, evaluate={**SETTING["evaluate"], "lengths": [64, 128]})  # fmt: skip
+    arena = arena_of(
+        minute,
+        seeds=[0, 1, 2],
+        student={"sliding_window": 4, "num_sink_tokens": 0},
+        arms={n: {"about": n} for n in names},
+        orderings=orderings,
+        evaluate={**SETTING["evaluate"], "lengths": [64, 128]},
+    )
     for arm, (singles, size) in FIGURES.items():
         for seed, single in enumerate(singles):
             job = runner.Job("llama", arm, seed, tmp_path)
             job.result.parent.mkdir(parents=True, exist_ok=True)
             facts = (
-                {} if arm == "teacher" else {"tokens": {"align": 10**6, "distill": 10**6}, "cpu_seconds": {"align": 60.0}, "seconds": {"align": 9.0}}
+                {}
+                if arm == "teacher"
+                else {
+                    "tokens": {"align": 10**6, "distill": 10**6},
+                    "cpu_seconds": {"align": 60.0},
+                    "seconds": {"align": 9.0},
+                }
             )
             short = 0.8 if arm == "teacher" else 0.9 if arm in ("better", "fat") else 0.6
             rows = {"main": judged_as({"single": single, "multikey": single / 2}, short, size)}
-            job.result.write_text(json.dumps({"format_version": 1, "status": "done", "arm": arm, "seed": seed, "teacher": "llama", "rows": rows,
-                                              "facts": facts, "fingerprints": runner.fingerprints(arena, job)}))  # fmt: skip
+            job.result.write_text(
+                json.dumps(
+                    {
+                        "format_version": 1,
+                        "status": "done",
+                        "arm": arm,
+                        "seed": seed,
+                        "teacher": "llama",
+                        "rows": rows,
+                        "facts": facts,
+                        "fingerprints": runner.fingerprints(arena, job),
+                    }
+                )
+            )
     return arena, tmp_path
 
 
 def test_orderings_are_decided_by_paired_differences(constructed):
     found = summary.summarise(*constructed)
     assert [(e["better"], e["verdict"]) for e in found["orderings"]] == [
-        ("better", summary.HOLDS), ("worse", summary.FAILS), ("same", summary.OPEN), ("hybrid", summary.NOT_RUN)]  # fmt: skip
-    worse = found["orderings"][1]["difference"]  # minus a tenth on every seed: the pairs know, the means alone would not
+        ("better", summary.HOLDS),
+        ("worse", summary.FAILS),
+        ("same", summary.OPEN),
+        ("hybrid", summary.NOT_RUN),
+    ]
+    # minus a tenth on every seed: the pairs know, the means alone would not
+    worse = found["orderings"][1]["difference"]
     assert worse["mean"] == pytest.approx(-0.1) and worse["high"] == pytest.approx(-0.1)
 
 
@@ -475,7 +596,10 @@ def test_goals_levers_and_verdicts_follow_from_the_results(constructed):
     assert rows["hybrid"]["c_0"] == 0 and rows["hybrid"]["alpha_star"] == pytest.approx(0.25)
     assert [g["name"] for g in found["goals"] if g["goal"] == "constant" and g["met"]] == ["better"]
     lever = {e["name"]: e for e in found["levers"]}
-    assert lever["better"]["single"]["mean"] == pytest.approx((0.97 - 0.3) / (1 - 4 / 64)) and lever["better"]["worth_a_gpu"]
+    assert (
+        lever["better"]["single"]["mean"] == pytest.approx((0.97 - 0.3) / (1 - 4 / 64))
+        and lever["better"]["worth_a_gpu"]
+    )
     assert not lever["worse"]["worth_a_gpu"] and found["teachers"]["llama"]["missing"] == ["later"]
 
 
@@ -487,7 +611,9 @@ def test_a_cache_that_grows_is_no_constant_memory(constructed):
         found["rows"]["main"]["cache_bytes"] = {"64": 1400, "128": 1500, "256": 1600}
         file.write_text(json.dumps(found))
     longer = replace(arena, evaluate={**arena.evaluate, "lengths": [64, 128, 256]})
-    assert "better" in {g["name"] for g in summary.goals(arena, "llama", summary.summarise(arena, out)["teachers"]["llama"]["rows"])}
+    assert "better" in {
+        g["name"] for g in summary.goals(arena, "llama", summary.summarise(arena, out)["teachers"]["llama"]["rows"])
+    }
     rows = summary.summarise(arena, out)["teachers"]["llama"]["rows"]
     assert "better" not in {g["name"] for g in summary.goals(longer, "llama", rows)}
 
@@ -504,13 +630,17 @@ def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tm
     assert "| better | 3 | 1.00 | .000 |" in page and "runnable, not run: later" in page and "$" not in page
     assert f".97 ± {4.303 * 0.01 / math.sqrt(3):.2f}".replace("0.", ".") in page and "Met by better." in page
     gains = {
-        line.split(" | ")[0]: line.split(" | ")[-1] for line in page[page.index("## Levers") : page.index("## Goals")].splitlines() if " | " in line
+        line.split(" | ")[0]: line.split(" | ")[-1]
+        for line in page[page.index("## Levers") : page.index("## Goals")].splitlines()
+        if " | " in line
     }
     assert (gains["| better"], gains["| worse"]) == ("yes |", "no |")
     assert "| worse over hybrid | a paper | llama | single@64 | worse | hybrid | -.100 ± .000 | does not hold |" in page
     numbers = json.loads((tmp_path / "docs/arena/results.json").read_text())
     assert numbers["teachers"]["llama"]["rows"][1]["name"] == "hybrid"
-    assert {"arena/single.png", "arena/front_32w.png"} <= set(files) and (tmp_path / "docs/arena/single.png").read_bytes()[:4] == b"\x89PNG"
+    assert {"arena/single.png", "arena/front_32w.png"} <= set(files) and (
+        tmp_path / "docs/arena/single.png"
+    ).read_bytes()[:4] == b"\x89PNG"
     again = report.write_report(json.loads(json.dumps(summary.summarise(arena, out))), tmp_path / "again")
     assert files == again and page == (tmp_path / "again/arena.md").read_text()
 
@@ -521,25 +651,47 @@ def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
     for name in ("teacher", "hybrid", "better"):
         shutil.copytree(out / "results/llama" / name, out / "results/other" / name)
     found = summary.summarise(arena, out)
-    assert found["teachers"]["other"]["shape"] == {"parameters": 18_352, "layers": 1, "heads": 2, "groups": 1, "head_dim": 8}
+    assert found["teachers"]["other"]["shape"] == {
+        "parameters": 18_352,
+        "layers": 1,
+        "heads": 2,
+        "groups": 1,
+        "head_dim": 8,
+    }
     report.write_report(found, tmp_path / "docs")
     page = (tmp_path / "docs/arena.md").read_text()
     others = page[page.index("### other") : page.index("## Not in the tables")]
-    assert "0.02 M parameters: 1 layers of 2 heads of 8 dims in 1 key/value groups." in others and "| fat |" not in others
-    assert "arena/other_single.png" in others and (tmp_path / "docs/arena/other_front.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| better | .97 | 1.500 | 1.00 | yes |" in others and "One key/value group of one layer is already 100.0%" in others
+    assert (
+        "0.02 M parameters: 1 layers of 2 heads of 8 dims in 1 key/value groups." in others and "| fat |" not in others
+    )
+    assert (
+        "arena/other_single.png" in others and (tmp_path / "docs/arena/other_front.png").read_bytes()[:4] == b"\x89PNG"
+    )
+    assert (
+        "| better | .97 | 1.500 | 1.00 | yes |" in others
+        and "One key/value group of one layer is already 100.0%" in others
+    )
     assert "| better over hybrid | a paper | other | single@64 | better | hybrid | .670 ± .262 | holds |" in page
-    assert "- other: runnable, not run: fat, later, same, worse" in page and "| worse over hybrid | a paper | other |" not in page
+    assert (
+        "- other: runnable, not run: fat, later, same, worse" in page
+        and "| worse over hybrid | a paper | other |" not in page
+    )
 
 
 def test_teachers_of_a_run_directory_are_found_whichever_is_asked_for(minute, tmp_path, monkeypatch):
-    """A report reads results of every teacher; one that was trained in an earlier run is in OUT, not where the file says."""
+    """A report reads results of every teacher; one that was trained in an earlier run is in OUT, not where the file
+    says.
+    """
     trained = []
     monkeypatch.setattr(teacher, "train", lambda name, directory: trained.append((name, directory)))
     arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "nowhere", "own": "elsewhere"})
     shutil.copytree(minute / "teacher", tmp_path / "teachers/qwen3")
     teacher.provide(arena, ["llama"], tmp_path)
-    assert arena.teacher_dir("llama") == minute / "teacher" and arena.teacher_dir("qwen3") == tmp_path / "teachers/qwen3" and not trained
+    assert (
+        arena.teacher_dir("llama") == minute / "teacher"
+        and arena.teacher_dir("qwen3") == tmp_path / "teachers/qwen3"
+        and not trained
+    )
     with pytest.raises(ConfigError, match="no teacher at .*own.*none of the families"):
         teacher.provide(arena, ["own"], tmp_path)
     teacher.provide(arena_of(minute, teachers={"llama": "teacher", "olmo2": "nowhere"}), ["olmo2"], tmp_path)
@@ -556,19 +708,41 @@ def test_a_result_of_other_settings_is_left_out_and_said(constructed):
 @pytest.mark.slow
 def test_every_shipped_arm_runs_on_a_minute_teacher(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=data.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
-                         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=data.VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
     shrink = lambda given: {**given, **{k: 2 for k in ("max_steps", "per_device_train_batch_size") if k in given}}  # noqa: E731
     arena, made = arms.load_arena(), {}
     for name, arm in arena.arms.items():
         shorter = {"length": 96} if "length" in arm.data else {}
         small = {"num_hidden_layers": 2, "slstm_intermediate_size": 48} if arm.kind == "distil" else arm.student
-        made[name] = replace(arm, student=small, data={**arm.data, **shorter}, **{s: shrink(getattr(arm, s)) for s in arms.TRAINED})
-    arena = replace(arena, teachers={"llama": str(tmp_path / "teacher")}, arms=made, data={"length": 64, "recall_share": 0.5}, orderings=[],
-                    evaluate={**SETTING["evaluate"], "lengths": [64]}, **{s: shrink(getattr(arena, s)) for s in arms.TRAINED})  # fmt: skip
+        made[name] = replace(
+            arm, student=small, data={**arm.data, **shorter}, **{s: shrink(getattr(arm, s)) for s in arms.TRAINED}
+        )
+    arena = replace(
+        arena,
+        teachers={"llama": str(tmp_path / "teacher")},
+        arms=made,
+        data={"length": 64, "recall_share": 0.5},
+        orderings=[],
+        evaluate={**SETTING["evaluate"], "lengths": [64]},
+        **{s: shrink(getattr(arena, s)) for s in arms.TRAINED},
+    )
     states = run(arena, tmp_path / "run")
-    assert {str(job): result_of(tmp_path / "run", job.arm)["error"] for job, state in states.items() if state != runner.DONE} == {}
+    assert {
+        str(job): result_of(tmp_path / "run", job.arm)["error"] for job, state in states.items() if state != runner.DONE
+    } == {}
     for job in states:
         for row in result_of(tmp_path / "run", job.arm)["rows"].values():
             assert row["cached"].get("passed", "refused" in row["cached"]), job

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_hybrid.arena import data, teacher
+from xlstm_arena import data, teacher
 from xlstm_hybrid.errors import ConfigError, DataError
 
 
@@ -18,7 +18,9 @@ def facts_of(ids):
 def test_every_answer_is_the_value_of_a_fact_at_the_stated_distance(kind, length):
     test = data.tests(kind, length, 20, seed=3)
     assert test["input_ids"].shape == (20, length)
-    for ids, places, answers, depths in zip(*(test[k].tolist() for k in ("input_ids", "answer_at", "answers", "depth")), strict=True):
+    for ids, places, answers, depths in zip(
+        *(test[k].tolist() for k in ("input_ids", "answer_at", "answers", "depth")), strict=True
+    ):
         facts = facts_of(ids)
         for at, answer, depth in zip(places, answers, depths, strict=True):
             assert ids[at - 1] == data.ASK and facts[ids[at]] == (answer, at - depth)
@@ -38,7 +40,12 @@ def test_short_tests_fit_a_window_and_have_right_answers(kind):
     assert test["input_ids"].shape == (50, data.SHORT_LENGTH)
     for ids, places, answers in zip(*(test[k].tolist() for k in ("input_ids", "answer_at", "answers")), strict=True):
         numbers = [x - data.NUMBERS[0] for x in ids[places[0] - 4 : places[0]]]
-        wanted = {"copy": numbers, "reverse": numbers[::-1], "max": [max(numbers[1:])], "add": [numbers[2] + numbers[3]]}
+        wanted = {
+            "copy": numbers,
+            "reverse": numbers[::-1],
+            "max": [max(numbers[1:])],
+            "add": [numbers[2] + numbers[3]],
+        }
         if kind in wanted:
             assert [a - data.NUMBERS[0] for a in answers] == wanted[kind]
         elif kind == "lookup":
@@ -98,13 +105,18 @@ def test_a_fresh_teacher_attends_to_the_word_before_and_to_the_fact_that_is_aske
 def test_positions_jump_forwards_only_and_reach_the_longest_test():
     positions = teacher.jumping_positions(np.random.default_rng(0), 128, 200)
     steps = positions.diff(dim=1)
-    assert positions[:, 0].min() >= 0 and bool((steps >= 1).all()) and positions.max() < teacher.REACH + 128 and positions.max() > 2000
+    assert (
+        positions[:, 0].min() >= 0
+        and bool((steps >= 1).all())
+        and positions.max() < teacher.REACH + 128
+        and positions.max() > 2000
+    )
 
 
 def test_training_a_teacher_writes_a_checkpoint_with_its_accuracies(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from xlstm_hybrid.artifacts import read_provenance, verify
+    from xlstm_hybrid.checkpoint.files import read_provenance, verify
 
     monkeypatch.setattr(teacher, "measure", lambda model: {"single": {64: 0.5}})
     stages = ({"length": 32, "rows": 2, "steps": 3, "recall_share": 0.5},)
@@ -127,7 +139,9 @@ def test_measure_is_right_about_a_model_that_knows_and_one_that_does_not():
         device = "cpu"
 
         def __call__(self, input_ids, use_cache):
-            words = torch.tensor([[known.get(tuple(row), {}).get(t, 0) for t in range(len(row))] for row in input_ids.tolist()])
+            words = torch.tensor(
+                [[known.get(tuple(row), {}).get(t, 0) for t in range(len(row))] for row in input_ids.tolist()]
+            )
             logits = torch.nn.functional.one_hot(words, data.VOCAB).float()
             return type("Out", (), {"logits": logits if self.right else logits.roll(1, -1)})
 

@@ -1,4 +1,5 @@
 """A checkpoint directory is there whole or not at all, damage is found, and its record gives nothing private away."""
+
 import hashlib
 import importlib.metadata
 import json
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xlstm_hybrid import artifacts
-from xlstm_hybrid.artifacts import (
+from xlstm_hybrid.checkpoint import files as artifacts
+from xlstm_hybrid.checkpoint.files import (
     add_provenance,
     check_space,
     plain,
@@ -41,7 +42,10 @@ def checkpoint(tmp_path):
     with staged(tmp_path / "student") as folder:
         save_file({"a": torch.arange(6.0)}, folder / "model-1.safetensors")
         save_file({"b": torch.arange(4.0)}, folder / "model-2.safetensors")
-        write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}},
+        )
         (folder / "pictures").mkdir()
         (folder / "pictures" / "curve.png").write_bytes(b"png")
         write_manifest(folder)
@@ -80,7 +84,10 @@ def test_a_disk_that_refuses_is_a_named_error_and_leaves_what_was_there(tmp_path
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(CheckpointWriteError, match=r"could not write out \(No space left on device\): .*what was there before is untouched"):
+    with pytest.raises(
+        CheckpointWriteError,
+        match=r"could not write out \(No space left on device\): .*what was there before is untouched",
+    ):
         with staged(tmp_path / "out", overwrite=True) as folder:
             (folder / "config.json").write_text("new")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
@@ -98,7 +105,9 @@ def test_every_file_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 def test_an_existing_directory_is_replaced_only_if_asked(tmp_path):
     old(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="out exists already and is not empty: choose another directory, or allow overwriting"):
+    with pytest.raises(
+        CheckpointError, match="out exists already and is not empty: choose another directory, or allow overwriting"
+    ):
         with staged(tmp_path / "out"):
             raise AssertionError("the block must not run")
     with staged(tmp_path / "out", overwrite=True) as folder:
@@ -114,7 +123,10 @@ def test_an_empty_directory_may_be_filled_and_a_file_never(tmp_path):
     assert names(tmp_path / "out") == ["weights"]
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for place in (tmp_path / "out" / "weights", tmp_path / "link"):
-        with pytest.raises(CheckpointError, match=f"{place.name} exists and is no directory"), staged(place, overwrite=True):
+        with (
+            pytest.raises(CheckpointError, match=f"{place.name} exists and is no directory"),
+            staged(place, overwrite=True),
+        ):
             raise AssertionError("the block must not run")
 
 
@@ -130,10 +142,13 @@ def test_a_killed_writer_leaves_what_was_there_and_the_next_one_cleans_up(tmp_pa
     assert left.startswith(".tmp-out-") and there == "out" and (tmp_path / "out" / "config.json").read_text() == "old"
     foreign = tmp_path / f".tmp-out-ffffff-{2**22 + 1}-00000000"  # of another machine
     foreign.mkdir()
-    with staged(tmp_path / "out", overwrite=True) as first, staged(tmp_path / "out", overwrite=True) as second:  # neither removes the other
+    # neither removes the other
+    with staged(tmp_path / "out", overwrite=True) as first, staged(tmp_path / "out", overwrite=True) as second:
         (first / "config.json").write_text("first")
         (second / "config.json").write_text("second")
-    assert names(tmp_path) == sorted([foreign.name, "out"]) and (tmp_path / "out" / "config.json").read_text() == "first"
+    assert (
+        names(tmp_path) == sorted([foreign.name, "out"]) and (tmp_path / "out" / "config.json").read_text() == "first"
+    )
 
 
 def test_too_little_room_is_known_before_anything_is_written(tmp_path):
@@ -156,10 +171,16 @@ def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert names(tmp_path) == ["x.json"] and read_json(tmp_path / "x.json", "it") == {"a": 1}
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("{", "Expecting property name"), ("[1]", "holds a list, expected an object"), ("[" * 100_000, "recursion"), (None, "No such file"),
-    ('{"a": "' + "x" * 2**24 + '"}', "expected at most 16777216"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "holds a list, expected an object"),
+        ("[" * 100_000, "recursion"),
+        (None, "No such file"),
+        ('{"a": "' + "x" * 2**24 + '"}', "expected at most 16777216"),
+    ],
+)
 def test_json_that_is_no_checkpoint_file_is_refused(text, reason, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -173,7 +194,12 @@ def test_json_that_is_no_checkpoint_file_is_refused(text, reason, tmp_path):
 def test_a_manifest_lists_every_file_but_itself(checkpoint):
     listed = json.loads((checkpoint / "manifest.json").read_text())
     assert listed["format_version"] == 1
-    assert list(listed["files"]) == ["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "pictures/curve.png"]
+    assert list(listed["files"]) == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "model.safetensors.index.json",
+        "pictures/curve.png",
+    ]
     assert listed["files"]["pictures/curve.png"] == {"size": 3, "sha256": hashlib.sha256(b"png").hexdigest()}
     verify(checkpoint)
     verify(checkpoint, level="size")
@@ -185,7 +211,10 @@ def test_every_flipped_bit_of_a_weight_is_found(checkpoint):
     for position in range(0, len(content), 7):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
         verify(checkpoint, level="size")
-        with pytest.raises(CheckpointError, match=r"model-1.safetensors has SHA-256 [0-9a-f]{12}..., expected [0-9a-f]{12}..., it is damaged"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"model-1.safetensors has SHA-256 [0-9a-f]{12}..., expected [0-9a-f]{12}..., it is damaged",
+        ):
             verify(checkpoint)
 
 
@@ -196,13 +225,28 @@ def list_file(folder, **entries):
 
 
 SPOILT = {
-    "truncated": (lambda d: os.truncate(d / "model-2.safetensors", 50), r"model-2.safetensors has 50 bytes, expected \d+"),
+    "truncated": (
+        lambda d: os.truncate(d / "model-2.safetensors", 50),
+        r"model-2.safetensors has 50 bytes, expected \d+",
+    ),
     "missing": (lambda d: (d / "pictures" / "curve.png").unlink(), "pictures/curve.png is missing, expected 3 bytes"),
-    "unlisted weights": (lambda d: (d / "model.safetensors").write_text("x"), "model.safetensors is not listed in manifest.json"),
+    "unlisted weights": (
+        lambda d: (d / "model.safetensors").write_text("x"),
+        "model.safetensors is not listed in manifest.json",
+    ),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read .No such file"),
-    "a newer format": (lambda d: list_file(d, format_version=2), "manifest.json has format_version 2, expected 1; upgrade"),
-    "another form": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'), "manifest.json lists no files"),
-    "a way out": (lambda d: list_file(d, files={"../secret": {"size": 0, "sha256": ""}}), "manifest.json lists '../secret', expected names inside"),
+    "a newer format": (
+        lambda d: list_file(d, format_version=2),
+        "manifest.json has format_version 2, expected 1; upgrade",
+    ),
+    "another form": (
+        lambda d: (d / "manifest.json").write_text('{"format_version": 1, "files": {"a": 3}}'),
+        "manifest.json lists no files",
+    ),
+    "a way out": (
+        lambda d: list_file(d, files={"../secret": {"size": 0, "sha256": ""}}),
+        "manifest.json lists '../secret', expected names inside",
+    ),
 }
 
 
@@ -232,8 +276,17 @@ def test_stages_accumulate_from_parent_to_child(tmp_path):
     first, second = read_provenance(folders[1])
     assert first == read_provenance(folders[0])[0] and (first["stage"], first["parent"]) == ("convert", "Llama-3.2-1B")
     assert {k: second[k] for k in ("stage", "parent", "data", "figures", "seconds")} == {
-        "stage": "align", "parent": "converted", "data": {"tokens": 5}, "figures": {"error": 0.25}, "seconds": 1.5}
-    assert "config" not in second and second["versions"]["torch"] == importlib.metadata.version("torch") and "transformers" in second["versions"]
+        "stage": "align",
+        "parent": "converted",
+        "data": {"tokens": 5},
+        "figures": {"error": 0.25},
+        "seconds": 1.5,
+    }
+    assert (
+        "config" not in second
+        and second["versions"]["torch"] == importlib.metadata.version("torch")
+        and "transformers" in second["versions"]
+    )
     assert read_provenance(tmp_path) == []
 
 
@@ -244,24 +297,49 @@ def test_stages_may_be_given(tmp_path):
 
 def test_a_record_holds_no_path_no_host_and_no_secret(tmp_path):
     (tmp_path / "teacher").mkdir()
-    config = {"teacher": tmp_path / "teacher", "out": str(tmp_path / "out"), "home": "~/models/x", "up": "../x/y", "hub_token": "hf_abc", "nested": [
-        {"api_key": "k", "num_key_value_heads": 2, "pad_token_id": 0}], "recipe": "recipes/tiny.yaml", "dtype": torch.bfloat16, "rate": float("nan")}
+    config = {
+        "teacher": tmp_path / "teacher",
+        "out": str(tmp_path / "out"),
+        "home": "~/models/x",
+        "up": "../x/y",
+        "hub_token": "hf_abc",
+        "nested": [{"api_key": "k", "num_key_value_heads": 2, "pad_token_id": 0}],
+        "recipe": "recipes/tiny.yaml",
+        "dtype": torch.bfloat16,
+        "rate": float("nan"),
+    }
     add_provenance(tmp_path, "convert", parent=tmp_path / "teacher", config=config)
     text = (tmp_path / "provenance.json").read_text()
     assert read_provenance(tmp_path)[0]["config"] == {
-        "teacher": "teacher", "out": "out", "home": "x", "up": "y", "nested": [{"num_key_value_heads": 2, "pad_token_id": 0}],
-        "recipe": "recipes/tiny.yaml", "dtype": "torch.bfloat16", "rate": None}
+        "teacher": "teacher",
+        "out": "out",
+        "home": "x",
+        "up": "y",
+        "nested": [{"num_key_value_heads": 2, "pad_token_id": 0}],
+        "recipe": "recipes/tiny.yaml",
+        "dtype": "torch.bfloat16",
+        "rate": None,
+    }
     for private in (str(tmp_path), os.uname().nodename, "hf_abc", "NaN"):
         assert private not in text
 
 
 def test_numbers_keep_their_type():
-    assert plain({"n": 3, "x": 0.5, "yes": True, "none": None, "t": (1, 2)}) == {"n": 3, "x": 0.5, "yes": True, "none": None, "t": [1, 2]}
+    assert plain({"n": 3, "x": 0.5, "yes": True, "none": None, "t": (1, 2)}) == {
+        "n": 3,
+        "x": 0.5,
+        "yes": True,
+        "none": None,
+        "t": [1, 2],
+    }
     assert plain(True) is True and plain(float("inf")) is None
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    for text, message in (("{}", "has format_version None, expected 1"), ('{"format_version": 1, "stages": [3]}', "holds no list of stages")):
+    for text, message in (
+        ("{}", "has format_version None, expected 1"),
+        ('{"format_version": 1, "stages": [3]}', "holds no list of stages"),
+    ):
         (tmp_path / "provenance.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_provenance(tmp_path)
@@ -271,7 +349,10 @@ def test_a_damaged_record_is_refused(tmp_path):
 
 
 def test_tensors_are_found_in_one_file_or_in_shards(checkpoint, tmp_path):
-    assert weight_files(checkpoint) == {"a": checkpoint / "model-1.safetensors", "b": checkpoint / "model-2.safetensors"}
+    assert weight_files(checkpoint) == {
+        "a": checkpoint / "model-1.safetensors",
+        "b": checkpoint / "model-2.safetensors",
+    }
     save_file({"c": torch.zeros(2)}, tmp_path / "model.safetensors")
     assert weight_files(tmp_path) == {"c": tmp_path / "model.safetensors"}
 
@@ -282,12 +363,27 @@ def index(folder, content):
 
 WEIGHTS = {
     "missing shard": (lambda d: (d / "model-2.safetensors").unlink(), "shard model-2.safetensors is missing"),
-    "a way out": (lambda d: index(d, {"weight_map": {"a": "../a.safetensors"}}), "names the file '../a.safetensors', expected a plain name"),
-    "a link out": (lambda d: ((d / "m").symlink_to("/etc/hostname"), index(d, {"weight_map": {"a": "m"}})), "student/m: links to a file outside"),
+    "a way out": (
+        lambda d: index(d, {"weight_map": {"a": "../a.safetensors"}}),
+        "names the file '../a.safetensors', expected a plain name",
+    ),
+    "a link out": (
+        lambda d: ((d / "m").symlink_to("/etc/hostname"), index(d, {"weight_map": {"a": "m"}})),
+        "student/m: links to a file outside",
+    ),
     "no map": (lambda d: index(d, {}), "index.json is damaged .no weight_map."),
-    "no weights": (lambda d: (d / "model.safetensors.index.json").unlink(), "expected model.safetensors or .*, found neither"),
-    "truncated": (lambda d: ((d / "model.safetensors.index.json").unlink(), (d / "model-1.safetensors").rename(d / "model.safetensors"),
-                             os.truncate(d / "model.safetensors", 70)), "is damaged"),
+    "no weights": (
+        lambda d: (d / "model.safetensors.index.json").unlink(),
+        "expected model.safetensors or .*, found neither",
+    ),
+    "truncated": (
+        lambda d: (
+            (d / "model.safetensors.index.json").unlink(),
+            (d / "model-1.safetensors").rename(d / "model.safetensors"),
+            os.truncate(d / "model.safetensors", 70),
+        ),
+        "is damaged",
+    ),
 }
 
 

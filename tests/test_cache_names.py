@@ -1,4 +1,6 @@
-"""The cache has two names and every public method knows both; under a third one it is refused by name, as is all that would be ignored."""
+"""The cache has two names and every public method knows both; under a third one it is refused by name, as is all that
+would be ignored.
+"""
 
 import functools
 import inspect
@@ -11,8 +13,8 @@ from conftest import enlarge, tiny_student, token_ids
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from xlstm_hybrid import DistilXLSTMConfig, DistilXLSTMForCausalLM, XLSTMHybridForSequenceClassification
-from xlstm_hybrid.cache_names import CACHE, NAMES, OLD, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.errors import CacheError, CompatibilityError, ConfigError
+from xlstm_hybrid.model.cache_names import CACHE, NAMES, OLD, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.state import prefill
 
 names = pytest.mark.parametrize("name", NAMES)
@@ -132,7 +134,9 @@ def test_two_different_caches_are_refused_and_one_under_both_names_is_taken(mode
         "generate": lambda **caches: generated(model, ids, **caches),
     }
     for call in calls.values():
-        with pytest.raises(CacheError, match=f"two different caches, as `cache` and as `{OLD}`; pass one, as `{CACHE}`"):
+        with pytest.raises(
+            CacheError, match=f"two different caches, as `cache` and as `{OLD}`; pass one, as `{CACHE}`"
+        ):
             call(cache=one, past_key_values=other)
         assert one.get_seq_length() == other.get_seq_length() == PREFIX
     with warnings.catch_warnings(action="ignore"):
@@ -144,7 +148,11 @@ def test_renaming_changes_nothing_else():
     with warnings.catch_warnings(action="ignore"):
         for name in NAMES:
             assert renamed({"use_cache": True, name: 5}, "cache", "f") == {"use_cache": True, "cache": 5}
-        assert renamed({"cache": None, OLD: 5}, "cache", "f") == renamed({"cache": 5, OLD: None}, "cache", "f") == {"cache": 5}
+        assert (
+            renamed({"cache": None, OLD: 5}, "cache", "f")
+            == renamed({"cache": 5, OLD: None}, "cache", "f")
+            == {"cache": 5}
+        )
     assert renamed({"use_cache": True}, "cache", "f") == {"use_cache": True}
 
 
@@ -181,7 +189,9 @@ def test_a_cache_under_a_name_that_nobody_knows_is_refused_with_the_version(mode
 
 def test_a_renamed_cache_stops_generation_at_its_first_call(model, rename_cache):
     rename_cache(swallowed=False)
-    with pytest.raises(CompatibilityError, match="as `kv_store`, a name that this version of xlstm-hybrid does not know"):
+    with pytest.raises(
+        CompatibilityError, match="as `kv_store`, a name that this version of xlstm-hybrid does not know"
+    ):
         generated(model, token_ids(2, 9))
 
 

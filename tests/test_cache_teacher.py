@@ -1,4 +1,6 @@
-"""A stored teacher trains like the one in memory; another vocabulary, adapters and parts of a model; and the verb that makes the store."""
+"""A stored teacher trains like the one in memory; another vocabulary, adapters and parts of a model; and the verb that
+makes the store.
+"""
 
 import json
 import os
@@ -18,12 +20,12 @@ from peft import LoraConfig
 from test_sparse_kd import VOCAB, documents, llama, loss_by_hand, loss_of, tokenizer  # noqa: F401, a fixture
 from torch.nn.functional import log_softmax
 
+from xlstm_hybrid.commands.cache_teacher import cache_teacher
+from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError
-from xlstm_hybrid.store import TeacherStore, build_store
-from xlstm_hybrid.trainers.heads import Selection, TeacherTargets
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer, document_dataset
-from xlstm_hybrid.verbs.cache_teacher import cache_teacher
-from xlstm_hybrid.vocabulary import vocabulary_hash
+from xlstm_hybrid.teacher_store import TeacherStore, build_store
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
 close = torch.testing.assert_close
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
@@ -32,14 +34,44 @@ K = 20
 
 @pytest.fixture
 def build(tmp_path, tokenizer):  # noqa: F811
-    def build(student=None, teacher=None, dataset=None, data_collator=None, peft_config=None, teacher_tokenizer=None, store="online", **arguments):
-        shared = {"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-                  "per_device_train_batch_size": 4, "max_length": 32, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0,
-                  "top_k": K, "gradient_checkpointing": False, "disable_tqdm": True}  # fmt: skip
+    def build(
+        student=None,
+        teacher=None,
+        dataset=None,
+        data_collator=None,
+        peft_config=None,
+        teacher_tokenizer=None,
+        store="online",
+        **arguments,
+    ):
+        shared = {
+            "output_dir": str(tmp_path / "run"),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "max_length": 32,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "top_k": K,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
         args = SparseKDConfig(teacher=store, **shared | arguments)
-        return SparseKDTrainer(student or llama(1), teacher, args, teacher_tokenizer=teacher_tokenizer,
-                               processing_class=tokenizer, train_dataset=dataset or document_dataset(documents()), data_collator=data_collator,
-                               peft_config=peft_config)  # fmt: skip
+        return SparseKDTrainer(
+            student or llama(1),
+            teacher,
+            args,
+            teacher_tokenizer=teacher_tokenizer,
+            processing_class=tokenizer,
+            train_dataset=dataset or document_dataset(documents()),
+            data_collator=data_collator,
+            peft_config=peft_config,
+        )
 
     return build
 
@@ -85,11 +117,19 @@ def moved(trainer):
 # --- store = online ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"divergence": "jsd"}, {"outcomes": "renormalise"}, {"temperature": 1.7}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"divergence": "jsd"}, {"outcomes": "renormalise"}, {"temperature": 1.7}], ids=str
+)
 def test_a_store_trains_like_the_teacher_that_made_it(build, tmp_path, settings):
     """Both padded to one batch and packed into rows; apart by what float16 leaves of the log-probabilities."""
-    for name, rows, more in ("padded", None, {}), ("packed", Dataset.from_list(packed()), {"data_collator": collate, "remove_unused_columns": False,
-                                                                                       "per_device_train_batch_size": 1}):  # fmt: skip
+    for name, rows, more in (
+        ("padded", None, {}),
+        (
+            "packed",
+            Dataset.from_list(packed()),
+            {"data_collator": collate, "remove_unused_columns": False, "per_device_train_batch_size": 1},
+        ),
+    ):
         data = rows or document_dataset(documents())
         wanted, wanted_gradients = step(build(teacher=llama(2), dataset=data, kl_weight=5.0, **more, **settings))
         store = stored(tmp_path / name, data, temperature=settings.get("temperature", 1.0))
@@ -137,7 +177,9 @@ def test_a_shuffled_epoch_finds_every_row(build, tmp_path):
     rows = [(ids[j:], labels[j:]) for ids, labels in documents() for j in range(3)]
     data = document_dataset(rows)
     store = stored(tmp_path / "store", data)
-    trainer = build(teacher=store, dataset=data, per_device_train_batch_size=1, max_steps=len(data), shuffle_dataset=True)
+    trainer = build(
+        teacher=store, dataset=data, per_device_train_batch_size=1, max_steps=len(data), shuffle_dataset=True
+    )
     trainer.train()
     assert len(trainer.state.log_history) == len(data) + 1
     streamed = build(teacher=store, dataset=data.to_iterable_dataset(), per_device_train_batch_size=2)
@@ -147,7 +189,12 @@ def test_a_shuffled_epoch_finds_every_row(build, tmp_path):
 def test_fewer_entries_of_a_store_are_those_of_a_smaller_one(build, tmp_path):
     data = document_dataset(documents())
     store = stored(tmp_path / "store", data)
-    close(step(build(teacher=store, top_k=5, kl_weight=5.0))[0], step(build(teacher=llama(2), top_k=5, kl_weight=5.0))[0], rtol=5e-4, atol=0)
+    close(
+        step(build(teacher=store, top_k=5, kl_weight=5.0))[0],
+        step(build(teacher=llama(2), top_k=5, kl_weight=5.0))[0],
+        rtol=5e-4,
+        atol=0,
+    )
 
 
 def test_draws_from_a_store_are_trained_on(build, tmp_path):
@@ -172,13 +219,17 @@ def test_draws_from_a_store_are_trained_on(build, tmp_path):
     assert "kept_mass" not in online.state.log_history[0] and online.state.log_history[0]["kl"] > 0
 
 
-@pytest.mark.parametrize("made, asked, message", [
-    ({}, {"temperature": 2.0}, "holds 'topk' targets at temperature 1.0, expected 'topk' at 2.0"),
-    ({}, {"targets": "sampled"}, "holds 'topk' targets .* expected 'sampled'"),
-    ({"kind": "sampled"}, {"targets": "sampled", "top_k": 3}, f"keeps {K} entries per token, top_k=3"),
-    ({}, {"top_k": K + 1}, f"keeps {K} entries per token, top_k={K + 1}: set top_k to that"),
-    ({"vocabulary": vocabulary_hash({"a": 0})}, {}, "was made with the vocabulary [0-9a-f]{12}"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "made, asked, message",
+    [
+        ({}, {"temperature": 2.0}, "holds 'topk' targets at temperature 1.0, expected 'topk' at 2.0"),
+        ({}, {"targets": "sampled"}, "holds 'topk' targets .* expected 'sampled'"),
+        ({"kind": "sampled"}, {"targets": "sampled", "top_k": 3}, f"keeps {K} entries per token, top_k=3"),
+        ({}, {"top_k": K + 1}, f"keeps {K} entries per token, top_k={K + 1}: set top_k to that"),
+        ({"vocabulary": vocabulary_hash({"a": 0})}, {}, "was made with the vocabulary [0-9a-f]{12}"),
+    ],
+    ids=str,
+)
 def test_a_store_of_something_else_is_refused(build, tmp_path, made, asked, message):
     store = stored(tmp_path / "store", document_dataset(documents()), **made)
     with pytest.raises(StoreError, match=message):
@@ -187,7 +238,9 @@ def test_a_store_of_something_else_is_refused(build, tmp_path, made, asked, mess
 
 def test_a_store_with_more_ids_than_the_student_is_refused_and_one_with_fewer_is_not(build, tmp_path, tokenizer):  # noqa: F811
     data = document_dataset(documents())
-    with pytest.raises(StoreError, match="has ids below 67, the student's vocabulary 61: build it with --vocabulary 61"):
+    with pytest.raises(
+        StoreError, match="has ids below 67, the student's vocabulary 61: build it with --vocabulary 61"
+    ):
         build(teacher=stored(tmp_path / "wide", data, teacher=llama(2, vocab=67), vocab_size=67))
     store = stored(tmp_path / "real", data, teacher=llama(2, vocab=67), vocabulary=vocabulary_hash(tokenizer))
     padded = llama(1, vocab=64)
@@ -199,7 +252,9 @@ def test_data_that_is_not_the_stores_is_refused_by_document_and_position(build, 
     store = stored(tmp_path / "store", document_dataset(documents()))
     rows = documents()
     rows[1][0][12] = rows[1][1][12] = 7
-    with pytest.raises(StoreError, match=r"row 1, position 12 \(document 0 of the row, its token 12\): token 7 in the batch"):
+    with pytest.raises(
+        StoreError, match=r"row 1, position 12 \(document 0 of the row, its token 12\): token 7 in the batch"
+    ):
         build(teacher=store, dataset=document_dataset(rows)).train()
     with pytest.raises(StoreError, match="has 4 rows, the data 3"):
         build(teacher=store, dataset=document_dataset(rows[:3]))
@@ -207,18 +262,27 @@ def test_data_that_is_not_the_stores_is_refused_by_document_and_position(build, 
         build(teacher=store, max_length=4).train()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"store": "x", "packing": True}, "packing=True with a teacher store"),
-    ({"store": "x", "outcomes": "dense"}, "outcomes='dense' with targets='topk', teacher='x'"),
-    ({"targets": "sampled", "outcomes": "dense"}, "outcomes='dense' with targets='sampled'"),
-    ({"targets": "sampled", "divergence": "reverse_kl"}, "targets='sampled' with divergence='reverse_kl'"),
-    ({"divergence": "reverse_kl", "outcomes": "gemma"}, "divergence='reverse_kl' with outcomes='gemma'"),
-    ({"divergence": "kl"}, "divergence='kl' is not one of"), ({"outcomes": "sum"}, "outcomes='sum' is not one of"),
-    ({"train": "head"}, "train='head' is not one of"), ({"targets": "all"}, "targets='all' is not one of"),
-    ({"temperature": 0.0}, "temperature=0.0"), ({"head_rows": 0}, "head_rows=0"), ({"divergence": "jsd", "jsd_beta": 2.0}, "jsd_beta=2.0"),
-    ({"divergence": "skewed_kl", "skew": -1.0}, "skew=-1.0"), ({"divergence": "csd", "csd_weights": "st"}, "csd_weights='st'"),
-    ({"store": "nowhere"}, "index.json cannot be read"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"store": "x", "packing": True}, "packing=True with a teacher store"),
+        ({"store": "x", "outcomes": "dense"}, "outcomes='dense' with targets='topk', teacher='x'"),
+        ({"targets": "sampled", "outcomes": "dense"}, "outcomes='dense' with targets='sampled'"),
+        ({"targets": "sampled", "divergence": "reverse_kl"}, "targets='sampled' with divergence='reverse_kl'"),
+        ({"divergence": "reverse_kl", "outcomes": "gemma"}, "divergence='reverse_kl' with outcomes='gemma'"),
+        ({"divergence": "kl"}, "divergence='kl' is not one of"),
+        ({"outcomes": "sum"}, "outcomes='sum' is not one of"),
+        ({"train": "head"}, "train='head' is not one of"),
+        ({"targets": "all"}, "targets='all' is not one of"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"head_rows": 0}, "head_rows=0"),
+        ({"divergence": "jsd", "jsd_beta": 2.0}, "jsd_beta=2.0"),
+        ({"divergence": "skewed_kl", "skew": -1.0}, "skew=-1.0"),
+        ({"divergence": "csd", "csd_weights": "st"}, "csd_weights='st'"),
+        ({"store": "nowhere"}, "index.json cannot be read"),
+    ],
+    ids=str,
+)
 def test_settings_that_mean_nothing_together_are_refused(build, arguments, message):
     with pytest.raises((ConfigError, StoreError), match=message):
         build(**arguments)
@@ -243,10 +307,14 @@ def test_a_gap_between_vocabularies_is_cut_to_the_real_ids(build, tokenizer, our
     wanted = loss_by_hand(*small, documents())
     trainer = build(*padded, teacher_tokenizer=tokenizer, top_k=VOCAB, outcomes=outcomes)
     close(step(trainer)[0].item(), wanted, rtol=1e-5, atol=0)
-    with pytest.raises(ConfigError, match=f"the student's vocabulary has {ours} tokens, the teacher's {theirs}: pass teacher_tokenizer"):
+    with pytest.raises(
+        ConfigError, match=f"the student's vocabulary has {ours} tokens, the teacher's {theirs}: pass teacher_tokenizer"
+    ):
         build(*padded)
     other = {token: {7: 8, 8: 7}.get(i, i) for token, i in tokenizer.get_vocab().items()}
-    with pytest.raises(ConfigError, match="the tokenizers differ first at id 7: 'w7' for the student, 'w8' for the teacher"):
+    with pytest.raises(
+        ConfigError, match="the tokenizers differ first at id 7: 'w7' for the student, 'w8' for the teacher"
+    ):
         build(*padded, teacher_tokenizer=other)
 
 
@@ -257,11 +325,16 @@ def test_a_gap_between_vocabularies_is_cut_to_the_real_ids(build, tokenizer, our
 def test_exactly_the_chosen_part_of_the_student_moves(build, train, part):
     student = tiny_student(torch.float32, gain=1.5)
     student.requires_grad_(False)  # as alignment leaves it
-    assert moved(build(student, llama(2), train=train)) == {name for name, _ in student.named_parameters() if part in name}
+    assert moved(build(student, llama(2), train=train)) == {
+        name for name, _ in student.named_parameters() if part in name
+    }
 
 
 def test_checkpointed_layers_of_a_partly_frozen_student_get_the_same_gradients(build):
-    plain, kept = (step(build(tiny_student(torch.float32, gain=1.5).train(), llama(2), train="mixer", gradient_checkpointing=c))[1] for c in (0, 1))
+    plain, kept = (
+        step(build(tiny_student(torch.float32, gain=1.5).train(), llama(2), train="mixer", gradient_checkpointing=c))[1]
+        for c in (0, 1)
+    )
     assert plain.keys() == kept.keys() and any("mlstm" in name for name in plain)
 
 
@@ -277,11 +350,20 @@ def test_an_adapter_gets_the_gradients_of_whole_logits_and_nothing_else_moves(bu
     """With a copy of the head that trains as well: PEFT wraps it, the loss must read the copy."""
 
     def lora():
-        return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        return LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+        )
 
     torch.manual_seed(3)
     outcomes = "dense" if divergence == "jsd" else "tail"
-    trainer = build(tiny_student(torch.float32, gain=1.5), llama(2), peft_config=lora(), divergence=divergence, outcomes=outcomes, top_k=VOCAB)
+    trainer = build(
+        tiny_student(torch.float32, gain=1.5),
+        llama(2),
+        peft_config=lora(),
+        divergence=divergence,
+        outcomes=outcomes,
+        top_k=VOCAB,
+    )
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.mul_(0.9)
     loss, gradients = step(trainer)
@@ -304,8 +386,18 @@ def test_an_adapter_gets_the_gradients_of_whole_logits_and_nothing_else_moves(bu
 
 def test_divergences_train_and_fall(build):
     for divergence, outcomes in ("reverse_kl", "tail"), ("skewed_kl", "renormalise"), ("csd", "dense"):
-        trainer = build(llama(1), llama(2), divergence=divergence, outcomes=outcomes, ce_weight=0.0, kl_weight=1.0, max_steps=5, optim="adamw_torch",
-                        learning_rate=1e-2, csd_weights="ss")  # fmt: skip
+        trainer = build(
+            llama(1),
+            llama(2),
+            divergence=divergence,
+            outcomes=outcomes,
+            ce_weight=0.0,
+            kl_weight=1.0,
+            max_steps=5,
+            optim="adamw_torch",
+            learning_rate=1e-2,
+            csd_weights="ss",
+        )
         trainer.train()
         kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
         assert kl[-1] < 0.9 * kl[0], (divergence, kl)
@@ -316,7 +408,11 @@ def test_divergences_train_and_fall(build):
 
 def rows_of_text(count=6, length=40):
     return [
-        {"input_ids": [(5 * n + 3 * t) % 500 for t in range(length)], "position_ids": [t % (11 + n) for t in range(length)]} for n in range(count)
+        {
+            "input_ids": [(5 * n + 3 * t) % 500 for t in range(length)],
+            "position_ids": [t % (11 + n) for t in range(length)],
+        }
+        for n in range(count)
     ]
 
 
@@ -339,7 +435,10 @@ def test_the_verb_stores_what_the_teacher_says(folder, tmp_path, capsys):
 
     options = ["--top-k", 8, "--dtype", "float32", "--shard-tokens", 80]
     run(TINY, folder / "rows.jsonl", tmp_path / "a", *options, "--estimate")
-    assert "6 rows, 240 tokens, targets for 219 of them: 0.000 GB in 3 shards" in capsys.readouterr().out and not (tmp_path / "a").exists()
+    assert (
+        "6 rows, 240 tokens, targets for 219 of them: 0.000 GB in 3 shards" in capsys.readouterr().out
+        and not (tmp_path / "a").exists()
+    )
     run(TINY, folder / "rows.jsonl", tmp_path / "a", *options, "--verify")
     assert "3 of 3 shards" in capsys.readouterr().out
     run(TINY, folder / "rows", tmp_path / "b", *options)
@@ -359,16 +458,21 @@ def test_a_recipe_names_the_rows_and_the_precision(tmp_path):
     from transformers import AutoTokenizer
 
     from xlstm_hybrid.data import train_dataset
-    from xlstm_hybrid.recipe import load_recipe
+    from xlstm_hybrid.recipe.schema import load_recipe
 
     path = TINY.parents[1] / "smoke.yaml"
     run(TINY, path, tmp_path / "store", "--top-k", 8, "--expert", "symbols")
-    store, rows = TeacherStore(tmp_path / "store"), train_dataset(load_recipe(path), AutoTokenizer.from_pretrained(TINY), 4, "symbols")
+    store, rows = (
+        TeacherStore(tmp_path / "store"),
+        train_dataset(load_recipe(path), AutoTokenizer.from_pretrained(TINY), 4, "symbols"),
+    )
     assert len(store) == 4 and store.spec["dtype"] == "float32"
     assert [store.row(n).input_ids.tolist() for n in range(4)] == rows["input_ids"][:]
 
 
-@pytest.mark.parametrize("change, field", [({"tokenizer.json": ("w", "")}, "tokenizer"), ({"chat_template.jinja": ("{", "{ ")}, "template")])
+@pytest.mark.parametrize(
+    "change, field", [({"tokenizer.json": ("w", "")}, "tokenizer"), ({"chat_template.jinja": ("{", "{ ")}, "template")]
+)
 def test_another_tokenizer_or_template_is_named(folder, tmp_path, change, field):
     options = ["--top-k", 8, "--vocabulary", 512]
     teacher = shutil.copytree(TINY, tmp_path / "teacher")
@@ -396,7 +500,12 @@ def test_weights_are_part_of_the_spec(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, message", [("none.jsonl", "expected a folder of save_to_disk"), ("text.jsonl", "with a column input_ids"), ("", "no data set of")]
+    "name, message",
+    [
+        ("none.jsonl", "expected a folder of save_to_disk"),
+        ("text.jsonl", "with a column input_ids"),
+        ("", "no data set of"),
+    ],
 )
 def test_what_holds_no_rows_is_refused(tmp_path, name, message):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
@@ -406,12 +515,28 @@ def test_what_holds_no_rows_is_refused(tmp_path, name, message):
 
 @pytest.mark.slow
 def test_processes_at_once_and_a_killed_one_make_the_same_store(folder, tmp_path):
-    command = [sys.executable, "-m", "xlstm_hybrid", "cache-teacher", str(TINY), str(folder / "rows"), "--top-k", "8", "--shard-tokens", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "xlstm_hybrid",
+        "cache-teacher",
+        str(TINY),
+        str(folder / "rows"),
+        "--top-k",
+        "8",
+        "--shard-tokens",
+        "40",
+    ]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root / 'kernels'}"}
 
     def call(out, *options):
-        return subprocess.Popen([*command[:6], str(out), *command[6:], *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [*command[:6], str(out), *command[6:], *options],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
 
     assert call(tmp_path / "one").wait() == 0
     assert call(tmp_path / "two", "--processes", "2").wait() == 0

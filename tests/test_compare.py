@@ -11,9 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.compare import (
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.errors import CheckpointError, EvaluationError
+from xlstm_hybrid.evaluation.comparison import (
     choose_metric,
     compare,
     html_page,
@@ -25,9 +25,9 @@ from xlstm_hybrid.compare import (
     scaled_scores,
     write_comparison,
 )
-from xlstm_hybrid.errors import CheckpointError, EvaluationError
-from xlstm_hybrid.evaluation import Results, read_results
-from xlstm_hybrid.report import comparison_pictures
+from xlstm_hybrid.evaluation.scores import Results, read_results
+from xlstm_hybrid.reports.card import write_card
+from xlstm_hybrid.reports.run import comparison_pictures
 
 DATE = "2026-01-02T03-04-05.678901"
 ANSWERS = {  # benchmark: answers of teacher and student, document by document
@@ -38,8 +38,20 @@ ANSWERS = {  # benchmark: answers of teacher and student, document by document
 
 
 def sample(j, values, kind="none", document=None, prompt="p"):
-    return {"doc_id": j, "doc": {"q": j}, "target": "t", "arguments": {}, "resps": [["x"]], "filtered_resps": ["x"], "filter": kind,
-            "metrics": list(values), "doc_hash": document or f"d{j}", "prompt_hash": f"{prompt}{j}", "target_hash": "t", **values}  # fmt: skip
+    return {
+        "doc_id": j,
+        "doc": {"q": j},
+        "target": "t",
+        "arguments": {},
+        "resps": [["x"]],
+        "filtered_resps": ["x"],
+        "filter": kind,
+        "metrics": list(values),
+        "doc_hash": document or f"d{j}",
+        "prompt_hash": f"{prompt}{j}",
+        "target_hash": "t",
+        **values,
+    }
 
 
 def harness(folder, model, answers, date=DATE, samples=True, **changes):
@@ -47,14 +59,28 @@ def harness(folder, model, answers, date=DATE, samples=True, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     metric = {"arc": "acc_norm,none", "gsm8k": "exact_match,strict-match", "code": "pass@1,create_test"}
     content = {
-        "results": {t: {"alias": t, "name": t, "sample_len": len(a), metric[t]: sum(a) / len(a), metric[t].replace(",", "_stderr,"): 0.1}
-                    for t, a in answers.items()},
-        "group_subtasks": {t: [] for t in answers}, "versions": dict.fromkeys(answers, 1.0), "n-shot": dict.fromkeys(answers, 5),
+        "results": {
+            t: {
+                "alias": t,
+                "name": t,
+                "sample_len": len(a),
+                metric[t]: sum(a) / len(a),
+                metric[t].replace(",", "_stderr,"): 0.1,
+            }
+            for t, a in answers.items()
+        },
+        "group_subtasks": {t: [] for t in answers},
+        "versions": dict.fromkeys(answers, 1.0),
+        "n-shot": dict.fromkeys(answers, 5),
         "configs": {t: {"task": t, "num_fewshot": 5, "generation_kwargs": {"max_gen_toks": 64}} for t in answers},
         "n-samples": {t: {"original": 20, "effective": 20} for t in answers},
-        "higher_is_better": {t: {metric[t].split(",")[0]: True} for t in answers}, "config": {"model": "hf", "limit": None, "gen_kwargs": None},
-        "model_name": f"/home/someone/{model}", "lm_eval_version": "0.4.13", "chat_template_sha": None, "fewshot_as_multiturn": False,
-    }  # fmt: skip
+        "higher_is_better": {t: {metric[t].split(",")[0]: True} for t in answers},
+        "config": {"model": "hf", "limit": None, "gen_kwargs": None},
+        "model_name": f"/home/someone/{model}",
+        "lm_eval_version": "0.4.13",
+        "chat_template_sha": None,
+        "fewshot_as_multiturn": False,
+    }
     (folder / f"results_{date}.json").write_text(json.dumps(content | changes))
     for task, values in answers.items() if samples else ():
         name, kind = metric[task].split(",")
@@ -81,7 +107,10 @@ def judged(teacher, *students, **settings):
 def test_a_folder_of_lm_eval_is_read_with_its_samples_and_without_paths_of_the_machine(tmp_path):
     (found,) = read_results(teacher_of(tmp_path))
     assert found.name == "teacher" and found.scores["arc"] == {"acc_norm,none": 0.4}
-    assert found.samples["gsm8k"]["exact_match,strict-match"][("gsm8k", "d3", 1)] == 1.0 and len(found.prompts["code"]) == 20
+    assert (
+        found.samples["gsm8k"]["exact_match,strict-match"][("gsm8k", "d3", 1)] == 1.0
+        and len(found.prompts["code"]) == 20
+    )
     assert found.settings["arc"] == {
         "shots": 5,
         "version": {"arc": 1.0},
@@ -97,7 +126,9 @@ def test_tasks_that_were_run_one_by_one_are_put_together_and_the_later_result_co
     harness(folder, "m", {"arc": [1, 1, 1, 0]}, date="2026-01-04T00-00-00.0")
     (found,) = read_results(folder)
     assert {t: list(s.values()) for t, s in found.scores.items()} == {"arc": [0.75], "gsm8k": [1.0]}
-    assert len(found.samples["arc"]["acc_norm,none"]) == 4 and found.notes == ["arc: the later of two results of m is used"]
+    assert len(found.samples["arc"]["acc_norm,none"]) == 4 and found.notes == [
+        "arc: the later of two results of m is used"
+    ]
 
 
 def test_a_group_with_a_score_is_one_benchmark_over_the_samples_of_its_parts(tmp_path):
@@ -106,7 +137,10 @@ def test_a_group_with_a_score_is_one_benchmark_over_the_samples_of_its_parts(tmp
     file = next(folder.glob("results*"))
     content = json.loads(file.read_text())
     for task, entry in list(content["results"].items()):  # parts of a group share a metric
-        content["results"][task] = {"alias": task, "acc,none": next(v for k, v in entry.items() if k.endswith(("none", "match")) and "std" not in k)}
+        content["results"][task] = {
+            "alias": task,
+            "acc,none": next(v for k, v in entry.items() if k.endswith(("none", "match")) and "std" not in k),
+        }
         lines = [json.loads(line) for line in (folder / f"samples_{task}_{DATE}.jsonl").read_text().splitlines()]
         rows = [row | {"metrics": ["acc"], "acc": row[row["metrics"][0]], "filter": "none"} for row in lines]
         (folder / f"samples_{task}_{DATE}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -125,16 +159,24 @@ def test_a_group_with_a_score_is_one_benchmark_over_the_samples_of_its_parts(tmp
 
 def test_equal_documents_and_several_filters_are_kept_apart(tmp_path):
     folder = teacher_of(tmp_path)
-    rows = [sample(j, {"exact_match": v}, kind, document="same") for kind, values in (("strict-match", (1, 0)), ("flexible-extract", (1, 1)))
-            for j, v in enumerate(values)]  # fmt: skip
+    rows = [
+        sample(j, {"exact_match": v}, kind, document="same")
+        for kind, values in (("strict-match", (1, 0)), ("flexible-extract", (1, 1)))
+        for j, v in enumerate(values)
+    ]
     (folder / f"samples_gsm8k_{DATE}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read_results(folder)[0].samples["gsm8k"]
-    assert list(found["exact_match,strict-match"].values()) == [1, 0] and list(found["exact_match,flexible-extract"].values()) == [1, 1]
+    assert list(found["exact_match,strict-match"].values()) == [1, 0] and list(
+        found["exact_match,flexible-extract"].values()
+    ) == [1, 1]
 
 
 RUN = {
     "teacher_scores": {"exact_match": {"recall": 1.0, "code": 0.5}},
-    "students": {"converted": {"exact_match": {"recall": 0.25, "code": 0.0}}, "student": {"exact_match": {"recall": 1.0, "code": 0.5}}},
+    "students": {
+        "converted": {"exact_match": {"recall": 0.25, "code": 0.0}},
+        "student": {"exact_match": {"recall": 1.0, "code": 0.5}},
+    },
 }
 
 
@@ -154,9 +196,15 @@ def test_a_runs_results_stand_for_its_teacher_and_all_of_its_students(tmp_path):
 
 def test_the_samples_of_a_run_lie_beside_its_results(tmp_path):
     students = {name: {"exact_match": {"recall": 0.5}} for name in ("student", "older")}
-    (tmp_path / "results.json").write_text(json.dumps({"teacher_scores": {"exact_match": {"recall": 0.75}}, "students": students}))
+    (tmp_path / "results.json").write_text(
+        json.dumps({"teacher_scores": {"exact_match": {"recall": 0.75}}, "students": students})
+    )
     (tmp_path / "evaluation").mkdir()
-    for name, content in (("teacher", own(0.75, [1, 1, 1, 0])), ("student", own(0.5, [1, 1, 0, 0])), ("older", own(0.25, [1, 0, 0, 0]))):
+    for name, content in (
+        ("teacher", own(0.75, [1, 1, 1, 0])),
+        ("student", own(0.5, [1, 1, 0, 0])),
+        ("older", own(0.25, [1, 0, 0, 0])),
+    ):
         (tmp_path / "evaluation" / f"{name}.json").write_text(json.dumps({"result": content}))
     found = judged(tmp_path, tmp_path)
     assert found["students"]["student"]["paired"]["recall"]["lost"] == 1
@@ -210,11 +258,19 @@ def test_names_come_from_the_files_or_from_the_caller_and_are_never_the_same(tmp
 
 
 def test_the_metric_is_one_that_all_sides_have_and_of_which_more_is_better():
-    one = Results("a", {"t": {"acc,none": 0.5, "acc_norm,none": 0.6, "word_perplexity,none": 9.0}}, {"t": ["word_perplexity,none"]})
+    one = Results(
+        "a",
+        {"t": {"acc,none": 0.5, "acc_norm,none": 0.6, "word_perplexity,none": 9.0}},
+        {"t": ["word_perplexity,none"]},
+    )
     two = Results("b", {"t": {"acc,none": 0.5, "word_perplexity,none": 8.0}}, {"t": ["word_perplexity,none"]})
-    assert choose_metric("t", [one, one], None) == "acc_norm,none" and choose_metric("t", [one, two], None) == "acc,none"
+    assert (
+        choose_metric("t", [one, one], None) == "acc_norm,none" and choose_metric("t", [one, two], None) == "acc,none"
+    )
     assert choose_metric("t", [one, one], "acc") == choose_metric("t", [one, one], "acc,none") == "acc,none"
-    assert choose_metric("t", [one, two], "acc_norm") is None and choose_metric("t", [one, one], "word_perplexity") is None
+    assert (
+        choose_metric("t", [one, two], "acc_norm") is None and choose_metric("t", [one, one], "word_perplexity") is None
+    )
     filters = Results("a", {"t": {"exact_match,flexible-extract": 0.6, "exact_match,strict-match": 0.5}})
     assert choose_metric("t", [filters], None) == "exact_match,strict-match"
     assert choose_metric("t", [filters], "exact_match,flexible-extract") == "exact_match,flexible-extract"
@@ -240,13 +296,24 @@ def test_every_reason_against_a_comparison_is_listed_at_once(tmp_path):
     content["results"]["gsm8k"]["exact_match,strict-match"] = math.nan
     del content["results"]["code"]
     content["configs"]["gsm8k"]["generation_kwargs"] = {"max_gen_toks": 128}
-    changed(student, **content | {"n-shot": {"arc": 0, "gsm8k": 5}, "versions": {"arc": 2.0, "gsm8k": 1.0}, "chat_template_sha": "abc"})
+    changed(
+        student,
+        **content
+        | {"n-shot": {"arc": 0, "gsm8k": 5}, "versions": {"arc": 2.0, "gsm8k": 1.0}, "chat_template_sha": "abc"},
+    )
     with pytest.raises(EvaluationError) as raised:
         judged(teacher, student)
-    for reason in ("7 reasons why", "code has no score of student", "arc: shots 5 for teacher, 0 for student",
-                   "arc: version {'arc': 1.0} for teacher, {'arc': 2.0} for student", "arc: chat_template None for teacher, 'abc' for student",
-                   "gsm8k: chat_template", "gsm8k (exact_match,strict-match) is nan for student, expected a finite score of at least 0",
-                   "gsm8k: generation", "Judge student and teacher with the same tasks, shots and budget"):  # fmt: skip
+    for reason in (
+        "7 reasons why",
+        "code has no score of student",
+        "arc: shots 5 for teacher, 0 for student",
+        "arc: version {'arc': 1.0} for teacher, {'arc': 2.0} for student",
+        "arc: chat_template None for teacher, 'abc' for student",
+        "gsm8k: chat_template",
+        "gsm8k (exact_match,strict-match) is nan for student, expected a finite score of at least 0",
+        "gsm8k: generation",
+        "Judge student and teacher with the same tasks, shots and budget",
+    ):
         assert reason in str(raised.value), reason
 
 
@@ -255,7 +322,10 @@ def test_what_differs_may_be_allowed_by_name_and_is_noted(tmp_path):
     with pytest.raises(EvaluationError, match="3 reasons .*version"):
         judged(teacher, student)
     found = judged(teacher, student, allow=["version"])
-    assert sum("version {'arc': 1.0} for teacher" in note for note in found["notes"]) == 1 and len(found["differences"]) == 3
+    assert (
+        sum("version {'arc': 1.0} for teacher" in note for note in found["notes"]) == 1
+        and len(found["differences"]) == 3
+    )
     with pytest.raises(EvaluationError, match=r"allow=\['weather'\]; expected"):
         judged(teacher, student, allow=["weather"])
 
@@ -274,7 +344,9 @@ def test_a_task_that_one_side_lacks_is_refused_or_left_out_by_choice(tmp_path):
 
 def test_a_task_that_only_the_student_has_is_refused_too(tmp_path):
     teacher = harness(tmp_path / "t", "teacher", {"arc": ANSWERS["arc"][0]})
-    with pytest.raises(EvaluationError, match="2 reasons .* gsm8k has no score of teacher; code has no score of teacher"):
+    with pytest.raises(
+        EvaluationError, match="2 reasons .* gsm8k has no score of teacher; code has no score of teacher"
+    ):
         judged(teacher, student_of(tmp_path))
 
 
@@ -282,7 +354,10 @@ def test_a_task_that_only_the_student_has_is_refused_too(tmp_path):
 def test_a_score_of_the_teacher_that_is_none_is_refused(tmp_path, wrong):
     content = json.loads(next(teacher_of(tmp_path).glob("results_*.json")).read_text())
     content["results"]["arc"]["acc_norm,none"] = wrong
-    with pytest.raises(EvaluationError, match=rf"1 reasons .* arc \(acc_norm,none\) is {wrong} for teacher, expected a finite score of at least 0"):
+    with pytest.raises(
+        EvaluationError,
+        match=rf"1 reasons .* arc \(acc_norm,none\) is {wrong} for teacher, expected a finite score of at least 0",
+    ):
         judged(changed(tmp_path / "t", **content), student_of(tmp_path))
 
 
@@ -291,18 +366,25 @@ def test_results_without_samples_have_a_verdict_but_no_paired_statistics(tmp_pat
     full, bare = (judged(teacher, student_of(tmp_path, name, samples=name == "full")) for name in ("full", "bare"))
     mine, its = bare["students"]["bare"], full["students"]["full"]
     assert all(mine[key] == its[key] for key in ("scores", "c_0", "alpha_star", "lossless", "wins"))
-    assert mine["paired"] == {} and mine["resampled"] is None and set(its["paired"]) == set(ANSWERS) and its["resampled"]
+    assert (
+        mine["paired"] == {} and mine["resampled"] is None and set(its["paired"]) == set(ANSWERS) and its["resampled"]
+    )
     assert "no paired statistics of arc, gsm8k, code: bare came without samples" in bare["notes"]
     (tmp_path / "full" / f"samples_arc_{DATE}.jsonl").unlink()
     part = judged(teacher, tmp_path / "full")["students"]["full"]
-    assert set(part["paired"]) == {"gsm8k", "code"} and part["resampled"] is None  # an interval of alpha* needs every benchmark
+    # an interval of alpha* needs every benchmark
+    assert set(part["paired"]) == {"gsm8k", "code"} and part["resampled"] is None
 
 
 def test_other_documents_or_prompts_are_refused(tmp_path):
     teacher, student = teacher_of(tmp_path), student_of(tmp_path)
-    rows = [sample(j, {"acc_norm": float(a)}, prompt="other" if j < 3 else "p") for j, a in enumerate(ANSWERS["arc"][1])]
+    rows = [
+        sample(j, {"acc_norm": float(a)}, prompt="other" if j < 3 else "p") for j, a in enumerate(ANSWERS["arc"][1])
+    ]
     (student / f"samples_arc_{DATE}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(EvaluationError, match="1 reasons .* arc: the prompts of 3 of 20 documents differ between teacher and student"):
+    with pytest.raises(
+        EvaluationError, match="1 reasons .* arc: the prompts of 3 of 20 documents differ between teacher and student"
+    ):
         judged(teacher, student)
     rows = [sample(j + 5, {"acc_norm": float(a)}) for j, a in enumerate(ANSWERS["arc"][1])]
     (student / f"samples_arc_{DATE}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -319,20 +401,32 @@ def test_other_documents_or_prompts_are_refused(tmp_path):
 def test_scores_verdict_and_paired_statistics_of_a_student(tmp_path):
     found = judged(teacher_of(tmp_path), student_of(tmp_path))
     student = found["students"]["student"]
-    assert found["teacher_scores"] == {"arc": 0.4, "gsm8k": 0.5, "code": 0.8} and student["scores"] == {"arc": 0.45, "gsm8k": 0.5, "code": 0.4}
-    assert (student["wins"], student["ties"], student["losses"]) == (1, 1, 1) and student["c_alpha"] == student["c_0"] == pytest.approx(2 / 3)
+    assert found["teacher_scores"] == {"arc": 0.4, "gsm8k": 0.5, "code": 0.8} and student["scores"] == {
+        "arc": 0.45,
+        "gsm8k": 0.5,
+        "code": 0.4,
+    }
+    assert (student["wins"], student["ties"], student["losses"]) == (1, 1, 1) and student["c_alpha"] == student[
+        "c_0"
+    ] == pytest.approx(2 / 3)
     assert student["lossless"] and student["alpha_star"] == 0 and student["recovery"]["code"] == pytest.approx(0.5)
     code = student["paired"]["code"]
     assert (code["gained"], code["lost"], code["documents"]) == (0, 8, 20) and code["p"] == pytest.approx(2 / 2**8)
     assert code["p_holm"] == pytest.approx(3 * 2 / 2**8) and code["difference"][0] < -0.4 < code["difference"][1]
-    assert student["mean_recovery"] == pytest.approx((1.125 + 1 + 0.5) / 3) and 0 <= student["resampled"]["lossless"] <= 1
+    assert (
+        student["mean_recovery"] == pytest.approx((1.125 + 1 + 0.5) / 3) and 0 <= student["resampled"]["lossless"] <= 1
+    )
     assert found["shots"] == dict.fromkeys(ANSWERS, 5)
 
 
 def test_the_verdict_is_at_the_tolerance_that_was_asked_for(tmp_path):
     names = [f"b{j}" for j in range(7)]
-    teacher, olmo = [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7], [17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4]  # METHOD 1.5: alpha* is .145
-    sides = [Results(n, {b: {"acc,none": s} for b, s in zip(names, scores, strict=True)}) for n, scores in (("t", teacher), ("s", olmo))]
+    # published; alpha* is .145
+    teacher, olmo = [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7], [17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4]
+    sides = [
+        Results(n, {b: {"acc,none": s} for b, s in zip(names, scores, strict=True)})
+        for n, scores in (("t", teacher), ("s", olmo))
+    ]
     for alpha, lossless in ((0.0, False), (0.144, False), (0.146, True), (1.0, True)):
         found = compare(sides[0], sides[1:], alpha=alpha)["students"]["s"]
         assert found["lossless"] is lossless and found["alpha_star"] == pytest.approx(0.145, abs=6e-4)
@@ -350,18 +444,36 @@ def test_a_score_that_is_no_mean_of_its_samples_has_no_paired_statistics(tmp_pat
 def test_a_teacher_that_scores_nothing_is_never_lost_to_and_has_no_recovery(tmp_path):
     sides = [Results(n, {"a": {"acc,none": s}, "b": {"acc,none": 0.0}}) for n, s in (("t", 0.5), ("s", 0.25))]
     found = compare(sides[0], sides[1:])
-    assert found["students"]["s"]["recovery"] == {"a": 0.5, "b": None} and found["students"]["s"]["mean_recovery"] == 0.5
+    assert (
+        found["students"]["s"]["recovery"] == {"a": 0.5, "b": None} and found["students"]["s"]["mean_recovery"] == 0.5
+    )
     assert "| b | acc,none | – | 0 | 0 | – |" in markdown(found)
 
 
 def test_the_front_holds_whom_nobody_beats_at_their_cost():
-    students = {n: {"cost": c, "mean_recovery": r} for n, (c, r) in
-                {"small": (1, 0.7), "big": (4, 0.9), "worse": (4, 0.8), "dear": (9, 0.9), "twin": (1, 0.7), "free": (None, 1.0)}.items()}  # fmt: skip
+    students = {
+        n: {"cost": c, "mean_recovery": r}
+        for n, (c, r) in {
+            "small": (1, 0.7),
+            "big": (4, 0.9),
+            "worse": (4, 0.8),
+            "dear": (9, 0.9),
+            "twin": (1, 0.7),
+            "free": (None, 1.0),
+        }.items()
+    }
     mark_front(students)
     assert {n: s["pareto"] for n, s in students.items()} == {
-        "small": True, "big": True, "worse": False, "dear": False, "twin": True, "free": None}  # fmt: skip
+        "small": True,
+        "big": True,
+        "worse": False,
+        "dear": False,
+        "twin": True,
+        "free": None,
+    }
     mark_front(students, teacher_cost=3)
-    assert not students["big"]["pareto"] and students["small"]["pareto"]  # the teacher itself is cheaper than the big student
+    # the teacher itself is cheaper than the big student
+    assert not students["big"]["pareto"] and students["small"]["pareto"]
 
 
 def test_costs_come_from_a_file_or_from_the_results(tmp_path):
@@ -369,11 +481,19 @@ def test_costs_come_from_a_file_or_from_the_results(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"a": 3, "b": {"x": {"bytes": 5.0}}, "teacher": {"x": {"bytes": 9}}}))
     with pytest.raises(EvaluationError, match="a is None, expected a finite number of at least 0 per student"):
         read_costs(f"{tmp_path / 'c.json'}:x.bytes", teacher, students)
-    (tmp_path / "c.json").write_text(json.dumps({"a": {"x": {"bytes": 3}}, "b": {"x": {"bytes": 5.0}}, "teacher": {"x": {"bytes": 9}}}))
-    assert read_costs(f"{tmp_path / 'c.json'}:x.bytes", teacher, students) == ("bytes", {"teacher": 9, "a": 3, "b": 5.0})
+    (tmp_path / "c.json").write_text(
+        json.dumps({"a": {"x": {"bytes": 3}}, "b": {"x": {"bytes": 5.0}}, "teacher": {"x": {"bytes": 9}}})
+    )
+    assert read_costs(f"{tmp_path / 'c.json'}:x.bytes", teacher, students) == (
+        "bytes",
+        {"teacher": 9, "a": 3, "b": 5.0},
+    )
     (tmp_path / "latency.json").write_text(json.dumps({"a": 3, "b": 5}))
     assert read_costs(str(tmp_path / "latency.json"), teacher, students) == ("latency", {"a": 3, "b": 5})
-    changed(tmp_path / "a", config={"model_num_parameters": 7}), changed(tmp_path / "b", config={"model_num_parameters": 8})
+    (
+        changed(tmp_path / "a", config={"model_num_parameters": 7}),
+        changed(tmp_path / "b", config={"model_num_parameters": 8}),
+    )
     sides = open_sides(tmp_path / "t", [str(tmp_path / n) for n in "ab"])
     assert read_costs("field:config.model_num_parameters", *sides) == ("model_num_parameters", {"a": 7, "b": 8})
     with pytest.raises(EvaluationError, match="costs nowhere.json: expected a JSON file"):
@@ -418,7 +538,9 @@ def test_the_page_needs_no_other_file_and_holds_every_number_of_the_tables(compa
     page = Page()
     text = html_page(comparison, pictures)
     page.feed(text)
-    assert not page.open and len(page.links) == 4 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert (
+        not page.open and len(page.links) == 4 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    )
     assert "http" not in text.replace("http-equiv", "") and "<script" not in text and "s<1>" in "".join(page.text)
     rows = [row for row in page.tables if row[0] == "code"]
     assert rows[0][:6] == ["code", "pass@1,create_test", "5", "0.8", "0.4", "50.0 %"] and rows[1][5] == "100.0 %"
@@ -438,9 +560,18 @@ def test_files_hold_the_comparison_and_no_number_that_json_lacks(comparison, tmp
 def test_scores_on_a_scale_of_their_own_are_told_apart():
     def scaled(**sides):
         teacher, *students = sides.values()
-        return scaled_scores({"teacher": "t", "teacher_scores": teacher, "students": {f"s{j}": {"scores": s} for j, s in enumerate(students)}})
+        return scaled_scores(
+            {
+                "teacher": "t",
+                "teacher_scores": teacher,
+                "students": {f"s{j}": {"scores": s} for j, s in enumerate(students)},
+            }
+        )
 
-    assert scaled(t={"a": 0.5, "mt": 5.0}, s={"a": 0.25, "mt": 6.25}) == {"t": {"a": 0.5, "mt / 6.25": 0.8}, "s0": {"a": 0.25, "mt / 6.25": 1.0}}
+    assert scaled(t={"a": 0.5, "mt": 5.0}, s={"a": 0.25, "mt": 6.25}) == {
+        "t": {"a": 0.5, "mt / 6.25": 0.8},
+        "s0": {"a": 0.25, "mt / 6.25": 1.0},
+    }
     assert scaled(t={"a": 50.0, "b": 8.0}, s={"a": 25.0, "b": 4.0})["s0"] == {"a": 0.25, "b": 0.04}  # percent
     assert scaled(t={"a": 0.5}, s={"a": 0.25})["s0"] == {"a": 0.25}
 
@@ -453,14 +584,24 @@ def test_the_exit_code_is_the_verdict(tmp_path):
     teacher, student = teacher_of(tmp_path), student_of(tmp_path)
     lossless = run(teacher, student, "--out", tmp_path / "out", "--no-pictures")
     assert lossless.exit_code == 0 and "student is lossless at α = 0" in lossless.output, lossless.output
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["comparison.html", "comparison.json", "comparison.md"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "comparison.html",
+        "comparison.json",
+        "comparison.md",
+    ]
     assert run(teacher, student, "--tasks", "code").exit_code == 1
     assert run(teacher, student, "--tasks", "code", "--alpha", "0.5").exit_code == 0
-    assert run(teacher, student, f"again={student}", "--tasks", "code,gsm8k", "--metric", "gsm8k=exact_match").exit_code == 0
+    assert (
+        run(teacher, student, f"again={student}", "--tasks", "code,gsm8k", "--metric", "gsm8k=exact_match").exit_code
+        == 0
+    )
     checkpoint = tmp_path / "c"
     checkpoint.mkdir()
     add_provenance(checkpoint, "convert")
-    assert run(teacher, student, "--record", f"student={checkpoint}").exit_code == 0 and read_provenance(checkpoint)[-1]["stage"] == "compare"
+    assert (
+        run(teacher, student, "--record", f"student={checkpoint}").exit_code == 0
+        and read_provenance(checkpoint)[-1]["stage"] == "compare"
+    )
     refused = run(teacher, student, "--tasks", "mmlu")
     assert isinstance(refused.exception, EvaluationError)  # cli.main turns it into one line and exit code 2
 
@@ -483,12 +624,21 @@ def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comp
     verify(checkpoint)
     stage = read_provenance(checkpoint)[-1]
     assert stage["stage"] == "compare" and stage["figures"]["scores"] == {"arc": 0.45, "gsm8k": 0.5, "code": 0.4}
-    assert stage["config"]["shots"] == dict.fromkeys(ANSWERS, 5) and stage["config"]["metrics"]["arc"] == "acc_norm,none"
+    assert (
+        stage["config"]["shots"] == dict.fromkeys(ANSWERS, 5) and stage["config"]["metrics"]["arc"] == "acc_norm,none"
+    )
     text = write_card(checkpoint).read_text()
     verify(checkpoint)
     assert "| benchmark | metric | shots | score | teacher | recovery |" in text
-    assert "| code | pass@1,create_test | 5 | 0.4 | 0.8 | 50.0 % |" in text and "1 won, 1 tied, 1 lost; C_0 = 0.67 (0.33 to 0.67; lossless" in text
-    assert "at α = 0 it is lossless (C_α = 0.667" in text and "It scores below its teacher on: code." in text and "nothing is known" not in text
+    assert (
+        "| code | pass@1,create_test | 5 | 0.4 | 0.8 | 50.0 % |" in text
+        and "1 won, 1 tied, 1 lost; C_0 = 0.67 (0.33 to 0.67; lossless" in text
+    )
+    assert (
+        "at α = 0 it is lossless (C_α = 0.667" in text
+        and "It scores below its teacher on: code." in text
+        and "nothing is known" not in text
+    )
     assert "Benchmarks, teacher and student alike:" in text
     record(comparison | {"differences": ["arc: version 1 for t, 2 for s"]}, "s<1>", checkpoint)
     assert "what differed: arc: version 1 for t, 2 for s." in write_card(checkpoint).read_text()
@@ -535,40 +685,89 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
     rows = [{"n": j, "q": f"say {j}", "a": str(j)} for j in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for part in ("one", "two"):
-        (tmp_path / f"{part}.yaml").write_text(json.dumps({
-            "task": part, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
-            "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "num_fewshot": 0,
-            "generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]}, "metadata": {"version": 2.0},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}],
-            "filter_list": [{"name": "strict-match", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]}))  # fmt: skip
+        (tmp_path / f"{part}.yaml").write_text(
+            json.dumps(
+                {
+                    "task": part,
+                    "dataset_path": "json",
+                    "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+                    "test_split": "test",
+                    "output_type": "generate_until",
+                    "doc_to_text": "{{q}}",
+                    "doc_to_target": "{{a}}",
+                    "num_fewshot": 0,
+                    "generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]},
+                    "metadata": {"version": 2.0},
+                    "metric_list": [
+                        {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
+                    ],
+                    "filter_list": [
+                        {
+                            "name": "strict-match",
+                            "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+                        }
+                    ],
+                }
+            )
+        )
     mean = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": True, "filter_list": "strict-match"}
-    (tmp_path / "pair.yaml").write_text(json.dumps({"group": "pair", "task": ["one", "two"], "aggregate_metric_list": [mean]}))
+    (tmp_path / "pair.yaml").write_text(
+        json.dumps({"group": "pair", "task": ["one", "two"], "aggregate_metric_list": [mean]})
+    )
     for name, known in (("teacher", 9), ("student", 6)):
         tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
-        results = lm_eval.simple_evaluate(model=Answerer(known), tasks=["pair"], log_samples=True, bootstrap_iters=0,
-                                          task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))  # fmt: skip
+        results = lm_eval.simple_evaluate(
+            model=Answerer(known),
+            tasks=["pair"],
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )
         tracker.general_config_tracker.log_experiment_args("hf", f"pretrained=/home/x/{name}", None, None, False)
         samples = results.pop("samples")
         tracker.save_results_aggregated(results=results, samples=samples)
         for task, found in samples.items():
             tracker.save_results_samples(task, found)
-    folders = {json.loads(f.read_text())["model_name"].rpartition("/")[2]: f.parent for f in (tmp_path / "out").rglob("results_*.json")}
+    folders = {
+        json.loads(f.read_text())["model_name"].rpartition("/")[2]: f.parent
+        for f in (tmp_path / "out").rglob("results_*.json")
+    }
     found = judged(folders["teacher"], folders["student"], alpha=0.4)
-    assert found["metrics"] == {"pair": "exact_match,strict-match"} and found["shots"] == {"pair": 0} and found["teacher"] == "teacher"
+    assert (
+        found["metrics"] == {"pair": "exact_match,strict-match"}
+        and found["shots"] == {"pair": 0}
+        and found["teacher"] == "teacher"
+    )
     student = found["students"]["student"]
-    assert student["recovery"] == {"pair": pytest.approx(6 / 9)} and student["lossless"] and student["alpha_star"] == pytest.approx(1 / 3)
-    assert student["paired"]["pair"]["documents"] == 24 and student["paired"]["pair"]["lost"] == 6 and Path(folders["student"]).is_dir()
+    assert (
+        student["recovery"] == {"pair": pytest.approx(6 / 9)}
+        and student["lossless"]
+        and student["alpha_star"] == pytest.approx(1 / 3)
+    )
+    assert (
+        student["paired"]["pair"]["documents"] == 24
+        and student["paired"]["pair"]["lost"] == 6
+        and Path(folders["student"]).is_dir()
+    )
 
 
 def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
-    from xlstm_hybrid.pipeline.road import scores_of
+    from xlstm_hybrid.pipeline.run import scores_of
 
     def judged(*answers):
-        samples = [{"prompt": f"p{n}", "answer": "a", "output": "", "correct": bool(right)} for n, right in enumerate(answers)]
+        samples = [
+            {"prompt": f"p{n}", "answer": "a", "output": "", "correct": bool(right)} for n, right in enumerate(answers)
+        ]
         return {"exact_match": {"code": sum(answers) / len(answers)}, "perplexity": {}, "samples": {"code": samples}}
 
-    found = scores_of({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})["win_and_tie"]
-    assert found["same"]["c_0"] == 1 and found["same"]["resampled"]["c_0"] == [1, 1] and found["same"]["resampled"]["alpha_star"] == [0, 0]
+    found = scores_of({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})[
+        "win_and_tie"
+    ]
+    assert (
+        found["same"]["c_0"] == 1
+        and found["same"]["resampled"]["c_0"] == [1, 1]
+        and found["same"]["resampled"]["alpha_star"] == [0, 0]
+    )
     assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
     unpaired = {"teacher": judged(1, 0), "student": judged(1, 0) | {"samples": {}}}
     assert scores_of(unpaired)["win_and_tie"]["student"]["resampled"] is None

@@ -17,14 +17,15 @@ from tiny_teachers import teacher
 from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid import DistilXLSTMForCausalLM, XLSTMHybridForCausalLM, compatibility
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import CACHE
-from xlstm_hybrid.compatibility import ALLOWED, NEWEST_TRANSFORMERS, SWITCH, TINY, ensure_compatible, self_check
+from xlstm_hybrid import DistilXLSTMForCausalLM, XLSTMHybridForCausalLM
 from xlstm_hybrid.errors import CompatibilityError, CompatibilityWarning, ConfigError
-from xlstm_hybrid.export import export
-from xlstm_hybrid.generation import EVERY_MODEL
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.model import compatibility
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import CACHE
+from xlstm_hybrid.model.compatibility import ALLOWED, NEWEST_TRANSFORMERS, SWITCH, TINY, ensure_compatible, self_check
+from xlstm_hybrid.model.generation_checks import EVERY_MODEL
+from xlstm_hybrid.model.tokens import Tokens
 
 CLASSES = {"xlstm_hybrid": XLSTMHybridForCausalLM, "distil_xlstm": DistilXLSTMForCausalLM}
 kinds = pytest.mark.parametrize("kind", CLASSES)
@@ -122,11 +123,14 @@ def only_the_last_token_read(monkeypatch):
     monkeypatch.setattr(XLSTMHybridForCausalLM, "prepare_inputs_for_generation", prepare)
 
 
-@pytest.mark.parametrize(("defect", "red"), [
-    (padding_read, "generate, left padding = none"),
-    (rows_not_reordered, "generate, beams with cache = without"),
-    (only_the_last_token_read, "generate, continued = read again"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("defect", "red"),
+    [
+        (padding_read, "generate, left padding = none"),
+        (rows_not_reordered, "generate, beams with cache = without"),
+        (only_the_last_token_read, "generate, continued = read again"),
+    ],
+)
 def test_what_goes_wrong_in_one_way_of_generating_is_told_by_its_name(defect, red, monkeypatch):
     defect(monkeypatch)
     errors = self_check(XLSTMHybridForCausalLM, "xlstm_hybrid")["errors"]
@@ -180,9 +184,10 @@ def test_a_right_verdict_is_remembered_on_disk_for_the_versions(fresh, monkeypat
     assert asked == ["xlstm_hybrid"] and verdicts(fresh) == {"xlstm_hybrid": RIGHT}
     (path,) = fresh.iterdir()
     assert path.name.startswith(f"transformers-{NEWER}-")
-    about = json.loads(path.read_text())["surroundings"]
+    about = json.loads(path.read_text())["environment"]
     assert (about["transformers"], about["torch"]) == (NEWER, torch.__version__)
-    for name, value in ((compatibility.transformers, "99.2.0"), (torch, "99.0")):  # another version of either is another question
+    # another version of either is another question
+    for name, value in ((compatibility.transformers, "99.2.0"), (torch, "99.0")):
         monkeypatch.setattr(compatibility, "ANSWERS", {})
         monkeypatch.setattr(name, "__version__", value)
         ensure_compatible(XLSTMHybridForCausalLM)
@@ -212,8 +217,15 @@ def test_a_wrong_verdict_stops_every_load_and_says_what_differs_and_what_to_inst
     assert asked == ["xlstm_hybrid"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"verdicts": {"xlstm_hybrid": true}}',
-                                     '{"verdicts": {"xlstm_hybrid": {"right": false, "errors": {"a": "much"}}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"verdicts": {"xlstm_hybrid": true}}',
+        '{"verdicts": {"xlstm_hybrid": {"right": false, "errors": {"a": "much"}}}}',
+    ],
+)
 def test_a_damaged_file_costs_a_check_and_is_replaced(fresh, monkeypatch, content):
     asked = checks(monkeypatch)
     ensure_compatible(XLSTMHybridForCausalLM)
@@ -266,7 +278,9 @@ def test_the_switch_leaves_the_check_out_with_a_warning(fresh, monkeypatch):
     asked = checks(monkeypatch, WRONG)
     monkeypatch.setenv(SWITCH, "0")
     with pytest.warns(CompatibilityWarning, match=rf"{NEWER} is newer than {NEWEST_TRANSFORMERS}.*is not checked") as w:
-        XLSTMHybridForCausalLM(XLSTMHybridForCausalLM.config_class(**TINY["xlstm_hybrid"])).generate(token_ids(1, 3), max_new_tokens=1)  # fmt: skip
+        XLSTMHybridForCausalLM(XLSTMHybridForCausalLM.config_class(**TINY["xlstm_hybrid"])).generate(
+            token_ids(1, 3), max_new_tokens=1
+        )
     assert [found.filename for found in w if found.category is CompatibilityWarning] == [__file__]  # the user's line
     monkeypatch.setattr(compatibility, "ANSWERS", {})
     monkeypatch.setattr(compatibility.transformers, "__version__", NEWEST_TRANSFORMERS)
@@ -341,8 +355,11 @@ def test_the_check_runs_anywhere_in_silence_and_disturbs_nothing(kind, where, fr
         ensure_compatible(CLASSES[kind])
         assert torch.equal(torch.get_rng_state(), state) and transformers.utils.logging.get_verbosity() == verbosity
         assert before == (
-            torch.empty(0).device, torch.get_default_dtype(), torch.is_grad_enabled(), list(warnings.filters)
-        )  # fmt: skip
+            torch.empty(0).device,
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            list(warnings.filters),
+        )
     assert verdicts(fresh) == {kind: want}
     assert capfd.readouterr() == ("", "")
 
@@ -386,8 +403,14 @@ def test_the_code_in_an_exported_checkpoint_checks_itself(defect, tmp_path):
     tiny_student(torch.float32).save_pretrained(tmp_path / "plain")
     export(tmp_path / "plain", tmp_path / "exported")
     cache = tmp_path / "cache"
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "HF_MODULES_CACHE": str(tmp_path / "modules"), "XLSTM_KERNELS_CACHE": str(cache)}  # fmt: skip
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "XLSTM_KERNELS_CACHE": str(cache),
+    }
     command = [sys.executable, "-c", STRANGER, defect, tmp_path / "exported"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]

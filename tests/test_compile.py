@@ -6,7 +6,7 @@ from conftest import tiny_student, token_ids
 from tiny_students import STACKS, every_family, ids_of, student
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from xlstm_hybrid.cache_names import cache_of
+from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.state import prefill, remember, rollback, snapshot
 
 
@@ -28,7 +28,9 @@ def test_training_compiles_into_one_graph_with_the_same_gradients(case):
     student, ids = tiny_student(num_hidden_layers=1).train(), token_ids(2, 40)
     inputs = {"input_ids": ids, "labels": ids, **cases(ids)[case]}
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(loss_and_gradients(compiled, student, **inputs), loss_and_gradients(student, student, **inputs))
+    torch.testing.assert_close(
+        loss_and_gradients(compiled, student, **inputs), loss_and_gradients(student, student, **inputs)
+    )
 
 
 @torch.no_grad()
@@ -57,7 +59,11 @@ def test_compiled_decoding_can_be_taken_back(cache_class):
     model, ids = tiny_student(num_hidden_layers=1), token_ids(2, 30)
     caches = []
     for _ in range(2):
-        cache = DynamicCache(config=model.config) if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=40)
+        cache = (
+            DynamicCache(config=model.config)
+            if cache_class is DynamicCache
+            else StaticCache(config=model.config, max_cache_len=40)
+        )
         caches.append(remember(prefill(model, ids[:, :9], cache=cache), 8))
     graphs, early = [], 0
 
@@ -77,18 +83,26 @@ def test_compiled_decoding_can_be_taken_back(cache_class):
         assert cache.get_seq_length() == 12
     expected = prefill(model, ids[:, :12])
     for cache in caches:
-        torch.testing.assert_close(model(ids[:, 12:], cache=cache).logits, model(ids[:, 12:], cache=snapshot(expected)).logits)
+        torch.testing.assert_close(
+            model(ids[:, 12:], cache=cache).logits, model(ids[:, 12:], cache=snapshot(expected)).logits
+        )
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.slow) for f in every_family])
-@pytest.mark.parametrize("stack", [pytest.param(name, marks=pytest.mark.slow if name == "mixed" else ()) for name in STACKS])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.slow) for f in every_family]
+)
+@pytest.mark.parametrize(
+    "stack", [pytest.param(name, marks=pytest.mark.slow if name == "mixed" else ()) for name in STACKS]
+)
 @torch.no_grad()
 def test_an_exported_program_is_the_model(family, stack):
     model, ids = student(family, stack), ids_of(20)
     program = torch.export.export(model, args=(), kwargs={"input_ids": ids, "use_cache": False}, strict=False)
     other = ids_of(20, seed=3)
-    torch.testing.assert_close(program.module()(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits)
+    torch.testing.assert_close(
+        program.module()(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits
+    )
 
 
 @pytest.mark.slow

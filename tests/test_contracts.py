@@ -1,4 +1,6 @@
-"""What transformers' own test suites ask of a model: configuration, weights, outputs, training. For a student of every teacher family."""
+"""What transformers' own test suites ask of a model: configuration, weights, outputs, training. For a student of every
+teacher family.
+"""
 
 import copy
 import inspect
@@ -17,9 +19,9 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from xlstm_hybrid import DistilXLSTMConfig, XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
-from xlstm_hybrid.cache_names import CACHE, cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.cache_names import CACHE, cache_of
+from xlstm_hybrid.model.modeling import XLSTMHybridRotaryEmbedding
 
 families = pytest.mark.parametrize("family", every_family)
 stacks = pytest.mark.parametrize("stack", STACKS)
@@ -82,7 +84,9 @@ def test_a_model_cut_to_fewer_layers_than_its_config_names_is_refused_by_name(tm
 @families
 @stacks
 def test_every_parameter_and_buffer_has_an_initialisation(family, stack):
-    """Every value is NaN first; after initialising none is, and an empty state dict gives the values of plain construction."""
+    """Every value is NaN first; after initialising none is, and an empty state dict gives the values of plain
+    construction.
+    """
     config = student(family, stack).config
     with init.no_init_weights():
         model = XLSTMHybridForCausalLM(config)
@@ -96,7 +100,9 @@ def test_every_parameter_and_buffer_has_an_initialisation(family, stack):
     assert not [name for name, x in (*model.named_parameters(), *model.named_buffers()) if torch.isnan(x).any()]
     torch.manual_seed(3)
     plain = XLSTMHybridForCausalLM(config)
-    loaded = XLSTMHybridForCausalLM.from_pretrained(None, config=copy.deepcopy(config), state_dict={}, dtype=torch.float32)
+    loaded = XLSTMHybridForCausalLM.from_pretrained(
+        None, config=copy.deepcopy(config), state_dict={}, dtype=torch.float32
+    )
     for name, x in loaded.state_dict().items():
         spread = [float(y.float().std()) if y.numel() > 1 else 0.0 for y in (x, plain.state_dict()[name])]
         assert spread[0] == pytest.approx(spread[1], rel=0.25), name
@@ -152,7 +158,9 @@ def test_sharded_and_single_files_give_back_every_bit(family, tmp_path):
         files = list((tmp_path / place).glob("*.safetensors"))
         assert len(files) == 1 if place == "one" else len(files) > 2
         for how in ({}, {"device_map": "cpu"}, {"device_map": "auto"}) if place == "many" else ({},):
-            loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype="auto", output_loading_info=True, **how)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                tmp_path / place, dtype="auto", output_loading_info=True, **how
+            )
             assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
             assert_same_model(loaded, model, ids)
     assert loaded.config.dtype == torch.float64
@@ -192,7 +200,9 @@ def test_a_checkpoint_of_another_shape_is_refused_unless_asked_for(tmp_path):
     small().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=40)
-    other, info = AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=40, ignore_mismatched_sizes=True, output_loading_info=True)
+    other, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, vocab_size=40, ignore_mismatched_sizes=True, output_loading_info=True
+    )
     assert {key[0] for key in info["mismatched_keys"]} == {"lm_head.weight", "model.embed_tokens.weight"}
     assert torch.isfinite(other(token_ids(1, 9, vocab=40)).logits).all()
 
@@ -309,7 +319,8 @@ def test_hidden_states_are_the_residual_stream_and_keep_gradients(family):
     assert len(states) == model.config.num_hidden_layers + 1
     assert all(h.shape == (2, 9, model.config.hidden_size) for h in states)
     torch.testing.assert_close(states[0], model.model.embed_tokens(ids))
-    torch.testing.assert_close(model.lm_head(states[-1]), out.logits)  # the last one has been through the norm, as in transformers
+    # the last one has been through the norm, as in transformers
+    torch.testing.assert_close(model.lm_head(states[-1]), out.logits)
     states[0].retain_grad()
     states[1].retain_grad()
     out.logits[:, -1].sum().backward()
@@ -330,7 +341,8 @@ def test_attentions_are_the_windows_softmax_and_sinks(family):
         assert weights.shape == (2, config.num_attention_heads, T, T)
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **CLOSE)
         assert not weights[..., ~seen].any() and weights[..., seen].max() > 0.3
-        assert (weights[..., config.num_sink_tokens + W - 1 :, : config.num_sink_tokens].amax((0, 1, 2)) > 0).all()  # past the window
+        # past the window
+        assert (weights[..., config.num_sink_tokens + W - 1 :, : config.num_sink_tokens].amax((0, 1, 2)) > 0).all()
 
 
 def logits_with(family, stack, *implementations):
@@ -352,7 +364,8 @@ def test_eager_and_sdpa_attention_agree(family, stack):
 
 
 @families
-@pytest.mark.parametrize("stack", ["hybrid", pytest.param("mixed", marks=pytest.mark.slow)])  # full attention compiles a kernel
+# full attention compiles a kernel
+@pytest.mark.parametrize("stack", ["hybrid", pytest.param("mixed", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_flex_attention_agrees(family, stack):
     sdpa, flex, spread = logits_with(family, stack, "sdpa", "flex_attention")
@@ -446,7 +459,9 @@ def test_the_loss_is_the_mean_of_shifted_cross_entropy_or_the_sum_over_a_given_c
     torch.testing.assert_close(out.loss, cross_entropy(logits.float(), wanted).to(out.loss.dtype), atol=1e-5, rtol=1e-5)
     total = cross_entropy(logits.float(), wanted, reduction="sum")
     for count in (7, torch.tensor(7)):
-        torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=count).loss.float(), total / 7, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(ids, labels=labels, num_items_in_batch=count).loss.float(), total / 7, atol=1e-5, rtol=1e-5
+        )
     parts = [model(ids[j : j + 1], labels=labels[j : j + 1], num_items_in_batch=18).loss for j in (0, 1)]
     torch.testing.assert_close(sum(parts), model(ids, labels=labels, num_items_in_batch=18).loss, atol=1e-5, rtol=1e-5)
 
@@ -479,5 +494,7 @@ def test_checkpointed_training_after_a_filled_cache_is_refused_by_name():
     with torch.no_grad():
         cache = cache_of(model(ids, cache=DynamicCache(config=model.config)))
     model.train().gradient_checkpointing_enable()
-    with pytest.raises(CacheError, match="cache holds 9 tokens, but layers work without a cache under gradient checkpointing"):
+    with pytest.raises(
+        CacheError, match="cache holds 9 tokens, but layers work without a cache under gradient checkpointing"
+    ):
         model(ids, cache=cache)

@@ -1,4 +1,7 @@
-"""Conversion: every tensor is accounted for, new ones are the model's own, files are complete and plain, memory is that of one shard."""
+"""Conversion: every tensor is accounted for, new ones are the model's own, files are complete and plain, memory is that
+of one shard.
+"""
+
 import copy
 import json
 import weakref
@@ -10,13 +13,13 @@ from safetensors.torch import load_file
 from tiny_teachers import FAMILIES, edit_config, model_class, rewrite, stored, teacher, teacher_config, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import xlstm_hybrid.teachers
+import xlstm_hybrid.conversion.source
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
-from xlstm_hybrid.conversion import INITS, Transfer, convert, empty_student
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
+from xlstm_hybrid.checkpoint.weights import plan_shards
+from xlstm_hybrid.conversion.convert import INITS, Transfer, convert, empty_student
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.families import student_config
-from xlstm_hybrid.weights import plan_shards
 
 GATES = ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -32,7 +35,9 @@ def llama(tmp_path):
 @every_family
 def test_the_report_accounts_for_every_tensor_of_both_models(family):
     original = teacher(family)
-    student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=16, layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"])
+    student = XLSTMHybridForCausalLM.from_teacher(
+        original, sliding_window=16, layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"]
+    )
     report = student.transfer_report
     assert set(report.teacher_tensors) == set(original.state_dict())
     assert set(report.student_tensors) == set(student.state_dict())
@@ -41,7 +46,11 @@ def test_the_report_accounts_for_every_tensor_of_both_models(family):
     assert {name for name in new if ".layers.1." in name} == set()
     assert report.parameters["student"] == sum(p.numel() for p in student.parameters())
     assert report.parameters["teacher"] == sum(p.numel() for p in original.parameters())
-    assert report.parameters["new"] == report.parameters["trainable_in_stage_1"] == sum(student.state_dict()[name].numel() for name in new)
+    assert (
+        report.parameters["new"]
+        == report.parameters["trainable_in_stage_1"]
+        == sum(student.state_dict()[name].numel() for name in new)
+    )
 
 
 def test_the_report_prints_one_line_per_kind_of_tensor_and_becomes_json(llama, tmp_path):
@@ -50,8 +59,12 @@ def test_the_report_prints_one_line_per_kind_of_tensor_and_becomes_json(llama, t
     assert lines[0] == "Transfer from llama (llama, float32): 3 layers, 3 hybrid_sliding"
     assert "model.layers.{n}.self_attn.q_proj.weight               3  copied" in lines
     assert "model.layers.{n}.self_attn.mlstm.q_map                 3  new: identity" in lines
-    assert "lm_head.weight                                         1  derived: tied to model.embed_tokens.weight" in lines
-    assert lines[-1].startswith(f"parameters: teacher {report.parameters['teacher']:,}, student {report.parameters['student']:,}")
+    assert (
+        "lm_head.weight                                         1  derived: tied to model.embed_tokens.weight" in lines
+    )
+    assert lines[-1].startswith(
+        f"parameters: teacher {report.parameters['teacher']:,}, student {report.parameters['student']:,}"
+    )
     assert json.loads(json.dumps(report.as_dict()))["teacher_tensors"] == report.teacher_tensors
 
 
@@ -65,10 +78,15 @@ def test_rotary_buffers_of_old_checkpoints_are_reported_as_recomputed(llama, tmp
 
 def test_a_stored_copy_of_a_tied_head_is_a_duplicate_if_it_is_one(llama, tmp_path):
     rewrite(llama, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
-    assert convert(llama, tmp_path / "out").teacher_tensors["lm_head.weight"] == "duplicate of the tied model.embed_tokens.weight"
+    assert (
+        convert(llama, tmp_path / "out").teacher_tensors["lm_head.weight"]
+        == "duplicate of the tied model.embed_tokens.weight"
+    )
     assert "lm_head.weight" not in stored(tmp_path / "out")
     rewrite(llama, lambda weights: weights | {"lm_head.weight": 2 * weights["model.embed_tokens.weight"]})
-    with pytest.raises(CheckpointError, match="is tied to model.embed_tokens.weight, but they differ; set tie_word_embeddings to false"):
+    with pytest.raises(
+        CheckpointError, match="is tied to model.embed_tokens.weight, but they differ; set tie_word_embeddings to false"
+    ):
         convert(llama, tmp_path / "differs")
 
 
@@ -76,7 +94,8 @@ def test_new_parameters_are_those_of_the_models_own_initialisation(llama, tmp_pa
     convert(llama, tmp_path / "out", sliding_window=16, mlstm_context=128, mlstm_output_gate_bias=-1.5)
     made = XLSTMHybridForCausalLM(AutoConfig.from_pretrained(tmp_path / "out")).state_dict()
     new = {name: x for name, x in stored(tmp_path / "out").items() if ".mlstm." in name}
-    assert {name.rsplit(".", 1)[-1] for name in new} == set(INITS) - {"joint_scale", "norm_weight"}  # of choices that are not the default
+    # of choices that are not the default
+    assert {name.rsplit(".", 1)[-1] for name in new} == set(INITS) - {"joint_scale", "norm_weight"}
     torch.testing.assert_close(new, {name: made[name] for name in new}, rtol=0, atol=0)
     assert new["model.layers.2.self_attn.mlstm.ogate_bias"].tolist() == [-1.5] * 6
     slowest = torch.sigmoid(new["model.layers.2.self_attn.mlstm.fgate_bias"].double())[[0, -1]]
@@ -106,7 +125,8 @@ def test_a_student_has_its_teachers_dtype_unless_told_otherwise(llama, tmp_path)
 @every_family
 def test_a_bfloat16_student_rounds_where_its_teacher_does(family, tmp_path):
     teacher(family, "yarn").save_pretrained(tmp_path)
-    original = copy.deepcopy(model_class(family).from_pretrained(tmp_path, dtype=torch.bfloat16))  # in memory, as the student
+    # in memory, as the student
+    original = copy.deepcopy(model_class(family).from_pretrained(tmp_path, dtype=torch.bfloat16))
     student = XLSTMHybridForCausalLM.from_teacher(tmp_path, layer_types="teacher", dtype="bfloat16")
     with torch.no_grad():
         torch.testing.assert_close(student(tokens()).logits, original(tokens()).logits, rtol=0, atol=0)
@@ -131,7 +151,10 @@ def test_shards_are_cut_at_their_size_and_a_larger_tensor_has_its_own():
 def test_large_students_are_sharded_with_an_index(llama, tmp_path):
     convert(llama, tmp_path / "out", shard_bytes=30_000)
     convert(llama, tmp_path / "whole")
-    files, index = sorted((tmp_path / "out").glob("*.safetensors")), json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files, index = (
+        sorted((tmp_path / "out").glob("*.safetensors")),
+        json.loads((tmp_path / "out/model.safetensors.index.json").read_text()),
+    )
     assert len(files) >= 4 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         weights = load_file(file)
@@ -178,7 +201,7 @@ def test_one_shard_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
             return meter.watch(self.file.get_tensor(name))
 
     make = Transfer.tensor
-    monkeypatch.setattr(xlstm_hybrid.teachers, "safe_open", Watched)
+    monkeypatch.setattr(xlstm_hybrid.conversion.source, "safe_open", Watched)
     monkeypatch.setattr(Transfer, "tensor", lambda self, name: meter.watch(make(self, name)))
     convert(llama, tmp_path / "out", shard_bytes=30_000)
     sizes = [x.nbytes for x in stored(tmp_path / "out").values()]
@@ -193,8 +216,15 @@ def test_a_student_knows_where_it_comes_from(llama, tmp_path):
     verify(tmp_path / "out")
     made, converted = read_provenance(tmp_path / "out")
     assert (made["stage"], converted["stage"], converted["parent"]) == ("teacher", "convert", "llama")
-    assert converted["config"] == {"sliding_window": 16, "num_sink_tokens": 2, "layer_types": ["hybrid_sliding"] * 3, "dtype": "bfloat16",
-                                   "teacher": "llama", "revision": None, "mlstm_context": 128}
+    assert converted["config"] == {
+        "sliding_window": 16,
+        "num_sink_tokens": 2,
+        "layer_types": ["hybrid_sliding"] * 3,
+        "dtype": "bfloat16",
+        "teacher": "llama",
+        "revision": None,
+        "mlstm_context": 128,
+    }
     assert converted["figures"]["parameters"] == report.parameters
     assert converted["figures"]["teacher_tensors"] == {"copied": len(stored(llama))}
 
@@ -215,9 +245,13 @@ def add_tokenizer(directory, **settings):
 
 def test_tokenizer_chat_template_and_generation_config_come_along(llama, tmp_path):
     add_tokenizer(llama)
-    (llama / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True, "eos_token_id": [5, 6]}))
+    (llama / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.3, "do_sample": True, "eos_token_id": [5, 6]})
+    )
     report = convert(llama, tmp_path / "out")
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(report.files)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(
+        report.files
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("b a c")["input_ids"] == [1, 0, 2]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<user>a"
@@ -226,14 +260,25 @@ def test_tokenizer_chat_template_and_generation_config_come_along(llama, tmp_pat
 
 
 def test_no_pickle_code_or_foreign_path_comes_along(llama, tmp_path):
-    add_tokenizer(llama, auto_map={"AutoTokenizer": ["tokenization.Evil", None]}, name_or_path="/home/someone/llama", vocab_file="/etc/passwd")
+    add_tokenizer(
+        llama,
+        auto_map={"AutoTokenizer": ["tokenization.Evil", None]},
+        name_or_path="/home/someone/llama",
+        vocab_file="/etc/passwd",
+    )
     edit_config(llama, auto_map={"AutoConfig": "configuration.Evil"}, _name_or_path="/home/someone/llama")
     for name in ("training_args.bin", "optimizer.pt", "modeling_evil.py", "notes.txt"):
         (llama / name).write_text("x")
     convert(llama, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "provenance.json", "manifest.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "provenance.json",
+        "manifest.json",
     }
     text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
     for word in ("auto_map", "Evil", "/home", "/etc", str(tmp_path)):
@@ -262,9 +307,13 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles_or_code(llama, tmp_
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     report = convert("someone/llama", tmp_path / "out", revision="v1")
     assert (asked["repository"], asked["revision"], report.teacher) == ("someone/llama", "v1", "someone/llama")
-    assert {"config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"} <= set(asked["patterns"])
+    assert {"config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"} <= set(
+        asked["patterns"]
+    )
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", "*")) for pattern in asked["patterns"])
 
 
 def test_planning_needs_no_memory_for_weights():
-    assert {x.device.type for x in empty_student(student_config(teacher_config("olmo3"))).state_dict().values()} == {"meta"}
+    assert {x.device.type for x in empty_student(student_config(teacher_config("olmo3"))).state_dict().values()} == {
+        "meta"
+    }

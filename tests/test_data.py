@@ -1,4 +1,6 @@
-"""What a recipe's sources become: documents with the right labels, rows that keep them apart, shares of tokens, and the same rows after a stop."""
+"""What a recipe's sources become: documents with the right labels, rows that keep them apart, shares of tokens, and the
+same rows after a stop.
+"""
 
 import json
 from dataclasses import replace
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from xlstm_hybrid import data
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.recipe import Recipe, Source
+from xlstm_hybrid.recipe.schema import Recipe, Source
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -32,13 +34,24 @@ def letters(template=CHATML, **special):
     tokenizer.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | special
     extra = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **{k: v for k, v in names.items() if v}, **extra)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, **{k: v for k, v in names.items() if v}, **extra
+    )
 
 
 def recipe(folder, sources, length=32, **data_options):
     sections = {"student": {}, "align": {"max_steps": 1}, "distill": {"max_steps": 1}}
     chosen = {"sequence_length": length, "sources": sources, "held_out": 0.0} | data_options
-    return Recipe(name="r", teacher="t", out="o", data=chosen, experts={"e": {"sources": sources}}, seed=3, path=folder / "r.yaml", **sections)
+    return Recipe(
+        name="r",
+        teacher="t",
+        out="o",
+        data=chosen,
+        experts={"e": {"sources": sources}},
+        seed=3,
+        path=folder / "r.yaml",
+        **sections,
+    )
 
 
 def lines(path, rows):
@@ -77,7 +90,8 @@ def test_of_a_conversation_only_the_assistants_words_are_scored(template):
     assert all(l in (-100, i) for i, l in zip(ids, labels, strict=True))
     assert scored(tokenizer, (ids, labels)).replace("\n", "") == "two<|im_end|>four<|im_end|>"
     assert scored(tokenizer, data.encode_chat(tokenizer, TALK, score="last")).replace("\n", "") == "four<|im_end|>"
-    assert data.encode_chat(tokenizer, [*TALK, {"role": "user", "content": "and 3+3?"}]) == (ids, labels)  # a question without an answer
+    # a question without an answer
+    assert data.encode_chat(tokenizer, [*TALK, {"role": "user", "content": "and 3+3?"}]) == (ids, labels)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_unless_only_the_last_is_scored():
@@ -112,7 +126,11 @@ def contents(stream, count, tokenizer):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_pass_gives_every_document_once_in_an_order_that_only_the_seed_decides(tmp_path, streaming):
     tokenizer = letters()
-    r = recipe(tmp_path, {"a": {"path": lines(tmp_path / "a.jsonl", texts(23)), "text": "text", "streaming": streaming}}, shuffle_buffer=5)
+    r = recipe(
+        tmp_path,
+        {"a": {"path": lines(tmp_path / "a.jsonl", texts(23)), "text": "text", "streaming": streaming}},
+        shuffle_buffer=5,
+    )
     [stream] = data.open_streams(r, tokenizer)
     assert stream.whole != streaming
     first, second = contents(stream, 23, tokenizer), contents(stream, 23, tokenizer)
@@ -143,11 +161,15 @@ def test_every_local_format_gives_the_same_documents(tmp_path, suffix):
 def test_where_leaves_out_other_rows_and_prompts_with_answers_become_conversations(tmp_path):
     tokenizer = letters()
     path = lines(tmp_path / "a.jsonl", texts(9))
-    [stream] = data.open_streams(recipe(tmp_path, {"a": {"path": path, "text": "text", "where": {"kind": [0, 2]}}}), tokenizer)
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"a": {"path": path, "text": "text", "where": {"kind": [0, 2]}}}), tokenizer
+    )
     assert sorted(contents(stream, 6, tokenizer)) == ["t000", "t002", "t003", "t005", "t006", "t008"]
     rows = [{"input": [{"role": "user", "content": "1+1?"}], "output": "two"}]
     path = lines(tmp_path / "b.jsonl", rows)
-    [stream] = data.open_streams(recipe(tmp_path, {"b": {"path": path, "prompt": "input", "completion": "output"}}), tokenizer)
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"b": {"path": path, "prompt": "input", "completion": "output"}}), tokenizer
+    )
     document = next(stream)
     path = lines(tmp_path / "c.jsonl", [{"q": "1+1?", "a": "two"}])
     [stream] = data.open_streams(recipe(tmp_path, {"c": {"path": path, "prompt": "q", "completion": "a"}}), tokenizer)
@@ -186,12 +208,16 @@ def test_a_source_that_cannot_be_read_is_named_with_its_place(tmp_path, message)
 
 def test_empty_documents_are_left_out_with_a_warning_and_too_many_are_an_error(tmp_path):
     rows = [{"text": t} for t in ("one", "", "two", "  ", None)]
-    [stream] = data.open_streams(recipe(tmp_path, {"a": {"path": lines(tmp_path / "a.jsonl", rows), "text": "text"}}), letters())
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"a": {"path": lines(tmp_path / "a.jsonl", rows), "text": "text"}}), letters()
+    )
     with pytest.warns(UserWarning, match="a: 3 of 5 rows are empty"):
         found = contents(stream, 3, letters())
     assert sorted(found[:2]) == ["one", "two"]
     rows = [{"text": "one" if n % 3 == 0 else ""} for n in range(400)]
-    [stream] = data.open_streams(recipe(tmp_path, {"b": {"path": lines(tmp_path / "b.jsonl", rows), "text": "text"}}), letters())
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"b": {"path": lines(tmp_path / "b.jsonl", rows), "text": "text"}}), letters()
+    )
     with pytest.raises(DataError, match=r"b: \d+ of \d+ rows are empty or have nothing to score"):
         contents(stream, 400, letters())
 
@@ -201,14 +227,22 @@ def test_empty_documents_are_left_out_with_a_warning_and_too_many_are_an_error(t
 
 def two_sources(folder, streaming=False, **options):
     a = {"path": lines(folder / "a.jsonl", texts(40, 50, "a")), "text": "text", "weight": 3, "streaming": streaming}
-    b = {"path": lines(folder / "b.jsonl", [{"messages": TALK}] * 7), "messages": "messages", "weight": 1, "streaming": streaming}
+    b = {
+        "path": lines(folder / "b.jsonl", [{"messages": TALK}] * 7),
+        "messages": "messages",
+        "weight": 1,
+        "streaming": streaming,
+    }
     return recipe(folder, {"a": a, "b": b}, **options)
 
 
 def pieces(row):
     """(input_ids, labels) between restarts of the positions."""
     starts = [t for t, p in enumerate(row["position_ids"]) if p == 0]
-    return [(row["input_ids"][s:e], row["labels"][s:e]) for s, e in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)]
+    return [
+        (row["input_ids"][s:e], row["labels"][s:e])
+        for s, e in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)
+    ]
 
 
 def test_rows_are_full_and_hold_their_documents_apart(tmp_path):
@@ -230,7 +264,8 @@ def test_long_text_goes_on_in_the_next_row_and_a_long_conversation_is_cut(tmp_pa
     whole, _ = data.encode_text(tokenizer, "".join(map(chr, range(33, 103))))
     assert ids == (whole * 5)[: len(ids)]  # not a token is lost
     unscored = [t for t, label in enumerate(l for row in rows for l in row["labels"]) if label == -100]
-    assert unscored == sorted({*range(0, len(ids), 32), *range(0, len(ids), len(whole))})  # but where nothing predicts one
+    # but where nothing predicts one
+    assert unscored == sorted({*range(0, len(ids), 32), *range(0, len(ids), len(whole))})
     cut = data.open_rows(recipe(tmp_path, {"a": text | {"overlong": "cut"}}), tokenizer)
     assert all(row["input_ids"] == whole[:32] for row in islice(cut, 4))
     chat = {"path": lines(tmp_path / "b.jsonl", [{"messages": TALK}]), "messages": "messages"}
@@ -273,7 +308,11 @@ def test_a_data_set_on_disk_and_a_streaming_one_hold_the_same_kind_of_rows(tmp_p
     r, tokenizer = two_sources(tmp_path), letters()
     stored = data.train_dataset(r, tokenizer, 12, cache=str(tmp_path / "cache"))
     assert isinstance(stored, Dataset) and len(stored) == 12 and list(stored) == data.packed_rows(r, tokenizer, 12)
-    assert list(data.train_dataset(r, tokenizer, 12, "e", cache=str(tmp_path / "cache"))) == data.packed_rows(r, tokenizer, 12, "e") != list(stored)
+    assert (
+        list(data.train_dataset(r, tokenizer, 12, "e", cache=str(tmp_path / "cache")))
+        == data.packed_rows(r, tokenizer, 12, "e")
+        != list(stored)
+    )
     streamed = data.train_dataset(two_sources(tmp_path, streaming=True), tokenizer, 12)
     assert isinstance(streamed, IterableDataset) and len(list(streamed)) == 12 == len(list(streamed))
     batch = data.collate(list(streamed)[:3])
@@ -283,7 +322,9 @@ def test_a_data_set_on_disk_and_a_streaming_one_hold_the_same_kind_of_rows(tmp_p
 def test_an_error_inside_the_data_keeps_its_name(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(DataError, match="a, row 0 of block 0: no message has the role 'assistant'"):
-        data.train_dataset(recipe(tmp_path, {"a": {"path": path, "messages": "messages"}}), letters(), 2, cache=str(tmp_path / "cache"))
+        data.train_dataset(
+            recipe(tmp_path, {"a": {"path": path, "messages": "messages"}}), letters(), 2, cache=str(tmp_path / "cache")
+        )
 
 
 def test_prompts_are_conversations_up_to_their_last_answer(tmp_path):
@@ -302,7 +343,11 @@ def test_the_tiny_domains_ask_in_the_shares_of_their_mixture(tmp_path):
     r = replace(recipe(tmp_path, {}), experts={"e": {"arithmetic": 0.75, "recall": 0.25, "text": 5.0}})
     found = data.prompts(r, letters(), 400, "e").to_list()
     assert len(found) == 400 and 0.15 < sum(q["prompt"].startswith("recall") for q in found) / 400 < 0.35
-    assert all(str(eval(q["prompt"].rstrip("="))) == q["completion"] for q in found if q["prompt"].endswith("=") and "recall" not in q["prompt"])
+    assert all(
+        str(eval(q["prompt"].rstrip("="))) == q["completion"]
+        for q in found
+        if q["prompt"].endswith("=") and "recall" not in q["prompt"]
+    )
 
 
 def test_a_sources_faults_are_listed():

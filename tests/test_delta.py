@@ -3,7 +3,7 @@
 import pytest
 import torch
 from xlstm_kernels import MLSTMState, delta, delta_step
-from xlstm_kernels.delta import state_of
+from xlstm_kernels.delta_rule.reference import state_of
 
 torch.set_num_threads(1)
 INF = float("inf")
@@ -78,7 +78,9 @@ def test_every_form_agrees_in_output_state_and_gradients(form, T):
 def test_strong_gates_change_nothing_about_agreement(form, gate):
     want = everything(FORMS[0], inputs(gate=gate))
     for name, found in everything(form, inputs(gate=gate)).items():
-        torch.testing.assert_close(found, want[name], rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, want[name], rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("masked", [(0,), (36,), (5, 6, 7), (0, 1, 15, 16, 17, 35, 36)])
@@ -101,7 +103,10 @@ def test_a_masked_token_is_a_no_op(form, masked):
 def test_packed_documents_are_separate_documents(form, lengths):
     """f = -inf at a start; several starts stand in one chunk. The state carried in belongs to the document before."""
     x = inputs()
-    want = [run(FORMS[0], [a[:, begin : begin + n] for a in x]) for begin, n in zip(torch.tensor((0, *lengths)).cumsum(0), lengths, strict=False)]
+    want = [
+        run(FORMS[0], [a[:, begin : begin + n] for a in x])
+        for begin, n in zip(torch.tensor((0, *lengths)).cumsum(0), lengths, strict=False)
+    ]
     x[4] = x[4].clone()
     x[4][:, torch.tensor((0, *lengths)).cumsum(0)[:-1]] = -INF
     for start in (-INF, -1e9):  # the lowest numbers of a dtype forget as -inf does

@@ -1,5 +1,6 @@
-"""Distil-xLSTM is one function of its tokens, however they reach it, and keeps its teacher's embeddings. Weights are large, so that a broken
-state shows; models are float64."""
+"""Distil-xLSTM is one function of its tokens, however they reach it, and keeps its teacher's embeddings. Weights are
+large, so that a broken state shows; models are float64.
+"""
 
 import copy
 import json
@@ -14,20 +15,37 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from xlstm_hybrid import DistilXLSTMConfig, DistilXLSTMForCausalLM
-from xlstm_hybrid.cache_names import cache_of
-from xlstm_hybrid.distil import convert, share_frozen
-from xlstm_hybrid.distil.modeling import BlockDiagonal, CausalConv, HeadNorm, MLSTMMixer
-from xlstm_hybrid.distil.teacher import EMBEDDING, PUBLISHED, empty_student, heads_for, parameters_of, student_config
+from xlstm_hybrid.distil_xlstm import convert, share_frozen
+from xlstm_hybrid.distil_xlstm.convert import (
+    EMBEDDING,
+    PUBLISHED,
+    empty_student,
+    heads_for,
+    parameters_of,
+    student_config,
+)
+from xlstm_hybrid.distil_xlstm.modeling import BlockDiagonal, CausalConv, HeadNorm, MLSTMMixer
 from xlstm_hybrid.errors import CacheError, CheckpointError, ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
 TIGHT = {"atol": 1e-9, "rtol": 1e-9}
 
 
 def make_config(**changes):
-    fields = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "mlstm_context": 64, "mlstm_chunk_size": 8,
-              "slstm_intermediate_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    fields = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "mlstm_context": 64,
+        "mlstm_chunk_size": 8,
+        "slstm_intermediate_size": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return DistilXLSTMConfig(**(fields | changes))
 
 
@@ -88,8 +106,13 @@ def test_the_mlstm_block_is_the_equations_of_the_method():
     H, K, E = mixer.heads, mixer.head_dim, config.inner_size
     inside, gate = (x @ mixer.up_proj.weight.t()).split(E, -1)
     seen = mixer.conv(inside, Tokens.locate((1, 6), x.device), None)[0]
-    q, k, v = (y @ torch.block_diag(*m.weight) for y, m in ((seen, mixer.q_proj), (seen, mixer.k_proj), (inside, mixer.v_proj)))
-    i, f = (torch.cat([q, k, v], -1) @ w.t() + b for w, b in ((mixer.igate_weight, mixer.igate_bias), (mixer.fgate_weight, mixer.fgate_bias)))
+    q, k, v = (
+        y @ torch.block_diag(*m.weight) for y, m in ((seen, mixer.q_proj), (seen, mixer.k_proj), (inside, mixer.v_proj))
+    )
+    i, f = (
+        torch.cat([q, k, v], -1) @ w.t() + b
+        for w, b in ((mixer.igate_weight, mixer.igate_bias), (mixer.fgate_weight, mixer.fgate_bias))
+    )
     q, k, v = (y.view(6, H, K) for y in (q, k, v))
     q, k = (torch.softmax(y * K**0.5, -1) for y in (q, k))
     S, z = torch.zeros(H, K, K, dtype=torch.float64), torch.zeros(H, K, dtype=torch.float64)
@@ -105,7 +128,13 @@ def test_the_mlstm_block_is_the_equations_of_the_method():
 
 def test_blocks_come_in_turn_and_by_pattern():
     assert make_config().block_types == ["slstm", "mlstm"] * 2
-    assert make_config(block_pattern=["mlstm", "mlstm", "slstm"], num_hidden_layers=5).block_types == ["mlstm", "mlstm", "slstm", "mlstm", "mlstm"]
+    assert make_config(block_pattern=["mlstm", "mlstm", "slstm"], num_hidden_layers=5).block_types == [
+        "mlstm",
+        "mlstm",
+        "slstm",
+        "mlstm",
+        "mlstm",
+    ]
     kinds = [layer.mlp is not None for layer in make(block_types=["mlstm", "slstm", "slstm", "mlstm"]).model.layers]
     assert kinds == [False, True, True, False]
 
@@ -132,7 +161,9 @@ def test_sizes_that_describe_no_model_are_refused_by_name(changes, message):
 # --- one function of the tokens ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cuts", [(1,), (2, 9), (3, 4, 5, 22), tuple(range(1, 23))], ids=lambda c: f"{len(c) + 1} calls")
+@pytest.mark.parametrize(
+    "cuts", [(1,), (2, 9), (3, 4, 5, 22), tuple(range(1, 23))], ids=lambda c: f"{len(c) + 1} calls"
+)
 @torch.no_grad()
 def test_any_cut_of_a_text_into_calls_gives_the_same_logits(model, ids, logits, cuts):
     cache, found = DynamicCache(config=model.config), []
@@ -162,14 +193,17 @@ def test_padding_anywhere_changes_nothing(model, ids, logits, where):
     padded = ids.new_full((2, 29), 7).masked_scatter(real, ids)
     found = model(padded, attention_mask=real.long(), use_cache=True)
     torch.testing.assert_close(found.logits[real].view_as(logits), logits, **TIGHT)
-    more = model(ids[:, :5], cache=cache_of(found), attention_mask=torch.cat([real, real.new_ones(2, 5)], 1).long()).logits
+    more = model(
+        ids[:, :5], cache=cache_of(found), attention_mask=torch.cat([real, real.new_ones(2, 5)], 1).long()
+    ).logits
     torch.testing.assert_close(more, model(torch.cat([ids, ids[:, :5]], 1)).logits[:, 23:], **TIGHT)
 
 
 @pytest.mark.parametrize("told_by", ["position_ids", "seq_idx", "cu_seq_lens_q"])
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(model, told_by):
-    lengths, row = (5, 1, 9, 2), token_ids(1, 17, seed=3)  # the last one is shorter than what the convolution looks back
+    # the last one is shorter than what the convolution looks back
+    lengths, row = (5, 1, 9, 2), token_ids(1, 17, seed=3)
     if told_by == "position_ids":
         where = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
     elif told_by == "seq_idx":
@@ -194,7 +228,9 @@ def test_a_document_may_start_after_a_filled_cache(model, ids):
 @torch.no_grad()
 def test_generation_with_the_cache_is_generation_without(model, ids):
     for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
-        plain, cached = (model.generate(ids, max_new_tokens=8, eos_token_id=None, use_cache=u, **options) for u in (False, True))
+        plain, cached = (
+            model.generate(ids, max_new_tokens=8, eos_token_id=None, use_cache=u, **options) for u in (False, True)
+        )
         assert torch.equal(plain, cached)
 
 
@@ -224,7 +260,9 @@ def test_a_prefix_is_read_once_and_answered_from_copies(model, ids, logits):
 
     cache = state.prefill(model, ids[:1, :12])
     kept, rows = state.snapshot(cache), state.fork(cache, 3)
-    torch.testing.assert_close(model(ids[:1, 12:].expand(3, -1), cache=rows).logits, logits[:1, 12:].expand(3, -1, -1), **TIGHT)
+    torch.testing.assert_close(
+        model(ids[:1, 12:].expand(3, -1), cache=rows).logits, logits[:1, 12:].expand(3, -1, -1), **TIGHT
+    )
     model(ids[:1], cache=cache)
     torch.testing.assert_close(model(ids[:1, 12:], cache=kept).logits, logits[:1, 12:], **TIGHT)
     with pytest.raises(CacheError, match="cannot take tokens back"):
@@ -245,8 +283,12 @@ def test_the_cache_does_not_grow_and_its_states_are_float32():
     assert {x.dtype for layer in cache.layers for x in layer.memory} == {torch.float32}
     gates = {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert not gates  # .to() of a user rounds them ...
-    loaded = DistilXLSTMForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16)
-    assert {n.rsplit(".", 1)[-1] for n, p in loaded.named_parameters() if p.dtype == torch.float32} == set(model._keep_in_fp32_modules_strict)
+    loaded = DistilXLSTMForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16
+    )
+    assert {n.rsplit(".", 1)[-1] for n, p in loaded.named_parameters() if p.dtype == torch.float32} == set(
+        model._keep_in_fp32_modules_strict
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -343,19 +385,26 @@ def test_a_student_of_every_family_has_its_embeddings_frozen_and_half_its_layers
     assert torch.equal(student.lm_head.weight, mentor.get_output_embeddings().weight)
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
     assert student.config.block_types == ["slstm", "mlstm"] and student.config.hidden_size == mentor.config.hidden_size
-    assert {n for n, p in student.named_parameters() if not p.requires_grad} == ({EMBEDDING} if tied else {EMBEDDING, "lm_head.weight"})
+    assert {n for n, p in student.named_parameters() if not p.requires_grad} == (
+        {EMBEDDING} if tied else {EMBEDDING, "lm_head.weight"}
+    )
     places = {p.data_ptr() for p in mentor.parameters()}
     assert not places & {p.data_ptr() for p in student.parameters()}
     report = student.transfer_report
     assert report.parameters == parameters_of(student) and report.student_tensors[EMBEDDING] == "copied, frozen"
-    assert set(report.teacher_tensors) == set(mentor.state_dict()) and f"trainable {report.parameters['trainable']:,}" in str(report)
+    assert set(report.teacher_tensors) == set(
+        mentor.state_dict()
+    ) and f"trainable {report.parameters['trainable']:,}" in str(report)
 
 
 def test_new_parameters_follow_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    a, b, c = (DistilXLSTMForCausalLM.from_teacher(teacher("llama"), seed=seed).model.layers[0].mixer.input_weight for seed in (1, 1, 2))
+    a, b, c = (
+        DistilXLSTMForCausalLM.from_teacher(teacher("llama"), seed=seed).model.layers[0].mixer.input_weight
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.rand(3), want)
 
 
@@ -365,8 +414,13 @@ def test_a_fresh_student_is_of_the_scale_that_the_head_expects_and_trains():
     assert 0.8 < hidden.square().mean().sqrt() < 1.2
     ids = token_ids(2, 30, vocab=97)
     student(ids, labels=ids).loss.backward()
-    still = {"recurrent_weight"}  # reached by what the first step writes, but zero at the start itself: not their gradient
-    assert all(p.grad is not None and (p.grad.abs().max() > 0) for n, p in student.named_parameters() if p.requires_grad and n not in still)
+    # reached by what the first step writes, but zero at the start itself: not their gradient
+    still = {"recurrent_weight"}
+    assert all(
+        p.grad is not None and (p.grad.abs().max() > 0)
+        for n, p in student.named_parameters()
+        if p.requires_grad and n not in still
+    )
 
 
 def test_the_published_student_of_qwen_has_the_published_parameters():
@@ -379,12 +433,26 @@ def test_the_published_student_of_qwen_has_the_published_parameters():
 
 
 def qwen():
-    return transformers.Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                                    num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    return transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
 
 
 def test_heads_are_the_next_multiple_of_four_that_divides_the_width():
-    assert [heads_for(*x) for x in ((1536, 12), (896, 14), (960, 15), (576, 9), (50, 6), (42, 6))] == [12, 16, 16, 12, 10, 6]
+    assert [heads_for(*x) for x in ((1536, 12), (896, 14), (960, 15), (576, 9), (50, 6), (42, 6))] == [
+        12,
+        16,
+        16,
+        12,
+        10,
+        6,
+    ]
 
 
 def test_conversion_writes_a_directory_that_loads_with_its_record(tmp_path, ids):
@@ -439,12 +507,14 @@ def test_a_teacher_of_no_known_family_is_refused_by_name():
 
 @pytest.fixture
 def trainer(tmp_path):
-    """Function of a student and a teacher: a `DeltaKDTrainer` on four documents, in float32, one batch of all of them per step."""
+    """Function of a student and a teacher: a `DeltaKDTrainer` on four documents, in float32, one batch of all of them
+    per step.
+    """
     pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models
 
-    from xlstm_hybrid.trainers.delta import DeltaKDConfig, DeltaKDTrainer
+    from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
 
     rows = [token_ids(1, n, vocab=97, seed=n)[0].tolist() for n in (5, 17, 12, 9)]
     rows = [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in rows]
@@ -453,17 +523,31 @@ def trainer(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
 
     def build(student, mentor, **arguments):
-        shared = {"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-                  "per_device_train_batch_size": 4, "disable_tqdm": True, "gradient_checkpointing": False, "lr_scheduler_type": "constant",
-                  "warmup_steps": 0}  # fmt: skip
+        shared = {
+            "output_dir": str(tmp_path / "run"),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+        }
         args = DeltaKDConfig(**shared | arguments)
-        return DeltaKDTrainer(student, mentor, args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)), rows
+        return DeltaKDTrainer(
+            student, mentor, args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)
+        ), rows
 
     return build
 
 
 def test_the_loss_of_a_step_is_that_of_the_method(trainer):
-    """Written out per document from logits and hidden states; the batch of the trainer is padded, so that the mask matters."""
+    """Written out per document from logits and hidden states; the batch of the trainer is padded, so that the mask
+    matters.
+    """
     mentor = copy.deepcopy(teacher("mistral"))
     student = enlarge(DistilXLSTMForCausalLM.from_teacher(mentor), gain=1.0)
     run, rows = trainer(student, mentor, max_steps=1, learning_rate=0.0)
@@ -525,7 +609,9 @@ def test_sharing_is_refused_where_the_teacher_would_change_or_is_another():
 
 def test_vocabularies_that_differ_are_refused_by_name(trainer):
     mentor = copy.deepcopy(teacher("mistral"))
-    student = DistilXLSTMForCausalLM(DistilXLSTMConfig(vocab_size=90, hidden_size=50, num_attention_heads=5, num_hidden_layers=2))
+    student = DistilXLSTMForCausalLM(
+        DistilXLSTMConfig(vocab_size=90, hidden_size=50, num_attention_heads=5, num_hidden_layers=2)
+    )
     with pytest.raises(ConfigError, match="vocabulary has 90 tokens, the teacher's 101"):
         trainer(student, mentor, max_steps=1)
 
@@ -534,7 +620,7 @@ def test_vocabularies_that_differ_are_refused_by_name(trainer):
 
 
 def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
-    from xlstm_hybrid.verbs.distil import planned, read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.run import planned, read_delta_recipe
 
     qwen().save_pretrained(tmp_path)
     recipe, rows = read_delta_recipe(ROOT / "recipes/distil_qwen2.5-1.5b.yaml")
@@ -545,9 +631,9 @@ def test_the_published_recipe_is_planned_from_the_config_alone(tmp_path):
 
 def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
     pytest.importorskip("trl")
+    from xlstm_hybrid.distil_xlstm.run import read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
     from xlstm_hybrid.pipeline.settings import trainer_config
-    from xlstm_hybrid.trainers.delta import DeltaKDConfig
-    from xlstm_hybrid.verbs.distil import read_delta_recipe
 
     for name in ("distil_tiny", "distil_qwen2.5-1.5b"):
         recipe, _ = read_delta_recipe(ROOT / f"recipes/{name}.yaml")
@@ -567,7 +653,7 @@ def test_the_settings_of_the_recipes_are_ones_that_the_trainer_has(tmp_path):
 def test_a_recipe_that_describes_no_run_is_refused_by_name(tmp_path, change, message):
     import yaml
 
-    from xlstm_hybrid.verbs.distil import read_delta_recipe
+    from xlstm_hybrid.distil_xlstm.run import read_delta_recipe
 
     content = yaml.safe_load((ROOT / "recipes/distil_tiny.yaml").read_text()) | change
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
@@ -577,7 +663,9 @@ def test_a_recipe_that_describes_no_run_is_refused_by_name(tmp_path, change, mes
 
 @pytest.mark.slow
 def test_the_tiny_recipe_walks_from_the_teacher_to_scores_and_curves(tmp_path):
-    """Two steps per epoch, two epochs: the directories, the table beside another student, and the schedule that starts anew."""
+    """Two steps per epoch, two epochs: the directories, the table beside another student, and the schedule that starts
+    anew.
+    """
     import yaml
     from typer.testing import CliRunner
 
@@ -585,10 +673,22 @@ def test_the_tiny_recipe_walks_from_the_teacher_to_scores_and_curves(tmp_path):
 
     content = yaml.safe_load((ROOT / "recipes/distil_tiny.yaml").read_text())
     content["delta"] |= {"rows": 4, "per_device_train_batch_size": 2, "bf16": False, "logging_steps": 1}
-    content |= {"teacher": str(ROOT / "recipes/tiny_teacher/tiny-llama"), "evaluate": {"examples": 2, "text_chunks": 1, "batch_size": 2}}
+    content |= {
+        "teacher": str(ROOT / "recipes/tiny_teacher/tiny-llama"),
+        "evaluate": {"examples": 2, "text_chunks": 1, "batch_size": 2},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    (tmp_path / "hybrid.json").write_text(json.dumps({"students": {"student": {"exact_match": {"code": 0.5}, "perplexity": {"text": 9.0}}}}))
-    arguments = ["delta", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--beside", str(tmp_path / "hybrid.json")]
+    (tmp_path / "hybrid.json").write_text(
+        json.dumps({"students": {"student": {"exact_match": {"code": 0.5}, "perplexity": {"text": 9.0}}}})
+    )
+    arguments = [
+        "distil-xlstm",
+        str(tmp_path / "recipe.yaml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--beside",
+        str(tmp_path / "hybrid.json"),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     again = CliRunner().invoke(app, arguments)

@@ -1,4 +1,6 @@
-"""Every divergence on every kind of outcomes: against its definition, written out in probabilities, and what must not change it."""
+"""Every divergence on every kind of outcomes: against its definition, written out in probabilities, and what must not
+change it.
+"""
 
 import itertools
 import math
@@ -7,9 +9,9 @@ import pytest
 import torch
 from test_losses import pair, waves
 
-from xlstm_hybrid import losses
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.losses import (
+from xlstm_hybrid.training import losses
+from xlstm_hybrid.training.losses import (
     CSD_WEIGHTS,
     DIVERGENCES,
     OUTCOMES,
@@ -27,10 +29,16 @@ from xlstm_hybrid.losses import (
 INF, NAN = float("inf"), float("nan")
 close = torch.testing.assert_close
 VARIANTS = {  # every divergence, those with options at several of them
-    "forward_kl": ("forward_kl", {}), "reverse_kl": ("reverse_kl", {}), "tvd": ("tvd", {}), "skewed": ("skewed_kl", {"skew": 0.3}),
-    "jsd": ("jsd", {}), "jsd .9": ("jsd", {"jsd_beta": 0.9}), "jsd 0": ("jsd", {"jsd_beta": 0}), "jsd 1": ("jsd", {"jsd_beta": 1}),
+    "forward_kl": ("forward_kl", {}),
+    "reverse_kl": ("reverse_kl", {}),
+    "tvd": ("tvd", {}),
+    "skewed": ("skewed_kl", {"skew": 0.3}),
+    "jsd": ("jsd", {}),
+    "jsd .9": ("jsd", {"jsd_beta": 0.9}),
+    "jsd 0": ("jsd", {"jsd_beta": 0}),
+    "jsd 1": ("jsd", {"jsd_beta": 1}),
     **{f"csd {w}": ("csd", {"csd_weights": w, "csd_temperature": 1.5}) for w in CSD_WEIGHTS},
-}  # fmt: skip
+}
 
 
 def softmax(scores):
@@ -49,7 +57,8 @@ def definition(name, s, t, **options):
         return [share * b + (1 - share) * a for a, b in zip(s, t, strict=True)]
 
     if name == "tvd":
-        return max(sum(a - b for a, b in zip(s, t, strict=True) if a > b), 0.0)  # the other definition: the largest difference on an event
+        # the other definition: the largest difference on an event
+        return max(sum(a - b for a, b in zip(s, t, strict=True) if a > b), 0.0)
     if name == "skewed_kl":
         return kl(t, mix(options["skew"]))
     if name == "jsd":
@@ -65,7 +74,9 @@ def definition(name, s, t, **options):
 
 
 def probabilities(outcomes, student, teacher, k):
-    """Student and teacher as lists of probabilities on the outcomes, from the logits of one position, by sums over sets of ids."""
+    """Student and teacher as lists of probabilities on the outcomes, from the logits of one position, by sums over sets
+    of ids.
+    """
     s, t = softmax(student.tolist()), softmax(teacher.tolist())
     kept = sorted(range(len(t)), key=lambda j: -t[j])[:k]
     rest = [j for j in range(len(t)) if j not in kept]
@@ -99,9 +110,18 @@ def test_each_divergence_is_its_definition_on_each_kind_of_outcomes(variant):
     student, teacher, mask = pair()
     name, options = VARIANTS[variant]
     for outcomes in ("tail", "renormalise", "dense"):
-        wanted = [definition(name, *probabilities(outcomes, student[b, t], teacher[b, t], 4), **options) for b, t in mask.nonzero().tolist()]
+        wanted = [
+            definition(name, *probabilities(outcomes, student[b, t], teacher[b, t], 4), **options)
+            for b, t in mask.nonzero().tolist()
+        ]
         got = loss_of(student, targets_of(outcomes, teacher), mask, outcomes, variant)
-        close(got.item(), sum(wanted) / len(wanted), rtol=1e-11, atol=0, msg=lambda text, outcomes=outcomes: f"{outcomes}: {text}")
+        close(
+            got.item(),
+            sum(wanted) / len(wanted),
+            rtol=1e-11,
+            atol=0,
+            msg=lambda text, outcomes=outcomes: f"{outcomes}: {text}",
+        )
 
 
 def test_gemma_is_the_cross_entropy_with_the_renormalised_teacher_less_its_entropy():
@@ -111,7 +131,12 @@ def test_gemma_is_the_cross_entropy_with_the_renormalised_teacher_less_its_entro
         s, p = softmax(student[b, t].tolist()), softmax(teacher[b, t].tolist())
         kept = sorted(range(11), key=lambda j: -p[j])[:4]
         total += sum(p[j] / sum(p[i] for i in kept) * math.log(p[j] / sum(p[i] for i in kept) / s[j]) for j in kept)
-    close(loss_of(student, targets_of("gemma", teacher), mask, "gemma", "forward_kl").item(), total / 8, rtol=1e-12, atol=0)
+    close(
+        loss_of(student, targets_of("gemma", teacher), mask, "gemma", "forward_kl").item(),
+        total / 8,
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 def test_all_kinds_of_outcomes_agree_when_every_token_is_kept():
@@ -138,7 +163,12 @@ def test_a_model_distilled_from_itself_has_no_loss_and_no_gradient(outcomes, var
     targets = targets_of(outcomes, student)
     close(loss_of(student, targets, mask, outcomes, variant).item(), 0.0, rtol=0, atol=1e-13)
     if variant != "tvd":  # |x| has no gradient at 0: rounding decides its sign there
-        close(gradient(lambda x: loss_of(x, targets, mask, outcomes, variant), student), torch.zeros_like(student), rtol=0, atol=1e-14)
+        close(
+            gradient(lambda x: loss_of(x, targets, mask, outcomes, variant), student),
+            torch.zeros_like(student),
+            rtol=0,
+            atol=1e-14,
+        )
 
 
 def test_the_ends_of_jsd_are_the_limits_of_its_scaled_values():
@@ -156,7 +186,11 @@ def test_skewed_kl_begins_at_forward_kl_and_is_finite_where_that_is_not():
     q, p = dense_outcomes(student, teacher, mask)
     assert torch.equal(losses.skewed_kl(q, p, skew=0), forward_kl(q, p))
     q = q.index_fill(-1, torch.tensor([3]), -INF)
-    assert (forward_kl(q, p) == INF).all() and losses.skewed_kl(q, p, skew=0.1).isfinite().all() and jsd(q, p).isfinite().all()
+    assert (
+        (forward_kl(q, p) == INF).all()
+        and losses.skewed_kl(q, p, skew=0.1).isfinite().all()
+        and jsd(q, p).isfinite().all()
+    )
 
 
 # --- concrete scores ---------------------------------------------------------------------------------------------
@@ -167,12 +201,15 @@ def test_csd_with_the_students_weights_at_temperature_one_has_the_gradient_of_re
 
     def slope(outcomes, name, **options):
         targets = targets_of(outcomes, teacher)
-        return gradient(lambda x: distillation_loss(x, targets, mask, outcomes=outcomes, divergence=name, **options), student)
+        return gradient(
+            lambda x: distillation_loss(x, targets, mask, outcomes=outcomes, divergence=name, **options), student
+        )
 
     for outcomes in OUTCOMES:
         wanted = slope(outcomes, "reverse_kl")
         close(slope(outcomes, "csd", csd_weights="ss", csd_temperature=1.0), wanted, rtol=1e-9, atol=1e-12)
-        assert (slope(outcomes, "csd", csd_weights="ss", csd_temperature=1.5) - wanted).abs().max() > 0.01  # that one is another objective
+        # that one is another objective
+        assert (slope(outcomes, "csd", csd_weights="ss", csd_temperature=1.5) - wanted).abs().max() > 0.01
 
 
 def test_the_gradient_of_csd_is_half_the_formula_of_the_paper():
@@ -182,7 +219,10 @@ def test_the_gradient_of_csd_is_half_the_formula_of_the_paper():
     for name in CSD_WEIGHTS:
         (w1, w2), d = (weights[w] for w in name), f - g
         wanted = (w2 * (d - (w1 * d).sum()) + w1 * (d - (w2 * d).sum())) / 2
-        got = gradient(lambda x, name=name: csd(x.log_softmax(-1), g.log_softmax(-1), csd_weights=name, csd_temperature=1.5).sum(), f)
+        got = gradient(
+            lambda x, name=name: csd(x.log_softmax(-1), g.log_softmax(-1), csd_weights=name, csd_temperature=1.5).sum(),
+            f,
+        )
         close(got, wanted, rtol=1e-10, atol=1e-13)
         assert torch.autograd.gradcheck(lambda x, w1=w1, w2=w2: losses.concrete_score(x, w1, w2), (d.requires_grad_(),))
 
@@ -192,7 +232,8 @@ def test_equal_weights_give_half_the_variance_and_nothing_cancels_far_from_zero(
     variance = (w * (d - (w * d).sum()) ** 2).sum(-1)
     close(losses.concrete_score(d, w, w), variance / 2)
     far = losses.concrete_score((d + 4096).float(), w.float(), w.float()).double()
-    close(far, variance / 2, rtol=2e-3, atol=0)  # d itself is rounded to 2.4e-4; without centring first the squares, 1.7e7, lose everything
+    # d itself is rounded to 2.4e-4; without centring first the squares, 1.7e7, lose everything
+    close(far, variance / 2, rtol=2e-3, atol=0)
 
 
 # --- what must not change a loss -----------------------------------------------------------------------------------
@@ -205,9 +246,14 @@ def test_shifts_padding_splits_and_uncounted_rows_change_nothing(outcomes, varia
     targets = targets_of(outcomes, teacher)
     n, wanted = int(mask.sum()), loss_of(student, targets, mask, outcomes, variant)
     wanted_grad = gradient(lambda x: loss_of(x, targets, mask, outcomes, variant), student)
-    moved = loss_of(student + 50 * waves(2, 5, 1, step=2.0), targets_of(outcomes, teacher - 30), mask, outcomes, variant)
+    moved = loss_of(
+        student + 50 * waves(2, 5, 1, step=2.0), targets_of(outcomes, teacher - 30), mask, outcomes, variant
+    )
     close(moved, wanted, rtol=1e-11, atol=0)
-    parts = [loss_of(student[j], tuple(x[j] for x in targets), mask[j], outcomes, variant, num_items=n) for j in (slice(0, 1), slice(1, 2))]
+    parts = [
+        loss_of(student[j], tuple(x[j] for x in targets), mask[j], outcomes, variant, num_items=n)
+        for j in (slice(0, 1), slice(1, 2))
+    ]
     close(sum(parts), wanted)
     for poison in (NAN, INF, -INF):
         s, bad = student.clone(), tuple(x.clone() for x in targets)
@@ -222,9 +268,18 @@ def test_shifts_padding_splits_and_uncounted_rows_change_nothing(outcomes, varia
     assert (gradient(lambda x: loss_of(x, targets, none, outcomes, variant), student) == 0).all()
     if outcomes != "dense":  # two more entries, which are no entries
         ids, top, rest = targets
-        padded = torch.cat([ids, torch.zeros_like(ids[..., :2])], -1), torch.cat([top, torch.full_like(top[..., :2], -INF)], -1), rest
+        padded = (
+            torch.cat([ids, torch.zeros_like(ids[..., :2])], -1),
+            torch.cat([top, torch.full_like(top[..., :2], -INF)], -1),
+            rest,
+        )
         close(loss_of(student, padded, mask, outcomes, variant), wanted, rtol=1e-12, atol=1e-14)
-        close(gradient(lambda x: loss_of(x, padded, mask, outcomes, variant), student), wanted_grad, rtol=1e-10, atol=1e-13)
+        close(
+            gradient(lambda x: loss_of(x, padded, mask, outcomes, variant), student),
+            wanted_grad,
+            rtol=1e-10,
+            atol=1e-13,
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -249,9 +304,14 @@ def test_gradients_are_those_of_the_values(outcomes):
     student.requires_grad_()
     for variant in VARIANTS:
         if not variant.startswith("csd"):
-            assert torch.autograd.gradcheck(lambda x, v=variant: loss_of(x, targets, mask, outcomes, v, temperature=1.7), student), variant
-    sides = [x[0, 0].log_softmax(-1).detach().requires_grad_() for x in (student, teacher)]  # of both, and not behind a softmax
-    assert all(torch.autograd.gradcheck(DIVERGENCES[name], sides) for name in ("forward_kl", "reverse_kl", "skewed_kl", "jsd"))
+            assert torch.autograd.gradcheck(
+                lambda x, v=variant: loss_of(x, targets, mask, outcomes, v, temperature=1.7), student
+            ), variant
+    # of both, and not behind a softmax
+    sides = [x[0, 0].log_softmax(-1).detach().requires_grad_() for x in (student, teacher)]
+    assert all(
+        torch.autograd.gradcheck(DIVERGENCES[name], sides) for name in ("forward_kl", "reverse_kl", "skewed_kl", "jsd")
+    )
 
 
 def test_an_empty_rest_has_a_floor_where_a_divergence_would_be_infinite():
@@ -269,7 +329,12 @@ def test_an_empty_rest_has_a_floor_where_a_divergence_would_be_infinite():
         assert value.isfinite() and value > 0 and got.isfinite().all(), variant
     full = top_k_targets(teacher, 11)  # nothing is outside: there is no rest to lift
     assert (tail_outcomes(student, *full, mask, rest_floor=losses.REST_FLOOR)[1][..., -1] == -INF)[mask].all()
-    close(tail_outcomes(student, ids, top, rest, mask, rest_floor=losses.REST_FLOOR), tail_outcomes(student, ids, top, rest, mask), rtol=0, atol=0)
+    close(
+        tail_outcomes(student, ids, top, rest, mask, rest_floor=losses.REST_FLOOR),
+        tail_outcomes(student, ids, top, rest, mask),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_renormalised_outcomes_are_distributions_on_the_support():
@@ -279,9 +344,11 @@ def test_renormalised_outcomes_are_distributions_on_the_support():
             close(side.logsumexp(-1), torch.zeros(2, 5).double(), rtol=0, atol=1e-12)
     nothing = top_k_targets(teacher, 4)
     nothing[1][~mask] = -INF
-    assert all(side.isfinite().all() for side in losses.renormalised_outcomes(student, *nothing, mask))  # rows that do not count are uniform
+    # rows that do not count are uniform
+    assert all(side.isfinite().all() for side in losses.renormalised_outcomes(student, *nothing, mask))
     nothing[1][0, 0] = -INF
-    assert distillation_loss(student, nothing, mask, outcomes="renormalise").isnan()  # a counted row without a support is not hidden
+    # a counted row without a support is not hidden
+    assert distillation_loss(student, nothing, mask, outcomes="renormalise").isnan()
 
 
 def test_temperature_softens_both_sides_and_is_squared_once():
@@ -330,14 +397,17 @@ def test_sampled_targets_are_counts_over_k():
 
 
 def test_the_gradient_with_sampled_targets_is_on_average_that_of_the_dense_kl():
-    """4,000 positions of one teacher: the mean over draws of k = 8. Renormalising the 8 most likely ids instead is far off."""
+    """4,000 positions of one teacher: the mean over draws of k = 8. Renormalising the 8 most likely ids instead is far
+    off.
+    """
     student, teacher, N = 2 * waves(1, 1, 30, step=0.37), 1.5 * waves(1, 1, 30, step=1.13), 4000
     mask = torch.ones(1, N, dtype=torch.bool)
     drawn = sampled_targets(teacher.expand(1, N, 30), 8, torch.Generator().manual_seed(0))
     wanted = student.softmax(-1) - teacher.softmax(-1)
     for outcomes in ("tail", "gemma"):
         got = gradient(lambda x, o=outcomes: distillation_loss(x.expand(1, N, 30), drawn, mask, outcomes=o), student)
-        close(got, wanted, rtol=0, atol=5 * (0.25 / 8 / N) ** 0.5 * 0.8)  # four standard deviations of the rarest-to-commonest bound
+        # four standard deviations of the rarest-to-commonest bound
+        close(got, wanted, rtol=0, atol=5 * (0.25 / 8 / N) ** 0.5 * 0.8)
     top = top_k_targets(teacher, 8)
     biased = gradient(lambda x: distillation_loss(x, top, mask[:, :1], outcomes="gemma"), student)
     assert (biased - wanted).abs().max() > 0.05
@@ -352,7 +422,12 @@ def test_chunks_of_rows_add_up_in_value_and_gradient():
 
     def sums(hidden, logits):
         mask = torch.ones(len(hidden), dtype=torch.bool)
-        return torch.stack([distillation_loss(hidden @ weight.T, (logits,), mask, 1, outcomes="dense", divergence=name) for name in ("jsd", "csd")])
+        return torch.stack(
+            [
+                distillation_loss(hidden @ weight.T, (logits,), mask, 1, outcomes="dense", divergence=name)
+                for name in ("jsd", "csd")
+            ]
+        )
 
     got = {}
     for chunk in (1, 3, 10, 64):
@@ -371,19 +446,27 @@ def test_chunks_of_rows_add_up_in_value_and_gradient():
 def test_options_out_of_range_and_unknown_names_are_refused():
     student, teacher, mask = pair()
     kept = top_k_targets(teacher, 4)
-    bad = {"skew=1": {"divergence": "skewed_kl", "skew": 1}, "jsd_beta=1.5": {"divergence": "jsd", "jsd_beta": 1.5},
-           "csd_weights='st'": {"divergence": "csd", "csd_weights": "st"}, "csd_temperature=0": {"divergence": "csd", "csd_temperature": 0},
-           "temperature=0": {"temperature": 0}, "divergence='kl'": {"divergence": "kl"}, "outcomes='topk'": {"outcomes": "topk"},
-           "beta: no divergence": {"beta": 0.5}}  # fmt: skip
+    bad = {
+        "skew=1": {"divergence": "skewed_kl", "skew": 1},
+        "jsd_beta=1.5": {"divergence": "jsd", "jsd_beta": 1.5},
+        "csd_weights='st'": {"divergence": "csd", "csd_weights": "st"},
+        "csd_temperature=0": {"divergence": "csd", "csd_temperature": 0},
+        "temperature=0": {"temperature": 0},
+        "divergence='kl'": {"divergence": "kl"},
+        "outcomes='topk'": {"outcomes": "topk"},
+        "beta: no divergence": {"beta": 0.5},
+    }
     for message, options in bad.items():
         with pytest.raises(ConfigError, match=message):
             distillation_loss(student, kept, mask, **options)
     with pytest.raises(ConfigError, match="k=0"):
         sampled_targets(teacher, 0)
     for build, name in itertools.product(
-        (tail_outcomes, losses.renormalised_outcomes, losses.gemma_outcomes), ("top_ids", "top_logp", "rest_logp", "mask")
+        (tail_outcomes, losses.renormalised_outcomes, losses.gemma_outcomes),
+        ("top_ids", "top_logp", "rest_logp", "mask"),
     ):
         arguments = dict(zip(("top_ids", "top_logp", "rest_logp", "mask"), (*kept, mask), strict=True))
         with pytest.raises(DataError, match=f"{name}: expected shape"):
             build(student, **arguments | {name: arguments[name][:1, :, ..., None]})
-    assert losses.choose_divergence("tvd", skew=0.1, jsd_beta=0.5)(*torch.zeros(2, 1)) == 0  # the others' options are no error
+    # the others' options are no error
+    assert losses.choose_divergence("tvd", skew=0.1, jsd_beta=0.5)(*torch.zeros(2, 1)) == 0

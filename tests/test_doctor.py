@@ -13,12 +13,14 @@ import torch
 import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
-from xlstm_kernels import trust
+from xlstm_kernels.backends import verified
 
-from xlstm_hybrid import cli, compatibility, doctor, precision
+from xlstm_hybrid import cli, doctor
 from xlstm_hybrid.doctor import MISSING, NOTE, OK, WRONG, Row, diagnose, quota, threads, unwritable
+from xlstm_hybrid.environment import precision
+from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES
 from xlstm_hybrid.errors import CompatibilityError
-from xlstm_hybrid.versions import EXTRAS, PACKAGES
+from xlstm_hybrid.model import compatibility
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -262,7 +264,9 @@ def test_a_cpus_instructions_and_what_it_multiplies_quickly_are_told(machine, mo
     found = rows(doctor.cpu)
     assert found["instructions"].found == ", ".join(["AVX2", *["AVX512"] * (best == "AVX512"), *["AVX512-bf16"] * bf16])
     assert found["bf16"].found == ("quick" if bf16 else "slow")
-    assert found["bf16"].note.endswith("bfloat16 is used" if bf16 else "product 11 GFLOP/s, float32 51: float32 is used")
+    assert found["bf16"].note.endswith(
+        "bfloat16 is used" if bf16 else "product 11 GFLOP/s, float32 51: float32 is used"
+    )
 
 
 def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
@@ -273,7 +277,11 @@ def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
 
     monkeypatch.setattr(compatibility, "ensure_compatible", refuse)
     found = list(doctor.self_check())
-    assert [row.verdict for row in found] == [WRONG, WRONG] and "beams" in found[0].note and "transformers" in found[0].mend
+    assert (
+        [row.verdict for row in found] == [WRONG, WRONG]
+        and "beams" in found[0].note
+        and "transformers" in found[0].mend
+    )
 
 
 def test_threads_that_spin_and_instructions_that_are_held_back_are_noted(machine, monkeypatch):
@@ -332,7 +340,9 @@ def verdicts(machine, monkeypatch):
     """The interpreter on the CPU stands for a GPU; returns a function that remembers a verdict there."""
     monkeypatch.setattr(doctor, "gpus", lambda: ([CPU, CPU], ""))  # two of one kind share their verdicts
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return lambda question, verdict: trust.remember(trust.verdict_file(CPU), question, verdict, trust.surroundings(CPU))
+    return lambda question, verdict: verified.save_verdict(
+        verified.verdict_file(CPU), question, verdict, verified.environment(CPU)
+    )
 
 
 def test_remembered_verdicts_on_kernels_are_shown_and_a_wrong_one_is_wrong(verdicts):

@@ -1,4 +1,6 @@
-"""The efficiency report: no figure without a check, figures that can be calculated by hand, and reasons where there is none."""
+"""The efficiency report: no figure without a check, figures that can be calculated by hand, and reasons where there is
+none.
+"""
 
 import json
 import os
@@ -12,16 +14,27 @@ from conftest import enlarge
 from tiny_teachers import teacher
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, efficiency, efficiency_report
-from xlstm_hybrid.artifacts import add_provenance, read_provenance
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import named
-from xlstm_hybrid.card import write_card
-from xlstm_hybrid.efficiency import Meter, Peak, Settings, Side, cache_bytes, filled, measure, new_cache, summary, take_turns
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance
 from xlstm_hybrid.errors import ConfigError, EvaluationError
-from xlstm_hybrid.pipeline import costs
-from xlstm_hybrid.verbs import efficiency as verb
-from xlstm_hybrid.verify import Result, bound
+from xlstm_hybrid.evaluation import efficiency, efficiency_checks, efficiency_pairs
+from xlstm_hybrid.evaluation.efficiency import (
+    Meter,
+    Peak,
+    Settings,
+    Side,
+    cache_bytes,
+    filled,
+    measure,
+    new_cache,
+    summary,
+    take_turns,
+)
+from xlstm_hybrid.evaluation.equivalence import Result, bound
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.reports import efficiency as efficiency_report
+from xlstm_hybrid.reports.card import write_card
 
 WINDOW, SINKS = 7, 3
 GREEN = Result("a check", 0.0, 1.0, "float32", 0.1)
@@ -36,7 +49,9 @@ def llama():
 @pytest.fixture(scope="module")
 def student(llama):
     """The teacher's student, whose mLSTM and gates have large weights, too."""
-    return enlarge(XLSTMHybridForCausalLM.from_teacher(llama, sliding_window=WINDOW, num_sink_tokens=SINKS, mlstm_chunk_size=8)).eval()
+    return enlarge(
+        XLSTMHybridForCausalLM.from_teacher(llama, sliding_window=WINDOW, num_sink_tokens=SINKS, mlstm_chunk_size=8)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +78,10 @@ def ids(rows, length):
 def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
     red = Result("token by token = parallel", 0.5, 1e-4, "float64", 0.1)
     monkeypatch.setattr(efficiency, "weighed", lambda *_: pytest.fail("measured all the same"))
-    with pytest.raises(EvaluationError, match=r"no figures, because 1 of 2 checks failed: token by token = parallel \(5.00e-01, allowed 1.00e-04\)"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"no figures, because 1 of 2 checks failed: token by token = parallel \(5.00e-01, allowed 1.00e-04\)",
+    ):
         measure(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [GREEN, red])
     with pytest.raises(EvaluationError, match="expected at least one result"):
         measure(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [])
@@ -72,20 +90,25 @@ def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
 @pytest.mark.parametrize("cache", efficiency.CACHES)
 def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state(llama, student, cache, monkeypatch):
     for model in (llama, student):
-        assert costs.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
-    step = HybridCacheLayer.step
+        assert efficiency_checks.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
+    advance = HybridCacheLayer.advance
 
-    def forgetful(self, *arguments, **named):
+    def forgetful(self, tokens):
         self.state.C.zero_()
-        return step(self, *arguments, **named)
+        return advance(self, tokens)
 
-    monkeypatch.setattr(HybridCacheLayer, "step", forgetful)
-    assert costs.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
+    monkeypatch.setattr(HybridCacheLayer, "advance", forgetful)
+    assert efficiency_checks.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
 
 
 def test_models_of_two_dtypes_are_not_compared(llama, student):
     with pytest.raises(EvaluationError, match="dtype: the student's is torch.float32, the teacher's torch.float64"):
-        measure(Side("s", lambda: student), Side("t", lambda: teacher("llama", tied=False).double()), Settings(), lambda *_: [GREEN])
+        measure(
+            Side("s", lambda: student),
+            Side("t", lambda: teacher("llama", tied=False).double()),
+            Settings(),
+            lambda *_: [GREEN],
+        )
 
 
 # --- figures by hand -------------------------------------------------------------------------------------------------
@@ -198,7 +221,12 @@ def test_a_process_that_is_killed_is_a_reason_and_not_the_end():
 
 
 def test_energy_counts_packages_once_and_survives_a_counter_that_wraps(tmp_path, monkeypatch):
-    zones = {"intel-rapl:0": ("package-0", 900), "intel-rapl:1": ("package-1", 100), "intel-rapl:0:0": ("core", 5), "intel-rapl:2": ("psys", 7)}
+    zones = {
+        "intel-rapl:0": ("package-0", 900),
+        "intel-rapl:1": ("package-1", 100),
+        "intel-rapl:0:0": ("core", 5),
+        "intel-rapl:2": ("psys", 7),
+    }
     for zone, (name, energy) in zones.items():
         (tmp_path / zone).mkdir()
         for file, value in (("name", name), ("energy_uj", energy), ("max_energy_range_uj", 1000)):
@@ -208,7 +236,12 @@ def test_energy_counts_packages_once_and_survives_a_counter_that_wraps(tmp_path,
 
     def work(seconds):
         time.sleep(seconds)
-        for zone, energy in (("intel-rapl:0", 50), ("intel-rapl:1", 130), ("intel-rapl:0:0", 900), ("intel-rapl:2", 900)):
+        for zone, energy in (
+            ("intel-rapl:0", 50),
+            ("intel-rapl:1", 130),
+            ("intel-rapl:0:0", 900),
+            ("intel-rapl:2", 900),
+        ):
             (tmp_path / zone / "energy_uj").write_text(str(energy))
 
     assert meter.source == "RAPL" and meter.absent is None
@@ -252,10 +285,13 @@ def test_energy_of_a_gpu_is_read_by_its_uuid_and_old_gpus_that_have_none_say_so(
     assert "nvidia-ml-py" in Meter(torch.device("cuda")).absent
 
 
-# --- settings, shapes, verb --------------------------------------------------------------------------------------------
+# --- settings, shapes, command --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"lengths": (0,)}, {"lengths": (8,), "contexts": (8,)}, {"batches": ()}, {"rounds": 0}, {"cache": "paged"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lengths": (0,)}, {"lengths": (8,), "contexts": (8,)}, {"batches": ()}, {"rounds": 0}, {"cache": "paged"}],
+)
 def test_settings_that_measure_nothing_are_refused(wrong):
     with pytest.raises(EvaluationError, match="expected"):
         Settings(**wrong)
@@ -263,19 +299,31 @@ def test_settings_that_measure_nothing_are_refused(wrong):
 
 @pytest.mark.parametrize("shape, parameters", [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)])
 def test_shapes_are_those_of_the_published_models(shape, parameters):
-    made = {role: verb.random_model(shape, role, "bfloat16", "meta") for role in efficiency.SIDES}
-    assert sum(x.numel() for x in made["teacher"].parameters()) == parameters and made["teacher"].dtype == torch.bfloat16
+    made = {role: efficiency_pairs.random_model(shape, role, "bfloat16", "meta") for role in efficiency.SIDES}
+    assert (
+        sum(x.numel() for x in made["teacher"].parameters()) == parameters and made["teacher"].dtype == torch.bfloat16
+    )
     gates = {x.dtype for name, x in made["student"].named_parameters() if "gate_weight" in name and "mlstm" in name}
     assert gates == {torch.float32} and made["student"].dtype == torch.bfloat16
 
 
 def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
-    kind, fields = verb.SHAPES["qwen2.5-7b"]
-    small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "initializer_range": 0.02 * (3584 / 64) ** 0.5}  # fmt: skip
-    monkeypatch.setitem(verb.SHAPES, "qwen2.5-7b", (kind, fields | small))
-    student, judge = (verb.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher"))
-    results = list(costs.checks(student, judge, "dynamic", lambda: verb.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)))
+    kind, fields = efficiency_pairs.SHAPES["qwen2.5-7b"]
+    small = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.02 * (3584 / 64) ** 0.5,
+    }
+    monkeypatch.setitem(efficiency_pairs.SHAPES, "qwen2.5-7b", (kind, fields | small))
+    student, judge = (
+        efficiency_pairs.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher")
+    )
+    smaller = lambda: efficiency_pairs.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)  # noqa: E731
+    results = list(efficiency_checks.checks(student, judge, "dynamic", smaller))
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 
@@ -285,7 +333,9 @@ def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     add_provenance(saved / "small", "convert")
     arguments = ["efficiency", str(saved / "big"), str(saved / "small"), "--out", str(tmp_path / "out")]
     arguments += ["--lengths", "40", "--batches", "2", "--dtype", "float32"]
-    run = CliRunner().invoke(cli.app, [*arguments, "--rounds", "2", "--steps", "2", "--device", "cpu", "--shapes", "none", "--record"])
+    run = CliRunner().invoke(
+        cli.app, [*arguments, "--rounds", "2", "--steps", "2", "--device", "cpu", "--shapes", "none", "--record"]
+    )
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "out/efficiency.json").read_text())
     pair = found["pairs"][0]
@@ -302,7 +352,11 @@ def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     assert (tmp_path / "out/efficiency.png").read_bytes().startswith(b"\x89PNG")
     assert "Decoding, tokens per second" in run.output
     stage = read_provenance(saved / "small")[-1]
-    assert stage["stage"] == "efficiency" and stage["config"]["checks_passed"] == len(pair["checks"]) and stage["config"]["teacher"] == "big"
+    assert (
+        stage["stage"] == "efficiency"
+        and stage["config"]["checks_passed"] == len(pair["checks"])
+        and stage["config"]["teacher"] == "big"
+    )
     assert stage["figures"]["rows"][0]["student_tokens_per_second"] == row["decode"]["student"]["tokens_per_second"]
     assert "| cache, MB | 40 | 2 |" in write_card(saved / "small").read_text()
 
@@ -312,12 +366,17 @@ def test_the_report_says_what_is_missing_and_why(llama, student, here, cache):
     settings = Settings(lengths=(12,), contexts=(80,), rounds=1, steps=1, cache=cache)
     pair = measure(Side("small", lambda: student), Side("big", lambda: llama), settings, lambda *_: [GREEN])
     prompt, context = pair["rows"]
-    assert "prefill" not in context and context["memory"]["student"]["prefill_peak_bytes"] is None and "prefill" in prompt
+    assert (
+        "prefill" not in context and context["memory"]["student"]["prefill_peak_bytes"] is None and "prefill" in prompt
+    )
     assert context["memory"]["gain"]["cache_bytes"] > prompt["memory"]["gain"]["cache_bytes"]
     prompt["absent"]["teacher, decoding"] = "out of memory"
     pair["energy"] = {"source": None, "absent": "NVML reports no energy"}
     text = "\n".join(efficiency_report.notes(pair))
-    assert "12 tokens, batch 1, teacher, decoding: out of memory." in text and "Energy: no figure. NVML reports no energy." in text
+    assert (
+        "12 tokens, batch 1, teacher, decoding: out of memory." in text
+        and "Energy: no figure. NVML reports no energy." in text
+    )
     assert "Contexts beyond 64 tokens" in text
     rows = dict(efficiency_report.tables(pair))["Time to first token, ms"]
     assert rows[0] == ["tokens", "batch", "teacher", "student", "gain"] and rows[2] == [80, 1, "–", "–", "–"]
@@ -345,5 +404,7 @@ def test_the_verb_refuses_what_it_cannot_measure(saved, tmp_path, more, match):
 
 
 def test_a_student_in_the_place_of_the_teacher_is_refused(saved, tmp_path):
-    run = CliRunner().invoke(cli.app, ["efficiency", str(saved / "small"), str(saved / "big"), "--out", str(tmp_path), "--device", "cpu"])
+    run = CliRunner().invoke(
+        cli.app, ["efficiency", str(saved / "small"), str(saved / "big"), "--out", str(tmp_path), "--device", "cpu"]
+    )
     assert isinstance(run.exception, ConfigError) and "TEACHER comes first" in str(run.exception)

@@ -9,9 +9,9 @@ from conftest import tiny_student, token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xlstm_hybrid.data.toy_domains import Example
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import contradictions, exact_match, named_contradictions, perplexity, win_and_tie
-from xlstm_hybrid.tasks import Example
+from xlstm_hybrid.evaluation.scores import contradictions, exact_match, named_contradictions, perplexity, win_and_tie
 
 LLAMA = [10.6, 13.8, 48.4, 35.4, 29.9, 48.4, 61.9]
 LLAMA_IT = [0.85, 0.51, 0.50, 0.19, 0.63, 0.57, 0.59, 0.69, 0.26, 0.28, 0.30, 0.32, 0.78, 5.08]
@@ -19,10 +19,25 @@ QWEN_IT = [0.90, 0.74, 0.74, 0.49, 0.81, 0.74, 0.61, 0.79, 0.41, 0.41, 0.34, 0.3
 PUBLISHED = {  # student, teacher, alpha*, C_0: Hauzenberger et al. 2026, recomputed from its tables
     "xLSTM-Llama": ([17.7, 15.8, 57.8, 39.0, 23.8, 42.8, 56.9], LLAMA, 0.0, 4 / 7),
     "LoLCATs": ([1.77, 2.23, 3.87, 2.13, 3.35, 0, 0], LLAMA, 0.920, 0),
-    "xLSTM-Olmo3": ([17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4], [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7], 0.145, 1 / 7),
+    "xLSTM-Olmo3": (
+        [17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4],
+        [20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7],
+        0.145,
+        1 / 7,
+    ),
     "QRWKV6": ([9.6, 13.2, 23.8, 20.7, 33.5, 0, 27.0], [32.3, 30.8, 80.8, 65.9, 47.6, 62.6, 80.4], 0.686, 0),
-    "xLSTM-Llama-IT": ([0.83, 0.54, 0.55, 0.22, 0.63, 0.56, 0.54, 0.66, 0.34, 0.27, 0.21, 0.20, 0.69, 6.05], LLAMA_IT, 0.018, 6 / 14),
-    "xLSTM-Qwen-IT": ([0.90, 0.65, 0.66, 0.42, 0.78, 0.71, 0.63, 0.79, 0.42, 0.42, 0.26, 0.22, 0.67, 5.96], QWEN_IT, 0.037, 6 / 14),
+    "xLSTM-Llama-IT": (
+        [0.83, 0.54, 0.55, 0.22, 0.63, 0.56, 0.54, 0.66, 0.34, 0.27, 0.21, 0.20, 0.69, 6.05],
+        LLAMA_IT,
+        0.018,
+        6 / 14,
+    ),
+    "xLSTM-Qwen-IT": (
+        [0.90, 0.65, 0.66, 0.42, 0.78, 0.71, 0.63, 0.79, 0.42, 0.42, 0.26, 0.22, 0.67, 5.96],
+        QWEN_IT,
+        0.037,
+        6 / 14,
+    ),
 }
 
 
@@ -37,7 +52,9 @@ def named(scores):
 def test_the_measure_reproduces_the_published_tables(name):
     student, teacher, alpha_star, c_0 = PUBLISHED[name]
     result = win_and_tie(named(student), named(teacher))
-    assert result.alpha_star == pytest.approx(alpha_star, abs=6e-4) and result.c_0 == result.curve[0] == pytest.approx(c_0)
+    assert result.alpha_star == pytest.approx(alpha_star, abs=6e-4) and result.c_0 == result.curve[0] == pytest.approx(
+        c_0
+    )
     assert result.wins + result.ties + result.losses == len(teacher)
     crossing = next(a for a, c in zip(result.alphas, result.curve, strict=True) if c >= 0.5)
     assert crossing - 0.005 <= result.alpha_star <= crossing  # the closed form is where the curve crosses one half
@@ -54,14 +71,19 @@ def test_alpha_star_is_the_smallest_tolerance_that_suffices(name):
 
 
 def test_the_tolerance_is_relative_and_inclusive():
-    result = win_and_tie({"a": 0.72, "b": 40.0}, {"a": 0.8, "b": 44.0}, [0.0999, 0.1])  # 1 - .72 / .8 is .1 and a rounding error
+    # 1 - .72 / .8 is .1 and a rounding error
+    result = win_and_tie({"a": 0.72, "b": 40.0}, {"a": 0.8, "b": 44.0}, [0.0999, 0.1])
     assert result.curve == [0.5, 1] and (result.wins, result.ties, result.losses) == (0, 0, 2)
     assert win_and_tie({"a": 0.1 + 0.2}, {"a": 0.3}).ties == win_and_tie({"a": 0.3}, {"a": 0.1 + 0.2}).ties == 1
 
 
 def test_a_teacher_score_of_zero_is_never_lost():
     result = win_and_tie({"a": 0.0, "b": 0.5, "c": 0.1}, {"a": 0.0, "b": 0.0, "c": 1.0})
-    assert result.alpha_star == 0 and result.c_0 == pytest.approx(2 / 3) and (result.wins, result.ties, result.losses) == (1, 1, 1)
+    assert (
+        result.alpha_star == 0
+        and result.c_0 == pytest.approx(2 / 3)
+        and (result.wins, result.ties, result.losses) == (1, 1, 1)
+    )
     assert result.recovery == {"a": None, "b": None, "c": pytest.approx(0.1)}
 
 
@@ -69,7 +91,11 @@ def test_a_teacher_score_of_zero_is_never_lost():
     ("student", "teacher", "message"),
     [
         ({"a": 1.0, "c": 2.0}, {"a": 1.0, "b": 1.0}, "b has no score of the student; c has no score of the teacher"),
-        ({"a": math.nan, "b": math.inf}, {"a": 1.0, "b": -1.0}, "a is nan for the student.*b is inf for the student.*b is -1.0 for the teacher"),
+        (
+            {"a": math.nan, "b": math.inf},
+            {"a": 1.0, "b": -1.0},
+            "a is nan for the student.*b is inf for the student.*b is -1.0 for the teacher",
+        ),
         ({}, {}, "no benchmark, expected at least one"),
     ],
 )
@@ -120,7 +146,10 @@ def counter():
     return model, digits(pad_token="<pad>", eos_token="</s>")
 
 
-EXAMPLES = [Example(((prompt, answer),)) for prompt, answer in (("12", "3456789"), ("3456", " 789 "), ("78", "99"), ("5", "6789"), ("6", "78"))]
+EXAMPLES = [
+    Example(((prompt, answer),))
+    for prompt, answer in (("12", "3456789"), ("3456", " 789 "), ("78", "99"), ("5", "6789"), ("6", "78"))
+]
 
 
 def test_exact_match_counts_whole_answers_in_the_order_of_the_examples(counter):
@@ -133,8 +162,15 @@ def test_exact_match_counts_whole_answers_in_the_order_of_the_examples(counter):
 
 
 def test_an_output_is_cut_at_the_budget(counter):
-    assert [s["output"] for s in exact_match(*counter, EXAMPLES, max_new_tokens=2).samples] == ["34", "78", "9", "67", "78"]
-    longest = exact_match(*counter, EXAMPLES[2:3]).samples[0]["output"]  # two tokens of the answer and two more would be possible
+    assert [s["output"] for s in exact_match(*counter, EXAMPLES, max_new_tokens=2).samples] == [
+        "34",
+        "78",
+        "9",
+        "67",
+        "78",
+    ]
+    # two tokens of the answer and two more would be possible
+    longest = exact_match(*counter, EXAMPLES[2:3]).samples[0]["output"]
     assert longest == "9"
 
 
@@ -146,7 +182,9 @@ def test_settings_of_the_checkpoint_do_not_bend_a_greedy_score_and_the_model_com
     model, tokenizer = counter
     before = model.generation_config
     expected = exact_match(model, tokenizer, EXAMPLES)
-    bent = GenerationConfig(do_sample=True, temperature=5.0, suppress_tokens=[12], max_length=3, eos_token_id=[2], pad_token_id=0)
+    bent = GenerationConfig(
+        do_sample=True, temperature=5.0, suppress_tokens=[12], max_length=3, eos_token_id=[2], pad_token_id=0
+    )
     model.generation_config = bent
     model.train()
     try:
@@ -175,7 +213,10 @@ def test_an_answer_that_the_model_gives_token_by_token_and_did_not_generate_is_a
     assert [s["prompt"] for s in found] == ["12", "5"] and found == [broken[0], broken[3]]  # " 789 " is other tokens
     assert found == contradictions(model, tokenizer, broken, batch_size=1)
     said = named_contradictions({"it": {"counting": found}})
-    assert "it, counting: 2 answers are its most likely tokens" in said and "'3456789' after '12': the output is '33333'" in said
+    assert (
+        "it, counting: 2 answers are its most likely tokens" in said
+        and "'3456789' after '12': the output is '33333'" in said
+    )
 
 
 def test_what_the_model_read_decides_and_not_the_prompts_text(counter):

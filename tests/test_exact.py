@@ -9,19 +9,20 @@ from test_modeling import LENGTHS, PACKINGS, in_pieces
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
-from xlstm_hybrid import sparse
-from xlstm_hybrid.allocation import keep_groups
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
-from xlstm_hybrid.checks import CHECKS, Subject
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.exact import DOCUMENT, KeptKeys, spread
-from xlstm_hybrid.record import Tokens
+from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, Subject
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.experimental import sparse
+from xlstm_hybrid.model.kept_groups import DOCUMENT, KeptKeys
+from xlstm_hybrid.model.modeling import mask_key
+from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.planning.layers import keep_groups
 from xlstm_hybrid.state import load_state, prefill, remember, rollback, save_state, snapshot
 
 GOLDEN = [13656260, 12150260, 3947708]  # of `spread`: states on disk hold such scores
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
-KEPT = {"kept_groups": [[1], [], [0]], "num_attention_heads": 6, "num_key_value_heads": 3}  # mixed heads on both sides of kept ones, and none
+# mixed heads on both sides of kept ones, and none
+KEPT = {"kept_groups": [[1], [], [0]], "num_attention_heads": 6, "num_key_value_heads": 3}
 MIXED = {
     "layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"],
     "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
@@ -32,9 +33,15 @@ STACKS = {
     "kept": KEPT,
     "kept without positions": KEPT | {"kept_positions": "log", "kept_log_base": 3, "qk_norm": "head"},
     "kept beside the teacher's layers": MIXED,
-    "sparse, weighted, no sinks": {"sparse_memory": 5, "sparse_memory_score": "weighted", "num_sink_tokens": 0, "qk_norm": "head"},
+    "sparse, weighted, no sinks": {
+        "sparse_memory": 5,
+        "sparse_memory_score": "weighted",
+        "num_sink_tokens": 0,
+        "qk_norm": "head",
+    },
     "sparse beside a delta rule": {"sparse_memory": 4, "memory_cell": "delta", "mixer_norm": True},
-    "kept beside a wider linear memory before RoPE": KEPT | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
+    "kept beside a wider linear memory before RoPE": KEPT
+    | {"memory_cell": "linear", "memory_feature_dim": 24, "memory_rope": False},
     "sparse and kept": KEPT | {"sparse_memory": 4, "sparse_memory_score": "random"},
 }
 
@@ -65,7 +72,8 @@ def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(any_stu
     ids, lengths = token_ids(1, 70), [25, 1, 24, 20]
     alone = torch.cat([any_student(d, use_cache=False).logits for d in ids.split(lengths, 1)], 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    for sizes in ([1] * 70, [20, 31, 19], [48, 17, 5]):  # the last: a call in which a document starts and outgrows the window
+    # the last: a call in which a document starts and outgrows the window
+    for sizes in ([1] * 70, [20, 31, 19], [48, 17, 5]):
         torch.testing.assert_close(in_pieces(any_student, ids, sizes, position_ids=positions)[0], alone, **TOLERANCE)
 
 
@@ -86,7 +94,9 @@ def test_training_in_one_call_has_the_gradients_of_eager_attention_with_and_with
     try:
         for implementation, checkpointing in (("sdpa", False), ("sdpa", True), ("eager", False)):
             model.set_attn_implementation(implementation)
-            model.gradient_checkpointing_enable({"use_reentrant": False}) if checkpointing else model.gradient_checkpointing_disable()
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False}
+            ) if checkpointing else model.gradient_checkpointing_disable()
             model.zero_grad()
             logits = model(ids, use_cache=False).logits
             cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -109,7 +119,9 @@ def test_training_in_one_call_has_the_gradients_of_eager_attention_with_and_with
 
 @torch.no_grad()
 def test_kept_groups_are_the_teachers_attention_and_the_others_do_not_notice():
-    """The same weights as a plain student and as a full layer: before W_o, heads of a kept group equal the one and the others equal the other."""
+    """The same weights as a plain student and as a full layer: before W_o, heads of a kept group equal the one and the
+    others equal the other.
+    """
     plain, full = tiny_student(), tiny_student(layer_types=["full_attention"] * 3)
     full.load_state_dict({k: v for k, v in plain.state_dict().items() if ".mlstm." not in k})
     kept = keep_groups(plain, [[0], [1], [0]])
@@ -118,8 +130,10 @@ def test_kept_groups_are_the_teachers_attention_and_the_others_do_not_notice():
     for name, model in (("plain", plain), ("full", full), ("kept", kept)):
         tokens, masks, rope, _ = model.model.prepare(hidden, None, None, None)
         for j, layer in enumerate(model.model.layers):
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x, key=(name, j): seen.__setitem__(key, x[0].unflatten(-1, (4, 16))))
-            layer.self_attn(hidden, rope["full_attention"], tokens, masks)
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda _, x, key=(name, j): seen.__setitem__(key, x[0].unflatten(-1, (4, 16)))
+            )
+            layer.self_attn(hidden, rope["full_attention"], tokens, masks[mask_key(model.config, j)])
     for j, group in enumerate((0, 1, 0)):
         heads, others = [2 * group, 2 * group + 1], [2 - 2 * group, 3 - 2 * group]
         torch.testing.assert_close(seen["kept", j][:, :, heads], seen["full", j][:, :, heads], **TOLERANCE)
@@ -129,7 +143,9 @@ def test_kept_groups_are_the_teachers_attention_and_the_others_do_not_notice():
 
 @torch.no_grad()
 def test_stage_one_has_no_error_in_kept_heads():
-    """Groups whose heads are all kept but one leave only that one's error, and a teacher's sliding layer keeps its own window."""
+    """Groups whose heads are all kept but one leave only that one's error, and a teacher's sliding layer keeps its own
+    window.
+    """
     plain = tiny_student(**{**MIXED, "kept_groups": None})
     ids = token_ids(2, 40)
     error = plain(ids, teacher_forced=True).error
@@ -144,10 +160,18 @@ def test_stage_one_has_no_error_in_kept_heads():
 def test_without_positions_attention_follows_its_definition():
     """One layer, one kept group, no cache: softmax of log_a(t + a) q k / sqrt(K) over all tokens so far, before RoPE."""
     model = tiny_student(num_hidden_layers=1, kept_groups=[[1]], kept_positions="log", kept_log_base=7)
-    attention, hidden = model.model.layers[0].self_attn, torch.sin(torch.arange(30 * 48.0, dtype=torch.float64)).view(1, 30, 48)
+    attention, hidden = (
+        model.model.layers[0].self_attn,
+        torch.sin(torch.arange(30 * 48.0, dtype=torch.float64)).view(1, 30, 48),
+    )
     tokens, masks, rope, _ = model.model.prepare(hidden, None, None, None)
-    h, _ = attention.mix(hidden, attention.project(hidden, rope["full_attention"]), tokens, masks["hybrid_sliding", 7, 3])
-    q, k, v = (m(hidden)[0].unflatten(-1, (-1, 16)).transpose(0, 1) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+    h, _ = attention.mix(
+        hidden, attention.project(hidden, rope["full_attention"]), tokens, masks["hybrid_sliding", 7, 3]
+    )
+    q, k, v = (
+        m(hidden)[0].unflatten(-1, (-1, 16)).transpose(0, 1)
+        for m in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     t = torch.arange(30, dtype=torch.float64)
     for head in (2, 3):
         scores = (torch.log(t + 7) / torch.log(torch.tensor(7.0).double()))[:, None] * (q[head] @ k[1].T) / 4
@@ -201,7 +225,10 @@ def test_generation_with_beams_drafts_and_a_static_cache_gives_what_no_cache_giv
     options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
     want = any_student.generate(ids, **options, use_cache=False)
     torch.testing.assert_close(any_student.generate(ids, **options, cache_implementation="static"), want)
-    torch.testing.assert_close(any_student.generate(ids, **options, num_beams=3), any_student.generate(ids, **options, num_beams=3, use_cache=False))
+    torch.testing.assert_close(
+        any_student.generate(ids, **options, num_beams=3),
+        any_student.generate(ids, **options, num_beams=3, use_cache=False),
+    )
     torch.testing.assert_close(any_student.generate(ids[:1], **options, prompt_lookup_num_tokens=3), want[:1])
     logits, cache = in_pieces(any_student, ids, [5, 1, 3], StaticCache(config=any_student.config, max_cache_len=20))
     torch.testing.assert_close(logits, any_student(ids, use_cache=False).logits, **TOLERANCE)
@@ -234,7 +261,11 @@ def test_groups_are_given_back_step_by_step_and_the_first_student_stays_what_it_
     plain, ids = tiny_student(), token_ids(1, 30)
     before = plain(ids).logits
     once, twice = keep_groups(plain, [[0], [], [1]]), keep_groups(keep_groups(plain, [[0], [], []]), [[0], [], [1]])
-    assert torch.equal(once(ids).logits, twice(ids).logits) and torch.equal(plain(ids).logits, before) and plain.config.kept_groups is None
+    assert (
+        torch.equal(once(ids).logits, twice(ids).logits)
+        and torch.equal(plain(ids).logits, before)
+        and plain.config.kept_groups is None
+    )
     assert once.lm_head.weight is plain.lm_head.weight and once.model.layers[0].self_attn.mlstm.q_map.shape[0] == 2
     once.save_pretrained(tmp_path)
     loaded = type(plain).from_pretrained(tmp_path, dtype=torch.float64)
@@ -248,7 +279,9 @@ def test_groups_are_given_back_step_by_step_and_the_first_student_stays_what_it_
 
 
 def layer_inputs(T, rows=2, H=4, G=2, K=8):
-    """q, k, v [B, H | G, T, K], scores [B, G, T] with equal ones among them, and `Tokens` with padding and three documents in the last row."""
+    """q, k, v [B, H | G, T, K], scores [B, G, T] with equal ones among them, and `Tokens` with padding and three
+    documents in the last row.
+    """
     waves = [
         torch.sin(torch.arange(1.0, 1 + rows * n * T * K, dtype=torch.float64) * step).view(rows, n, T, K)
         for n, step in ((H, 0.7), (G, 1.3), (G, 2.1))
@@ -257,7 +290,13 @@ def layer_inputs(T, rows=2, H=4, G=2, K=8):
     mask = torch.ones(rows, T).long()
     mask[-1, [0, 1, 9, T - 12]] = 0
     number = (torch.arange(T) >= 15).long() + (torch.arange(T) >= T - 14).long()
-    return *waves, scores, Tokens.locate((rows, T), "cpu", attention_mask=mask, seq_idx=torch.stack([torch.zeros(T).long()] * (rows - 1) + [number]))
+    return (
+        *waves,
+        scores,
+        Tokens.locate(
+            (rows, T), "cpu", attention_mask=mask, seq_idx=torch.stack([torch.zeros(T).long()] * (rows - 1) + [number])
+        ),
+    )
 
 
 def by_definition(q, k, v, scores, tokens, window, sinks, capacity):
@@ -266,7 +305,11 @@ def by_definition(q, k, v, scores, tokens, window, sinks, capacity):
     for b, head, t in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
         if not tokens.real[b, t]:
             continue
-        g, index, s = head // (q.shape[1] // k.shape[1]), tokens.index[b].tolist(), scores[b, head // (q.shape[1] // k.shape[1])].tolist()
+        g, index, s = (
+            head // (q.shape[1] // k.shape[1]),
+            tokens.index[b].tolist(),
+            scores[b, head // (q.shape[1] // k.shape[1])].tolist(),
+        )
         mine = [j for j in range(t + 1) if tokens.real[b, j] and tokens.document[b, j] == tokens.document[b, t]]
         left = [j for j in mine if index[t] - index[j] >= window and index[j] >= sinks]
         best = sorted(left, key=lambda j: (-s[j], index[j]))[:capacity]
@@ -282,7 +325,9 @@ def test_the_best_tokens_that_left_the_window_are_visible_and_nobody_comes_back(
     want = by_definition(q, k, v, scores, tokens, window, sinks, capacity)
     for block in (1, 5, 64):
         monkeypatch.setattr(sparse, "BLOCK", block)
-        h, _ = sparse.sparse_attention(q, k, v, tokens, scores, HybridCacheLayer(window, sinks, capacity=capacity))
+        h, _ = sparse.sparse_attention(
+            q, k, v, tokens, scores, sparse.SparseCacheLayer(window, sinks, capacity=capacity)
+        )
         torch.testing.assert_close(torch.where(tokens.real[..., None, None], h, 0.0), want, **TOLERANCE)
 
 
@@ -293,7 +338,7 @@ def test_blocks_of_queries_have_the_gradients_of_all_at_once_and_see_a_bounded_n
     for block in (1000, 6):
         monkeypatch.setattr(sparse, "BLOCK", block)
         leaf = [x.clone().requires_grad_() for x in inputs]
-        h, _ = sparse.sparse_attention(*leaf, tokens, scores, HybridCacheLayer(6, 2, capacity=5))
+        h, _ = sparse.sparse_attention(*leaf, tokens, scores, sparse.SparseCacheLayer(6, 2, capacity=5))
         (h * torch.cos(h.detach() * 9) * tokens.real[..., None, None]).sum().backward()
         gradients.append([x.grad for x in leaf])
     torch.testing.assert_close(gradients[0], gradients[1], **TOLERANCE)
@@ -354,9 +399,12 @@ def test_the_sparse_memory_is_as_large_at_any_context_and_empty_slots_are_empty(
 
 def test_random_scores_differ_between_layers_and_tokens_and_never_change():
     index = torch.arange(4000)[None]
-    a, b = (spread(index, j)[0] for j in (0, 100))
+    a, b = (sparse.spread(index, j)[0] for j in (0, 100))
     assert len(a.unique()) > 3990 and int(a.min()) >= 0 and int(a.max()) < 2**24 and (a == b).sum() < 5
-    assert abs(float(a.double().mean()) / 2**23 - 1) < 0.03 and abs(float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])) < 0.05
+    assert (
+        abs(float(a.double().mean()) / 2**23 - 1) < 0.03
+        and abs(float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])) < 0.05
+    )
     assert a[:3].tolist() == GOLDEN
 
 
@@ -373,7 +421,11 @@ BAD = {
     "sparse_memory=-1": {"sparse_memory": -1},
     "sparse_memory_score='best'": {"sparse_memory_score": "best"},
     "sparse_memory=2 with mixer_branches='window'": {"sparse_memory": 2, "mixer_branches": "window"},
-    "mixer_combine='joint' with sparse_memory=2: expected 0": {"mixer_combine": "joint", "memory_cell": "linear", "sparse_memory": 2},
+    "mixer_combine='joint' with sparse_memory=2: expected 0": {
+        "mixer_combine": "joint",
+        "memory_cell": "linear",
+        "sparse_memory": 2,
+    },
 }
 
 

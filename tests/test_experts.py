@@ -1,4 +1,6 @@
-"""Experts of one start, in one launch or in several; they are refused when their start is another, and waited for when another launch makes them."""
+"""Experts of one start, in one launch or in several; they are refused when their start is another, and waited for when
+another launch makes them.
+"""
 
 import json
 import os
@@ -15,11 +17,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from xlstm_hybrid import claims, cli
-from xlstm_hybrid.artifacts import MANIFEST, digest, owner, read_provenance, staged
+from xlstm_hybrid import cli
+from xlstm_hybrid.checkpoint import locks
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, owner, read_provenance, staged
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.pipeline import Road, experts, make_experts, road
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.pipeline import Run, experts, make_experts, run
+from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "recipes/tiny_teacher/tiny-llama"
@@ -36,7 +39,11 @@ ON_POLICY = {
 
 def recipe_file(folder, **changes):
     """The smoke recipe with one step per stage and no evaluation."""
-    content = yaml.safe_load((ROOT / "recipes/smoke.yaml").read_text()) | {"teacher": str(TEACHER), "align": SHORT, "distill": SHORT | {"top_k": 16}}
+    content = yaml.safe_load((ROOT / "recipes/smoke.yaml").read_text()) | {
+        "teacher": str(TEACHER),
+        "align": SHORT,
+        "distill": SHORT | {"top_k": 16},
+    }
     content = {k: v for k, v in (content | {"evaluate": None} | changes).items() if v is not None}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "recipe.yaml"
@@ -99,15 +106,21 @@ def test_one_launch_makes_the_experts_that_several_made(recipe, both, tmp_path):
     again = f"xlstm-hybrid experts {recipe.path} --out {tmp_path}/run --start {start} --merge"
     assert f"next, merge them as the recipe says: {again}" in said(tmp_path / "run")
     made(recipe, tmp_path / "run", start=start, merge=True)
-    assert f"next, judge the student: xlstm-hybrid evaluate {tmp_path}/run/merged --recipe {recipe.path}" in said(tmp_path / "run")
-    assert [s["stage"] for s in read_provenance(tmp_path / "run" / "merged")][-3:] == ["distill:symbols", "distill:memory", "merge"]
+    assert f"next, evaluate the student: xlstm-hybrid evaluate {tmp_path}/run/merged --recipe {recipe.path}" in said(
+        tmp_path / "run"
+    )
+    assert [s["stage"] for s in read_provenance(tmp_path / "run" / "merged")][-3:] == [
+        "distill:symbols",
+        "distill:memory",
+        "merge",
+    ]
 
 
-def test_the_road_goes_on_from_the_experts_and_a_second_call_keeps_them(recipe, both):
+def test_the_run_goes_on_from_the_experts_and_a_second_call_keeps_them(recipe, both):
     out, found = both
     before = times(out)
     assert made(recipe, out) == found and times(out) == before
-    Road(recipe, out, console=console(out)).walk()
+    Run(recipe, out, console=console(out)).run()
     after = times(out)
     assert {name: after[name] for name in before} == before and set(after) - set(before) == {"merged", "student"}
 
@@ -119,7 +132,7 @@ def test_the_table_names_every_expert_and_the_next_step_follows_from_it(recipe, 
         assert f"{record['figures']['loss']:.4g}" in said(out) and f"experts/{name}" in said(out)
     assert digest(out / "aligned" / MANIFEST)[:8] in said(out) and "not made" in said(out)
     assert f"next, the other experts: xlstm-hybrid experts {recipe.path} --out {out} --only symbols" in said(out)
-    assert f"next, merge them, judge and report: xlstm-hybrid run {recipe.path} --out {out}" in said(out)
+    assert f"next, merge them, evaluate and report: xlstm-hybrid run {recipe.path} --out {out}" in said(out)
 
 
 def test_an_expert_of_another_start_is_refused_until_it_is_made_again(recipe, both, tmp_path):
@@ -127,26 +140,32 @@ def test_an_expert_of_another_start_is_refused_until_it_is_made_again(recipe, bo
     shutil.copytree(both[0], out)
     other = made(replace(recipe, seed=5), tmp_path / "other", "memory")["memory"].parents[1] / "aligned"
     before = times(out)
-    with pytest.raises(ConfigError, match=r"symbols in run: made from another start than aligned \(manifest .*pass --redo"):
+    with pytest.raises(
+        ConfigError, match=r"symbols in run: made from another start than aligned \(manifest .*pass --redo"
+    ):
         made(recipe, out, "memory", start=other)
     with pytest.raises(ConfigError, match="symbols was made with other parents: pass --redo"):
         made(recipe, out, start=other)  # both are asked for
     assert times(out) == before
     found = made(recipe, out, "memory", start=other, redo=True)
-    assert experts.strangers(Road(recipe, out), digest(other / MANIFEST), found) == ["symbols"] and "another" in said(out)
+    assert experts.from_another_start(Run(recipe, out), digest(other / MANIFEST), found) == [
+        "symbols"
+    ] and "another" in said(out)
     made(recipe, out, "symbols", start=other, redo=True)
     assert {experts.distilled(d)["parent_manifest"] for d in found.values()} == {digest(other / MANIFEST)}
 
 
 def test_a_start_that_changes_under_the_experts_is_noticed(recipe, both, tmp_path, monkeypatch):
-    start, distill = shutil.copytree(both[0] / "aligned", tmp_path / "start"), road.distill
+    start, distill = shutil.copytree(both[0] / "aligned", tmp_path / "start"), run.distill
 
     def disturbed(*args, **kwargs):
         distill(*args, **kwargs)
         shutil.copy(both[0] / "converted" / MANIFEST, start / MANIFEST)
 
-    monkeypatch.setattr(road, "distill", disturbed)
-    with pytest.raises(ConfigError, match="start has changed while experts were made from it: make memory again with --redo"):
+    monkeypatch.setattr(run, "distill", disturbed)
+    with pytest.raises(
+        ConfigError, match="start has changed while experts were made from it: make memory again with --redo"
+    ):
         made(recipe, tmp_path / "run", "memory", start=start)
 
 
@@ -184,21 +203,29 @@ def test_a_launch_waits_for_another_that_makes_the_same_stage_and_keeps_its_resu
         shutil.copy(both[0] / "stages" / "distill-memory.json", out / "stages")
         claim.unlink()
 
-    monkeypatch.setattr(claims.time, "sleep", another_launch_finishes)
+    monkeypatch.setattr(locks.time, "sleep", another_launch_finishes)
     made(recipe, out, "memory")
-    assert len(waits) == 1 and times(out)["memory"] > 0 and digest(out / "experts/memory" / MANIFEST) == digest(both[0] / "experts/memory" / MANIFEST)
-    assert f"distill:memory: waiting for another launch (process {owner(os.getppid())})" in said(out) and "distill:memory: kept" in said(out)
+    assert (
+        len(waits) == 1
+        and times(out)["memory"] > 0
+        and digest(out / "experts/memory" / MANIFEST) == digest(both[0] / "experts/memory" / MANIFEST)
+    )
+    assert f"distill:memory: waiting for another launch (process {owner(os.getppid())})" in said(
+        out
+    ) and "distill:memory: kept" in said(out)
     assert not list(out.rglob(".*"))
 
 
 def test_signs_of_life_keep_a_claim(tmp_path, monkeypatch):
     path, beats = tmp_path / ".claim", []
-    with claims.beating(lambda: beats.append(1) or (len(beats) == 1 and path.stat()), seconds=0.01):  # the first finds no file: it goes on
+    with locks.beating(
+        lambda: beats.append(1) or (len(beats) == 1 and path.stat()), seconds=0.01
+    ):  # the first finds no file: it goes on
         while len(beats) < 3:
             pass
     count = len(beats)
     assert count >= 3 and not path.exists()
-    with claims.held(path):
+    with locks.held(path):
         assert path.read_text() == owner(os.getpid())
     assert not path.exists() and len(beats) == count
 
@@ -216,26 +243,34 @@ def test_a_directory_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
         if overwrite:
             write("ours")
         else:
-            with pytest.raises(CheckpointError, match="False was written by another process in the meantime, and is kept"):
+            with pytest.raises(
+                CheckpointError, match="False was written by another process in the meantime, and is kept"
+            ):
                 write("ours")
-        assert (path / "file").read_text() == ("ours" if overwrite else "theirs") and len(list(tmp_path.glob(".*"))) == 0
+        assert (path / "file").read_text() == ("ours" if overwrite else "theirs") and len(
+            list(tmp_path.glob(".*"))
+        ) == 0
 
 
 def test_an_interrupted_launch_keeps_the_experts_that_are_done(recipe, both, tmp_path, monkeypatch):
-    out, distill = tmp_path / "run", road.distill
+    out, distill = tmp_path / "run", run.distill
 
     def stopping(student, teacher, directory, recipe, name, overwrite):
         if name == "memory":
             raise KeyboardInterrupt
         return distill(student, teacher, directory, recipe, name, overwrite)
 
-    monkeypatch.setattr(road, "distill", stopping)
+    monkeypatch.setattr(run, "distill", stopping)
     with pytest.raises(KeyboardInterrupt):
         made(recipe, out, start=both[0] / "aligned")
     before = times(out)
-    monkeypatch.setattr(road, "distill", distill)
+    monkeypatch.setattr(run, "distill", distill)
     found = made(recipe, out, start=both[0] / "aligned")
-    assert list(before) == ["symbols"] and times(out)["symbols"] == before["symbols"] and list(found) == ["symbols", "memory"]
+    assert (
+        list(before) == ["symbols"]
+        and times(out)["symbols"] == before["symbols"]
+        and list(found) == ["symbols", "memory"]
+    )
     assert not list(out.rglob(".*"))
 
 
@@ -243,12 +278,15 @@ def test_each_expert_may_learn_from_its_own_samples_before_it_is_merged(recipe, 
     out = tmp_path / "run"
     found = made(replace(recipe, on_policy=ON_POLICY), out, "memory", start=both[0] / "aligned")
     record = read_provenance(found["memory"])
-    assert found == {"memory": out / "on_policy" / "memory"} and [s["stage"] for s in record[-2:]] == ["distill:memory", "on-policy:memory"]
+    assert found == {"memory": out / "on_policy" / "memory"} and [s["stage"] for s in record[-2:]] == [
+        "distill:memory",
+        "on-policy:memory",
+    ]
     assert record[-1]["parent_manifest"] == digest(out / "experts" / "memory" / MANIFEST)
     assert f"{record[-1]['figures']['divergence']:.4g}" in said(out) and "on_policy/memory" in said(out)
 
 
-def test_the_verb_says_what_it_does_not_know(tmp_path):
+def test_the_command_says_what_it_does_not_know(tmp_path):
     path = recipe_file(tmp_path)
     result = CliRunner().invoke(cli.app, ["experts", str(path), "--out", str(tmp_path / "run"), "--only", "math"])
     assert isinstance(result.exception, ConfigError) and "expert 'math'" in str(result.exception)
@@ -259,9 +297,14 @@ def test_two_launches_at_once_make_one_start_and_an_expert_each(tmp_path):
     path, out = recipe_file(tmp_path), tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "xlstm_hybrid", "experts", str(path), "--out", str(out), "--only"]
-    running = [subprocess.Popen([*command, name], env=environment, stdout=subprocess.PIPE, text=True) for name in ("symbols", "memory")]
+    running = [
+        subprocess.Popen([*command, name], env=environment, stdout=subprocess.PIPE, text=True)
+        for name in ("symbols", "memory")
+    ]
     printed = [process.communicate(timeout=280)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
-    assert {experts.distilled(out / "experts" / n)["parent_manifest"] for n in ("symbols", "memory")} == {digest(out / "aligned" / MANIFEST)}
+    assert {experts.distilled(out / "experts" / n)["parent_manifest"] for n in ("symbols", "memory")} == {
+        digest(out / "aligned" / MANIFEST)
+    }
     assert sum("waiting for another launch" in text for text in printed) >= 1 and not list(out.rglob(".*"))
     assert json.loads((out / "stages" / "align.json").read_text())["spec"]["seed"] == 1

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.dynamic_module_utils import get_imports
 from typer.testing import CliRunner
 
-import xlstm_hybrid.export
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify, write_manifest
-from xlstm_hybrid.card import write_card
+import xlstm_hybrid.hub.export
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
-from xlstm_hybrid.export import AUTO_MAP, code, export
-from xlstm_hybrid.versions import PACKAGES
+from xlstm_hybrid.hub.export import AUTO_MAP, code, export
+from xlstm_hybrid.reports.card import write_card
 
 TEACHER = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -32,10 +32,14 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 def exercise(model, tokenizer):
-    """What a user does with a model: read, generate, train. Tensors by name; bitwise the same for the same model on one machine."""
+    """What a user does with a model: read, generate, train. Tensors by name; bitwise the same for the same model on one
+    machine.
+    """
     torch.set_num_threads(1)
     ids = ((torch.arange(60) ** 2 % 487) + 5).view(2, 30)
-    padded = tokenizer(["12+30=", "recall aB; cD; eF; = a"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    padded = tokenizer(
+        ["12+30=", "recall aB; cD; eF; = a"], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
     results = {
         "logits": model(ids).logits,
         "greedy": model.generate(ids, max_new_tokens=9, do_sample=False),
@@ -104,13 +108,23 @@ print("\\n" + json.dumps(said))  # after the question
 def plain(tmp_path_factory):
     """A checkpoint as a stage leaves it, with things that must not travel."""
     folder = tmp_path_factory.mktemp("checkpoints") / "plain.v1"  # a dot, which no module name has
-    tiny_student(torch.float32, gain=1.5, vocab_size=512, **{"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]}).save_pretrained(
-        folder
-    )
+    tiny_student(
+        torch.float32,
+        gain=1.5,
+        vocab_size=512,
+        **{"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]},
+    ).save_pretrained(folder)
     for name in TOKENIZER:
         shutil.copy(TEACHER / name, folder / name)
-    GenerationConfig(max_new_tokens=7, temperature=0.7, do_sample=True, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
-    add_provenance(folder, "convert", parent="tiny-llama", config={"teacher": "someone/tiny-llama", "sliding_window": 7, "num_sink_tokens": 3})
+    GenerationConfig(max_new_tokens=7, temperature=0.7, do_sample=True, eos_token_id=2, pad_token_id=0).save_pretrained(
+        folder
+    )
+    add_provenance(
+        folder,
+        "convert",
+        parent="tiny-llama",
+        config={"teacher": "someone/tiny-llama", "sliding_window": 7, "num_sink_tokens": 3},
+    )
     write_card(folder)
     write_manifest(folder)
     for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt"):
@@ -132,11 +146,24 @@ def stranger(plain, exported, tmp_path_factory):
     shutil.copytree(exported[0], downloaded / "snapshots" / COMMIT)
     (downloaded / "refs").mkdir()
     (downloaded / "refs/main").write_text(COMMIT)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(out), "HF_HUB_OFFLINE": "1",
-                   "HF_HUB_CACHE": str(out / "hub"), "HF_MODULES_CACHE": str(out / "modules"),
-                   "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-    ran = subprocess.run([sys.executable, "-c", STRANGER, plain, exported[0], out], capture_output=True, text=True, cwd=out, env=environment,
-                         stdin=subprocess.DEVNULL, timeout=240)  # fmt: skip
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(out),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(out / "hub"),
+        "HF_MODULES_CACHE": str(out / "modules"),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", STRANGER, plain, exported[0], out],
+        capture_output=True,
+        text=True,
+        cwd=out,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=240,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1]), load_file(out / "results.safetensors")
 
@@ -153,7 +180,11 @@ def test_the_carried_code_computes_generates_and_trains_bit_for_bit_as_the_packa
     differ = [name for name, x in ours.items() if not torch.equal(x, theirs[name])]
     assert not differ and len(ours) > 40
     before = AutoModelForCausalLM.from_pretrained(plain).state_dict()
-    assert not any(torch.equal(x, before[name.removeprefix("trained ")]) for name, x in ours.items() if name.endswith("mlstm.q_map"))
+    assert not any(
+        torch.equal(x, before[name.removeprefix("trained ")])
+        for name, x in ours.items()
+        if name.endswith("mlstm.q_map")
+    )
 
 
 def test_a_repository_of_the_hub_is_the_same_model(stranger):
@@ -195,7 +226,7 @@ def test_a_tokenizer_needs_no_trust(stranger):
 def test_with_the_package_no_carried_code_runs_and_nobody_is_asked(exported, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"asked: {text}"))
     model = AutoModelForCausalLM.from_pretrained(exported[0])
-    assert type(model).__module__ == "xlstm_hybrid.modeling"
+    assert type(model).__module__ == "xlstm_hybrid.model.modeling"
     AutoTokenizer.from_pretrained(exported[0])
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -209,12 +240,21 @@ def test_with_the_package_no_carried_code_runs_and_nobody_is_asked(exported, mon
 def test_everything_a_user_needs_travels_and_nothing_else(plain, exported):
     folder, report = exported
     kept = {"model.safetensors", "generation_config.json", *TOKENIZER}
-    assert {p.name for p in folder.iterdir()} == {*kept, *code(), "config.json", "README.md", "provenance.json", "manifest.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        *kept,
+        *code(),
+        "config.json",
+        "README.md",
+        "provenance.json",
+        "manifest.json",
+    }
     assert set(report.files) == {p.name for p in folder.iterdir()} and set(report.code) == set(code())
     assert report.left_out == ["notes.txt", "optimizer.pt", "rng_state.pth", "training_args.bin"]
     for name in kept - {"tokenizer_config.json"}:
         assert (folder / name).read_bytes() == (plain / name).read_bytes(), name
-    without = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "auto_map"}
+    without = {
+        key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "auto_map"
+    }
     assert without == json.loads((plain / "config.json").read_text())
     chat = [AutoTokenizer.from_pretrained(where).apply_chat_template(CHAT, tokenize=False) for where in (plain, folder)]
     assert chat[0] == chat[1] and "Reverse the letters" in chat[0]
@@ -236,7 +276,10 @@ def test_the_card_says_how_to_load_it_and_no_longer_that_it_needs_the_package(ex
     bare = tmp_path / "bare"
     tiny_student(torch.float32).save_pretrained(bare)
     for number, card in enumerate(
-        (None, "# A card\n\n## How it was made\n\nWell.\n\n- It loads only where the package xlstm-hybrid is imported: so.\n- Last.\n")
+        (
+            None,
+            "# A card\n\n## How it was made\n\nWell.\n\n- It loads only where the package xlstm-hybrid is imported: so.\n- Last.\n",
+        )
     ):
         if card:
             (bare / "README.md").write_text(card)
@@ -245,7 +288,9 @@ def test_the_card_says_how_to_load_it_and_no_longer_that_it_needs_the_package(ex
         assert "trust_remote_code=True" in text and "It loads only where" not in text
     export(tmp_path / "out1", tmp_path / "out2")
     assert (tmp_path / "out2/README.md").read_text() == text
-    assert text.startswith("# A card\n\n## Load it without the package\n") and text.endswith("\n\n## How it was made\n\nWell.\n\n- Last.\n")
+    assert text.startswith("# A card\n\n## Load it without the package\n") and text.endswith(
+        "\n\n## How it was made\n\nWell.\n\n- Last.\n"
+    )
 
 
 def test_shards_travel_with_their_index(plain, tmp_path):
@@ -259,7 +304,7 @@ def test_shards_travel_with_their_index(plain, tmp_path):
 
 def test_the_floor_in_the_card_is_that_of_the_package():
     for name in ("torch", "transformers"):
-        assert f"{name} {PACKAGES[name].floor}" in xlstm_hybrid.export.NEEDS
+        assert f"{name} {PACKAGES[name].floor}" in xlstm_hybrid.hub.export.NEEDS
 
 
 # --- the code ----------------------------------------------------------------------------------------------------
@@ -269,35 +314,48 @@ def test_a_carried_file_names_project_version_and_licence_and_imports_only_its_n
     files = code()
     for name, text in files.items():
         tree = ast.parse(text)
-        assert "Apache-2.0" in text and f"xlstm-hybrid {xlstm_hybrid.__version__}" in text and ast.get_docstring(tree), name
+        assert (
+            "Apache-2.0" in text and f"xlstm-hybrid {xlstm_hybrid.__version__}" in text and ast.get_docstring(tree)
+        ), name
         near = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-        modules = {module for node in near for module in ([node.module] if node.module else [alias.name for alias in node.names])}
+        modules = {
+            module
+            for node in near
+            for module in ([node.module] if node.module else [alias.name for alias in node.names])
+        }
         assert {f"{module}.py" for module in modules} <= set(files) and all(node.level == 1 for node in near), name
         assert "xlstm_kernels::" not in text, f"{name}: two copies in one process would register one operator twice"
 
 
 def test_transformers_asks_for_torch_and_itself_only(exported):
-    """It demands every package that `get_imports` finds: triton must not be among them, nor we; what transformers needs itself is there."""
+    """It demands every package that `get_imports` finds: triton must not be among them, nor we; what transformers needs
+    itself is there.
+    """
     allowed = {"torch", "transformers", "huggingface_hub", "packaging", *sys.stdlib_module_names}
     for name in code():
         assert set(get_imports(exported[0] / name)) <= allowed, name
 
 
 def test_but_for_imports_and_names_of_operators_a_file_is_its_source():
-    source = Path(xlstm_hybrid.export.__file__).with_name("modeling.py").read_text().splitlines()
+    source = xlstm_hybrid.hub.export.origin("xlstm_hybrid.model.modeling").read_text().splitlines()
     carried = code()["modeling_xlstm_hybrid.py"].splitlines()
     ours = ("from xlstm_hybrid", "from xlstm_kernels", "from .", "# ")
-    assert [line for line in source if not line.strip().startswith(ours)] == [line for line in carried if not line.strip().startswith(ours)]
+    assert [line for line in source if not line.strip().startswith(ours)] == [
+        line for line in carried if not line.strip().startswith(ours)
+    ]
 
 
 def test_a_comment_and_an_alias_survive_the_rewriting():
-    node = ast.parse("from xlstm_kernels.gpu.mlstm import mlstm_triton as run").body[0]
-    assert xlstm_hybrid.export.relative(node) == ["from .xlstm_kernels_gpu_mlstm import mlstm_triton as run"]
-    node = ast.parse("from xlstm_kernels import mix, reference as r, mlstm").body[0]  # a function that hides its module, a module, a function
-    assert xlstm_hybrid.export.relative(node) == [
-        "from . import xlstm_kernels_reference as r", "from .xlstm_kernels_mix import mix", "from .xlstm_kernels_mlstm import mlstm"
-    ]  # fmt: skip
-    assert "import mlstm_triton as run  # needs triton" in code()["xlstm_kernels_mlstm.py"]
+    node = ast.parse("from xlstm_kernels.mlstm.triton import mlstm_triton as run").body[0]
+    assert xlstm_hybrid.hub.export.relative(node) == ["from .xlstm_kernels_mlstm_triton import mlstm_triton as run"]
+    node = ast.parse("from xlstm_kernels import mix, mlstm").body[0]  # functions that hide the folders of their names
+    assert xlstm_hybrid.hub.export.relative(node) == [
+        "from .xlstm_kernels_mix_op import mix",
+        "from .xlstm_kernels_mlstm_op import mlstm",
+    ]
+    node = ast.parse("from xlstm_kernels.mlstm import reference as r").body[0]  # a module
+    assert xlstm_hybrid.hub.export.relative(node) == ["from . import xlstm_kernels_mlstm_reference as r"]
+    assert "import mlstm_triton as run  # needs triton" in code()["xlstm_kernels_mlstm_op.py"]
 
 
 @torch.no_grad()
@@ -308,7 +366,7 @@ def test_the_carried_triton_kernel_runs_and_is_the_packages(exported, monkeypatc
     for name, text in code().items():
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(package.parent)
-    carried = importlib.import_module("carried_code.xlstm_kernels_mlstm")
+    carried = importlib.import_module("carried_code.xlstm_kernels_mlstm_op")
     from xlstm_kernels import mlstm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in triton's interpreter, see conftest
@@ -316,7 +374,9 @@ def test_the_carried_triton_kernel_runs_and_is_the_packages(exported, monkeypatc
     q, k, v = (torch.randn(1, 20, 2, 16, generator=make).to(device) for _ in range(3))
     i, f = (torch.randn(1, 20, 2, generator=make).to(device) for _ in range(2))
     inputs = q.softmax(-1), k.softmax(-1), v, i, f + 3
-    got, want, plain = (form(*inputs, backend=b)[0] for form, b in ((carried.mlstm, "triton"), (mlstm, "triton"), (mlstm, "chunkwise")))
+    got, want, plain = (
+        form(*inputs, backend=b)[0] for form, b in ((carried.mlstm, "triton"), (mlstm, "triton"), (mlstm, "chunkwise"))
+    )
     assert torch.equal(got, want)
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
@@ -342,11 +402,27 @@ def edit(folder, **changes):
 
 BROKEN = {
     "a flipped bit": (flip_a_bit, CheckpointError, r"copy: model.safetensors has SHA-256"),
-    "another architecture": (lambda folder: edit(folder, model_type="llama"), CheckpointError, r"model_type is 'llama', expected 'xlstm_hybrid'"),
-    "a contradiction": (lambda folder: edit(folder, layer_types=["hybrid_sliding"]), ConfigError, r"layer_types has 1 entries"),
-    "a wrong type": (lambda folder: edit(folder, hidden_size="big"), CheckpointError, r"not a configuration of ours \(.*hidden_size"),
-    "no weights": (lambda folder: [(folder / f).unlink() for f in ("manifest.json", "model.safetensors")], CheckpointError, r"expected model.safe"),
-}  # fmt: skip
+    "another architecture": (
+        lambda folder: edit(folder, model_type="llama"),
+        CheckpointError,
+        r"model_type is 'llama', expected 'xlstm_hybrid'",
+    ),
+    "a contradiction": (
+        lambda folder: edit(folder, layer_types=["hybrid_sliding"]),
+        ConfigError,
+        r"layer_types has 1 entries",
+    ),
+    "a wrong type": (
+        lambda folder: edit(folder, hidden_size="big"),
+        CheckpointError,
+        r"not a configuration of ours \(.*hidden_size",
+    ),
+    "no weights": (
+        lambda folder: [(folder / f).unlink() for f in ("manifest.json", "model.safetensors")],
+        CheckpointError,
+        r"expected model.safe",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -365,7 +441,11 @@ def test_what_is_there_stays_unless_overwriting_is_allowed(plain, tmp_path, monk
     with pytest.raises(CheckpointError, match="exists already"):
         export(plain, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(xlstm_hybrid.export, "write_manifest", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patched.setattr(
+            xlstm_hybrid.hub.export,
+            "write_manifest",
+            lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
         with pytest.raises(CheckpointWriteError, match="No space left"):
             export(plain, tmp_path / "out", overwrite=True)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"] and len(list(tmp_path.iterdir())) == 1
@@ -390,7 +470,7 @@ def test_a_tokenizer_config_that_names_code_or_files_travels_without_them(plain,
 
 
 def test_code_that_transformers_would_not_find_is_refused(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(xlstm_hybrid.export, "code", lambda: {**code(), "stray.py": '"""Nobody imports it."""\n'})
+    monkeypatch.setattr(xlstm_hybrid.hub.export, "code", lambda: {**code(), "stray.py": '"""Nobody imports it."""\n'})
     with pytest.raises(CheckpointError, match="stray.py"):
         export(plain, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -428,7 +508,10 @@ def test_push_to_hub_sends_weights_as_safetensors_and_text_and_nothing_else(plai
     monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
     AutoModelForCausalLM.from_pretrained(exported[0]).push_to_hub("me/student")
     assert set(hub.files) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
-    assert json.loads(hub.files["config.json"])["model_type"] == "xlstm_hybrid" and b"auto_map" not in hub.files["config.json"]
+    assert (
+        json.loads(hub.files["config.json"])["model_type"] == "xlstm_hybrid"
+        and b"auto_map" not in hub.files["config.json"]
+    )
     hub.files.clear()
     AutoTokenizer.from_pretrained(plain).push_to_hub("me/student")
     assert set(hub.files) == {*TOKENIZER, "README.md"}

@@ -1,14 +1,15 @@
 """The table of each family, proof-read against transformers' own classes."""
+
 import re
 
 import pytest
 import torch
 from tiny_teachers import FAMILIES, MIXED, model_class, teacher_config
 
-from xlstm_hybrid.conversion import empty_student
+from xlstm_hybrid.conversion.convert import empty_student
+from xlstm_hybrid.conversion.families import FAMILIES as TABLES
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import UnsupportedTeacherError
-from xlstm_hybrid.families import FAMILIES as TABLES
-from xlstm_hybrid.families import student_config
 
 FULL = ["full_attention"] * 3
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -17,21 +18,36 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @every_family
 def test_a_table_names_the_tensors_of_the_teachers_class_and_no_others(family):
     every_option = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
-    config = teacher_config(family, **{name: value for name, value in every_option.items() if hasattr(teacher_config(family), name)})
+    config = teacher_config(
+        family, **{name: value for name, value in every_option.items() if hasattr(teacher_config(family), name)}
+    )
     with torch.device("meta"):
         names = {re.sub(r"\.\d+\.", ".{n}.", name, count=1) for name in model_class(family)(config).state_dict()}
     table = TABLES[family].tensors
     assert names == {name for name, targets in table.items() if targets is not None}
     assert {name for name, targets in table.items() if targets is None} == {
-        "model.rotary_emb.inv_freq", "model.layers.{n}.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.{n}.self_attn.rotary_emb.inv_freq",
     }
 
 
 @every_family
 def test_fields_that_all_families_share_are_copied(family):
     config, original = student_config(teacher_config(family)), teacher_config(family)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+    ):
         assert getattr(config, name) == getattr(original, name), name
     assert config.teacher_model_type == family
     assert config.layer_types == ["hybrid_sliding"] * 3
@@ -46,7 +62,11 @@ def test_fields_that_all_families_share_are_copied(family):
         ("mistral", {"sliding_window": 9}, ("pre", None, False, False, False, ["sliding_attention"] * 3, 9)),
         ("qwen2", {}, ("pre", None, True, False, False, MIXED, 7)),
         ("qwen2", {"use_sliding_window": False, "layer_types": None}, ("pre", None, True, False, False, FULL, None)),
-        ("qwen2", {"max_window_layers": 2, "layer_types": None}, ("pre", None, True, False, False, [*FULL[:2], "sliding_attention"], 7)),
+        (
+            "qwen2",
+            {"max_window_layers": 2, "layer_types": None},
+            ("pre", None, True, False, False, [*FULL[:2], "sliding_attention"], 7),
+        ),
         ("qwen3", {"attention_bias": False}, ("pre", "head", False, False, False, MIXED, 7)),
         ("qwen3", {"attention_bias": True}, ("pre", "head", True, True, False, MIXED, 7)),
         ("olmo2", {"attention_bias": True}, ("post", "full", True, True, False, FULL, None)),
@@ -55,30 +75,91 @@ def test_fields_that_all_families_share_are_copied(family):
 )
 def test_fields_that_differ_between_families(family, changes, expected):
     config = student_config(teacher_config(family, **changes))
-    assert (config.norm_position, config.qk_norm, config.attention_bias, config.attention_output_bias, config.mlp_bias, config.teacher_layer_types,
-            config.teacher_sliding_window) == expected
+    assert (
+        config.norm_position,
+        config.qk_norm,
+        config.attention_bias,
+        config.attention_output_bias,
+        config.mlp_bias,
+        config.teacher_layer_types,
+        config.teacher_sliding_window,
+    ) == expected
     assert student_config(teacher_config(family, **changes), layer_types="teacher").layer_types == expected[5]
 
 
 def test_rope_in_the_old_format_of_config_json_is_read():
-    old = TABLES["llama"].config_class.from_dict({"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    old = TABLES["llama"].config_class.from_dict(
+        {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    )
     rope = student_config(old).rope_parameters
     assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 5e5, 2.0)
 
 
-YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 8192}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 PUBLISHED = {  # what config.json of a published checkpoint says, in the old format, and how many parameters it has
-    "llama": (8_030_261_248, {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "rope_scaling": LLAMA3,
-                              "rope_theta": 5e5, "max_position_embeddings": 131072}),
-    "mistral": (7_248_023_552, {"vocab_size": 32768, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": None}),
-    "qwen2": (7_615_616_512, {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_key_value_heads": 4,
-                              "num_hidden_layers": 28, "num_attention_heads": 28, "sliding_window": 131072, "use_sliding_window": False,
-                              "max_window_layers": 28}),
-    "qwen3": (8_190_735_360, {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8, "head_dim": 128}),
+    "llama": (
+        8_030_261_248,
+        {
+            "vocab_size": 128256,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "rope_scaling": LLAMA3,
+            "rope_theta": 5e5,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "mistral": (
+        7_248_023_552,
+        {"vocab_size": 32768, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": None},
+    ),
+    "qwen2": (
+        7_615_616_512,
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "sliding_window": 131072,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+        },
+    ),
+    "qwen3": (
+        8_190_735_360,
+        {
+            "vocab_size": 151936,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    ),
     "olmo2": (7_298_617_344, {"vocab_size": 100352, "intermediate_size": 11008}),
-    "olmo3": (7_298_011_136, {"vocab_size": 100278, "intermediate_size": 11008, "max_position_embeddings": 65536, "rope_theta": 5e5,
-                              "rope_scaling": YARN}),
+    "olmo3": (
+        7_298_011_136,
+        {
+            "vocab_size": 100278,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 65536,
+            "rope_theta": 5e5,
+            "rope_scaling": YARN,
+        },
+    ),
 }
 
 
@@ -92,7 +173,9 @@ def test_a_student_of_a_published_teacher_has_its_parameters_and_half_a_percent_
     assert sum(sizes.values()) - new == published
     assert 0.004 < new / published < 0.006
     if family == "olmo3":
-        assert [config.rope_parameters_of(kind)["rope_type"] for kind in config.teacher_layer_types[:5]] == ["default"] * 3 + ["yarn", "default"]
+        assert [config.rope_parameters_of(kind)["rope_type"] for kind in config.teacher_layer_types[:5]] == [
+            "default"
+        ] * 3 + ["yarn", "default"]
 
 
 def test_head_dim_is_hidden_size_over_heads_where_the_teacher_has_no_such_field():
@@ -106,9 +189,20 @@ def test_head_dim_is_hidden_size_over_heads_where_the_teacher_has_no_such_field(
     [
         ("mistral", {"layer_types": MIXED}, "are ignored by this family, whose layers are all sliding_attention"),
         ("qwen2", {"use_sliding_window": False}, "has sliding_attention layers and sliding_window=None"),
-        ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"layer_types holds \['chunked_attention'\]"),
-        ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False}}},
-         "truncate=False has no effect in nested parameters"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+            r"layer_types holds \['chunked_attention'\]",
+        ),
+        (
+            "olmo3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False}
+                }
+            },
+            "truncate=False has no effect in nested parameters",
+        ),
     ],
 )
 def test_a_teacher_whose_configuration_says_what_its_model_does_not_do_is_refused(family, changes, message):

@@ -1,28 +1,37 @@
-"""Every way in which transformers generates gives what a model without a cache gives, for a student of every teacher family."""
+"""Every way in which transformers generates gives what a model without a cache gives, for a student of every teacher
+family.
+"""
 
 import contextlib
 import io
-import os
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import enlarge, tiny_config, tiny_student, token_ids
 from tiny_students import STACKS, every_family, ids_of, left_padded, student
-from transformers import AutoTokenizer, CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
+from transformers import (
+    AutoTokenizer,
+    CompileConfig,
+    DynamicCache,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
 
 import xlstm_hybrid
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
 
 ROOT = Path(__file__).parents[1]
 families = pytest.mark.parametrize("family", every_family)
 FAST = set(zip(every_family, [*STACKS] * 3, strict=True))  # every family and every stack; the other pairs are slow
 students = pytest.mark.parametrize(
-    ("family", "stack"), [pytest.param(f, s, marks=() if (f, s) in FAST else pytest.mark.slow) for f in every_family for s in STACKS]
+    ("family", "stack"),
+    [pytest.param(f, s, marks=() if (f, s) in FAST else pytest.mark.slow) for f in every_family for s in STACKS],
 )
 N = 10  # new tokens: the windows wrap
 GREEDY = {"max_new_tokens": N, "min_new_tokens": N, "do_sample": False}
@@ -38,7 +47,11 @@ def uncached(model, ids, **options):
 @students
 def test_greedy_sampled_and_beam_generation_equal_generation_without_a_cache(family, stack):
     model, (ids, mask) = student(family, stack), left_padded([ids_of(11, 1), ids_of(6, 1, 4)])
-    for options in ({}, {"do_sample": True, "top_k": 20, "num_return_sequences": 2}, {"num_beams": 3, "num_return_sequences": 2}):
+    for options in (
+        {},
+        {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ):
         torch.manual_seed(5)
         want = uncached(model, ids, attention_mask=mask, **options)
         torch.manual_seed(5)
@@ -51,7 +64,9 @@ def test_a_padded_batch_generates_what_each_row_generates_alone(family, stack):
     ids, mask = left_padded(rows)
     together = model.generate(ids, attention_mask=mask, **GREEDY)
     for row, output in zip(rows, together, strict=True):
-        assert torch.equal(output[12:], model.generate(row, attention_mask=torch.ones_like(row), **GREEDY)[0, row.shape[1] :])
+        assert torch.equal(
+            output[12:], model.generate(row, attention_mask=torch.ones_like(row), **GREEDY)[0, row.shape[1] :]
+        )
 
 
 @students
@@ -79,9 +94,15 @@ def test_drafts_of_early_layers_run_no_other_layers(family):
 
 @pytest.mark.parametrize(
     "options",
-    [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"guidance_scale": 1.7}, {"cache_implementation": "offloaded"},
-     {"cache_implementation": "offloaded_static"}, {"cache_implementation": "dynamic"}],
-)  # fmt: skip
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"guidance_scale": 1.7},
+        {"cache_implementation": "offloaded"},
+        {"cache_implementation": "offloaded_static"},
+        {"cache_implementation": "dynamic"},
+    ],
+)
 def test_processors_and_other_caches_change_nothing_about_the_model(options):
     if "offloaded" in str(options) and torch.version.cuda and not torch.cuda.is_available():
         pytest.skip("transformers asks a CUDA build for a stream, which no GPU gives")
@@ -99,7 +120,9 @@ def test_generation_without_a_prompt_starts_from_the_first_token():
 @torch.no_grad()
 def test_the_returned_scores_and_states_are_those_of_the_full_forward(family):
     model, ids = student(family), ids_of(9)
-    out = model.generate(ids, **GREEDY, return_dict_in_generate=True, output_logits=True, output_scores=True, output_hidden_states=True)
+    out = model.generate(
+        ids, **GREEDY, return_dict_in_generate=True, output_logits=True, output_scores=True, output_hidden_states=True
+    )
     full = model(out.sequences, output_hidden_states=True)
     torch.testing.assert_close(torch.stack(out.logits, 1), full.logits[:, 8:-1].float(), atol=1e-4, rtol=1e-4)
     assert len(out.logits) == len(out.scores) == len(out.hidden_states) == N
@@ -138,7 +161,9 @@ def test_chunked_prefill_generates_the_same(family, stack):
 def test_a_conversation_goes_on_from_the_returned_cache(family, stack):
     model, (ids, mask), again = student(family, stack), left_padded([ids_of(8, 1), ids_of(5, 1, 4)]), ids_of(6, seed=7)
     cache, read = None, []
-    hook = model.model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kw: read.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
     for turn in range(2):
         out = model.generate(ids, attention_mask=mask, cache=cache, return_dict_in_generate=True, **GREEDY)
         lengths, read[:] = list(read), []
@@ -169,31 +194,15 @@ def test_a_reset_cache_is_a_fresh_one():
         cache.reset()
 
 
-def test_prefill_once_and_answer_many_as_the_readme_says(tmp_path, monkeypatch):
-    """The README's two programs, one after the other, on the checkpoint that they name; what is printed is what plain generation gives."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    first, second = programs[0], next(p for p in programs if "prefill(" in p)
-    monkeypatch.chdir(tmp_path)
-    os.symlink(ROOT / "recipes", tmp_path / "recipes")
-    names, printed = {}, io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(first, names)
-    with contextlib.redirect_stdout(printed):
-        exec(second, names)
-    model, tokenizer, answers = names["model"], names["tokenizer"], []
-    for question in ("12+30=", "7+5="):
-        ids = tokenizer("a long document" + question, return_tensors="pt", return_token_type_ids=False)
-        answers.append(tokenizer.decode(model.generate(**ids, max_new_tokens=4)[0]))
-    assert printed.getvalue().strip().splitlines() == "\n".join(answers).splitlines()
-    loaded = names["load_state"]("document.safetensors", model)
-    assert loaded.get_seq_length() == names["cache"].get_seq_length()
-
-
 def test_the_package_offers_the_state_functions_when_asked():
     from xlstm_hybrid import state
 
     for name in ("prefill", "snapshot", "restore", "fork", "remember", "rollback", "save_state", "load_state"):
-        assert getattr(xlstm_hybrid, name) is getattr(state, name) and name in dir(xlstm_hybrid) and name in xlstm_hybrid.__all__
+        assert (
+            getattr(xlstm_hybrid, name) is getattr(state, name)
+            and name in dir(xlstm_hybrid)
+            and name in xlstm_hybrid.__all__
+        )
     with pytest.raises(AttributeError, match="no attribute 'prefil'"):
         xlstm_hybrid.prefil  # noqa: B018
 
@@ -209,7 +218,12 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def speaker(tokenizer):
     """A random student with the tokenizer's vocabulary."""
-    config = tiny_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=None)
+    config = tiny_config(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+    )
     return enlarge(XLSTMHybridForCausalLM(config).double()).eval()
 
 
@@ -239,9 +253,14 @@ def test_stop_strings_end_generation(speaker, tokenizer):
 
 
 def test_the_text_generation_pipeline_runs(speaker, tokenizer):
-    generate, prompts = pipeline("text-generation", model=speaker, tokenizer=tokenizer), ["12+30=", "Reverse the letters."]
+    generate, prompts = (
+        pipeline("text-generation", model=speaker, tokenizer=tokenizer),
+        ["12+30=", "Reverse the letters."],
+    )
     for batch_size in (1, 2):
-        found = generate(prompts, batch_size=batch_size, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_full_text=False)
+        found = generate(
+            prompts, batch_size=batch_size, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_full_text=False
+        )
         for prompt, [answer] in zip(prompts, found, strict=True):
             alone = speaker.generate(**encoded(tokenizer, prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False)
             assert answer["generated_text"] == tokenizer.decode(alone[0, -6:], skip_special_tokens=True)
@@ -254,7 +273,9 @@ def test_the_text_generation_pipeline_runs(speaker, tokenizer):
 def test_a_static_cache_generates_the_same(family, stack):
     model, (ids, mask) = student(family, stack), left_padded([ids_of(11, 1), ids_of(6, 1, 4)])
     want = uncached(model, ids, attention_mask=mask, num_beams=2)
-    assert torch.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", num_beams=2, **GREEDY), want)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, cache_implementation="static", num_beams=2, **GREEDY), want
+    )
 
 
 def addresses(cache):

@@ -10,22 +10,35 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from xlstm_hybrid import convert, tasks
-from xlstm_hybrid.artifacts import read_json
-from xlstm_hybrid.cache_names import cache_of
+from xlstm_hybrid import convert
+from xlstm_hybrid.checkpoint.files import read_json
 from xlstm_hybrid.cli import app
-from xlstm_hybrid.compare import compare, open_sides
+from xlstm_hybrid.commands.harness import harness
+from xlstm_hybrid.conversion.load import load
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import exact_match, read_results
-from xlstm_hybrid.pipeline.harness import SUITES, Unit, cache_bytes, expand, reach
-from xlstm_hybrid.pipeline.stages import load
-from xlstm_hybrid.verbs.harness import harness
+from xlstm_hybrid.evaluation.comparison import compare, open_sides
+from xlstm_hybrid.evaluation.harness import SUITES, Unit, cache_bytes, expand, reach
+from xlstm_hybrid.evaluation.scores import exact_match, read_results
+from xlstm_hybrid.model.cache_names import cache_of
 
 pytest.importorskip("lm_eval")
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 ASKED = {"tasks": "domain_arithmetic,needle_400,recall_500", "limit": 6, "samples": 6, "device": "cpu"}
-DEFAULTS = {"lengths": None, "depths": 10, "seed": 0, "batch_size": 4, "max_length": None, "name": None, "include": None, "chat": False,
-            "allow_code": False, "dtype": "float32", "revision": None, "redo": False}  # fmt: skip
+DEFAULTS = {
+    "lengths": None,
+    "depths": 10,
+    "seed": 0,
+    "batch_size": 4,
+    "max_length": None,
+    "name": None,
+    "include": None,
+    "chat": False,
+    "allow_code": False,
+    "dtype": "float32",
+    "revision": None,
+    "redo": False,
+}
 
 
 def run(model, out, **options):
@@ -53,14 +66,17 @@ def test_the_score_of_a_domain_is_that_of_the_verb_evaluate(judged):
     wanted = exact_match(model, tokenizer, tasks.test_examples("arithmetic", 200)[:6])
     found = read_results(judged / "teacher")[0]
     assert found.scores["domain_arithmetic"]["exact_match,none"] == pytest.approx(wanted.score) and wanted.score > 0.5
-    assert sorted(found.samples["domain_arithmetic"]["exact_match,none"].values()) == sorted(float(s["correct"]) for s in wanted.samples)
+    assert sorted(found.samples["domain_arithmetic"]["exact_match,none"].values()) == sorted(
+        float(s["correct"]) for s in wanted.samples
+    )
 
 
 def test_compare_reads_what_the_harness_wrote(judged):
     found = compare(*open_sides(str(judged / "teacher"), [str(judged / "student")]))
     assert found["metrics"] == dict.fromkeys(("domain_arithmetic", "needle_400", "recall_500"), "exact_match,none")
     assert (found["teacher"], list(found["students"])) == ("tiny-llama", ["student"]) and not found["differences"]
-    assert set(found["students"]["student"]["paired"]) == set(found["metrics"])  # the samples of both sides belong together
+    # the samples of both sides belong together
+    assert set(found["students"]["student"]["paired"]) == set(found["metrics"])
 
 
 def test_nothing_of_a_long_prompt_is_cut_off(judged):
@@ -72,10 +88,15 @@ def test_nothing_of_a_long_prompt_is_cut_off(judged):
 
 
 def test_recall_comes_with_coverage_excess_and_bytes(judged):
-    student, teacher = (read_json(judged / side / "needle_400" / "harness.json", side) for side in ("student", "teacher"))
+    student, teacher = (
+        read_json(judged / side / "needle_400" / "harness.json", side) for side in ("student", "teacher")
+    )
     found, score = student["long_context"], student["scores"]["needle_400"]["recall,none"]
     assert (found["window"], found["sinks"], found["coverage"]) == (32, 4, 36 / 400)
-    assert found["excess"] == pytest.approx((score - 0.09) / 0.91) and sum(part["answers"] for part in found["by_depth"]) == 6
+    assert (
+        found["excess"] == pytest.approx((score - 0.09) / 0.91)
+        and sum(part["answers"] for part in found["by_depth"]) == 6
+    )
     full = teacher["long_context"]
     assert full["coverage"] == 1 and full["excess"] is None
     assert full["cache_bytes"] == 4 * 2 * 2 * 64 * 400 * 4  # layers, K and V, heads, width, tokens, float32
@@ -88,7 +109,9 @@ def test_a_cache_of_a_student_counts_ring_sinks_and_state(student):
     layers, heads, groups, width, slots = 4, 4, 2, 64, 32 + 4
     ring, state, count = 2 * groups * slots * width * 4, heads * (width * width + width + 1) * 4, 8
     assert cache_bytes(model, torch.arange(3, 90)[None]) == layers * (ring + state + count)
-    assert reach(model.config) == (32, 4) and isinstance(cache_of(model(torch.ones(1, 1, dtype=torch.long))), DynamicCache)
+    assert reach(model.config) == (32, 4) and isinstance(
+        cache_of(model(torch.ones(1, 1, dtype=torch.long))), DynamicCache
+    )
 
 
 def test_the_files_name_no_folder_of_this_machine(judged, student):
@@ -100,10 +123,13 @@ def test_the_files_name_no_folder_of_this_machine(judged, student):
 
 def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(judged, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(judged / "teacher", tmp_path / "teacher")
-    monkeypatch.setattr("xlstm_hybrid.pipeline.stages.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: pytest.fail("the model was loaded"))
     run(TINY, out)
     printed = capsys.readouterr().out
-    assert "domain_arithmetic" in printed and "coverage 1.000  no excess: attention sees all  cache 1.638 MB at 400 tokens" in printed
+    assert (
+        "domain_arithmetic" in printed
+        and "coverage 1.000  no excess: attention sees all  cache 1.638 MB at 400 tokens" in printed
+    )
     with pytest.raises(EvaluationError, match="limit 6, now 5.*--redo"):
         run(TINY, out, limit=5)
     monkeypatch.undo()
@@ -117,7 +143,8 @@ def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(judged,
 def test_a_kill_before_the_end_leaves_no_results(judged, tmp_path, monkeypatch):
     from lm_eval.loggers import EvaluationTracker
 
-    monkeypatch.setattr(EvaluationTracker, "save_results_samples", lambda *a: None)  # lm-eval goes on when a disk is full
+    # lm-eval goes on when a disk is full
+    monkeypatch.setattr(EvaluationTracker, "save_results_samples", lambda *a: None)
     with pytest.raises(ValueError, match="0 of samples, expected 1 and|files of results and 0"):
         run(TINY, tmp_path / "out", tasks="domain_arithmetic", limit=1)
     assert not list((tmp_path / "out").iterdir())
@@ -125,27 +152,40 @@ def test_a_kill_before_the_end_leaves_no_results(judged, tmp_path, monkeypatch):
 
 def test_sampling_settings_and_penalties_of_a_checkpoint_have_no_part_in_a_score(judged, tmp_path):
     model = shutil.copytree(TINY, tmp_path / "model")
-    (model / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "eos_token_id": 2}))
+    (model / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "eos_token_id": 2})
+    )
     run(model, tmp_path / "out", tasks="domain_arithmetic")
-    files = next((judged / "teacher").rglob("samples_domain_*.jsonl")), next((tmp_path / "out").rglob("samples_domain_*.jsonl"))
+    files = (
+        next((judged / "teacher").rglob("samples_domain_*.jsonl")),
+        next((tmp_path / "out").rglob("samples_domain_*.jsonl")),
+    )
     plain, other = ([json.loads(line)["resps"] for line in file.open()] for file in files)
     assert plain == other
 
 
 def test_names_stand_for_suites_kinds_and_lengths():
-    assert expand("needle,gsm8k", "1k,1500") == [Unit("needle_1k", kind="needle", length=1024), Unit("needle_1500", kind="needle", length=1500),
-                                                 Unit("gsm8k")]  # fmt: skip
+    assert expand("needle,gsm8k", "1k,1500") == [
+        Unit("needle_1k", kind="needle", length=1024),
+        Unit("needle_1500", kind="needle", length=1500),
+        Unit("gsm8k"),
+    ]
     names = [u.name for u in expand("long_context")]
     assert len(names) == 32 and names[0] == "needle_1k" and names[-1] == "variables_128k"
-    assert expand("paper_base,paper_base") == SUITES["paper_base"] and {u.name: u.shots for u in SUITES["paper_base"]}["gsm8k"] == 8
+    assert (
+        expand("paper_base,paper_base") == SUITES["paper_base"]
+        and {u.name: u.shots for u in SUITES["paper_base"]}["gsm8k"] == 8
+    )
     for wrong, text in (("", "no task"), ("needle_x", "no length"), ("paper_base,paper_instruct", "humaneval_plus")):
         with pytest.raises(EvaluationError, match=text):
             expand(wrong)
 
 
 def test_tasks_that_run_code_or_lack_their_data_are_refused(tmp_path):
-    for name, line in (("runs", "unsafe_code: true\ncustom_dataset: !function xlstm_hybrid.tasks.dataset"),
-                       ("lacks", "dataset_path: json\ndataset_kwargs: {data_files: nowhere.json}")):  # fmt: skip
+    for name, line in (
+        ("runs", "unsafe_code: true\ncustom_dataset: !function xlstm_hybrid.data.toy_domains.dataset"),
+        ("lacks", "dataset_path: json\ndataset_kwargs: {data_files: nowhere.json}"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(
             f"task: {name}\noutput_type: generate_until\ntest_split: test\ndoc_to_text: prompt\ndoc_to_target: answer\n{line}\n"
             "metadata: {version: 1.0, domain: code}\nmetric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
@@ -176,7 +216,9 @@ def oracle(tokenizer, window):
         return [name for name, v in held.items() if v == value]
 
     def generate(input_ids, max_length, **_):
-        texts = [" " + ", ".join(answer(tokenizer.decode(row[-window:], skip_special_tokens=True))) for row in input_ids]
+        texts = [
+            " " + ", ".join(answer(tokenizer.decode(row[-window:], skip_special_tokens=True))) for row in input_ids
+        ]
         said = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
         assert max(map(len, said)) <= max_length - input_ids.shape[1]  # the budget holds the answer
         width = max(map(len, said))
@@ -190,7 +232,7 @@ def with_oracle(monkeypatch):
     def patch(window):
         model, tokenizer = load(TINY, device="cpu")
         model.generate = oracle(tokenizer, window)
-        monkeypatch.setattr("xlstm_hybrid.pipeline.stages.load", lambda *a, **k: (model, tokenizer))
+        monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: (model, tokenizer))
 
     return patch
 
@@ -200,12 +242,14 @@ def test_a_model_that_remembers_all_scores_one_on_every_kind(with_oracle, tmp_pa
     run(TINY, tmp_path, tasks="long_context", lengths="900", limit=None, samples=4)
     for kind in ("needle", "multikey", "recall", "variables"):
         found = read_json(tmp_path / f"{kind}_900" / "harness.json", kind)
-        assert found["scores"][f"{kind}_900"]["exact_match,none"] == found["scores"][f"{kind}_900"]["recall,none"] == 1.0, kind
+        assert (
+            found["scores"][f"{kind}_900"]["exact_match,none"] == found["scores"][f"{kind}_900"]["recall,none"] == 1.0
+        ), kind
 
 
 def test_a_model_that_reads_a_window_only_scores_its_coverage(with_oracle, tmp_path, monkeypatch):
     with_oracle(800)
-    monkeypatch.setattr("xlstm_hybrid.pipeline.harness.reach", lambda config: (800, 0))
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.reach", lambda config: (800, 0))
     run(TINY, tmp_path, tasks="needle_1600", limit=None, samples=20)
     found = read_json(tmp_path / "needle_1600" / "harness.json", "")["long_context"]
     assert found["coverage"] == 0.5 and abs(found["excess"]) < 0.2
@@ -218,14 +262,30 @@ def test_a_chat_template_is_added_around_a_whole_prompt_and_a_group_is_one_task(
     (tmp_path / "tasks/both.yaml").write_text(
         "group: both\ntask: [domain_code, domain_strings]\naggregate_metric_list: [{metric: exact_match, weight_by_size: true}]\n"
     )
-    run(TINY, tmp_path / "out", tasks="both,needle_400", include=tmp_path / "tasks", chat=True, limit=2, name="mine", max_length=64)
+    run(
+        TINY,
+        tmp_path / "out",
+        tasks="both,needle_400",
+        include=tmp_path / "tasks",
+        chat=True,
+        limit=2,
+        name="mine",
+        max_length=64,
+    )
     found = read_results(tmp_path / "out")[0]
-    assert found.name == "mine" and set(found.scores) == {"both", "needle_400"} and len(found.samples["both"]["exact_match,none"]) == 4
+    assert (
+        found.name == "mine"
+        and set(found.scores) == {"both", "needle_400"}
+        and len(found.samples["both"]["exact_match,none"]) == 4
+    )
     row = json.loads(next((tmp_path / "out").glob("needle_400/mine/samples_*.jsonl")).read_text().splitlines()[0])
     prompt, tokenizer = row["arguments"]["gen_args_0"]["arg_0"], load(TINY, device="cpu")[1]
     results = read_json(next((tmp_path / "out").glob("needle_400/mine/results_*.json")), "")
     assert row["doc"]["prompt"] in prompt and results["chat_template_sha"]
-    assert len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) > 400 and results["max_length"] >= len(tokenizer(prompt)["input_ids"]) + 16
+    assert (
+        len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) > 400
+        and results["max_length"] >= len(tokenizer(prompt)["input_ids"]) + 16
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""A student that keeps the teacher's attention, or whose windows see everything and whose gates are closed, is the teacher."""
+"""A student that keeps the teacher's attention, or whose windows see everything and whose gates are closed, is the
+teacher.
+"""
 
 import copy
 
@@ -21,11 +23,15 @@ def logits(model, length=45):
 
 
 def greedy(model, new=24, prompt=9):
-    return model.generate(tokens(prompt), attention_mask=torch.ones(2, prompt, dtype=torch.long), max_new_tokens=new, do_sample=False)
+    return model.generate(
+        tokens(prompt), attention_mask=torch.ones(2, prompt, dtype=torch.long), max_new_tokens=new, do_sample=False
+    )
 
 
 def assert_same_function(student, original, length=45, first=None):
-    """Logits (of the `first` tokens) equal to 1e-6 of their scale, in float64: in float32, sums in another order differ by 2e-5."""
+    """Logits (of the `first` tokens) equal to 1e-6 of their scale, in float64: in float32, sums in another order differ
+    by 2e-5.
+    """
     found, expected = (logits(copy.deepcopy(model).double(), length)[:, :first] for model in (student, original))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.std()))
 

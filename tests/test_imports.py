@@ -1,4 +1,6 @@
-"""Imports go one way, the core needs torch and transformers only, and importing it is quiet and quick to do without the extras."""
+"""Folders carry the order of imports, importing the package is quiet and quick, and the core needs torch and
+transformers only.
+"""
 
 import ast
 import subprocess
@@ -8,72 +10,111 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROAD = ["xlstm_kernels", "configuration", "record", "exact", "joint", "cache", "sparse", "mixers", "modeling", "state", "checks", "verify",
-        "families", "teachers", "conversion", "allocation", "distil", "adapters", "export", "data", "store", "plan", "trainers", "pipeline",
-        "arena", "doctor", "verbs", "cli"]  # fmt: skip
-LEAVES = {"errors": set(), "versions": set(), "artifacts": {"errors"}, "weights": {"artifacts", "errors"}, "tasks": {"errors"},
-          "merge_settings": set(), "recipe": {"errors", "merge_settings"}, "claims": {"artifacts"}, "vocabulary": {"errors"}, "footprint": {"errors"},
-          "cache_names": {"errors"}, "precision": set(),
-          "generation": {"cache_names"}, "compatibility": {"xlstm_kernels", "errors", "generation", "versions"},
-          "training_bytes": {"xlstm_kernels"}}  # fmt: skip
-SIDE = ["losses", "schedules", "merge_methods", "merging", "statistics", "evaluation", "longcontext", "compare", "search", "efficiency",
-        "efficiency_report", "report_sections", "report", "card", "push"]  # fmt: skip
-# those of SIDE import leaves and what stands before them here; the road may import them
-STAGES = {"trainers", "pipeline", "arena", "verbs", "cli"}  # modules of the road that use the side
+ROOMS = [  # each imports only what stands behind it
+    "cli",
+    "commands",
+    "doctor",
+    "distil_xlstm",
+    "pipeline",
+    "reports",
+    "merging",
+    "evaluation",
+    "training",
+    "planning",
+    "hub",
+    "teacher_store",
+    "data",
+    "conversion",
+    "state",
+    "model",
+    "recipe",
+    "checkpoint",
+    "environment",
+    "errors",
+]
 EXTRAS = {"trl", "peft", "datasets", "lm_eval", "matplotlib", "accelerate"}
-SOURCES = sorted([*(ROOT / "src/xlstm_hybrid").rglob("*.py"), *(ROOT / "kernels/xlstm_kernels").rglob("*.py")])
+PACKAGE, ARENA, KERNELS = ROOT / "src/xlstm_hybrid", ROOT / "src/xlstm_arena", ROOT / "kernels/xlstm_kernels"
+SOURCES = sorted(path for folder in (PACKAGE, ARENA, KERNELS) for path in folder.rglob("*.py"))
 
 
-def module_of(path):
-    parts = path.relative_to(ROOT).parts
-    return "xlstm_kernels" if parts[0] == "kernels" else parts[2].removesuffix(".py")
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def imports(path, top_level_only=False):
-    """Imported module names, relative to our package where they are ours."""
+    """Names of imported modules; of `from xlstm_hybrid import x` the name of x, and of `from package import module` the
+    module's.
+    """
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    for node in nodes:
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            yield from (f"{node.module}.{alias.name}" if node.module == "xlstm_hybrid" else node.module for alias in node.names)
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if node.module == "xlstm_hybrid" or name in MODULES else node.module for name in full)
 
 
-def ours(path):
-    for name in imports(path):
-        head, _, rest = name.partition(".")
-        if head == "xlstm_hybrid" and rest:
-            yield rest.split(".")[0]
-        elif head == "xlstm_kernels":
-            yield "xlstm_kernels"
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_each_module_imports_only_what_stands_before_it(path):
-    me = module_of(path)
-    if me in ("__init__", "__main__"):
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def rooms(path):
+    """The rooms that a module imports from, its own left out."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    found = (name.split(".")[1] for name in imports(path) if name.startswith("xlstm_hybrid."))
+    return own, {room for room in found if room not in (own, "__version__")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
+def test_a_room_imports_only_from_rooms_behind_it(path):
+    own, used = rooms(path)
+    if own in ("__init__", "__main__"):
         return
-    if me in LEAVES:
-        allowed = LEAVES[me]
-    elif me in SIDE:
-        allowed = {*LEAVES, *SIDE[: SIDE.index(me)]}
-    else:
-        assert me in ROAD, f"{me} has no place in the import order: add it to this test"
-        allowed = {*LEAVES, *(SIDE if me in STAGES else ()), *ROAD[: ROAD.index(me)], me}
-        allowed |= {"__version__"} if me == "cli" else set()
-    assert set(ours(path)) <= allowed, f"{me} imports {set(ours(path)) - allowed}"
+    assert own in ROOMS, f"{own} has no place in the order of rooms: add it to this test"
+    assert used <= set(ROOMS[ROOMS.index(own) + 1 :]), f"{own} imports from {used}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "trainers" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_but_the_arena_imports_the_arena():
+    assert not [
+        name_of(path)
+        for path in SOURCES
+        if ARENA not in path.parents and any(n.startswith("xlstm_arena") for n in imports(path))
+    ]
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, ARENA, KERNELS], ids=name_of)
+def test_no_two_modules_import_each_other(folder):
+    """Of modules as they are loaded, in functions or not: a circle of any length is named."""
+    files = {module_name(path): path for path in folder.rglob("*.py")}
+    edges = {name: {used for used in imports(path) if used in files and used != name} for name, path in files.items()}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"a circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done:
+            open_.append(name)
+            for used in sorted(edges[name]):
+                visit(used)
+            done.add(open_.pop())
+
+    for name in sorted(files):
+        visit(name)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if "training" not in p.parts and p.name != "trainer.py"], ids=name_of
+)
 def test_extras_are_imported_inside_functions_only(path):
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & EXTRAS
 
 
 def test_the_kernels_stand_alone():
     allowed = {"torch", "triton", "xlstm_kernels", *sys.stdlib_module_names}
-    for path in (ROOT / "kernels/xlstm_kernels").rglob("*.py"):
+    for path in KERNELS.rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed, path.name
 
 
@@ -100,3 +141,8 @@ print('imported', xlstm_hybrid.__version__)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and result.stdout.startswith("imported "), result.stderr
+
+
+def test_every_folder_of_modules_is_a_package_or_a_wheel_would_lack_it():
+    folders = {path.parent for path in SOURCES if "lm_eval_tasks" not in path.parts}
+    assert not [name_of(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]

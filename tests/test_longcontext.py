@@ -1,4 +1,6 @@
-"""Long-context tasks: prompts of an exact length whose answers follow from their text, and the figures that are printed with their scores."""
+"""Long-context tasks: prompts of an exact length whose answers follow from their text, and the figures that are printed
+with their scores.
+"""
 
 import re
 from pathlib import Path
@@ -7,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from xlstm_hybrid.data.long_context import KINDS, by_depth, coverage, dataset, documents, excess, found, process_results
 from xlstm_hybrid.errors import DataError, EvaluationError
-from xlstm_hybrid.longcontext import KINDS, by_depth, coverage, dataset, documents, excess, found, process_results
 
 TINY = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
 
@@ -61,7 +63,12 @@ def test_the_values_that_are_asked_for_come_from_every_quarter_of_the_pairs(word
             asked = re.search(r"values of (.*)\?", doc["prompt"])[1].split(", ")
             assert [dict(pairs)[key] for key in asked] == doc["answers"] and len(dict(pairs)) == len(pairs)
             keys = [key for key, _ in pairs]
-            assert sorted(next(q for q in range(4) if keys.index(k) < len(keys) * (q + 1) // 4) for k in asked) == [0, 1, 2, 3]
+            assert sorted(next(q for q in range(4) if keys.index(k) < len(keys) * (q + 1) // 4) for k in asked) == [
+                0,
+                1,
+                2,
+                3,
+            ]
 
 
 def test_the_variables_of_the_answer_are_those_that_hold_the_value(words):
@@ -77,8 +84,10 @@ def test_depths_are_where_they_were_asked_for(words):
     depth = [1 - doc["distances"][0] / 2000 for doc in documents(words, "needle", 2000, samples=6, depths=(0, 0.5, 1))]
     assert depth == pytest.approx([0, 0.5, 1] * 2, abs=0.05)
     drawn = [1 - doc["distances"][0] / 4000 for doc in documents(words, "needle", 4000, samples=20, depths=20)]
-    assert all(j / 20 - 0.015 <= d <= (j + 1) / 20 + 0.015 for j, d in enumerate(sorted(drawn)))  # one in every part, to a line
-    assert min(abs(a - b) for a, b in zip(drawn, drawn[1:], strict=False)) > 0.25  # the first few are not all at one end
+    # one in every part, to a line
+    assert all(j / 20 - 0.015 <= d <= (j + 1) / 20 + 0.015 for j, d in enumerate(sorted(drawn)))
+    # the first few are not all at one end
+    assert min(abs(a - b) for a, b in zip(drawn, drawn[1:], strict=False)) > 0.25
 
 
 def test_documents_depend_on_the_seed_and_on_nothing_else(words):
@@ -113,7 +122,10 @@ def test_only_as_many_answers_count_as_were_asked_for():
 
 
 def test_recall_is_told_apart_by_depth():
-    samples = [{"doc": {"answers": ["12"], "distances": [d], "length": 100}, "filtered_resps": [out]} for d, out in ((95, "12"), (5, "12"), (8, "1"))]
+    samples = [
+        {"doc": {"answers": ["12"], "distances": [d], "length": 100}, "filtered_resps": [out]}
+        for d, out in ((95, "12"), (5, "12"), (8, "1"))
+    ]
     assert by_depth(samples, parts=2) == [
         {"from": 0.0, "to": 0.5, "answers": 1, "recall": 1.0},
         {"from": 0.5, "to": 1.0, "answers": 2, "recall": 0.5},

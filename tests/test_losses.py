@@ -1,4 +1,6 @@
-"""The losses against hand-computed numbers and their definitions, and what masks, padding entries and infinities must not do."""
+"""The losses against hand-computed numbers and their definitions, and what masks, padding entries and infinities must
+not do.
+"""
 
 import math
 
@@ -6,7 +8,17 @@ import pytest
 import torch
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.losses import IGNORE, counted_mean, cross_entropy, dense_kl, forward_kl, shift, sparse_kl, tail_outcomes, top_k_targets
+from xlstm_hybrid.training.losses import (
+    IGNORE,
+    counted_mean,
+    cross_entropy,
+    dense_kl,
+    forward_kl,
+    shift,
+    sparse_kl,
+    tail_outcomes,
+    top_k_targets,
+)
 
 INF, NAN = float("inf"), float("nan")
 close = torch.testing.assert_close
@@ -43,7 +55,8 @@ def test_three_tokens_by_hand():
     (s, targets), (t, _) = shift(student, labels), shift(teacher, labels)
     close(cross_entropy(s, targets).item(), (math.log(4) + math.log(2)) / 2)
     mask = targets != IGNORE
-    each = 0.25 * math.log(0.5) + 0.5 * math.log(2) + 0.25 * math.log(1)  # of 0.25, 0.5, 0.25 against 0.5, 0.25, 0.25, and its mirror image
+    # of 0.25, 0.5, 0.25 against 0.5, 0.25, 0.25, and its mirror image
+    each = 0.25 * math.log(0.5) + 0.5 * math.log(2) + 0.25 * math.log(1)
     close(dense_kl(s, t, mask).item(), each)
     top_ids, top_logp, rest = top_k_targets(t, 1)
     assert top_ids.tolist() == [[[1], [0]]]
@@ -166,14 +179,21 @@ def test_padding_entries_leave_their_id_in_the_rest():
     close(sparse_kl(student, *padded, mask), wanted, rtol=0, atol=1e-15)
     first = tuple(torch.cat([x[..., 2:], x[..., :2]], -1) for x in padded[:2])  # padding before the entries
     close(sparse_kl(student, *first, rest, mask), wanted, rtol=0, atol=1e-15)
-    close(gradient(lambda x: sparse_kl(x, *padded, mask), student), gradient(lambda x: sparse_kl(x, ids, top, rest, mask), student))
+    close(
+        gradient(lambda x: sparse_kl(x, *padded, mask), student),
+        gradient(lambda x: sparse_kl(x, ids, top, rest, mask), student),
+    )
 
 
 def test_a_support_that_covers_everything_but_is_padded_has_no_rest():
     """As many entries as tokens, one of them padding: the mass of the missing token is the rest."""
     student, teacher, mask = pair(V=3)
     ids, top, rest = top_k_targets(teacher, 2)
-    padded = torch.cat([ids, torch.zeros_like(ids[..., :1])], -1), torch.cat([top, torch.full_like(top[..., :1], -INF)], -1), rest
+    padded = (
+        torch.cat([ids, torch.zeros_like(ids[..., :1])], -1),
+        torch.cat([top, torch.full_like(top[..., :1], -INF)], -1),
+        rest,
+    )
     close(sparse_kl(student, *padded, mask), dense_kl(student, teacher, mask))
 
 
@@ -219,13 +239,17 @@ def test_gradients_are_those_of_the_values(k):
     short[..., 1:] = -INF  # also with padding entries
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sparse_kl(x, *kept, mask), student)
-    assert torch.autograd.gradcheck(lambda x: sparse_kl(x, kept[0], short, kept[1][..., 1:].exp().sum(-1).add(kept[2].exp()).log(), mask), student)
+    assert torch.autograd.gradcheck(
+        lambda x: sparse_kl(x, kept[0], short, kept[1][..., 1:].exp().sum(-1).add(kept[2].exp()).log(), mask), student
+    )
     assert torch.autograd.gradcheck(lambda x: dense_kl(x, teacher, mask), student)
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels), student)
 
 
 def test_the_gradient_of_the_tail_form_by_hand():
-    """d KL / d logit_j = q_j (1 - p(bucket of j) / q(bucket of j)): a stored token is a bucket of its own, q_j - p_j; the rest shares one."""
+    """d KL / d logit_j = q_j (1 - p(bucket of j) / q(bucket of j)): a stored token is a bucket of its own, q_j - p_j;
+    the rest shares one.
+    """
     student, teacher = logp([0.2, 0.3, 0.5])[None], logp([0.6, 0.3, 0.1])[None]
     kept = top_k_targets(teacher, 1)
     grad = gradient(lambda x: sparse_kl(x, *kept, torch.ones(1, 1, dtype=torch.bool)), student[None, 0])
@@ -238,11 +262,21 @@ def test_everything_is_calculated_in_float32_at_least(dtype):
     student, teacher, mask = (x.to(dtype) if x.is_floating_point() else x for x in pair(V=503))
     labels = torch.where(mask, 7, IGNORE)
     s, t = student.float(), teacher.float()
-    wanted = (*top_k_targets(t, 16), sparse_kl(s, *top_k_targets(t, 16), mask), dense_kl(s, t, mask), cross_entropy(s, labels))
+    wanted = (
+        *top_k_targets(t, 16),
+        sparse_kl(s, *top_k_targets(t, 16), mask),
+        dense_kl(s, t, mask),
+        cross_entropy(s, labels),
+    )
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             kept = top_k_targets(teacher, 16)
-            got = (*kept, sparse_kl(student, *kept, mask), dense_kl(student, teacher, mask), cross_entropy(student, labels))
+            got = (
+                *kept,
+                sparse_kl(student, *kept, mask),
+                dense_kl(student, teacher, mask),
+                cross_entropy(student, labels),
+            )
         assert all(x.dtype == torch.float32 for x in got[1:])
         close(got, wanted, rtol=0, atol=0)
 
@@ -250,7 +284,8 @@ def test_everything_is_calculated_in_float32_at_least(dtype):
 def test_float32_is_right_near_convergence_where_a_bf16_softmax_is_not():
     """151,936 tokens with Zipf's frequencies, a student 0.1 away in its logits: about 1e-3 nats, right to one percent."""
     V, mask = 151_936, torch.ones(1, 2, dtype=torch.bool)
-    teacher = -(1 + (torch.arange(2 * V, dtype=torch.float64) * 7919) % V).log().view(1, 2, V)  # 7919 is prime to V: every rank once
+    # 7919 is prime to V: every rank once
+    teacher = -(1 + (torch.arange(2 * V, dtype=torch.float64) * 7919) % V).log().view(1, 2, V)
     student = teacher + 0.1 * waves(1, 2, V, step=0.9)
     for loss in (lambda s, t: dense_kl(s, t, mask), lambda s, t: sparse_kl(s, *top_k_targets(t, 256), mask)):
         truth = loss(student, teacher).item()

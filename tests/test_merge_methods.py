@@ -7,9 +7,9 @@ import torch
 from conftest import tiny_student, token_ids
 from safetensors.torch import save_file
 
-from xlstm_hybrid.artifacts import write_manifest
+from xlstm_hybrid.checkpoint.files import write_manifest
 from xlstm_hybrid.errors import CheckpointError, MergeError
-from xlstm_hybrid.merge_methods import (
+from xlstm_hybrid.merging.methods import (
     MERGES,
     check_options,
     elected_mean,
@@ -19,7 +19,7 @@ from xlstm_hybrid.merge_methods import (
     threshold,
     weights_digest,
 )
-from xlstm_hybrid.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
+from xlstm_hybrid.recipe.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
 
 linear, task_arithmetic, ties, dare = (MERGES[name] for name in ("linear", "task_arithmetic", "ties", "dare"))
 SHARES = [0.5, 0.25, 0.25]
@@ -68,7 +68,8 @@ def test_low_precision_is_accumulated_in_float32_and_the_dtype_is_kept(method):
     result = call(method, low, weights, BASE.bfloat16())
     exact = call(method, [t.double() for t in low], weights, BASE.bfloat16().double())
     assert result.dtype == torch.bfloat16 and exact.dtype == torch.float64
-    assert ((result.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # half an ulp of bfloat16, and what float32 adds
+    # half an ulp of bfloat16, and what float32 adds
+    assert ((result.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
 def test_a_sum_of_many_small_shares_does_not_vanish_in_low_precision():
@@ -109,23 +110,36 @@ def test_trimming_keeps_the_largest_magnitudes():
     assert ties([base + delta], [1.0], base, density=0.5).sub(base).tolist() == [[0, -0.5, 0], [0.375, -0.3125, 0]]
     assert torch.equal(ties([base + delta], [1.0], base, density=1.0), base + delta)
     assert ties([base + delta], [1.0], base, density=0.01).sub(base).count_nonzero() == 1
-    assert ties([2 * base], [1.0], base, density=0.25).sub(base).count_nonzero() == 6  # as large as the smallest that is kept
+    # as large as the smallest that is kept
+    assert ties([2 * base], [1.0], base, density=0.25).sub(base).count_nonzero() == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_threshold_is_the_magnitude_of_that_rank_whatever_the_blocks(dtype, monkeypatch):
     expert, base = (torch.randn(997, generator=torch.Generator().manual_seed(s)).to(dtype) ** 3 for s in (0, 1))
-    ranked = (expert.double() - base.double()).abs().to(torch.promote_types(dtype, torch.float32)).sort(descending=True).values
+    ranked = (
+        (expert.double() - base.double())
+        .abs()
+        .to(torch.promote_types(dtype, torch.float32))
+        .sort(descending=True)
+        .values
+    )
     for size in (2**20, 64):
-        monkeypatch.setattr("xlstm_hybrid.merge_methods.BLOCK", size)
+        monkeypatch.setattr("xlstm_hybrid.merging.methods.BLOCK", size)
         for density, rank in ((0.2, 199), (0.001, 1), (1.0, 997), (0.5, 498)):
             assert threshold(expert, base, density) == pytest.approx(ranked[rank - 1].item(), rel=1e-7)
 
 
 def test_signs_are_elected_by_weighted_mass_and_the_mean_is_of_those_that_agree():
-    deltas = [torch.tensor([1.0, 1.0, -3.0, 0.0, 2.0]), torch.tensor([2.0, -3.0, 1.0, 0.0, -2.0]), torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0])]
+    deltas = [
+        torch.tensor([1.0, 1.0, -3.0, 0.0, 2.0]),
+        torch.tensor([2.0, -3.0, 1.0, 0.0, -2.0]),
+        torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0]),
+    ]
     assert elected_mean(deltas, [1 / 3] * 3).tolist() == pytest.approx([2, -3, -3, 0, 0])  # a tie elects nothing
-    assert elected_mean(deltas, [0.8, 0.1, 0.1]).tolist() == pytest.approx([(0.8 + 0.2 + 0.3) / 1, (0.8 + 0.1) / 0.9, -3, 0, 2])
+    assert elected_mean(deltas, [0.8, 0.1, 0.1]).tolist() == pytest.approx(
+        [(0.8 + 0.2 + 0.3) / 1, (0.8 + 0.1) / 0.9, -3, 0, 2]
+    )
 
 
 def test_ties_is_trim_elect_and_disjoint_mean():
@@ -169,7 +183,7 @@ def test_what_is_dropped_depends_on_expert_tensor_and_seed_and_on_nothing_else()
 def test_blocks_do_not_change_a_bit(method, monkeypatch):
     tensors, weights = two_or_three(method)
     whole = call(method, tensors, weights)
-    monkeypatch.setattr("xlstm_hybrid.merge_methods.BLOCK", 4)
+    monkeypatch.setattr("xlstm_hybrid.merging.methods.BLOCK", 4)
     in_blocks = call(method, tensors, weights)
     if method == "slerp":  # its angle is a sum over the blocks
         torch.testing.assert_close(in_blocks, whole, rtol=1e-14, atol=1e-15)
@@ -181,7 +195,9 @@ def test_dare_without_dropping_is_task_arithmetic_and_with_elected_signs_full_ti
     tensors = experts()
     keys = ["a", "b", "c"]
     torch.testing.assert_close(dare(tensors, SHARES, BASE, keys=keys, drop=0.0), task_arithmetic(tensors, SHARES, BASE))
-    torch.testing.assert_close(MERGES["dare_ties"](tensors, SHARES, BASE, keys=keys, drop=0.0), ties(tensors, SHARES, BASE, density=1.0))
+    torch.testing.assert_close(
+        MERGES["dare_ties"](tensors, SHARES, BASE, keys=keys, drop=0.0), ties(tensors, SHARES, BASE, density=1.0)
+    )
 
 
 # --- slerp -----------------------------------------------------------------------------------------------------
@@ -191,7 +207,8 @@ def test_slerp_walks_along_the_arc():
     slerp = MERGES["slerp"]
     x, y = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 5.0], dtype=torch.float64)
     half = slerp([x, y], [0.5, 0.5])
-    torch.testing.assert_close(half, torch.tensor([3.0, 5.0], dtype=torch.float64) * math.sqrt(0.5))  # 45 degrees; on a circle the norm stays
+    # 45 degrees; on a circle the norm stays
+    torch.testing.assert_close(half, torch.tensor([3.0, 5.0], dtype=torch.float64) * math.sqrt(0.5))
     third = slerp([x, y], [2 / 3, 1 / 3])
     assert math.degrees(math.atan2(third[1] / 5, third[0] / 3)) == pytest.approx(30)
     assert torch.equal(slerp([x, y], [1.0, 0.0]), x) and torch.equal(slerp([x, y], [0.0, 1.0]), y)
@@ -247,7 +264,9 @@ def test_fisher_diagonals_are_mean_squared_gradients_of_single_rows(small):
     ids = token_ids(3, 9)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    found, rows = fisher_diagonals(small, [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:]}], labels="data")
+    found, rows = fisher_diagonals(
+        small, [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:]}], labels="data"
+    )
     expected = torch.zeros_like(small.model.norm.weight)
     for row, length in zip(ids, (9, 6, 9), strict=True):
         logp = small(row[None, :length]).logits[0, :-1].float().log_softmax(-1)
@@ -269,7 +288,9 @@ def test_the_fisher_of_drawn_labels_is_reproducible_and_is_not_that_of_the_data(
 
 
 def test_the_fisher_counts_the_tokens_that_labels_score(small):
-    """Of two packed documents, the second from token 5 on: its first token and the question of the first are not scored."""
+    """Of two packed documents, the second from token 5 on: its first token and the question of the first are not
+    scored.
+    """
     ids = token_ids(1, 9)
     labels, positions = ids.clone(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
     labels[0, [0, 1, 5]] = -100
@@ -329,15 +350,22 @@ def test_every_option_is_one_that_its_method_takes():
     assert set(NEED_STATISTICS) | NEED_KEYS <= set(MERGES)
 
 
-@pytest.mark.parametrize(("method", "options", "message"), [
-    ("linear", {"scale": 1.0}, "scale: it takes no options"),
-    ("ties", {"density": 0.0}, "density=0.0: expected a share above 0, at most 1"),
-    ("ties", {"drop": 0.5}, r"drop: expected one of \['density', 'scale'\]"),
-    ("dare", {"drop": 1.0, "scale": -1}, "drop=1.0: expected a share of at least 0, below 1; scale=-1: expected a number above 0"),
-    ("dare", {"seed": 1.5}, "seed=1.5: expected a whole number"),
-    ("fisher", {"floor": float("nan")}, "floor=nan: expected a number above 0"),
-    ("regmean", {"alpha": "1"}, "alpha='1': expected a share between 0 and 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("linear", {"scale": 1.0}, "scale: it takes no options"),
+        ("ties", {"density": 0.0}, "density=0.0: expected a share above 0, at most 1"),
+        ("ties", {"drop": 0.5}, r"drop: expected one of \['density', 'scale'\]"),
+        (
+            "dare",
+            {"drop": 1.0, "scale": -1},
+            "drop=1.0: expected a share of at least 0, below 1; scale=-1: expected a number above 0",
+        ),
+        ("dare", {"seed": 1.5}, "seed=1.5: expected a whole number"),
+        ("fisher", {"floor": float("nan")}, "floor=nan: expected a number above 0"),
+        ("regmean", {"alpha": "1"}, "alpha='1': expected a share between 0 and 1"),
+    ],
+)
 def test_options_that_describe_nothing_are_all_named(method, options, message):
     with pytest.raises(MergeError, match=message):
         check_options(method, options)
@@ -346,7 +374,7 @@ def test_options_that_describe_nothing_are_all_named(method, options, message):
 def test_a_damaged_file_of_statistics_is_named(tmp_path):
     from contextlib import ExitStack
 
-    from xlstm_hybrid.merge_methods import Statistics
+    from xlstm_hybrid.merging.methods import Statistics
 
     (tmp_path / "f.safetensors").write_bytes(b"no")
     with ExitStack() as stack, pytest.raises(CheckpointError, match="statistics f.safetensors of math cannot be read"):

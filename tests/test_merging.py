@@ -1,4 +1,6 @@
-"""A merge is the weighted mean of its experts, the same bits in any order, and nothing at all where the experts do not belong together."""
+"""A merge is the weighted mean of its experts, the same bits in any order, and nothing at all where the experts do not
+belong together.
+"""
 
 import json
 import os
@@ -13,11 +15,11 @@ from conftest import assert_same_model, tiny_student, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import xlstm_hybrid.merging
-from xlstm_hybrid.artifacts import add_provenance, digest, read_provenance, verify, weight_files, write_manifest
+import xlstm_hybrid.merging.merge
+from xlstm_hybrid.checkpoint.files import add_provenance, digest, read_provenance, verify, weight_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
-from xlstm_hybrid.merge_methods import MERGES, measure_statistics, task_arithmetic
-from xlstm_hybrid.merging import GROUPS, group_of, merge, mergekit_architecture, stream_weights
+from xlstm_hybrid.merging.merge import GROUPS, group_of, merge, mergekit_architecture, stream_weights
+from xlstm_hybrid.merging.methods import MERGES, measure_statistics, task_arithmetic
 
 
 def tensors(seed, dtype=torch.float32):
@@ -25,7 +27,12 @@ def tensors(seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)).to(dtype)
-        for name, shape in (("embed.weight", (11, 6)), ("layer.0.weight", (6, 6)), ("layer.1.weight", (6, 6)), ("norm.bias", (6,)))
+        for name, shape in (
+            ("embed.weight", (11, 6)),
+            ("layer.0.weight", (6, 6)),
+            ("layer.1.weight", (6, 6)),
+            ("norm.bias", (6,)),
+        )
     }
 
 
@@ -41,7 +48,10 @@ def checkpoint(folder, weights, config=None, stages=("convert", "align"), last="
 
 @pytest.fixture
 def experts(tmp_path):
-    return [checkpoint(tmp_path / "experts" / name, tensors(j), last=f"distill:{name}") for j, name in enumerate(("math", "code", "chat"))]
+    return [
+        checkpoint(tmp_path / "experts" / name, tensors(j), last=f"distill:{name}")
+        for j, name in enumerate(("math", "code", "chat"))
+    ]
 
 
 def stored(folder):
@@ -104,13 +114,15 @@ def test_shards_hold_the_same_tensors_as_one_file(experts, tmp_path):
     merge(experts, tmp_path / "many", shard_bytes=200)
     merge([tmp_path / "many"], tmp_path / "again")  # and are read again
     assert len(set(weight_files(tmp_path / "many").values())) == 3  # 264, 144, 144 + 24 bytes
-    assert same_bits(stored(tmp_path / "one"), stored(tmp_path / "many")) and same_bits(stored(tmp_path / "one"), stored(tmp_path / "again"))
+    assert same_bits(stored(tmp_path / "one"), stored(tmp_path / "many")) and same_bits(
+        stored(tmp_path / "one"), stored(tmp_path / "again")
+    )
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * (66 + 36 + 36 + 6)
 
 
 def test_one_tensor_of_each_expert_is_in_memory_at_a_time(experts, tmp_path, monkeypatch):
-    alive, peak, load = [], [], xlstm_hybrid.merging.Checkpoint.tensor
+    alive, peak, load = [], [], xlstm_hybrid.merging.merge.Checkpoint.tensor
 
     def watched(self, name):
         value = load(self, name)
@@ -118,7 +130,7 @@ def test_one_tensor_of_each_expert_is_in_memory_at_a_time(experts, tmp_path, mon
         peak.append(sum(r() is not None for r in alive))
         return value
 
-    monkeypatch.setattr(xlstm_hybrid.merging.Checkpoint, "tensor", watched)
+    monkeypatch.setattr(xlstm_hybrid.merging.merge.Checkpoint, "tensor", watched)
     merge(experts, tmp_path / "out", shard_bytes=1)
     assert len(peak) == 12 and max(peak) <= 3
 
@@ -136,11 +148,22 @@ def test_the_result_is_listed_and_knows_where_it_comes_from(experts, tmp_path):
 
 
 def test_tokenizer_and_settings_of_the_first_come_along_and_pickles_do_not(experts, tmp_path):
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "training_args.bin", "optimizer.pt", "modeling.py", "notes.txt"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "training_args.bin",
+        "optimizer.pt",
+        "modeling.py",
+        "notes.txt",
+    ):
         (experts[0] / name).write_text("{}")
     settings = {"eos_token": "e", "name_or_path": "/home/x", "auto_map": {}, "vocab_file": "/etc/y"}
     (experts[0] / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = json.loads((experts[0] / "config.json").read_text()) | {"auto_map": {"AutoConfig": "modeling.Evil"}, "_name_or_path": "/home/x"}
+    config = json.loads((experts[0] / "config.json").read_text()) | {
+        "auto_map": {"AutoConfig": "modeling.Evil"},
+        "_name_or_path": "/home/x",
+    }
     (experts[0] / "config.json").write_text(json.dumps(config))
     (experts[1] / "vocab.json").write_text("{}")
     merge(experts, tmp_path / "out")
@@ -171,12 +194,14 @@ def test_merged_students_load_and_a_student_merged_with_itself_is_itself(tmp_pat
     assert_same_model(same, a, ids)
     shift = mixed.model.embed_tokens.weight.float() - a.model.embed_tokens.weight.float()
     torch.testing.assert_close(shift, torch.full_like(shift, 0.5), atol=0.02, rtol=0)  # half an ulp of bfloat16 below 4
-    assert {p.dtype for p in mixed.parameters()} == {p.dtype for p in a.parameters()} == {torch.bfloat16, torch.float32}  # gates stay float32
+    # gates stay float32
+    assert {p.dtype for p in mixed.parameters()} == {p.dtype for p in a.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_a_config_field_that_an_older_version_did_not_write_has_its_default(experts, tmp_path):
     fields = json.loads((experts[0] / "config.json").read_text())
-    known = fields | {"memory_cell": "mlstm", "memory_rope": True, "window_dropout": 0.3}  # the last one is of the training alone
+    # the last one is of the training alone
+    known = fields | {"memory_cell": "mlstm", "memory_rope": True, "window_dropout": 0.3}
     (experts[1] / "config.json").write_text(json.dumps(known))
     merge(experts, tmp_path / "out")
     (experts[1] / "config.json").write_text(json.dumps(known | {"memory_cell": "linear"}))
@@ -188,13 +213,17 @@ def test_a_config_field_that_an_older_version_did_not_write_has_its_default(expe
 
 
 def test_every_tensor_of_a_student_has_its_module_group():
-    student = tiny_student(torch.float32, qk_norm="head", layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"])
+    student = tiny_student(
+        torch.float32, qk_norm="head", layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"]
+    )
     found = {group: set() for group in GROUPS}
     for name in student.state_dict():
         found[group_of(name)].add(re.sub(r"^model\.(layers\.\d+\.)?|self_attn\.|mlp\.|\.weight$|\.bias$", "", name))
     assert found == {
         "feature_maps": {"mlstm.q_map", "mlstm.k_map"},
-        "gates": {f"mlstm.{name}" for name in ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")},
+        "gates": {
+            f"mlstm.{name}" for name in ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")
+        },
         "attention": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
         "mlp": {"gate_proj", "up_proj", "down_proj"},
         "embeddings": {"embed_tokens", "lm_head"},
@@ -222,7 +251,12 @@ def test_module_groups_may_have_weights_of_their_own(tmp_path):
         torch.testing.assert_close(stored(tmp_path / "out")[name], share * value + (1 - share) * named(1)[name])
     config = read_provenance(tmp_path / "out")[-1]["config"]
     assert config["group_weights"] == {"gates": [1.0, 0.0], "embeddings": [0.25, 0.75]}
-    merge(folders[::-1], tmp_path / "turned", weights=[0.5, 0.5], group_weights={"gates": [0, 1], "embeddings": [0.75, 0.25]})
+    merge(
+        folders[::-1],
+        tmp_path / "turned",
+        weights=[0.5, 0.5],
+        group_weights={"gates": [0, 1], "embeddings": [0.75, 0.25]},
+    )
     assert same_bits(stored(tmp_path / "turned"), stored(tmp_path / "out"))
 
 
@@ -283,7 +317,9 @@ def students(tmp_path_factory):
     return [folder / "a", folder / "b"], files
 
 
-@pytest.mark.parametrize(("method", "kind", "covered", "rest"), [("fisher", "fisher", 41, 0), ("regmean", "gram", 15, 41 - 15)])
+@pytest.mark.parametrize(
+    ("method", "kind", "covered", "rest"), [("fisher", "fisher", 41, 0), ("regmean", "gram", 15, 41 - 15)]
+)
 def test_statistics_weigh_what_they_cover_and_the_rest_is_linear(method, kind, covered, rest, students, tmp_path):
     folders, files = students
     merge(folders, tmp_path / "out", method=method, statistics=files[kind])
@@ -291,7 +327,9 @@ def test_statistics_weigh_what_they_cover_and_the_rest_is_linear(method, kind, c
     found, plain, (a, b) = stored(tmp_path / "out"), stored(tmp_path / "linear"), (stored(f) for f in folders)
     different = {name for name in found if not torch.equal(found[name], plain[name])}
     assert len(different) == covered
-    assert read_provenance(tmp_path / "out")[-1]["config"]["tensors"] == {method: covered} | ({"linear": rest} if rest else {})
+    assert read_provenance(tmp_path / "out")[-1]["config"]["tensors"] == {method: covered} | (
+        {"linear": rest} if rest else {}
+    )
     name = "model.layers.1.mlp.up_proj.weight"
     inputs = {
         "fisher": [load_file(f).get(name) for f in files[kind]],
@@ -304,7 +342,9 @@ def test_statistics_weigh_what_they_cover_and_the_rest_is_linear(method, kind, c
 
 
 def test_a_regmean_of_experts_answers_more_like_them_than_their_mean_does(students, tmp_path):
-    """On inputs that the Gram matrices saw, the merged first projection is nearer to each expert's than the plain mean is."""
+    """On inputs that the Gram matrices saw, the merged first projection is nearer to each expert's than the plain mean
+    is.
+    """
     folders, files = students
     merge(folders, tmp_path / "out", method="regmean", statistics=files["gram"], options={"alpha": 1.0})
     name, wrong = "model.layers.0.self_attn.q_proj.weight", {"out": 0.0, "mean": 0.0}
@@ -319,7 +359,10 @@ def test_a_regmean_of_experts_answers_more_like_them_than_their_mean_does(studen
 
 def test_statistics_of_other_weights_or_another_kind_are_refused(students, tmp_path):
     folders, files = students
-    with pytest.raises(MergeError, match="2 mismatches: statistics b-fisher.safetensors of a: measured on other weights; statistics a-fisher"):
+    with pytest.raises(
+        MergeError,
+        match="2 mismatches: statistics b-fisher.safetensors of a: measured on other weights; statistics a-fisher",
+    ):
         merge(folders, tmp_path / "out", method="fisher", statistics=files["fisher"][::-1])
     with pytest.raises(MergeError, match="statistics a-gram.safetensors of a: kind 'gram', expected 'fisher'"):
         merge(folders, tmp_path / "out", method="fisher", statistics=files["gram"])
@@ -330,7 +373,9 @@ def test_statistics_of_other_weights_or_another_kind_are_refused(students, tmp_p
     with safe_open(files["fisher"][0], "pt") as file:
         notes = file.metadata()
     save_file(spoilt, tmp_path / "bad.safetensors", metadata=notes)
-    with pytest.raises(MergeError, match="statistics bad.safetensors: model.norm.weight holds values that are negative or not finite"):
+    with pytest.raises(
+        MergeError, match="statistics bad.safetensors: model.norm.weight holds values that are negative or not finite"
+    ):
         merge(folders, tmp_path / "out", method="fisher", statistics=[tmp_path / "bad.safetensors", files["fisher"][1]])
     assert not (tmp_path / "out").exists()
 
@@ -346,7 +391,14 @@ def test_experts_may_have_gone_through_several_stages_of_their_own(tmp_path):
         folders.append(folder)
     merge(folders, tmp_path / "out")
     assert [s["stage"] for s in read_provenance(tmp_path / "out")] == [
-        "convert", "align", "distill:math", "on-policy:math", "distill:code", "on-policy:code", "merge"]  # fmt: skip
+        "convert",
+        "align",
+        "distill:math",
+        "on-policy:math",
+        "distill:code",
+        "on-policy:code",
+        "merge",
+    ]
 
 
 def test_equal_records_of_different_starts_are_told_apart_by_the_manifest(tmp_path):
@@ -357,7 +409,9 @@ def test_equal_records_of_different_starts_are_told_apart_by_the_manifest(tmp_pa
         record["stages"][-1]["parent_manifest"] = parent
         (folder / "provenance.json").write_text(json.dumps(record))
         folders.append(folder)
-    with pytest.raises(MergeError, match=r"start: math and code do not come from the same checkpoint .manifest a{12}... and b{12}"):
+    with pytest.raises(
+        MergeError, match=r"start: math and code do not come from the same checkpoint .manifest a{12}... and b{12}"
+    ):
         merge(folders, tmp_path / "out")
     base = checkpoint(tmp_path / "base", tensors(9), stages=["convert"], last="align")
     (base / "provenance.json").write_text(json.dumps({"format_version": 1, "stages": read_provenance(folders[0])[:-1]}))
@@ -372,19 +426,30 @@ def test_equal_records_of_different_starts_are_told_apart_by_the_manifest(tmp_pa
 
 def test_vocabularies_must_agree_token_by_token(experts, tmp_path):
     def tokenizer(folder, vocab, added=()):
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": list(added), "padding": folder.name}))
+        (folder / "tokenizer.json").write_text(
+            json.dumps({"model": {"vocab": vocab}, "added_tokens": list(added), "padding": folder.name})
+        )
 
     for expert in experts:
         tokenizer(expert, {"a": 0, "b": 1})
     merge(experts, tmp_path / "out")  # other settings may differ
     tokenizer(experts[1], {"a": 1, "b": 0}, [{"content": "<new>", "id": 2}])
-    with pytest.raises(MergeError, match="vocabulary: 3 tokens differ between math and code, such as '<new>', 'a', 'b'"):
+    with pytest.raises(
+        MergeError, match="vocabulary: 3 tokens differ between math and code, such as '<new>', 'a', 'b'"
+    ):
         merge(experts, tmp_path / "out", overwrite=True)
 
 
 def test_streamed_files_are_those_of_safetensors_byte_for_byte(tmp_path):
-    values = {"b": torch.ones(3, 2).bfloat16(), "a": torch.arange(5.0), "z": torch.zeros(0, 4), "i": torch.arange(3), "s": torch.tensor(2.5),
-              "f": torch.tensor([True, False, True]), "ünï": torch.ones(2).half()}  # fmt: skip
+    values = {
+        "b": torch.ones(3, 2).bfloat16(),
+        "a": torch.arange(5.0),
+        "z": torch.zeros(0, 4),
+        "i": torch.arange(3),
+        "s": torch.tensor(2.5),
+        "f": torch.tensor([True, False, True]),
+        "ünï": torch.ones(2).half(),
+    }
     names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16"}
     stream_weights(tmp_path, {n: (names[v.dtype], tuple(v.shape)) for n, v in sorted(values.items())}, values.get)
     save_file(values, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
@@ -396,11 +461,14 @@ def test_the_record_keeps_what_a_search_measured(experts, tmp_path):
     assert read_provenance(tmp_path / "out")[-1]["figures"] == {"search": {"candidates": 3}}
 
 
-MERGEKIT = os.environ.get("MERGEKIT_PYTHON")  # a Python of an environment that holds mergekit and this package's own requirements
+# a Python of an environment that holds mergekit and this package's own requirements
+MERGEKIT = os.environ.get("MERGEKIT_PYTHON")
 
 
 def test_the_architecture_names_every_tensor_and_marks_what_some_layers_lack(tmp_path):
-    student = tiny_student(torch.float32, layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"], tie_word_embeddings=True)
+    student = tiny_student(
+        torch.float32, layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"], tie_word_embeddings=True
+    )
     student.save_pretrained(tmp_path / "a")
     made = mergekit_architecture(tmp_path / "a")
     assert made["model_type"] == "xlstm_hybrid" and made["architectures"] == ["XLSTMHybridForCausalLM"]
@@ -412,15 +480,25 @@ def test_the_architecture_names_every_tensor_and_marks_what_some_layers_lack(tmp
     gate = templates["model.layers.${layer_index}.self_attn.mlstm.igate_weight"]
     assert gate == {"name": gate["name"], "optional": True, "force_dtype": "float32"}
     assert "optional" not in templates["model.layers.${layer_index}.self_attn.q_proj.weight"]
-    assert made["post_weights"][-1] == {"name": "lm_head.weight", "optional": True, "vocabulary_axis": 0, "tied_names": ["model.embed_tokens.weight"]}
+    assert made["post_weights"][-1] == {
+        "name": "lm_head.weight",
+        "optional": True,
+        "vocabulary_axis": 0,
+        "tied_names": ["model.embed_tokens.weight"],
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MERGEKIT, reason="MERGEKIT_PYTHON names no Python with mergekit (LGPL-3: never a dependency)")
 def test_mergekit_reads_the_architecture_and_agrees_on_the_mean(students, tmp_path):
     (tmp_path / "arch.json").write_text(json.dumps(mergekit_architecture(students[0][0])))
-    spec = {"models": [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(students[0], (0.25, 0.75), strict=True)],
-            "merge_method": "linear", "dtype": "float32"}  # fmt: skip
+    spec = {
+        "models": [
+            {"model": str(f), "parameters": {"weight": w}} for f, w in zip(students[0], (0.25, 0.75), strict=True)
+        ],
+        "merge_method": "linear",
+        "dtype": "float32",
+    }
     program = f"""
 import json, sys, xlstm_hybrid
 from mergekit.architecture import json_definitions as d, arch_info_for_config
@@ -433,7 +511,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 run_merge(MergeConfiguration.model_validate(json.loads({json.dumps(spec)!r})), {str(tmp_path / "theirs")!r}, MergeOptions(copy_tokenizer=False))
 """
-    subprocess.run([MERGEKIT, "-c", program], check=True, env=os.environ | {"PYTHONPATH": "src:kernels"}, cwd=Path(__file__).parents[1])
+    subprocess.run(
+        [MERGEKIT, "-c", program],
+        check=True,
+        env=os.environ | {"PYTHONPATH": "src:kernels"},
+        cwd=Path(__file__).parents[1],
+    )
     merge(students[0], tmp_path / "ours", weights=[0.25, 0.75])
     theirs, ours = stored(tmp_path / "theirs"), stored(tmp_path / "ours")
     assert set(theirs) == set(ours)
@@ -448,7 +531,12 @@ def test_every_mismatch_is_listed_at_once(experts, tmp_path):
     odd = tensors(3)
     odd["extra"] = odd.pop("norm.bias")
     odd["embed.weight"], odd["layer.0.weight"] = torch.zeros(12, 6), odd["layer.0.weight"].bfloat16()
-    odd = checkpoint(tmp_path / "odd", odd, config={"vocab_size": 12, "layer_types": ["full_attention"], "use_cache": False}, stages=["convert"])
+    odd = checkpoint(
+        tmp_path / "odd",
+        odd,
+        config={"vocab_size": 12, "layer_types": ["full_attention"], "use_cache": False},
+        stages=["convert"],
+    )
     plain = checkpoint(tmp_path / "plain", tensors(4), stages=None)
     with pytest.raises(MergeError) as raised:
         merge([experts[0], odd, plain], tmp_path / "out")
@@ -469,7 +557,9 @@ def test_every_mismatch_is_listed_at_once(experts, tmp_path):
 
 def test_experts_without_any_record_are_merged_only_by_those_who_know_their_start(tmp_path):
     folders = [checkpoint(tmp_path / n, tensors(j), stages=None) for j, n in enumerate("ab")]
-    with pytest.raises(MergeError, match="1 mismatches: start: no expert has a provenance.json, .* pass unrecorded=True"):
+    with pytest.raises(
+        MergeError, match="1 mismatches: start: no expert has a provenance.json, .* pass unrecorded=True"
+    ):
         merge(folders, tmp_path / "out")
     merge(folders, tmp_path / "out", unrecorded=True)
     assert [s["stage"] for s in read_provenance(tmp_path / "out")] == ["merge"]
@@ -480,9 +570,13 @@ def test_a_base_must_be_the_start_of_the_experts(experts, tmp_path):
         merge(experts[:1], tmp_path / "out", method="task_arithmetic", base=experts[1])
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.6, -0.1], [0.5, 0.3, 0.1], [0.5, 0.5], [0.5, 0.5, float("nan")], [1.0, 1.0, 1.0], [0.33333] * 3])
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.6, -0.1], [0.5, 0.3, 0.1], [0.5, 0.5], [0.5, 0.5, float("nan")], [1.0, 1.0, 1.0], [0.33333] * 3]
+)
 def test_weights_off_the_simplex_are_refused(weights, experts, tmp_path):
-    with pytest.raises(MergeError, match=re.escape(f"weights {weights}: expected 3 shares of at least 0 whose sum is 1")):
+    with pytest.raises(
+        MergeError, match=re.escape(f"weights {weights}: expected 3 shares of at least 0 whose sum is 1")
+    ):
         merge(experts, tmp_path / "out", weights=weights)
 
 
@@ -496,10 +590,16 @@ def test_shares_may_miss_one_by_their_rounding(experts, tmp_path):
     [
         ({"method": "breadcrumbs"}, r"method='breadcrumbs': expected one of \['dare', .*'ties'\]"),
         ({"method": "slerp"}, "method='slerp': expected two experts, got 3"),
-        ({"method": "fisher"}, "method='fisher': 0 files of statistics, expected one file of `measure_statistics` per expert"),
+        (
+            {"method": "fisher"},
+            "method='fisher': 0 files of statistics, expected one file of `measure_statistics` per expert",
+        ),
         ({"statistics": ["f", "g", "h"]}, "method='linear': 3 files of statistics, expected none"),
         ({"options": {"density": 0.5}}, "density: it takes no options"),
-        ({"group_weights": {"mouth": [1, 0, 0]}}, r"group_weights: \['mouth'\] are no module groups, expected some of \['feature_maps', 'gates'"),
+        (
+            {"group_weights": {"mouth": [1, 0, 0]}},
+            r"group_weights: \['mouth'\] are no module groups, expected some of \['feature_maps', 'gates'",
+        ),
         ({"group_weights": {"gates": [1, 1, 0]}}, "expected 3 shares of at least 0 whose sum is 1"),
         ({"method": "task_arithmetic"}, "method='task_arithmetic' needs base"),
         ({"base": "x"}, "method='linear' takes no base"),
@@ -522,7 +622,9 @@ def test_an_expert_that_is_not_finite_is_named_and_nothing_is_left(value, expert
         merge(experts, tmp_path / "out", weights=[1, 0, 0])  # even with no share in the result
     worse = tensors(2) | {"embed.weight": torch.full((11, 6), value)}
     save_file(worse, experts[2] / "model.safetensors")
-    with pytest.raises(MergeError, match="chat: tensor embed.weight holds .*; code: tensor layer.1.weight holds|code: .*; chat: "):
+    with pytest.raises(
+        MergeError, match="chat: tensor embed.weight holds .*; code: tensor layer.1.weight holds|code: .*; chat: "
+    ):
         merge(experts, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -532,8 +634,11 @@ def test_a_result_out_of_range_is_named(tmp_path):
     folders = [checkpoint(tmp_path / n, w, stages=None) for n, w in (("a", big), ("base", base))]
     assert torch.isinf(task_arithmetic([big["w"]], [2.0], base["w"])).all()
     monkey = {"task_arithmetic": lambda experts, weights, base: task_arithmetic(experts, [2.0], base)}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MergeError, match="tensor w: the result leaves the range of torch.float16"):
-        patch.setattr(xlstm_hybrid.merging, "MERGES", monkey)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(MergeError, match="tensor w: the result leaves the range of torch.float16"),
+    ):
+        patch.setattr(xlstm_hybrid.merging.merge, "MERGES", monkey)
         merge(folders[:1], tmp_path / "out", method="task_arithmetic", base=folders[1])
     assert not (tmp_path / "out").exists()
 
@@ -563,7 +668,10 @@ def flip(file, position):
 
 
 DAMAGE = {
-    "a flipped bit": (lambda d: (write_manifest(d), flip(d / "model.safetensors", -5)), "code: model.safetensors has SHA-256"),
+    "a flipped bit": (
+        lambda d: (write_manifest(d), flip(d / "model.safetensors", -5)),
+        "code: model.safetensors has SHA-256",
+    ),
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 400), "code: model.safetensors or .* is damaged"),
     "no config": (lambda d: (d / "config.json").unlink(), "code: config.json cannot be read"),
     "an index that lies": (
@@ -571,7 +679,10 @@ DAMAGE = {
         "code: model.safetensors is damaged or lacks nowhere",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "code: expected model.safetensors"),
-    "a link out": (lambda d: (d / "vocab.json").symlink_to("/etc/hostname"), "code/vocab.json: links to a file outside"),
+    "a link out": (
+        lambda d: (d / "vocab.json").symlink_to("/etc/hostname"),
+        "code/vocab.json: links to a file outside",
+    ),
 }
 
 
@@ -595,7 +706,7 @@ def test_a_failure_between_shards_leaves_the_previous_result(experts, tmp_path, 
         written.append(path)
         return open(path, mode)
 
-    monkeypatch.setattr(xlstm_hybrid.merging, "open", full, raising=False)
+    monkeypatch.setattr(xlstm_hybrid.merging.merge, "open", full, raising=False)
     with pytest.raises(CheckpointWriteError, match="could not write out .No space left on device."):
         merge(experts, tmp_path / "out", weights=[1, 0, 0], overwrite=True, shard_bytes=1)
     assert len(written) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["experts", "out"]

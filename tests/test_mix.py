@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from xlstm_kernels import mix
-from xlstm_kernels.mix import Mix, blocks
+from xlstm_kernels.mix.op import Mix, blocks
 
 
 def inputs(T=37, dtype=torch.float64):
@@ -16,7 +16,7 @@ def inputs(T=37, dtype=torch.float64):
 
 @pytest.mark.parametrize("entries", [1, 100, 2**17])
 def test_values_and_gradients_are_those_of_the_formula(entries, monkeypatch):
-    monkeypatch.setattr(sys.modules["xlstm_kernels.mix"], "ENTRIES", entries)
+    monkeypatch.setattr(sys.modules["xlstm_kernels.mix.op"], "ENTRIES", entries)
     x, y = ([a.requires_grad_() for a in inputs()] for _ in range(2))
     upstream = torch.sin(torch.arange(2 * 37 * 15.0, dtype=torch.float64)).view(2, 37, 3, 5)
     got, want = mix(*x), y[2][..., None] * y[0] + (1 - y[2][..., None]) * y[1]
@@ -32,7 +32,9 @@ def test_half_precision_is_mixed_in_float32():
     a, b, o = inputs(dtype=torch.bfloat16)
     got = mix(a, b, o.float())
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, (o[..., None] * a.double() + (1 - o[..., None]) * b.double()).bfloat16(), rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(
+        got, (o[..., None] * a.double() + (1 - o[..., None]) * b.double()).bfloat16(), rtol=2**-8, atol=1e-3
+    )
 
 
 def test_blocks_cover_every_token_once():

@@ -1,4 +1,6 @@
-"""Each choice of the recurrent branch is the function that its name says, and one function of its tokens however they reach it."""
+"""Each choice of the recurrent branch is the function that its name says, and one function of its tokens however they
+reach it.
+"""
 
 import contextlib
 import math
@@ -12,14 +14,16 @@ from tiny_teachers import teacher, teacher_config
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.configuration import MIXER
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.mixers import MLSTMMixer
-from xlstm_hybrid.plan import shape_of
+from xlstm_hybrid.evaluation.equivalence import MEMORY, verify
+from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.experimental.cells import DeltaMixer
+from xlstm_hybrid.model.experimental.norm import normed
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.planning.run import shape_of
 from xlstm_hybrid.state import behaviour, prefill
-from xlstm_hybrid.trainers.dropout import WindowDropoutSchedule
-from xlstm_hybrid.verify import MEMORY, verify
+from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
 OPTIONS = {
@@ -28,7 +32,11 @@ OPTIONS = {
     "linear": {"memory_cell": "linear"},
     "no rope": {"memory_rope": False},
     "delta": {"memory_cell": "delta"},
-    "delta of positive features, no rope": {"memory_cell": "delta", "memory_feature_map": "softmax_signed", "memory_rope": False},
+    "delta of positive features, no rope": {
+        "memory_cell": "delta",
+        "memory_feature_map": "softmax_signed",
+        "memory_rope": False,
+    },
     "delta alone": {"memory_cell": "delta", "memory_feature_dim": 40, "mixer_branches": "memory"},
     "normed": {"mixer_norm": True},
     "normed window": {"mixer_norm": True, "mixer_branches": "window"},
@@ -36,7 +44,12 @@ OPTIONS = {
     "signed": {"memory_feature_map": "softmax_signed"},
     "wide": {"memory_feature_dim": 40},
     "narrow and signed": {"memory_feature_dim": 5, "memory_feature_map": "softmax_signed", "memory_cell": "linear"},
-    "no rope, all at once": {"memory_rope": False, "memory_cell": "linear", "mixer_branches": "memory", "qk_norm": "head"},
+    "no rope, all at once": {
+        "memory_rope": False,
+        "memory_cell": "linear",
+        "mixer_branches": "memory",
+        "qk_norm": "head",
+    },
 }
 
 
@@ -82,13 +95,18 @@ def test_a_packed_row_can_arrive_in_pieces_and_its_last_document_goes_on(any_cho
 def test_every_choice_is_another_function_and_survives_saving(any_choice, tmp_path):
     ids, changes = token_ids(2, 20), any_choice.config.to_diff_dict()
     default = tiny_student(num_hidden_layers=2, qk_norm=any_choice.config.qk_norm)
-    same = {name: x for name, x in any_choice.state_dict().items() if x.shape == default.state_dict().get(name, x).shape}
+    same = {
+        name: x for name, x in any_choice.state_dict().items() if x.shape == default.state_dict().get(name, x).shape
+    }
     default.load_state_dict(same, strict=False)
     found = logits_of(any_choice, ids)
     assert (found - logits_of(default, ids)).abs().max() > 0.1
     any_choice.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert loaded.config.to_diff_dict().items() >= {k: v for k, v in changes.items() if k.startswith(("mixer", "memory"))}.items()
+    assert (
+        loaded.config.to_diff_dict().items()
+        >= {k: v for k, v in changes.items() if k.startswith(("mixer", "memory"))}.items()
+    )
     assert_same_model(loaded, any_choice, ids)
 
 
@@ -100,10 +118,15 @@ def test_a_static_cache_generates_what_a_model_without_a_cache_does(any_choice):
 
 @pytest.mark.slow
 def test_compiled_steps_generate_what_eager_ones_do(any_choice):
-    ids, options = token_ids(1, 9), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    ids, options = (
+        token_ids(1, 9),
+        {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": "static"},
+    )
     compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True
-    assert torch.equal(any_choice.generate(ids, compile_config=compiled, **options), any_choice.generate(ids, **options))
+    assert torch.equal(
+        any_choice.generate(ids, compile_config=compiled, **options), any_choice.generate(ids, **options)
+    )
 
 
 def test_conversion_takes_the_choices_and_writes_them(tmp_path):
@@ -117,7 +140,8 @@ def test_conversion_takes_the_choices_and_writes_them(tmp_path):
     report = convert(teacher("llama"), tmp_path / "student", sliding_window=7, num_sink_tokens=2, **chosen)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert {name: getattr(loaded.config, name) for name in chosen} == chosen
-    assert report.parameters["new"] == 3 * 6 * (2 * 10 * 7 + 3 * 10 + 1)  # 3 layers, 6 heads of 10: two maps and the output gate
+    # 3 layers, 6 heads of 10: two maps and the output gate
+    assert report.parameters["new"] == 3 * 6 * (2 * 10 * 7 + 3 * 10 + 1)
     made = XLSTMHybridForCausalLM.from_teacher(teacher("llama"), sliding_window=7, num_sink_tokens=2, **chosen)
     assert_same_model(loaded, made, token_ids(1, 20))
 
@@ -126,9 +150,13 @@ def test_a_plan_counts_feature_maps_and_refuses_what_was_never_measured():
     config = teacher_config("llama")
     plain, wide = shape_of(config), shape_of(config, memory_feature_map="softmax_signed", memory_feature_dim=25)
     assert shape_of(config, memory_cell="linear").new < plain.new
-    assert (wide.columns, wide.features) == (25, 50) and wide.new - plain.new == 3 * 6 * 2 * 10 * (25 - 10)  # layers, heads, maps, head dim
-    for choice, reason in (({"memory_cell": "delta"}, "memory_cell='delta'"), ({"sparse_memory": 8}, "sparse_memory=8"),
-                           ({"memory_cell": "linear", "mixer_combine": "joint"}, "mixer_combine='joint'")):  # fmt: skip
+    # layers, heads, maps, head dim
+    assert (wide.columns, wide.features) == (25, 50) and wide.new - plain.new == 3 * 6 * 2 * 10 * (25 - 10)
+    for choice, reason in (
+        ({"memory_cell": "delta"}, "memory_cell='delta'"),
+        ({"sparse_memory": 8}, "sparse_memory=8"),
+        ({"memory_cell": "linear", "mixer_combine": "joint"}, "mixer_combine='joint'"),
+    ):
         with pytest.raises(ConfigError, match=reason):
             shape_of(config, **choice)
 
@@ -161,9 +189,16 @@ def test_the_cache_holds_what_the_branch_needs():
     found = {}
     for branches in ("both", "memory", "window"):
         cache = prefill(tiny_student(mixer_branches=branches), token_ids(2, 20))
-        found[branches] = [sum(x.numel() for x in layer.state or ()) for layer in cache.layers], [layer.keys.numel() for layer in cache.layers]
+        found[branches] = (
+            [sum(x.numel() for x in layer.state or ()) for layer in cache.layers],
+            [layer.keys.numel() for layer in cache.layers],
+        )
     state, slots = 2 * 4 * (16 * 16 + 16 + 1), 2 * 2 * 10 * 16
-    assert found == {"both": ([state] * 3, [slots] * 3), "memory": ([state] * 3, [slots // 10] * 3), "window": ([0] * 3, [slots] * 3)}
+    assert found == {
+        "both": ([state] * 3, [slots] * 3),
+        "memory": ([state] * 3, [slots // 10] * 3),
+        "window": ([0] * 3, [slots] * 3),
+    }
 
 
 @pytest.mark.parametrize("before", ["both", "memory", "window"])
@@ -173,7 +208,8 @@ def test_a_cache_that_another_branch_has_filled_is_refused(before, after):
     cache = prefill(model, token_ids(1, 9))
     model.config.mixer_branches = after
     refusal = pytest.raises(CacheError, match="mixer_branches")
-    with contextlib.nullcontext() if after == before or (before, after) == ("both", "window") else refusal:  # that one loses its state
+    # that one loses its state
+    with contextlib.nullcontext() if after == before or (before, after) == ("both", "window") else refusal:
         model(token_ids(1, 1), cache=cache, use_cache=True)
 
 
@@ -183,7 +219,11 @@ def test_a_cache_that_another_branch_has_filled_is_refused(before, after):
 def blinded(model, monkeypatch, rows):
     """Let the next draws hide the windows of `rows`; returns the list of the draws' sizes."""
     drawn = []
-    monkeypatch.setattr(torch, "rand", lambda n, **kwargs: drawn.append(n) or torch.tensor([0.0 if j in rows else 0.999 for j in range(n)]))
+    monkeypatch.setattr(
+        torch,
+        "rand",
+        lambda n, **kwargs: drawn.append(n) or torch.tensor([0.0 if j in rows else 0.999 for j in range(n)]),
+    )
     return drawn
 
 
@@ -242,10 +282,19 @@ def test_checkpointed_layers_see_the_same_draw_in_both_of_their_passes():
 
 @pytest.mark.parametrize(
     ("schedule", "steps", "want"),
-    [((0.9, 0.0), 5, [0.9, 0.675, 0.45, 0.225, 0.0]), ((0.5,), 3, [0.5] * 3), ((0.0, 0.8, 2), 4, [0.0, 0.4, 0.8, 0.8]), ((0.3, 0.1), 1, [0.3])],
+    [
+        ((0.9, 0.0), 5, [0.9, 0.675, 0.45, 0.225, 0.0]),
+        ((0.5,), 3, [0.5] * 3),
+        ((0.0, 0.8, 2), 4, [0.0, 0.4, 0.8, 0.8]),
+        ((0.3, 0.1), 1, [0.3]),
+    ],
 )
 def test_a_schedule_goes_on_a_line_from_its_start_to_its_end_and_leaves_no_trace(schedule, steps, want):
-    model, callback, found = XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1)), WindowDropoutSchedule(*schedule), []
+    model, callback, found = (
+        XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1)),
+        WindowDropoutSchedule(*schedule),
+        [],
+    )
     state = SimpleNamespace(global_step=0, max_steps=steps)
     callback.on_train_begin(None, state, None, model=model)
     for state.global_step in range(steps):
@@ -260,9 +309,14 @@ def test_a_schedule_refuses_what_is_no_probability_and_what_has_no_window():
     for wrong in ((1.0,), (0.5, -0.1), (0.5, 0.1, 0)):
         with pytest.raises(ConfigError, match="expected"):
             WindowDropoutSchedule(*wrong)
-    for model in (torch.nn.Linear(1, 1), XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1, mixer_branches="memory"))):
+    for model in (
+        torch.nn.Linear(1, 1),
+        XLSTMHybridForCausalLM(tiny_config(num_hidden_layers=1, mixer_branches="memory")),
+    ):
         with pytest.raises(ConfigError, match="hybrid student with both branches and a gate"):
-            WindowDropoutSchedule(0.5).on_train_begin(None, SimpleNamespace(global_step=0, max_steps=3), None, model=model)
+            WindowDropoutSchedule(0.5).on_train_begin(
+                None, SimpleNamespace(global_step=0, max_steps=3), None, model=model
+            )
 
 
 # --- cells and positions -----------------------------------------------------------------------------------------
@@ -281,7 +335,9 @@ def test_a_linear_memory_is_an_mlstm_that_writes_everything_and_forgets_nothing(
     torch.testing.assert_close(logits_of(linear, ids), logits_of(mlstm, ids), **TOLERANCE)
 
 
-@pytest.mark.parametrize(("changes", "features"), [({}, 16), ({"memory_feature_dim": 40}, 40), ({"memory_feature_dim": 5}, 5)])
+@pytest.mark.parametrize(
+    ("changes", "features"), [({}, 16), ({"memory_feature_dim": 40}, 40), ({"memory_feature_dim": 5}, 5)]
+)
 @pytest.mark.parametrize("signed", [False, True])
 def test_features_are_a_softmax_over_all_columns_and_their_negatives(changes, features, signed):
     config = tiny_config(memory_feature_map="softmax_signed" if signed else "softmax", **changes)
@@ -291,7 +347,11 @@ def test_features_are_a_softmax_over_all_columns_and_their_negatives(changes, fe
     assert mixer.q_map.shape == P.shape
     found = mixer.features(x, P, signed)
     for b, h, t in ((0, 0, 0), (1, 3, 2)):
-        seen = [math.exp(float(x[b, h, t] @ P[h, :, j]) * sign) for sign in ((1, -1) if signed else (1,)) for j in range(features)]
+        seen = [
+            math.exp(float(x[b, h, t] @ P[h, :, j]) * sign)
+            for sign in ((1, -1) if signed else (1,))
+            for j in range(features)
+        ]
         torch.testing.assert_close(found[b, t, h], torch.tensor(seen, dtype=torch.float64) / sum(seen), **TOLERANCE)
 
 
@@ -312,7 +372,11 @@ def test_a_fresh_map_begins_with_the_identity_and_no_two_features_are_the_same(w
 def test_the_delta_rule_reads_features_of_length_one_and_prefers_signed_ones(kind):
     config = tiny_config(memory_cell="delta", memory_feature_map=kind)
     assert config.memory_feature_map == (kind or "silu") and tiny_config().memory_feature_map == "softmax"
-    mixer, x, P = MLSTMMixer(config, 0), torch.randn(2, 4, 3, 16, dtype=torch.float64), torch.randn(4, 16, 16, dtype=torch.float64)
+    mixer, x, P = (
+        DeltaMixer(config, 0),
+        torch.randn(2, 4, 3, 16, dtype=torch.float64),
+        torch.randn(4, 16, 16, dtype=torch.float64),
+    )
     found, y = mixer.read(x, P), (x @ P).transpose(1, 2)
     want = y * torch.sigmoid(y) if kind is None else mixer.features(x, P, kind == "softmax_signed")
     torch.testing.assert_close(found, want / want.norm(dim=-1, keepdim=True), atol=1e-4, rtol=1e-4)
@@ -335,13 +399,21 @@ def test_without_rope_the_memory_does_not_know_how_far_apart_tokens_are(rope):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"mixer_branches": "windows"}, "expected one of"), ({"memory_cell": "gru"}, "expected one of"), ({"window_dropout": 1.0}, "below 1"),
-     ({"window_dropout": -0.1}, "at least 0"), ({"window_dropout": 0.5, "mixer_branches": "memory"}, "one branch only"),
-     ({"memory_feature_map": "silu"}, "positive features"), ({"memory_feature_map": "relu"}, "expected one of"),
-     ({"memory_feature_dim": 0}, "at least 1 feature"), ({"mixer_combine": "joint"}, "memory_cell='mlstm': expected 'linear'"),
-     ({"mixer_combine": "joint", "memory_cell": "linear", "window_dropout": 0.1}, "window_dropout=0.1: expected 0"),
-     ({"mixer_combine": "sum"}, "expected one of"), ({"mixer_gate_input": "h"}, "expected one of")],
-)  # fmt: skip
+    [
+        ({"mixer_branches": "windows"}, "expected one of"),
+        ({"memory_cell": "gru"}, "expected one of"),
+        ({"window_dropout": 1.0}, "below 1"),
+        ({"window_dropout": -0.1}, "at least 0"),
+        ({"window_dropout": 0.5, "mixer_branches": "memory"}, "one branch only"),
+        ({"memory_feature_map": "silu"}, "positive features"),
+        ({"memory_feature_map": "relu"}, "expected one of"),
+        ({"memory_feature_dim": 0}, "at least 1 feature"),
+        ({"mixer_combine": "joint"}, "memory_cell='mlstm': expected 'linear'"),
+        ({"mixer_combine": "joint", "memory_cell": "linear", "window_dropout": 0.1}, "window_dropout=0.1: expected 0"),
+        ({"mixer_combine": "sum"}, "expected one of"),
+        ({"mixer_gate_input": "h"}, "expected one of"),
+    ],
+)
 def test_choices_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
@@ -370,10 +442,11 @@ def test_a_normed_mix_has_each_heads_root_mean_square_of_its_weight():
     assert mixer.norm_weight.shape == (4, 16)
     torch.nn.init.constant_(mixer.norm_weight, 3.0)
     h = torch.randn(2, 5, 4, 16, dtype=torch.float64) * torch.tensor([0.1, 1, 10, 100], dtype=torch.float64)[:, None]
-    found = mixer.normed(h)
-    torch.testing.assert_close(found.square().mean(-1).sqrt(), torch.full((2, 5, 4), 3.0, dtype=torch.float64), rtol=1e-3, atol=0)
+    found = normed(mixer, h)
+    torch.testing.assert_close(
+        found.square().mean(-1).sqrt(), torch.full((2, 5, 4), 3.0, dtype=torch.float64), rtol=1e-3, atol=0
+    )
     torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), h / h.norm(dim=-1, keepdim=True), **TOLERANCE)
-    assert torch.equal(MLSTMMixer(tiny_config(), 0).normed(h), h)
 
 
 def test_a_gate_of_the_input_is_a_linear_layer_with_a_sigmoid():

@@ -9,7 +9,14 @@ from xlstm_kernels import BACKENDS, MLSTMState, mlstm, mlstm_step
 
 torch.set_num_threads(1)
 INF = float("inf")
-FORMS = [("recurrent", 64), ("chunkwise", 1), ("chunkwise", 16), ("chunkwise", 64), ("chunkwise", 128), ("parallel", 64)]
+FORMS = [
+    ("recurrent", 64),
+    ("chunkwise", 1),
+    ("chunkwise", 16),
+    ("chunkwise", 64),
+    ("chunkwise", 128),
+    ("parallel", 64),
+]
 FORMS += [("streaming", 1), ("streaming", 16), ("streaming", 64), ("streaming", 128)]
 TRUTH = ("recurrent", 64)
 NEUTRAL = (0.5, 0.5, 0.5, -INF, INF)  # q, k, v, i, f of a masked token: it writes nothing and forgets nothing
@@ -45,7 +52,9 @@ def everything(form, x, state=None, upstream=1.0, autocast=False):
     state = state and MLSTMState(*(a.clone().requires_grad_() for a in state))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         h, last = run(form, x, state)
-    loss = sum((a.double() * waves(*a.shape, step=0.3 + 0.1 * j)).sum() for j, a in enumerate((h * upstream, last.C, last.n)))
+    loss = sum(
+        (a.double() * waves(*a.shape, step=0.3 + 0.1 * j)).sum() for j, a in enumerate((h * upstream, last.C, last.n))
+    )
     loss.backward()
     wanted = {f"d{name}": a.grad for name, a in zip("qkvifCn", [*x, *(state[:2] if state else ())], strict=False)}
     return {"h": h.detach(), **{name: a.detach() for name, a in zip("Cnm", last, strict=True)}, **wanted}
@@ -54,7 +63,9 @@ def everything(form, x, state=None, upstream=1.0, autocast=False):
 def assert_same(got, want, tol=1e-9):
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=tol, atol=tol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=tol, atol=tol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @cache
@@ -91,7 +102,9 @@ def test_the_stabiliser_is_the_running_maximum_of_what_was_written():
 def test_the_recurrent_gradients_are_the_derivatives_of_h():
     x = [a.requires_grad_() for a in inputs(T=4, B=1, H=1, K=3, V=2)]
     C, n, m = carried(B=1, H=1, K=3, V=2)
-    assert torch.autograd.gradcheck(lambda C, n, *x: run(TRUTH, x, MLSTMState(C, n, m))[0], (C.requires_grad_(), n.requires_grad_(), *x))
+    assert torch.autograd.gradcheck(
+        lambda C, n, *x: run(TRUTH, x, MLSTMState(C, n, m))[0], (C.requires_grad_(), n.requires_grad_(), *x)
+    )
 
 
 @every_form
@@ -154,7 +167,13 @@ def test_signed_queries_and_keys_agree_as_far_as_the_normaliser_allows(form):
     assert_same(got, {name: a for name, a in want.items() if name != "h"})
 
 
-MASKED = {"left": [0, 1, 2], "right": [34, 35, 36], "inside": [3, 4, 17, 20, 21], "ends": [0, 36], "all but one": list(range(36))}
+MASKED = {
+    "left": [0, 1, 2],
+    "right": [34, 35, 36],
+    "inside": [3, 4, 17, 20, 21],
+    "ends": [0, 36],
+    "all but one": list(range(36)),
+}
 
 
 @every_form
@@ -292,7 +311,9 @@ def float64(gate):
     return everything(TRUTH, [x.float().double() for x in inputs(T=1000, B=1, H=2, gate=gate)])
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form[0] not in ("recurrent", "parallel") and form[1] >= 64], ids=str)
+@pytest.mark.parametrize(
+    "form", [form for form in FORMS if form[0] not in ("recurrent", "parallel") and form[1] >= 64], ids=str
+)
 def test_float32_forgets_nothing_slowly_over_131072_tokens(form):
     """Forget gates near 1 and a state on a large scale: what float32 rounds off m must not be lost from the memory."""
     x = [a.float() for a in inputs(T=131072, B=1, H=1, K=2, V=2)]
@@ -306,7 +327,9 @@ def test_float32_forgets_nothing_slowly_over_131072_tokens(form):
 @cache
 def slow_forgetting():
     x = [a.float().double() for a in inputs(T=131072, B=1, H=1, K=2, V=2)]
-    return mlstm(*x[:3], (40 + x[3].float()).double(), (10 + x[4].float()).double(), backend="chunkwise", chunk_size=256)
+    return mlstm(
+        *x[:3], (40 + x[3].float()).double(), (10 + x[4].float()).double(), backend="chunkwise", chunk_size=256
+    )
 
 
 @every_form
@@ -340,14 +363,17 @@ def test_what_does_not_fit_is_refused_by_name():
     q, k, v, i, f = inputs()
     C, n, m = carried()
     for wrong, said in [
-        (lambda: mlstm(q, k[..., :4], v, i, f), r"k: expected .*'K': 8.*got \[2, 37, 3, 4\]"),
-        (lambda: mlstm(q, k, v[:, :5], i, f), r"v: expected .*'T': 37.*got \[2, 5, 3, 16\]"),
-        (lambda: mlstm(q, k, v, i[..., None], f), r"i: expected .*got \[2, 37, 3, 1\]"),
-        (lambda: mlstm(q, k, v, i, f.long()), "f: expected a floating dtype, got torch.int64"),
+        (lambda: mlstm(q, k[..., :4], v, i, f), r"k: expected .*'K': 8.*got torch.float64 \[2, 37, 3, 4\]"),
+        (lambda: mlstm(q, k, v[:, :5], i, f), r"v: expected .*'T': 37.*got torch.float64 \[2, 5, 3, 16\]"),
+        (lambda: mlstm(q, k, v, i[..., None], f), r"i: expected .*got torch.float64 \[2, 37, 3, 1\]"),
+        (lambda: mlstm(q, k, v, i, f.long()), "f: expected floating .*got torch.int64"),
         (lambda: mlstm(q[0], k, v, i, f), r"q, v: expected \[B, T, H, K\]"),
         (lambda: mlstm(q[:, :0], k[:, :0], v[:, :0], i[:, :0], f[:, :0]), "at least one token"),
-        (lambda: mlstm(q, k, v, i, f, state=(C, n[:1], m)), r"state.n: expected .*got \[1, 3, 8\]"),
-        (lambda: mlstm(q, k, v, i, f, state=(C.bfloat16(), n, m)), "state.C: expected float32 or float64, got torch.bfloat16"),
+        (lambda: mlstm(q, k, v, i, f, state=(C, n[:1], m)), r"state.n: expected .*got torch.float64 \[1, 3, 8\]"),
+        (
+            lambda: mlstm(q, k, v, i, f, state=(C.bfloat16(), n, m)),
+            "state.C: expected float32 or float64, got torch.bfloat16",
+        ),
         (lambda: mlstm(q, k, v, i, f, state=(C, n)), "got 2 tensors"),
         (lambda: mlstm(q, k, v, i, f, chunk_size=0), "chunk_size=0"),
         (lambda: mlstm(q, k, v, i, f, backend="fast"), f"backend='fast' is not one of .*{sorted(BACKENDS)[-1]}"),
@@ -364,7 +390,9 @@ def test_steps_in_place_are_the_recurrence(dtype):
     x[4][:, 20] = -INF
     x[3][1, 20] = -INF  # a masked token starts the second row's document: the state is empty once more
     want, last = run(TRUTH, x)
-    state = MLSTMState(torch.zeros(2, 3, 8, 16).to(dtype), torch.zeros(2, 3, 8).to(dtype), torch.full((2, 3), -INF).to(dtype))
+    state = MLSTMState(
+        torch.zeros(2, 3, 8, 16).to(dtype), torch.zeros(2, 3, 8).to(dtype), torch.full((2, 3), -INF).to(dtype)
+    )
     addresses, h = [a.data_ptr() for a in state], []
     for t in range(37):
         y, state = mlstm_step(*(a[:, t : t + 1] for a in x), state)
@@ -420,7 +448,10 @@ def test_packed_sequences_have_states_of_their_own(form):
     upstream = waves(1, 37, 3, 16, step=0.4)
     got = packed(upstream)
     for j, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
-        y, own = [z[:, a:b].clone().requires_grad_() for z in x], MLSTMState(*(z[j : j + 1].clone().requires_grad_() for z in state))
+        y, own = (
+            [z[:, a:b].clone().requires_grad_() for z in x],
+            MLSTMState(*(z[j : j + 1].clone().requires_grad_() for z in state)),
+        )
         h, last = mlstm(*y, state=own, backend=TRUTH[0])
         (h * upstream[:, a:b]).sum().backward()
         alone = {"h": h.detach(), **{f"d{n}": z.grad for n, z in zip("qkvif", y, strict=True)}}
@@ -429,12 +460,15 @@ def test_packed_sequences_have_states_of_their_own(form):
         assert_same({n: got[n][j : j + 1] for n in states}, states)
 
 
-@pytest.mark.parametrize(("cu_seqlens", "message"), [
-    (torch.tensor([0, 5, 30]), r"expected 0, increasing, up to T=37, got \[0, 5, 30\]"),
-    (torch.tensor([0, 5, 5, 37]), "increasing"),
-    (torch.tensor([0.0, 37.0]), "expected int32 or int64"),
-    (torch.tensor([[0, 37]]), r"\[N \+ 1\].*got torch.int64 \[1, 2\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0, 5, 30]), r"expected 0, increasing, up to T=37, got \[0, 5, 30\]"),
+        (torch.tensor([0, 5, 5, 37]), "increasing"),
+        (torch.tensor([0.0, 37.0]), "expected int32 or int64"),
+        (torch.tensor([[0, 37]]), r"\[N \+ 1\].*got torch.int64 \[1, 2\]"),
+    ],
+)
 def test_packing_that_does_not_cover_the_row_is_refused(cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
         mlstm(*inputs(B=1), cu_seqlens=cu_seqlens)

@@ -1,18 +1,28 @@
-"""The student is one function of its tokens, however they reach it: at once, in pieces, padded, packed, beside other rows."""
+"""The student is one function of its tokens, however they reach it: at once, in pieces, padded, packed, beside other
+rows.
+"""
 
 import itertools
 
 import pytest
 import torch
 from conftest import assert_same_model, tiny_config, tiny_student, token_ids
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from xlstm_hybrid import XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.modeling import MLSTMMixer
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.mixer import MLSTMMixer
 
 W, TOLERANCE = 7, {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 MIXED = {
@@ -96,9 +106,12 @@ def test_padding_changes_nothing_whether_alone_in_the_batch_or_not(any_student, 
     expected = any_student(row, use_cache=False).logits
     neighbour = token_ids(1, 25, seed=3)
     if side == "inside" and "full_attention" in any_student.config.layer_types:
-        return  # transformers' own masks serve those layers; they are exact for any padding, positions are checked below
+        # transformers' own masks serve those layers; they are exact for any padding, positions are checked below
+        return
     for batch, m in ((ids, mask), (torch.cat([neighbour, ids]), torch.cat([torch.ones_like(mask), mask]))):
-        torch.testing.assert_close(any_student(batch, attention_mask=m, use_cache=False).logits[-1:, real], expected, **TOLERANCE)
+        torch.testing.assert_close(
+            any_student(batch, attention_mask=m, use_cache=False).logits[-1:, real], expected, **TOLERANCE
+        )
         for sizes in ([25], [1] * 25, [4, 9, 12]):
             logits, _ = in_pieces(any_student, batch, sizes, attention_mask=m)
             torch.testing.assert_close(logits[-1:, real], expected, **TOLERANCE)
@@ -144,7 +157,9 @@ def test_greedy_and_beam_generation_equal_generation_without_a_cache(any_student
     ids = token_ids(2, 9)
     for beams in (1, 3):
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_beams": beams}
-        torch.testing.assert_close(any_student.generate(ids, **options), any_student.generate(ids, use_cache=False, **options))
+        torch.testing.assert_close(
+            any_student.generate(ids, **options), any_student.generate(ids, use_cache=False, **options)
+        )
 
 
 @torch.no_grad()
@@ -183,12 +198,15 @@ def test_attention_implementations_agree(student):
         student.set_attn_implementation(name)
         outputs[name] = student(ids, attention_mask=mask).logits
     student.set_attn_implementation("sdpa")
-    torch.testing.assert_close(outputs["sdpa"][:, 4:], outputs["eager"][:, 4:], atol=2e-5, rtol=1e-4)  # eager rounds its softmax to float32
+    # eager rounds its softmax to float32
+    torch.testing.assert_close(outputs["sdpa"][:, 4:], outputs["eager"][:, 4:], atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_kernels_without_masks_get_the_positions_that_tell_documents_apart():
-    """Flash attention reads document starts from position_ids; a stand-in shows that the layers that would call it hand them on."""
+    """Flash attention reads document starts from position_ids; a stand-in shows that the layers that would call it hand
+    them on.
+    """
     seen = []
 
     def flash(module, query, key, value, attention_mask, **kwargs):
@@ -236,7 +254,12 @@ def test_new_parameters_start_as_documented():
     mixer = XLSTMHybridForCausalLM(config).model.layers[1].self_attn.mlstm
     torch.testing.assert_close(mixer.q_map, torch.eye(16).expand(4, 16, 16))
     assert not mixer.igate_weight.any() and not mixer.fgate_weight.any() and not mixer.ogate_weight.any()
-    torch.testing.assert_close(1 / (1 - mixer.fgate_bias.double().sigmoid()), torch.tensor([4.0, 25.398, 161.27, 1024.0]).double(), rtol=2e-4, atol=0)
+    torch.testing.assert_close(
+        1 / (1 - mixer.fgate_bias.double().sigmoid()),
+        torch.tensor([4.0, 25.398, 161.27, 1024.0]).double(),
+        rtol=2e-4,
+        atol=0,
+    )
     torch.testing.assert_close(mixer.ogate_bias, torch.full((4,), -2.0))
 
 
@@ -253,7 +276,9 @@ def test_only_the_wanted_logits_are_computed(student):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 1e-4), (torch.bfloat16, 2**-8), (torch.float32, 1e-4)])
 def test_features_of_sharp_maps_are_exact_to_their_own_rounding(dtype, rounding, autocast):
-    """Exponents of up to 60, so that a product in the narrow dtype would be off by whole per cents; features down to 1e-30 stay."""
+    """Exponents of up to 60, so that a product in the narrow dtype would be off by whole per cents; features down to
+    1e-30 stay.
+    """
     x, sharp = (torch.sin(torch.arange(1.0, 1 + 4 * 9 * 16) * step).view(4, 9, 16).to(dtype) for step in (0.7, 1.9))
     x, sharp = x[None], 12 * torch.cat([sharp, sharp], 1)[:, :16]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -265,7 +290,9 @@ def test_features_of_sharp_maps_are_exact_to_their_own_rounding(dtype, rounding,
 
 @torch.no_grad()
 def test_teacher_forcing_measures_the_distance_to_the_attention_that_was_replaced():
-    """An independent computation of stage I's error: full attention of the same layer against its hybrid, on the teacher's trunk."""
+    """An independent computation of stage I's error: full attention of the same layer against its hybrid, on the
+    teacher's trunk.
+    """
     model, ids = tiny_student(), token_ids(2, 20)
     teacher = tiny_student(layer_types=["full_attention"] * 3)
     teacher.load_state_dict({k: v for k, v in model.state_dict().items() if ".mlstm." not in k})
@@ -273,11 +300,13 @@ def test_teacher_forcing_measures_the_distance_to_the_attention_that_was_replace
     before_o = {}
     for kind, m in (("hybrid", model), ("teacher", teacher)):
         for n, layer in enumerate(m.model.layers):
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x, key=(kind, n): before_o.__setitem__(key, x[0]))
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda _, x, key=(kind, n): before_o.__setitem__(key, x[0])
+            )
     hidden = teacher(ids, use_cache=False, output_hidden_states=True).hidden_states
     for n, layer in enumerate(model.model.layers):
         tokens, masks, rope, _ = model.model.prepare(hidden[n], None, None, None)
-        layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks)
+        layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks["hybrid_sliding", 7, 3])
         target = before_o["teacher", n]
         torch.testing.assert_close(out.error[n], ((before_o["hybrid", n] - target) ** 2).sum(), rtol=1e-5, atol=0)
         torch.testing.assert_close(out.target[n], (target**2).sum(), rtol=1e-5, atol=0)
@@ -301,7 +330,9 @@ BAD_CONFIGS = {
     "layer_types has 2 entries": {"layer_types": ["full_attention"] * 2},
     "no multiple of num_key_value_heads": {"num_key_value_heads": 3},
     "expected at least 1 token": {"sliding_window": 0},
-    "layer 1 is sliding_attention with a window of None": {"layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding"]},
+    "layer 1 is sliding_attention with a window of None": {
+        "layer_types": ["hybrid_sliding", "sliding_attention", "hybrid_sliding"]
+    },
     "qk_norm='both'": {"qk_norm": "both"},
     "norm_position='middle'": {"norm_position": "middle"},
     "layer_types holds": {"layer_types": ["linear_attention"] * 3},

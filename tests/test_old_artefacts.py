@@ -1,4 +1,6 @@
-"""What was written before the package's modules moved still loads: a run, its checkpoints, a state, a store. `fixtures/` says how they were made."""
+"""What was written before the package's modules moved still loads: a run, its checkpoints, a state, a store.
+`fixtures/` says how they were made.
+"""
 
 import io
 import json
@@ -10,12 +12,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.artifacts import read_provenance, verify
-from xlstm_hybrid.cache_names import named
-from xlstm_hybrid.pipeline import Road
-from xlstm_hybrid.recipe import load_recipe
+from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.pipeline import Run
+from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.state import load_state
-from xlstm_hybrid.store import TeacherStore
+from xlstm_hybrid.teacher_store import TeacherStore
 
 BEFORE = Path(__file__).parent / "fixtures/before_the_move"
 
@@ -29,7 +31,9 @@ def test_a_checkpoint_gives_the_logits_that_it_gave(before):
     expected = json.loads((before / "expected.json").read_text())
     verify(before / "run/student")
     stages = [entry["stage"] for entry in read_provenance(before / "run/student")]
-    assert stages[0] == "convert" and {"align", "distill", "merge", "evaluate"} <= {stage.partition(":")[0] for stage in stages}
+    assert stages[0] == "convert" and {"align", "distill", "merge", "evaluate"} <= {
+        stage.partition(":")[0] for stage in stages
+    }
     model = AutoModelForCausalLM.from_pretrained(before / "run/student")
     with torch.no_grad():
         logits = model(torch.tensor([expected["ids"]])).logits[0, -4:]
@@ -53,7 +57,7 @@ def test_a_store_is_whole_and_read(before):
 
 def test_a_run_keeps_every_stage(before):
     console = Console(file=io.StringIO(), width=200, emoji=False)
-    Road(load_recipe(before / "recipe.yaml"), before / "run", console=console).walk()
+    Run(load_recipe(before / "recipe.yaml"), before / "run", console=console).run()
     said = console.file.getvalue()
     for stage in ("convert", "align", "distill:one", "distill:two", "merge"):
         assert f"{stage}: kept from an earlier run" in said, said

@@ -13,15 +13,26 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
 close = torch.testing.assert_close
 VOCAB, EOS = 61, 2
 
 
 def llama(seed=0, vocab=VOCAB, gain=1.5, **changes):
-    config = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=EOS, **changes)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        **changes,
+    )
     return enlarge(LlamaForCausalLM(config), seed=seed, gain=gain)
 
 
@@ -56,20 +67,53 @@ def words(*ids):
     return " ".join(f"w{n}" for n in ids)
 
 
-PROMPTS = [words(*((3 + 7 * j + t * (5 + j)) % (VOCAB - 3) + 3 for t in range(length))) for j, length in enumerate((2, 9, 1, 12, 5, 4, 7, 3))]
+PROMPTS = [
+    words(*((3 + 7 * j + t * (5 + j)) % (VOCAB - 3) + 3 for t in range(length)))
+    for j, length in enumerate((2, 9, 1, 12, 5, 4, 7, 3))
+]
 COMPLETIONS = [words(*range(5 + j, 8 + 2 * j)) for j in range(8)]
 
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
-    def build(student=None, teacher=None, dataset=None, where="run", teacher_tokenizer=None, tokenizer=tokenizer, eval_dataset=None, **arguments):
-        shared = {"output_dir": str(tmp_path / where), "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-                  "per_device_train_batch_size": 4, "max_completion_length": 6, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1,
-                  "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "disable_tqdm": True, "num_completions_to_print": 0,
-                  "log_completions": False}  # fmt: skip
+    def build(
+        student=None,
+        teacher=None,
+        dataset=None,
+        where="run",
+        teacher_tokenizer=None,
+        tokenizer=tokenizer,
+        eval_dataset=None,
+        **arguments,
+    ):
+        shared = {
+            "output_dir": str(tmp_path / where),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 6,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+            "disable_tqdm": True,
+            "num_completions_to_print": 0,
+            "log_completions": False,
+        }
         dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS}) if dataset is None else dataset
-        return OnPolicyKDTrainer(student or hybrid(), teacher or llama(2), OnPolicyKDConfig(**shared | arguments), processing_class=tokenizer,
-                                 train_dataset=dataset, eval_dataset=eval_dataset, teacher_tokenizer=teacher_tokenizer)  # fmt: skip
+        return OnPolicyKDTrainer(
+            student or hybrid(),
+            teacher or llama(2),
+            OnPolicyKDConfig(**shared | arguments),
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            teacher_tokenizer=teacher_tokenizer,
+        )
 
     return build
 
@@ -88,7 +132,9 @@ def micro_batches(trainer):
 
 def rows_of(batch):
     """`(prompt, completion, own)` of each row, without padding."""
-    for ids, labels, mask, own in zip(*(batch[name] for name in ("input_ids", "labels", "attention_mask", "own")), strict=True):
+    for ids, labels, mask, own in zip(
+        *(batch[name] for name in ("input_ids", "labels", "attention_mask", "own")), strict=True
+    ):
         real, scored = ids[mask.bool()].tolist(), labels[labels != -100].tolist()
         assert real[len(real) - len(scored) :] == scored and mask.sum() == len(real)
         yield real[: len(real) - len(scored)], scored, bool(own)
@@ -99,7 +145,10 @@ def loss_by_hand(student, teacher, batches, divergence, ce_weight=0.0, size=VOCA
     total, count = 0.0, 0
     for prompt, completion, own in (row for batch in batches for row in rows_of(batch)):
         with torch.no_grad():
-            q, p = (log_softmax(m(torch.tensor([prompt + completion])).logits[0, :, :size].double(), -1) for m in (student, teacher))
+            q, p = (
+                log_softmax(m(torch.tensor([prompt + completion])).logits[0, :, :size].double(), -1)
+                for m in (student, teacher)
+            )
         for t, token in enumerate(completion, len(prompt)):
             total += divergence(q[t - 1], p[t - 1]).item() - (0.0 if own else ce_weight * q[t - 1, token].item())
             count += 1
@@ -122,18 +171,26 @@ def weights(trainer):
 
 
 DIVERGENCE = {
-    "forward_kl": lambda q, p: (p.exp() * (p - q)).sum(), "reverse_kl": lambda q, p: (q.exp() * (q - p)).sum(),
+    "forward_kl": lambda q, p: (p.exp() * (p - q)).sum(),
+    "reverse_kl": lambda q, p: (q.exp() * (q - p)).sum(),
     "jsd": lambda q, p: sum((x.exp() * (x - ((p.exp() + q.exp()) / 2).log())).sum() for x in (p, q)) / 2,
     "csd": lambda q, p: (q / 1.5).softmax(-1) @ ((q - p) - (q / 1.5).softmax(-1) @ (q - p)) ** 2 / 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCE)
 def test_the_loss_is_the_definition_however_a_step_is_split(build, divergence):
     student, teacher = hybrid(), llama(2)
     for split in (1, 2, 4):
-        trainer = build(student, teacher, divergence=divergence, csd_weights="ss", num_generations=2, per_device_train_batch_size=8 // split,
-                        gradient_accumulation_steps=split)  # fmt: skip
+        trainer = build(
+            student,
+            teacher,
+            divergence=divergence,
+            csd_weights="ss",
+            num_generations=2,
+            per_device_train_batch_size=8 // split,
+            gradient_accumulation_steps=split,
+        )
         batches = micro_batches(trainer)
         assert len(batches) == split and len({len(prompt) for batch in batches for prompt, _, _ in rows_of(batch)}) > 1
         loss = sum(trainer.compute_loss(trainer.model, batch) for batch in batches)
@@ -147,8 +204,10 @@ def test_cross_entropy_is_of_the_data_and_never_of_the_students_own_words(build)
     (batch,) = micro_batches(trainer)
     rows = list(rows_of(batch))
     assert {own for _, _, own in rows} == {True, False}
-    data = {tuple(trainer.processing_class(p)["input_ids"]): [*trainer.processing_class(c)["input_ids"], EOS] for p, c in
-            zip(PROMPTS, COMPLETIONS, strict=True)}  # fmt: skip
+    data = {
+        tuple(trainer.processing_class(p)["input_ids"]): [*trainer.processing_class(c)["input_ids"], EOS]
+        for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+    }
     for prompt, completion, own in rows:
         assert own or completion == data[tuple(prompt)][:6]
     loss = trainer.compute_loss(trainer.model, batch).item()
@@ -174,7 +233,9 @@ def test_completions_that_end_at_once_are_scored_counted_and_warned_of(build):
     close(loss.item(), loss_by_hand(student, teacher, [batch], DIVERGENCE["reverse_kl"]), rtol=1e-5, atol=0)
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
-    assert trainer._metrics["train"]["completions/empty_ratio"] == [1.0] and trainer._metrics["train"]["completions/clipped_ratio"] == [0.0]
+    assert trainer._metrics["train"]["completions/empty_ratio"] == [1.0] and trainer._metrics["train"][
+        "completions/clipped_ratio"
+    ] == [0.0]
 
 
 @pytest.mark.filterwarnings("ignore:100% of the student")
@@ -190,9 +251,13 @@ def test_an_empty_completion_of_the_data_is_an_end(build):
 
 
 def test_messages_are_prompts_too(build, tokenizer):
-    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    chat.chat_template = ("{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }}{{ ' </s> w5 ' }}{% endfor %}"
-                          "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}")  # fmt: skip
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    chat.chat_template = (
+        "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }}{{ ' </s> w5 ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
+    )
     rows = {
         "prompt": [[{"role": "user", "content": words(9, 10)}]] * 4,
         "completion": [[{"role": "assistant", "content": words(20 + j)}] for j in range(4)],
@@ -211,7 +276,9 @@ def test_messages_are_prompts_too(build, tokenizer):
 
 
 def test_the_teacher_answers_what_the_student_does_not(build):
-    trainer = build(lmbda=0.5, seq_kd=True, num_generations=2, per_device_train_batch_size=16, max_completion_length=12, seed=3)
+    trainer = build(
+        lmbda=0.5, seq_kd=True, num_generations=2, per_device_train_batch_size=16, max_completion_length=12, seed=3
+    )
     wrote, write = {}, trainer.write
     trainer.write = lambda model, prompts, n, seed: wrote.setdefault(id(model), write(model, prompts, n, seed))
     (batch,) = micro_batches(trainer)
@@ -241,13 +308,27 @@ def test_replayed_rows_are_earlier_completions_with_their_own_prompts(build):
             assert source == "student" or (prompt, completion) in written[-6:]
             kept += source == "replay"
         written += [(p, c) for p, c, source in zip(prompts, completions, sources, strict=True) if source == "student"]
-    assert set(seen[0][2]) == {"student"} and kept >= 5 and "replay" in seen[-1][2] and trainer._buffered_inputs[0]["own"].all()
+    assert (
+        set(seen[0][2]) == {"student"}
+        and kept >= 5
+        and "replay" in seen[-1][2]
+        and trainer._buffered_inputs[0]["own"].all()
+    )
 
 
 def test_evaluation_lets_the_student_answer_each_prompt_once_and_leaves_training_alone(build):
     held_out = Dataset.from_dict({"prompt": PROMPTS[2:7]})
     plain = build(hybrid(), where="plain", max_steps=3, num_generations=2, lmbda=0.5)
-    judged = build(hybrid(), where="judged", max_steps=3, num_generations=2, lmbda=0.5, eval_dataset=held_out, eval_strategy="steps", eval_steps=1)
+    judged = build(
+        hybrid(),
+        where="judged",
+        max_steps=3,
+        num_generations=2,
+        lmbda=0.5,
+        eval_dataset=held_out,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     plain.train()
     judged.train()
     close(weights(judged), weights(plain), rtol=0, atol=0)
@@ -276,7 +357,10 @@ def test_the_loss_goes_down_and_what_is_written_changes(build):
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[-1]["divergence"] < 0.7 * logs[0]["divergence"] and logs[-1]["top1_agreement"] > logs[0]["top1_agreement"] + 0.2
+    assert (
+        logs[-1]["divergence"] < 0.7 * logs[0]["divergence"]
+        and logs[-1]["top1_agreement"] > logs[0]["top1_agreement"] + 0.2
+    )
     tables = samples_of(trainer)
     assert len(tables) == 20 and all(len(table) == 8 for table in tables.values())
     assert {prompt for prompt, _ in tables[1]} == {prompt for prompt, _ in tables[20]} == set(PROMPTS[:4])
@@ -285,17 +369,34 @@ def test_the_loss_goes_down_and_what_is_written_changes(build):
 
 
 def test_each_step_draws_anew_also_from_a_student_that_stands_still(build):
-    trainer = build(hybrid(), dataset=Dataset.from_dict({"prompt": PROMPTS[3:4]}), max_steps=4, learning_rate=0.0, per_device_train_batch_size=1,
-                    log_completions=True)  # fmt: skip
+    trainer = build(
+        hybrid(),
+        dataset=Dataset.from_dict({"prompt": PROMPTS[3:4]}),
+        max_steps=4,
+        learning_rate=0.0,
+        per_device_train_batch_size=1,
+        log_completions=True,
+    )
     trainer.train()
     assert len({completion for table in samples_of(trainer).values() for _, completion in table}) > 1
 
 
 def test_a_resumed_run_writes_the_same_and_ends_with_the_same_weights(build):
     """Across an epoch's end, with accumulation, data, replay and two completions per prompt: bitwise."""
-    arguments = {"max_steps": 6, "gradient_accumulation_steps": 2, "num_generations": 2, "lmbda": 0.8, "replay_size": 9, "replay_share": 0.3,
-                 "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "optim": "adamw_torch", "learning_rate": 1e-2,
-                 "log_completions": True}  # fmt: skip
+    arguments = {
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 2,
+        "lmbda": 0.8,
+        "replay_size": 9,
+        "replay_share": 0.3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "per_device_train_batch_size": 4,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "log_completions": True,
+    }
     whole = build(hybrid(), where="whole", **arguments)
     whole.train()
     first = build(hybrid(), where="parts", **arguments)
@@ -315,12 +416,14 @@ def test_a_resumed_run_writes_the_same_and_ends_with_the_same_weights(build):
     with pytest.raises(ConfigError, match="belongs to another run: teacher was .* allow_changes=\\['teacher'\\]"):
         build(hybrid(), llama(3), where="parts", **arguments).train(resume_from_checkpoint=True)
     assert samples_of(second) == samples_of(whole) and len(samples_of(whole)) == 6
-    assert len({tuple(sorted({p for p, _ in table})) for table in samples_of(whole).values()}) > 2  # epochs differ in their order
+    # epochs differ in their order
+    assert len({tuple(sorted({p for p, _ in table})) for table in samples_of(whole).values()}) > 2
 
 
 def test_checkpointing_accumulation_and_adapters_do_not_change_what_is_written(build):
     wanted = micro_batches(build(hybrid(), gradient_checkpointing=False))[0]
-    adapted = get_peft_model(hybrid(), LoraConfig(target_modules=["q_proj", "o_proj"], r=2))  # B is zero: the same model
+    # B is zero: the same model
+    adapted = get_peft_model(hybrid(), LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
     for other in (build(hybrid(), gradient_checkpointing=True), build(adapted, gradient_checkpointing=True)):
         torch.manual_seed(0)
         batch = micro_batches(other)[0]
@@ -344,11 +447,15 @@ def test_a_checkpoint_holds_the_student_alone_and_no_pickled_arguments(build):
 
 
 def test_padding_of_a_vocabulary_is_neither_written_nor_compared(build, tokenizer):
-    """125 rows in the student, 140 in the teacher, 61 tokens: the loss is that of the real ids, and no padded id is ever sampled."""
+    """125 rows in the student, 140 in the teacher, 61 tokens: the loss is that of the real ids, and no padded id is
+    ever sampled.
+    """
     student, teacher = hybrid(vocab_size=125), llama(2, vocab=140)
     with pytest.raises(ConfigError, match="125 tokens, the teacher's 140"):
         build(student, teacher)
-    trainer = build(student, teacher, teacher_tokenizer=tokenizer, per_device_train_batch_size=8, max_completion_length=30)
+    trainer = build(
+        student, teacher, teacher_tokenizer=tokenizer, per_device_train_batch_size=8, max_completion_length=30
+    )
     (batch,) = micro_batches(trainer)
     assert batch["input_ids"].max() < VOCAB
     loss = trainer.compute_loss(trainer.model, batch)
@@ -360,14 +467,26 @@ def test_padding_of_a_vocabulary_is_neither_written_nor_compared(build, tokenize
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message, arguments", {
-    "skew=1.0": {"divergence": "skewed_kl", "skew": 1.0}, "divergence='kl'": {"divergence": "kl"}, "lmbda=1.5": {"lmbda": 1.5},
-    "num_generations=3 does not divide the 4": {"num_generations": 3}, "num_generations=0": {"num_generations": 0},
-    "replay_size=5, replay_share=0.0": {"replay_size": 5}, "seq_kd=True, lmbda=1": {"seq_kd": True}, "ce_weight=0.5, lmbda=1": {"ce_weight": 0.5},
-    "loss_temperature=0": {"loss_temperature": 0}, "beta=0.5 has no effect": {"beta": 0.5}, "use_vllm=True": {"use_vllm": True},
-    "train_dataset has 8 prompts, one step takes 12": {"gradient_accumulation_steps": 3},
-    "max_empty_share=2": {"max_empty_share": 2}, "push_to_hub=True": {"push_to_hub": True},
-}.items(), ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "message, arguments",
+    {
+        "skew=1.0": {"divergence": "skewed_kl", "skew": 1.0},
+        "divergence='kl'": {"divergence": "kl"},
+        "lmbda=1.5": {"lmbda": 1.5},
+        "num_generations=3 does not divide the 4": {"num_generations": 3},
+        "num_generations=0": {"num_generations": 0},
+        "replay_size=5, replay_share=0.0": {"replay_size": 5},
+        "seq_kd=True, lmbda=1": {"seq_kd": True},
+        "ce_weight=0.5, lmbda=1": {"ce_weight": 0.5},
+        "loss_temperature=0": {"loss_temperature": 0},
+        "beta=0.5 has no effect": {"beta": 0.5},
+        "use_vllm=True": {"use_vllm": True},
+        "train_dataset has 8 prompts, one step takes 12": {"gradient_accumulation_steps": 3},
+        "max_empty_share=2": {"max_empty_share": 2},
+        "push_to_hub=True": {"push_to_hub": True},
+    }.items(),
+    ids=str,
+)
 def test_settings_that_make_no_sense_are_refused(build, message, arguments):
     with pytest.raises(ConfigError, match=message):
         build(**arguments)
@@ -381,7 +500,9 @@ def test_data_and_models_that_do_not_fit_are_refused(build):
     with pytest.raises(DataError, match="prompt '' has no token"):
         micro_batches(build(dataset=Dataset.from_dict({"prompt": ["", *PROMPTS[:3]]})))
     with pytest.raises(DataError, match="completion: expected text or messages beside the prompt"):
-        micro_batches(build(dataset=Dataset.from_dict({"prompt": PROMPTS[:4], "completion": [None, "w3", "w4", "w5"]}), lmbda=0.0))
+        micro_batches(
+            build(dataset=Dataset.from_dict({"prompt": PROMPTS[:4], "completion": [None, "w3", "w4", "w5"]}), lmbda=0.0)
+        )
     with pytest.raises(ConfigError, match="teacher: expected a model in memory, got str"):
         build(teacher="a/path")
     student = llama(1)

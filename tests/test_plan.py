@@ -1,9 +1,10 @@
-"""A plan counts what a model is, predicts the memory that training takes, and says what does not fit. Peaks are those of torch's CPU allocator."""
+"""A plan counts what a model is, predicts the memory that training takes, and says what does not fit. Peaks are those
+of torch's CPU allocator.
+"""
 
 import gc
 import json
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from tiny_teachers import FAMILIES, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
-from xlstm_kernels import decode, dispatch
-from xlstm_kernels.scratch import LOCAL
+from xlstm_kernels.backends import choose
+from xlstm_kernels.backends.scratch import LOCAL
+from xlstm_kernels.mlstm import op as mlstm
+from xlstm_kernels.step import op as step
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, plan
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.families import student_config
 from xlstm_hybrid.pipeline.settings import trainer_config
-from xlstm_hybrid.training_bytes import layer_activations
+from xlstm_hybrid.planning import run as plan
+from xlstm_hybrid.planning.training_memory import layer_activations
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -43,9 +47,14 @@ def llama_8b(**changes):
 def test_parameters_are_those_that_the_papers_models_have():
     assert llama_8b().teacher == 8_030_261_248
     qwen = Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     shape = plan.shape_of(qwen)
     assert shape.teacher == 7_615_616_512 and (shape.L, shape.H, shape.K) == (28, 28, 128)
 
@@ -81,51 +90,78 @@ def test_the_mean_number_of_visible_keys_is_counted_by_hand(window, length):
 
 
 def peak(run):
-    """Bytes that torch's CPU allocator held at most while `run()` ran, beyond what it held before; the kernels' kept buffers count."""
+    """Bytes that torch's CPU allocator held at most while `run()` ran, beyond what it held before; the kernels' kept
+    buffers count.
+    """
     LOCAL.__dict__.clear()
     gc.collect()  # what is freed meanwhile would count as less
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         most = max(most, held)
     return most
 
 
 def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
-    """`(measured, predicted)` bytes of two steps of two micro-batches with the trainer of a stage; `mixer`: fields of the student."""
+    """`(measured, predicted)` bytes of two steps of two micro-batches with the trainer of a stage; `mixer`: fields of
+    the student.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), eos_token="a", pad_token="b")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), eos_token="a", pad_token="b"
+    )
     config = LlamaConfig(bos_token_id=None, eos_token_id=None, max_position_embeddings=length, **fields)
     student = XLSTMHybridForCausalLM(student_config(config, sliding_window=64, num_sink_tokens=4, **mixer))
     ids = torch.randint(0, config.vocab_size, (4 * rows, length), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": i, "labels": [-100, *i[1:]], "position_ids": list(range(length))} for i in ids])
-    settings = {"max_steps": 2, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 2, "bf16": bf16, "disable_tqdm": True}
+    data = Dataset.from_list(
+        [{"input_ids": i, "labels": [-100, *i[1:]], "position_ids": list(range(length))} for i in ids]
+    )
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": 2,
+        "bf16": bf16,
+        "disable_tqdm": True,
+    }
     settings |= {"gradient_checkpointing": checkpointing} | ({"top_k": 32} if kind == "distill" else {})
     shared = {"data_collator": collate, "processing_class": tokenizer, "train_dataset": data}
     if kind == "align":
-        from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer
+        from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer
 
         held = [student]
         trainer = AlignmentTrainer(student, args=trainer_config(AlignmentConfig, settings, kind, work, 0), **shared)
     else:
-        from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+        from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
         held = [student, LlamaForCausalLM(config)]
-        trainer = SparseKDTrainer(student, held[1], args=trainer_config(SparseKDConfig, settings, kind, work, 0), **shared)
+        trainer = SparseKDTrainer(
+            student, held[1], args=trainer_config(SparseKDConfig, settings, kind, work, 0), **shared
+        )
     before = sum(p.nbytes for model in held for p in model.parameters())
     measured = before + peak(trainer.train)
     job = plan.Job(kind, 2, 2 * rows, length, top_k=32, bf16=bf16)
     setting, machine = plan.Setting(rows, 2, checkpointing, "one GPU"), plan.Machine(1, 1e12, device="cpu")
-    return measured, sum(plan.memory_of(plan.shape_of(config, sliding_window=64, **mixer), job, setting, machine).values())
+    return measured, sum(
+        plan.memory_of(plan.shape_of(config, sliding_window=64, **mixer), job, setting, machine).values()
+    )
 
 
 def shape(D, F, H, G, L, V, **more):
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    )
     return dict(zip(names, (D, F, H, G, L, V), strict=True)) | more
 
 
@@ -146,7 +182,15 @@ MORE = {
     "distil, few tokens": ("distill", 1, 128, False, False, HEAVY, {}),
     "distil, checkpointing, float32": ("distill", 4, 512, False, True, SMALL, {}),
     "distil, signed": ("distill", 2, 256, False, False, SMALL, SIGNED),
-    "distil, linear, twice the features": ("distill", 2, 256, True, False, SMALL, {"memory_cell": "linear", "memory_feature_dim": 64}),
+    "distil, linear, twice the features": (
+        "distill",
+        2,
+        256,
+        True,
+        False,
+        SMALL,
+        {"memory_cell": "linear", "memory_feature_dim": 64},
+    ),
     "align, twice the features, float32": ("align", 2, 256, False, False, DEEP, {"memory_feature_dim": 128}),
 }
 
@@ -155,7 +199,9 @@ MORE = {
 def test_the_memory_model_agrees_with_what_torch_allocates(tmp_path, case):
     *how, fields, mixer = (CASES | MORE)[case]
     measured, predicted = trained(how[0], tmp_path, *how[1:], mixer, **fields)
-    print(f"{case}: measured {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB, {predicted / measured - 1:+.1%}")
+    print(
+        f"{case}: measured {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB, {predicted / measured - 1:+.1%}"
+    )
     assert predicted == pytest.approx(measured, rel=plan.ERROR)
 
 
@@ -167,7 +213,10 @@ def kept_for_the_backward(config, bf16, mixer):
         held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
         out = model.model(torch.arange(512)[None] % config.vocab_size, use_cache=False)
     for p in model.parameters():
         held.pop(p.untyped_storage().data_ptr(), None)
@@ -178,7 +227,8 @@ def kept_for_the_backward(config, bf16, mixer):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_more_features_keep_for_the_backward_is_counted_to_two_percent(bf16):
     config, job = LlamaConfig(**shape(512, 512, 8, 8, 1, 64)), plan.Job("distill", 1, 1, 512, bf16=bf16)
-    mixers = [SIGNED | {"memory_feature_dim": columns} for columns in (32, 96)]  # as many features as the head dim, 64, and three times as many
+    # as many features as the head dim, 64, and three times as many
+    mixers = [SIGNED | {"memory_feature_dim": columns} for columns in (32, 96)]
     plain, wide = (kept_for_the_backward(config, bf16, mixer) for mixer in mixers)
     predicted = [512 * layer_activations(plan.shape_of(config, **mixer), job) for mixer in mixers]
     assert predicted[1] - predicted[0] == pytest.approx(wide - plain, rel=0.02)
@@ -190,7 +240,9 @@ def test_sharding_divides_what_is_sharded_and_nothing_else():
     eight = plan.memory_of(shape_, job, plan.Setting(1, 8, True, "FSDP2"), H100S)
     for name in ("weights", "gradients", "Adam", "teacher"):
         assert eight[name] * 8 == one[name]
-    assert eight["layer inputs"] == one["layer inputs"] and eight["gathered layers"] > 0 and "gathered layers" not in one
+    assert (
+        eight["layer inputs"] == one["layer inputs"] and eight["gathered layers"] > 0 and "gathered layers" not in one
+    )
 
 
 # --- choosing --------------------------------------------------------------------------------------------------
@@ -220,7 +272,10 @@ def test_gpus_that_do_not_divide_the_rows_are_refused():
 
 def test_a_store_of_256_entries_over_5_billion_tokens_is_terabytes():
     found = plan.plan(LlamaConfig(**LLAMA_8B), H100S)
-    assert found.store["stores"][256] == found.jobs["distill"].tokens * (6 * 256 + 8) and 7e12 < found.store["stores"][256] < 8e12
+    assert (
+        found.store["stores"][256] == found.jobs["distill"].tokens * (6 * 256 + 8)
+        and 7e12 < found.store["stores"][256] < 8e12
+    )
     assert found.stages[plan.STORE].tokens_per_second > found.stages["distill"].tokens_per_second
     assert "teacher" not in found.stages[plan.STORE].memory
 
@@ -235,16 +290,25 @@ def test_time_is_flops_over_what_the_gpus_give():
 
 def test_more_features_cost_their_products_by_hand():
     config, length, L = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1}), 4096, 64
-    plain, wide, signed = (plan.shape_of(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED))
-    products = lambda P, F: 2 * (2 * 128 * P) + 2 * (F + 128) * L / 2 + 2 * (2 * F * 128)  # maps; scores and values of half a chunk; state, two  # noqa: E731
+    plain, wide, signed = (
+        plan.shape_of(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED)
+    )
+
+    def products(P, F):  # maps; scores and values of half a chunk; state, two
+        return 2 * (2 * 128 * P) + 2 * (F + 128) * L / 2 + 2 * (2 * F * 128)
+
     for shape_, P, F in ((wide, 256, 256), (signed, 128, 256)):
-        assert plan.mixer_flops(shape_, length) - plan.mixer_flops(plain, length) == 32 * (products(P, F) - products(128, 128))
+        assert plan.mixer_flops(shape_, length) - plan.mixer_flops(plain, length) == 32 * (
+            products(P, F) - products(128, 128)
+        )
     assert wide.student - plain.student == 32 * 2 * 128 * 128 and signed.student == plain.student
 
 
 def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
     small, large = (LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K}) for K in (64, 128))
-    assert not plan.slow_paths(plan.shape_of(small, memory_feature_dim=128)) and not plan.slow_paths(plan.shape_of(large))
+    assert not plan.slow_paths(plan.shape_of(small, memory_feature_dim=128)) and not plan.slow_paths(
+        plan.shape_of(large)
+    )
     (long,) = plan.slow_paths(plan.shape_of(large, **SIGNED))
     assert "training and prompts" in long and "up to 128 features per head, this student has 256" in long
     long, step = plan.slow_paths(plan.shape_of(large, memory_feature_dim=384))
@@ -252,12 +316,14 @@ def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
     assert not plan.slow_paths(plan.shape_of(large, layer_types=["full_attention"], **SIGNED))
 
 
-@pytest.mark.parametrize(("K", "F", "kernels"), [(64, 128, {"mlstm", "hybrid_step"}), (128, 256, {"hybrid_step"}), (128, 288, set())])
+@pytest.mark.parametrize(
+    ("K", "F", "kernels"), [(64, 128, {"mlstm", "hybrid_step"}), (128, 256, {"hybrid_step"}), (128, 288, set())]
+)
 def test_the_kernels_are_chosen_as_the_warnings_say(monkeypatch, K, F, kernels):
-    monkeypatch.setattr(dispatch, "kernel_is_right", lambda *question: True)  # a GPU whose kernels have proven right
+    monkeypatch.setattr(choose, "runs_right", lambda *question: True)  # a GPU whose kernels have proven right
     phi, q, v, gate = (torch.zeros(1, 8, 2, *d) for d in ((F,), (K,), (K,), ()))
-    found = {"mlstm": import_module("xlstm_kernels.mlstm").choose_backend(phi, phi, v, gate, gate, None)}
-    found["hybrid_step"] = decode.choose_step(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
+    found = {"mlstm": mlstm.choose_backend(phi, phi, v, gate, gate, None)}
+    found["hybrid_step"] = step.choose_backend(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
     assert {name for name, backend in found.items() if backend == "triton"} == kernels
     config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K})
     assert len(plan.slow_paths(plan.shape_of(config, memory_feature_dim=F))) == 2 - len(kernels)
@@ -268,7 +334,9 @@ def test_checkpointing_costs_one_more_forward_of_the_student():
     plain, checkpointed = (plan.flops_per_token(shape_, job, on) for on in (False, True))
     assert checkpointed / plain == pytest.approx(4 / 3)
     online = replace(job, stored=False)  # the teacher's forward costs the same in both
-    assert plan.flops_per_token(shape_, online, True) - plan.flops_per_token(shape_, online) == pytest.approx(checkpointed - plain)
+    assert plan.flops_per_token(shape_, online, True) - plan.flops_per_token(shape_, online) == pytest.approx(
+        checkpointed - plain
+    )
 
 
 def test_what_fits_leaves_the_reserve_free():
@@ -282,9 +350,14 @@ def test_every_expert_takes_time_and_disk():
     shape_, one = llama_8b(), plan.jobs_of()["distill"]
     three, setting = replace(one, experts=3), plan.Setting(1, 8, True, "FSDP2")
     found = [plan.estimate(shape_, job, setting, H100S) for job in (one, three)]
-    assert found[1].seconds == pytest.approx(3 * found[0].seconds) and found[1].tokens_per_second == found[0].tokens_per_second
+    assert (
+        found[1].seconds == pytest.approx(3 * found[0].seconds)
+        and found[1].tokens_per_second == found[0].tokens_per_second
+    )
     assert plan.disk_of(shape_, three)["experts"] == 3 * plan.disk_of(shape_, one)["experts"] == 12 * shape_.student
-    assert plan.store_costs(shape_, three, H100S)["online_seconds"] == pytest.approx(3 * plan.store_costs(shape_, one, H100S)["online_seconds"])
+    assert plan.store_costs(shape_, three, H100S)["online_seconds"] == pytest.approx(
+        3 * plan.store_costs(shape_, one, H100S)["online_seconds"]
+    )
 
 
 # --- the verb --------------------------------------------------------------------------------------------------
@@ -292,9 +365,19 @@ def test_every_expert_takes_time_and_disk():
 
 def test_the_verb_prints_every_stage_and_every_assumption_and_fails_when_something_does_not_fit(tmp_path):
     LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
-    result = CliRunner().invoke(cli.app, ["plan", str(tmp_path), "--gpus", "8", "--memory", "80", "--json", str(tmp_path / "plan.json")])
+    result = CliRunner().invoke(
+        cli.app, ["plan", str(tmp_path), "--gpus", "8", "--memory", "80", "--json", str(tmp_path / "plan.json")]
+    )
     assert result.exit_code == 0, result.output
-    for words in ("8,030,261,248 parameters", "align", "distill", "FSDP2", "TB", "none of them measured on a GPU", "35%"):
+    for words in (
+        "8,030,261,248 parameters",
+        "align",
+        "distill",
+        "FSDP2",
+        "TB",
+        "none of them measured on a GPU",
+        "35%",
+    ):
         assert words in result.output
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["fits"] and written["stages"]["distill"]["memory"]["teacher"] > 0

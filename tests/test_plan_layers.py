@@ -1,4 +1,6 @@
-"""Memories for a budget: bytes are those of the tensors, groups are ranked by what they bring, and the plan becomes a student."""
+"""Memories for a budget: bytes are those of the tensors, groups are ranked by what they bring, and the plan becomes a
+student.
+"""
 
 import json
 
@@ -12,16 +14,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from xlstm_hybrid import allocation, efficiency
-from xlstm_hybrid.allocation import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
-from xlstm_hybrid.card import summary
 from xlstm_hybrid.cli import app
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.footprint import cache_bytes
-from xlstm_hybrid.longcontext import documents
-from xlstm_hybrid.pipeline import harness
-from xlstm_hybrid.plan import machine_of, plan
+from xlstm_hybrid.evaluation import efficiency, harness
+from xlstm_hybrid.planning import layers as allocation
+from xlstm_hybrid.planning.cache_size import cache_bytes
+from xlstm_hybrid.planning.layers import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
+from xlstm_hybrid.planning.run import machine_of, plan
+from xlstm_hybrid.reports.card import summary
 from xlstm_hybrid.state import prefill, tensors_of
 
 # --- bytes -------------------------------------------------------------------------------------------------------
@@ -31,7 +33,12 @@ LAYOUTS = {
     "no window": {"mixer_branches": "memory", "memory_feature_map": "softmax_signed", "memory_feature_dim": 5},
     "no memory": {"mixer_branches": "window"},
     "joint softmax": {"mixer_combine": "joint", "memory_cell": "linear"},
-    "delta rule": {"memory_cell": "delta", "memory_feature_map": "silu", "sparse_memory": 3, "sparse_memory_score": "random"},
+    "delta rule": {
+        "memory_cell": "delta",
+        "memory_feature_map": "silu",
+        "sparse_memory": 3,
+        "sparse_memory_score": "random",
+    },
     "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]},
     "all of it": MIXED | {"sparse_memory": 6},
     "three groups": KEPT | {"sparse_memory": 9},
@@ -52,7 +59,8 @@ def test_bytes_from_the_config_are_the_bytes_of_the_tensors(name, dtype):
         cache = prefill(model, token_ids(1, length))
         held = sum(x.numel() * x.element_size() for layer in cache.layers for x in tensors_of(layer).values())
         assert sum(cache_bytes(model.config, length, dtype).values()) == held, length
-        if "teacher_sliding_window" not in LAYOUTS[name]:  # what slid out of a prompt's keys is freed with the next token
+        # what slid out of a prompt's keys is freed with the next token
+        if "teacher_sliding_window" not in LAYOUTS[name]:
             assert efficiency.cache_bytes(cache) == harness.cache_bytes(model, token_ids(1, length)) == held
 
 
@@ -108,17 +116,23 @@ def test_figures_of_answers_are_cross_entropy_and_shares(rows):
         nll.append(-logits[b, t - 1].log_softmax(-1)[ids[b, t]].item())
         right.append((b, bool(logits[b, t - 1].argmax() == ids[b, t])))
     found = answers_of(model, ids, answers, batch_size=4)
-    assert found["nll"] == pytest.approx(sum(nll) / 17, rel=1e-5) and found["token_accuracy"] == sum(r for _, r in right) / 17
+    assert (
+        found["nll"] == pytest.approx(sum(nll) / 17, rel=1e-5)
+        and found["token_accuracy"] == sum(r for _, r in right) / 17
+    )
     best = ids.clone()
     best[:, 1:] = torch.where(answers[:, 1:], logits[:, :-1].argmax(-1), ids[:, 1:])
-    assert answers_of(model, torch.where(answers.cumsum(-1) == 1, best, ids), answers)["row_accuracy"] == 0  # the first token of three
+    # the first token of three
+    assert answers_of(model, torch.where(answers.cumsum(-1) == 1, best, ids), answers)["row_accuracy"] == 0
 
 
 def test_groups_are_ranked_by_what_they_bring(rows):
     model, (ids, answers) = tiny_student(), rows
     for method in ("add", "ablate"):
         found = rank_groups(model, ids, answers, method=method, batch_size=6)
-        assert len(found["groups"]) == 6 and [g["gain"] for g in found["groups"]] == sorted((g["gain"] for g in found["groups"]), reverse=True)
+        assert len(found["groups"]) == 6 and [g["gain"] for g in found["groups"]] == sorted(
+            (g["gain"] for g in found["groups"]), reverse=True
+        )
         for entry in found["groups"]:
             one = (entry["layer"], entry["group"])
             chosen = [one] if method == "add" else [(j, g) for j in range(3) for g in range(2) if (j, g) != one]
@@ -136,7 +150,10 @@ def test_only_a_group_whose_heads_reach_the_output_can_matter(rows):
             weight = layer.self_attn.o_proj.weight.unflatten(1, (4, 16))
             weight[:, [h for h in range(4) if (j, h // 2) != (1, 1)]] = 0
     for method in ("ablate", "add"):
-        gains = {(g["layer"], g["group"]): abs(g["gain"]) for g in rank_groups(model, ids, answers, method=method, batch_size=6)["groups"]}
+        gains = {
+            (g["layer"], g["group"]): abs(g["gain"])
+            for g in rank_groups(model, ids, answers, method=method, batch_size=6)["groups"]
+        }
         assert gains.pop((1, 1)) > 0.01 and max(gains.values()) < 1e-6
 
 
@@ -144,7 +161,10 @@ def test_greedy_takes_the_best_beside_those_before_it(rows):
     model, (ids, answers) = tiny_student(), rows
     found = rank_groups(model, ids, answers, method="greedy", steps=2, batch_size=6)["groups"]
     first, second = ((g["layer"], g["group"]) for g in found[:2])
-    alone = {(g["layer"], g["group"]): g["nll"] for g in rank_groups(model, ids, answers, method="add", batch_size=6)["groups"]}
+    alone = {
+        (g["layer"], g["group"]): g["nll"]
+        for g in rank_groups(model, ids, answers, method="add", batch_size=6)["groups"]
+    }
     assert first == min(alone, key=alone.get) and len({(g["layer"], g["group"]) for g in found}) == 6
     with restored(model, [first, second]):
         pair = answers_of(model, ids, answers)["nll"]
@@ -180,7 +200,9 @@ def test_a_budget_is_filled_but_never_exceeded_and_more_of_it_never_keeps_less()
     least, teacher = total(config, length), sum(cache_bytes(config, length, teacher=True).values())
     for budget in range(least, 2 * teacher, 5000):
         plan = allocate(config, budget, length, sparse_share=0.25)
-        groups = sum(map(len, plan.student["kept_groups"] or [])) + 2 * plan.student["layer_types"].count("full_attention")
+        groups = sum(map(len, plan.student["kept_groups"] or [])) + 2 * plan.student["layer_types"].count(
+            "full_attention"
+        )
         sparse = plan.student.get("sparse_memory", 0)
         assert plan.total <= budget and plan.total == total(config, length, **plan.student) and groups >= before
         eight_more = 8 * (10 - groups) * (2 * 16 * 2 + 4 + 8)  # the sparse memory grows by eight tokens
@@ -194,12 +216,25 @@ def test_a_budget_is_filled_but_never_exceeded_and_more_of_it_never_keeps_less()
 def test_the_best_groups_are_kept_and_those_that_bring_nothing_are_not():
     config = tiny_config()
     order = [((2, 1), 0.5), ((0, 0), 0.3), ((2, 0), 0.2), ((1, 1), 0.1), ((1, 0), 0.0), ((0, 1), -0.2)]
-    three = total(config, 400, kept_groups=[[0], [], []], layer_types=["hybrid_sliding", "hybrid_sliding", "full_attention"])
+    three = total(
+        config, 400, kept_groups=[[0], [], []], layer_types=["hybrid_sliding", "hybrid_sliding", "full_attention"]
+    )
     plan = allocate(config, three, 400, ranking=ranking_of(config, order))
-    assert plan.student["layer_types"] == ["hybrid_sliding", "hybrid_sliding", "full_attention"] and plan.student["kept_groups"] == [[0], [], []]
-    assert plan.measured and plan.total <= three and "sparse_memory" not in plan.student and plan.student["memory_feature_dim"] is None
+    assert plan.student["layer_types"] == ["hybrid_sliding", "hybrid_sliding", "full_attention"] and plan.student[
+        "kept_groups"
+    ] == [[0], [], []]
+    assert (
+        plan.measured
+        and plan.total <= three
+        and "sparse_memory" not in plan.student
+        and plan.student["memory_feature_dim"] is None
+    )
     rich = allocate(config, 10**7, 400, ranking=ranking_of(config, order), sparse_share=0.25)
-    assert rich.student["kept_groups"] == [[0], [1], []] and "2 of 6 groups brought nothing" in rich.notes[0] and rich.student["sparse_memory"] > 300
+    assert (
+        rich.student["kept_groups"] == [[0], [1], []]
+        and "2 of 6 groups brought nothing" in rich.notes[0]
+        and rich.student["sparse_memory"] > 300
+    )
     for wrong in (ranking_of(config, order[:5]), ranking_of(tiny_config(num_hidden_layers=2), order), {"groups": 3}):
         with pytest.raises(ConfigError, match="ranking"):
             allocate(config, 10**6, 400, ranking=wrong)
@@ -208,26 +243,52 @@ def test_the_best_groups_are_kept_and_those_that_bring_nothing_are_not():
 def test_what_no_group_can_use_widens_the_features_up_to_twice_the_head():
     config, length = tiny_config(head_dim=32), 4000
     least, wider = total(config, length), total(config, length, memory_feature_dim=48)
-    assert [allocate(config, b, length).student["memory_feature_dim"] for b in (least, wider - 1, wider)] == [None, None, 48]
+    assert [allocate(config, b, length).student["memory_feature_dim"] for b in (least, wider - 1, wider)] == [
+        None,
+        None,
+        48,
+    ]
     rich = allocate(config, total(config, length, memory_feature_dim=64) + 20_000, length)
-    assert rich.student["memory_feature_dim"] == 64 and rich.total == total(config, length, memory_feature_dim=64) and not rich.student["kept_groups"]
+    assert (
+        rich.student["memory_feature_dim"] == 64
+        and rich.total == total(config, length, memory_feature_dim=64)
+        and not rich.student["kept_groups"]
+    )
     assert "features were widened from 32 to 64" in rich.notes[0]
     assert allocate(config, rich.budget, length, widen=False).total == least
-    assert allocate(tiny_config(head_dim=128), 10**7, 40_000).student["memory_feature_dim"] is None  # no kernel has more than 128
-    assert allocate(tiny_config(head_dim=96, num_hidden_layers=1), 2 * 10**6, 40_000).student["memory_feature_dim"] == 128
+    # no kernel has more than 128
+    assert allocate(tiny_config(head_dim=128), 10**7, 40_000).student["memory_feature_dim"] is None
+    assert (
+        allocate(tiny_config(head_dim=96, num_hidden_layers=1), 2 * 10**6, 40_000).student["memory_feature_dim"] == 128
+    )
 
 
 def test_windows_in_the_first_layer_alone_leave_their_bytes_to_the_memory():
     config, length = tiny_config(head_dim=32, num_hidden_layers=4, sliding_window=64), 4000
     budget = total(config, length)
     plan = allocate(config, budget, length, windows="first")
-    assert plan.student["layer_windows"] == [64, 1, 1, 1] and plan.student["layer_sinks"] == [config.num_sink_tokens, 0, 0, 0]
-    assert plan.student["memory_feature_dim"] in (48, 64) and plan.total <= budget and plan.total == total(config, length, **plan.student)
+    assert plan.student["layer_windows"] == [64, 1, 1, 1] and plan.student["layer_sinks"] == [
+        config.num_sink_tokens,
+        0,
+        0,
+        0,
+    ]
+    assert (
+        plan.student["memory_feature_dim"] in (48, 64)
+        and plan.total <= budget
+        and plan.total == total(config, length, **plan.student)
+    )
     order = [((1, 0), 0.5), ((1, 1), 0.4), *(((j, g), 0.0) for j in (0, 2, 3) for g in (0, 1))]
     kept = allocate(config, 10**7, length, windows="first", ranking=ranking_of(config, order)).student
-    assert kept["layer_types"][1] == "full_attention" and kept["layer_windows"] == [64, None, 1, 1] and kept["layer_sinks"][1] == 0
+    assert (
+        kept["layer_types"][1] == "full_attention"
+        and kept["layer_windows"] == [64, None, 1, 1]
+        and kept["layer_sinks"][1] == 0
+    )
     sinks = [config.num_sink_tokens, 0, 0, 0]
-    tight = allocate(config, total(config, length, layer_windows=[32, 1, 1, 1], layer_sinks=sinks), length, windows="first")
+    tight = allocate(
+        config, total(config, length, layer_windows=[32, 1, 1, 1], layer_sinks=sinks), length, windows="first"
+    )
     assert tight.student["layer_windows"] == [32, 1, 1, 1] and "cut from 64 to 32" in tight.notes[0]
     with pytest.raises(ConfigError, match="windows='last'"):
         allocate(config, budget, length, windows="last")
@@ -235,16 +296,27 @@ def test_windows_in_the_first_layer_alone_leave_their_bytes_to_the_memory():
 
 def test_without_a_ranking_groups_are_spread_evenly_and_the_plan_says_so():
     config = tiny_config(num_hidden_layers=8)
-    assert allocation.evenly(config, 2) == [(2, 0), (6, 0)] and allocation.evenly(config, 4) == [(1, 1), (3, 1), (5, 1), (7, 1)]
+    assert allocation.evenly(config, 2) == [(2, 0), (6, 0)] and allocation.evenly(config, 4) == [
+        (1, 1),
+        (3, 1),
+        (5, 1),
+        (7, 1),
+    ]
     assert sorted(allocation.evenly(config, 16)) == [(j, g) for j in range(8) for g in range(2)]
     plan = allocate(config, total(config, 400, kept_groups=[[0]] * 4 + [[]] * 4), 400)
-    assert [len(kept) for kept in plan.student["kept_groups"]] == [0, 1, 0, 1, 0, 1, 0, 1] and "not measured" in plan.notes[0] and not plan.measured
+    assert (
+        [len(kept) for kept in plan.student["kept_groups"]] == [0, 1, 0, 1, 0, 1, 0, 1]
+        and "not measured" in plan.notes[0]
+        and not plan.measured
+    )
 
 
 def test_a_window_that_does_not_fit_is_halved():
     config = tiny_config(sliding_window=256)
     plan = allocate(config, total(config, 4000, sliding_window=64) + 100, 4000)
-    assert plan.student["sliding_window"] == 64 and "cut from 256 to 64" in plan.notes[0] and config.sliding_window == 256
+    assert (
+        plan.student["sliding_window"] == 64 and "cut from 256 to 64" in plan.notes[0] and config.sliding_window == 256
+    )
 
 
 # --- the verb ----------------------------------------------------------------------------------------------------
@@ -278,25 +350,72 @@ def test_rows_end_in_their_answers(directory):
 
 def test_a_measured_plan_becomes_a_student_through_a_file(directory, tmp_path):
     common = ("--window", 16, "--sinks", 2, "--dtype", "float32")
-    said = invoke(directory, "--budget", "150KB", "--length", 900, *common, "--measure", "--kind", "needle", "--rows", 2, "--tokens", 400,
-                  "--save-ranking", tmp_path / "ranking.json", "--out", tmp_path / "student.yaml", "--json", tmp_path / "plan.json")  # fmt: skip
+    said = invoke(
+        directory,
+        "--budget",
+        "150KB",
+        "--length",
+        900,
+        *common,
+        "--measure",
+        "--kind",
+        "needle",
+        "--rows",
+        2,
+        "--tokens",
+        400,
+        "--save-ranking",
+        tmp_path / "ranking.json",
+        "--out",
+        tmp_path / "student.yaml",
+        "--json",
+        tmp_path / "plan.json",
+    )
     ranking, plan = (json.loads((tmp_path / name).read_text()) for name in ("ranking.json", "plan.json"))
     assert len(ranking["groups"]) == 6 and ranking["kind"] == "needle" and plan["measured"] and plan["total"] <= 150_000
     assert "NLL" in said and "needle" in json.dumps(plan["ranking"])
     again = invoke(
-        directory, "--budget", "150KB", "--length", 900, *common, "--ranking", tmp_path / "ranking.json", "--out", tmp_path / "student.json"
+        directory,
+        "--budget",
+        "150KB",
+        "--length",
+        900,
+        *common,
+        "--ranking",
+        tmp_path / "ranking.json",
+        "--out",
+        tmp_path / "student.json",
     )
     assert "ranking (ablate, 2 rows" in again
     fields = yaml.safe_load((tmp_path / "student.yaml").read_text())
-    assert fields == json.loads((tmp_path / "student.json").read_text()) and "by measurement" in (tmp_path / "student.yaml").read_text()
-    result = CliRunner().invoke(app, ["convert", str(directory), str(tmp_path / "s"), "--options", str(tmp_path / "student.yaml")])
+    assert (
+        fields == json.loads((tmp_path / "student.json").read_text())
+        and "by measurement" in (tmp_path / "student.yaml").read_text()
+    )
+    result = CliRunner().invoke(
+        app, ["convert", str(directory), str(tmp_path / "s"), "--options", str(tmp_path / "student.yaml")]
+    )
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "s" / "config.json").read_text())
     assert all(config[name] == value for name, value in fields.items())
     said = summary([{"stage": "convert", "config": fields}])
-    assert f"{sum(map(len, fields['kept_groups']))} key/value groups" in said and "a window of 16 tokens and 2 sink" in said
-    said = summary([{"stage": "convert", "config": {**fields, "sparse_memory": 24, "memory_feature_dim": 32, "layer_windows": [16, 1, None]}}])
-    assert "memory of 24 tokens" in said and "32 features per head" in said and "windows per layer: 16, 1, None tokens" in said
+    assert (
+        f"{sum(map(len, fields['kept_groups']))} key/value groups" in said
+        and "a window of 16 tokens and 2 sink" in said
+    )
+    said = summary(
+        [
+            {
+                "stage": "convert",
+                "config": {**fields, "sparse_memory": 24, "memory_feature_dim": 32, "layer_windows": [16, 1, None]},
+            }
+        ]
+    )
+    assert (
+        "memory of 24 tokens" in said
+        and "32 features per head" in said
+        and "windows per layer: 16, 1, None tokens" in said
+    )
     on_student = invoke(tmp_path / "s", "--budget", "1MB", "--length", 900)
     assert "window 16, sinks 2" in on_student
 
@@ -306,19 +425,31 @@ def test_without_a_measurement_the_plan_says_so_and_bad_arguments_are_named(dire
     for arguments, message in (
         (("--budget", "many", "--length", 900), "budget='many'"),
         (("--budget", "1KB", "--length", 900), "expected at least so many"),
-        (("--budget", "1MB", "--length", 900, "--measure", "--ranking", directory / "config.json"), "expected one of them"),
-        (("--budget", "1MB", "--length", 900, "--ranking", directory / "config.json"), "not a file of plan-layers --measure"),
+        (
+            ("--budget", "1MB", "--length", 900, "--measure", "--ranking", directory / "config.json"),
+            "expected one of them",
+        ),
+        (
+            ("--budget", "1MB", "--length", 900, "--ranking", directory / "config.json"),
+            "not a file of plan-layers --measure",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             invoke(directory, *arguments)
     (tmp_path / "o.yaml").write_text("teacher: other\n")
     with pytest.raises(ConfigError, match=r"o\.yaml: expected fields"):
-        raise CliRunner().invoke(app, ["convert", str(directory), str(tmp_path / "x"), "--options", str(tmp_path / "o.yaml")]).exception
+        raise (
+            CliRunner()
+            .invoke(app, ["convert", str(directory), str(tmp_path / "x"), "--options", str(tmp_path / "o.yaml")])
+            .exception
+        )
 
 
 def test_a_plan_for_every_kind_of_layer_converts(tmp_path):
-    """Qwen3 of the tests has two sliding layers: their kept groups keep the teacher's window, and whole layers become sliding again."""
-    from xlstm_hybrid.families import student_config
+    """Qwen3 of the tests has two sliding layers: their kept groups keep the teacher's window, and whole layers become
+    sliding again.
+    """
+    from xlstm_hybrid.conversion.families import student_config
 
     source = teacher("qwen3")
     config = student_config(source.config, sliding_window=16, num_sink_tokens=2)

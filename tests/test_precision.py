@@ -17,21 +17,23 @@ from tiny_teachers import teacher
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cli, pipeline, plan, precision
-from xlstm_hybrid.artifacts import read_provenance
+from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.checkpoint.files import read_provenance
+from xlstm_hybrid.commands.cache_teacher import cache_teacher
+from xlstm_hybrid.commands.plan_layers import measured as ranked
+from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
+from xlstm_hybrid.environment import precision
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline import costs, final, judge, settings, stages
-from xlstm_hybrid.recipe import load_recipe
-from xlstm_hybrid.store import TeacherStore
-from xlstm_hybrid.trainers import heads
-from xlstm_hybrid.trainers.alignment import AlignmentConfig
-from xlstm_hybrid.trainers.delta import DeltaKDConfig
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig
-from xlstm_hybrid.trainers.runspec import check_run_spec, run_spec
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig
-from xlstm_hybrid.verbs import efficiency as verb
-from xlstm_hybrid.verbs.cache_teacher import cache_teacher, choose_dtype
-from xlstm_hybrid.verbs.plan_layers import measured as ranked
+from xlstm_hybrid.evaluation import efficiency_checks, efficiency_pairs
+from xlstm_hybrid.pipeline import Run, evaluation, settings, stages, targets
+from xlstm_hybrid.pipeline.targets import choose_dtype
+from xlstm_hybrid.planning import run as plan
+from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.teacher_store import TeacherStore
+from xlstm_hybrid.training.alignment import AlignmentConfig
+from xlstm_hybrid.training.distillation import SparseKDConfig
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
+from xlstm_hybrid.training.run_spec import check_run_spec, run_spec
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = RECIPES / "tiny_teacher/tiny-llama"  # stored in bfloat16
@@ -43,7 +45,7 @@ RATES = "bfloat16 product 11 GFLOP/s, float32 51"
 @pytest.fixture
 def machine(monkeypatch, caplog):
     """`machine(rate)`: from now on a machine of that rate in narrow dtypes, to which nothing has been said."""
-    caplog.set_level(logging.INFO, "xlstm_hybrid.precision")
+    caplog.set_level(logging.INFO, "xlstm_hybrid.environment.precision")
 
     def become(rate):
         caplog.clear()
@@ -56,7 +58,9 @@ def machine(monkeypatch, caplog):
 @pytest.fixture
 def said(caplog):
     """What the user was told, as `(level, line)`."""
-    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "xlstm_hybrid.precision"]
+    return lambda: [
+        (r.levelname, r.getMessage()) for r in caplog.records if r.name == "xlstm_hybrid.environment.precision"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +174,7 @@ def test_the_command_line_shows_what_is_logged(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     capsys.readouterr()
-    logging.getLogger("xlstm_hybrid.precision").info("cpu: float32 is used")
+    logging.getLogger("xlstm_hybrid.environment.precision").info("cpu: float32 is used")
     assert capsys.readouterr().err == "cpu: float32 is used\n"
 
 
@@ -249,22 +253,20 @@ def test_a_run_whose_precision_the_machine_chose_goes_on_on_another_machine_and_
         check_run_spec(explicit, facts_of(AlignmentConfig, tmp_path, bf16=False), (), "checkpoint-1")
 
 
-def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_what_the_recipe_says(
-    machine, tmp_path
-):
+def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_what_the_recipe_says(machine, tmp_path):
     machine(SLOW)
     recipe = load_recipe(RECIPES / "smoke.yaml")
     recipe = replace(recipe, align={k: v for k, v in recipe.align.items() if k != "bf16"} | {"max_steps": 1})
-    road = pipeline.Road(recipe, tmp_path / "run")
-    converted, aligned = road.start()
+    run = Run(recipe, tmp_path / "run")
+    run.make(*run.named("convert", "align"))
+    aligned = run.path(run.aligned)
     assert read_provenance(aligned)[-1]["config"]["bf16"] is False
     note = json.loads((tmp_path / "run/stages/align.json").read_text())
     assert "bf16" not in note["spec"]["settings"]
     machine(QUICK)
-    assert pipeline.Road(recipe, tmp_path / "run").start() == (
-        converted,
-        aligned,
-    )  # kept: nothing that the recipe says has changed
+    again = Run(recipe, tmp_path / "run")
+    again.make(*again.named("convert", "align"))
+    assert again.kept == run.seconds  # nothing that the recipe says has changed
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def measured(monkeypatch):
         calls.append((student, teacher, settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xlstm_hybrid.efficiency.measure", measure)
+    monkeypatch.setattr("xlstm_hybrid.commands.efficiency.measure", measure)
     return calls
 
 
@@ -320,26 +322,30 @@ def test_on_a_cpu_the_efficiency_report_measures_the_lengths_that_take_minutes_a
 ):
     config = tiny_config()  # 3 layers of 4 heads of 16, 2 groups, width 48, MLP 56
     linear = 2 * (48 * 4 * 16 + 2 * 48 * 2 * 16 + 4 * 16 * 48 + 3 * 48 * 56)
-    assert verb.prompt_flops(config, 100) == 3 * sum(linear + 2 * 2 * 4 * 16 * seen for seen in range(1, 101))
+    assert efficiency_pairs.prompt_flops(config, 100) == 3 * sum(
+        linear + 2 * 2 * 4 * 16 * seen for seen in range(1, 101)
+    )
     needed = [
-        2 * 8 * verb.prompt_flops(config, L) / verb.REACHED for L in verb.ON_CPU
+        2 * 8 * efficiency_pairs.prompt_flops(config, L) / efficiency_pairs.REACHED for L in efficiency_pairs.ON_CPU
     ]  # 5 rounds and 3 passes beside them, two sides
-    lengths, line = verb.affordable(config, 5, (1,), (needed[0] + needed[1]) / verb.BUDGET)
+    lengths, line = efficiency_pairs.affordable(config, 5, (1,), (needed[0] + needed[1]) / efficiency_pairs.BUDGET)
     assert lengths == (512, 1024)
     assert line.startswith("prompts of 512, 1024 tokens: up to 5 minutes of a core; 2048 would take")
-    assert verb.affordable(config, 5, (1,), needed[0] / verb.BUDGET / 100)[0] == (512,)
-    every, line = verb.affordable(config, 5, (1,), sum(needed) / verb.BUDGET)
-    assert every == verb.ON_CPU and line.endswith("8192, 16384 tokens: up to 5 minutes of a core")
+    assert efficiency_pairs.affordable(config, 5, (1,), needed[0] / efficiency_pairs.BUDGET / 100)[0] == (512,)
+    every, line = efficiency_pairs.affordable(config, 5, (1,), sum(needed) / efficiency_pairs.BUDGET)
+    assert every == efficiency_pairs.ON_CPU and line.endswith("8192, 16384 tokens: up to 5 minutes of a core")
     machine(SLOW)
     output = efficiency(narrow)
     assert measured[-1][
         -1
-    ].lengths == verb.ON_CPU and "prompts of 512, 1024, 2048, 4096, 8192, 16384 tokens" in " ".join(output.split())
+    ].lengths == efficiency_pairs.ON_CPU and "prompts of 512, 1024, 2048, 4096, 8192, 16384 tokens" in " ".join(
+        output.split()
+    )
     efficiency(narrow, "--lengths", "40,80")
     assert measured[-1][-1].lengths == (40, 80)
     efficiency(narrow, "--contexts", "16384,99")
-    assert measured[-1][-1].lengths == verb.ON_CPU[:-1] and measured[-1][-1].contexts == (16384, 99)
-    monkeypatch.setattr(verb, "BUDGET", 0)
+    assert measured[-1][-1].lengths == efficiency_pairs.ON_CPU[:-1] and measured[-1][-1].contexts == (16384, 99)
+    monkeypatch.setattr(efficiency_pairs, "BUDGET", 0)
     efficiency(narrow)
     assert measured[-1][-1].lengths == (512,)
 
@@ -350,7 +356,7 @@ def test_a_student_is_proven_on_one_layer_of_each_layout():
         "num_hidden_layers": 5,
     }
     model = tiny_student(**kinds)
-    short, ids = costs.first_layers(model), torch.arange(1, 31)[None]
+    short, ids = efficiency_checks.first_layers(model), torch.arange(1, 31)[None]
     assert (
         short.config.layer_types
         == kinds["layer_types"][:3]
@@ -361,20 +367,21 @@ def test_a_student_is_proven_on_one_layer_of_each_layout():
         seen = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         torch.testing.assert_close(short.model(ids, use_cache=False).last_hidden_state, model.model.norm(seen[3]))
     kept = tiny_student(kept_groups=[[], [], [1]], layer_windows=[7, 7, 5])
-    assert costs.first_layers(kept).config.kept_groups == [[], [], [1]]
-    assert costs.first_layers(tiny_student(layer_windows=[7, 7, 7], layer_sinks=[3, 3, 3])).config.layer_sinks == [
-        3,
-        3,
-    ]
+    assert efficiency_checks.first_layers(kept).config.kept_groups == [[], [], [1]]
+    assert efficiency_checks.first_layers(
+        tiny_student(layer_windows=[7, 7, 7], layer_sinks=[3, 3, 3])
+    ).config.layer_sinks == [3, 3]
 
 
 def test_on_a_cpu_the_checks_of_a_report_name_the_layers_that_they_ran_on():
     model = tiny_student(num_hidden_layers=4)
-    results = list(costs.checks(model, model, "dynamic"))
+    results = list(efficiency_checks.checks(model, model, "dynamic"))
     named = [result.name for result in results if result.name.endswith(", 2 of 4 layers")]
     assert len(named) == len(results) - 2 > 15 and [result.name for result in results[:2]] == [
-        "teacher: prompt and steps = one call", "student: prompt and steps = one call"]  # fmt: skip
-    whole = list(costs.checks(model, model, "dynamic", lambda: model))
+        "teacher: prompt and steps = one call",
+        "student: prompt and steps = one call",
+    ]
+    whole = list(efficiency_checks.checks(model, model, "dynamic", lambda: model))
     assert [result.name for result in whole[2:]] == [name.removesuffix(", 2 of 4 layers") for name in named]
 
 
@@ -384,9 +391,9 @@ def test_a_stored_teacher_calculates_in_what_the_machine_does_well_and_its_store
 ):
     tokens = AutoTokenizer.from_pretrained(TINY)("a row of text", add_special_tokens=False)["input_ids"]
     Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 4).save_to_disk(tmp_path / "rows")
-    loaded, targets = [], heads.TeacherTargets
+    loaded, made = [], targets.TeacherTargets
     monkeypatch.setattr(
-        heads, "TeacherTargets", lambda model, select: loaded.append(model.dtype) or targets(model, select)
+        targets, "TeacherTargets", lambda model, select: loaded.append(model.dtype) or made(model, select)
     )
     machine(rate)
     store(tmp_path, "--shard-tokens", 2 * len(tokens))
@@ -407,9 +414,9 @@ def store(folder, *more):
 def test_the_dtype_of_a_stored_teacher_is_the_users_then_the_recipes(machine, said, tmp_path):
     config, rows = transformers.AutoConfig.from_pretrained(TINY), tmp_path / "rows"
     machine(SLOW)
-    assert choose_dtype("bfloat16", rows, config, "cpu", tmp_path) == "bfloat16" and [
-        level for level, _ in said()
-    ] == ["WARNING"]
+    assert choose_dtype("bfloat16", rows, config, "cpu", tmp_path) == "bfloat16" and [level for level, _ in said()] == [
+        "WARNING"
+    ]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((RECIPES / "smoke.yaml").read_text() + "\nteacher_dtype: bfloat16\n")
     machine(SLOW)
@@ -443,10 +450,12 @@ def test_scores_are_measured_in_float32_on_every_machine_unless_the_user_names_a
 ):
     seen = []
     monkeypatch.setattr(
-        judge, "judge_domains", lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}}
+        evaluation,
+        "evaluate_domains",
+        lambda model, *rest: seen.append(model.dtype) or {"exact_match": {}, "perplexity": {}, "contradictions": {}},
     )
     monkeypatch.setattr(
-        "xlstm_hybrid.pipeline.harness.run_harness",
+        "xlstm_hybrid.commands.harness.run_harness",
         lambda model, units, out, options, report: seen.append(options.dtype) or {},
     )
     common = ["harness", str(narrow / "student"), "--tasks", "domains", "--out", str(tmp_path), "--device", "cpu"]
@@ -470,17 +479,18 @@ def test_a_teacher_that_a_recipe_holds_in_bfloat16_is_held_so_with_one_warning(m
     assert [stages.load_teacher(TINY, recipe, args).dtype for _ in range(2)] == [torch.bfloat16] * 2
     ((level, line),) = said()
     assert level == "WARNING" and line.startswith("teacher_dtype: bfloat16 is slower than float32 on this cpu")
-    monkeypatch.setattr(final, "measure_checkpoints", lambda *args, dtype, **rest: dtype)
-    assert final.measure_sides(recipe, str(TINY), str(TINY)) == "bfloat16" and len(said()) == 1
+    monkeypatch.setattr(evaluation, "measure_checkpoints", lambda *args, dtype, **rest: dtype)
+    found = evaluation.measure_efficiency(recipe, str(TINY), str(TINY))
+    assert found["pairs"] == ["bfloat16"] and len(said()) == 1
 
 
 def test_groups_are_ranked_in_what_the_machine_does_well(narrow, machine, monkeypatch):
     seen, tokenizer = [], AutoTokenizer.from_pretrained(TINY)
     monkeypatch.setattr(
-        "xlstm_hybrid.allocation.rank_groups", lambda student, *rest, **how: seen.append(student.dtype) or {}
+        "xlstm_hybrid.commands.plan_layers.rank_groups", lambda student, *rest, **how: seen.append(student.dtype) or {}
     )
-    monkeypatch.setattr("xlstm_hybrid.longcontext.documents", lambda *what: [])
-    monkeypatch.setattr("xlstm_hybrid.allocation.retrieval_rows", lambda *what: (None, None))
+    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.documents", lambda *what: [])
+    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.retrieval_rows", lambda *what: (None, None))
     for rate in (SLOW, QUICK):
         machine(rate)
         for side in ("student", "teacher"):

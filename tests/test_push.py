@@ -1,4 +1,6 @@
-"""What leaves the machine is on the list, tells nothing of it, and is what the manifest says; a dry run opens no connection."""
+"""What leaves the machine is on the list, tells nothing of it, and is what the manifest says; a dry run opens no
+connection.
+"""
 
 import json
 import re
@@ -15,12 +17,12 @@ from conftest import tiny_student
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import xlstm_hybrid.push
+import xlstm_hybrid.hub.push
 from xlstm_hybrid import cli
-from xlstm_hybrid.artifacts import add_provenance, digest, write_manifest
-from xlstm_hybrid.card import write_card
+from xlstm_hybrid.checkpoint.files import add_provenance, digest, write_manifest
 from xlstm_hybrid.errors import CheckpointError, ShareError
-from xlstm_hybrid.push import findings, inspect_folder, push
+from xlstm_hybrid.hub.push import findings, inspect_folder, push
+from xlstm_hybrid.reports.card import write_card
 
 REPO = "someone/a-student"
 TOKEN = "hf_" + "aB3" * 12
@@ -78,7 +80,9 @@ def test_an_owner_is_told_what_the_card_lacks(folder):
     write_card(folder)
     write_manifest(folder)
     assert inspect_folder(folder, REPO).warnings == [
-        "the card names no license: its stages recorded none", "the card names no base_model: its stages recorded none"]  # fmt: skip
+        "the card names no license: its stages recorded none",
+        "the card names no base_model: its stages recorded none",
+    ]
 
 
 # --- what may not ----------------------------------------------------------------------------------------------
@@ -111,18 +115,30 @@ def test_code_leaves_only_on_demand_and_with_its_map(folder):
 
 SECRETS = {
     "a token of the Hub": ("generation_config.json", json.dumps({"note": TOKEN}), "a key (hf_a...)"),
-    "a named secret": ("generation_config.json", json.dumps({"a": [{"hub_token": "x1"}]}), "generation_config.json: a.0.hub_token holds a secret"),
+    "a named secret": (
+        "generation_config.json",
+        json.dumps({"a": [{"hub_token": "x1"}]}),
+        "generation_config.json: a.0.hub_token holds a secret",
+    ),
     "a cloud key": ("chat_template.jinja", "AKIA" + "ABCDEFGH12345678", "a key (AKIA...)"),
     "a private key": ("LICENSE", "-----BEGIN RSA PRIVATE KEY-----", "a key (----...)"),
     "a token among tokens": ("tokenizer.json", json.dumps({"model": {"vocab": {TOKEN: 1}}}), "a key (hf_a...)"),
     "a home folder": ("training_log.json", json.dumps([{"path": "/home/ada/run"}]), "a path of a machine (/home/...)"),
     "a Windows path": ("training_log.json", json.dumps([{"path": "C:\\Users\\ada"}]), "a path of a machine (C:"),
     "a share": ("chat_template.jinja", r"\\fileserver\homes\ada", "a path of a machine"),
-    "a path in a picture": ("loss.png", png((b"tEXt", b"Comment\0/data/ada/run")), "loss.png: holds a path of a machine (/data/...)"),
-    "text in a picture that is packed": ("loss.png", png((b"zTXt", b"Comment\0\0" + zlib.compress(b"/data/ada"))), "loss.png: holds compressed text"),
+    "a path in a picture": (
+        "loss.png",
+        png((b"tEXt", b"Comment\0/data/ada/run")),
+        "loss.png: holds a path of a machine (/data/...)",
+    ),
+    "text in a picture that is packed": (
+        "loss.png",
+        png((b"zTXt", b"Comment\0\0" + zlib.compress(b"/data/ada"))),
+        "loss.png: holds compressed text",
+    ),
     "a key twice": ("generation_config.json", '{"a": 1, "a": 2}', "the key 'a' stands twice"),
     "deep JSON": ("generation_config.json", '{"a":' * 30 + "1" + "}" * 30, "nested 31 deep, expected at most 20"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SECRETS)
@@ -135,7 +151,9 @@ def test_keys_and_paths_do_not_leave_and_are_not_repeated_in_full(case, folder):
 
 
 def test_notes_in_the_header_of_the_weights_are_searched_too(folder):
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"from": "/scratch/ada/x"})
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"from": "/scratch/ada/x"}
+    )
     write_manifest(folder)
     assert "model.safetensors: holds a path of a machine (/scratch/...)" in refused(folder)
 
@@ -148,23 +166,33 @@ def test_a_header_that_is_too_long_is_not_read(folder):
 
 
 @pytest.mark.parametrize(
-    "name, least, text", [("tensors", 1, "tensors, expected at most 1"), ("config", 8, "config.json: .* bytes, expected at most 8")]
+    "name, least, text",
+    [("tensors", 1, "tensors, expected at most 1"), ("config", 8, "config.json: .* bytes, expected at most 8")],
 )
 def test_headers_and_configurations_beyond_their_caps_do_not_leave(folder, monkeypatch, name, least, text):
     inspect_folder(folder, REPO)
-    monkeypatch.setitem(xlstm_hybrid.push.CAPS, name, least)
+    monkeypatch.setitem(xlstm_hybrid.hub.push.CAPS, name, least)
     assert re.search(text, refused(folder))
 
 
 def test_names_of_this_machine_and_user_do_not_leave(folder, monkeypatch):
-    monkeypatch.setattr(xlstm_hybrid.push, "own_names", lambda: ["lovelace"])
+    monkeypatch.setattr(xlstm_hybrid.hub.push, "own_names", lambda: ["lovelace"])
     (folder / "LICENSE").write_text("made on lovelace.")
     write_manifest(folder)
     assert "LICENSE: holds the name of this machine or its user (love...)" in refused(folder)
 
 
 @pytest.mark.parametrize(
-    "text", ["https://huggingface.co/data/x", "and/or", "a ratio of 1/2", "https://example.org/home/x", "~ 3", "model.layers.0", "/v1/x"]
+    "text",
+    [
+        "https://huggingface.co/data/x",
+        "and/or",
+        "a ratio of 1/2",
+        "https://example.org/home/x",
+        "~ 3",
+        "model.layers.0",
+        "/v1/x",
+    ],
 )
 def test_ordinary_text_is_no_finding(text):
     assert list(findings(text)) == []
@@ -212,26 +240,33 @@ class Hub:
 
     def get_paths_info(self, repo, paths, revision):
         assert revision == "c0ffee"
-        entries = [types.SimpleNamespace(path=n, size=i.size, lfs=types.SimpleNamespace(sha256=i.sha256.hex())) for n, i in self.files.items()]
+        entries = [
+            types.SimpleNamespace(path=n, size=i.size, lfs=types.SimpleNamespace(sha256=i.sha256.hex()))
+            for n, i in self.files.items()
+        ]
         return self.damage([e for e in entries if e.path in paths])
 
 
 def test_an_upload_is_one_commit_of_what_was_checked(folder):
     hub = Hub()
     parcel = push(folder, REPO, private=True, api=hub)
-    assert hub.made == [(REPO, True, True)] and parcel.commit == "c0ffee" and set(hub.files) == {p.name for p in folder.iterdir()}
+    assert (
+        hub.made == [(REPO, True, True)]
+        and parcel.commit == "c0ffee"
+        and set(hub.files) == {p.name for p in folder.iterdir()}
+    )
     assert hub.message == "Upload student with xlstm-hybrid"
 
 
 def test_a_file_that_changes_after_the_check_is_not_uploaded(folder, monkeypatch):
-    check = xlstm_hybrid.push.inspect_folder
+    check = xlstm_hybrid.hub.push.inspect_folder
 
     def check_then_change(*arguments, **settings):
         parcel = check(*arguments, **settings)
         (folder / "tokenizer.json").write_text("{}")
         return parcel
 
-    monkeypatch.setattr(xlstm_hybrid.push, "inspect_folder", check_then_change)
+    monkeypatch.setattr(xlstm_hybrid.hub.push, "inspect_folder", check_then_change)
     hub = Hub()
     with pytest.raises(CheckpointError, match="tokenizer.json changed after it was checked"):
         push(folder, REPO, api=hub)
@@ -252,9 +287,13 @@ def missing(entries):
     return entries[1:]
 
 
-@pytest.mark.parametrize("damage, found", [(missing, "(missing, expected "), (shorter, " bytes, expected "), (another, "safetensors")])
+@pytest.mark.parametrize(
+    "damage, found", [(missing, "(missing, expected "), (shorter, " bytes, expected "), (another, "safetensors")]
+)
 def test_what_arrives_damaged_is_named(folder, damage, found):
-    with pytest.raises(ShareError, match="someone/a-student at c0ffee: [^,]*, expected [0-9]+. arrived damaged; push again") as raised:
+    with pytest.raises(
+        ShareError, match="someone/a-student at c0ffee: [^,]*, expected [0-9]+. arrived damaged; push again"
+    ) as raised:
         push(folder, REPO, api=Hub(damage))
     assert found in str(raised.value)
 
@@ -272,10 +311,16 @@ def test_a_hub_that_cannot_be_reached_is_one_named_error_without_the_token(folde
 def test_the_verb_tells_what_would_leave(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     result = CliRunner().invoke(cli.app, ["push", str(folder), REPO, "--dry-run"], catch_exceptions=False)
-    assert result.exit_code == 0 and "bytes  model.safetensors" in result.output and "would be uploaded; nothing was sent" in result.output
+    assert (
+        result.exit_code == 0
+        and "bytes  model.safetensors" in result.output
+        and "would be uploaded; nothing was sent" in result.output
+    )
     assert isinstance(CliRunner().invoke(cli.app, ["push", str(folder), "x", "--dry-run"]).exception, ShareError)
 
 
 def test_the_verb_writes_the_architecture_for_mergekit(folder, tmp_path):
-    result = CliRunner().invoke(cli.app, ["mergekit-architecture", str(folder), str(tmp_path / "a.json")], catch_exceptions=False)
+    result = CliRunner().invoke(
+        cli.app, ["mergekit-architecture", str(folder), str(tmp_path / "a.json")], catch_exceptions=False
+    )
     assert result.exit_code == 0 and json.loads((tmp_path / "a.json").read_text())["model_type"] == "xlstm_hybrid"

@@ -6,12 +6,14 @@ import pytest
 import yaml
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.recipe import load_recipe, resolve_teacher
+from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(RECIPES.glob("*.yaml")) if not p.name.startswith("distil_")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(RECIPES.glob("*.yaml")) if not p.name.startswith("distil_")], ids=lambda p: p.name
+)
 def test_every_recipe_of_the_repository_loads(path):
     recipe = load_recipe(path)
     assert recipe.merge is None or sum(recipe.merge["weights"].values()) == pytest.approx(1)
@@ -47,6 +49,7 @@ def search(group_weights=None, **settings):
 
 BREAKS = {
     r"unknown keys \['learning_rate'\]": lambda c: c.update(learning_rate=1),
+    r"unknown keys \['evalute'\], expected some of .*\(did you mean evaluate\?\)": lambda c: c.update(evalute={}),
     r"missing keys \['align'\]": without("align"),
     r"evaluate: expected exactly the keys": lambda c: c["evaluate"].pop("examples"),
     r"evaluate.examples=0: expected a number of at least 1": lambda c: c["evaluate"].update(examples=0),
@@ -54,39 +57,65 @@ BREAKS = {
     r"evaluate.harness=\[\]: expected names": lambda c: c["evaluate"].update(harness=[]),
     r"evaluate.harness='domains': expected list": lambda c: c["evaluate"].update(harness="domains"),
     r"evaluate.alpha=1.5: expected a share between 0 and 1": lambda c: c["evaluate"].update(alpha=1.5),
-    r"evaluate.long_context: unknown keys \['sizes'\].*evaluate.long_context: expected lengths": lambda c: c["evaluate"].update(
-        long_context={"sizes": [1]}
+    r"evaluate.long_context: unknown keys \['sizes'\].*evaluate.long_context: expected lengths": lambda c: c[
+        "evaluate"
+    ].update(long_context={"sizes": [1]}),
+    r"evaluate.long_context.samples=0: expected a number": lambda c: c["evaluate"].update(
+        long_context={"lengths": [64], "samples": 0}
     ),
-    r"evaluate.long_context.samples=0: expected a number": lambda c: c["evaluate"].update(long_context={"lengths": [64], "samples": 0}),
     r"evaluate.efficiency.rounds=True: expected int": lambda c: c["evaluate"].update(efficiency={"rounds": True}),
-    r"evaluate: \['limit'\] without harness or long_context": lambda c: [c["evaluate"].pop(k) for k in ("harness", "long_context")],
-    r"merge.weights names \['other'\], the experts are \['memory', 'symbols'\]": lambda c: c["merge"].update(weights={"other": 1.0}),
+    r"evaluate: \['limit'\] without harness or long_context": lambda c: [
+        c["evaluate"].pop(k) for k in ("harness", "long_context")
+    ],
+    r"merge.weights names \['other'\], the experts are \['memory', 'symbols'\]": lambda c: c["merge"].update(
+        weights={"other": 1.0}
+    ),
     r"merge: expected method and weights, as there are several experts": without("merge"),
     r"merge.method='mean': expected one of linear, .*on_policy": lambda c: c["merge"].update(method="mean"),
     r"merge: unknown keys \['weight'\], expected some of": lambda c: c["merge"].update(weight=1),
-    r"merge.weights: .*, expected shares of at least 0 whose sum is 1": lambda c: c["merge"].update(weights={"symbols": 0.7, "memory": 0.7}),
+    r"merge.weights: .*, expected shares of at least 0 whose sum is 1": lambda c: c["merge"].update(
+        weights={"symbols": 0.7, "memory": 0.7}
+    ),
     r"merge.weights: .*, expected shares": lambda c: c["merge"].update(weights={"symbols": 1.5, "memory": -0.5}),
-    r"merge.weights: .*'half'.*, expected shares": lambda c: c["merge"].update(weights={"symbols": "half", "memory": 0.5}),
+    r"merge.weights: .*'half'.*, expected shares": lambda c: c["merge"].update(
+        weights={"symbols": "half", "memory": 0.5}
+    ),
     r"merge: expected either weights or search": lambda c: c["merge"].pop("weights"),
     r"merge: expected either weights or search, which finds them": lambda c: c["merge"].update(search={"examples": 4}),
-    r"merge.options: density=2: expected a share above 0, at most 1": lambda c: c["merge"].update(method="ties", options={"density": 2}),
+    r"merge.options: density=2: expected a share above 0, at most 1": lambda c: c["merge"].update(
+        method="ties", options={"density": 2}
+    ),
     r"merge.options: density: it takes no options": lambda c: c["merge"].update(options={"density": 0.5}),
     r"merge.options: expected names and values, got 0.5": lambda c: c["merge"].update(method="ties", options=0.5),
     r"merge.base='aligned': expected 'aligned' or a path, for one of dare": lambda c: c["merge"].update(base="aligned"),
     r"merge.base=5: expected 'aligned' or a path": lambda c: c["merge"].update(method="ties", base=5),
-    r"merge.group_weights: 'heads' is no module group": lambda c: c["merge"].update(group_weights={"heads": {"symbols": 1, "memory": 0}}),
-    r"merge.group_weights.gates names \['symbols'\]": lambda c: c["merge"].update(group_weights={"gates": {"symbols": 1}}),
+    r"merge.group_weights: 'heads' is no module group": lambda c: c["merge"].update(
+        group_weights={"heads": {"symbols": 1, "memory": 0}}
+    ),
+    r"merge.group_weights.gates names \['symbols'\]": lambda c: c["merge"].update(
+        group_weights={"gates": {"symbols": 1}}
+    ),
     r"merge.statistics: linear takes none, only fisher, regmean": lambda c: c["merge"].update(statistics={"rows": 8}),
-    r"merge.statistics.rows=0: expected a whole number of at least 1": lambda c: c["merge"].update(method="fisher", statistics={"rows": 0}),
-    r"merge.statistics.labels='both': expected one of": lambda c: c["merge"].update(method="fisher", statistics={"labels": "both"}),
+    r"merge.statistics.rows=0: expected a whole number of at least 1": lambda c: c["merge"].update(
+        method="fisher", statistics={"rows": 0}
+    ),
+    r"merge.statistics.labels='both': expected one of": lambda c: c["merge"].update(
+        method="fisher", statistics={"labels": "both"}
+    ),
     r"merge.search: unknown keys \['prompts'\]": search(prompts=5),
     r"merge.search.parts=7: expected a divisor of 60": search(examples=4, parts=7),
     r"merge.search: expected either examples, of the tiny domains, or documents": search(budget=5),
     r"merge.search.documents: expected sources for every expert": search(documents=5),
-    r"merge.search: expected two experts or more, and no group_weights": search(group_weights={"gates": {"symbols": 1, "memory": 0}}, examples=4),
-    r"merge: method on_policy merges no weights, leave out base, options": lambda c: c["merge"].update(method="on_policy", base="a", options={}),
+    r"merge.search: expected two experts or more, and no group_weights": search(
+        group_weights={"gates": {"symbols": 1, "memory": 0}}, examples=4
+    ),
+    r"merge: method on_policy merges no weights, leave out base, options": lambda c: c["merge"].update(
+        method="on_policy", base="a", options={}
+    ),
     r"merge: method on_policy needs the section on_policy": lambda c: c["merge"].update(method="on_policy"),
-    r"merge.on_policy.max_steps=None: expected a number of steps": lambda c: c["merge"].update(method="on_policy", on_policy={"lmbda": 1}),
+    r"merge.on_policy.max_steps=None: expected a number of steps": lambda c: c["merge"].update(
+        method="on_policy", on_policy={"lmbda": 1}
+    ),
     r"merge.method='slerp': expected two experts, got 3": lambda c: (
         c["experts"].update(third={"text": 1.0}),
         c["merge"].update(method="slerp", weights={"symbols": 1, "memory": 0, "third": 0}),
@@ -102,7 +131,9 @@ BREAKS = {
     r"data: the share of text is -1, expected a positive number": lambda c: c["data"]["mixture"].update(text=-1),
     r"experts.symbols: the share of code is 'half'": lambda c: c["experts"]["symbols"].update(code="half"),
     r"experts.a/b: expected a plain name": lambda c: c["experts"].update({"a/b": {"text": 1.0}}),
-    r"experts.memory: unknown keys \['text'\] beside sources": lambda c: c["experts"].update(memory={"text": 1, "sources": {}}),
+    r"experts.memory: unknown keys \['text'\] beside sources": lambda c: c["experts"].update(
+        memory={"text": 1, "sources": {}}
+    ),
     r"data.sources.a: expected path and others of .*'weight'.*, got \['paths'\]": source(paths="x"),
     r"data.sources.a: expected exactly one of text, messages, and prompt with completion": source(path="x"),
     r"data.sources.a: expected exactly one of text": source(path="x", text="t", messages="m"),

@@ -1,4 +1,6 @@
-"""Every recipe: it loads, its teacher can be planned for, and its whole road runs on a tiny teacher of its family and local data."""
+"""Every recipe: it loads, its teacher can be planned for, and all of its stages run on a tiny teacher of its family and
+local data.
+"""
 
 import json
 from dataclasses import replace
@@ -11,29 +13,49 @@ from test_data import TALK, letters, lines
 from tiny_teachers import model_class, teacher_config
 from transformers import LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
-from xlstm_hybrid import plan
-from xlstm_hybrid.allocation import allocate
-from xlstm_hybrid.artifacts import read_provenance, verify
-from xlstm_hybrid.families import student_config
-from xlstm_hybrid.footprint import cache_bytes
-from xlstm_hybrid.pipeline import Road
-from xlstm_hybrid.recipe import load_recipe
-from xlstm_hybrid.verbs.plan import shown
+from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.commands.plan import shown
+from xlstm_hybrid.conversion.families import student_config
+from xlstm_hybrid.pipeline import Run
+from xlstm_hybrid.planning import run as plan
+from xlstm_hybrid.planning.cache_size import cache_bytes
+from xlstm_hybrid.planning.layers import allocate
+from xlstm_hybrid.recipe.schema import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 TEACHERS = {  # recipe -> family, configuration of the real teacher, its parameters
-    "llama-3.1-8b": ("llama", LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **LLAMA), 8_030_261_248),
-    "llama-3.1-8b-instruct": ("llama", LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **LLAMA), 8_030_261_248),
+    "llama-3.1-8b": (
+        "llama",
+        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **LLAMA),
+        8_030_261_248,
+    ),
+    "llama-3.1-8b-instruct": (
+        "llama",
+        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **LLAMA),
+        8_030_261_248,
+    ),
     "llama-3.2-1b": (
         "llama",
-        LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True, **LLAMA),
+        LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            head_dim=64,
+            tie_word_embeddings=True,
+            **LLAMA,
+        ),
         1_235_814_400,
     ),
     "qwen2.5-7b-instruct": (
         "qwen2",
         Qwen2Config(
-            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
         ),
         7_615_616_512,
     ),
@@ -54,13 +76,18 @@ TEACHERS = {  # recipe -> family, configuration of the real teacher, its paramet
     "olmo-3-7b": (
         "olmo3",
         Olmo3Config(
-            vocab_size=100278, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+            vocab_size=100278,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
         ),
         7_298_011_136,
     ),
 }
 TEACHERS["llama-3.2-1b-long-recall"] = TEACHERS["llama-3.2-1b"]
-PUBLISHED = {  # METHOD 1.2 to 1.4: learning rate of stage II, tokens of an expert, merge weights
+PUBLISHED = {  # the paper's learning rate of stage II, tokens of an expert, merge weights
     "llama-3.1-8b": (1e-5, 5e9, None),
     "llama-3.1-8b-instruct": (1e-5, 5e9, {"math": 0.35, "code": 0.35, "stem": 0.20, "chat": 0.10}),
     "olmo-3-7b": (1e-5, 20e9, None),
@@ -69,7 +96,9 @@ PUBLISHED = {  # METHOD 1.2 to 1.4: learning rate of stage II, tokens of an expe
 
 
 def test_every_recipe_is_tested_here():
-    found = {p.stem for p in RECIPES.glob("*.yaml") if not p.name.startswith("distil_")}  # those are of the verb `delta`
+    found = {
+        p.stem for p in RECIPES.glob("*.yaml") if not p.name.startswith("distil_")
+    }  # those are of the command `distil-xlstm`
     assert found == {*TEACHERS, "tiny", "smoke"}
 
 
@@ -88,10 +117,20 @@ def test_published_settings_are_the_recipes(name):
     recipe, (rate, tokens, weights) = load_recipe(RECIPES / f"{name}.yaml"), PUBLISHED[name]
     a, d = recipe.align, recipe.distill
     assert (recipe.student["sliding_window"], recipe.student["num_sink_tokens"], recipe.length) == (512, 4, 4096)
-    assert (a["max_steps"], a["sequences_per_step"], a["learning_rate"], a["lr_scheduler_kwargs"], a["weight_decay"]) == (
-        2500, 64, 1e-2, {"min_lr": 1e-5}, 0.1,
-    )  # fmt: skip
-    assert (d["learning_rate"], d["ce_weight"], d["kl_weight"], d["top_k"], d["max_grad_norm"]) == (rate, 0.9, 0.1, 256, 1.0)
+    assert (
+        a["max_steps"],
+        a["sequences_per_step"],
+        a["learning_rate"],
+        a["lr_scheduler_kwargs"],
+        a["weight_decay"],
+    ) == (2500, 64, 1e-2, {"min_lr": 1e-5}, 0.1)
+    assert (d["learning_rate"], d["ce_weight"], d["kl_weight"], d["top_k"], d["max_grad_norm"]) == (
+        rate,
+        0.9,
+        0.1,
+        256,
+        1.0,
+    )
     assert d["max_steps"] * d["sequences_per_step"] * recipe.length == pytest.approx(tokens, rel=1e-4)
     assert (recipe.merge and recipe.merge["weights"]) == weights
 
@@ -106,8 +145,14 @@ def test_the_recipe_for_long_recall_is_the_other_one_with_twice_the_features():
 def test_the_recipe_for_long_recall_has_kernels_for_all_it_does_and_wider_features_would_not():
     config, machine = TEACHERS["llama-3.2-1b"][1], plan.machine_of(1, 80e9)
     recipe = load_recipe(RECIPES / "llama-3.2-1b-long-recall.yaml")
-    for features, expected in ((128, []), (256, ["training and prompts"]), (512, ["training and prompts", "generation"])):
-        lines = shown(plan.plan(config, machine, replace(recipe, student=recipe.student | {"memory_feature_dim": features})))
+    for features, expected in (
+        (128, []),
+        (256, ["training and prompts"]),
+        (512, ["training and prompts", "generation"]),
+    ):
+        lines = shown(
+            plan.plan(config, machine, replace(recipe, student=recipe.student | {"memory_feature_dim": features}))
+        )
         assert [line.split(":")[1].strip() for line in lines if str(line).startswith("warning")] == expected
 
 
@@ -115,19 +160,29 @@ def test_the_groups_that_plan_layers_finds_go_into_a_recipe_and_cost_what_it_say
     config, recipe = TEACHERS["llama-3.2-1b"][1], load_recipe(RECIPES / "llama-3.2-1b-long-recall.yaml")
     groups = [{"layer": j, "group": g, "gain": 1.0 + ((j, g) == (5, 3))} for j in range(16) for g in range(8)]
     groups.sort(key=lambda entry: -entry["gain"])
-    found = allocate(student_config(config), 40_000_000, 32768, ranking={"layers": 16, "key_value_heads": 8, "groups": groups})
+    found = allocate(
+        student_config(config), 40_000_000, 32768, ranking={"layers": 16, "key_value_heads": 8, "groups": groups}
+    )
     kept = found.student["kept_groups"]
     assert kept == [[3] if j == 5 else [] for j in range(16)]
-    before, after = (sum(plan.plan(config, plan.machine_of(8, 80e9), r).cache["student"].values())
-                     for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept})))  # fmt: skip
-    head, slots = (128 * 64 + 128 + 1) * 4, 516 * 2 * 64 * 2  # state of one of the four heads that now keep full attention; window of the group
+    before, after = (
+        sum(plan.plan(config, plan.machine_of(8, 80e9), r).cache["student"].values())
+        for r in (recipe, replace(recipe, student=recipe.student | {"kept_groups": kept}))
+    )
+    head, slots = (
+        (128 * 64 + 128 + 1) * 4,
+        516 * 2 * 64 * 2,
+    )  # state of one of the four heads that now keep full attention; window of the group
     assert after - before == 4096 * (2 * 64 * 2 + 8) - 4 * head - slots
     students = {"plain": {}, "group": {"kept_groups": kept}, "both": {"kept_groups": kept, "memory_feature_dim": 128}}
-    size = {name: round(sum(cache_bytes(student_config(config, **student), 32768).values()) / 1e6, 1) for name, student in students.items()}
+    size = {
+        name: round(sum(cache_bytes(student_config(config, **student), 32768).values()) / 1e6, 1)
+        for name, student in students.items()
+    }
     assert size == {"plain": 25.4, "group": 33.9, "both": 42.3}  # as the recipe says
 
 
-# --- the road on stand-in data ---------------------------------------------------------------------------------
+# --- a run on stand-in data ---------------------------------------------------------------------------------
 
 
 def stand_in(source, folder, n):
@@ -136,16 +191,25 @@ def stand_in(source, folder, n):
     for j in range(24):
         talk = [TALK[0] | {"content": f"{n}+{j}?"}, TALK[1] | {"content": str(n + j)}]
         texts = {source.get("text"): f"text {n} {j} " + "abc " * (j % 7), source.get("messages"): talk}
-        texts |= {source.get("prompt"): talk[:1] if j % 2 else talk[0]["content"], source.get("completion"): talk[1]["content"]}
-        rows.append({column: value for column, value in texts.items() if column} | dict.fromkeys(source.get("where", ()), 1))
-    same_kind = [row for row in rows if not source.get("prompt") or isinstance(row[source["prompt"]], str) == (n % 2 == 0)]
+        texts |= {
+            source.get("prompt"): talk[:1] if j % 2 else talk[0]["content"],
+            source.get("completion"): talk[1]["content"],
+        }
+        rows.append(
+            {column: value for column, value in texts.items() if column} | dict.fromkeys(source.get("where", ()), 1)
+        )
+    same_kind = [
+        row for row in rows if not source.get("prompt") or isinstance(row[source["prompt"]], str) == (n % 2 == 0)
+    ]
     kept = {k: v for k, v in source.items() if k not in ("name", "revision", "data_files", "split")}
     return kept | {"path": lines(folder / f"{n}.jsonl", same_kind), "streaming": True}
 
 
 def tiny_version(recipe, family, folder):
     """The recipe with a tiny teacher, local data and two steps per stage; everything else as it is."""
-    model = enlarge(model_class(family)(teacher_config(family, tie_word_embeddings=True, max_position_embeddings=128))).eval()
+    model = enlarge(
+        model_class(family)(teacher_config(family, tie_word_embeddings=True, max_position_embeddings=128))
+    ).eval()
     model.save_pretrained(folder / "teacher")
     letters(pad_token="<pad>").save_pretrained(folder / "teacher")
     count = iter(range(1000))
@@ -164,11 +228,13 @@ def tiny_version(recipe, family, folder):
     )
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", *(pytest.param(n, marks=pytest.mark.slow) for n in TEACHERS if n != "llama-3.2-1b")])
-def test_the_whole_road_of_a_recipe_runs_on_a_tiny_teacher_of_its_family(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", *(pytest.param(n, marks=pytest.mark.slow) for n in TEACHERS if n != "llama-3.2-1b")]
+)
+def test_all_stages_of_a_recipe_run_on_a_tiny_teacher_of_its_family(tmp_path, name):
     recipe = tiny_version(load_recipe(RECIPES / f"{name}.yaml"), TEACHERS[name][0], tmp_path)
     out = tmp_path / "run"
-    results = Road(recipe, out, console=Console(file=open(tmp_path / "console.txt", "w"), width=120)).walk()  # noqa: SIM115
+    results = Run(recipe, out, console=Console(file=open(tmp_path / "console.txt", "w"), width=120)).run()  # noqa: SIM115
     verify(out / "student")
     stages = [s["stage"] for s in read_provenance(out / "student")]
     merged = ["merge"] if recipe.merge else []

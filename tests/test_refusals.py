@@ -1,4 +1,7 @@
-"""What cannot be converted is refused by one named error that says what, where and what to do, and OUT appears complete or not at all."""
+"""What cannot be converted is refused by one named error that says what, where and what to do, and OUT appears complete
+or not at all.
+"""
+
 import json
 
 import pytest
@@ -7,9 +10,9 @@ from safetensors.torch import save_file
 from tiny_teachers import edit_config, model_class, rewrite, stored, teacher, teacher_config
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-import xlstm_hybrid.weights
+import xlstm_hybrid.checkpoint.weights
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, UnsupportedTeacherError
 
 
@@ -21,7 +24,9 @@ def llama(tmp_path):
 
 
 def without(*names):
-    return lambda directory: rewrite(directory, lambda weights: {name: x for name, x in weights.items() if name not in names})
+    return lambda directory: rewrite(
+        directory, lambda weights: {name: x for name, x in weights.items() if name not in names}
+    )
 
 
 def truncate(directory):
@@ -50,7 +55,9 @@ def redirect(directory, target):
 
 
 def reshape(directory):
-    wrong = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(37, 41) for n in range(3)} | {"model.norm.weight": torch.ones(41)}
+    wrong = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(37, 41) for n in range(3)} | {
+        "model.norm.weight": torch.ones(41)
+    }
     rewrite(directory, lambda weights: weights | wrong)
 
 
@@ -62,46 +69,124 @@ def several_mistakes(directory):
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
 REFUSALS = {
-    "another family": (lambda d: edit_config(d, model_type="gpt2"), UnsupportedTeacherError,
-                       r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3"),
-    "no family": (lambda d: edit_config(d, model_type=None), UnsupportedTeacherError, "model_type None is not one of the supported families"),
-    "quantised": (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), UnsupportedTeacherError,
-                  "quantization_config is set, expected unquantised weights; start from the original checkpoint"),
-    "eight bits": (lambda d: rewrite(d, lambda w: w | {Q.format(1): w[Q.format(1)].to(torch.int8)}), UnsupportedTeacherError,
-                   r"1 tensors are not of a plain float type, the first model.layers.1.self_attn.q_proj.weight: a quantised teacher"),
-    "partial rotary": (lambda d: edit_config(d, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-                       UnsupportedTeacherError, "partial rotary embeddings, expected the whole head to rotate"),
-    "unknown RoPE": (lambda d: edit_config(d, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), UnsupportedTeacherError,
-                     "rope_type 'spiral' is not one of default, linear, dynamic, yarn, longrope, llama3"),
-    "missing tensors": (without(*map(Q.format, range(3)), "model.norm.weight"), CheckpointError,
-                        r"llama: .*4 missing \(model.layers.0.self_attn.q_proj.weight, .*, \.\.\.\); compare the two, or download"),
-    "mis-shaped tensors": (reshape, CheckpointError,
-                           r"4 mis-shaped \(model.layers.0.mlp.up_proj.weight is \[37, 41\], expected \[37, 42\], .*, \.\.\.\)"),
-    "unexpected tensor": (lambda d: rewrite(d, lambda w: w | {"model.layers.0.extra.weight": torch.ones(2)}), CheckpointError,
-                          r"1 without a place in the student \(model.layers.0.extra.weight\)"),
-    "biases that the configuration denies": (lambda d: edit_config(d, mlp_bias=False), CheckpointError,
-                                             r"9 without a place in the student \(model.layers.0.mlp.down_proj.bias"),
-    "several mistakes": (several_mistakes, CheckpointError,
-                         r"2 missing \(.*\); 1 mis-shaped \(.*is \[3, 3\], expected \[37, 42\]\); 1 without a place .*extra"),
-    "no config": (lambda d: (d / "config.json").unlink(), CheckpointError, "llama: no config.json, expected a checkpoint"),
-    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), CheckpointError, "llama/config.json: cannot be read"),
-    "config of another shape": (lambda d: edit_config(d, hidden_size="many"), CheckpointError,
-                                "llama/config.json: not a llama configuration.*hidden_size"),
-    "incomplete RoPE": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn"}), CheckpointError,
-                        "config.json: not a llama configuration.*factor"),
-    "an index that leads elsewhere": (lambda d: redirect(d, "../llama/elsewhere.safetensors"), CheckpointError,
-                                   "elsewhere.safetensors"),
-    "generation config is no JSON": (lambda d: (d / "generation_config.json").write_text("["), CheckpointError,
-                                     "llama/generation_config.json: cannot"),
-    "only a pickle": (only_pickle, CheckpointError,
-                      "found pytorch_model.bin; only safetensors is read: load the teacher in transformers and save_pretrained it"),
-    "no weights": (lambda d: [path.unlink() for path in d.glob("model*")], CheckpointError, "found no weights; download the checkpoint again"),
+    "another family": (
+        lambda d: edit_config(d, model_type="gpt2"),
+        UnsupportedTeacherError,
+        r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
+    ),
+    "no family": (
+        lambda d: edit_config(d, model_type=None),
+        UnsupportedTeacherError,
+        "model_type None is not one of the supported families",
+    ),
+    "quantised": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+        UnsupportedTeacherError,
+        "quantization_config is set, expected unquantised weights; start from the original checkpoint",
+    ),
+    "eight bits": (
+        lambda d: rewrite(d, lambda w: w | {Q.format(1): w[Q.format(1)].to(torch.int8)}),
+        UnsupportedTeacherError,
+        r"1 tensors are not of a plain float type, the first model.layers.1.self_attn.q_proj.weight: a quantised teacher",
+    ),
+    "partial rotary": (
+        lambda d: edit_config(
+            d, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        ),
+        UnsupportedTeacherError,
+        "partial rotary embeddings, expected the whole head to rotate",
+    ),
+    "unknown RoPE": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+        UnsupportedTeacherError,
+        "rope_type 'spiral' is not one of default, linear, dynamic, yarn, longrope, llama3",
+    ),
+    "missing tensors": (
+        without(*map(Q.format, range(3)), "model.norm.weight"),
+        CheckpointError,
+        r"llama: .*4 missing \(model.layers.0.self_attn.q_proj.weight, .*, \.\.\.\); compare the two, or download",
+    ),
+    "mis-shaped tensors": (
+        reshape,
+        CheckpointError,
+        r"4 mis-shaped \(model.layers.0.mlp.up_proj.weight is \[37, 41\], expected \[37, 42\], .*, \.\.\.\)",
+    ),
+    "unexpected tensor": (
+        lambda d: rewrite(d, lambda w: w | {"model.layers.0.extra.weight": torch.ones(2)}),
+        CheckpointError,
+        r"1 without a place in the student \(model.layers.0.extra.weight\)",
+    ),
+    "biases that the configuration denies": (
+        lambda d: edit_config(d, mlp_bias=False),
+        CheckpointError,
+        r"9 without a place in the student \(model.layers.0.mlp.down_proj.bias",
+    ),
+    "several mistakes": (
+        several_mistakes,
+        CheckpointError,
+        r"2 missing \(.*\); 1 mis-shaped \(.*is \[3, 3\], expected \[37, 42\]\); 1 without a place .*extra",
+    ),
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        CheckpointError,
+        "llama: no config.json, expected a checkpoint",
+    ),
+    "config is no JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        CheckpointError,
+        "llama/config.json: cannot be read",
+    ),
+    "config of another shape": (
+        lambda d: edit_config(d, hidden_size="many"),
+        CheckpointError,
+        "llama/config.json: not a llama configuration.*hidden_size",
+    ),
+    "incomplete RoPE": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "yarn"}),
+        CheckpointError,
+        "config.json: not a llama configuration.*factor",
+    ),
+    "an index that leads elsewhere": (
+        lambda d: redirect(d, "../llama/elsewhere.safetensors"),
+        CheckpointError,
+        "elsewhere.safetensors",
+    ),
+    "generation config is no JSON": (
+        lambda d: (d / "generation_config.json").write_text("["),
+        CheckpointError,
+        "llama/generation_config.json: cannot",
+    ),
+    "only a pickle": (
+        only_pickle,
+        CheckpointError,
+        "found pytorch_model.bin; only safetensors is read: load the teacher in transformers and save_pretrained it",
+    ),
+    "no weights": (
+        lambda d: [path.unlink() for path in d.glob("model*")],
+        CheckpointError,
+        "found no weights; download the checkpoint again",
+    ),
     "truncated shard": (truncate, CheckpointError, r"model-00002-of-\d+.safetensors"),
-    "truncated file": (truncate_one, CheckpointError, "llama: model.safetensors or model.safetensors.index.json is damaged"),
-    "an index of another form": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), CheckpointError, "index.json is damaged"),
-    "missing shard": (lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), CheckpointError, r"model-00002-of-\d+.safetensors"),
-    "values that are not finite": (lambda d: rewrite(d, lambda w: w | {Q.format(2): w[Q.format(2)] / 0}), CheckpointError,
-                                   r"layers.2.self_attn.q_proj.weight \(torch.float32\) holds values that are not finite"),
+    "truncated file": (
+        truncate_one,
+        CheckpointError,
+        "llama: model.safetensors or model.safetensors.index.json is damaged",
+    ),
+    "an index of another form": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+        CheckpointError,
+        "index.json is damaged",
+    ),
+    "missing shard": (
+        lambda d: sorted(d.glob("*.safetensors"))[1].unlink(),
+        CheckpointError,
+        r"model-00002-of-\d+.safetensors",
+    ),
+    "values that are not finite": (
+        lambda d: rewrite(d, lambda w: w | {Q.format(2): w[Q.format(2)] / 0}),
+        CheckpointError,
+        r"layers.2.self_attn.q_proj.weight \(torch.float32\) holds values that are not finite",
+    ),
 }
 
 
@@ -129,7 +214,10 @@ def test_a_teacher_that_cannot_be_converted_is_refused_and_nothing_is_left(case,
         ({"sliding_window": 0}, "window of 0: expected at least 1 token"),
         ({"num_sink_tokens": -1}, "-1 sink tokens: expected 0 or more"),
         ({"sliding_window": "wide"}, "sliding_window"),
-        ({"dtype": "int8"}, "dtype='int8': expected None for the teacher's own, or one of float64, float32, bfloat16, float16"),
+        (
+            {"dtype": "int8"},
+            "dtype='int8': expected None for the teacher's own, or one of float64, float32, bfloat16, float16",
+        ),
         ({"hidden_size": 64}, r"cannot set \['hidden_size'\], only \[.*'mlstm_context'"),
         ({"mlstm_contxt": 64}, r"cannot set \['mlstm_contxt'\]"),
         ({"shard_bytes": 0}, "shard_bytes=0: expected a positive number of bytes"),
@@ -143,10 +231,15 @@ def test_arguments_that_describe_no_student_are_refused(arguments, message, llam
 
 def test_models_in_memory_are_refused_for_the_same_reasons():
     with pytest.raises(UnsupportedTeacherError, match="model_type 'gpt2'"):
-        XLSTMHybridForCausalLM.from_teacher(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5)))
+        XLSTMHybridForCausalLM.from_teacher(
+            AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5))
+        )
     with torch.device("meta"):
         empty = model_class("llama")(teacher_config("llama"))
-    with pytest.raises(CheckpointError, match="tensors are on the meta device, the first model.embed_tokens.weight; load it without offloading"):
+    with pytest.raises(
+        CheckpointError,
+        match="tensors are on the meta device, the first model.embed_tokens.weight; load it without offloading",
+    ):
         XLSTMHybridForCausalLM.from_teacher(empty)
 
 
@@ -167,7 +260,7 @@ def test_a_failure_while_writing_leaves_nothing(llama, tmp_path, monkeypatch):
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(xlstm_hybrid.weights, "save_file", save)
+    monkeypatch.setattr(xlstm_hybrid.checkpoint.weights, "save_file", save)
     with pytest.raises(CheckpointWriteError, match="disk full"):
         convert(llama, tmp_path / "out", shard_bytes=30_000)
     assert len(written) == 2

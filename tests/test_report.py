@@ -8,16 +8,19 @@ import sys
 
 import pytest
 
-from xlstm_hybrid import report
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.report import markdown, table, write_report
-from xlstm_hybrid.report_sections import time_rows, time_table
+from xlstm_hybrid.reports import run as report
+from xlstm_hybrid.reports.run import markdown, table, write_report
+from xlstm_hybrid.reports.sections import time_rows, time_table
 
 DOMAINS = ("arithmetic", "recall", "code", "strings")
 
 
 def scores(*values):
-    return {"exact_match": dict(zip(DOMAINS, values, strict=True)), "perplexity": {"recall": 1 + values[1], "text": 9.25}}
+    return {
+        "exact_match": dict(zip(DOMAINS, values, strict=True)),
+        "perplexity": {"recall": 1 + values[1], "text": 9.25},
+    }
 
 
 def verdict(curve, alpha_star, recovery, wins, ties, losses, resampled=None):
@@ -40,7 +43,11 @@ RESULTS = {
     "title": "tiny | a *run*",
     "teacher": "tiny_teacher",
     "teacher_scores": scores(0.8, 0.9, 0.0, 1.0),
-    "students": {"converted": scores(0.4, 0.0, 0.0, 0.5), "expert [a]": scores(0.8, 0.45, 0.0, 1.0), "student": scores(0.9, 0.88, 0.0, 1.0)},
+    "students": {
+        "converted": scores(0.4, 0.0, 0.0, 0.5),
+        "expert [a]": scores(0.8, 0.45, 0.0, 1.0),
+        "student": scores(0.9, 0.88, 0.0, 1.0),
+    },
     "win_and_tie": {
         "converted": verdict([0.25, 0.25, 0.75, 1], 0.5, [0.5, 0, None, 0.5], 0, 1, 3),
         "expert [a]": verdict([0.75, 0.75, 1, 1], 0.0, [1, 0.5, None, 1], 0, 3, 1),
@@ -50,7 +57,10 @@ RESULTS = {
         "layers": [{"layer": 1, "before": 0.5, "after": 0.05}, {"layer": 3, "before": 0.4, "after": 0.02}],
         "curve": [{"step": s, "error": [0.5 / s, 0.4 / s]} for s in range(1, 21)],
     },
-    "distillation": {"a": [{"step": s, "loss": 1 / s, "ce": 2 / s, "kl": 0.5 / s} for s in range(1, 5)], "b": [{"step": 1, "loss": 2.0}]},
+    "distillation": {
+        "a": [{"step": s, "loss": 1 / s, "ce": 2 / s, "kl": 0.5 / s} for s in range(1, 5)],
+        "b": [{"step": 1, "loss": 2.0}],
+    },
     "gates": [[0.1, 0.9, 0.5], [0.2, 0.8, 0.4]],
     "sample": {"prompt": "a ```b\nc", "output": " d"},
     "seconds": {"convert": 1.94, "distill:a": 150.0},
@@ -101,7 +111,9 @@ def test_each_part_may_be_missing_or_empty(part):
     for results in (rest, rest | ({part: type(RESULTS[part])()} if isinstance(RESULTS[part], dict | list) else {})):
         drawn = {name for name, (draw, _) in report.PICTURES.items() if draw(results) is not None}
         assert drawn == {name for name, needed in NEEDS.items() if part not in needed}
-        full, partial = (markdown(r, {name: name for name in shown}) for r, shown in ((RESULTS, NEEDS), (results, drawn)))
+        full, partial = (
+            markdown(r, {name: name for name in shown}) for r, shown in ((RESULTS, NEEDS), (results, drawn))
+        )
         assert partial != full and table(results).columns
 
 
@@ -131,7 +143,10 @@ def test_the_tables_hold_the_scores():
     assert lines_with(text, "| code") == ["| code | 0.0 % | 0.0 % | 0.0 % | 0.0 % | – |"]
     assert lines_with(text, "| C_0") == ["| C_0 |  | 0.25 | 0.75 | 0.75 |  |"]
     assert lines_with(text, "| alpha") == ["| alpha\\* |  | 0.500 | 0.000 | 0.000 |  |"]
-    assert lines_with(text, "| recall")[1] == "| recall | 1.9 | 1 | 1.45 | 1.88 |" and "| text | 9.25 | 9.25 | 9.25 | 9.25 |" in text
+    assert (
+        lines_with(text, "| recall")[1] == "| recall | 1.9 | 1 | 1.45 | 1.88 |"
+        and "| text | 9.25 | 9.25 | 9.25 | 9.25 |" in text
+    )
 
 
 def test_the_verdict_is_about_the_last_student():
@@ -141,7 +156,9 @@ def test_the_verdict_is_about_the_last_student():
         "is 0.5), α\\* = 0.000 (0.000 to 0.062). Lowest recovery: 97.8 % (recall)."
     ) in text
     alone = RESULTS | {"students": {"converted": RESULTS["students"]["converted"]}}
-    assert "C_0 = 0.25 (not lossless: the bar is 0.5), α\\* = 0.500. Lowest recovery: 0.0 % (recall)." in markdown(alone)
+    assert "C_0 = 0.25 (not lossless: the bar is 0.5), α\\* = 0.500. Lowest recovery: 0.0 % (recall)." in markdown(
+        alone
+    )
 
 
 def test_names_and_samples_stay_where_they_are_put():
@@ -168,9 +185,25 @@ def test_the_terminal_sees_the_same_table_within_80_columns():
     console.print(table(RESULTS))
     rows = [line.split() for line in console.export_text().splitlines()]
     assert ["domain", "teacher", "converted", "expert", "[a]", "student", "recovery"] in rows
-    assert ["arithmetic", "80.0", "40.0", "80.0", "90.0", "112.5"] in rows and ["code", "0.0", "0.0", "0.0", "0.0", "–"] in rows
+    assert ["arithmetic", "80.0", "40.0", "80.0", "90.0", "112.5"] in rows and [
+        "code",
+        "0.0",
+        "0.0",
+        "0.0",
+        "0.0",
+        "–",
+    ] in rows
     assert ["C_0", "0.25", "0.75", "0.75"] in rows and ["alpha*", "0.500", "0.000", "0.000"] in rows
-    assert ["in", "95", "%", "–", "–", "0.25", "to", "0.75"] in rows and ["in", "95", "%", "–", "–", "0.000", "to", "0.062"] in rows
+    assert ["in", "95", "%", "–", "–", "0.25", "to", "0.75"] in rows and [
+        "in",
+        "95",
+        "%",
+        "–",
+        "–",
+        "0.000",
+        "to",
+        "0.062",
+    ] in rows
 
 
 def test_the_verdict_says_how_sure_it_is_where_that_is_known():
@@ -179,16 +212,24 @@ def test_the_verdict_says_how_sure_it_is_where_that_is_known():
     assert "In brackets: 95.0 % of resamples of the answers." in text
     unsure = copy.deepcopy(RESULTS)
     unsure["win_and_tie"]["student"].pop("resampled")
-    assert "C_0 = 0.75 (lossless: the bar is 0.5), α\\* = 0.000." in markdown(unsure) and "resamples" not in markdown(unsure)
+    assert "C_0 = 0.75 (lossless: the bar is 0.5), α\\* = 0.000." in markdown(unsure) and "resamples" not in markdown(
+        unsure
+    )
     assert "in 95 %" not in markdown(unsure)
 
 
 def test_the_stages_are_shown_with_their_share_of_the_time():
-    results = {"seconds": {"convert": 1.0, "align": 59.0, "distill:a": 120.0, "everything else": 20.0, "whole run": 200.0}}
+    results = {
+        "seconds": {"convert": 1.0, "align": 59.0, "distill:a": 120.0, "everything else": 20.0, "whole run": 200.0}
+    }
     assert time_rows(results) == [
-        ["stage", "time", "share"], ["convert", "1.0 s", "0.5 %"], ["align", "59.0 s", "29.5 %"], ["distill:a", "2.0 min", "60.0 %"],
-        ["everything else", "20.0 s", "10.0 %"], ["whole run", "3.3 min", "100.0 %"],
-    ]  # fmt: skip
+        ["stage", "time", "share"],
+        ["convert", "1.0 s", "0.5 %"],
+        ["align", "59.0 s", "29.5 %"],
+        ["distill:a", "2.0 min", "60.0 %"],
+        ["everything else", "20.0 s", "10.0 %"],
+        ["whole run", "3.3 min", "100.0 %"],
+    ]
     assert time_rows({}) == [] and time_table(results).row_count == 5 and time_table({}).row_count == 0
     assert "| align | 59.0 s | 29.5 % |" in markdown(results)
 
@@ -200,7 +241,11 @@ def test_the_curve_is_a_stair_with_a_dot_at_alpha_star():
     axes = report.draw_win_and_tie(RESULTS).axes[0]
     stairs = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert [list(line.get_ydata()) for line in stairs] == [v["curve"] for v in RESULTS["win_and_tie"].values()]
-    assert [line.get_label() for line in stairs] == ["converted: α* = 0.500", "expert [a]: α* = 0.000", "student: α* = 0.000"]
+    assert [line.get_label() for line in stairs] == [
+        "converted: α* = 0.500",
+        "expert [a]: α* = 0.000",
+        "student: α* = 0.000",
+    ]
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
     assert dots == [(0.5, 0.75), (0.0, 0.75), (0.0, 0.75)]
 
@@ -220,7 +265,11 @@ def test_alignment_is_shown_by_the_layers_own_numbers():
     before_after, curve = report.draw_alignment(RESULTS).axes
     assert [t.get_text() for t in before_after.get_yticklabels()] == ["1", "3"]
     assert [list(c.get_offsets()[:, 0]) for c in before_after.collections] == [[0.5, 0.4], [0.05, 0.02]]
-    assert [line.get_label() for line in curve.lines] == ["1", "3"] and curve.lines[1].get_ydata()[3] == 0.1 and curve.get_yscale() == "log"
+    assert (
+        [line.get_label() for line in curve.lines] == ["1", "3"]
+        and curve.lines[1].get_ydata()[3] == 0.1
+        and curve.get_yscale() == "log"
+    )
     narrow = {"alignment": {"curve": [{"step": s, "error": [0.3, 0.0]} for s in (1, 2)]}}
     assert report.draw_alignment(narrow).axes[0].get_yscale() == "linear"  # zero has no logarithm
 
@@ -233,35 +282,71 @@ def test_losses_have_a_panel_per_term_that_was_logged():
 
 
 COMPARISON = {
-    "teacher": "t", "teacher_scores": {"a": 0.5, "b": 0.0, "mt": 5.0}, "cost": "cache bytes", "teacher_cost": 900,
+    "teacher": "t",
+    "teacher_scores": {"a": 0.5, "b": 0.0, "mt": 5.0},
+    "cost": "cache bytes",
+    "teacher_cost": 900,
     "students": {
-        "small": {"scores": {"a": 0.25, "b": 0.1, "mt": 4.0}, "recovery": {"a": 0.5, "b": None, "mt": 0.8}, "cost": 10, "mean_recovery": 0.65,
-                  "pareto": True, "alphas": [0.0, 0.5, 1.0], "curve": [1 / 3, 1.0, 1.0], "alpha_star": 0.2},
-        "big": {"scores": {"a": 0.5, "b": 0.0, "mt": 5.0}, "recovery": {"a": 1.0, "b": None, "mt": 1.0}, "cost": 300, "mean_recovery": 1.0,
-                "pareto": True, "alphas": [0.0, 0.5, 1.0], "curve": [1.0, 1.0, 1.0], "alpha_star": 0.0}}}  # fmt: skip
+        "small": {
+            "scores": {"a": 0.25, "b": 0.1, "mt": 4.0},
+            "recovery": {"a": 0.5, "b": None, "mt": 0.8},
+            "cost": 10,
+            "mean_recovery": 0.65,
+            "pareto": True,
+            "alphas": [0.0, 0.5, 1.0],
+            "curve": [1 / 3, 1.0, 1.0],
+            "alpha_star": 0.2,
+        },
+        "big": {
+            "scores": {"a": 0.5, "b": 0.0, "mt": 5.0},
+            "recovery": {"a": 1.0, "b": None, "mt": 1.0},
+            "cost": 300,
+            "mean_recovery": 1.0,
+            "pareto": True,
+            "alphas": [0.0, 0.5, 1.0],
+            "curve": [1.0, 1.0, 1.0],
+            "alpha_star": 0.0,
+        },
+    },
+}
 
 
 def test_recovery_is_a_map_of_students_and_benchmarks_with_a_blank_where_the_teacher_scored_nothing():
     axes = report.draw_recovery(COMPARISON).axes[0]
     assert [t.get_text() for t in axes.texts] == ["50", "–", "80", "100", "–", "100"]
     assert math.isnan(axes.images[0].get_array().filled(math.nan)[0, 1]) and axes.images[0].get_clim() == (0.5, 1.5)
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt"] and [t.get_text() for t in axes.get_yticklabels()] == ["small", "big"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt"] and [
+        t.get_text() for t in axes.get_yticklabels()
+    ] == ["small", "big"]
 
 
 def test_bars_of_benchmarks_share_an_axis_whatever_their_scale():
     axes = report.draw_tasks(COMPARISON).axes[0]
-    assert [[round(bar.get_height()) for bar in group] for group in axes.containers] == [[50, 0, 100], [25, 10, 80], [50, 0, 100]]
+    assert [[round(bar.get_height()) for bar in group] for group in axes.containers] == [
+        [50, 0, 100],
+        [25, 10, 80],
+        [50, 0, 100],
+    ]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt / 5"]
 
 
 def test_the_front_joins_the_students_that_nobody_beats():
     axes = report.draw_front(COMPARISON).axes[0]
     assert (
-        list(map(list, axes.lines[0].get_xydata())) == [[10, 0.65], [300, 1.0]] and axes.get_xlabel() == "cache bytes" and axes.get_xscale() == "log"
+        list(map(list, axes.lines[0].get_xydata())) == [[10, 0.65], [300, 1.0]]
+        and axes.get_xlabel() == "cache bytes"
+        and axes.get_xscale() == "log"
     )
     assert [t.get_text() for t in axes.texts] == ["small", "big", "t"]
-    without = COMPARISON | {"students": {n: s | {"pareto": None, "cost": None} for n, s in COMPARISON["students"].items()}, "cost": None}
-    assert report.draw_front(without) is None and set(report.comparison_pictures(without)) == {"curve.png", "tasks.png", "recovery.png"}
+    without = COMPARISON | {
+        "students": {n: s | {"pareto": None, "cost": None} for n, s in COMPARISON["students"].items()},
+        "cost": None,
+    }
+    assert report.draw_front(without) is None and set(report.comparison_pictures(without)) == {
+        "curve.png",
+        "tasks.png",
+        "recovery.png",
+    }
 
 
 def test_pictures_tell_nothing_of_the_program_that_drew_them():

@@ -10,14 +10,24 @@ import torch
 from conftest import enlarge, tiny_student
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.trainers.rollouts import PromptSampler, sample, seed_of, until_eos
+from xlstm_hybrid.training.rollouts import PromptSampler, sample, seed_of, until_eos
 
 VOCAB, EOS = 61, 2
 
 
 def llama(seed=0):
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=EOS)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
     return enlarge(LlamaForCausalLM(config), seed=seed, gain=1.5)
 
 
@@ -26,10 +36,13 @@ def hybrid(gain=1.0):
 
 
 def config(**changes):
-    return GenerationConfig(**{"max_new_tokens": 12, "do_sample": True, "pad_token_id": 0, "eos_token_id": [EOS], "top_k": 0} | changes)
+    return GenerationConfig(
+        **{"max_new_tokens": 12, "do_sample": True, "pad_token_id": 0, "eos_token_id": [EOS], "top_k": 0} | changes
+    )
 
 
-IDS = [[5, 9], list(range(7, 27)), [11], [40, 3, 8, 51, 22, 9, 17]]  # one shorter than the sinks, one far beyond the window
+# one shorter than the sinks, one far beyond the window
+IDS = [[5, 9], list(range(7, 27)), [11], [40, 3, 8, 51, 22, 9, 17]]
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "llama"])
@@ -37,14 +50,21 @@ def test_greedy_completions_are_those_of_each_prompt_alone(kind):
     """Prompts of different length, read once in pieces, forked three ways."""
     model = hybrid(gain=2.5) if kind == "hybrid" else llama(1)
     got = sample(model, IDS, 3, config(do_sample=False), seed=0, piece=4)
-    wanted = [model.generate(torch.tensor([ids]), generation_config=config(do_sample=False), use_cache=False)[0, len(ids) :].tolist() for ids in IDS]
+    wanted = [
+        model.generate(torch.tensor([ids]), generation_config=config(do_sample=False), use_cache=False)[
+            0, len(ids) :
+        ].tolist()
+        for ids in IDS
+    ]
     assert got == [until_eos(ids, EOS) for ids in wanted for _ in range(3)]
     assert len({tuple(ids) for ids in got}) == 4
 
 
 def test_each_prompt_is_read_once_however_many_completions_it_gets():
     student, read = hybrid(), []
-    student.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    student.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     completions = sample(student, IDS, 5, config(eos_token_id=None), seed=1)
     assert [len(ids) for ids in completions] == [12] * 20
     assert read == [4 * 19] + [20] * 12  # the prompts but for their last tokens, then one token per completion and step
@@ -71,7 +91,9 @@ def test_a_seed_decides_the_completions_and_nothing_else_is_touched():
 def test_samples_follow_the_students_distribution():
     """4,000 first tokens of one prompt, temperature 0.7: counts within five standard deviations of the softmax."""
     student, n = hybrid(), 4000
-    got = torch.tensor([ids[0] for ids in sample(student, IDS[3:], n, config(max_new_tokens=1, temperature=0.7), seed=3)]).bincount(minlength=VOCAB)
+    got = torch.tensor(
+        [ids[0] for ids in sample(student, IDS[3:], n, config(max_new_tokens=1, temperature=0.7), seed=3)]
+    ).bincount(minlength=VOCAB)
     p = (student(torch.tensor(IDS[3:])).logits[0, -1] / 0.7).softmax(-1)
     assert ((got - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
 
@@ -90,7 +112,8 @@ def test_the_order_of_prompts_depends_on_the_epoch_and_not_on_what_was_read_befo
     epochs = [order(first, epoch) for epoch in range(4)]
     assert order(late, 3) == epochs[3] and len({tuple(e) for e in epochs}) == 4
     for indices in epochs:
-        assert len(indices) == 24 and indices[:6] == indices[6:12] and indices[0] == indices[1]  # twice the same step, each prompt twice in it
+        # twice the same step, each prompt twice in it
+        assert len(indices) == 24 and indices[:6] == indices[6:12] and indices[0] == indices[1]
     assert seed_of(5, 1) != seed_of(51) and 0 <= seed_of("a") < 2**63
 
 
@@ -101,7 +124,7 @@ RUN = """
 import os, sys, torch
 import test_on_policy as t
 from datasets import Dataset
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
 out, size, lmbda = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 args = OnPolicyKDConfig(out, bf16=False, use_cpu=True, report_to="none", save_strategy="no", per_device_train_batch_size=size, max_steps=3,
@@ -122,9 +145,13 @@ def trained(folder, name, processes, lmbda):
     (folder / "run.py").write_text(RUN)
     here = Path(__file__).parent
     paths = [str(here), str(here.parent / "src"), str(here.parent / "kernels")]
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
     command = [sys.executable, *launch, str(folder / "run.py"), str(folder / name), str(4 // processes), str(lmbda)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ":".join(paths)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": ":".join(paths)}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(f"{folder / name}-{rank}.pt", weights_only=True) for rank in range(processes)]
 

@@ -1,4 +1,6 @@
-"""A run that is killed, stopped or fed with nonsense goes on from its newest good checkpoint as if nothing had happened."""
+"""A run that is killed, stopped or fed with nonsense goes on from its newest good checkpoint as if nothing had
+happened.
+"""
 
 import json
 import multiprocessing
@@ -18,32 +20,54 @@ from safetensors.torch import load_file
 from test_alignment import collate, tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from xlstm_hybrid import artifacts
-from xlstm_hybrid.artifacts import checkpoints_by_step, newest_verified, verify
+from xlstm_hybrid.checkpoint import files as artifacts
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, newest_verified, verify
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError
-from xlstm_hybrid.trainers import checkpoints, safety
-from xlstm_hybrid.trainers.safety import Interrupted, notes, reproduce, resumable
+from xlstm_hybrid.training import checkpoints
+from xlstm_hybrid.training import resume as safety
+from xlstm_hybrid.training.resume import Interrupted, Resumable, notes, reproduce
 
 STEPS = 6
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer, with dropout in the student: every kind of randomness is in it."""
 
 
 def make(folder, rows=24, peft=None, trainer=Plain, **settings):
     ids = token_ids(rows, 12).tolist()
     shared = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
-        "max_length": None, "disable_tqdm": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "per_device_train_batch_size": 2, "seed": 3,
-        "gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 1e-2, "gradient_checkpointing": False, "warmup_steps": 2,
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "max_length": None,
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "per_device_train_batch_size": 2,
+        "seed": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "warmup_steps": 2,
         "remove_unused_columns": False,
-    }  # fmt: skip
+    }
     return trainer(
-        model=tiny_student(torch.float32, gain=1.0, attention_dropout=0.2, num_hidden_layers=2, layer_types=["hybrid_sliding", "full_attention"]),
+        model=tiny_student(
+            torch.float32,
+            gain=1.0,
+            attention_dropout=0.2,
+            num_hidden_layers=2,
+            layer_types=["hybrid_sliding", "full_attention"],
+        ),
         args=SFTConfig(**(shared | settings)),
-        train_dataset=Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ids]),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ids]
+        ),
         data_collator=collate,
         processing_class=tokenizer(),
         peft_config=peft,
@@ -58,7 +82,9 @@ def trained(trainer):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(x, b[name]) if torch.is_tensor(x) else x == b[name] for name, x in a.items())
+    return a.keys() == b.keys() and all(
+        torch.equal(x, b[name]) if torch.is_tensor(x) else x == b[name] for name, x in a.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +124,14 @@ def test_a_checkpoint_is_listed_verified_and_holds_no_pickle(whole_run):
     newest = folder / f"checkpoint-{STEPS}"
     verify(newest, "full")
     names = {path.name for path in newest.iterdir()}
-    assert {"model.safetensors", "optimizer.safetensors", "rng.json", "resume.json", "trainer_state.json", "manifest.json"} <= names
+    assert {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng.json",
+        "resume.json",
+        "trainer_state.json",
+        "manifest.json",
+    } <= names
     assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in names)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     text = (newest / "resume.json").read_text()
@@ -128,7 +161,9 @@ def test_adapters_are_resumed_bit_by_bit(tmp_path):
         trainer.train(resume_from_checkpoint=name == "again")
         runs.append(trained(trainer))
     assert same(*runs)
-    assert {"adapter_model.safetensors", "trainable.safetensors"} <= {p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "trainable.safetensors"} <= {
+        p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()
+    }
 
 
 def test_the_newest_verified_checkpoint_is_taken_and_the_others_are_named(whole_run, tmp_path, caplog):
@@ -140,7 +175,10 @@ def test_the_newest_verified_checkpoint_is_taken_and_the_others_are_named(whole_
     assert path.name == "checkpoint-2" and set(skipped) == {"checkpoint-3", "checkpoint-4"}
     trainer = resumed(tmp_path)
     assert trainer.guard.began == 2 and same(trained(trainer), whole_run[1])
-    assert "passed over: checkpoint-4: model.safetensors has SHA-256" in caplog.text and "rng.json is missing" in caplog.text
+    assert (
+        "passed over: checkpoint-4: model.safetensors has SHA-256" in caplog.text
+        and "rng.json is missing" in caplog.text
+    )
     with pytest.raises(CheckpointError, match="SHA-256"):
         make(tmp_path).train(resume_from_checkpoint=str(damaged(tmp_path / "checkpoint-4")))
 
@@ -158,7 +196,9 @@ def test_without_a_good_checkpoint_a_run_starts_anew_or_says_why_not(whole_run, 
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
     damaged(tmp_path / "checkpoint-1")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints can be trusted, the newest: checkpoint-1: optimizer.safetensors"):
+    with pytest.raises(
+        CheckpointError, match="none of 1 checkpoints can be trusted, the newest: checkpoint-1: optimizer.safetensors"
+    ):
         resumed(tmp_path, max_steps=1)
 
 
@@ -183,12 +223,16 @@ def test_a_full_disk_is_a_named_error_and_the_earlier_checkpoint_stays(whole_run
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(CheckpointWriteError, match="could not write checkpoint-3 .No space left on device.*checkpoint-2 is kept"):
+    with pytest.raises(
+        CheckpointWriteError, match="could not write checkpoint-3 .No space left on device.*checkpoint-2 is kept"
+    ):
         trainer.train(resume_from_checkpoint=True)
     assert len(calls) == checkpoints.ATTEMPTS and [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(CheckpointWriteError, match="checkpoint-3 needs 0.00 GB, 0.00 GB are free.*checkpoint-2 is kept"):
+    with pytest.raises(
+        CheckpointWriteError, match="checkpoint-3 needs 0.00 GB, 0.00 GB are free.*checkpoint-2 is kept"
+    ):
         make(tmp_path, rows=16).train(resume_from_checkpoint=True)
     monkeypatch.undo()
     assert same(trained(resumed(tmp_path)), whole_run[1])
@@ -199,20 +243,25 @@ def test_weights_that_are_not_finite_are_never_committed(tmp_path):
     trainer.train()
     with torch.no_grad():
         trainer.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    with pytest.raises(CheckpointWriteError, match="1 trained tensors are not finite, the first is model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        CheckpointWriteError, match="1 trained tensors are not finite, the first is model.layers.1.mlp.up_proj.weight"
+    ):
         trainer._save_checkpoint(trainer.model, None)
     assert not checkpoints_by_step(tmp_path)
 
 
 def test_what_a_killed_process_left_half_written_is_removed_at_the_next_start(tmp_path):
-    dead = in_child(time.sleep, 0) == 0 and next(n for n in range(2**22, 2**22 + 99) if not os.path.exists(f"/proc/{n}"))
+    dead = in_child(time.sleep, 0) == 0 and next(
+        n for n in range(2**22, 2**22 + 99) if not os.path.exists(f"/proc/{n}")
+    )
     left = tmp_path / f".tmp-checkpoint-7-{artifacts.owner(dead)}-12345678"
     mine = tmp_path / f".tmp-checkpoint-8-{artifacts.owner(os.getpid())}-12345678"
     replaced, lost = (tmp_path / f".old-checkpoint-{n}-{artifacts.owner(dead)}-12345678" for n in (5, 6))
     for folder in (left, mine, replaced, lost, tmp_path / "checkpoint-5"):
         folder.mkdir()
     artifacts.clean_abandoned(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, lost.name, "checkpoint-5"}  # one of them may be the only good copy
+    # one of them may be the only good copy
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, lost.name, "checkpoint-5"}
 
 
 # --- kill -9 and SIGTERM ---------------------------------------------------------------------------------------
@@ -230,8 +279,15 @@ def killed_in_save(folder, call):
 
         return operation
 
-    artifacts.sync, artifacts.write_file, os.rename = counted(artifacts.sync), counted(artifacts.write_file), counted(os.rename)
-    checkpoints.save_file, checkpoints.finish_manifest = counted(checkpoints.save_file), counted(checkpoints.finish_manifest)
+    artifacts.sync, artifacts.write_file, os.rename = (
+        counted(artifacts.sync),
+        counted(artifacts.write_file),
+        counted(os.rename),
+    )
+    checkpoints.save_file, checkpoints.finish_manifest = (
+        counted(checkpoints.save_file),
+        counted(checkpoints.finish_manifest),
+    )
     shutil.rmtree = counted(shutil.rmtree)
     make(folder, rows=16, save_total_limit=2).train(resume_from_checkpoint=True)
 
@@ -312,7 +368,9 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on_later(whole_ru
     assert in_child(terminated_at, tmp_path, 3) == 143
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
     assert same(trained(resumed(tmp_path)), whole_run[1])
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2, checkpoint-2 is written: start the same command again"):
+    with pytest.raises(
+        Interrupted, match="stopped by SIGTERM after step 2, checkpoint-2 is written: start the same command again"
+    ):
         terminated_at(tmp_path / "here", 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -374,7 +432,10 @@ def test_a_step_that_is_not_finite_changes_nothing_is_counted_and_dumped(kind, t
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
-    with pytest.raises(DataError, match="at step 4 .*as in the 3 steps up to it.*non_finite/, checkpoint-4 is kept: lower learning_rate"):
+    with pytest.raises(
+        DataError,
+        match="at step 4 .*as in the 3 steps up to it.*non_finite/, checkpoint-4 is kept: lower learning_rate",
+    ):
         poisoned(tmp_path, {0, 2, 3, 4}).train()
     assert {p.name for p in (tmp_path / "non_finite").iterdir()} == {"step-0", "step-2", "step-3", "step-4"}
 
@@ -420,10 +481,14 @@ def test_another_model_or_other_trained_tensors_are_refused(whole_run, tmp_path)
     with pytest.raises(ConfigError, match="belongs to another run: model was"):
         trainer.train(resume_from_checkpoint=True)
     trainer.args.allow_changes = ["model"]
-    with pytest.raises(CheckpointError, match="its optimiser trains 34 tensors, this run 33, the first difference is model.norm.weight"):
+    with pytest.raises(
+        CheckpointError, match="its optimiser trains 34 tensors, this run 33, the first difference is model.norm.weight"
+    ):
         trainer.train(resume_from_checkpoint=True)
     trainer.model.model.norm = torch.nn.Identity()
-    with pytest.raises(CheckpointError, match="1 tensors do not fit the model, the first: model.norm.weight is unknown"):
+    with pytest.raises(
+        CheckpointError, match="1 tensors do not fit the model, the first: model.norm.weight is unknown"
+    ):
         checkpoints.load_weights(trainer, tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "resume.json").unlink()
     with pytest.raises(CheckpointError, match="no resume.json, it holds a model and no training state"):

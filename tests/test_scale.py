@@ -19,10 +19,11 @@ from test_alignment import collate, tokenizer, trainer_of
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from xlstm_hybrid.artifacts import checkpoints_by_step, verify
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.trainers import checkpoints, scale
-from xlstm_hybrid.trainers.safety import Interrupted, notes, resumable
+from xlstm_hybrid.training import checkpoints
+from xlstm_hybrid.training import distributed as scale
+from xlstm_hybrid.training.resume import Interrupted, Resumable, notes
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 24
@@ -35,8 +36,15 @@ WAYS = {"ddp": {}, "fsdp2": FSDP}
 
 def worker(function, rank, world, port, folder, args, kwargs):
     """One process of a group: a fork of this one that takes itself for a fresh one."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
     AcceleratorState._reset_state(True), PartialState._reset_state(), GradientState._reset_state()
     if kwargs.get("fsdp"):
         allow_fsdp_on_cpus()
@@ -53,13 +61,18 @@ def worker(function, rank, world, port, folder, args, kwargs):
 
 
 def launch(function, *args, folder, world=2, status=0, **kwargs):
-    """Run `function(*args, **kwargs)` in each of `world` processes; their results. `folder` is a new directory for them."""
+    """Run `function(*args, **kwargs)` in each of `world` processes; their results. `folder` is a new directory for
+    them.
+    """
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=worker, args=(function, rank, world, port, folder, args, kwargs)) for rank in range(world)]
+    processes = [
+        context.Process(target=worker, args=(function, rank, world, port, folder, args, kwargs))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -71,7 +84,9 @@ def launch(function, *args, folder, world=2, status=0, **kwargs):
 
 
 def allow_fsdp_on_cpus():
-    """accelerate switches FSDP on for GPUs only; this does on CPUs what it does there, and all the rest is accelerate's own."""
+    """accelerate switches FSDP on for GPUs only; this does on CPUs what it does there, and all the rest is accelerate's
+    own.
+    """
     plain = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
@@ -89,13 +104,16 @@ def allow_fsdp_on_cpus():
 
 
 def padded_rows(count=16):
-    """Rows with padding of different lengths, so that micro-batches and processes do not have the same number of tokens."""
+    """Rows with padding of different lengths, so that micro-batches and processes do not have the same number of
+    tokens.
+    """
     ids = token_ids(count, LENGTH).tolist()
-    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * (LENGTH - n % 7) + [0] * (n % 7)} for n, row in enumerate(ids)])
+    return Dataset.from_list(
+        [{"input_ids": row, "attention_mask": [1] * (LENGTH - n % 7) + [0] * (n % 7)} for n, row in enumerate(ids)]
+    )
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer: all parameters train."""
 
 
@@ -104,17 +122,29 @@ def student(dtype=torch.float64, **changes):
 
 
 SHARED = {
-    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "max_length": None, "disable_tqdm": True,
-    "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "learning_rate": 1e-2, "gradient_checkpointing": False,
-    "warmup_steps": 2, "max_grad_norm": 1.0,
-}  # fmt: skip
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_length": None,
+    "disable_tqdm": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "remove_unused_columns": False,
+    "learning_rate": 1e-2,
+    "gradient_checkpointing": False,
+    "warmup_steps": 2,
+    "max_grad_norm": 1.0,
+}
 
 
 def plain_trainer(folder, tied=False, dtype=torch.float64, **settings):
     model = student(dtype, tie_word_embeddings=tied)
     model.tie_weights()
     args = SFTConfig(**(SHARED | {"output_dir": str(folder)} | settings))
-    return Plain(model=model, args=args, train_dataset=labelled_rows(), data_collator=collate, processing_class=tokenizer())
+    return Plain(
+        model=model, args=args, train_dataset=labelled_rows(), data_collator=collate, processing_class=tokenizer()
+    )
 
 
 def alignment_trainer(folder, dtype=torch.float64, **settings):
@@ -122,30 +152,45 @@ def alignment_trainer(folder, dtype=torch.float64, **settings):
 
 
 def adopted(trainer):
-    """A trainer's class with what `resumable` gives, once."""
-    return trainer if trainer._save_checkpoint is checkpoints.save_checkpoint else resumable(type(trainer.__name__, (trainer,), {}))
+    """A trainer's class with what `Resumable` gives, once."""
+    return trainer if issubclass(trainer, Resumable) else type(trainer.__name__, (Resumable, trainer), {})
 
 
 def labelled_rows():
-    rows = [row | {"labels": [i if m else -100 for i, m in zip(row["input_ids"], row["attention_mask"], strict=True)]} for row in padded_rows()]
+    rows = [
+        row | {"labels": [i if m else -100 for i, m in zip(row["input_ids"], row["attention_mask"], strict=True)]}
+        for row in padded_rows()
+    ]
     return Dataset.from_list(rows)
 
 
 def sparse_kd_trainer(folder, dtype=torch.float64, **settings):
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+    from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
-    args = SparseKDConfig(**(SHARED | {"output_dir": str(folder), "top_k": 8, "kl_weight": 0.5, "ce_weight": 0.5} | settings))
+    args = SparseKDConfig(
+        **(SHARED | {"output_dir": str(folder), "top_k": 8, "kl_weight": 0.5, "ce_weight": 0.5} | settings)
+    )
     models = {"model": student(dtype), "teacher": tiny_student(dtype, gain=0.7)}
-    return adopted(SparseKDTrainer)(**models, args=args, train_dataset=labelled_rows(), data_collator=collate, processing_class=tokenizer())
+    return adopted(SparseKDTrainer)(
+        **models, args=args, train_dataset=labelled_rows(), data_collator=collate, processing_class=tokenizer()
+    )
 
 
 def on_policy_trainer(folder, dtype=torch.float64, **settings):
-    """On the data's completions only: what a process samples depends on its rank, so that two cannot give what one does."""
+    """On the data's completions only: what a process samples depends on its rank, so that two cannot give what one
+    does.
+    """
     from test_on_policy import COMPLETIONS, PROMPTS, word_tokenizer
 
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
-    shared = SHARED | {"output_dir": str(folder), "lmbda": 0.0, "max_completion_length": 6, "log_completions": False, "num_completions_to_print": 0}
+    shared = SHARED | {
+        "output_dir": str(folder),
+        "lmbda": 0.0,
+        "max_completion_length": 6,
+        "log_completions": False,
+        "num_completions_to_print": 0,
+    }
     for name in ("max_length", "dataset_kwargs", "remove_unused_columns"):
         shared.pop(name)
     data = Dataset.from_dict({"prompt": PROMPTS * 2, "completion": COMPLETIONS * 2})
@@ -153,14 +198,23 @@ def on_policy_trainer(folder, dtype=torch.float64, **settings):
     return adopted(OnPolicyKDTrainer)(*models, args=args, train_dataset=data, processing_class=word_tokenizer())
 
 
-MAKERS = {"align": alignment_trainer, "plain": plain_trainer, "sparse_kd": sparse_kd_trainer, "on_policy": on_policy_trainer}
+MAKERS = {
+    "align": alignment_trainer,
+    "plain": plain_trainer,
+    "sparse_kd": sparse_kd_trainer,
+    "on_policy": on_policy_trainer,
+}
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sparse_kd", "on_policy")]
 
 
 def steps(kind, folder, count=3, resume=False, poison=None, stop=None, **settings):
     """Train on steps of 8 rows; losses, the gradients of the first step, and the weights and optimiser at the end."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    settings = {"max_steps": count, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world} | settings
+    settings = {
+        "max_steps": count,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // world,
+    } | settings
     allowed = settings.pop("allow_changes", [])
     trainer = MAKERS[kind](folder, **settings)
     trainer.args.allow_changes = allowed
@@ -168,7 +222,13 @@ def steps(kind, folder, count=3, resume=False, poison=None, stop=None, **setting
 
     def watched(model, grad_norm=None):
         if not gradients:
-            gradients.update({n: checkpoints.whole(p.grad).clone() for n, p in checkpoints.named_parameters(trainer).items() if p.grad is not None})
+            gradients.update(
+                {
+                    n: checkpoints.whole(p.grad).clone()
+                    for n, p in checkpoints.named_parameters(trainer).items()
+                    if p.grad is not None
+                }
+            )
         return norm(model, grad_norm=grad_norm)
 
     compute_loss = trainer.compute_loss
@@ -183,12 +243,22 @@ def steps(kind, folder, count=3, resume=False, poison=None, stop=None, **setting
     trainer.train(resume_from_checkpoint=resume)
     parameters = checkpoints.named_parameters(trainer)
     tensors, _ = checkpoints.collect_optimizer(trainer, parameters)
-    log = [{k: v for k, v in entry.items() if k == "loss" or "relative" in k} for entry in trainer.state.log_history if "loss" in entry]
+    log = [
+        {k: v for k, v in entry.items() if k == "loss" or "relative" in k}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     if hasattr(trainer, "resume_state"):
         trainer.resume_state()  # every process has to ask
     weights = {name: checkpoints.whole(p.detach()).clone() for name, p in parameters.items()}
-    return {"log": log, "gradients": gradients, "weights": weights, "optimizer": tensors, "skipped": trainer.guard.skipped,
-            "sharded": sum(hasattr(p, "to_local") for p in parameters.values())}  # fmt: skip
+    return {
+        "log": log,
+        "gradients": gradients,
+        "weights": weights,
+        "optimizer": tensors,
+        "skipped": trainer.guard.skipped,
+        "sharded": sum(hasattr(p, "to_local") for p in parameters.values()),
+    }
 
 
 def near(found, expected, what=("log", "gradients", "weights", "optimizer"), rtol=1e-6, atol=1e-9):
@@ -235,12 +305,20 @@ def test_checkpointed_layers_and_tied_embeddings_change_nothing(way, settings, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("terms", [{"loss_form": "relative"}, {"cosine_weight": 0.5, "frobenius_weight": 2.0}], ids=["relative", "terms"])
+@pytest.mark.parametrize(
+    "terms", [{"loss_form": "relative"}, {"cosine_weight": 0.5, "frobenius_weight": 2.0}], ids=["relative", "terms"]
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_other_forms_of_the_alignment_loss_scale_too(way, terms, alone, tmp_path):
-    expected, found = alone("align", **terms), launch(steps, "align", tmp_path / "run", folder=tmp_path / "group", **terms, **WAYS[way])
-    if "loss_form" in terms:  # the first micro-batch of a process is half of that of two: scales differ a little, and nothing else
-        assert found[0]["log"][0]["layer_0/relative_error"] == pytest.approx(expected["log"][0]["layer_0/relative_error"], rel=1e-9)
+    expected, found = (
+        alone("align", **terms),
+        launch(steps, "align", tmp_path / "run", folder=tmp_path / "group", **terms, **WAYS[way]),
+    )
+    # the first micro-batch of a process is half of that of two: scales differ a little, and nothing else
+    if "loss_form" in terms:
+        assert found[0]["log"][0]["layer_0/relative_error"] == pytest.approx(
+            expected["log"][0]["layer_0/relative_error"], rel=1e-9
+        )
         near(found[0], found[1])
     else:
         near(found[0], expected)
@@ -248,10 +326,18 @@ def test_other_forms_of_the_alignment_loss_scale_too(way, terms, alone, tmp_path
 
 def stops(folder, **settings):
     world = int(os.environ.get("WORLD_SIZE", 1))
-    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world, "stop_window": 2, "stop_error": 0.02}
+    settings |= {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // world,
+        "stop_window": 2,
+        "stop_error": 0.02,
+    }
     trainer = alignment_trainer(folder, max_steps=6, **settings)
     trainer.train()
-    return {"stopped": trainer.stopped, "weights": {n: checkpoints.whole(p.detach()).clone() for n, p in trainer.model.named_parameters()}}
+    return {
+        "stopped": trainer.stopped,
+        "weights": {n: checkpoints.whole(p.detach()).clone() for n, p in trainer.model.named_parameters()},
+    }
 
 
 @pytest.mark.slow
@@ -261,13 +347,18 @@ def test_layers_stop_early_at_the_same_step_everywhere(way, tmp_path):
     assert alone["stopped"] and len(alone["stopped"]) < 2
     for rank in found:
         torch.testing.assert_close(rank["stopped"], alone["stopped"], rtol=1e-6, atol=0)
-        torch.testing.assert_close({k.replace("module.", ""): v for k, v in rank["weights"].items()}, alone["weights"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            {k.replace("module.", ""): v for k, v in rank["weights"].items()}, alone["weights"], rtol=1e-6, atol=1e-9
+        )
 
 
 def low_precision(folder, **way):
     """One step in bfloat16; `(loss, gradients, dtypes of parameters, gradients and gates)`."""
     result = steps("plain", folder, count=1, dtype=torch.float32, bf16=True, **way)
-    dtypes = {str(x.dtype) for x in (*result["gradients"].values(), *result["weights"].values(), *result["optimizer"].values())}
+    dtypes = {
+        str(x.dtype)
+        for x in (*result["gradients"].values(), *result["weights"].values(), *result["optimizer"].values())
+    }
     return result["log"][0]["loss"], result["gradients"], sorted(dtypes)
 
 
@@ -279,8 +370,12 @@ def test_bfloat16_is_for_calculating_and_float32_for_weights_gradients_and_their
     for loss2, gradients2, dtypes2 in found:
         assert dtypes == dtypes2 == ["torch.float32"]
         assert loss2 == pytest.approx(truth["log"][0]["loss"], rel=1e-2) and loss != truth["log"][0]["loss"]
-        errors = [sum((g[n].double() - x).square().sum() for n, x in truth["gradients"].items()) ** 0.5 for g in (gradients, gradients2)]
-        assert errors[1] <= 1.1 * errors[0]  # no worse than one process: sums over processes are not rounded to bfloat16
+        errors = [
+            sum((g[n].double() - x).square().sum() for n, x in truth["gradients"].items()) ** 0.5
+            for g in (gradients, gradients2)
+        ]
+        # no worse than one process: sums over processes are not rounded to bfloat16
+        assert errors[1] <= 1.1 * errors[0]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -299,7 +394,10 @@ def differing(folder):
 
 def test_processes_that_would_calculate_in_different_precisions_are_refused_by_all(tmp_path):
     for text in launch(differing, tmp_path / "run", folder=tmp_path / "group"):
-        assert text.startswith("bf16: 1 of 2 processes calculate in bfloat16 and the others in float32") and "--bf16" in text
+        assert (
+            text.startswith("bf16: 1 of 2 processes calculate in bfloat16 and the others in float32")
+            and "--bf16" in text
+        )
 
 
 def keep_first(folder):
@@ -316,12 +414,16 @@ def test_saved_on_two_resumed_on_one_and_back(kind, way, alone, tmp_path):
     keep_first(run)
     assert len(json.loads((run / "checkpoint-1" / "rng.json").read_text())["processes"]) == 2
     loaded = AutoModelForCausalLM.from_pretrained(run / "checkpoint-1")  # a checkpoint is a model as well
-    assert type(loaded).__name__ == "XLSTMHybridForCausalLM" and loaded.config.architectures == ["XLSTMHybridForCausalLM"]
+    assert type(loaded).__name__ == "XLSTMHybridForCausalLM" and loaded.config.architectures == [
+        "XLSTMHybridForCausalLM"
+    ]
     found = steps(kind, run, resume=True, allow_changes=CHANGES, **SAVING)
     assert len(found["log"]) == 3
     near(found, expected, ("weights", "optimizer"))
     keep_first_of_one(run)
-    for rank in launch(steps, kind, run, folder=tmp_path / "back", resume=True, allow_changes=CHANGES, **SAVING, **WAYS[way]):
+    for rank in launch(
+        steps, kind, run, folder=tmp_path / "back", resume=True, allow_changes=CHANGES, **SAVING, **WAYS[way]
+    ):
         near(rank, expected, ("weights", "optimizer"))
 
 
@@ -359,7 +461,10 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_all(way, tmp_path):
     assert [rank["skipped"] for rank in found] == [1, 1]
     assert all(torch.isfinite(x).all() for x in found[0]["weights"].values())
     near(found[0], found[1], ("weights", "optimizer"))
-    assert [[b["loss"] for b in note["batches"]] for note in notes(tmp_path / "run" / "non_finite" / "step-1")][1] == ["nan", "nan"]
+    assert [[b["loss"] for b in note["batches"]] for note in notes(tmp_path / "run" / "non_finite" / "step-1")][1] == [
+        "nan",
+        "nan",
+    ]
 
 
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
@@ -395,16 +500,26 @@ def teacher_logits(folder, **way):
     with torch.no_grad():
         logits = teacher(input_ids=token_ids(2, LENGTH, seed=rank)).logits
     local = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in teacher.parameters())
-    return {"logits": logits, "local": local, "frozen": not any(p.requires_grad for p in teacher.parameters()), "training": teacher.training}
+    return {
+        "logits": logits,
+        "local": local,
+        "frozen": not any(p.requires_grad for p in teacher.parameters()),
+        "training": teacher.training,
+    }
 
 
 @pytest.mark.parametrize("way", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_teacher_is_sharded_with_the_student_and_says_the_same(way, tmp_path):
-    found, whole = launch(teacher_logits, tmp_path / "run", folder=tmp_path / "group", **WAYS[way]), tiny_student(gain=1.0)
+    found, whole = (
+        launch(teacher_logits, tmp_path / "run", folder=tmp_path / "group", **WAYS[way]),
+        tiny_student(gain=1.0),
+    )
     size = sum(p.numel() for p in whole.parameters())
     for rank, result in enumerate(found):
         with torch.no_grad():
-            torch.testing.assert_close(result["logits"], whole(input_ids=token_ids(2, LENGTH, seed=rank)).logits, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                result["logits"], whole(input_ids=token_ids(2, LENGTH, seed=rank)).logits, rtol=1e-9, atol=1e-9
+            )
         assert result["frozen"] and not result["training"] and result["local"] < (0.6 if way == "fsdp2" else 1.1) * size
 
 
@@ -418,12 +533,19 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads_and_we_accept(nam
     fsdp = yaml.safe_load(path.read_text()).get("fsdp_config", {})
     assert (processes == 1) == (not fsdp)
     if fsdp:
-        plugin = type("Plugin", (), {"fsdp_version": fsdp["fsdp_version"], "state_dict_type": fsdp["fsdp_state_dict_type"]})
+        plugin = type(
+            "Plugin", (), {"fsdp_version": fsdp["fsdp_version"], "state_dict_type": fsdp["fsdp_state_dict_type"]}
+        )
         state = type("State", (), {"fsdp_plugin": plugin})
-        trainer = type("Trainer", (), {"is_deepspeed_enabled": False, "accelerator": type("Accelerator", (), {"state": state})})
+        trainer = type(
+            "Trainer", (), {"is_deepspeed_enabled": False, "accelerator": type("Accelerator", (), {"state": state})}
+        )
         scale.prepare(trainer)
         assert plugin.mixed_precision_policy.param_dtype is None and plugin.mixed_precision_policy.reduce_dtype is None
-        for field, value, said in [("fsdp_version", 1, "expected 2"), ("state_dict_type", "SHARDED_STATE_DICT", "FULL_STATE_DICT")]:
+        for field, value, said in [
+            ("fsdp_version", 1, "expected 2"),
+            ("state_dict_type", "SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+        ]:
             setattr(plugin, field, value)
             with pytest.raises(ConfigError, match=said):
                 scale.prepare(trainer)

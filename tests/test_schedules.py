@@ -13,10 +13,20 @@ from tokenizers import Tokenizer, models
 from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xlstm_hybrid.distil_xlstm.schedules import (
+    DeltaCallback,
+    DeltaSchedule,
+    Weights,
+    delta_schedule,
+    fall,
+    frobenius,
+    mean_hidden,
+    set_objective,
+    steps_per_epoch,
+)
+from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.schedules import DeltaCallback, DeltaSchedule, Weights, delta_schedule, fall, frobenius, mean_hidden, set_objective, steps_per_epoch
-from xlstm_hybrid.trainers.delta import DeltaKDConfig, DeltaKDTrainer
-from xlstm_hybrid.trainers.heads import Objective, Selection
+from xlstm_hybrid.training.lm_head import Objective, Selection
 
 NAN = float("nan")
 close = torch.testing.assert_close
@@ -48,20 +58,32 @@ def test_the_first_steps_by_hand():
 
 
 def test_weights_fall_within_an_epoch_and_add_up_to_one():
-    schedule = DeltaSchedule(alpha_start=0.9, alpha_end=0.2, temperature_start=5, temperature_end=2, frobenius_weight=0.05, delta=0.1)
+    schedule = DeltaSchedule(
+        alpha_start=0.9, alpha_end=0.2, temperature_start=5, temperature_end=2, frobenius_weight=0.05, delta=0.1
+    )
     for epoch in (0, 2):
         rows = [delta_schedule(schedule, k, epoch) for k in range(50)]
         for row, after in zip(rows, rows[1:], strict=False):
-            assert after.kl_weight < row.kl_weight and after.temperature < row.temperature and after.ce_weight > row.ce_weight
+            assert (
+                after.kl_weight < row.kl_weight
+                and after.temperature < row.temperature
+                and after.ce_weight > row.ce_weight
+            )
         assert all(math.isclose(row.ce_weight + row.kl_weight + row.frobenius_weight, 1) for row in rows)
         assert all(row.kl_weight >= 0.2 and row.temperature >= 2 for row in rows)
     assert fall(3.0, 3.0, 17) == 3 and fall(2.0, 1.0, 10**12) > 1
 
 
 def test_schedules_out_of_range_are_refused():
-    bad = {"alpha_start=0.4, alpha_end=0.5": {"alpha_start": 0.4}, "alpha_start=1.2": {"alpha_start": 1.2, "frobenius_weight": 0},
-           "temperature_start=1.0, temp": {"temperature_start": 1.0, "temperature_end": 2.0}, "temperature_end=0": {"temperature_end": 0.0},
-           "delta=-1": {"delta": -1}, "frobenius_weight=nan": {"frobenius_weight": NAN}, "add up to more than 1": {"alpha_start": 0.95}}  # fmt: skip
+    bad = {
+        "alpha_start=0.4, alpha_end=0.5": {"alpha_start": 0.4},
+        "alpha_start=1.2": {"alpha_start": 1.2, "frobenius_weight": 0},
+        "temperature_start=1.0, temp": {"temperature_start": 1.0, "temperature_end": 2.0},
+        "temperature_end=0": {"temperature_end": 0.0},
+        "delta=-1": {"delta": -1},
+        "frobenius_weight=nan": {"frobenius_weight": NAN},
+        "add up to more than 1": {"alpha_start": 0.95},
+    }
     for message, values in bad.items():
         with pytest.raises(ConfigError, match=message):
             DeltaSchedule(**values)
@@ -120,8 +142,18 @@ def test_the_mean_of_hidden_states_leaves_the_embedding_out():
 
 
 def llama(seed=0, layers=1, hidden=32, vocab=VOCAB):
-    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return enlarge(LlamaForCausalLM(config), seed=seed, gain=1.5)
 
 
@@ -137,14 +169,35 @@ def rows():
 @pytest.fixture
 def build(tmp_path):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, VOCAB)}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="</s>"
+    )
 
     def build(student=None, teacher=None, **arguments):
-        shared = {"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-                  "per_device_train_batch_size": 4, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "disable_tqdm": True,
-                  "gradient_checkpointing": False, "lr_scheduler_type": "constant", "warmup_steps": 0}  # fmt: skip
-        return DeltaKDTrainer(student or llama(1), teacher or llama(2, layers=3), DeltaKDConfig(**shared | arguments), processing_class=tokenizer,
-                              train_dataset=rows())  # fmt: skip
+        shared = {
+            "output_dir": str(tmp_path / "run"),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+        }
+        return DeltaKDTrainer(
+            student or llama(1),
+            teacher or llama(2, layers=3),
+            DeltaKDConfig(**shared | arguments),
+            processing_class=tokenizer,
+            train_dataset=rows(),
+        )
 
     return build
 
@@ -157,7 +210,10 @@ def loss_by_hand(student, teacher, w, documents):
         with torch.no_grad():
             s, t = (m(ids, output_hidden_states=True) for m in (student, teacher))
         distance = torch.stack(t.hidden_states[1:]).double().mean(0) - s.hidden_states[-1].double()
-        q, q_soft, p_soft = (log_softmax(x[0].double() / T, -1) for x, T in ((s.logits, 1), (s.logits, w.temperature), (t.logits, w.temperature)))
+        q, q_soft, p_soft = (
+            log_softmax(x[0].double() / T, -1)
+            for x, T in ((s.logits, 1), (s.logits, w.temperature), (t.logits, w.temperature))
+        )
         for j in range(1, len(row["labels"])):
             if row["labels"][j] != -100:
                 ce -= q[j - 1, row["labels"][j]].item()
@@ -165,11 +221,15 @@ def loss_by_hand(student, teacher, w, documents):
                 square += distance[0, j - 1].square().sum().item()
                 count += 1
     width = student.config.hidden_size
-    return (w.ce_weight * ce + w.kl_weight * w.temperature**2 * kl) / count + w.frobenius_weight * (square / (count * width)) ** 0.5
+    return (w.ce_weight * ce + w.kl_weight * w.temperature**2 * kl) / count + w.frobenius_weight * (
+        square / (count * width)
+    ) ** 0.5
 
 
 def test_the_loss_of_each_step_is_the_definition_with_that_steps_weights(build):
-    """One epoch of one step each: .05 less at the start of each. The optimiser stands still, so the same loss can be calculated outside."""
+    """One epoch of one step each: .05 less at the start of each. The optimiser stands still, so the same loss can be
+    calculated outside.
+    """
     student, teacher = llama(1), llama(2, layers=3)
     trainer = build(student, teacher, max_steps=3, learning_rate=0.0)
     trainer.train()
@@ -187,13 +247,19 @@ def test_a_step_in_parts_has_the_mean_of_their_terms_by_tokens(build):
     batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, trainer.args.device)
     loss = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=items) for batch in batches)
     counts = [sum(label != -100 for label in row["labels"][1:]) for row in rows()]
-    parts = [loss_by_hand(student, teacher, delta_schedule(DeltaSchedule(), 0), [row]) * n for row, n in zip(rows(), counts, strict=True)]
+    parts = [
+        loss_by_hand(student, teacher, delta_schedule(DeltaSchedule(), 0), [row]) * n
+        for row, n in zip(rows(), counts, strict=True)
+    ]
     close(loss.item(), sum(parts) / sum(counts), rtol=1e-5, atol=0)
 
 
 def test_micro_batches_have_the_gradient_of_the_batch_but_for_the_root(build):
     for weight, same in ((0.0, True), (0.1, False)):
-        whole, split = (build(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, frobenius_weight=weight) for size in (4, 1))
+        whole, split = (
+            build(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, frobenius_weight=weight)
+            for size in (4, 1)
+        )
         whole.train()
         split.train()
         a, b = (torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in (whole, split))
@@ -205,8 +271,11 @@ def test_the_student_learns_all_three_terms_and_the_teacher_stays(build):
     teacher = llama(2, layers=3)
     before = copy.deepcopy(teacher.state_dict())
     last = {}
-    for weight in (0.0, 0.2):  # the teacher's residual stream is far from a normalised state: what counts is that the term pulls
-        trainer = build(llama(1), teacher, max_steps=15, optim="adamw_torch", learning_rate=5e-3, frobenius_weight=weight)
+    # the teacher's residual stream is far from a normalised state: what counts is that the term pulls
+    for weight in (0.0, 0.2):
+        trainer = build(
+            llama(1), teacher, max_steps=15, optim="adamw_torch", learning_rate=5e-3, frobenius_weight=weight
+        )
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert logs[-1]["ce"] < 0.5 * logs[0]["ce"] and logs[-1]["kl"] < 0.8 * logs[0]["kl"]
@@ -237,4 +306,6 @@ def test_a_callback_drives_an_objective_of_another_trainer(build):
     schedule = DeltaSchedule(alpha_start=0.4, alpha_end=0.2, temperature_start=3.0, frobenius_weight=0.0)
     trainer.add_callback(DeltaCallback(schedule, partial(set_objective, trainer)))
     trainer.train()
-    assert [entry["alpha"] for entry in trainer.state.log_history if "alpha" in entry] == [delta_schedule(schedule, 0, e).kl_weight for e in (0, 1)]
+    assert [entry["alpha"] for entry in trainer.state.log_history if "alpha" in entry] == [
+        delta_schedule(schedule, 0, e).kl_weight for e in (0, 1)
+    ]

@@ -1,4 +1,6 @@
-"""A search finds the weights that the measure likes best, keeps every candidate, goes on where it stopped, and does not see the order of experts."""
+"""A search finds the weights that the measure likes best, keeps every candidate, goes on where it stopped, and does not
+see the order of experts.
+"""
 
 import itertools
 import json
@@ -8,12 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xlstm_hybrid.artifacts import add_provenance, read_provenance, verify
-from xlstm_hybrid.card import write_card
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
 from xlstm_hybrid.errors import EvaluationError, MergeError
-from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.merging import merge
-from xlstm_hybrid.search import PARTS, Candidate, first_points, neighbours, search_merge, search_weights, simplex
+from xlstm_hybrid.evaluation.scores import win_and_tie
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.merging.search import (
+    PARTS,
+    Candidate,
+    first_points,
+    neighbours,
+    search_merge,
+    search_weights,
+    simplex,
+)
+from xlstm_hybrid.reports.card import write_card
 
 TEACHER = {"math": 0.8, "code": 0.6, "chat": 0.5}
 
@@ -39,14 +49,22 @@ def test_the_simplex_is_complete_and_without_repeats():
 
 def test_uniform_weights_and_single_experts_come_first_and_every_point_is_whole():
     points = first_points(4, 5, 1000)
-    assert points[0] == (15, 15, 15, 15) and set(points[1:5]) == {tuple(60 * (j == k) for j in range(4)) for k in range(4)}
-    assert len(points) == len(set(points)) == 1 + 56 and all(sum(p) == PARTS for p in points) and len(first_points(4, 5, 7)) == 7
+    assert points[0] == (15, 15, 15, 15) and set(points[1:5]) == {
+        tuple(60 * (j == k) for j in range(4)) for k in range(4)
+    }
+    assert (
+        len(points) == len(set(points)) == 1 + 56
+        and all(sum(p) == PARTS for p in points)
+        and len(first_points(4, 5, 7)) == 7
+    )
     assert sum(first_points(7, 5, 1)[0]) == PARTS
 
 
 def test_neighbours_stay_on_the_simplex():
     found = list(neighbours((60, 0, 0), 12))
-    assert found == [(48, 12, 0), (48, 0, 12)] and all(sum(p) == 60 and min(p) >= 0 for p in neighbours((5, 25, 30), 12))
+    assert found == [(48, 12, 0), (48, 0, 12)] and all(
+        sum(p) == 60 and min(p) >= 0 for p in neighbours((5, 25, 30), 12)
+    )
     assert (0, 30, 30) in neighbours((5, 25, 30), 12)  # all that there is
 
 
@@ -128,12 +146,18 @@ def test_the_best_merge_is_written_with_every_candidate_in_its_record(experts, t
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.tensor(found.weights))
     verify(tmp_path / "out")
     kept = read_provenance(tmp_path / "out")[-1]["figures"]["search"]
-    assert len(kept["candidates"]) == len(found.candidates) and kept["calibration"] == "12 prompts" and kept["teacher_scores"] == TEACHER
+    assert (
+        len(kept["candidates"]) == len(found.candidates)
+        and kept["calibration"] == "12 prompts"
+        and kept["teacher_scores"] == TEACHER
+    )
     assert kept["candidates"][0]["weight of math"] == pytest.approx(1 / 3) and set(TEACHER) < set(kept["candidates"][0])
     text = write_card(tmp_path / "out").read_text()
     assert "search.candidates:" in text and text.count("| weight of chat |") == 1
     rows = found.rows()
-    assert rows[0][:6] == ["math", "code", "chat", "alpha*", "C_0", "recovery"] and len(rows) == 1 + len(found.candidates)
+    assert rows[0][:6] == ["math", "code", "chat", "alpha*", "C_0", "recovery"] and len(rows) == 1 + len(
+        found.candidates
+    )
     assert [float(r[3]) for r in rows[1:]] == sorted(float(r[3]) for r in rows[1:])
     assert found.markdown().count("\n|") == len(rows) + 1  # and the line under the head
 
@@ -142,7 +166,12 @@ def test_the_order_of_the_experts_changes_neither_candidates_nor_result(experts,
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
         found = search_merge([experts[j] for j in order], tmp_path / "out", judge, TEACHER, budget=8, overwrite=True)
-        results.append((dict(zip(found.experts, found.weights, strict=True)), (tmp_path / "out" / "model.safetensors").read_bytes()))
+        results.append(
+            (
+                dict(zip(found.experts, found.weights, strict=True)),
+                (tmp_path / "out" / "model.safetensors").read_bytes(),
+            )
+        )
         assert found.experts == [experts[j].name for j in order] and len(found.candidates) == 8
     assert results[0] == results[1]
 
@@ -160,10 +189,14 @@ def test_an_interrupted_search_goes_on_and_another_one_does_not(experts, tmp_pat
         search_merge(experts, tmp_path / "out", failing, TEACHER, budget=7, table=table)
     assert not (tmp_path / "out").exists() and len(json.loads(table.read_text())["points"]) == 4
     rest = []
-    found = search_merge(experts, tmp_path / "out", lambda f: rest.append(1) or judge(f), TEACHER, budget=7, table=str(table))
+    found = search_merge(
+        experts, tmp_path / "out", lambda f: rest.append(1) or judge(f), TEACHER, budget=7, table=str(table)
+    )
     assert len(rest) == 3 and len(found.candidates) == 7
     whole = search_merge(experts, tmp_path / "again", judge, TEACHER, budget=7)
-    assert whole.weights == found.weights and [c.weights for c in whole.candidates] == [c.weights for c in found.candidates]
+    assert whole.weights == found.weights and [c.weights for c in whole.candidates] == [
+        c.weights for c in found.candidates
+    ]
     with pytest.raises(MergeError, match="search.json holds candidates of other experts, settings or scores"):
         search_merge(experts[:2], tmp_path / "more", judge, TEACHER, table=table)
     with pytest.raises(MergeError, match="search.json holds candidates of other experts"):
@@ -182,9 +215,10 @@ def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
         seen.append([(Path(e).name, Path(s).stem) for e, s in zip(ordered, statistics, strict=True)])
         return merge(ordered, out, **settings)
 
-    monkeypatch.setattr("xlstm_hybrid.search.merge", spy)
+    monkeypatch.setattr("xlstm_hybrid.merging.search.merge", spy)
     search_merge(experts, tmp_path / "out", judge, TEACHER, budget=2, statistics=files)
-    assert len(seen) == 3 and all(expert == measured for pairs in seen for expert, measured in pairs)  # two candidates and the result
+    # two candidates and the result
+    assert len(seen) == 3 and all(expert == measured for pairs in seen for expert, measured in pairs)
 
 
 @pytest.mark.parametrize("content", ["{", '{"spec": 1}', "[]"])
@@ -200,6 +234,15 @@ def test_weights_are_found_not_given_and_candidates_leave_nothing_behind(experts
     (tmp_path / "work").mkdir()
     seen = []
     search_merge(
-        experts[:2], tmp_path / "out", lambda f: seen.append(Path(f)) or dict.fromkeys(TEACHER, 0.5), TEACHER, budget=3, work=tmp_path / "work"
+        experts[:2],
+        tmp_path / "out",
+        lambda f: seen.append(Path(f)) or dict.fromkeys(TEACHER, 0.5),
+        TEACHER,
+        budget=3,
+        work=tmp_path / "work",
     )
-    assert len(seen) == 3 and all((tmp_path / "work") in f.parents for f in seen) and list((tmp_path / "work").iterdir()) == []
+    assert (
+        len(seen) == 3
+        and all((tmp_path / "work") in f.parents for f in seen)
+        and list((tmp_path / "work").iterdir()) == []
+    )

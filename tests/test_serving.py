@@ -1,4 +1,6 @@
-"""Serving: what transformers offers works with a recurrent state or is refused by name, and its server answers for a student."""
+"""Serving: what transformers offers works with a recurrent state or is refused by name, and its server answers for a
+student.
+"""
 
 import json
 import threading
@@ -13,10 +15,10 @@ from transformers.cli.serving.model_manager import ModelManager
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.conversion import convert
+from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.export import export
-from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.state import fork, prefill
 
 TEACHER = Path(__file__).parents[1] / "recipes/tiny_teacher/tiny-llama"
@@ -24,10 +26,13 @@ CHAT = [{"role": "user", "content": "Reverse the letters.\nInput: a b c"}]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
 STACKS = {
     "hybrid": {},
-    "mixed": {"layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"], "teacher_sliding_window": 5,
-              "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    "mixed": {
+        "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
+        "teacher_sliding_window": 5,
+        "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
     "no hybrid layer": {"layer_types": ["full_attention"] * 3},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=STACKS)
@@ -46,10 +51,14 @@ def checkpoint(tmp_path_factory):
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
 WAYS = {
-    "generate_batch": lambda model: model.generate_batch(PROMPTS, generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=2)),
+    "generate_batch": lambda model: model.generate_batch(
+        PROMPTS, generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=2)
+    ),
     "a manager": lambda model: model.init_continuous_batching(),
     "a context": lambda model: model.continuous_batching_context_manager().__enter__(),
-    "a paged cache": lambda model: model.generate(input_ids=torch.tensor(PROMPTS[:1]), cache_implementation="paged", max_new_tokens=3),
+    "a paged cache": lambda model: model.generate(
+        input_ids=torch.tensor(PROMPTS[:1]), cache_implementation="paged", max_new_tokens=3
+    ),
 }
 
 
@@ -81,7 +90,9 @@ def test_what_the_refusal_names_instead_gives_each_prompts_own_answer(any_studen
 def test_every_cache_of_transformers_gives_the_same_tokens(any_student, implementation):
     kept = any(kind == "full_attention" for kind in any_student.config.layer_types)
     if implementation.startswith("offloaded") and (kept or torch.version.cuda) and not torch.cuda.is_available():
-        pytest.skip("transformers offloads the keys of full attention layers through CUDA streams, a Llama's too, and asks any CUDA build for one")
+        pytest.skip(
+            "transformers offloads the keys of full attention layers through CUDA streams, a Llama's too, and asks any CUDA build for one"
+        )
     ids = token_ids(2, 12)
     got = any_student.generate(ids, cache_implementation=implementation, disable_compile=True, **GREEDY)
     assert torch.equal(got, any_student.generate(ids, **GREEDY))
@@ -90,12 +101,17 @@ def test_every_cache_of_transformers_gives_the_same_tokens(any_student, implemen
 def test_a_quantised_cache_is_refused_by_name_where_there_is_a_state(student):
     for backend in ("quanto", "hqq", "fp8"):
         with pytest.raises(CacheError, match="'quantized'.*leave it out"):
-            student.generate(token_ids(1, 9), cache_implementation="quantized", cache_config={"backend": backend}, **GREEDY)
+            student.generate(
+                token_ids(1, 9), cache_implementation="quantized", cache_config={"backend": backend}, **GREEDY
+            )
     with pytest.raises(ValueError, match="hybrid_sliding"):  # transformers' own, before anything of ours sees it
         QuantizedCache("quanto", student.config)
 
 
-@pytest.mark.skipif(not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="the backend that needs no other package came later")
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"),
+    reason="the backend that needs no other package came later",
+)
 def test_a_quantised_cache_serves_a_student_without_hybrid_layers():
     model, ids = tiny_student(torch.float32, gain=1.5, **STACKS["no hybrid layer"]), token_ids(1, 9)
     cache = QuantizedCache("fp8", model.config)
@@ -116,14 +132,19 @@ def test_the_text_generation_pipeline_chats(checkpoint):
     answer = chat(CHAT, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
     ids = tokenizer.apply_chat_template(CHAT, return_tensors="pt", return_dict=True)["input_ids"]
     want = chat.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert answer == {"role": "assistant", "content": tokenizer.decode(want, skip_special_tokens=True)} and answer["content"].strip()
+    assert (
+        answer == {"role": "assistant", "content": tokenizer.decode(want, skip_special_tokens=True)}
+        and answer["content"].strip()
+    )
 
 
 def test_a_stream_brings_the_text_piece_by_piece(checkpoint):
     chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
     inputs = chat.tokenizer("12+30=", return_tensors="pt", return_token_type_ids=False)
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-    thread = threading.Thread(target=chat.model.generate, kwargs={**inputs, "streamer": streamer, "max_new_tokens": 6, "do_sample": False})
+    thread = threading.Thread(
+        target=chat.model.generate, kwargs={**inputs, "streamer": streamer, "max_new_tokens": 6, "do_sample": False}
+    )
     thread.start()
     pieces = [piece for piece in streamer if piece]
     thread.join()
@@ -145,16 +166,24 @@ def started(monkeypatch):
 
 
 def test_transformers_server_does_not_know_classes_outside_of_transformers(checkpoint, started):
-    """Why there is a verb: `transformers serve` finds neither registered nor remote code. If this fails, the verb is not needed any more."""
+    """Why there is a verb: `transformers serve` finds neither registered nor remote code. If this fails, the verb is
+    not needed any more.
+    """
     with pytest.raises(AttributeError, match="XLSTMHybridForCausalLM"):
         ModelManager(device="cpu")._load_model(f"{checkpoint}@main")
 
 
 def test_the_verb_makes_the_student_known_to_the_server(checkpoint, started, tmp_path):
-    ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint), "--port", "8123", "--device", "cpu", "--dtype", "float32"])
+    ran = CliRunner().invoke(
+        cli.app, ["serve", str(checkpoint), "--port", "8123", "--device", "cpu", "--dtype", "float32"]
+    )
     assert ran.exit_code == 0, ran.output
     ((args, options),) = started
-    assert args == (str(checkpoint),) and (options["port"], options["device"], options["dtype"]) == (8123, "cpu", "float32")
+    assert args == (str(checkpoint),) and (options["port"], options["device"], options["dtype"]) == (
+        8123,
+        "cpu",
+        "float32",
+    )
     export(checkpoint, tmp_path / "exported")
     for folder in (checkpoint, tmp_path / "exported"):
         model, tokenizer = ModelManager(device="cpu").load_model_and_processor(f"{folder}@main")
@@ -181,7 +210,11 @@ def test_the_server_answers_chat_completions_whole_and_as_a_stream(checkpoint, m
     with testclient.TestClient(apps[0]) as client:
         answer = client.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
         lines = client.post("/v1/chat/completions", json=request | {"stream": True}).text.splitlines()
-    chunks = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") for line in lines if line.startswith("data: {")]
+    chunks = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content")
+        for line in lines
+        if line.startswith("data: {")
+    ]
     chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
     want = chat(CHAT, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]["content"]
     assert answer == {"role": "assistant", "content": want}

@@ -1,4 +1,6 @@
-"""Sparse distillation through the trainer: what is scored, what a batch split, padding or packing must not change, and what is refused."""
+"""Sparse distillation through the trainer: what is scored, what a batch split, padding or packing must not change, and
+what is refused.
+"""
 
 import copy
 import math
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
 
 close = torch.testing.assert_close
 VOCAB = 61
@@ -38,14 +40,18 @@ def llama(seed=0, vocab=VOCAB, kind=LlamaForCausalLM, gain=1.5, **changes):
 
 
 class ForgetsPositions(LlamaForCausalLM):
-    """Reads a packed row as one document. Padded rows are fine, though transformers does not see from the name that its loss is shifted."""
+    """Reads a packed row as one document. Padded rows are fine, though transformers does not see from the name that its
+    loss is shifted.
+    """
 
     def forward(self, *args, position_ids=None, **kwargs):
         return super().forward(*args, **kwargs)
 
 
 def documents():
-    """Four documents of 5 to 17 tokens, prompts not scored; the third has none and a hole in the middle. Nothing predicts a first token."""
+    """Four documents of 5 to 17 tokens, prompts not scored; the third has none and a hole in the middle. Nothing
+    predicts a first token.
+    """
     rows = []
     for j, (length, prompt) in enumerate(((9, 3), (17, 9), (12, 0), (5, 4))):
         ids = [(3 + 7 * j + t * (5 + j)) % (VOCAB - 3) + 3 for t in range(length)]
@@ -103,7 +109,10 @@ def loss_by_hand(student, teacher, rows, ce_weight=0.9, kl_weight=0.1):
             q, p = (log_softmax(m.eval()(torch.tensor([ids])).logits[0].double(), -1) for m in (student, teacher))
         for t in range(1, len(ids)):
             if labels[t] != -100:
-                total += -ce_weight * q[t - 1, labels[t]].item() + kl_weight * (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item()
+                total += (
+                    -ce_weight * q[t - 1, labels[t]].item()
+                    + kl_weight * (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item()
+                )
                 count += 1
     return total / count
 
@@ -131,9 +140,13 @@ def trained(trainer):
 
 def pad_left(rows):
     width = max(len(row["input_ids"]) for row in rows)
-    fills = {"input_ids": 5, "labels": -100, "attention_mask": 0}  # 5 is a token like any other: only the mask says that it is none
+    # 5 is a token like any other: only the mask says that it is none
+    fills = {"input_ids": 5, "labels": -100, "attention_mask": 0}
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {name: torch.tensor([[fill] * (width - len(row[name])) + row[name] for row in rows]) for name, fill in fills.items()}
+    return {
+        name: torch.tensor([[fill] * (width - len(row[name])) + row[name] for row in rows])
+        for name, fill in fills.items()
+    }
 
 
 def test_the_loss_is_the_definition_whether_padded_packed_or_one_by_one(build):
@@ -158,7 +171,10 @@ def test_the_loss_is_the_definition_whether_padded_packed_or_one_by_one(build):
     assert shapes["packed"] == [(1, 43)] and len(shapes["packed, some split off"]) > 1
     other = llama(1, kind=ForgetsPositions)
     close(loss_of(build(other, teacher, top_k=VOCAB))[0].item(), wanted, rtol=1e-5, atol=0)
-    assert abs(wanted - loss_by_hand(student, teacher, [(ids, [labels[-1], *labels[:-1]]) for ids, labels in rows])) > 0.1  # a shift would show
+    # a shift would show
+    assert (
+        abs(wanted - loss_by_hand(student, teacher, [(ids, [labels[-1], *labels[:-1]]) for ids, labels in rows])) > 0.1
+    )
 
 
 def test_a_hybrid_student_has_one_loss_padded_and_packed(build):
@@ -221,7 +237,12 @@ def test_micro_batches_are_one_batch(build, split):
 
 
 def test_packed_training_takes_the_same_step(build):
-    close(trained(build(packing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)), trained(build()), rtol=1e-5, atol=1e-6)
+    close(
+        trained(build(packing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)),
+        trained(build()),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_a_micro_batch_without_scored_tokens_adds_nothing_and_a_step_without_any_is_refused(build):
@@ -231,7 +252,10 @@ def test_a_micro_batch_without_scored_tokens_adds_nothing_and_a_step_without_any
         assert len(document_dataset(rows + silent)) == 4
     dataset = document_dataset(rows).add_item({"input_ids": silent[0][0], "labels": silent[0][1]})
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "per_device_train_batch_size": 1}
-    with_silent, without = build(dataset=dataset, gradient_accumulation_steps=5, **prepared), build(gradient_accumulation_steps=4, **prepared)
+    with_silent, without = (
+        build(dataset=dataset, gradient_accumulation_steps=5, **prepared),
+        build(gradient_accumulation_steps=4, **prepared),
+    )
     close(trained(with_silent), trained(without), rtol=1e-6, atol=1e-6)
     for name in ("loss", "ce", "kl", "top1_agreement", "kept_mass"):
         close(with_silent.state.log_history[0][name], without.state.log_history[0][name], rtol=1e-5, atol=1e-6)
@@ -255,7 +279,9 @@ def test_evaluation_gives_the_training_loss_of_the_same_batch(build):
 def test_a_student_learns_and_the_teacher_stays_bitwise(build):
     student, teacher = llama(1), llama(2)
     before = copy.deepcopy(teacher.state_dict())
-    trainer = build(student, teacher, max_steps=20, optim="adamw_torch", learning_rate=1e-2, ce_weight=0.1, kl_weight=0.9)
+    trainer = build(
+        student, teacher, max_steps=20, optim="adamw_torch", learning_rate=1e-2, ce_weight=0.1, kl_weight=0.9
+    )
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(log) == 20 and log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["kl"] < 0.5 * log[0]["kl"]
@@ -300,7 +326,12 @@ def test_metrics_are_those_of_the_scored_tokens_and_too_few_kept_ones_are_warned
         "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double(),
         "kept_mass": top.values.exp().sum(-1),
     }
-    close({name: log[name] for name in wanted}, {name: x[scored].mean().item() for name, x in wanted.items()}, rtol=1e-4, atol=1e-6)
+    close(
+        {name: log[name] for name in wanted},
+        {name: x[scored].mean().item() for name, x in wanted.items()},
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_bf16_autocast_gives_nearly_the_float32_loss_and_zero_for_equal_models(build):
@@ -317,7 +348,11 @@ def test_bf16_autocast_gives_nearly_the_float32_loss_and_zero_for_equal_models(b
 def test_window_dropout_falls_on_a_line_over_the_run_and_hides_rows_of_every_step(build, monkeypatch):
     student, seen = tiny_student(torch.float32, num_hidden_layers=1, gain=1.0), []
     draw = student.model.blind_rows
-    monkeypatch.setattr(student.model, "blind_rows", lambda real: seen.append((student.model.window_dropout, rows := draw(real))) or rows)
+    monkeypatch.setattr(
+        student.model,
+        "blind_rows",
+        lambda real: seen.append((student.model.window_dropout, rows := draw(real))) or rows,
+    )
     build(student=student, max_steps=3, window_dropout=0.9, window_dropout_end=0.1).train()
     seen = [(p, rows) for p, rows in seen if rows is not None]  # the trainer also probes the model, in evaluation
     assert [p for p, _ in seen] == pytest.approx([0.9, 0.5, 0.1]) and all(len(rows) == 4 for _, rows in seen)
@@ -339,7 +374,8 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_when_they_stay(b
     trainer = build(student, data_collator=collate, max_steps=9, max_skipped_steps=2)
     with pytest.raises(DataError, match="as in the 2 steps up to it; their batches are in non_finite/"):
         trainer.train()
-    assert trainer.state.global_step == 3 and trainer.guard.skipped == 2  # the third step is the first that is not finite; the fourth ends the run
+    # the third step is the first that is not finite; the fourth ends the run
+    assert trainer.state.global_step == 3 and trainer.guard.skipped == 2
 
 
 @pytest.mark.parametrize("guilty", ["student", "teacher"])
@@ -404,7 +440,14 @@ def test_arguments_of_another_trainer_are_refused(tmp_path, tokenizer):
     ours = SparseKDConfig(str(tmp_path), use_cpu=True)
     for args, more in (None, {}), (SFTConfig(str(tmp_path), use_cpu=True), {}), (ours, {"compute_loss_func": max}):
         with pytest.raises(ConfigError, match="expected a SparseKDConfig, and no compute_loss_func"):
-            SparseKDTrainer(llama(1), llama(2), args, train_dataset=document_dataset(documents()), processing_class=tokenizer, **more)
+            SparseKDTrainer(
+                llama(1),
+                llama(2),
+                args,
+                train_dataset=document_dataset(documents()),
+                processing_class=tokenizer,
+                **more,
+            )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +473,9 @@ def test_a_checkpoint_holds_no_pickled_arguments_and_no_card_and_resumes_to_the_
     whole = trained(build(**saving))
     names = {p.name for p in (tmp_path / "run").rglob("*")}
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "optimizer.safetensors"} <= names
-    assert not {"training_args.bin", "README.md"} & names and not any(name.endswith((".pt", ".pth", ".bin")) for name in names)
+    assert not {"training_args.bin", "README.md"} & names and not any(
+        name.endswith((".pt", ".pth", ".bin")) for name in names
+    )
     assert not any(b"secret" in p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
     resumed = build(**saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))

@@ -1,4 +1,6 @@
-"""Sparse distillation in two processes is that in one, under DDP and FSDP2, with a teacher that is sharded as well (gloo, on CPUs)."""
+"""Sparse distillation in two processes is that in one, under DDP and FSDP2, with a teacher that is sharded as well
+(gloo, on CPUs).
+"""
 
 import pytest
 import torch
@@ -6,9 +8,13 @@ from conftest import tiny_student
 from datasets import Dataset
 from test_scale import MAKERS, WAYS, collate, launch, near, padded_rows, steps, student, tokenizer
 
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
-OBJECTIVES = {"kernel": {"outcomes": "tail"}, "chunks": {"outcomes": "tail", "divergence": "jsd"}, "dense": {"outcomes": "dense"}}
+OBJECTIVES = {
+    "kernel": {"outcomes": "tail"},
+    "chunks": {"outcomes": "tail", "divergence": "jsd"},
+    "dense": {"outcomes": "dense"},
+}
 
 
 def rows():
@@ -30,14 +36,31 @@ def teacher():
 
 def sparse_trainer(folder, tied=False, **settings):
     shared = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "max_length": None,
-        "disable_tqdm": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "learning_rate": 1e-2,
-        "gradient_checkpointing": False, "warmup_steps": 2, "max_grad_norm": 1.0, "top_k": 9, "ce_weight": 0.4, "kl_weight": 0.6, "head_rows": 11,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_length": None,
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "warmup_steps": 2,
+        "max_grad_norm": 1.0,
+        "top_k": 9,
+        "ce_weight": 0.4,
+        "kl_weight": 0.6,
+        "head_rows": 11,
+    }
     model = student(torch.float64, tie_word_embeddings=tied)
     model.tie_weights()
     args = SparseKDConfig(**(shared | settings))
-    return SparseKDTrainer(model, teacher(), args, train_dataset=rows(), data_collator=collate, processing_class=tokenizer())
+    return SparseKDTrainer(
+        model, teacher(), args, train_dataset=rows(), data_collator=collate, processing_class=tokenizer()
+    )
 
 
 MAKERS = MAKERS | {"sparse": sparse_trainer}
@@ -51,8 +74,14 @@ def walk(folder, **settings):
 
 
 CASES = [("ddp", "kernel", {}), ("fsdp2", "kernel", {})]
-HEAVY = [("ddp", "chunks", {}), ("fsdp2", "chunks", {}), ("ddp", "dense", {}), ("fsdp2", "dense", {}), ("fsdp2", "kernel", {"tied": True}),
-         ("fsdp2", "chunks", {"gradient_checkpointing": True})]  # fmt: skip
+HEAVY = [
+    ("ddp", "chunks", {}),
+    ("fsdp2", "chunks", {}),
+    ("ddp", "dense", {}),
+    ("fsdp2", "dense", {}),
+    ("fsdp2", "kernel", {"tied": True}),
+    ("fsdp2", "chunks", {"gradient_checkpointing": True}),
+]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in HEAVY]
 
 
@@ -60,7 +89,9 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in HEAVY]
 def test_two_processes_give_the_losses_gradients_and_weights_of_one(way, objective, settings, tmp_path):
     expected = walk(tmp_path / "alone", **OBJECTIVES[objective], **settings)
     assert len(expected["log"]) == 2 and all(g.abs().sum() > 0 for g in expected["gradients"].values())
-    for rank in launch(walk, tmp_path / "run", folder=tmp_path / "group", **OBJECTIVES[objective], **settings, **WAYS[way]):
+    for rank in launch(
+        walk, tmp_path / "run", folder=tmp_path / "group", **OBJECTIVES[objective], **settings, **WAYS[way]
+    ):
         assert rank["gradients"].keys() == expected["gradients"].keys()
         assert rank["sharded"] == (len(expected["weights"]) if way == "fsdp2" else 0)
         near(rank, expected)

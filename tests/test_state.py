@@ -10,9 +10,9 @@ from conftest import enlarge, tiny_student, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.cache_names import cache_of, named
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of, named
 from xlstm_hybrid.state import fork, load_state, prefill, recorded, remember, restore, rollback, save_state, snapshot
 
 W = 7
@@ -55,7 +55,9 @@ def content(cache):
             found += [*layer.state, layer.keys, layer.values, layer.count, torch.tensor(layer.seen_tokens)]
         else:
             kept = min(getattr(layer, "sliding_window", 10**6) - 1, layer.keys.shape[2])
-            found += [x[:, :, x.shape[2] - kept :] for x in (layer.keys, layer.values)] + [torch.tensor(layer.get_seq_length())]
+            found += [x[:, :, x.shape[2] - kept :] for x in (layer.keys, layer.values)] + [
+                torch.tensor(layer.get_seq_length())
+            ]
     return found
 
 
@@ -123,7 +125,9 @@ def test_reading_in_pieces_is_reading_at_once(any_student):
     mask[1, :6] = 0
     whole, pieces = prefill(any_student, ids, mask), prefill(any_student, ids, mask, piece=4)
     more, longer = token_ids(2, 5, seed=9), torch.nn.functional.pad(mask, (0, 5), value=1)
-    torch.testing.assert_close(calls(any_student, more, [5], whole, longer), calls(any_student, more, [5], pieces, longer), **TOLERANCE)
+    torch.testing.assert_close(
+        calls(any_student, more, [5], whole, longer), calls(any_student, more, [5], pieces, longer), **TOLERANCE
+    )
     continued = prefill(any_student, ids[:, 9:], mask, cache=prefill(any_student, ids[:, :9], mask[:, :9]), piece=7)
     assert continued.get_seq_length() == 25
 
@@ -158,7 +162,9 @@ def test_a_call_that_is_cut_gives_the_shorter_call(any_student, taken):
     end = 41 - taken
     more, longer = token_ids(2, 6, seed=7), torch.nn.functional.pad(mask[:, :end], (0, 6), value=1)
     expected = prefill(any_student, ids[:, :end], mask[:, :end])
-    torch.testing.assert_close(calls(any_student, more, [6], cache, longer), calls(any_student, more, [6], expected, longer), **TOLERANCE)
+    torch.testing.assert_close(
+        calls(any_student, more, [6], cache, longer), calls(any_student, more, [6], expected, longer), **TOLERANCE
+    )
 
 
 def test_documents_that_began_in_the_removed_tokens_never_began(student):
@@ -172,7 +178,9 @@ def test_documents_that_began_in_the_removed_tokens_never_began(student):
         calls(student, ids[:, :end], [end], expected, position_ids=position[:, :end])
         for a, b in zip(cache.layers, expected.layers, strict=True):
             torch.testing.assert_close((*a.state, a.slot_index), (*b.state, b.slot_index), **TOLERANCE)
-        torch.testing.assert_close(calls(student, more, [9], snapshot(cache)), calls(student, more, [9], expected), **TOLERANCE)
+        torch.testing.assert_close(
+            calls(student, more, [9], snapshot(cache)), calls(student, more, [9], expected), **TOLERANCE
+        )
 
 
 def test_everything_can_be_taken_back_and_read_again(any_student):
@@ -199,8 +207,9 @@ def test_the_record_is_bounded_and_says_how_far_it_reaches(any_student):
 
 def test_a_long_prompt_leaves_only_the_end_of_itself_in_the_record(student):
     (call,) = prefill(student, token_ids(1, 300), rollback=10).layers[0].calls
-    held = [call.key, call.value, *call.memory, call.tokens.index]
-    assert len(call) == 10 and all(x.untyped_storage().nbytes() <= 10 * 4 * 16 * 8 for x in held)  # tokens x heads x dim x bytes
+    held = [call.key, call.value, *call.written, call.tokens.index]
+    # tokens x heads x dim x bytes
+    assert len(call) == 10 and all(x.untyped_storage().nbytes() <= 10 * 4 * 16 * 8 for x in held)
 
 
 def test_the_record_follows_beams_and_forks(student):
@@ -253,19 +262,34 @@ def near(model):
 
 
 def llama():
-    shape = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return enlarge(LlamaForCausalLM(LlamaConfig(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)).double()).eval()
+    shape = {
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return enlarge(
+        LlamaForCausalLM(LlamaConfig(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)).double()
+    ).eval()
 
 
 @pytest.mark.parametrize("candidates", [3, 10])
 def test_prompt_lookup_is_greedy_decoding(any_student, candidates):
     ids = token_ids(1, 8).repeat(1, 4)  # a prompt with something to look up
-    assert torch.equal(any_student.generate(ids, prompt_lookup_num_tokens=candidates, **GREEDY), any_student.generate(ids, **GREEDY))
+    assert torch.equal(
+        any_student.generate(ids, prompt_lookup_num_tokens=candidates, **GREEDY), any_student.generate(ids, **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("name", ["another", "near", "itself", "llama"])
 def test_decoding_with_a_draft_model_is_greedy_decoding(any_student, name):
-    drafts = {"another": lambda: tiny_student(num_hidden_layers=1), "near": lambda: near(any_student), "itself": lambda: any_student, "llama": llama}
+    drafts = {
+        "another": lambda: tiny_student(num_hidden_layers=1),
+        "near": lambda: near(any_student),
+        "itself": lambda: any_student,
+        "llama": llama,
+    }
     draft, ids, rounds = drafts[name](), token_ids(1, 12), []
     greedy = any_student.generate(ids, **GREEDY)
     hook = any_student.register_forward_pre_hook(lambda *_: rounds.append(1))
@@ -287,8 +311,12 @@ def test_assisted_decoding_goes_on_from_a_state_and_hands_back_one(any_student):
     plain = any_student.generate(ids, **options)
     assert torch.equal(first.sequences, plain.sequences)
     assert cache_of(first).get_seq_length() == cache_of(plain).get_seq_length() == 46
-    new_only = {"attention_mask": torch.ones_like(ids), **named(prefill(any_student, ids[:, :9]))}  # more new tokens than old ones
-    assert torch.equal(any_student.generate(ids[:, 9:], prompt_lookup_num_tokens=4, **new_only, **GREEDY)[:, 14:], plain.sequences[:, 23:])
+    # more new tokens than old ones
+    new_only = {"attention_mask": torch.ones_like(ids), **named(prefill(any_student, ids[:, :9]))}
+    assert torch.equal(
+        any_student.generate(ids[:, 9:], prompt_lookup_num_tokens=4, **new_only, **GREEDY)[:, 14:],
+        plain.sequences[:, 23:],
+    )
     whole = torch.cat([first.sequences, more], 1)
     second = any_student.generate(whole, cache=cache_of(first), **GREEDY)
     assert torch.equal(second, any_student.generate(whole, **GREEDY))
@@ -304,9 +332,12 @@ def test_a_state_survives_a_file_bit_for_bit(any_student, tmp_path):
         save_state(cache, tmp_path / "a.safetensors", any_student)
         loaded = load_state(tmp_path / "a.safetensors", any_student)
         assert identical(cache, loaded)
-        assert not any(x.data_ptr() % 64 for x in content(loaded))  # not in the mapped file, on whose layout bits would depend
+        # not in the mapped file, on whose layout bits would depend
+        assert not any(x.data_ptr() % 64 for x in content(loaded))
         more = token_ids(2, 9, seed=3)
-        assert torch.equal(calls(any_student, more, [4] + [1] * 5, loaded), calls(any_student, more, [4] + [1] * 5, cache))
+        assert torch.equal(
+            calls(any_student, more, [4] + [1] * 5, loaded), calls(any_student, more, [4] + [1] * 5, cache)
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -317,12 +348,15 @@ def test_the_dtypes_of_a_bfloat16_model_survive(tmp_path):
     assert layer.keys.dtype == torch.bfloat16 and layer.state.C.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("other", "message"), [
-    ({"sliding_window": 8}, "its sliding_window is 7, this model's 8"),
-    ({"layer_types": MIXED["layer_types"], "teacher_sliding_window": 5}, "its layer_types is"),
-    ({"gain": 2.4}, "with other weights"),
-    ({"dtype": torch.float32}, "with other weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"sliding_window": 8}, "its sliding_window is 7, this model's 8"),
+        ({"layer_types": MIXED["layer_types"], "teacher_sliding_window": 5}, "its layer_types is"),
+        ({"gain": 2.4}, "with other weights"),
+        ({"dtype": torch.float32}, "with other weights"),
+    ],
+)
 def test_the_state_of_another_model_is_refused_by_name(student, tmp_path, other, message):
     save_state(prefill(student, token_ids(1, 9)), tmp_path / "a.safetensors", student)
     with pytest.raises(CacheError, match=f"a.safetensors: .*{message}"):
@@ -338,17 +372,24 @@ def rewritten(path, change_tensors=lambda t: None, change_header=lambda h: None)
     save_file(tensors, path, header)
 
 
-@pytest.mark.parametrize(("tensors", "header", "message"), [
-    (lambda t: t.pop("layers.1.m"), lambda h: None, "layer 1 holds"),
-    (lambda t: t.update({"layers.7.C": torch.zeros(1)}), lambda h: None, "layers.7.C that no layer has"),
-    (lambda t: t.update({"layers.0.C": t["layers.0.C"][:, :, :3].clone()}), lambda h: None, "layer 0 holds"),
-    (lambda t: t.update({"layers.0.count": t["layers.0.count"] - 99}), lambda h: None, "count that is not in 0..9"),
-    (lambda t: t.update({"layers.0.C": t["layers.0.C"].bfloat16()}), lambda h: None, "below float32"),
-    (lambda t: None, lambda h: h.update(format_version="9"), "expected xlstm-hybrid-state version 1, found xlstm-hybrid-state version 9"),
-    (lambda t: None, lambda h: h.pop("seen_tokens"), "no number of tokens"),
-    (lambda t: None, lambda h: h.update(config="[]"), "another model wrote|no config"),
-    (lambda t: None, lambda h: h.update(config="{"), "no config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        (lambda t: t.pop("layers.1.m"), lambda h: None, "layer 1 holds"),
+        (lambda t: t.update({"layers.7.C": torch.zeros(1)}), lambda h: None, "layers.7.C that no layer has"),
+        (lambda t: t.update({"layers.0.C": t["layers.0.C"][:, :, :3].clone()}), lambda h: None, "layer 0 holds"),
+        (lambda t: t.update({"layers.0.count": t["layers.0.count"] - 99}), lambda h: None, "count that is not in 0..9"),
+        (lambda t: t.update({"layers.0.C": t["layers.0.C"].bfloat16()}), lambda h: None, "below float32"),
+        (
+            lambda t: None,
+            lambda h: h.update(format_version="9"),
+            "expected xlstm-hybrid-state version 1, found xlstm-hybrid-state version 9",
+        ),
+        (lambda t: None, lambda h: h.pop("seen_tokens"), "no number of tokens"),
+        (lambda t: None, lambda h: h.update(config="[]"), "another model wrote|no config"),
+        (lambda t: None, lambda h: h.update(config="{"), "no config"),
+    ],
+)
 def test_a_damaged_file_is_refused_by_name(student, tmp_path, tensors, header, message):
     path = tmp_path / "a.safetensors"
     save_state(prefill(student, token_ids(1, 9)), path, student)

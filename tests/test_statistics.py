@@ -1,4 +1,6 @@
-"""Tests and intervals are those of the textbooks: exact where they can be, of the promised coverage where they are drawn."""
+"""Tests and intervals are those of the textbooks: exact where they can be, of the promised coverage where they are
+drawn.
+"""
 
 import math
 
@@ -6,13 +8,25 @@ import numpy as np
 import pytest
 
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation import win_and_tie
-from xlstm_hybrid.statistics import compare_pairs, documents, holm, interval, mcnemar, resampled_means, resampled_verdict, sample_values, sign_flip
+from xlstm_hybrid.evaluation.scores import win_and_tie
+from xlstm_hybrid.evaluation.significance import (
+    compare_pairs,
+    documents,
+    holm,
+    interval,
+    mcnemar,
+    resampled_means,
+    resampled_verdict,
+    sample_values,
+    sign_flip,
+)
 
 
 def outcomes(both, gained, lost, neither):
     """Answers of student and teacher with these numbers of documents."""
-    return [1] * both + [1] * gained + [0] * lost + [0] * neither, [1] * both + [0] * gained + [1] * lost + [0] * neither
+    return [1] * both + [1] * gained + [0] * lost + [0] * neither, [1] * both + [0] * gained + [1] * lost + [
+        0
+    ] * neither
 
 
 # --- tests -----------------------------------------------------------------------------------------------------
@@ -29,7 +43,9 @@ def test_mcnemar_is_a_fair_coin_over_the_documents_that_differ():
 @pytest.mark.parametrize(("gained", "lost"), [(3, 5), (40, 61), (1000, 1100), (0, 3000)])
 def test_mcnemar_agrees_with_scipy_at_any_size(gained, lost):
     stats = pytest.importorskip("scipy.stats")
-    assert mcnemar(*outcomes(5, gained, lost, 5))[2] == pytest.approx(stats.binomtest(gained, gained + lost).pvalue, rel=1e-9, abs=1e-300)
+    assert mcnemar(*outcomes(5, gained, lost, 5))[2] == pytest.approx(
+        stats.binomtest(gained, gained + lost).pvalue, rel=1e-9, abs=1e-300
+    )
 
 
 def test_random_signs_agree_with_all_signs():
@@ -85,7 +101,10 @@ def test_what_a_benchmark_says():
     found = compare_pairs(*outcomes(60, 5, 15, 20), name="t")
     assert found["documents"] == 100 and (found["gained"], found["lost"]) == (5, 15) and found["test"] == "McNemar"
     assert found["p"] == mcnemar(*outcomes(60, 5, 15, 20))[2]
-    assert found["difference"][0] < -0.1 < found["difference"][1] < 0.02 and found["recovery"][0] < 65 / 75 < found["recovery"][1]
+    assert (
+        found["difference"][0] < -0.1 < found["difference"][1] < 0.02
+        and found["recovery"][0] < 65 / 75 < found["recovery"][1]
+    )
     assert compare_pairs([0.5, 0.2], [0.4, 0.3])["test"] == "sign flip"
     assert compare_pairs([1, 0], [0, 0])["recovery"] is None  # a teacher that scores nothing
 
@@ -97,9 +116,14 @@ def test_an_interval_of_known_values():
 def test_a_verdict_is_resampled_benchmark_by_benchmark():
     pairs = {"a": outcomes(50, 0, 0, 50), "b": outcomes(40, 0, 40, 20), "c": outcomes(70, 5, 5, 20)}
     found = resampled_verdict(pairs, 0.0)
-    at_least_tied = 0.5 + 0.5 / math.sqrt(2 * math.pi * 10)  # a ties, b is lost, c decides: the difference of two counts of 5 on average
+    # a ties, b is lost, c decides: the difference of two counts of 5 on average
+    at_least_tied = 0.5 + 0.5 / math.sqrt(2 * math.pi * 10)
     assert found["lossless"] == pytest.approx(at_least_tied, abs=0.02)
-    assert found["alpha_star"][0] == 0 and 0 < found["alpha_star"][1] < 0.15 and found["c_alpha"] == found["c_0"] == [1 / 3, 2 / 3]
+    assert (
+        found["alpha_star"][0] == 0
+        and 0 < found["alpha_star"][1] < 0.15
+        and found["c_alpha"] == found["c_0"] == [1 / 3, 2 / 3]
+    )
     assert resampled_verdict(pairs, 0.2)["lossless"] > 0.999
     turned = resampled_verdict(dict(reversed(pairs.items())), 0.0)
     assert turned == found
@@ -107,8 +131,16 @@ def test_a_verdict_is_resampled_benchmark_by_benchmark():
 
 def test_a_resampled_verdict_rests_on_the_same_definition():
     """With documents that are all alike nothing varies, and the interval is the value itself."""
-    pairs = {"a": ([0.8] * 5, [1.0] * 5), "b": ([0.5] * 5, [0.5] * 5), "c": ([0.1] * 5, [0.4] * 5), "d": ([0.3] * 5, [0.0] * 5)}
-    found, verdict = resampled_verdict(pairs, 0.2), win_and_tie({k: v[0][0] for k, v in pairs.items()}, {k: v[1][0] for k, v in pairs.items()}, [0.2])
+    pairs = {
+        "a": ([0.8] * 5, [1.0] * 5),
+        "b": ([0.5] * 5, [0.5] * 5),
+        "c": ([0.1] * 5, [0.4] * 5),
+        "d": ([0.3] * 5, [0.0] * 5),
+    }
+    found, verdict = (
+        resampled_verdict(pairs, 0.2),
+        win_and_tie({k: v[0][0] for k, v in pairs.items()}, {k: v[1][0] for k, v in pairs.items()}, [0.2]),
+    )
     assert found["alpha_star"] == [verdict.alpha_star] * 2 and found["c_alpha"] == [verdict.curve[0]] * 2 == [0.75] * 2
     assert found["c_0"] == [verdict.c_0] * 2 == [0.5] * 2  # whatever the tolerance
 
@@ -132,8 +164,16 @@ def test_equal_documents_are_told_apart_by_their_number():
 
 
 def test_samples_are_read_filter_by_filter_in_the_order_of_their_documents():
-    rows = [{"doc_id": j, "doc_hash": h, "filter": f, "metrics": ["em", "odd"], "em": e, "odd": [1], "prompt_hash": f"p{j}"}
-            for j, h, f, e in ((1, "x", "strict", True), (0, "x", "strict", 0), (1, "x", "loose", 1.0), (0, "x", "loose", 1.0))]  # fmt: skip
+    rows = [
+        {"doc_id": j, "doc_hash": h, "filter": f, "metrics": ["em", "odd"], "em": e, "odd": [1], "prompt_hash": f"p{j}"}
+        for j, h, f, e in (
+            (1, "x", "strict", True),
+            (0, "x", "strict", 0),
+            (1, "x", "loose", 1.0),
+            (0, "x", "loose", 1.0),
+        )
+    ]
     values, prompts = sample_values(rows)
-    assert values == {"em,strict": {("x", 1): 0.0, ("x", 2): 1.0}, "em,loose": {("x", 1): 1.0, ("x", 2): 1.0}}  # lists are no scores
+    # lists are no scores
+    assert values == {"em,strict": {("x", 1): 0.0, ("x", 2): 1.0}, "em,loose": {("x", 1): 1.0, ("x", 2): 1.0}}
     assert prompts == {("x", 1): "p0", ("x", 2): "p1"}

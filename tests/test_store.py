@@ -1,4 +1,6 @@
-"""The teacher store: what is written is what is read, damage is found and named, and any number of writers make the same bytes."""
+"""The teacher store: what is written is what is read, damage is found and named, and any number of writers make the
+same bytes.
+"""
 
 import copy
 import json
@@ -13,11 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_hybrid.claims import take
+from xlstm_hybrid.checkpoint.locks import take
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, DataError, StoreError
-from xlstm_hybrid.store import StoreCollator, TeacherStore, build_store, number_rows, plan_store, planned_bytes, row_input, store_bytes
-from xlstm_hybrid.store.layout import round_down_mass
-from xlstm_hybrid.store.writer import entry_of, refresh_index, shard_name, write_shard
+from xlstm_hybrid.teacher_store import (
+    StoreCollator,
+    TeacherStore,
+    build_store,
+    number_rows,
+    plan_store,
+    planned_bytes,
+    row_input,
+    store_bytes,
+)
+from xlstm_hybrid.teacher_store.layout import round_down_mass
+from xlstm_hybrid.teacher_store.writer import entry_of, refresh_index, shard_name, write_shard
 
 V, K, ROWS, T = 97, 12, 10, 24
 SPEC = {"teacher": "waves", "weights": "0", "tokenizer": "words", "template": None}
@@ -29,14 +40,22 @@ def data(count=ROWS):
     for n in range(count):
         ids = [(7 * n + 5 * t + t * t) % V for t in range(T)]
         positions = [t % (5 + n % 4) for t in range(T)]
-        rows.append({"input_ids": ids, "labels": [-100 if p < 2 else i for i, p in zip(ids, positions, strict=True)], "position_ids": positions})
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100 if p < 2 else i for i, p in zip(ids, positions, strict=True)],
+                "position_ids": positions,
+            }
+        )
     return rows
 
 
 def logits_of(row):
     """[T, V] that depend on the row, the token and the position."""
     t, v = np.arange(len(row.input_ids))[:, None], np.arange(V)[None]
-    return 4 * np.sin(0.37 * (t + 1) * (v + 1) + row.input_ids[:, None] + row.number) + 3 * np.cos(0.11 * v * row.input_ids[:, None])
+    return 4 * np.sin(0.37 * (t + 1) * (v + 1) + row.input_ids[:, None] + row.number) + 3 * np.cos(
+        0.11 * v * row.input_ids[:, None]
+    )
 
 
 def log_softmax(x):
@@ -122,11 +141,16 @@ def test_rows_come_back_with_the_teachers_values_within_the_bound_of_float16(tmp
     assert len(store) == ROWS
     for row, (ids, logp, rest) in zip(inputs(), targets(inputs(), k), strict=True):
         found = store.row(row.number)
-        assert (found.input_ids == row.input_ids).all() and (found.starts == row.starts).all() and (found.stored == row.stored).all()
+        assert (
+            (found.input_ids == row.input_ids).all()
+            and (found.starts == row.starts).all()
+            and (found.stored == row.stored).all()
+        )
         assert (found.ids == ids).all()
         np.testing.assert_allclose(found.rest, rest, rtol=1e-6)
         error = np.abs(found.logp - logp)
-        weighted = (np.exp(logp) * np.abs(logp)).sum(-1, keepdims=True) / np.exp(logp).sum(-1, keepdims=True)  # of the common scale
+        # of the common scale
+        weighted = (np.exp(logp) * np.abs(logp)).sum(-1, keepdims=True) / np.exp(logp).sum(-1, keepdims=True)
         assert (error <= 2**-10 * (np.abs(logp) + weighted) + 1e-6).all() and (k == 1 or error.max() > 1e-5)
         np.testing.assert_allclose(np.exp(found.logp, dtype=np.float64).sum(-1) + np.exp(rest), 1, rtol=0, atol=2e-6)
 
@@ -143,11 +167,17 @@ def test_draws_come_back_as_they_were(tmp_path):
 
 def test_rounding_never_lifts_the_mass_over_one_and_keeps_to_its_bound():
     """A uniform teacher rounds every entry to the same side: 61 entries of log 1/61 would sum to 1.0015 in float16."""
-    for logp in np.full((1, 61), -np.log(61)), np.log(np.random.default_rng(1).dirichlet(np.full(300, 0.05), 50) + 1e-30), np.array([[0.0, -1e9]]):
+    for logp in (
+        np.full((1, 61), -np.log(61)),
+        np.log(np.random.default_rng(1).dirichlet(np.full(300, 0.05), 50) + 1e-30),
+        np.array([[0.0, -1e9]]),
+    ):
         rounded = round_down_mass(logp).astype(np.float64)
         assert (np.exp(rounded).sum(-1) <= 1).all()
         small = logp > -65504
-        assert (np.abs(rounded - logp)[small] <= 2**-10 * np.abs(logp[small]) + 2**-24).all() and (rounded[~small] == -np.inf).all()
+        assert (np.abs(rounded - logp)[small] <= 2**-10 * np.abs(logp[small]) + 2**-24).all() and (
+            rounded[~small] == -np.inf
+        ).all()
     assert np.exp(np.float64(np.float16(-np.log(61)))) * 61 > 1.001  # what the nearest float16 would have made
 
 
@@ -165,49 +195,75 @@ def test_size_is_six_bytes_per_entry_and_eight_per_token(tmp_path):
 def test_tokens_that_are_not_scored_cost_four_bytes():
     scored, whole = data(), [{key: row[key] for key in ("input_ids", "position_ids")} for row in data()]
     (few, _), (all_, _) = plan_store(scored, V, 10**6), plan_store(whole, V, 10**6)
-    assert few["places"] == sum(i != -100 for row in scored for i in row["labels"][1:]) < all_["places"] == ROWS * T - few["documents"]
+    assert (
+        few["places"]
+        == sum(i != -100 for row in scored for i in row["labels"][1:])
+        < all_["places"]
+        == ROWS * T - few["documents"]
+    )
     assert planned_bytes(few, K) == few["places"] * (6 * K + 8) + 4 * (ROWS * T - few["places"])
 
 
 def test_padding_free_rows_say_their_documents_by_lengths():
     row = row_input({"input_ids": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]}, 0, V)
-    assert row.starts.tolist() == [True, False, True, False, False] and row.stored.tolist() == [True, False, True, True, False]
+    assert row.starts.tolist() == [True, False, True, False, False] and row.stored.tolist() == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert row.position_ids().tolist() == [0, 1, 0, 1, 2]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"input_ids": []}, "row 4: expected a list of token ids"),
-    ({"input_ids": [1, V, 2]}, f"row 4, position 1: token {V}, expected 0..{V - 1}"),
-    ({"labels": [1, 2]}, r"row 4: labels of shape \[2\], input_ids has 3 tokens"),
-    ({"position_ids": [0]}, "row 4: position_ids of shape"),
-    ({"seq_lengths": [1, 1]}, "row 4: seq_lengths .* do not add up to its 3 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input_ids": []}, "row 4: expected a list of token ids"),
+        ({"input_ids": [1, V, 2]}, f"row 4, position 1: token {V}, expected 0..{V - 1}"),
+        ({"labels": [1, 2]}, r"row 4: labels of shape \[2\], input_ids has 3 tokens"),
+        ({"position_ids": [0]}, "row 4: position_ids of shape"),
+        ({"seq_lengths": [1, 1]}, "row 4: seq_lengths .* do not add up to its 3 tokens"),
+    ],
+)
 def test_rows_that_cannot_be_stored_are_refused(change, message):
     with pytest.raises(DataError, match=message):
         row_input({"input_ids": [1, 2, 3]} | change, 4, V)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda ids, logp, rest: (ids, logits_of(inputs()[0])[inputs()[0].stored][:, :K], rest), "log-probability"),
-    (lambda ids, logp, rest: (ids, logp + 1, rest), "(probabilities sum to|log-probability)"),
-    (lambda ids, logp, rest: (ids, logp, rest - 3), "probabilities and the rest sum to"),
-    (lambda ids, logp, rest: (ids + V, logp, rest), "id .* outside of the vocabulary"),
-    (lambda ids, logp, rest: (ids, np.where(logp == logp[2, 3], np.nan, logp), rest), r"row 0, position 3 \(document 0 .*, its token 3\): .*nan"),
-    (lambda ids, logp, rest: (ids[:, :3], logp[:, :3], rest), r"targets of shapes .* expected \[\d+, 12\]"),
-], ids=["logits", "no log-probabilities", "another rest", "ids", "nan", "shape"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda ids, logp, rest: (ids, logits_of(inputs()[0])[inputs()[0].stored][:, :K], rest), "log-probability"),
+        (lambda ids, logp, rest: (ids, logp + 1, rest), "(probabilities sum to|log-probability)"),
+        (lambda ids, logp, rest: (ids, logp, rest - 3), "probabilities and the rest sum to"),
+        (lambda ids, logp, rest: (ids + V, logp, rest), "id .* outside of the vocabulary"),
+        (
+            lambda ids, logp, rest: (ids, np.where(logp == logp[2, 3], np.nan, logp), rest),
+            r"row 0, position 3 \(document 0 .*, its token 3\): .*nan",
+        ),
+        (lambda ids, logp, rest: (ids[:, :3], logp[:, :3], rest), r"targets of shapes .* expected \[\d+, 12\]"),
+    ],
+    ids=["logits", "no log-probabilities", "another rest", "ids", "nan", "shape"],
+)
 def test_targets_that_are_no_log_probabilities_are_refused(tmp_path, spoil, message):
     with pytest.raises(DataError, match=message):
-        build(tmp_path / "store", targets=lambda rows: [spoil(*t) for t in targets(rows)] if rows[0].number == 0 else targets(rows))
+        build(
+            tmp_path / "store",
+            targets=lambda rows: [spoil(*t) for t in targets(rows)] if rows[0].number == 0 else targets(rows),
+        )
 
 
-@pytest.mark.parametrize("bad", [{"kind": "logits"}, {"k": 0}, {"k": 2**16}, {"vocab_size": 2**22 + 1}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"kind": "logits"}, {"k": 0}, {"k": 2**16}, {"vocab_size": 2**22 + 1}, {"temperature": 0.0}], ids=str
+)
 def test_settings_that_cannot_be_stored_are_refused(tmp_path, bad):
     with pytest.raises(ConfigError, match=list(bad)[0]):
         build(tmp_path / "store", **bad)
 
 
 def test_shards_so_small_that_their_index_could_not_be_read_are_refused(monkeypatch):
-    monkeypatch.setattr("xlstm_hybrid.store.writer.MOST_SHARDS", 4)
+    monkeypatch.setattr("xlstm_hybrid.teacher_store.writer.MOST_SHARDS", 4)
     assert len(plan_store(data(), V, 3 * T)[1]) == 5
     with pytest.raises(ConfigError, match="shard_tokens=24: 10 shards, 4 at most; take 120 or more"):
         plan_store(data(), V, T)
@@ -218,7 +274,9 @@ def test_shards_so_small_that_their_index_could_not_be_read_are_refused(monkeypa
 
 @pytest.mark.parametrize("part", ["ids", "logp", "rest", "tokens"])
 def test_any_changed_bit_is_found_with_its_document_and_position(store, part):
-    """Position 9 of row 4 (the second of its shard): its documents are of 5 tokens, so it is token 4 of document 1. And bits that say where it is."""
+    """Position 9 of row 4 (the second of its shard): its documents are of 5 tokens, so it is token 4 of document 1. And
+    bits that say where it is.
+    """
     row, shard = inputs()[4], store / shard_name(1)
     positions = np.flatnonzero(row.stored)
     p = int(positions[3])
@@ -231,7 +289,10 @@ def test_any_changed_bit_is_found_with_its_document_and_position(store, part):
         shard.write_bytes(whole)
         flip(shard, place_in(shard, part, index) + bit // 8, bit % 8)
         document = int(row.starts[: p + 1].sum()) - 1
-        with pytest.raises(StoreError, match=rf"shard-00001.safetensors, row 4, position {p} \(document {document} of the row, its token \d+\)"):
+        with pytest.raises(
+            StoreError,
+            match=rf"shard-00001.safetensors, row 4, position {p} \(document {document} of the row, its token \d+\)",
+        ):
             TeacherStore(store).row(4)
     assert TeacherStore(store).row(3).ids.shape[1] == K  # its neighbours are untouched
 
@@ -264,17 +325,27 @@ def test_a_full_check_names_where_the_damage_is(store):
     TeacherStore(store).verify()
     flip(store / shard_name(2), place_in(store / shard_name(2), "logp", 30))
     for read in (lambda: TeacherStore(store).verify(), lambda: TeacherStore(store, verify="full").row(7)):
-        with pytest.raises(StoreError, match=r"shard-00002.safetensors has SHA-256 .* row 6, position \d+ \(document \d of the row"):
+        with pytest.raises(
+            StoreError, match=r"shard-00002.safetensors has SHA-256 .* row 6, position \d+ \(document \d of the row"
+        ):
             read()
 
 
 def test_values_that_cannot_be_are_refused_though_hash_and_check_bytes_fit(tmp_path, monkeypatch):
-    """A store by another hand, whose sums are all in order: ids outside of the vocabulary, then more mass than there is."""
-    monkeypatch.setattr("xlstm_hybrid.store.layout.first_fault", lambda *args: None)
+    """A store by another hand, whose sums are all in order: ids outside of the vocabulary, then more mass than there
+    is.
+    """
+    monkeypatch.setattr("xlstm_hybrid.teacher_store.layout.first_fault", lambda *args: None)
     build(tmp_path / "ids", targets=lambda rows: [(ids + 50, logp, rest) for ids, logp, rest in targets(rows)])
-    build(tmp_path / "mass", targets=lambda rows: [(ids, np.minimum(logp + 0.3, 0), rest) for ids, logp, rest in targets(rows)])
+    build(
+        tmp_path / "mass",
+        targets=lambda rows: [(ids, np.minimum(logp + 0.3, 0), rest) for ids, logp, rest in targets(rows)],
+    )
     monkeypatch.undo()
-    for name, message in ("ids", r"row 0, position 1 \(document 0 of the row, its token 1\): id \d+ outside"), ("mass", "sum to"):
+    for name, message in (
+        ("ids", r"row 0, position 1 \(document 0 of the row, its token 1\): id \d+ outside"),
+        ("mass", "sum to"),
+    ):
         with pytest.raises(StoreError, match=message):
             TeacherStore(tmp_path / name).row(0)
 
@@ -291,7 +362,9 @@ def test_shards_that_were_swapped_cut_removed_or_linked_are_refused(store):
         TeacherStore(store).row(0)
     os.replace(store / "kept.json", store / "index.json")
     one.write_bytes(content[:-1])
-    with pytest.raises(StoreError, match=f"shard-00000.safetensors has {len(content) - 1} bytes .* expected {len(content)}"):
+    with pytest.raises(
+        StoreError, match=f"shard-00000.safetensors has {len(content) - 1} bytes .* expected {len(content)}"
+    ):
         TeacherStore(store).row(0)
     one.unlink()
     with pytest.raises(StoreError, match="shard-00000.safetensors is missing"):
@@ -302,12 +375,15 @@ def test_shards_that_were_swapped_cut_removed_or_linked_are_refused(store):
         TeacherStore(store).row(0)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"format_version": 2}, "format_version 2, expected 1"),
-    ({"first_rows": [0]}, "is damaged"),
-    ({"spec": {}}, "is damaged"),
-    ({"shards": []}, "is damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format_version": 2}, "format_version 2, expected 1"),
+        ({"first_rows": [0]}, "is damaged"),
+        ({"spec": {}}, "is damaged"),
+        ({"shards": []}, "is damaged"),
+    ],
+)
 def test_an_index_that_cannot_be_is_refused(store, change, message):
     index = json.loads((store / "index.json").read_text())
     (store / "index.json").write_text(json.dumps(index | change))
@@ -320,8 +396,16 @@ def test_an_index_that_cannot_be_is_refused(store, change, message):
     assert len(TeacherStore(store)) == ROWS  # made again from what is there
 
 
-OTHER = [{"spec": SPEC | {"tokenizer": "other"}}, {"spec": SPEC | {"template": "new"}}, {"spec": SPEC | {"weights": "1"}}, {"k": K + 1},
-         {"temperature": 2.0}, {"vocab_size": V + 1}, {"kind": "sampled"}, {"shard_tokens": T}]  # fmt: skip
+OTHER = [
+    {"spec": SPEC | {"tokenizer": "other"}},
+    {"spec": SPEC | {"template": "new"}},
+    {"spec": SPEC | {"weights": "1"}},
+    {"k": K + 1},
+    {"temperature": 2.0},
+    {"vocab_size": V + 1},
+    {"kind": "sampled"},
+    {"shard_tokens": T},
+]
 
 
 @pytest.mark.parametrize("change", OTHER, ids=str)
@@ -450,7 +534,7 @@ def test_a_claim_of_the_living_is_respected_and_one_of_the_dead_is_not(tmp_path,
     path = tmp_path / ".claim"
     assert take(path)
     assert take(path)  # our own, left behind
-    from xlstm_hybrid.artifacts import owner
+    from xlstm_hybrid.checkpoint.files import owner
 
     path.write_text(owner(os.getppid()))
     assert not take(path)
@@ -467,7 +551,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_calculated(tmp_path, 
     with pytest.raises(CheckpointWriteError, match="needs 0.00 GB, 0.00 GB are free"):
         build(tmp_path / "store", targets=lambda rows: pytest.fail("calculated"))
     fields, _ = plan_store(data(), V)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1.06 * planned_bytes(fields, K)})())
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: type("usage", (), {"free": 1.06 * planned_bytes(fields, K)})()
+    )
     build(tmp_path / "store")
 
 
@@ -483,9 +569,14 @@ def test_a_disk_that_fills_up_leaves_what_was_finished(tmp_path, monkeypatch):
         original(arrays, path, metadata)
 
     monkeypatch.setattr("safetensors.numpy.save_file", fills)
-    with pytest.raises(CheckpointWriteError, match=r"could not write shard-00002.safetensors \(No space left on device\)"):
+    with pytest.raises(
+        CheckpointWriteError, match=r"could not write shard-00002.safetensors \(No space left on device\)"
+    ):
         build(out)
-    assert not list(out.glob(".*")) and sorted(p.name for p in out.glob("*.safetensors")) == [shard_name(0), shard_name(1)]
+    assert not list(out.glob(".*")) and sorted(p.name for p in out.glob("*.safetensors")) == [
+        shard_name(0),
+        shard_name(1),
+    ]
     assert entry_of(out, 1, json.loads((out / "index.json").read_text())["spec"]) is not None
 
 
@@ -499,7 +590,10 @@ def stack(rows):
 def padded(rows, left=3, right=2):
     """[B, left + T + right] with an attention mask; 9 is a token like any other."""
     fills = {"input_ids": 9, "labels": -100, "position_ids": 0}
-    out = {key: torch.tensor([[fill] * left + list(row[key]) + [fill] * right for row in rows]) for key, fill in fills.items()}
+    out = {
+        key: torch.tensor([[fill] * left + list(row[key]) + [fill] * right for row in rows])
+        for key, fill in fills.items()
+    }
     return out | {"attention_mask": torch.tensor([[0] * left + [1] * T + [0] * right for _ in rows])}
 
 
@@ -514,23 +608,46 @@ def test_a_batch_gets_the_targets_of_its_rows_wherever_they_lie(made, collate):
     batch = StoreCollator(store, collate)([rows[5], rows[2]])
     assert "store_row" not in batch
     one = torch.stack([torch.from_numpy(store.example(n)["teacher_logp"]) for n in (5, 2)])
-    wanted = {stack: one, padded: torch.nn.functional.pad(one, (0, 0, 3, 2), value=-torch.inf), joined: one.flatten(0, 1)[None]}[collate]
+    wanted = {
+        stack: one,
+        padded: torch.nn.functional.pad(one, (0, 0, 3, 2), value=-torch.inf),
+        joined: one.flatten(0, 1)[None],
+    }[collate]
     torch.testing.assert_close(batch["teacher_logp"], wanted, rtol=0, atol=0)
     assert batch["teacher_ids"].shape == wanted.shape and batch["teacher_rest"].shape == wanted.shape[:2]
     stored = torch.from_numpy(store.row(5).stored)
     assert batch["teacher_rest"][0, padded.__defaults__[0] * (collate is padded) :][:T][stored].isfinite().all()
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda row: row["input_ids"].__setitem__(11, 3), r"row 2, position 11 \(document 1 .*, its token 4\): token 3 in the batch, \d+ in the store"),
-    (lambda row: row["position_ids"].__setitem__(9, 0), r"row 2, position 9 \(.*\): a document starts in the batch alone"),
-    (lambda row: row["position_ids"].__setitem__(7, 7), r"row 2, position 7 \(document 1 .*, its token 0\): a document starts in the store alone"),
-    (lambda row: row["labels"].__setitem__(1, 5), r"row 2, position 0 \(.*\): the next token is scored, the store has no targets"),
-    (lambda row: [row[key].pop() for key in ("input_ids", "labels", "position_ids")], "row 2, document 0: 23 tokens in the batch, 24 in the store"),
-    (lambda row: row.pop("store_row"), "a row has no column store_row"),
-    (lambda row: row.__setitem__("store_row", 3), "row 3, position 0 .*: token 14 in the batch, 21 in the store"),
-    (lambda row: row.__setitem__("store_row", 99), "row 99, the store has 10"),
-], ids=["token", "start", "no start", "scored", "cut", "no number", "other number", "no such row"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda row: row["input_ids"].__setitem__(11, 3),
+            r"row 2, position 11 \(document 1 .*, its token 4\): token 3 in the batch, \d+ in the store",
+        ),
+        (
+            lambda row: row["position_ids"].__setitem__(9, 0),
+            r"row 2, position 9 \(.*\): a document starts in the batch alone",
+        ),
+        (
+            lambda row: row["position_ids"].__setitem__(7, 7),
+            r"row 2, position 7 \(document 1 .*, its token 0\): a document starts in the store alone",
+        ),
+        (
+            lambda row: row["labels"].__setitem__(1, 5),
+            r"row 2, position 0 \(.*\): the next token is scored, the store has no targets",
+        ),
+        (
+            lambda row: [row[key].pop() for key in ("input_ids", "labels", "position_ids")],
+            "row 2, document 0: 23 tokens in the batch, 24 in the store",
+        ),
+        (lambda row: row.pop("store_row"), "a row has no column store_row"),
+        (lambda row: row.__setitem__("store_row", 3), "row 3, position 0 .*: token 14 in the batch, 21 in the store"),
+        (lambda row: row.__setitem__("store_row", 99), "row 99, the store has 10"),
+    ],
+    ids=["token", "start", "no start", "scored", "cut", "no number", "other number", "no such row"],
+)
 def test_a_batch_that_is_not_the_stores_is_refused(made, spoil, message):
     store = TeacherStore(made)
     rows = copy.deepcopy(number_rows(data(), store))
@@ -571,7 +688,9 @@ def test_datasets_reads_the_store(made):
         assert a.keys() == b.keys() == wanted.keys()
         for key in wanted:
             np.testing.assert_array_equal(np.asarray(a[key]), wanted[key])
-            np.testing.assert_array_equal(np.asarray(b[key], dtype=np.float32), np.asarray(wanted[key], dtype=np.float32))
+            np.testing.assert_array_equal(
+                np.asarray(b[key], dtype=np.float32), np.asarray(wanted[key], dtype=np.float32)
+            )
 
 
 def test_a_store_that_was_opened_can_be_sent_to_another_process(made):

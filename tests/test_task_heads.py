@@ -1,10 +1,16 @@
-"""Heads besides the language model's, as transformers has them for a Llama: scores of rows, classes of tokens, spans of answers."""
+"""Heads besides the language model's, as transformers has them for a Llama: scores of rows, classes of tokens, spans of
+answers.
+"""
 
 import pytest
 import torch
 from conftest import enlarge, tiny_config, token_ids
 from tiny_students import CLOSE, left_padded
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import xlstm_hybrid
 
@@ -46,8 +52,13 @@ def test_a_row_is_scored_at_its_last_real_token_on_whichever_side_its_padding_is
 def test_a_head_learns_by_heart(name):
     torch.manual_seed(0)
     model, ids = made(name).train(), token_ids(4, 12).clamp_min(6)
-    labels = {"labels": torch.tensor([0, 1, 2, 1])} if "Sequence" in name else {"labels": ids % 3} if "Token" in name else {
-        "start_positions": torch.tensor([1, 4, 2, 9]), "end_positions": torch.tensor([3, 6, 2, 11])}  # fmt: skip
+    labels = (
+        {"labels": torch.tensor([0, 1, 2, 1])}
+        if "Sequence" in name
+        else {"labels": ids % 3}
+        if "Token" in name
+        else {"start_positions": torch.tensor([1, 4, 2, 9]), "end_positions": torch.tensor([3, 6, 2, 11])}
+    )
     optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
     for _ in range(25):
         loss = model(ids, **labels).loss

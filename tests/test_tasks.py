@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from xlstm_hybrid import tasks
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import DataError
 
 

@@ -1,4 +1,6 @@
-"""The Triton row kernel of the head loss is the definition: on a GPU where there is one, elsewhere in Triton's interpreter."""
+"""The Triton row kernel of the head loss is the definition: on a GPU where there is one, elsewhere in Triton's
+interpreter.
+"""
 
 import os
 
@@ -9,12 +11,14 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 pytest.importorskip("triton")
 
 from test_head_loss import ALL, INF, NAN, OUTCOMES, assert_same, everything, gap, inputs, plain, settings
-from xlstm_kernels.gpu import launch
-from xlstm_kernels.gpu.head_loss import TILES, aot_cases
-from xlstm_kernels.gpu.head_loss import rows_step as kernel_step
-from xlstm_kernels.gpu.launch import Tile, recording, using
-from xlstm_kernels.head_loss import LARGEST_M, Task, head_loss
-from xlstm_kernels.head_rows import NEVER, REST_FLOOR, Rule, rows_step
+from xlstm_kernels import head_loss
+from xlstm_kernels.backends import launch
+from xlstm_kernels.backends.launch import Tile, recording, using
+from xlstm_kernels.head_loss.cpu import rows_step
+from xlstm_kernels.head_loss.op import KERNEL
+from xlstm_kernels.head_loss.reference import NEVER, REST_FLOOR, Rule, Task
+from xlstm_kernels.head_loss.triton import TILES, aot_cases
+from xlstm_kernels.head_loss.triton import rows_step as kernel_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities that are selected away
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +36,10 @@ def on_cpu(values):
 
 
 def assert_as_exact_as_torch(x, **more):
-    """Terms and gradients in float32, within twice the error of the torch backend's and of one rounding; the items and the agreement are the same."""
+    """Terms and gradients in float32, within twice the error of the torch backend's and of one rounding.
+
+    The items and the agreement are the same.
+    """
     low = in_dtype(x, torch.float32)
     want = on_cpu(everything(in_dtype(low, torch.float64), **more, backend="dense"))
     with using(TILE):
@@ -43,7 +50,9 @@ def assert_as_exact_as_torch(x, **more):
 
 
 @pytest.mark.parametrize("outcomes", OUTCOMES)
-@pytest.mark.parametrize("more", [{}, {"softcap": 4.0, "logit_scale": 0.7}, {"logit_scale": 1.3, "num_items": 50}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"softcap": 4.0, "logit_scale": 0.7}, {"logit_scale": 1.3, "num_items": 50}], ids=str
+)
 def test_the_kernel_is_the_definition(outcomes, more):
     x = inputs(T=6, V=53)
     x["labels"][0, :3] = x["top_ids"][0, :3, 0]  # labels among the stored ids and elsewhere
@@ -76,8 +85,14 @@ def test_without_a_teacher_it_is_cross_entropy():
 
 
 def test_a_rest_mass_below_the_smallest_float_keeps_its_value_and_gradient():
-    x = {"hidden": torch.ones(1, 1, 1), "weight": torch.tensor([101.0, 100, -99, -99.5, -98, -100])[:, None], "labels": torch.zeros(1, 1).long(),
-         "top_ids": torch.tensor([[[0, 1]]]), "top_logp": torch.tensor([[[0.6, 0.3]]]).log(), "rest_logp": torch.tensor([[0.1]]).log()}  # fmt: skip
+    x = {
+        "hidden": torch.ones(1, 1, 1),
+        "weight": torch.tensor([101.0, 100, -99, -99.5, -98, -100])[:, None],
+        "labels": torch.zeros(1, 1).long(),
+        "top_ids": torch.tensor([[[0, 1]]]),
+        "top_logp": torch.tensor([[[0.6, 0.3]]]).log(),
+        "rest_logp": torch.tensor([[0.1]]).log(),
+    }
     more = {"ce_weight": 0.5, "forward_kl_weight": 1.0, "reverse_kl_weight": 1.0, "shift": False}
     x = in_dtype(x, torch.float32)
     got, want = everything(x, **more, backend="triton"), everything(in_dtype(x, torch.float64), **more, backend="dense")
@@ -90,7 +105,12 @@ def test_nan_where_it_counts_is_seen():
         x = in_dtype(inputs(T=4), torch.float32)
         x[name][place] = NAN
         out = head_loss(**x, **ALL, backend="triton")
-        assert out.loss.isnan() and out.forward_kl.isnan() and out.reverse_kl.isnan() and out.ce.isnan() == (name == "hidden")
+        assert (
+            out.loss.isnan()
+            and out.forward_kl.isnan()
+            and out.reverse_kl.isnan()
+            and out.ce.isnan() == (name == "hidden")
+        )
 
 
 def test_what_does_not_count_may_hold_anything():
@@ -113,7 +133,16 @@ def chunk(outcomes="tail", N=7, V=150, M=7):
     """Logits of the tokens that count, in a workspace with wider rows, and their targets."""
     x = in_dtype(inputs(B=1, T=N, D=8, V=V, M=M), torch.float32)
     x["labels"][0, :2] = x["top_ids"][0, :2, 0]
-    task = Task(x["labels"], (x["top_ids"], x["top_logp"], x["rest_logp"]), None, False, (0.9, 0.3, 0.2), outcomes, 1, torch.float32)
+    task = Task(
+        x["labels"],
+        (x["top_ids"], x["top_logp"], x["rest_logp"]),
+        None,
+        False,
+        (0.9, 0.3, 0.2),
+        outcomes,
+        1,
+        torch.float32,
+    )
     workspace = torch.full((len(task.place), V + 10), 7.0, device=DEVICE)
     logits = workspace[:, :V].copy_(x["hidden"][0, task.place] @ x["weight"].T)
     return workspace, logits, task.targets(0, N, V)
@@ -173,7 +202,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(monkeypatch):
 
 
 def test_the_largest_number_of_entries_is_the_tables():
-    assert max(width for _, width, _ in TILES) == LARGEST_M
+    assert max(width for _, width, _ in TILES) == KERNEL.largest["M"]
 
 
 def test_the_compilers_cases_reach_every_tile():

@@ -1,6 +1,7 @@
-"""The Triton form of the mLSTM is the recurrent one: outputs, carried state and all gradients, judged from float64.
+"""The Triton form of the mLSTM is the recurrent one: outputs, carried state and all gradients, measured from float64.
 
-On a machine without a GPU the kernels run in Triton's interpreter, in tiles of 16 so that a few tokens are several chunks.
+On a machine without a GPU the kernels run in Triton's interpreter, in tiles of 16 so that a few tokens are several
+chunks.
 """
 
 import os
@@ -16,9 +17,9 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from xlstm_kernels import MLSTMState, mlstm  # noqa: E402
-from xlstm_kernels.gpu import mlstm as gpu  # noqa: E402
-from xlstm_kernels.gpu.launch import Tile, using  # noqa: E402
-from xlstm_kernels.gpu.mlstm import mlstm_triton  # noqa: E402
+from xlstm_kernels.backends.launch import Tile, using  # noqa: E402
+from xlstm_kernels.mlstm import triton as gpu  # noqa: E402
+from xlstm_kernels.mlstm.triton import mlstm_triton  # noqa: E402
 
 torch.set_num_threads(1)
 INF = float("inf")
@@ -32,7 +33,9 @@ def waves(*shape, step):
 
 
 def inputs(T=37, B=1, H=1, K=8, V=16, gate=2.0, signed=False):
-    """q, k, v, i, f in float64, rounded to float32: waves with q and k in the domain of the feature maps, softmaxed, unless `signed`."""
+    """q, k, v, i, f in float64, rounded to float32: waves with q and k in the domain of the feature maps, softmaxed,
+    unless `signed`.
+    """
     q, k, v = waves(B, T, H, K, step=0.11), waves(B, T, H, K, step=0.23), waves(B, T, H, V, step=0.36)
     i, f = gate * waves(B, T, H, step=0.49), gate * waves(B, T, H, step=0.62)
     x = *((q, k) if signed else ((3 * q).softmax(-1), (3 * k).softmax(-1))), v, i, f
@@ -42,7 +45,9 @@ def inputs(T=37, B=1, H=1, K=8, V=16, gate=2.0, signed=False):
 def carried(B=1, H=1, K=8, V=16):
     """A state as a sequence before would have left it: n is what v = 1 would have written into C."""
     n = 2 + waves(B, H, K, step=0.71)
-    return MLSTMState(*(a.float().double() for a in (n[..., None] * waves(B, H, K, V, step=0.83), n, waves(B, H, step=0.97))))
+    return MLSTMState(
+        *(a.float().double() for a in (n[..., None] * waves(B, H, K, V, step=0.83), n, waves(B, H, step=0.97)))
+    )
 
 
 def recurrent(*x):
@@ -50,9 +55,11 @@ def recurrent(*x):
 
 
 def everything(fn, x, state=None, upstream=1.0, dtype=None, **options):
-    """h, C, n, m and the gradients of q, k, v, i, f, C, n for a loss that reads h and the final state, all in float64 on the CPU.
+    """h, C, n, m and the gradients of q, k, v, i, f, C, n for a loss that reads h and the final state, all in float64
+    on the CPU.
 
-    The loss reads C and n as they are: their scale is m, which every form rounds to the same float32 but for its last digit.
+    The loss reads C and n as they are: their scale is m, which every form rounds to the same float32 but for its last
+        digit.
     """
     device = "cpu" if dtype is None else DEVICE
     x = [a.to(device, dtype).clone().requires_grad_() for a in x]
@@ -74,14 +81,21 @@ def triton(x, state=None, upstream=1.0, dtype=torch.float32, tile=SMALL, **optio
 
 
 def error(got, want, scale=0.0):
-    """Largest error on the scale of the largest entry, at least `scale`; an infinite log-scale has to be hit exactly."""
+    """Largest error on the scale of the largest entry, at least `scale`.
+
+    an infinite log-scale has to be hit exactly.
+    """
     finite = want.isfinite()
     assert torch.equal(got.isfinite(), finite)
-    return ((got - want)[finite].abs().max() / max(want[finite].abs().max().item(), scale, 1e-30)).item() if finite.any() else 0.0
+    return (
+        ((got - want)[finite].abs().max() / max(want[finite].abs().max().item(), scale, 1e-30)).item()
+        if finite.any()
+        else 0.0
+    )
 
 
 def assert_close(got, want, tol=3e-5, grad_tol=1e-4):
-    """Gradients of which nothing is left but the rounding of larger ones are judged by those."""
+    """Gradients of which nothing is left but the rounding of larger ones are measured by those."""
     assert got.keys() == want.keys()
     largest = max((a.abs().max().item() for name, a in want.items() if name[0] == "d"), default=0.0)
     errors = {name: error(got[name], a, 0.01 * largest if name[0] == "d" else 0.0) for name, a in want.items()}
@@ -116,7 +130,10 @@ def test_keys_and_values_may_differ_in_size_and_need_not_fill_a_tile(K, V):
 
 def test_a_value_may_have_256_entries_and_a_batch_several_rows_and_heads():
     x, state = inputs(17, B=2, H=2, K=16, V=256), carried(B=2, H=2, K=16, V=256)
-    assert_close(triton(x, state, tile=SMALL._replace(sizes={"BT": 32, "BR": 32, "BK": 16, "BV": 128})), everything(recurrent, x, state))
+    assert_close(
+        triton(x, state, tile=SMALL._replace(sizes={"BT": 32, "BR": 32, "BK": 16, "BV": 128})),
+        everything(recurrent, x, state),
+    )
 
 
 def test_the_tiles_of_the_table_agree_too():
@@ -162,7 +179,13 @@ def test_signed_queries_and_keys_agree_as_far_as_the_normaliser_allows():
     assert_close(got, want)
 
 
-MASKED = {"left": [0, 1, 2], "right": [34, 35, 36], "inside": [3, 4, 17, 20, 21], "a whole chunk": [*range(14, 35)], "all but one": [*range(36)]}
+MASKED = {
+    "left": [0, 1, 2],
+    "right": [34, 35, 36],
+    "inside": [3, 4, 17, 20, 21],
+    "a whole chunk": [*range(14, 35)],
+    "all but one": [*range(36)],
+}
 
 
 @pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED.keys())
@@ -179,7 +202,9 @@ def test_a_masked_token_is_a_no_op(masked):
     assert error(got["h"][:, real], h) < 3e-5
     assert all(error(got[name], a) < 3e-5 for name, a in state._asdict().items())
     del got["h"]  # that of the masked tokens means nothing
-    assert_close(got, {name: a for name, a in everything(recurrent, padded, carried(), upstream).items() if name != "h"})
+    assert_close(
+        got, {name: a for name, a in everything(recurrent, padded, carried(), upstream).items() if name != "h"}
+    )
 
 
 def test_a_sequence_of_masked_tokens_returns_the_state_it_was_given():
@@ -245,7 +270,7 @@ def test_two_levels_of_scan_are_one(packed, monkeypatch):
     assert_close(fresh, triton(x, cu_seqlens=cu), tol=1e-6, grad_tol=1e-6)
 
 
-def test_a_small_batch_of_long_sequences_is_walked_in_segments():
+def test_a_small_batch_of_long_sequences_is_scanned_in_segments():
     assert [gpu.segments_for(*sizes, torch.device("cpu")) for sizes in ((256, 64), (16, 7), (16, 64))] == [1, 1, 8]
 
 
@@ -260,7 +285,9 @@ def test_it_goes_on_where_another_stopped_and_the_other_way_round(first):
     def on_device(*x):
         *x, state = x
         with using(SMALL):
-            h, last = mlstm_triton(*(a.float().to(DEVICE) for a in x), MLSTMState(*(a.float().to(DEVICE) for a in state)))
+            h, last = mlstm_triton(
+                *(a.float().to(DEVICE) for a in x), MLSTMState(*(a.float().to(DEVICE) for a in state))
+            )
         return h.cpu().double(), MLSTMState(*(a.cpu().double() for a in last))
 
     assert_close(everything(two, inputs(), carried()), truth(37))
@@ -357,7 +384,9 @@ def test_half_precision_survives_many_tokens_of_equal_weight():
     i, f = torch.zeros(1, 20, 1, device=DEVICE), torch.full((1, 20, 1), 30.0, device=DEVICE)
     n = torch.full((1, 1, 4), 7e4, device=DEVICE)
     with using(SMALL):
-        h, last = mlstm_triton(*x, i, f, MLSTMState(n[..., None].expand(1, 1, 4, 4) * 3, n, torch.zeros(1, 1, device=DEVICE)))
+        h, last = mlstm_triton(
+            *x, i, f, MLSTMState(n[..., None].expand(1, 1, 4, 4) * 3, n, torch.zeros(1, 1, device=DEVICE))
+        )
     assert (h == 3).all()
     torch.testing.assert_close(last.n, n + 20)
     torch.testing.assert_close(last.C, 3 * (n + 20)[..., None].expand(1, 1, 4, 4), rtol=1e-4, atol=0)
@@ -372,7 +401,9 @@ def test_the_operators_tell_the_compiler_the_truth():
     x, state = [a.float().to(DEVICE).requires_grad_() for a in inputs(20)], [a.float().to(DEVICE) for a in carried()]
     none = (None, None, None)
     with using(SMALL):
-        torch.library.opcheck(torch.ops.xlstm_kernels.mlstm_chunks.default, (*x, state[0].requires_grad_(), *state[1:], *none, 0))
+        torch.library.opcheck(
+            torch.ops.xlstm_kernels.mlstm_chunks.default, (*x, state[0].requires_grad_(), *state[1:], *none, 0)
+        )
         torch.library.opcheck(torch.ops.xlstm_kernels.mlstm_chunks.default, (*x, *none, *none, 0))
 
 
@@ -389,9 +420,18 @@ def test_what_no_tile_holds_is_refused_by_name():
     x = [a.float().to(DEVICE) for a in inputs()]
     for wrong, said in [
         (lambda: mlstm_triton(*(a.double() for a in x)), "float64"),
-        (lambda: mlstm_triton(*(a.new_zeros(1, 5, 1, 200) for a in x[:3]), *(a[:, :5] for a in x[3:])), "K=200, V=200.*up to 128 and V up to 256"),
-        (lambda: mlstm_triton(*x, cu_seqlens=torch.tensor([0, 5, 5, 37])), "cu_seqlens: expected 0, ..., 37 with at least one token"),
-        (lambda: mlstm_triton(*x, cu_seqlens=torch.tensor([0.0, 37.0])), "cu_seqlens: expected int32 or int64"),
+        (
+            lambda: mlstm_triton(*(a.new_zeros(1, 5, 1, 200) for a in x[:3]), *(a[:, :5] for a in x[3:])),
+            "q: .*128 at most.*got 200",
+        ),
+        (
+            lambda: mlstm_triton(*x, cu_seqlens=torch.tensor([0, 5, 5, 37])),
+            "cu_seqlens: expected 0, ..., 37 with at least one token",
+        ),
+        (
+            lambda: mlstm(*x, cu_seqlens=torch.tensor([0.0, 37.0]), backend="triton"),
+            "cu_seqlens: expected int32 or int64",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             wrong()

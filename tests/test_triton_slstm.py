@@ -1,4 +1,5 @@
-"""The Triton sLSTM is the plain recurrence: outputs, states, every gradient, judged from float64; and it compiles for GPUs that are not here.
+"""The Triton sLSTM is the plain recurrence: outputs, states, every gradient, measured from float64; and it compiles for
+GPUs that are not here.
 
 On a machine without a GPU the kernels run in Triton's interpreter.
 """
@@ -11,9 +12,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
-from xlstm_kernels.gpu import slstm as kernels
-from xlstm_kernels.gpu.launch import Tile, using
-from xlstm_kernels.slstm import SLSTMState, slstm
+from xlstm_kernels import SLSTMState, slstm
+from xlstm_kernels.backends.launch import Tile, using
+from xlstm_kernels.slstm import triton as kernels
+from xlstm_kernels.slstm.check import check_kernel
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +44,9 @@ def results(leaves, m, rows, forget, backend, tile=TILE, r_dtype=None):
     weight = r if r_dtype is None else r.to(r_dtype)
     rows = {k: mask.to(DEVICE) for k, mask in rows.items()}
     with using(tile):
-        h, last = slstm(x, weight, state=SLSTMState(*state, m.to(DEVICE, dtype)), forget=forget, backend=backend, **rows)
+        h, last = slstm(
+            x, weight, state=SLSTMState(*state, m.to(DEVICE, dtype)), forget=forget, backend=backend, **rows
+        )
         after, _ = slstm(x, weight, state=last, forget=forget, backend=backend)
         up = [waves(*h.shape, step=s).to(h) for s in (0.53, 0.29)]
         gradients = torch.autograd.grad((h * up[0]).sum() + (after * up[1]).sum(), (x, r, *state))
@@ -53,7 +57,9 @@ def results(leaves, m, rows, forget, backend, tile=TILE, r_dtype=None):
 def test_the_kernel_is_the_recurrence_on_outputs_states_and_every_gradient(forget, masked):
     leaves, m, rows = problem()
     rows = rows if masked else {}
-    for got, want in zip(results(leaves, m, rows, forget, "triton"), results(leaves, m, rows, forget, "recurrent"), strict=True):
+    for got, want in zip(
+        results(leaves, m, rows, forget, "triton"), results(leaves, m, rows, forget, "recurrent"), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
@@ -68,16 +74,29 @@ def test_sizes_that_fill_no_tile_and_more_than_one(B, T, H, V):
 
 def test_a_head_that_is_multiplied_in_parts():
     leaves, m, rows = problem(H=1, V=40)
-    leaves, m, rows = (leaves[0][:1, :3], leaves[1] / 4, *(a[:1] for a in leaves[2:])), m[:1], {k: mask[:1, :3] for k, mask in rows.items()}
-    for got, want in zip(results(leaves, m, rows, "sigmoid", "triton", WIDE), results(leaves, m, rows, "sigmoid", "recurrent"), strict=True):
+    leaves, m, rows = (
+        (leaves[0][:1, :3], leaves[1] / 4, *(a[:1] for a in leaves[2:])),
+        m[:1],
+        {k: mask[:1, :3] for k, mask in rows.items()},
+    )
+    for got, want in zip(
+        results(leaves, m, rows, "sigmoid", "triton", WIDE),
+        results(leaves, m, rows, "sigmoid", "recurrent"),
+        strict=True,
+    ):
         torch.testing.assert_close(got, want, rtol=5e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("r_dtype", [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16])  # the interpreter has no bfloat16
+@pytest.mark.parametrize(
+    "r_dtype", [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
+)  # the interpreter has no bfloat16
 def test_recurrent_weights_in_half_precision_cost_no_precision(r_dtype):
     """h is multiplied in two parts: the error stays that of float32, far below the 2^-9 of rounding h to bfloat16."""
     leaves, m, rows = problem(dtype=r_dtype)
-    got, want = results(leaves, m, rows, "sigmoid", "triton", r_dtype=r_dtype), results(leaves, m, rows, "sigmoid", "recurrent")
+    got, want = (
+        results(leaves, m, rows, "sigmoid", "triton", r_dtype=r_dtype),
+        results(leaves, m, rows, "sigmoid", "recurrent"),
+    )
     for name, a, b in zip(("h", "last h", "mean", "after"), got, want, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -88,7 +107,9 @@ def test_a_step_whose_padding_is_not_a_number_changes_nothing():
     rows = {k: mask.to(DEVICE) for k, mask in rows.items()}
     with using(TILE):
         want, last = slstm(x, r, backend="triton", **rows)
-        h, state = slstm(x.masked_fill(~rows["real"][:, :, None, None, None], float("nan")), r, backend="triton", **rows)
+        h, state = slstm(
+            x.masked_fill(~rows["real"][:, :, None, None, None], float("nan")), r, backend="triton", **rows
+        )
     torch.testing.assert_close((h, *state), (want, *last), rtol=0, atol=0)
 
 
@@ -100,14 +121,14 @@ def test_what_the_kernel_cannot_calculate_is_refused_by_name():
         slstm(torch.zeros(1, 2, 4, 1, 200, device=DEVICE), torch.zeros(4, 1, 200, 200, device=DEVICE), backend="triton")
 
 
-def test_the_problem_that_decides_whether_the_kernel_is_believed_passes_here():
+def test_the_problem_that_decides_whether_the_kernel_is_right_passes_here():
     with using(TILE):
-        errors = kernels.check_slstm_kernel(torch.device(DEVICE), torch.float32, 8)
+        errors = check_kernel(torch.device(DEVICE), torch.float32, 8)
     assert errors and max(errors.values()) < 1e-4
 
 
 def test_that_problem_finds_a_kernel_out_that_forgets_its_padding(monkeypatch):
     monkeypatch.setattr(kernels, "bytes_of", lambda mask: None)
     with using(TILE):
-        errors = kernels.check_slstm_kernel(torch.device(DEVICE), torch.float32, 8)
+        errors = check_kernel(torch.device(DEVICE), torch.float32, 8)
     assert max(errors.values()) > 1e-2

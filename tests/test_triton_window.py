@@ -1,6 +1,7 @@
-"""The Triton form of window attention is the definition: output and gradients of q, k, v, judged from float64.
+"""The Triton form of window attention is the definition: output and gradients of q, k, v, measured from float64.
 
-On a machine without a GPU the kernels run in Triton's interpreter, in small tiles so that a few tokens are several of them.
+On a machine without a GPU the kernels run in Triton's interpreter, in small tiles so that a few tokens are several of
+them.
 """
 
 import os
@@ -12,9 +13,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
-from xlstm_kernels.gpu.launch import Tile, using
-from xlstm_kernels.gpu.window import layout, window_triton
-from xlstm_kernels.window import window_attention
+from xlstm_kernels import window_attention
+from xlstm_kernels.backends.launch import Tile, using
+from xlstm_kernels.window.triton import layout, window_triton
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +29,10 @@ def waves(*shape, step):
 
 def inputs(T, B=1, H=2, G=1, K=16, V=16):
     """q, k, v in float64, rounded so that half precision holds them."""
-    return [a.half().double() for a in (3 * waves(B, T, H, K, step=0.11), 3 * waves(B, T, G, K, step=0.23), waves(B, T, G, V, step=0.36))]
+    return [
+        a.half().double()
+        for a in (3 * waves(B, T, H, K, step=0.11), 3 * waves(B, T, G, K, step=0.23), waves(B, T, G, V, step=0.36))
+    ]
 
 
 def reference(*x, **settings):
@@ -39,7 +43,9 @@ def everything(fn, x, dtype=torch.float64, tile=None, **settings):
     """h and the gradients of q, k, v, in float64 on the CPU, for a loss that reads h."""
     device = "cpu" if fn is reference and dtype == torch.float64 else DEVICE
     x = [a.to(device, dtype, copy=True).requires_grad_() for a in x]
-    settings = {"scale": x[0].shape[3] ** -0.5} | {name: a.to(device) if torch.is_tensor(a) else a for name, a in settings.items()}
+    settings = {"scale": x[0].shape[3] ** -0.5} | {
+        name: a.to(device) if torch.is_tensor(a) else a for name, a in settings.items()
+    }
     with using(tile):
         h = fn(*x, **settings)
         (h * waves(*h.shape, step=0.3).to(h)).sum().backward()
@@ -58,16 +64,30 @@ def error(got, want):
 
 def assert_same(got, want, tol=1e-5):
     for name, a, b in zip(("h", "dq", "dk", "dv"), got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tol, atol=tol * max(1.0, b.abs().max().item()), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=tol, atol=tol * max(1.0, b.abs().max().item()), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize(("T", "tile"), [(1, SMALL), (5, SMALL), (37, SMALL), (64, TALL), (129, Tile({"BT": 32, "BS": 32}))], ids=str)
+@pytest.mark.parametrize(
+    ("T", "tile"), [(1, SMALL), (5, SMALL), (37, SMALL), (64, TALL), (129, Tile({"BT": 32, "BS": 32}))], ids=str
+)
 def test_the_triton_form_is_the_definition(T, tile):
     x, settings = inputs(T), {"window": 24, "sinks": 4}
     assert_same(triton(x, tile, **settings), everything(reference, x, **settings))
 
 
-SETTINGS = [(1, 0, 37), (1, 4, 37), (3, 7, 37), (16, 0, 50), (17, 1, 50), (33, 20, 50), (50, 4, 50), (49, 4, 50), (1000, 4, 20)]
+SETTINGS = [
+    (1, 0, 37),
+    (1, 4, 37),
+    (3, 7, 37),
+    (16, 0, 50),
+    (17, 1, 50),
+    (33, 20, 50),
+    (50, 4, 50),
+    (49, 4, 50),
+    (1000, 4, 20),
+]
 
 
 @pytest.mark.parametrize(("window", "sinks", "T"), SETTINGS)
@@ -97,7 +117,10 @@ def test_the_scale_may_turn_the_scores_around(scale):
 
 
 def packing(*rows):
-    """index and document from rows written as [(document length, padding behind it), ...]; a first length of 0 pads on the left."""
+    """index and document from rows written as [(document length, padding behind it), ...].
+
+    a first length of 0 pads on the left.
+    """
     index, document = [], []
     for row in rows:
         index.append([p for n, pad in row for p in (*range(n), *[-1] * pad)])
@@ -122,7 +145,9 @@ def packed_truth(case):
 @pytest.mark.parametrize("case", PACKED)
 def test_documents_and_padding_are_sequences_on_their_own(case):
     index, document = PACKED[case]
-    x = [a.masked_fill((index < 0)[..., None, None], float("nan")) for a in inputs(72, B=2, H=1)]  # what padding holds does not matter
+    x = [
+        a.masked_fill((index < 0)[..., None, None], float("nan")) for a in inputs(72, B=2, H=1)
+    ]  # what padding holds does not matter
     got = triton(x, Tile({"BT": 32, "BS": 32}), window=9, sinks=3, index=index, document=document)
     for a in got:
         assert (a[index < 0] == 0).all()
@@ -148,7 +173,10 @@ def test_the_layout_counts_real_tokens():
 
 
 def test_many_sinks_of_several_long_documents_get_their_gradients():
-    """More sinks than one tile of them holds, in documents of several chunks, from all heads of the group; tiles in the middle of the window."""
+    """More sinks than one tile of them holds, in documents of several chunks, from all heads of the group.
+
+    Tiles in the middle of the window.
+    """
     index, document = packing([(60, 3), (50, 0)])
     x, settings = inputs(113), {"window": 40, "sinks": 35, "index": index, "document": document}
     assert_same(triton(x, SMALL, **settings), everything(reference, x, **settings))
@@ -157,7 +185,9 @@ def test_many_sinks_of_several_long_documents_get_their_gradients():
 def test_tensors_may_lie_in_memory_in_any_order():
     x, settings = inputs(37, B=2, G=2), {"window": 9, "sinks": 3}
     spread = [a.transpose(1, 2).contiguous().transpose(1, 2) for a in x]
-    spread[1] = x[1].transpose(2, 3).contiguous().transpose(2, 3)  # neighbours in the last dim are not neighbours in memory
+    spread[1] = (
+        x[1].transpose(2, 3).contiguous().transpose(2, 3)
+    )  # neighbours in the last dim are not neighbours in memory
     assert not any(a.is_contiguous() for a in spread[:2])
     move = {"dtype": torch.float32, "device": DEVICE}
     with using(TALL):
@@ -179,7 +209,9 @@ def eager(x, dtype, window, sinks):
     q, k, v = (a.transpose(1, 2) for a in x)
     t = torch.arange(q.shape[2])
     seen = (t <= t[:, None]) & ((t[:, None] - t < window) | (t < sinks))
-    scores = (q @ k.repeat_interleave(q.shape[1], 1).transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(~seen, float("-inf"))
+    scores = (q @ k.repeat_interleave(q.shape[1], 1).transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(
+        ~seen, float("-inf")
+    )
     h = (scores.softmax(-1) @ v.repeat_interleave(q.shape[1], 1)).transpose(1, 2)
     (h * waves(*h.shape, step=0.3).to(dtype)).sum().backward()
     return [a.detach().double() for a in (h, *(a.grad for a in x))]
@@ -208,8 +240,11 @@ def test_mixed_dtypes_are_calculated_in_the_wider_one():
 
 def test_what_the_kernels_do_not_calculate_is_refused_by_name():
     q, k, v = (a.float() for a in inputs(5))
-    for wrong, said in [((q.double(), k, v), "q: .*float64"), ((q.new_zeros(1, 5, 2, 160), k.new_zeros(1, 5, 1, 160), v), "q: .*128, got 160"),
-                        ((q, k, v.new_zeros(1, 5, 1, 257)), "v: .*256, got 257")]:  # fmt: skip
+    for wrong, said in [
+        ((q.double(), k, v), "q: .*float64"),
+        ((q.new_zeros(1, 5, 2, 160), k.new_zeros(1, 5, 1, 160), v), "q: .*128 at most.*got 160"),
+        ((q, k, v.new_zeros(1, 5, 1, 257)), "v: .*256 at most.*got 257"),
+    ]:
         with pytest.raises(ValueError, match=said):
             window_triton(*wrong, window=3, sinks=1, scale=1.0, **PLAIN)
 

@@ -1,4 +1,6 @@
-"""TRL's trainers take a student as they take any causal LM: it learns what it is asked to, packed documents stay apart, and adapters train alone."""
+"""TRL's trainers take a student as they take any causal LM: it learns what it is asked to, packed documents stay apart,
+and adapters train alone.
+"""
 
 import copy
 import math
@@ -24,11 +26,19 @@ from trl import (
     SFTTrainer,
 )
 
-from xlstm_hybrid.adapters import lora_config
+from xlstm_hybrid.model.adapters import lora_config
 
 VOCAB = 61
 LENGTHS = (17, 1, 9, 23, 2)  # the window is 7; one document predicts nothing
-COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 1}
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "seed": 1,
+}
 
 
 def words(ids):
@@ -40,7 +50,9 @@ def tokenizer():
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, VOCAB)}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
 
 
 @pytest.fixture
@@ -56,9 +68,20 @@ def counting(rows=8, length=12):
 
 def sft(model, tokenizer, path, rows=None, peft_config=None, **arguments):
     rows = rows or {"input_ids": counting()}
-    shared = COMMON | {"max_length": 32, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 8, "lr_scheduler_type": "constant"}
-    return SFTTrainer(model, SFTConfig(str(path), **shared | arguments), train_dataset=Dataset.from_dict(rows), processing_class=tokenizer,
-                      peft_config=peft_config)  # fmt: skip
+    shared = COMMON | {
+        "max_length": 32,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_steps": 8,
+        "lr_scheduler_type": "constant",
+    }
+    return SFTTrainer(
+        model,
+        SFTConfig(str(path), **shared | arguments),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
 def logged(trainer, name):
@@ -85,9 +108,21 @@ def log_probs(model, ids):
 def test_a_packed_padding_free_batch_has_the_loss_and_gradients_of_its_documents(tokenizer, tmp_path):
     student = tiny_student(torch.float32, gain=1.5)
     documents = [token_ids(1, n, seed=n)[0].tolist() for n in LENGTHS]
-    trainer = sft(student, tokenizer, tmp_path, {"input_ids": documents}, packing=True, max_length=64, gradient_checkpointing=False)
+    trainer = sft(
+        student,
+        tokenizer,
+        tmp_path,
+        {"input_ids": documents},
+        packing=True,
+        max_length=64,
+        gradient_checkpointing=False,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["input_ids"].shape == (1, sum(LENGTHS)) and "attention_mask" not in batch and (batch["position_ids"] == 0).sum() == len(LENGTHS)
+    assert (
+        batch["input_ids"].shape == (1, sum(LENGTHS))
+        and "attention_mask" not in batch
+        and (batch["position_ids"] == 0).sum() == len(LENGTHS)
+    )
     items = sum(LENGTHS) - len(LENGTHS)
     loss = trainer.compute_loss(student, batch, num_items_in_batch=torch.tensor(items))
     loss.backward()
@@ -104,12 +139,23 @@ def test_a_packed_padding_free_batch_has_the_loss_and_gradients_of_its_documents
         for name, x in model.named_parameters():
             scale = x.grad.abs().max().item()
             assert scale > 0, name
-            torch.testing.assert_close(packed[name].to(x.dtype), x.grad, rtol=1e-5, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                packed[name].to(x.dtype),
+                x.grad,
+                rtol=1e-5,
+                atol=1e-5 * scale,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 @pytest.mark.parametrize(
     "layout",
-    [{"packing": True}, {"padding_free": True, "max_length": None}, {}, {"packing": True, "packing_strategy": "bfd_split", "max_length": 8}],
+    [
+        {"packing": True},
+        {"padding_free": True, "max_length": None},
+        {},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 8},
+    ],
     ids=["packed", "padding-free", "padded", "split"],
 )
 def test_supervised_tuning_lowers_the_loss_in_every_layout(fresh, tokenizer, tmp_path, layout):
@@ -120,7 +166,10 @@ def test_supervised_tuning_lowers_the_loss_in_every_layout(fresh, tokenizer, tmp
 
 
 def test_completion_only_tuning_scores_completions_only(fresh, tokenizer, tmp_path):
-    rows = {"prompt": [words(ids[:6]) for ids in counting()], "completion": [" " + words(ids[6:]) for ids in counting()]}
+    rows = {
+        "prompt": [words(ids[:6]) for ids in counting()],
+        "completion": [" " + words(ids[6:]) for ids in counting()],
+    }
     for packing in (False, True):
         trainer = sft(fresh, tokenizer, tmp_path, rows, packing=packing)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -134,7 +183,9 @@ def test_completion_only_tuning_scores_completions_only(fresh, tokenizer, tmp_pa
 
 @pytest.mark.parametrize("targets", ["projections", "all", "whole_mixer"])
 def test_supervised_tuning_with_a_preset_trains_its_adapters_alone(fresh, tokenizer, tmp_path, targets):
-    trainer = sft(fresh, tokenizer, tmp_path, peft_config=lora_config(fresh, targets, r=8), packing=True, learning_rate=3e-2)
+    trainer = sft(
+        fresh, tokenizer, tmp_path, peft_config=lora_config(fresh, targets, r=8), packing=True, learning_rate=3e-2
+    )
     assert trainer.args.gradient_checkpointing  # TRL's default, beside parameters that peft swaps in during the forward
     before = snapshot(trainer.model)
     trainer.train()
@@ -149,22 +200,37 @@ def test_supervised_tuning_with_a_preset_trains_its_adapters_alone(fresh, tokeni
 
 def preferences():
     rows = counting()
-    return {"prompt": [words(ids[:5]) for ids in rows], "chosen": [" " + words(ids[5:]) for ids in rows],
-            "rejected": [" " + words(reversed(ids[3:])) for ids in rows]}  # fmt: skip
+    return {
+        "prompt": [words(ids[:5]) for ids in rows],
+        "chosen": [" " + words(ids[5:]) for ids in rows],
+        "rejected": [" " + words(reversed(ids[3:])) for ids in rows],
+    }
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
 def test_preferences_are_learned_from_a_start_where_student_and_reference_agree(fresh, tokenizer, tmp_path, adapters):
     """With adapters the reference is the student without them."""
-    arguments = DPOConfig(str(tmp_path), **COMMON, max_steps=8, per_device_train_batch_size=8, learning_rate=3e-2 if adapters else 5e-3)
+    arguments = DPOConfig(
+        str(tmp_path), **COMMON, max_steps=8, per_device_train_batch_size=8, learning_rate=3e-2 if adapters else 5e-3
+    )
     reference = {} if adapters else {"ref_model": copy.deepcopy(fresh)}
-    trainer = DPOTrainer(fresh, args=arguments, train_dataset=Dataset.from_dict(preferences()), processing_class=tokenizer, **reference,
-                         peft_config=lora_config(fresh, "all", r=4) if adapters else None)  # fmt: skip
+    trainer = DPOTrainer(
+        fresh,
+        args=arguments,
+        train_dataset=Dataset.from_dict(preferences()),
+        processing_class=tokenizer,
+        **reference,
+        peft_config=lora_config(fresh, "all", r=4) if adapters else None,
+    )
     before = snapshot(trainer.model)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert losses[-1] < 0.3 and logged(trainer, "rewards/margins")[-1] > 1 and logged(trainer, "rewards/accuracies")[-1] == 1
+    assert (
+        losses[-1] < 0.3
+        and logged(trainer, "rewards/margins")[-1] > 1
+        and logged(trainer, "rewards/accuracies")[-1] == 1
+    )
     assert all("lora_" in name for name in moved(trainer.model, before)) == adapters
 
 
@@ -175,7 +241,9 @@ def test_a_trainer_loads_students_and_references_from_their_directories(fresh, t
     assert torch.equal(trainer.model.lm_head.weight, fresh.lm_head.weight)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     arguments = DPOConfig(str(tmp_path / "run"), **COMMON)
-    trainer = DPOTrainer(student, args=arguments, train_dataset=Dataset.from_dict(preferences()), processing_class=tokenizer)
+    trainer = DPOTrainer(
+        student, args=arguments, train_dataset=Dataset.from_dict(preferences()), processing_class=tokenizer
+    )
     assert trainer.ref_model is not student and torch.equal(trainer.ref_model.lm_head.weight, fresh.lm_head.weight)
 
 
@@ -190,14 +258,28 @@ def reward_of(completion_ids, **kwargs):
 
 def grpo(student, tokenizer, path, trainer=GRPOTrainer, config=GRPOConfig, peft_config=None, **arguments):
     prompts = [words(ids[: 3 + row]) for row, ids in enumerate(counting(4))]  # of different lengths: padded on the left
-    shared = COMMON | {"max_steps": 8, "per_device_train_batch_size": 32, "num_generations": 8, "max_completion_length": 6, "learning_rate": 1e-2}
-    return trainer(student, reward_of, config(str(path), **shared | {"beta": 0.0, "lr_scheduler_type": "constant"} | arguments),
-                   train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, peft_config=peft_config)  # fmt: skip
+    shared = COMMON | {
+        "max_steps": 8,
+        "per_device_train_batch_size": 32,
+        "num_generations": 8,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+    }
+    return trainer(
+        student,
+        reward_of,
+        config(str(path), **shared | {"beta": 0.0, "lr_scheduler_type": "constant"} | arguments),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
 def test_the_probabilities_that_a_policy_is_trained_on_are_those_of_each_row_alone(tokenizer, tmp_path):
     student = tiny_student(torch.float32, gain=1.5)
-    trainer = grpo(student, tokenizer, tmp_path, num_generations=4, per_device_train_batch_size=16, max_completion_length=11)
+    trainer = grpo(
+        student, tokenizer, tmp_path, num_generations=4, per_device_train_batch_size=16, max_completion_length=11
+    )
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
     assert (mask[:, 0] == 0).any() and ids.shape[1] > 14  # padded on the left, and longer than the window
@@ -230,9 +312,19 @@ def test_leave_one_out_raises_the_reward_too(fresh, tokenizer, tmp_path):
 
 def test_single_answers_are_learned_as_wanted_or_not(fresh, tokenizer, tmp_path):
     rows = preferences()
-    rows = {"prompt": rows["prompt"] * 2, "completion": rows["chosen"] + rows["rejected"], "label": [True] * 8 + [False] * 8}
+    rows = {
+        "prompt": rows["prompt"] * 2,
+        "completion": rows["chosen"] + rows["rejected"],
+        "label": [True] * 8 + [False] * 8,
+    }
     arguments = KTOConfig(str(tmp_path), **COMMON, max_steps=8, per_device_train_batch_size=16, learning_rate=5e-3)
-    trainer = KTOTrainer(fresh, ref_model=copy.deepcopy(fresh), args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    trainer = KTOTrainer(
+        fresh,
+        ref_model=copy.deepcopy(fresh),
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
     trainer.train()
     losses, margins = logged(trainer, "loss"), logged(trainer, "rewards/margins")
     assert losses[0] == pytest.approx(0.5, abs=1e-4) and losses[-1] < 0.35 and margins[-1] > 1
@@ -240,11 +332,22 @@ def test_single_answers_are_learned_as_wanted_or_not(fresh, tokenizer, tmp_path)
 
 def test_on_policy_distillation_draws_the_student_to_its_teacher(fresh, tokenizer, tmp_path):
     rows = Dataset.from_dict({"prompt": [words(ids[: 3 + row % 4]) for row, ids in enumerate(counting())]})
-    arguments = DistillationConfig(str(tmp_path), **COMMON, max_steps=12, per_device_train_batch_size=8, max_completion_length=8, learning_rate=1e-2,
-                                   lr_scheduler_type="constant")  # fmt: skip
+    arguments = DistillationConfig(
+        str(tmp_path),
+        **COMMON,
+        max_steps=12,
+        per_device_train_batch_size=8,
+        max_completion_length=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
     teacher = tiny_student(torch.float32, gain=1.2)
     before = snapshot(teacher)
     trainer = DistillationTrainer(fresh, teacher, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     losses = logged(trainer, "loss")
-    assert max(losses) == pytest.approx(losses[1], rel=0.5) and losses[-1] < 0.5 * max(losses) and not moved(teacher, before)
+    assert (
+        max(losses) == pytest.approx(losses[1], rel=0.5)
+        and losses[-1] < 0.5 * max(losses)
+        and not moved(teacher, before)
+    )

@@ -1,4 +1,6 @@
-"""`use_cache: false` in a teacher is training's leftover: no student inherits it, and no trainer of ours leaves it behind."""
+"""`use_cache: false` in a teacher is training's leftover: no student inherits it, and no trainer of ours leaves it
+behind.
+"""
 
 import json
 from pathlib import Path
@@ -12,19 +14,19 @@ from tiny_teachers import teacher
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-import xlstm_hybrid.distil.teacher as distil
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.artifacts import write_manifest
-from xlstm_hybrid.cache_names import cache_of
-from xlstm_hybrid.conversion import convert
-from xlstm_hybrid.distil.modeling import DistilXLSTMForCausalLM
-from xlstm_hybrid.export import export
-from xlstm_hybrid.merging import merge
-from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer
-from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
-from xlstm_hybrid.trainers.safety import resumable
-from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer, document_dataset
-from xlstm_hybrid.trainers.streaming import align_streamed
+from xlstm_hybrid.checkpoint.files import write_manifest
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.distil_xlstm.convert import convert as convert_to_distil
+from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer
+from xlstm_hybrid.training.alignment_by_groups import align_streamed
+from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+from xlstm_hybrid.training.resume import Resumable
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes" / "tiny_teacher" / "tiny-llama"
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -84,7 +86,9 @@ def test_a_converted_student_generates_with_its_cache_whatever_its_teacher_says(
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["directory", "in memory"])
-def test_a_student_in_memory_generates_with_its_cache_whatever_its_teacher_says(trained_teacher, loaded, tmp_path, monkeypatch):
+def test_a_student_in_memory_generates_with_its_cache_whatever_its_teacher_says(
+    trained_teacher, loaded, tmp_path, monkeypatch
+):
     source = AutoModelForCausalLM.from_pretrained(trained_teacher) if loaded else trained_teacher
     student = XLSTMHybridForCausalLM.from_teacher(source, sliding_window=7)
     assert student.config.use_cache and cache_of(student(IDS)) is not None
@@ -96,7 +100,7 @@ def test_a_student_in_memory_generates_with_its_cache_whatever_its_teacher_says(
 
 
 def test_a_distil_student_generates_with_its_cache_whatever_its_teacher_says(trained_teacher, tmp_path, monkeypatch):
-    distil.convert(trained_teacher, tmp_path / "student")
+    convert_to_distil(trained_teacher, tmp_path / "student")
     assert says(tmp_path / "student") == [True, True]
     student = DistilXLSTMForCausalLM.from_teacher(trained_teacher)
     assert student.config.use_cache
@@ -112,22 +116,37 @@ def test_what_is_made_of_an_old_checkpoint_uses_the_cache(old_student, tmp_path)
         assert says(tmp_path / name) == [True, True]
         assert json.loads((tmp_path / name / "config.json").read_text())["sliding_window"] == 7
         assert json.loads((tmp_path / name / "generation_config.json").read_text())["max_new_tokens"] == 9
-    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(old_student / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "merged" / "model.safetensors").keys()
+        == load_file(old_student / "model.safetensors").keys()
+    )
 
 
 # --- trainers --------------------------------------------------------------------------------------------------
 
 
-@resumable
-class Plain(SFTTrainer):
+class Plain(Resumable, SFTTrainer):
     """TRL's own trainer."""
 
 
-ROWS = [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in torch.arange(3, 51).view(4, 12).tolist()]
+ROWS = [
+    {"input_ids": row, "labels": row, "attention_mask": [1] * len(row)}
+    for row in torch.arange(3, 51).view(4, 12).tolist()
+]
 DATA = Dataset.from_list(ROWS)
-SHARED = {"max_steps": 1, "per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "steps",
-          "save_steps": 1, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "disable_tqdm": True,
-          "remove_unused_columns": False}  # fmt: skip
+SHARED = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_length": None,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
 
 
 def student_of(use_cache):
@@ -137,24 +156,43 @@ def student_of(use_cache):
 
 
 def aligning(student, out, **more):
-    return AlignmentTrainer(model=student, args=AlignmentConfig(out, **SHARED, **more), train_dataset=DATA, data_collator=collate,
-                            processing_class=tokenizer())  # fmt: skip
+    return AlignmentTrainer(
+        model=student,
+        args=AlignmentConfig(out, **SHARED, **more),
+        train_dataset=DATA,
+        data_collator=collate,
+        processing_class=tokenizer(),
+    )
 
 
 def distilling(student, out, **more):
     data = document_dataset([(row["input_ids"],) * 2 for row in ROWS])
-    return SparseKDTrainer(student, teacher("llama"), SparseKDConfig(out, top_k=8, **SHARED, **more), train_dataset=data,
-                           processing_class=tokenizer())  # fmt: skip
+    return SparseKDTrainer(
+        student,
+        teacher("llama"),
+        SparseKDConfig(out, top_k=8, **SHARED, **more),
+        train_dataset=data,
+        processing_class=tokenizer(),
+    )
 
 
 def sampling(student, out, **more):
     settings = {key: value for key, value in SHARED.items() if key not in ("dataset_kwargs", "max_length")}
-    args, data = OnPolicyKDConfig(out, max_completion_length=4, **settings, **more), Dataset.from_dict({"prompt": ["w5 w6 w7"] * 4})
+    args, data = (
+        OnPolicyKDConfig(out, max_completion_length=4, **settings, **more),
+        Dataset.from_dict({"prompt": ["w5 w6 w7"] * 4}),
+    )
     return OnPolicyKDTrainer(student, teacher("llama"), args=args, train_dataset=data, processing_class=tokenizer())
 
 
 def tuning(student, out, **more):
-    return Plain(model=student, args=SFTConfig(out, **SHARED, **more), train_dataset=DATA, data_collator=collate, processing_class=tokenizer())
+    return Plain(
+        model=student,
+        args=SFTConfig(out, **SHARED, **more),
+        train_dataset=DATA,
+        data_collator=collate,
+        processing_class=tokenizer(),
+    )
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

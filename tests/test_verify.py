@@ -1,4 +1,6 @@
-"""`verify` says yes to a sound model and no, in the right row, to each defect that has been seen in models of this kind."""
+"""`verify` says yes to a sound model and no, in the right row, to each defect that has been seen in models of this
+kind.
+"""
 
 import copy
 import json
@@ -12,27 +14,58 @@ from conftest import enlarge, tiny_config, tiny_student, token_ids
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from xlstm_hybrid import XLSTMHybridForCausalLM, cache, mixers
-from xlstm_hybrid.cache import HybridCacheLayer
-from xlstm_hybrid.checks import CHECKS, FILES
+from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.generation import EVERY_MODEL, GENERATION, against_loop, difference, generate, token_of, uncached
-from xlstm_hybrid.modeling import MLSTMMixer
-from xlstm_hybrid.record import Tokens
-from xlstm_hybrid.verify import LOW, MEMORY, Result, as_json, bound, default_length, rounded, verify, verify_checkpoint, wrapping_length
+from xlstm_hybrid.evaluation.equivalence import (
+    LOW,
+    MEMORY,
+    Result,
+    as_json,
+    bound,
+    default_length,
+    rounded,
+    verify,
+    verify_checkpoint,
+    wrapping_length,
+)
+from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.generation_checks import (
+    EVERY_MODEL,
+    GENERATION,
+    against_loop,
+    difference,
+    generate,
+    token_of,
+    uncached,
+)
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.tokens import Tokens
 
 MIXED = {
     "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
     "teacher_sliding_window": 5,
     "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
 }
-STACKS = {"hybrid": {}, "mixed": MIXED, "post-norm": {"norm_position": "post", "qk_norm": "full"}, "no sinks": {"num_sink_tokens": 0},
-          "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]}}  # fmt: skip
+STACKS = {
+    "hybrid": {},
+    "mixed": MIXED,
+    "post-norm": {"norm_position": "post", "qk_norm": "full"},
+    "no sinks": {"num_sink_tokens": 0},
+    "windows differ": {"layer_windows": [3, 7, 12], "layer_sinks": [0, 2, 4]},
+}
 SMALL = {"num_hidden_layers": 2, "sliding_window": 5, "num_sink_tokens": 2}
 PADDING = {name for name in CHECKS if "padding" in name}
-CACHED = {"token by token = parallel", "chunked prefill = full", "cached decoding = uncached", "reordered rows = recomputed",
-          "forked state = recomputed", "rolled back = never seen"}  # fmt: skip
+CACHED = {
+    "token by token = parallel",
+    "chunked prefill = full",
+    "cached decoding = uncached",
+    "reordered rows = recomputed",
+    "forked state = recomputed",
+    "rolled back = never seen",
+}
 
 
 def failures(results):
@@ -44,18 +77,24 @@ def small():
     return tiny_student(torch.float32, gain=1.5, **SMALL)
 
 
-@pytest.mark.parametrize("stack", [pytest.param(name, marks=pytest.mark.slow if name in ("post-norm", "windows differ") else ()) for name in STACKS])
+@pytest.mark.parametrize(
+    "stack",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("post-norm", "windows differ") else ()) for name in STACKS],
+)
 def test_a_sound_model_passes_every_check(stack):
     results = verify(tiny_student(torch.float32, gain=1.5, **STACKS[stack]), length=32)
     assert not failures(results), results
-    assert len(results) == len(CHECKS) + len(GENERATION) + 5 - 2 * (stack == "mixed") and not any(r.note for r in results)
+    assert len(results) == len(CHECKS) + len(GENERATION) + 5 - 2 * (stack == "mixed") and not any(
+        r.note for r in results
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_checks_hold_in_lower_precision_too(small, dtype):
     results = verify(small, length=26, dtype=dtype, only={*CACHED, *GENERATION})
     assert not failures(results), results
-    assert any(r.difference > 0 for r in results if r.name in CACHED)  # two ways that round differently were compared, not one with itself
+    # two ways that round differently were compared, not one with itself
+    assert any(r.difference > 0 for r in results if r.name in CACHED)
 
 
 def test_a_bfloat16_checkpoint_is_judged_on_its_own_weights():
@@ -67,7 +106,8 @@ def test_a_bfloat16_checkpoint_is_judged_on_its_own_weights():
 
 @pytest.mark.parametrize("sharp", [3, 10])
 def test_a_float16_checkpoint_with_sharp_feature_maps_is_as_exact_as_its_rounding(sharp):
-    """Sharp maps leave most features below float16's least number, and a rounded product moves the others by whole per cents.
+    """Sharp maps leave most features below float16's least number, and a rounded product moves the others by whole per
+    cents.
 
     Past 10, products of features leave float32, too, and a float32 model is no longer its float64 copy.
     """
@@ -92,10 +132,7 @@ def test_the_model_is_left_as_it_was(small):
 
 
 def state_dropped(original):
-    def forward(self, *args, state=None, **kwargs):
-        return original(self, *args, state=None, **kwargs)
-
-    return forward
+    return lambda *inputs, state, chunk_size: original(*inputs, state=None, chunk_size=chunk_size)
 
 
 def mask_ignored(original):
@@ -178,11 +215,16 @@ def chunks_disagree(original):
 
 LOCATE, LAYER = (Tokens, "locate"), HybridCacheLayer
 STEPS = {"token by token = parallel", "cached decoding = uncached"}
-PREFILL, PACKED, BEAMS, FORKED, BACK = ("chunked prefill = full", "packed documents = separate", "reordered rows = recomputed",
-                                        "forked state = recomputed", "rolled back = never seen")  # fmt: skip
+PREFILL, PACKED, BEAMS, FORKED, BACK = (
+    "chunked prefill = full",
+    "packed documents = separate",
+    "reordered rows = recomputed",
+    "forked state = recomputed",
+    "rolled back = never seen",
+)
 ALONE, INSIDE = ({n for n in PADDING if word in n} for word in ("one row", "inside"))
 DEFECTS = {
-    "state dropped": (MLSTMMixer, "forward", state_dropped, CACHED - STEPS, {PACKED}),
+    "state dropped": (CELLS["mlstm"], "run", state_dropped, CACHED - STEPS, {PACKED}),
     "mask ignored": (*LOCATE, mask_ignored, PADDING, CACHED),
     "mask ignored for one row": (*LOCATE, mask_ignored_for_one_row, ALONE, CACHED | PADDING - ALONE),
     "mask ignored once cached": (*LOCATE, mask_ignored_once_cached, INSIDE, CACHED),
@@ -193,7 +235,7 @@ DEFECTS = {
     "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {BEAMS}, {FORKED}),
     "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {BACK}, {BEAMS}),
     "state not forked": (LAYER, "batch_repeat_interleave", state_fades_when_forked, {FORKED}, {BEAMS}),
-    "chunks disagree": (mixers, "mlstm", chunks_disagree, {"chunkwise = parallel"}, CACHED),
+    "chunks disagree": (CELLS["mlstm"], "run", chunks_disagree, {"chunkwise = parallel"}, CACHED),
 }
 
 
@@ -212,7 +254,8 @@ def test_a_forward_that_drops_the_cache_is_seen_by_every_way_of_generating_and_b
     rename_cache(swallowed=True)
     results = verify(small, length=26, only={*GENERATION, *CACHED, *PADDING})
     assert failures(results) == set(GENERATION)
-    assert min(r.difference for r in results if r.name in EVERY_MODEL) > 0.05  # found by what was generated, not by a crash
+    # found by what was generated, not by a crash
+    assert min(r.difference for r in results if r.name in EVERY_MODEL) > 0.05
 
 
 def test_a_name_that_is_refused_fails_with_its_reason(small, rename_cache):
@@ -240,12 +283,22 @@ def lengths_forgotten(original):
 
 DRAFTS = {"generate, drafts of early layers = greedy", "generate, prompt lookup = greedy"}
 IN_GENERATION = {
-    "state not reordered": (LAYER, "reorder_cache", state_stays_when_beams_move, {"generate, beams with cache = without"}),
-    "ring not reordered": (LAYER, "reorder_cache", ring_stays_when_beams_move, {"generate, beams with cache = without"}),
+    "state not reordered": (
+        LAYER,
+        "reorder_cache",
+        state_stays_when_beams_move,
+        {"generate, beams with cache = without"},
+    ),
+    "ring not reordered": (
+        LAYER,
+        "reorder_cache",
+        ring_stays_when_beams_move,
+        {"generate, beams with cache = without"},
+    ),
     "ring not rolled back": (LAYER, "take_over", ring_stays_when_rolled_back, {"generate, prompt lookup = greedy"}),
     "static slots left empty": (LAYER, "put", static_slots_left_empty, {"generate, static cache = dynamic"}),
     "lengths forgotten": (*LOCATE, lengths_forgotten, {*DRAFTS, "generate, continued = read again"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("defect", IN_GENERATION)
@@ -294,19 +347,19 @@ def test_a_checkpoints_own_settings_have_no_part_in_it_and_stay(small):
 
 
 def test_a_step_that_loses_the_state_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
         args[8].C.mul_(0.99)
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PACKED})) == STEPS
 
 
 def test_a_state_in_half_precision_is_seen(small, monkeypatch):
-    original = cache.hybrid_step
+    original = CELLS["mlstm"].step
 
     def step(*args, **kwargs):
         h = original(*args, **kwargs)
@@ -314,7 +367,7 @@ def test_a_state_in_half_precision_is_seen(small, monkeypatch):
             x.copy_(x.bfloat16())
         return h
 
-    monkeypatch.setattr(cache, "hybrid_step", step)
+    monkeypatch.setattr(CELLS["mlstm"], "step", step)
     assert failures(verify(small, length=26, only=STEPS | {PREFILL})) == STEPS
 
 
@@ -326,7 +379,10 @@ def test_a_bfloat16_model_that_calculates_badly_is_seen(small, monkeypatch):
         return (i, f, o) if hidden_states.dtype != torch.bfloat16 else (i, f + 0.3, o)
 
     monkeypatch.setattr(MLSTMMixer, "gates", gates)
-    assert failures(verify(small, length=26, only={LOW, PACKED, *FILES})) == {"bfloat16, one forward = exact", "bfloat16, cached decoding = exact"}
+    assert failures(verify(small, length=26, only={LOW, PACKED, *FILES})) == {
+        "bfloat16, one forward = exact",
+        "bfloat16, cached decoding = exact",
+    }
 
 
 def test_weights_that_do_not_survive_the_disk_are_seen(small, monkeypatch):
@@ -387,16 +443,26 @@ def test_the_default_length_wraps_every_window_and_fills_several_chunks():
 
 
 def test_results_become_json_whatever_they_hold():
-    results = [Result("a", float("inf"), 0.1, "float32", 1.0, "it crashed"), Result("b", float("nan"), 0.1, "float32", 1.0)]
+    results = [
+        Result("a", float("inf"), 0.1, "float32", 1.0, "it crashed"),
+        Result("b", float("nan"), 0.1, "float32", 1.0),
+    ]
     assert not any(r.passed for r in results)
     value = json.loads(json.dumps(as_json(results, model="m"), allow_nan=False))
-    assert value["passed"] is False and value["model"] == "m" and [c["difference"] for c in value["checks"]] == [None, None]
+    assert (
+        value["passed"] is False
+        and value["model"] == "m"
+        and [c["difference"] for c in value["checks"]] == [None, None]
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"length": 23}, "length=23: expected at least 24"),
-    ({"dtype": torch.int8}, r"dtype=torch.int8: expected one of \['float64'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 23}, "length=23: expected at least 24"),
+        ({"dtype": torch.int8}, r"dtype=torch.int8: expected one of \['float64'"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(small, changes, message):
     with pytest.raises(ConfigError, match=message):
         verify(small, **changes)
@@ -404,7 +470,10 @@ def test_settings_that_make_no_sense_are_refused(small, changes, message):
 
 def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(small, tmp_path):
     small.save_pretrained(tmp_path / "good")
-    out = CliRunner().invoke(app, ["verify", str(tmp_path / "good"), "--length", "30", "--dtype", "float32", "--json", str(tmp_path / "a.json")])
+    out = CliRunner().invoke(
+        app,
+        ["verify", str(tmp_path / "good"), "--length", "30", "--dtype", "float32", "--json", str(tmp_path / "a.json")],
+    )
     assert out.exit_code == 0, out.output
     assert "packed documents = separate" in out.output and "FAILED" not in out.output
     assert json.loads((tmp_path / "a.json").read_text())["passed"] is True
@@ -412,11 +481,21 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(small, tmp_
     weights.pop("model.layers.1.self_attn.mlstm.q_map")
     small.save_pretrained(tmp_path / "bad", state_dict=weights)
     out = CliRunner().invoke(app, ["verify", str(tmp_path / "bad"), "--length", "30"])
-    assert out.exit_code == 1 and "FAILED" in out.output and "missing_keys: model.layers.1.self_attn.mlstm.q_map" in out.output
+    assert (
+        out.exit_code == 1
+        and "FAILED" in out.output
+        and "missing_keys: model.layers.1.self_attn.mlstm.q_map" in out.output
+    )
 
 
 def test_what_is_no_student_is_refused_by_name(tmp_path):
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     enlarge(LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape))).save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="llama: a llama model, expected xlstm_hybrid"):
         verify_checkpoint(tmp_path / "llama")
@@ -430,4 +509,8 @@ def test_what_is_no_student_is_refused_by_name(tmp_path):
 def test_the_installed_command_says_no_in_one_line(tmp_path):
     command = [sys.executable, "-m", "xlstm_hybrid.cli", "verify", str(tmp_path / "nowhere")]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("CheckpointError: nowhere: cannot be loaded") and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("CheckpointError: nowhere: cannot be loaded")
+        and "Traceback" not in result.stderr
+    )

@@ -13,8 +13,18 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-from xlstm_hybrid import versions
-from xlstm_hybrid.versions import EXTRAS, PACKAGES, PYTHON, Package, extra_of, fault, installed, requirement, untested
+from xlstm_hybrid.environment import versions
+from xlstm_hybrid.environment.versions import (
+    EXTRAS,
+    PACKAGES,
+    PYTHON,
+    Package,
+    extra_of,
+    fault,
+    installed,
+    requirement,
+    untested,
+)
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
@@ -22,6 +32,9 @@ WITHOUT_BOUNDS = {
     "pytest",
     "pytest-xdist",
     "ruff",
+    "mkdocs",
+    "mkdocs-material",
+    "mkdocstrings",
     "fastapi",
     "uvicorn",
     "openai",
@@ -128,7 +141,7 @@ def test_a_requirement_names_the_bounds_and_what_is_wrong_between_them(table):
 
 
 def test_the_floors_are_printed_by_a_python_that_has_nothing_installed():
-    command = [sys.executable, "-P", "-S", str(ROOT / "src/xlstm_hybrid/versions.py"), "torch==2.13.0"]
+    command = [sys.executable, "-P", "-S", str(ROOT / "src/xlstm_hybrid/environment/versions.py"), "torch==2.13.0"]
     pins = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert pins[0] == "torch==2.13.0" and f"transformers=={PACKAGES['transformers'].floor}" in pins
     assert {Requirement(pin).name for pin in pins} == {name for name, package in PACKAGES.items() if package.newest}
@@ -154,7 +167,7 @@ def test_the_newest_releases_are_those_of_the_table(request):
         pytest.skip("make test-newest asks this")
     newer = {name: version for name in PACKAGES if (version := installed(name)) and untested(name, version)}
     assert not newer, (
-        f"newer than src/xlstm_hybrid/versions.py says: {newer}; "
+        f"newer than src/xlstm_hybrid/environment/versions.py says: {newer}; "
         "once all other tests pass, write them there and run this again"
     )
 

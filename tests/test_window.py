@@ -1,16 +1,34 @@
-"""Window attention with sinks: the banded form is the masked one, and the masked one is the set of keys that its name promises."""
+"""Window attention with sinks: the banded form is the masked one, and the masked one is the set of keys that its name
+promises.
+"""
 
 from functools import cache
 
 import pytest
 import torch
 from xlstm_kernels import window_attention, window_step
-from xlstm_kernels.window import ROWS as BLOCKS
+from xlstm_kernels.window.cpu import ROWS as BLOCKS
 
 torch.set_num_threads(1)
 W = 24
 ROWS, WIDE = BLOCKS["backward"], BLOCKS["forward"]
-LENGTHS = [WIDE - 1, WIDE, WIDE + 1, 2 * WIDE + 1, 1, W - 1, W, W + 1, 2 * W - 1, 2 * W, 2 * W + 1, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 37]
+LENGTHS = [
+    WIDE - 1,
+    WIDE,
+    WIDE + 1,
+    2 * WIDE + 1,
+    1,
+    W - 1,
+    W,
+    W + 1,
+    2 * W - 1,
+    2 * W,
+    2 * W + 1,
+    ROWS - 1,
+    ROWS,
+    ROWS + 1,
+    2 * ROWS + 37,
+]
 every_backend = pytest.mark.parametrize("backend", ["reference", "banded"])  # the kernel has a file of its own
 
 
@@ -48,14 +66,18 @@ def test_a_query_sees_itself_the_tokens_just_before_and_the_first_ones(backend, 
     for t in (0, 3, 4, 5, 8, 9, 64, 69):
         seen = sorted({*range(min(sinks, t + 1)), *range(max(0, t - 4), t + 1)})
         for head in range(4):
-            torch.testing.assert_close(h[0, t, head], attend(q[0, t, head], k[0, :, head // 2], v[0, :, head // 2], seen, 0.7))
+            torch.testing.assert_close(
+                h[0, t, head], attend(q[0, t, head], k[0, :, head // 2], v[0, :, head // 2], seen, 0.7)
+            )
 
 
 @every_backend
 def test_the_default_scale_is_one_over_the_root_of_the_head_dimension(backend):
     x = inputs(T=40)
-    torch.testing.assert_close(window_attention(*x, window=W, sinks=4, backend=backend),
-                               window_attention(*x, window=W, sinks=4, scale=8**-0.5, backend=backend))
+    torch.testing.assert_close(
+        window_attention(*x, window=W, sinks=4, backend=backend),
+        window_attention(*x, window=W, sinks=4, scale=8**-0.5, backend=backend),
+    )
 
 
 @every_backend
@@ -64,7 +86,9 @@ def test_a_window_as_long_as_the_sequence_is_causal_attention(backend):
         q, k, v = inputs(T)
         h = window_attention(q, k, v, window=window, sinks=4, backend=backend)
         heads = (a.transpose(1, 2) for a in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
-        torch.testing.assert_close(h, torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2))
+        torch.testing.assert_close(
+            h, torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        )
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
@@ -84,12 +108,15 @@ def test_the_banded_form_is_the_definition_for_any_heads_and_windows(heads, wind
 def test_many_heads_are_cut_into_pieces_that_fit_the_cache(monkeypatch):
     x, settings = inputs(T=ROWS + 5, H=6, G=3), {"window": W, "sinks": 4}
     want = everything("banded", x, **settings)
-    monkeypatch.setattr("xlstm_kernels.window.SCORES", 1)
+    monkeypatch.setattr("xlstm_kernels.window.cpu.SCORES", 1)
     assert_same(everything("banded", x, **settings), want)
 
 
 def layout(*rows):
-    """index and document from rows written as [(document length, padding behind it), ...]; a first length of 0 pads on the left."""
+    """index and document from rows written as [(document length, padding behind it), ...].
+
+    a first length of 0 pads on the left.
+    """
     index, document = [], []
     for row in rows:
         index.append([p for n, pad in row for p in (*range(n), *[-1] * pad)])
@@ -103,7 +130,9 @@ PACKED = {
     "right padding": layout([(T_PACKED - 70, 70)], [(T_PACKED - 1, 1)]),
     "documents": layout([(50, 0), (3, 0), (T_PACKED - 53, 0)], [(ROWS, 0), (ROWS, 0), (8, 0)]),
     "documents of length 1": layout([(1, 0)] * T_PACKED, [(1, 0)] * 70 + [(T_PACKED - 70, 0)]),
-    "padding between documents": layout([(0, 7), (20, ROWS), (1, 1), (1, 0), (T_PACKED - 30 - ROWS, 0)], [(90, 40), (T_PACKED - 130, 0)]),
+    "padding between documents": layout(
+        [(0, 7), (20, ROWS), (1, 1), (1, 0), (T_PACKED - 30 - ROWS, 0)], [(90, 40), (T_PACKED - 130, 0)]
+    ),
     "a row of padding": layout([(0, T_PACKED)], [(T_PACKED, 0)]),
 }
 
@@ -155,21 +184,28 @@ def test_what_padding_holds_does_not_matter(backend):
     index, document = PACKED["padding between documents"]
     x, settings = inputs(T_PACKED), {"window": W, "sinks": 4, "index": index, "document": document}
     spoiled = [a.masked_fill((index < 0)[..., None, None], float("nan")) for a in x]
-    torch.testing.assert_close(window_attention(*spoiled, **settings, backend=backend), packed_truth("padding between documents", 4)[0])
+    torch.testing.assert_close(
+        window_attention(*spoiled, **settings, backend=backend), packed_truth("padding between documents", 4)[0]
+    )
 
 
 @every_backend
 def test_documents_without_an_index_have_no_padding(backend):
     index, document = PACKED["documents"]
-    torch.testing.assert_close(window_attention(*inputs(T_PACKED), window=W, sinks=4, document=document, backend=backend),
-                               packed_truth("documents", 4)[0])
+    torch.testing.assert_close(
+        window_attention(*inputs(T_PACKED), window=W, sinks=4, document=document, backend=backend),
+        packed_truth("documents", 4)[0],
+    )
 
 
 @every_backend
 def test_one_document_without_padding_needs_no_index(backend):
     x, index = inputs(100), torch.arange(100).expand(2, 100)
     settings = {"window": W, "sinks": 4, "backend": backend}
-    assert torch.equal(window_attention(*x, **settings), window_attention(*x, index=index, document=torch.full_like(index, 7), **settings))
+    assert torch.equal(
+        window_attention(*x, **settings),
+        window_attention(*x, index=index, document=torch.full_like(index, 7), **settings),
+    )
 
 
 @every_backend
@@ -216,14 +252,26 @@ def test_what_does_not_fit_is_refused_by_name():
     twice[1, 6] = 5
     for wrong, said in [
         (lambda: window_attention(q[0], k, v, window=W, sinks=4), r"expected \[B, T, H, K\]"),
-        (lambda: window_attention(q, k[..., :4], v, window=W, sinks=4), r"k, v: expected \[2, 10, G, 8\].*got \[2, 10, 2, 4\]"),
+        (
+            lambda: window_attention(q, k[..., :4], v, window=W, sinks=4),
+            r"k, v: expected \[2, 10, G, 8\].*got \[2, 10, 2, 4\]",
+        ),
         (lambda: window_attention(q[:, :, :3], k, v, window=W, sinks=4), "q has 3 heads, k and v have 2"),
         (lambda: window_attention(q, k, v, window=0, sinks=4), "window=0"),
         (lambda: window_attention(q, k, v, window=W, sinks=-1), "sinks=-1"),
-        (lambda: window_attention(q, k, v, window=W, sinks=4, index=index[:, :9]), r"index: expected integers \[2, 10\].*\[2, 9\]"),
-        (lambda: window_attention(q, k, v, window=W, sinks=4, document=document.float()), r"document: expected integers .*float32"),
+        (
+            lambda: window_attention(q, k, v, window=W, sinks=4, index=index[:, :9]),
+            r"index: expected integer .*'B': 2, 'T': 10.*\[2, 9\]",
+        ),
+        (
+            lambda: window_attention(q, k, v, window=W, sinks=4, document=document.float()),
+            r"document: expected integer .*float32",
+        ),
         (lambda: window_attention(q, k, v, window=W, sinks=4, index=twice), r"index\[1, 6\]=5: expected 6"),
-        (lambda: window_attention(q, k, v, window=W, sinks=4, index=index, document=index // 5), r"index\[0, 5\]=5: expected 0"),
+        (
+            lambda: window_attention(q, k, v, window=W, sinks=4, index=index, document=index // 5),
+            r"index\[0, 5\]=5: expected 0",
+        ),
         (lambda: window_attention(q, k, v, window=W, sinks=4, backend="fast"), "backend='fast' is not one of .*banded"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -252,8 +300,14 @@ def test_steps_refuse_what_does_not_fit():
     q, k, v = (a[:, :1] for a in inputs(3))
     keys, values, index = torch.zeros(2, 2, 11, 8).double(), torch.zeros(2, 2, 11, 6).double(), torch.tensor([0, 0])
     for wrong, said in [
-        (lambda: window_step(*inputs(3), keys, values, index, sinks=4), r"q: expected .*'T': 1.*got \[2, 3, 4, 8\]"),
-        (lambda: window_step(q, k, v, keys[:, :1], values, index, sinks=4), r"keys: expected .*'G': 2.*got \[2, 1, 11, 8\]"),
+        (
+            lambda: window_step(*inputs(3), keys, values, index, sinks=4),
+            r"q: expected .*'T': 1.*got torch.float64 \[2, 3, 4, 8\]",
+        ),
+        (
+            lambda: window_step(q, k, v, keys[:, :1], values, index, sinks=4),
+            r"keys: expected .*'G': 2.*got torch.float64 \[2, 1, 11, 8\]",
+        ),
         (lambda: window_step(q, k, v, keys, values, index[:1], sinks=4), r"index \[1\]"),
         (lambda: window_step(q, k, v, keys, values, index, sinks=11), "sinks=11, slots=11"),
         (lambda: window_step(q.clone().requires_grad_(), k, v, keys, values, index, sinks=4), "no gradients"),
@@ -282,4 +336,6 @@ def test_training_goes_on_after_inference():
     settings = {"window": W, "sinks": 4}
     with torch.inference_mode():
         window_attention(*inputs(ROWS + 1), **settings, backend="banded")
-    assert_same(everything("banded", inputs(ROWS + 1), **settings), everything("reference", inputs(ROWS + 1), **settings))
+    assert_same(
+        everything("banded", inputs(ROWS + 1), **settings), everything("reference", inputs(ROWS + 1), **settings)
+    )

@@ -1,4 +1,6 @@
-"""Tiny students of every teacher family, with weights so large in every branch that a broken one shows. Tests read them only, or copy them."""
+"""Tiny students of every teacher family, with weights so large in every branch that a broken one shows. Tests read them
+only, or copy them.
+"""
 
 import functools
 
@@ -19,7 +21,13 @@ def student(family, stack="hybrid", dtype=torch.float64, gain=2.5, **teacher_cha
     """Three layers: all hybrid, or one of each kind that the family has."""
     last = "sliding_attention" if family in WINDOWED else "hybrid_sliding"
     kinds = {"hybrid": None, "mixed": ["hybrid_sliding", "full_attention", last]}[stack]
-    chosen = {"sliding_window": W, "num_sink_tokens": S, "layer_types": kinds, "mlstm_context": 64, "mlstm_chunk_size": 8}
+    chosen = {
+        "sliding_window": W,
+        "num_sink_tokens": S,
+        "layer_types": kinds,
+        "mlstm_context": 64,
+        "mlstm_chunk_size": 8,
+    }
     made = XLSTMHybridForCausalLM.from_teacher(teacher(family, window=5, **teacher_changes), **chosen)
     return enlarge(made.to(dtype), gain=gain).eval()
 

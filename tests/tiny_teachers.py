@@ -1,4 +1,7 @@
-"""Tiny random teachers of every family, made with transformers' own classes: large weights, so that attention is peaky, and awkward shapes."""
+"""Tiny random teachers of every family, made with transformers' own classes: large weights, so that attention is peaky,
+and awkward shapes.
+"""
+
 import functools
 import json
 
@@ -8,14 +11,27 @@ from conftest import enlarge
 from safetensors.torch import load_file, save_file
 
 SHARED = {
-    "vocab_size": 101, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
-    "max_position_embeddings": 64, "rms_norm_eps": 0.02, "hidden_act": "gelu", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "vocab_size": 101,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 0.02,
+    "hidden_act": "gelu",
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {  # every hidden size but Llama's, which insists, is no multiple of the heads; none is heads * head_dim
     "llama": ("Llama", {"hidden_size": 42, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"hidden_size": 50}),
-    "qwen2": ("Qwen2", {"hidden_size": 50, "use_sliding_window": True, "layer_types": MIXED, "tie_word_embeddings": True}),
+    "qwen2": (
+        "Qwen2",
+        {"hidden_size": 50, "use_sliding_window": True, "layer_types": MIXED, "tie_word_embeddings": True},
+    ),
     "qwen3": ("Qwen3", {"hidden_size": 50, "use_sliding_window": True, "layer_types": MIXED, "attention_bias": True}),
     "olmo2": ("Olmo2", {"hidden_size": 50, "attention_bias": True}),
     "olmo3": ("Olmo3", {"hidden_size": 50, "layer_types": MIXED, "tie_word_embeddings": True}),
@@ -25,16 +41,37 @@ ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0},
-    "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
-                 "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0]},
-    "llama3": {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0],
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
 }
 
 
 def rope_parameters(family, rope):
     scaled = {**ROPES[rope], "rope_theta": 5000.0}
-    return {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}} if family == "olmo3" else scaled
+    return (
+        {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
+        if family == "olmo3"
+        else scaled
+    )
 
 
 def tokens(length=45, rows=2):
@@ -79,4 +116,8 @@ def rewrite(directory, change):
     weights = change(stored(directory))
     for path in [*directory.glob("*.safetensors"), *directory.glob("*.index.json")]:
         path.unlink()
-    save_file({name: x.contiguous() for name, x in weights.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: x.contiguous() for name, x in weights.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )

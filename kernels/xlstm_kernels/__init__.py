@@ -1,14 +1,36 @@
 """Kernels of the hybrid layer: one public function per operation, every backend proven against a plain definition."""
 
-from xlstm_kernels.decode import hybrid_step, mlstm_step, window_step
-from xlstm_kernels.delta import delta, delta_hybrid_step, delta_step
-from xlstm_kernels.head_loss import HeadLoss, head_loss
-from xlstm_kernels.mix import mix
-from xlstm_kernels.mlstm import BACKENDS, mlstm
-from xlstm_kernels.reference import MLSTMState, fresh_state, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
-from xlstm_kernels.slstm import SLSTMState, slstm
-from xlstm_kernels.window import window_attention
+from xlstm_kernels.delta_rule.op import delta, delta_hybrid_step, delta_step
+from xlstm_kernels.head_loss.op import head_loss
+from xlstm_kernels.head_loss.reference import HeadLoss
 
-__all__ = ["BACKENDS", "HeadLoss", "MLSTMState", "SLSTMState", "delta", "delta_hybrid_step", "delta_step", "fresh_state", "head_loss",
-           "hybrid_step", "mix", "mlstm", "mlstm_chunkwise", "mlstm_parallel", "mlstm_recurrent", "mlstm_step", "slstm",
-           "window_attention", "window_step"]  # fmt: skip
+# of mix, mlstm, slstm and head_loss the function, not its folder, is `xlstm_kernels.NAME`
+from xlstm_kernels.mix.op import mix
+from xlstm_kernels.mlstm.op import BACKENDS, mlstm
+from xlstm_kernels.mlstm.reference import MLSTMState, fresh_state, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
+from xlstm_kernels.slstm.op import slstm
+from xlstm_kernels.slstm.reference import SLSTMState
+from xlstm_kernels.step.op import hybrid_step, mlstm_step, window_step
+from xlstm_kernels.window.op import window_attention
+
+__all__ = [
+    "BACKENDS",
+    "HeadLoss",
+    "MLSTMState",
+    "SLSTMState",
+    "delta",
+    "delta_hybrid_step",
+    "delta_step",
+    "fresh_state",
+    "head_loss",
+    "hybrid_step",
+    "mix",
+    "mlstm",
+    "mlstm_chunkwise",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "mlstm_step",
+    "slstm",
+    "window_attention",
+    "window_step",
+]

@@ -20,8 +20,8 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xlstm_hybrid import tasks
-from xlstm_hybrid.precision import prefers
+from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.environment.precision import prefers
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = (
@@ -31,19 +31,28 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size):
-    """Byte-level BPE with every digit and capital letter a token of its own, so that numbers and keys are read letter by letter."""
+    """Byte-level BPE with every digit and capital letter a token of its own, so that numbers and keys are read letter
+    by letter.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(pattern=Regex(r"\d| ?[A-Z]|\n"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     letters = " ".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    task_text = ["".join(q + a for q, a in e.turns) for d in tasks.DOMAINS for e in itertools.islice(tasks.examples(d, 0), 500)]
+    task_text = [
+        "".join(q + a for q, a in e.turns) for d in tasks.DOMAINS for e in itertools.islice(tasks.examples(d, 0), 500)
+    ]
     special = ["<|pad|>", "<|begin|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*tasks.text_chunks()[::3], *task_text, *[f" {letters}"] * 3000], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -85,7 +94,9 @@ def optimizers(model, learning_rate, weight_decay):
 def save(model, tokenizer, out):
     checkpoint = LlamaForCausalLM(model.config).to(torch.bfloat16)
     checkpoint.load_state_dict(model.state_dict())
-    checkpoint.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=32, use_cache=True)
+    checkpoint.generation_config.update(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=32, use_cache=True
+    )
     checkpoint.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -107,10 +118,17 @@ def main():
     print(f"{model.num_parameters():,} parameters, {len(plan)} steps; {why}", flush=True)
     for step, (phase, j) in enumerate(plan):
         if j == 0:
-            documents = phase["kind"] == "tasks" and tasks.documents(rng, tokenizer, config["mixture"], tuple(phase["pairs"]))
+            documents = phase["kind"] == "tasks" and tasks.documents(
+                rng, tokenizer, config["mixture"], tuple(phase["pairs"])
+            )
         length = phase["sequence_length"]
-        rows = [tasks.packed_row(documents, length) if documents else induction_row(rng, len(tokenizer), length) for _ in range(phase["batch_size"])]
-        rate = config["learning_rate"] * min(1, (step + 1) / 50, (len(plan) - step) / (len(plan) * config["decay_share"]))
+        rows = [
+            tasks.packed_row(documents, length) if documents else induction_row(rng, len(tokenizer), length)
+            for _ in range(phase["batch_size"])
+        ]
+        rate = config["learning_rate"] * min(
+            1, (step + 1) / 50, (len(plan) - step) / (len(plan) * config["decay_share"])
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
             loss = model(**collate(rows), use_cache=False).loss
         loss.backward()
@@ -122,12 +140,21 @@ def main():
         model.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == len(plan):
-            log.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "learning_rate": rate, "seconds": round(time.time() - start)})
+            log.append(
+                {
+                    "step": step + 1,
+                    "loss": round(sum(losses) / len(losses), 4),
+                    "learning_rate": rate,
+                    "seconds": round(time.time() - start),
+                }
+            )
             print(log[-1], flush=True)
             losses = []
         if (step + 1) % 500 == 0 or step + 1 == len(plan):
             save(model, tokenizer, options.out)
-    (options.out / "training_log.json").write_text(json.dumps({"config": config, "parameters": model.num_parameters(), "log": log}, indent=1))
+    (options.out / "training_log.json").write_text(
+        json.dumps({"config": config, "parameters": model.num_parameters(), "log": log}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from xlstm_hybrid import adapters  # noqa: F401  (gives peft our default targets, without importing it)
-from xlstm_hybrid.configuration import XLSTMHybridConfig
-from xlstm_hybrid.conversion import TransferReport, convert
-from xlstm_hybrid.distil import DistilXLSTMConfig, DistilXLSTMForCausalLM, DistilXLSTMModel
-from xlstm_hybrid.modeling import (
+from xlstm_hybrid.conversion.convert import TransferReport, convert, from_teacher
+from xlstm_hybrid.distil_xlstm import DistilXLSTMConfig, DistilXLSTMForCausalLM, DistilXLSTMModel
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.modeling import (
     XLSTMHybridForCausalLM,
     XLSTMHybridForQuestionAnswering,
     XLSTMHybridForSequenceClassification,
@@ -23,10 +22,22 @@ from xlstm_hybrid.modeling import (
 
 __version__ = "0.1.0"
 STATE = ("fork", "load_state", "prefill", "remember", "restore", "rollback", "save_state", "snapshot")
-__all__ = ["DistilXLSTMConfig", "DistilXLSTMForCausalLM", "DistilXLSTMModel", "TransferReport", "XLSTMHybridConfig", "XLSTMHybridForCausalLM",
-           "XLSTMHybridForQuestionAnswering", "XLSTMHybridForSequenceClassification", "XLSTMHybridForTokenClassification", "XLSTMHybridModel",
-           "convert", *STATE]  # fmt: skip
+__all__ = [
+    "DistilXLSTMConfig",
+    "DistilXLSTMForCausalLM",
+    "DistilXLSTMModel",
+    "TransferReport",
+    "XLSTMHybridConfig",
+    "XLSTMHybridForCausalLM",
+    "XLSTMHybridForQuestionAnswering",
+    "XLSTMHybridForSequenceClassification",
+    "XLSTMHybridForTokenClassification",
+    "XLSTMHybridModel",
+    "convert",
+    *STATE,
+]
 
+XLSTMHybridForCausalLM.teacher_loader = from_teacher  # what its classmethod `from_teacher` calls
 AutoConfig.register(XLSTMHybridConfig.model_type, XLSTMHybridConfig, exist_ok=True)
 AutoModel.register(XLSTMHybridConfig, XLSTMHybridModel, exist_ok=True)
 AutoModelForCausalLM.register(XLSTMHybridConfig, XLSTMHybridForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`python -m xlstm_hybrid VERB` and `accelerate launch -m xlstm_hybrid VERB`: the command line."""
+"""`python -m xlstm_hybrid COMMAND` and `accelerate launch -m xlstm_hybrid COMMAND`: the command line."""
 
 from xlstm_hybrid.cli import main
 

@@ -1,125 +1,108 @@
-"""The command line: `xlstm-hybrid VERB`. One verb per stage, and `run` for a whole recipe."""
+"""The command line, `xlstm-hybrid COMMAND`: one table of commands, each a module of `commands` that is imported when it
+is called.
+"""
 
-import json
+import inspect
 import logging
 import os
-import pkgutil
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from xlstm_hybrid import verbs
+from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
+
+# {group: {command: the first line of its help}}; `plan-layers` is the function `plan_layers` of
+# `commands/plan_layers.py`.
+# The lines stand here as well, so that this help imports no command; a test compares them.
+COMMANDS = {
+    "Run a recipe": {"run": "Run a whole recipe: convert, align, distil experts, merge, evaluate, report."},
+    "Build a student": {
+        "convert": "Make a student of a teacher: weights copied, new parameters initialised.",
+        "prepare": "Write the packed rows that a stage of the recipe will read.",
+        "cache-teacher": "Store what a teacher says about every scored token of some rows.",
+        "align": "Stage I: train the new parameters against the attention that they replace.",
+        "distill": "Stage II: distil one domain expert of the recipe from its teacher.",
+        "on-policy": "Distil a teacher into a student on the student's own samples.",
+        "experts": "Distil the domain experts of a recipe from one aligned start.",
+        "merge": "Stage III: merge experts into one student.",
+        "merge-statistics": "Measure what the merge methods fisher and regmean need to know of an expert.",
+        "multi-teacher": "Distil several experts into one student on its own samples.",
+        "distil-xlstm": "Distil a recipe's teacher into a fully recurrent student (Distil-xLSTM).",
+    },
+    "Evaluate": {
+        "verify": "Check that cache, padding, packing, beams, rollback and files change nothing.",
+        "evaluate": "Score a model on the recipe's domains or held-out documents.",
+        "harness": "Evaluate a model with lm-evaluation-harness.",
+        "compare": "Compare students with their teacher: win-and-tie, recovery, paired statistics.",
+        "efficiency": "Measure a student beside its teacher: latency, speed, memory, cache, energy.",
+    },
+    "Use and share": {
+        "serve": "Serve a model with `transformers serve`, an OpenAI-compatible server.",
+        "export": "Copy a checkpoint together with the code of its architecture.",
+        "card": "Write the model card of a checkpoint from what its stages recorded.",
+        "push": "Check a folder for keys, paths, code and damage, then upload it in one commit.",
+        "mergekit-architecture": "Describe a student's architecture for users of mergekit.",
+    },
+    "Look ahead": {
+        "doctor": "Say what is installed and what this machine has, against what was tested.",
+        "plan": "Say whether a run fits, how long it takes and which settings to use.",
+        "plan-layers": "Choose a student's layer types, windows and memories for a cache budget.",
+    },
+}
+OLD_NAMES = {"delta": "distil-xlstm", "statistics": "merge-statistics"}
+
+
+class Commands(TyperGroup):
+    """The table as a group of commands."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.commands = {name: None for commands in COMMANDS.values() for name in commands}  # None: not loaded yet
+
+    def get_command(self, context, name):
+        if name == "arena":
+            raise ConfigError(
+                "the arena is a package of its own: python -m xlstm_arena, with the same options, in a working copy"
+            )
+        if name in OLD_NAMES:
+            print(f"`xlstm-hybrid {name}` is now `xlstm-hybrid {OLD_NAMES[name]}`", file=sys.stderr)
+            name = OLD_NAMES[name]
+        if name in self.commands and self.commands[name] is None:
+            self.commands[name] = load_command(name)
+        return self.commands.get(name)
+
+    def format_commands(self, context, formatter):
+        width = max(map(len, self.commands))  # one width for all groups, so that their lines stand below each other
+        for group, commands in COMMANDS.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(width), line) for name, line in commands.items()])
+
+
+def load_command(name):
+    """The command of a name, its module imported. One that takes a `typer.Context` hands further options to a trainer's
+    config.
+    """
+    name_in_python = name.replace("-", "_")
+    function = getattr(import_module(f"xlstm_hybrid.commands.{name_in_python}"), name_in_python)
+    passes_on = typer.Context in [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True} if passes_on else None
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(name, context_settings=settings)(function)
+    return typer.main.get_command(alone)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and judge it.",
+    help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and evaluate it.",
 )
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT, once the new one is complete.")]
-
-
-@app.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/tiny.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's own by default.")] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Make stages again whose settings have changed.")] = False,
-):
-    """Walk a whole recipe: convert, align, distil experts, merge, evaluate, report. Started again, it resumes."""
-    from xlstm_hybrid.pipeline import Road
-    from xlstm_hybrid.recipe import load_recipe
-
-    Road(load_recipe(recipe), out, redo).walk()
-
-
-@app.command()
-def convert(
-    teacher: Annotated[str, typer.Argument(help="Teacher: checkpoint directory or hub id.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the student, made new.")],
-    sliding_window: Annotated[int, typer.Option(help="Window of the hybrid layers, tokens.")] = 512,
-    num_sink_tokens: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 4,
-    layer_types: Annotated[
-        str | None, typer.Option(help="'teacher', or comma-separated types, one per layer; all hybrid_sliding by default.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the teacher's by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
-    options: Annotated[
-        Path | None, typer.Option(exists=True, help="YAML or JSON with fields of the student's config, as plan-layers writes it; they win.")
-    ] = None,
-    overwrite: Overwrite = False,
-):
-    """Make a student of a teacher: weights copied, new parameters initialised, every tensor accounted for."""
-    from xlstm_hybrid.conversion import convert
-
-    types = layer_types.split(",") if layer_types and layer_types != "teacher" else layer_types
-    fields = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": types, "dtype": dtype}
-    print(convert(teacher, out, **(fields | read_student(options)), revision=revision, overwrite=overwrite))
-
-
-def read_student(path):
-    """Arguments of `convert` in a file, {} without one: a mapping of YAML or JSON; in a recipe it is the section `student`."""
-    from xlstm_hybrid.errors import ConfigError
-    from xlstm_hybrid.recipe import read_yaml
-
-    content = {} if path is None else read_yaml(path)
-    if not isinstance(content, dict) or {"revision", "overwrite", "teacher", "out"} & set(content):
-        raise ConfigError(f"{path.name}: expected fields of the student's config, such as sliding_window; teacher, out and revision are arguments")
-    return content
-
-
-@app.command()
-def verify(
-    model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
-    length: Annotated[int | None, typer.Option(help="Tokens of the random rows; by default enough for the window to wrap.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the copy that is checked; float64 where it fits, else float32, by default.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option("--json", help="File for the results, JSON.")] = None,
-):
-    """Prove on MODEL that cache, padding, packing, beams, drafts, rollback and files change nothing.
-
-    Exit code 1 if a check fails.
-    """
-    from rich.table import Table
-
-    from xlstm_hybrid.verify import as_json, verify_checkpoint
-
-    table = Table("check", "dtype", "largest difference", "allowed", "verdict", caption="in standard deviations of the logits")
-    with Console(stderr=True).status("checking") as status:
-        results = verify_checkpoint(model, length=length, dtype=dtype, device=device, report=lambda r: status.update(f"after: {r.name}"))
-    for r in results:
-        allowed = f"{'>= ' if r.at_least else ''}{r.allowed:.1e}"
-        table.add_row(r.name, r.dtype, f"{r.difference:.2e}", allowed, "passed" if r.passed else "FAILED", style=None if r.passed else "red")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    for r in results:
-        if r.note:
-            console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
-    if out is not None:
-        out.write_text(json.dumps(as_json(results, model=Path(model).name, device=device), indent=1))
-    if not all(r.passed for r in results):
-        raise typer.Exit(1)
-
-
-@app.command()
-def card(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint with a provenance.json.")],
-    results: Annotated[Path | None, typer.Option(help="results.json of a run.")] = None,
-):
-    """Write the model card of a checkpoint from what its stages recorded."""
-    from xlstm_hybrid.card import write_card
-
-    write_card(directory, json.loads(results.read_text()) if results else None)
-    print(f"wrote {directory / 'README.md'}")
-
-
-for found in pkgutil.iter_modules(verbs.__path__):
-    for verb in import_module(f"{verbs.__name__}.{found.name}").VERBS:
-        app.command(context_settings=getattr(verb, "context_settings", None))(verb)
 
 
 @app.callback(invoke_without_command=True)
@@ -139,27 +122,34 @@ class Terminal(logging.Handler):
 
 
 def main():
-    """Entry point: errors that name their cause are one line, not a traceback."""
+    """Entry point of `xlstm-hybrid`."""
+    guarded(app)
+
+
+def guarded(app):
+    """Run a command line: errors that name their cause are one line, not a traceback."""
     log = logging.getLogger("xlstm_hybrid")
     log.handlers = [Terminal()]
     log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from xlstm_hybrid.errors import XLSTMHybridError
-    from xlstm_hybrid.versions import extra_of
+    from xlstm_hybrid.environment.versions import extra_of
 
+    console = Console(stderr=True, soft_wrap=True)
     try:
         app()
     except XLSTMHybridError as error:
-        Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = extra_of(error.name)
         if extra is None:
             raise
-        Console(stderr=True).print(f"this verb needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False)
+        console.print(
+            f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False
+        )
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: finished stages are kept, start the same command again to go on")
+        console.print("interrupted: finished stages are kept, start the same command again to go on")
         sys.exit(130)
 
 

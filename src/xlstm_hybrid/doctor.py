@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from xlstm_hybrid.versions import EXTRAS, PACKAGES, PYTHON, fault, installed, requirement, untested
+from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES, PYTHON, fault, installed, requirement, untested
 
 OK, NOTE, MISSING, WRONG = "ok", "note", "missing", "WRONG"  # MISSING: optional
 NEEDED = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
@@ -83,17 +83,23 @@ def versions():
 
 def self_check():
     """Whether the installed transformers runs our models right: known for what was tested, else by a tiny model."""
-    from xlstm_hybrid.compatibility import ensure_compatible
-    from xlstm_hybrid.distil import DistilXLSTMForCausalLM
+    from xlstm_hybrid.distil_xlstm import DistilXLSTMForCausalLM
     from xlstm_hybrid.errors import CompatibilityError
-    from xlstm_hybrid.modeling import XLSTMHybridForCausalLM
+    from xlstm_hybrid.model.compatibility import ensure_compatible
+    from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 
     for cls in (XLSTMHybridForCausalLM, DistilXLSTMForCausalLM):
         name = cls.config_class.model_type
         try:
             ensure_compatible(cls)
         except CompatibilityError as error:
-            yield Row(name, "generation is wrong", WRONG, without_home(str(error)), f"pip install '{requirement('transformers')}'")
+            yield Row(
+                name,
+                "generation is wrong",
+                WRONG,
+                without_home(str(error)),
+                f"pip install '{requirement('transformers')}'",
+            )
         else:
             newer = untested("transformers", installed("transformers"))
             yield Row(name, "right", OK, "checked with a tiny model" if newer else "with a transformers that is tested")
@@ -156,7 +162,7 @@ def cpu():
     """Its instructions, what it multiplies quickly, and the threads that torch uses."""
     import torch
 
-    from xlstm_hybrid.precision import prefers
+    from xlstm_hybrid.environment.precision import prefers
 
     has = instructions()
     yield Row("CPU", cpu_name())
@@ -229,9 +235,9 @@ def gpu():
 
 def kernels():
     """The remembered verdicts on our Triton kernels, for each kind of GPU."""
-    from xlstm_kernels.gpu.launch import interpreted
-    from xlstm_kernels.selfcheck import why_not
-    from xlstm_kernels.trust import remembered, verdict_file
+    from xlstm_kernels.backends.choose import why_not
+    from xlstm_kernels.backends.launch import interpreted
+    from xlstm_kernels.backends.verified import read_verdicts, verdict_file
 
     devices, _ = gpus()
     if interpreted():
@@ -241,7 +247,7 @@ def kernels():
     if not devices:
         yield Row("kernels", "not used", OK, "no GPU: the torch forms run")
     for file, device in {verdict_file(device): device for device in devices}.items():
-        verdicts = remembered(file)
+        verdicts = read_verdicts(file)
         if reason := why_not(str(device)):
             yield Row("kernels", "not used", MISSING, f"the torch forms run, slower: {reason}")
         elif not verdicts:
@@ -262,7 +268,7 @@ def kernels():
 def folders():
     """Where we and the libraries write: {what lies there: (folder, the variable that moves it)}."""
     from huggingface_hub import constants
-    from xlstm_kernels.trust import cache_folder
+    from xlstm_kernels.backends.verified import cache_folder
 
     found = {
         "kernel verdicts": (cache_folder(), "XLSTM_KERNELS_CACHE"),

@@ -4,8 +4,8 @@
     for question in questions:
         model.generate(**tokenizer(document + question, return_tensors="pt"), cache=snapshot(cache))
 
-A state is the transformers `Cache` that the model returns; nothing wraps it. Its size does not depend on the document where all layers are
-hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, W window, S sinks.
+A state is the transformers `Cache` that the model returns; nothing wraps it. Its size does not depend on the document
+where all layers are hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, W window, S sinks.
 """
 
 import copy
@@ -15,20 +15,36 @@ from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from xlstm_kernels import MLSTMState
 
-from xlstm_hybrid.artifacts import write_file
-from xlstm_hybrid.cache import HybridCacheLayer, SlidingLayer, adopt_cache
-from xlstm_hybrid.cache_names import named, takes_cache
-from xlstm_hybrid.configuration import MIXER
+from xlstm_hybrid.checkpoint.files import write_file
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.exact import DOCUMENT, SparseSlots
+from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer
+from xlstm_hybrid.model.cache_names import named, takes_cache
+from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.kept_groups import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
-INDIFFERENT = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "mlstm_chunk_size",
-               "attention_dropout", "initializer_range", "mlstm_output_gate_bias", "mlstm_context", "bos_token_id", "eos_token_id", "pad_token_id",
-               "quantization_config", "window_dropout"}  # fmt: skip
+INDIFFERENT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "mlstm_chunk_size",
+    "attention_dropout",
+    "initializer_range",
+    "mlstm_output_gate_bias",
+    "mlstm_context",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "window_dropout",
+}
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
 
@@ -41,7 +57,8 @@ def prefill(model, input_ids, attention_mask=None, *, cache=None, piece=None, ro
     """Read tokens and return the cache; no logits are kept.
 
     Args:
-        input_ids, attention_mask: [B, T]; 0 in the mask is padding. After a filled cache the mask covers its tokens too.
+        input_ids, attention_mask: [B, T]; 0 in the mask is padding. After a filled cache the mask covers its tokens
+            too.
         cache: cache to go on from; it is changed.
         piece: tokens per forward call, which bounds the memory of a long prompt; None reads all at once.
         rollback: tokens that can be taken back later, see `remember`.
@@ -60,7 +77,9 @@ def prefill(model, input_ids, attention_mask=None, *, cache=None, piece=None, ro
 
 
 def snapshot(cache):
-    """An independent copy: whatever happens to one, the other does not see it. Its record of past tokens is copied as well."""
+    """An independent copy: whatever happens to one, the other does not see it. Its record of past tokens is copied as
+    well.
+    """
     try:
         return copy.deepcopy(cache)
     except RuntimeError as error:  # torch copies leaves only
@@ -88,13 +107,16 @@ def fork(cache, rows):
 def remember(cache, tokens):
     """From now on keep what taking back the last `tokens` tokens needs; 0 stops it. Returns the cache.
 
-    It costs the cache's memory once more, the mLSTM's inputs of `tokens` tokens, and, where a step falls out of the record, that step again.
+    It costs the cache's memory once more, the mLSTM's inputs of `tokens` tokens, and, where a step falls out of the
+    record, that step again.
     """
     if tokens < 0:
         raise CacheError(f"remember: tokens={tokens}, expected 0 or more")
     for j, layer in enumerate(cache.layers):
         if not hasattr(layer, "record_past") and type(layer) is not DynamicLayer:
-            raise CacheError(f"remember: layer {j} is a {type(layer).__name__}, which takes nothing back; take a snapshot instead")
+            raise CacheError(
+                f"remember: layer {j} is a {type(layer).__name__}, which takes nothing back; take a snapshot instead"
+            )
         if hasattr(layer, "record_past"):
             if not (tokens and layer.record_past):  # a record in use only changes its length
                 layer.record_past = tokens > 0
@@ -111,21 +133,26 @@ def recorded(cache):
         elif type(layer) is DynamicLayer:
             found.append(layer.get_seq_length())
         else:
-            raise CacheError(f"layer {j} is a {type(layer).__name__}, which cannot take tokens back; use a DynamicCache")
+            raise CacheError(
+                f"layer {j} is a {type(layer).__name__}, which cannot take tokens back; use a DynamicCache"
+            )
     return min(found, default=0)
 
 
 def rollback(cache, tokens):
     """Take the last `tokens` tokens (columns, padding included) back, in place. Returns the cache.
 
-    Bitwise the state from before where whole calls go, and to rounding where a call is cut. The record stays: going back further is possible.
+    Bitwise the state from before where whole calls go, and to rounding where a call is cut. The record stays: going
+    back further is possible.
 
     Raises:
         CacheError: the record does not reach that far; nothing has changed.
     """
     if not 0 <= tokens <= (found := recorded(cache)):
-        raise CacheError(f"cannot take {tokens} tokens back: {found} are recorded; call remember(cache, {max(tokens, 1)}) before they come, "
-                         "or keep a snapshot(cache)")  # fmt: skip
+        raise CacheError(
+            f"cannot take {tokens} tokens back: {found} are recorded; call remember(cache, {max(tokens, 1)}) before they come, "
+            "or keep a snapshot(cache)"
+        )
     for layer in cache.layers:
         layer.rollback(tokens) if isinstance(layer, HybridCacheLayer) else layer.crop(-tokens)
     return cache
@@ -136,14 +163,17 @@ def rollback(cache, tokens):
 
 def behaviour(config):
     """The fields of a config that decide what a state means, as JSON has them."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in MIXER and v == MIXER[k])}  # older states lack those
+    # older states lack those
+    fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in MIXER and v == MIXER[k])}
     fields = json.loads(json.dumps(fields))
     return dict(sorted(fields.items()))
 
 
 @torch.no_grad()
 def weights_digest(model):
-    """SHA-256 over names, dtypes, shapes and evenly spaced elements of all parameters: tells checkpoints apart without reading them whole."""
+    """SHA-256 over names, dtypes, shapes and evenly spaced elements of all parameters: tells checkpoints apart without
+    reading them whole.
+    """
     digest = hashlib.sha256()
     for name, x in sorted(model.named_parameters()):
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
@@ -160,28 +190,25 @@ def weights_digest(model):
 def refuse_parts(model, name):
     """Raise CacheError where this process has only a part of the model: some heads, or some layers."""
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(model, "_pp_stage", None) is not None:
-        raise CacheError(f"{name}: the model is shared out to several processes, each of which has a part of the state; "
-                         "load it in one process (without tp_plan and distributed_config) to save or load states")  # fmt: skip
+        raise CacheError(
+            f"{name}: the model is shared out to several processes, each of which has a part of the state; "
+            "load it in one process (without tp_plan and distributed_config) to save or load states"
+        )
 
 
 def tensors_of(layer):
     """`{name: tensor}` of a filled layer."""
-    tensors = {"keys": layer.keys, "values": layer.values}
-    if isinstance(layer, HybridCacheLayer):
-        tensors |= {} if layer.state is None else dict(zip("Cnm", layer.state, strict=True))
-        tensors["count"] = layer.count
-        if layer.sparse is not None:
-            tensors |= {"scores": layer.scores} | {f"sparse_{name}": x for name, x in layer.sparse._asdict().items()}
-        if layer.kept is not None:
-            tensors |= {f"kept_{name}": getattr(layer.kept, name) for name in ("keys", "values", "place")}
-    return tensors
+    return (
+        layer.named_tensors() if isinstance(layer, HybridCacheLayer) else {"keys": layer.keys, "values": layer.values}
+    )
 
 
 def save_state(cache, path, model):
     """Write a filled cache to one safetensors file, whole or not at all. Its record of past tokens is not part of it.
 
-    The header holds the format's version, the config's fields, a digest of the weights, the number of tokens and each layer's kind: `load_state`
-    refuses what another model wrote. The file holds what was read in compressed form: treat it as the text itself.
+    The header holds the format's version, the config's fields, a digest of the weights, the number of tokens and each
+    layer's kind: `load_state` refuses what another model wrote. The file holds what was read in compressed form: treat
+    it as the text itself.
 
     Raises:
         CacheError: an empty cache, or one with layers that are not ours or plainly dynamic.
@@ -193,18 +220,30 @@ def save_state(cache, path, model):
     tensors = {}
     for j, layer in enumerate(cache.layers):
         if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
-            raise CacheError(f"layer {j} is a {type(layer).__name__}, expected HybridCacheLayer or a dynamic layer; use a DynamicCache")
+            raise CacheError(
+                f"layer {j} is a {type(layer).__name__}, expected HybridCacheLayer or a dynamic layer; use a DynamicCache"
+            )
         if not layer.is_initialized:
-            raise CacheError(f"layer {j} of the cache is empty: there is nothing to save; read something first (prefill)")
-        tensors |= {f"layers.{j}.{name}": x.detach().cpu().contiguous().clone() for name, x in tensors_of(layer).items()}
+            raise CacheError(
+                f"layer {j} of the cache is empty: there is nothing to save; read something first (prefill)"
+            )
+        tensors |= {
+            f"layers.{j}.{name}": x.detach().cpu().contiguous().clone() for name, x in tensors_of(layer).items()
+        }
         if type(layer) is SlidingLayer and layer.cumulative_length >= layer.sliding_window:
             for name in ("keys", "values"):  # what a record holds beyond the window stays here
                 held = tensors[f"layers.{j}.{name}"]
                 tensors[f"layers.{j}.{name}"] = held[:, :, held.shape[2] - layer.sliding_window + 1 :].contiguous()
     if not tensors:
         raise CacheError("the cache has no layers: there is nothing to save; read something first (prefill)")
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": json.dumps(behaviour(model.config)), "weights": weights_digest(model),
-              "seen_tokens": str(cache.get_seq_length()), "layer_types": json.dumps(model.config.layer_types)}  # fmt: skip
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": json.dumps(behaviour(model.config)),
+        "weights": weights_digest(model),
+        "seen_tokens": str(cache.get_seq_length()),
+        "layer_types": json.dumps(model.config.layer_types),
+    }
     write_file(path, save(tensors, header))
 
 
@@ -212,7 +251,8 @@ def load_state(path, model):
     """The cache in a file of `save_state`, on the model's devices.
 
     Raises:
-        CacheError: no such file or a damaged one, another format, or one that another model wrote; it names the first difference.
+        CacheError: no such file or a damaged one, another format, or one that another model wrote; it names the first
+            difference.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -228,7 +268,9 @@ def load_state(path, model):
     try:
         seen = int(header["seen_tokens"])
     except (KeyError, ValueError) as error:
-        raise CacheError(f"{name}: the header has no number of tokens, it is damaged; make it again with save_state") from error
+        raise CacheError(
+            f"{name}: the header has no number of tokens, it is damaged; make it again with save_state"
+        ) from error
     cache = adopt_cache(DynamicCache(config=model.config), model.config)
     layers, rows = model.get_decoder().layers, set()
     for j, layer in enumerate(cache.layers):
@@ -236,11 +278,21 @@ def load_state(path, model):
         check_tensors(found, layer, j, model.config, seen, name)
         rows.add(found["keys"].shape[0])
         device = next(layers[j].parameters()).device
-        # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on that
-        fill(layer, {key: x.to(device, copy=True) for key, x in found.items()}, seen)
+        # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on
+        # that
+        found = {key: x.to(device, copy=True) for key, x in found.items()}
+        if isinstance(layer, HybridCacheLayer):
+            layer.fill(found, seen)
+            continue
+        layer.lazy_initialization(found["keys"], found["values"])
+        layer.keys, layer.values = found["keys"], found["values"]
+        if isinstance(layer, SlidingLayer):
+            layer.cumulative_length = seen
     if tensors or len(rows) != 1:
-        raise CacheError(f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
-                         "damaged; make it again with save_state")  # fmt: skip
+        raise CacheError(
+            f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
+            "damaged; make it again with save_state"
+        )
     return cache
 
 
@@ -248,18 +300,24 @@ def check_header(header, model, name):
     """Raise CacheError unless the header was written for this model."""
     if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
         found = f"{header.get('format')} version {header.get('format_version')}"
-        raise CacheError(f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; make it again with this version's save_state")
+        raise CacheError(
+            f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; make it again with this version's save_state"
+        )
     try:
         theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
     except (KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{name}: the header has no config, it is damaged; make it again with save_state") from error
     for field in sorted(theirs.keys() | ours.keys()):
         if theirs.get(field) != ours.get(field):
-            raise CacheError(f"{name}: another model wrote this state: its {field} is {theirs.get(field)!r}, this model's {ours.get(field)!r}; "
-                             "load the model that wrote it, or read the text again")  # fmt: skip
+            raise CacheError(
+                f"{name}: another model wrote this state: its {field} is {theirs.get(field)!r}, this model's {ours.get(field)!r}; "
+                "load the model that wrote it, or read the text again"
+            )
     if header.get("weights") != weights_digest(model):
-        raise CacheError(f"{name}: a model of this shape with other weights (or in another dtype) wrote this state; load the one that wrote it, "
-                         "or read the text again")  # fmt: skip
+        raise CacheError(
+            f"{name}: a model of this shape with other weights (or in another dtype) wrote this state; load the one that wrote it, "
+            "or read the text again"
+        )
 
 
 def check_tensors(tensors, layer, j, config, seen, name):
@@ -282,16 +340,24 @@ def check_tensors(tensors, layer, j, config, seen, name):
         expected |= {"kept_keys": (B, E, columns, K), "kept_values": (B, E, columns, K), "kept_place": (B, columns)}
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if B < 1 or found != expected:
-        raise CacheError(f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state")
+        raise CacheError(
+            f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state"
+        )
     if hybrid:
         states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in memory)
         count = tensors["count"]
         if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
-            raise CacheError(f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state")
+            raise CacheError(
+                f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state"
+            )
         if "sparse_index" in tensors and not bool((tensors["sparse_index"] < count[:, None, None]).all()):
-            raise CacheError(f"{name}: layer {j} has chosen tokens beyond its {seen}, it is damaged; make it again with save_state")
+            raise CacheError(
+                f"{name}: layer {j} has chosen tokens beyond its {seen}, it is damaged; make it again with save_state"
+            )
         if E and not fits(tensors["kept_place"], count, seen):
-            raise CacheError(f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state")
+            raise CacheError(
+                f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state"
+            )
 
 
 def fits(place, count, seen):
@@ -300,18 +366,3 @@ def fits(place, count, seen):
         return False
     last = place.amax(-1) if place.shape[1] else torch.full_like(count, -1)
     return bool(torch.where(last < 0, count == 0, last % DOCUMENT == count - 1).all())
-
-
-def fill(layer, tensors, seen):
-    """Put loaded tensors into an empty layer."""
-    layer.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
-    layer.keys, layer.values = tensors["keys"], tensors["values"]
-    if isinstance(layer, HybridCacheLayer):
-        layer.state = MLSTMState(*(tensors[key] for key in "Cnm")) if "C" in tensors else None
-        layer.count, layer.seen_tokens = tensors["count"], seen
-        if layer.capacity:
-            layer.scores, layer.sparse = tensors["scores"], SparseSlots(*(tensors[f"sparse_{field}"] for field in SparseSlots._fields))
-        if layer.kept is not None:
-            layer.kept.keys, layer.kept.values, layer.kept.place = (tensors[f"kept_{key}"] for key in ("keys", "values", "place"))
-    elif isinstance(layer, SlidingLayer):
-        layer.cumulative_length = seen

@@ -1,6 +1,7 @@
 """One row of a data set as a document, `(input_ids, labels)`.
 
-A label is the token itself, or -100 where it is not scored; the first token of a document never is: nothing predicts it.
+A label is the token itself, or -100 where it is not scored; the first token of a document never is: nothing predicts
+it.
 """
 
 import hashlib
@@ -12,29 +13,34 @@ IGNORE = -100
 
 
 def encode_text(tokenizer, text):
-    """A document of plain text between the begin token (where the tokenizer has one) and the end token; every token is scored but the first.
+    """A document of plain text between the begin token (where the tokenizer has one) and the end token; every token is
+    scored but the first.
 
     Raises:
         DataError: the tokenizer has no end token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token (eos_token), so that documents would have no end: set it in tokenizer_config.json")
+        raise DataError(
+            "the tokenizer has no end token (eos_token), so that documents would have no end: set it in tokenizer_config.json"
+        )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [*begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
     return ids, [IGNORE, *ids[1:]]
 
 
 def encode_chat(tokenizer, messages, score="assistant"):
-    """A conversation as the tokenizer's chat template writes it; what the assistant says is scored, end-of-turn token included.
+    """A conversation as the tokenizer's chat template writes it; what the assistant says is scored, end-of-turn token
+    included.
 
-    A template that marks the assistant's words ({% generation %}) is believed. Otherwise a turn is what it adds to the conversation before it,
-    and a template that writes earlier turns in another way when later ones follow is refused.
+    A template that marks the assistant's words ({% generation %}) is believed. Otherwise a turn is what it adds to the
+    conversation before it, and a template that writes earlier turns in another way when later ones follow is refused.
 
     Args:
         messages: [{"role", "content"}, ...]; what follows the last turn of the assistant is left out.
         score: "assistant" for every turn of the assistant, "last" for its last one.
     Raises:
-        DataError: no chat template, one that refuses the conversation or rewrites its turns, or no turn of the assistant.
+        DataError: no chat template, one that refuses the conversation or rewrites its turns, or no turn of the
+            assistant.
     """
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
@@ -45,9 +51,16 @@ def encode_chat(tokenizer, messages, score="assistant"):
     ids = render(tokenizer, messages)
     labels = [IGNORE] * len(ids)
     for n in turns:
-        before, after = render(tokenizer, messages[:n], add_generation_prompt=True), render(tokenizer, messages[: n + 1])
+        before, after = (
+            render(tokenizer, messages[:n], add_generation_prompt=True),
+            render(tokenizer, messages[: n + 1]),
+        )
         if ids[: len(after)] != after or after[: len(before)] != before:
-            step = "set score: last" if score != "last" else "take a template that marks the assistant's words with {% generation %}"
+            step = (
+                "set score: last"
+                if score != "last"
+                else "take a template that marks the assistant's words with {% generation %}"
+            )
             raise DataError(
                 f"the chat template does not write turn {n} as it wrote it without the turns that follow it, or without its answer: {step}"
             )
@@ -69,7 +82,9 @@ def marked_chat(tokenizer, messages, score):
 def template_of(tokenizer):
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise DataError("the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages")
+        raise DataError(
+            "the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages"
+        )
     return template if isinstance(template, str) else "".join(template.values())
 
 
@@ -80,7 +95,9 @@ def render(tokenizer, messages, **options):
     try:
         found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise DataError(f"the chat template refuses these messages ({' '.join(str(error).split())}): correct the rows, or leave them out") from error
+        raise DataError(
+            f"the chat template refuses these messages ({' '.join(str(error).split())}): correct the rows, or leave them out"
+        ) from error
     return found if "return_assistant_tokens_mask" in options else list(found["input_ids"])
 
 
@@ -90,11 +107,15 @@ def conversation(row, source):
         messages = row[source.messages]
     else:
         question, answer = row[source.prompt], row[source.completion]
-        question = [{"role": "user", "content": question}] if isinstance(question, str) and question.strip() else question
+        question = (
+            [{"role": "user", "content": question}] if isinstance(question, str) and question.strip() else question
+        )
         messages = [*question, {"role": "assistant", "content": answer}] if question and answer else None
     if not messages:
         return None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
         raise DataError(f"expected a list of messages with role and content, got {str(messages)[:80]!r}")
     return [{k: v for k, v in m.items() if v is not None} for m in messages]
 

@@ -1,4 +1,6 @@
-"""Packed rows of T tokens each, from a mix of sources or from the tiny domains, and the data sets that the trainers read."""
+"""Packed rows of T tokens each, from a mix of sources or from the tiny domains, and the data sets that the trainers
+read.
+"""
 
 import copy
 import hashlib
@@ -6,7 +8,7 @@ import json
 import random
 from itertools import islice
 
-from xlstm_hybrid import tasks
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.documents import IGNORE
 from xlstm_hybrid.data.streams import SHUFFLE_BUFFER, Stream, open_source
 from xlstm_hybrid.errors import ConfigError, DataError, XLSTMHybridError
@@ -17,10 +19,12 @@ ROW = ("input_ids", "labels", "position_ids")
 
 
 class Rows:
-    """Packed rows of `length` tokens from several streams, without end: `{"input_ids", "labels", "position_ids"}`, lists of ints.
+    """Packed rows of `length` tokens from several streams, without end: `{"input_ids", "labels", "position_ids"}`,
+    lists of ints.
 
-    The source furthest below its share of tokens comes next. Positions restart with each document, and with each piece of one that goes on in the
-    next row. Rows with nothing to score are left out. `state_dict()` is plain JSON data; `load_state_dict` goes on exactly after that row.
+    The source furthest below its share of tokens comes next. Positions restart with each document, and with each piece
+    of one that goes on in the next row. Rows with nothing to score are left out. `state_dict()` is plain JSON data;
+    `load_state_dict` goes on exactly after that row.
     """
 
     def __init__(self, streams, length):
@@ -56,12 +60,21 @@ class Rows:
         return list(ids), list(labels), (source.overlong or ("cut" if source.is_chat else "split")) == "split"
 
     def state_dict(self):
-        return copy.deepcopy({"spent": self.spent, "rest": self.rest, "count": self.count, "streams": {n: s.state for n, s in self.streams.items()}})
+        return copy.deepcopy(
+            {
+                "spent": self.spent,
+                "rest": self.rest,
+                "count": self.count,
+                "streams": {n: s.state for n, s in self.streams.items()},
+            }
+        )
 
     def load_state_dict(self, state):
         """Raises DataError for a state of other sources."""
         if set(state["streams"]) != set(self.streams):
-            raise DataError(f"the state is of the sources {sorted(state['streams'])}, the recipe has {sorted(self.streams)}: start the data anew")
+            raise DataError(
+                f"the state is of the sources {sorted(state['streams'])}, the recipe has {sorted(self.streams)}: start the data anew"
+            )
         state = copy.deepcopy(state)
         self.spent, self.rest, self.count = state["spent"], state["rest"], state["count"]
         for name, stream in self.streams.items():
@@ -69,15 +82,23 @@ class Rows:
 
 
 def open_streams(recipe, tokenizer, expert=None, test=False):
-    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of the documents that nothing trains on.
+    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of the documents that nothing trains
+    on.
 
     Raises:
         DataError: see `open_source`.
     """
     data, name = recipe.data, "align" if expert is None else expert
-    options = {"buffer": data.get("shuffle_buffer", SHUFFLE_BUFFER), "held_out": data.get("held_out", HELD_OUT), "test": test}
+    options = {
+        "buffer": data.get("shuffle_buffer", SHUFFLE_BUFFER),
+        "held_out": data.get("held_out", HELD_OUT),
+        "test": test,
+    }
     sources = recipe.mix(expert)["sources"]
-    return [Stream(n, s, open_source(s, recipe), tokenizer, seed=f"{recipe.seed}-{name}", **options) for n, s in sources.items()]
+    return [
+        Stream(n, s, open_source(s, recipe), tokenizer, seed=f"{recipe.seed}-{name}", **options)
+        for n, s in sources.items()
+    ]
 
 
 def open_rows(recipe, tokenizer, expert=None, test=False):
@@ -99,7 +120,8 @@ def train_dataset(recipe, tokenizer, count, expert=None, cache=None):
     """The `count` rows that a training stage reads.
 
     Returns:
-        `datasets.Dataset`; on disk below `cache` if the rows come from sources; or a `datasets.IterableDataset`, if one of the sources streams.
+        `datasets.Dataset`; on disk below `cache` if the rows come from sources; or a `datasets.IterableDataset`, if one
+        of the sources streams.
     Raises:
         DataError: see `open_source` and `Stream`.
     """
@@ -111,16 +133,21 @@ def train_dataset(recipe, tokenizer, count, expert=None, cache=None):
         return Dataset.from_list(packed_rows(recipe, tokenizer, count, expert))
     features = Features({key: Sequence(Value("int32")) for key in ROW})
     if any(not s.whole for s in open_streams(recipe, tokenizer, expert)):
-        return IterableDataset.from_generator(lambda: islice(open_rows(recipe, tokenizer, expert), count), features=features)
+        return IterableDataset.from_generator(
+            lambda: islice(open_rows(recipe, tokenizer, expert), count), features=features
+        )
     try:
         named = fingerprint(recipe, expert, count)
-        return Dataset.from_generator(lambda: islice(open_rows(recipe, tokenizer, expert), count), features, cache_dir=cache, fingerprint=named)
+        return Dataset.from_generator(
+            lambda: islice(open_rows(recipe, tokenizer, expert), count), features, cache_dir=cache, fingerprint=named
+        )
     except DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, XLSTMHybridError) else error from None
 
 
 def prompts(recipe, tokenizer, count, expert):
-    """`count` questions of one expert for on-policy distillation: a `datasets.Dataset` with the columns "prompt" and "completion".
+    """`count` questions of one expert for on-policy distillation: a `datasets.Dataset` with the columns "prompt" and
+    "completion".
 
     Of a conversation the prompt is all but its last answer; both columns hold messages, for the tiny domains text.
 
@@ -134,7 +161,9 @@ def prompts(recipe, tokenizer, count, expert):
     if "mixture" in mix:
         return Dataset.from_list(list(domain_questions(mix["mixture"], f"{recipe.seed}-{expert}-prompts", count)))
     if plain := sorted(n for n, s in mix["sources"].items() if not s.is_chat):
-        raise ConfigError(f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages")
+        raise ConfigError(
+            f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages"
+        )
     streams, spent, found = open_streams(recipe, tokenizer, expert), {}, []
     for stream in streams:
         stream.encode = lambda messages: (question(messages), [0])  # in the place of token ids; nothing is scored here
@@ -147,7 +176,8 @@ def prompts(recipe, tokenizer, count, expert):
 
 
 def joint_prompts(recipe, tokenizer, count, shares):
-    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" that names whose they are.
+    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" that names whose they
+    are.
 
     Args:
         shares: {name of an expert: share}; counts are those nearest to them whose sum is `count`.
@@ -159,10 +189,14 @@ def joint_prompts(recipe, tokenizer, count, shares):
     exact = {name: share * count / sum(shares.values()) for name, share in shares.items()}
     rest = sorted(exact, key=lambda name: int(exact[name]) - exact[name])[: count - sum(map(int, exact.values()))]
     counts = {name: int(exact[name]) + (name in rest) for name in exact}
-    parts = {name: prompts(recipe, tokenizer, n, name).add_column("teacher", [name] * n) for name, n in counts.items() if n}
+    parts = {
+        name: prompts(recipe, tokenizer, n, name).add_column("teacher", [name] * n) for name, n in counts.items() if n
+    }
     kinds = {name: part.features for name, part in parts.items()}
     if len({str(kind) for kind in kinds.values()}) > 1:
-        raise ConfigError(f"experts {sorted(kinds)}: some ask in messages and some in text; give all of them sources, or all a mixture")
+        raise ConfigError(
+            f"experts {sorted(kinds)}: some ask in messages and some in text; give all of them sources, or all a mixture"
+        )
     return concatenate_datasets(list(parts.values()))
 
 

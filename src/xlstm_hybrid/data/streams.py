@@ -7,7 +7,7 @@ from itertools import islice
 
 from xlstm_hybrid.data.documents import IGNORE, content_of, encode_chat, encode_text, is_held_out
 from xlstm_hybrid.errors import DataError
-from xlstm_hybrid.recipe import HUB_ID, resolve_path
+from xlstm_hybrid.recipe.schema import HUB_ID, resolve_path
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
@@ -24,9 +24,13 @@ def open_source(source, recipe):
 
     local = resolve_path(recipe, source.path)
     if local is None and not HUB_ID.fullmatch(source.path):
-        raise DataError(f"{source.path}: no such file or folder beside {recipe.path.name}, and not a Hub id; check the path")
+        raise DataError(
+            f"{source.path}: no such file or folder beside {recipe.path.name}, and not a Hub id; check the path"
+        )
     streaming = source.streaming if source.streaming is not None else local is None
-    where, files = (local, source.data_files) if local is not None and local.is_dir() else (source.path, source.data_files)
+    where, files = (
+        (local, source.data_files) if local is not None and local.is_dir() else (source.path, source.data_files)
+    )
     if local is not None and local.is_file():
         if local.suffix not in FORMATS:
             raise DataError(f"{local.name}: expected a file of one of {sorted(FORMATS)}")
@@ -51,14 +55,18 @@ def open_source(source, recipe):
 def check_columns(found, source):
     columns = found.column_names or list(next(iter(found), {}))
     if missing := [c for c in source.columns if c not in columns]:
-        raise DataError(f"{source.path}, split {source.split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe")
+        raise DataError(
+            f"{source.path}, split {source.split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe"
+        )
 
 
 class Stream:
-    """Documents of one source without end, pass after pass, each in another order; `state` says where it stands, and `resume` goes back there.
+    """Documents of one source without end, pass after pass, each in another order; `state` says where it stands, and
+    `resume` goes back there.
 
-    A pass is read in blocks: the whole data set, or `buffer` rows of a stream, whose files are shuffled as well. Each block has an order of its
-    own, from the seed, the pass and the block's number, so that a stream goes on exactly: from the start of its block, at a position in it.
+    A pass is read in blocks: the whole data set, or `buffer` rows of a stream, whose files are shuffled as well. Each
+    block has an order of its own, from the seed, the pass and the block's number, so that a stream goes on exactly:
+    from the start of its block, at a position in it.
 
     Args:
         held_out: share of documents that is kept apart; `test` yields these, and nothing else.
@@ -98,7 +106,8 @@ class Stream:
             self.block = self.dataset
         else:
             if self.rows is None:
-                self.dataset.set_epoch(number(f"{self.seed}-{self.name}-{self.state['pass']}", 2**31) + 1)  # an epoch above 0 shuffles the files
+                # an epoch above 0 shuffles the files
+                self.dataset.set_epoch(number(f"{self.seed}-{self.name}-{self.state['pass']}", 2**31) + 1)
                 if self.state["dataset"] is not None:
                     self.dataset.load_state_dict(self.state["dataset"])
                 self.rows = iter(self.dataset)
@@ -121,8 +130,13 @@ class Stream:
                 kind, step = f"held out (data.held_out is {self.held_out})", "raise data.held_out, or bring more rows"
             raise DataError(f"{self.name}: none of {s['seen']} rows in a whole pass is {kind}; {step}")
         if s["empty"]:
-            warnings.warn(f"{self.name}: {s['empty']} of {s['seen']} rows are empty or have nothing to score, and were left out", stacklevel=2)
-        self.resume({"pass": s["pass"] + 1, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0})
+            warnings.warn(
+                f"{self.name}: {s['empty']} of {s['seen']} rows are empty or have nothing to score, and were left out",
+                stacklevel=2,
+            )
+        self.resume(
+            {"pass": s["pass"] + 1, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0}
+        )
 
     def document(self, row, n):
         """One row as a document; None where it is empty, filtered out, of the other split, or has nothing to score."""

@@ -1,25 +1,22 @@
-"""The stages of a recipe, each a checkpoint directory in and one out, and the road that walks them and resumes.
+"""The stages of a recipe, each a checkpoint directory in and one out, and the run that makes them all and resumes.
 
 teacher -> convert -> align -> distil (one expert per domain mix) -> on-policy -> merge -> evaluate -> report and card
 """
 
+from xlstm_hybrid.pipeline.evaluation import evaluate
 from xlstm_hybrid.pipeline.experts import make_experts
-from xlstm_hybrid.pipeline.judge import evaluate, mean_gates, sample
-from xlstm_hybrid.pipeline.road import Road
+from xlstm_hybrid.pipeline.run import Run
 from xlstm_hybrid.pipeline.settings import parse_overrides
-from xlstm_hybrid.pipeline.stages import align, distill, load, multi_teacher, on_policy, prepare
+from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy, prepare
 
 __all__ = [
-    "Road",
+    "Run",
     "align",
     "distill",
     "evaluate",
-    "load",
     "make_experts",
-    "mean_gates",
     "multi_teacher",
     "on_policy",
     "parse_overrides",
     "prepare",
-    "sample",
 ]

@@ -1,4 +1,6 @@
-"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or searched for."""
+"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or
+searched for.
+"""
 
 import json
 from itertools import islice
@@ -7,20 +9,21 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from xlstm_hybrid import tasks
-from xlstm_hybrid.artifacts import write_json
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, open_streams, packed_rows
+from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation import exact_match, perplexity
-from xlstm_hybrid.merge_methods import measure_statistics
-from xlstm_hybrid.merge_settings import NEED_BASE, NEED_STATISTICS
-from xlstm_hybrid.merging import merge
-from xlstm_hybrid.pipeline.stages import load, workspace
-from xlstm_hybrid.recipe import resolve_path
-from xlstm_hybrid.search import search_merge
+from xlstm_hybrid.evaluation.scores import exact_match, perplexity
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.merging.methods import measure_statistics
+from xlstm_hybrid.merging.search import search_merge
+from xlstm_hybrid.pipeline.stages import workspace
+from xlstm_hybrid.recipe.merge_settings import NEED_BASE, NEED_STATISTICS
+from xlstm_hybrid.recipe.schema import resolve_path
 
 ALIGNED = "aligned"  # name of the common start in a recipe
-CALIBRATION_SEED = 1  # of the prompts that a search judges by: others than those that the results are measured on
+CALIBRATION_SEED = 1  # of the prompts that a search scores by: others than those that the results are measured on
 STATISTICS = {"rows": 64, "batch_size": 8}
 SEARCH = {"batch_size": 64}
 
@@ -36,7 +39,9 @@ def base_of(recipe, aligned):
     name = recipe.merge.get("base", ALIGNED)
     base = aligned if name == ALIGNED else resolve_path(recipe, name)
     if base is None:
-        raise ConfigError(f"{recipe.path.name}: merge.base={name!r} is not there: name a checkpoint, relative to the recipe, or 'aligned'")
+        raise ConfigError(
+            f"{recipe.path.name}: merge.base={name!r} is not there: name a checkpoint, relative to the recipe, or 'aligned'"
+        )
     return base
 
 
@@ -46,67 +51,103 @@ def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table
     Args:
         experts: {name: directory}.
         aligned: their common start.
-        teacher: against which a search judges its candidates.
+        teacher: which a search compares its candidates with.
         statistics: files of `measure_statistics` in the order of `experts`, for methods that need them.
-        table: file in which a search keeps its candidates, so that an interrupted one goes on.
+        table: file of a search's candidates, so that an interrupted one goes on.
         progress: called with every new candidate.
     Returns:
         Search, None where the recipe gives the weights.
     """
     section, directories = recipe.merge, list(experts.values())
-    settings = {"method": section["method"], "options": section.get("options"), "base": base_of(recipe, aligned), "statistics": statistics}
+    settings = {
+        "method": section["method"],
+        "options": section.get("options"),
+        "base": base_of(recipe, aligned),
+        "statistics": statistics,
+    }
     if "search" not in section:
-        groups = {group: [shares[name] for name in experts] for group, shares in section.get("group_weights", {}).items()}
+        groups = {
+            group: [shares[name] for name in experts] for group, shares in section.get("group_weights", {}).items()
+        }
         weights = [section["weights"][name] for name in experts]
         merge(directories, out, weights=weights, group_weights=groups or None, overwrite=overwrite, **settings)
         return None
     asked = SEARCH | section["search"]
-    judge, calibration = judge_of(recipe, asked)
+    score, calibration = scorer_of(recipe, asked)
     limits = {name: asked[name] for name in ("parts", "budget") if name in asked}
-    return searched(directories, out, teacher, judge, calibration, table, recipe.revision, progress, overwrite=overwrite, **limits, **settings)
+    return searched(
+        directories,
+        out,
+        teacher,
+        score,
+        calibration,
+        table,
+        recipe.revision,
+        progress,
+        overwrite=overwrite,
+        **limits,
+        **settings,
+    )
 
 
 # --- search ----------------------------------------------------------------------------------------------------
 
 
-def judge_of(recipe, settings):
-    """`(function of model and tokenizer -> {benchmark: score}, words for the calibration set)` of the settings of a search."""
+def scorer_of(recipe, settings):
+    """`(function of model and tokenizer -> {benchmark: score}, words for the calibration set)` of the settings of a
+    search.
+    """
     if "documents" not in settings:
-        return domain_judge(settings["examples"], settings["batch_size"])
+        return domain_scorer(settings["examples"], settings["batch_size"])
     count, before = settings["documents"], (recipe.evaluate or {}).get("documents", 0)
 
-    def judge(model, tokenizer):
+    def score(model, tokenizer):
         scores = {}
         for expert in recipe.experts:
             for stream in open_streams(recipe, tokenizer, expert, test=True):
-                rows = [(ids[: recipe.length], labels[: recipe.length]) for ids, labels in islice(stream, before, before + count)]
+                rows = [
+                    (ids[: recipe.length], labels[: recipe.length])
+                    for ids, labels in islice(stream, before, before + count)
+                ]
                 scores[f"{expert}/{stream.name}"] = 1 / perplexity(model, rows, batch_size=settings["batch_size"])
         return scores
 
-    return judge, f"inverse perplexity of {count} held-out documents per source, behind the first {before}"
+    return score, f"inverse perplexity of {count} held-out documents per source, behind the first {before}"
 
 
-def domain_judge(count, batch_size=64):
-    """`judge_of` for exact match on `count` prompts per tiny domain."""
+def domain_scorer(count, batch_size=64):
+    """`scorer_of` for exact match on `count` prompts per tiny domain."""
     examples = {domain: tasks.test_examples(domain, count, seed=CALIBRATION_SEED) for domain in tasks.DOMAINS}
 
-    def judge(model, tokenizer):
-        return {domain: exact_match(model, tokenizer, rows, batch_size=batch_size).score for domain, rows in examples.items()}
+    def score(model, tokenizer):
+        return {
+            domain: exact_match(model, tokenizer, rows, batch_size=batch_size).score
+            for domain, rows in examples.items()
+        }
 
-    return judge, f"{count} prompts per domain, seed {CALIBRATION_SEED}"
+    return score, f"{count} prompts per domain, seed {CALIBRATION_SEED}"
 
 
-def searched(experts, out, teacher, judge, calibration, table, revision=None, progress=None, **settings):
+def searched(experts, out, teacher, score, calibration, table, revision=None, progress=None, **settings):
     """Weights under the win-and-tie objective against `teacher`; candidates are kept in `table`, a second call goes on.
 
     Args:
-        judge, calibration: of `judge_of`.
+        score, calibration: of `scorer_of`.
         settings: of `search.search_merge`.
     """
-    goal = judge(*load(teacher, revision=revision))
+    goal = score(*load(teacher, revision=revision))
     with workspace(out) as work:
-        return search_merge(experts, out, lambda folder: judge(*load(folder)), goal, calibration=calibration, table=table, work=work,
-                            progress=progress, **settings)  # fmt: skip
+        return search_merge(
+            experts,
+            out,
+            lambda folder: score(*load(folder)),
+            goal,
+            calibration=calibration,
+            table=table,
+            work=work,
+            progress=progress,
+            **settings,
+        )
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
@@ -132,11 +173,14 @@ def write_statistics(expert, rows, out, method, settings=None):
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return measure_statistics(expert, batches_of(rows, settings["batch_size"]), out, NEED_STATISTICS[method], device, **options)
+    return measure_statistics(
+        expert, batches_of(rows, settings["batch_size"]), out, NEED_STATISTICS[method], device, **options
+    )
 
 
 def expert_statistics(recipe, name, expert, file, spec):
-    """The recipe's statistics of one expert in `file`, measured unless those of `spec` are there, as a note beside it says.
+    """The recipe's statistics of one expert in `file`, measured unless those of `spec` are there, as a note beside it
+    says.
 
     The rows are the first that its distillation reads.
     """
@@ -146,6 +190,8 @@ def expert_statistics(recipe, name, expert, file, spec):
     settings = STATISTICS | recipe.merge.get("statistics", {})
     tokenizer = AutoTokenizer.from_pretrained(expert, trust_remote_code=False)
     note.unlink(missing_ok=True)
-    write_statistics(expert, packed_rows(recipe, tokenizer, settings["rows"], name), file, recipe.merge["method"], settings)
+    write_statistics(
+        expert, packed_rows(recipe, tokenizer, settings["rows"], name), file, recipe.merge["method"], settings
+    )
     write_json(note, spec)
     return file

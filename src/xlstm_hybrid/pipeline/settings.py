@@ -37,7 +37,10 @@ class Parser:
     def __init__(self, config):
         from transformers import HfArgumentParser
 
-        self.parser, self.name = HfArgumentParser(config, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS), config.__name__
+        self.parser, self.name = (
+            HfArgumentParser(config, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS),
+            config.__name__,
+        )
         self.parser.error = self.refuse
         known = {f.name for f in fields(config) if f.init}
         self.options = {a.dest: a for a in self.parser._actions if a.dest in known}
@@ -53,7 +56,9 @@ class Parser:
         found, rest = self.parser.parse_known_args(list(arguments))
         if rest:
             self.check([rest[0].split("=")[0].lstrip("-")], "the command line")
-            raise ConfigError(f"{self.name}: {rest[0]!r} belongs to no option; give options as --name value, behind the positional arguments")
+            raise ConfigError(
+                f"{self.name}: {rest[0]!r} belongs to no option; give options as --name value, behind the positional arguments"
+            )
         return vars(found)
 
     def check(self, names, where):
@@ -97,7 +102,9 @@ def batch_of(settings, where, world=None):
     if sequences is None:
         return micro, settings.get("gradient_accumulation_steps", 1)
     if "gradient_accumulation_steps" in settings:
-        raise ConfigError(f"{where}: {SEQUENCES} and gradient_accumulation_steps; the one follows from the other, give one of them")
+        raise ConfigError(
+            f"{where}: {SEQUENCES} and gradient_accumulation_steps; the one follows from the other, give one of them"
+        )
     if sequences % (micro * world):
         raise ConfigError(
             f"{where}: {SEQUENCES}={sequences} is no multiple of {micro} rows (per_device_train_batch_size) x {world} processes; "
@@ -136,4 +143,6 @@ def trainer_config(config, settings, where, work, seed):
     except XLSTMHybridError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {config.__name__} refuses its settings ({' '.join(str(error).split())})") from error
+        raise ConfigError(
+            f"{where}: {config.__name__} refuses its settings ({' '.join(str(error).split())})"
+        ) from error

@@ -12,32 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from xlstm_hybrid.artifacts import add_provenance, owner, read_provenance, staged, write_manifest
-from xlstm_hybrid.conversion import DTYPES
+from xlstm_hybrid.checkpoint.files import add_provenance, owner, read_provenance, staged, write_manifest
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
+from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
-from xlstm_hybrid.precision import warn_if_slow
-from xlstm_hybrid.recipe import resolve_path
+from xlstm_hybrid.recipe.schema import resolve_path
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
-
-
-def load(checkpoint, dtype="float32", revision=None, device=None):
-    """`(model, tokenizer)` in eval mode on `device`, by default the GPU where there is one; safetensors only, and no code from the checkpoint.
-
-    Raises:
-        ConfigError: a dtype that we do not know.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    where = {"revision": revision} if revision and not Path(checkpoint).is_dir() else {}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **where)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def place_of(args):
@@ -61,8 +47,8 @@ def load_teacher(teacher, recipe, args):
 def workspace(out, settings=None):
     """A directory beside `out` for what a stage needs while it runs.
 
-    With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command goes on from the newest
-    checkpoint in it. Otherwise each process has its own, which is gone afterwards.
+    With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command
+    goes on from the newest checkpoint in it. Otherwise each process has its own, which is gone afterwards.
     """
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +59,9 @@ def workspace(out, settings=None):
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
         return
-    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent))  # `staged` removes it if this process is killed
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent)
+    )  # `staged` removes it if this process is killed
     try:
         yield folder
     finally:
@@ -96,10 +84,10 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     Args:
         overrides: fields of `AlignmentConfig` that go before the recipe's.
     Returns:
-        The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains on (of a sharded model:
-        on the first and the last rows that it was trained on).
+        The figures that it also writes: {"relative_error": [{"layer", "before", "after"}]}, on rows that nothing trains
+        on (of a sharded model: on the first and the last rows that it was trained on).
     """
-    from xlstm_hybrid.trainers.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
+    from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
     with workspace(out, settings) as work:
@@ -110,7 +98,9 @@ def align(student, out, recipe, overwrite=False, overrides=None):
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
         data = train_dataset(recipe, tokenizer, rows_of(settings, "align"), cache=rows_cache(work))
-        trainer = AlignmentTrainer(model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
+        trainer = AlignmentTrainer(
+            model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
+        )
         train(trainer, work)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
@@ -123,12 +113,21 @@ def align(student, out, recipe, overwrite=False, overrides=None):
 
 def align_in_groups(student, out, recipe, args, count, work, overwrite):
     """Stage I with `layers_at_a_time` layers in memory; interrupted, it goes on from its own folder beside `out`."""
-    from xlstm_hybrid.trainers.streaming import align_streamed
+    from xlstm_hybrid.training.alignment_by_groups import align_streamed
 
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
-    figures = align_streamed(student, out, args, data, collate, tokenizer, dtype=torch.float32, held_out=held_out_batches(recipe, tokenizer),
-                             overwrite=overwrite)  # fmt: skip
+    figures = align_streamed(
+        student,
+        out,
+        args,
+        data,
+        collate,
+        tokenizer,
+        dtype=torch.float32,
+        held_out=held_out_batches(recipe, tokenizer),
+        overwrite=overwrite,
+    )
     return {"relative_error": figures["relative_error"]}
 
 
@@ -150,11 +149,12 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     """Stage II: one domain expert by sparse knowledge distillation; returns the figures that it also writes.
 
     Args:
-        teacher: checkpoint directory or Hub id. It is loaded unless the setting `teacher` names a store of its targets for these rows.
+        teacher: checkpoint directory or Hub id. It is loaded unless the setting `teacher` names a store of its targets
+            for these rows.
         expert: its name in the recipe.
         overrides: fields of `SparseKDConfig` that go before the recipe's.
     """
-    from xlstm_hybrid.trainers.sparse_kd import SparseKDConfig, SparseKDTrainer
+    from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
     start, settings = time.time(), recipe.distill | (overrides or {})
     if (store := settings.get("teacher", "online")) != "online":
@@ -173,7 +173,17 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         )
         train(trainer, work)
         figures = last_figures(trainer.state.log_history)
-        finish(trainer, out, f"distill:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+        finish(
+            trainer,
+            out,
+            f"distill:{expert}",
+            [student, teacher],
+            settings,
+            recipe.experts[expert],
+            figures,
+            start,
+            overwrite,
+        )
     return figures
 
 
@@ -186,10 +196,12 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     Raises:
         ConfigError: the recipe has no section on_policy.
     """
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     if recipe.on_policy is None:
-        raise ConfigError(f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them")
+        raise ConfigError(
+            f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them"
+        )
     start, settings = time.time(), recipe.on_policy | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
@@ -203,21 +215,33 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
         )
         train(trainer, work)
         figures = last_figures(trainer.state.log_history)
-        finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, recipe.experts[expert], figures, start, overwrite)
+        finish(
+            trainer,
+            out,
+            f"on-policy:{expert}",
+            [student, teacher],
+            settings,
+            recipe.experts[expert],
+            figures,
+            start,
+            overwrite,
+        )
     return figures
 
 
 def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None):
-    """The experts teach one student on its own samples, each on the prompts of its domain; returns the figures that it also writes.
+    """The experts teach one student on its own samples, each on the prompts of its domain; returns the figures that it
+    also writes.
 
     Args:
         student: the aligned start of the experts, or what they were merged into.
-        experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares where it has none.
+        experts: {name in the recipe: checkpoint directory}; prompts come in the recipe's merge weights, in equal shares
+            where it has none.
         overrides: fields of `OnPolicyKDConfig` that go before those of the recipe's section merge.on_policy.
     Raises:
         ConfigError: no number of steps, an expert that the recipe does not have, a tokenizer that is not the student's.
     """
-    from xlstm_hybrid.trainers.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
+    from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
     section, where = recipe.merge or {}, "merge.on_policy"
     start, settings = time.time(), section.get("on_policy", {}) | (overrides or {})
@@ -228,12 +252,17 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
     shares = {name: section.get("weights", {}).get(name, 1.0) for name in experts if recipe.mix(name)}
     taught = {name: share for name, share in shares.items() if share > 0}
     if not taught:
-        raise ConfigError(f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0")
+        raise ConfigError(
+            f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0"
+        )
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=place_of(args))
         warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
-        loaded = {n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args)) for n in taught}
+        loaded = {
+            n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args))
+            for n in taught
+        }
         trainer = OnPolicyKDTrainer(
             model,
             {name: teacher for name, (teacher, _) in loaded.items()},
@@ -243,24 +272,47 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
         train(trainer, work)
-        figures = last_figures(trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")])
-        data = {"experts": {name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught}}
+        figures = last_figures(
+            trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
+        )
+        data = {
+            "experts": {
+                name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught
+            }
+        }
         known = read_provenance(student)  # and what the experts went through since then
         known += [stage for name in experts for stage in read_provenance(experts[name]) if stage not in known]
-        finish(trainer, out, "multi-teacher", [student, *experts.values()], settings, data, figures, start, overwrite, stages=known)
+        finish(
+            trainer,
+            out,
+            "multi-teacher",
+            [student, *experts.values()],
+            settings,
+            data,
+            figures,
+            start,
+            overwrite,
+            stages=known,
+        )
     return figures
 
 
 def last_figures(log, more=()):
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    latest = {key: entry[key] for entry in log for key in more if key in entry}  # of a teacher that the last step had no prompts of, an earlier one
-    return {key: float(last[key]) for key in LOGGED if key in last} | {key: float(value) for key, value in latest.items()}
+    latest = {
+        key: entry[key] for entry in log for key in more if key in entry
+    }  # of a teacher that the last step had no prompts of, an earlier one
+    return {key: float(last[key]) for key in LOGGED if key in last} | {
+        key: float(value) for key, value in latest.items()
+    }
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
-    """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until it is there."""
-    from xlstm_hybrid.trainers.checkpoints import collect_weights
-    from xlstm_hybrid.trainers.insight import PLOTS
+    """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until
+    it is there.
+    """
+    from xlstm_hybrid.training.checkpoints import collect_weights
+    from xlstm_hybrid.training.metrics import PLOTS
 
     accelerator = trainer.accelerator
     state, _ = collect_weights(trainer)  # None unless the model is sharded
@@ -278,14 +330,24 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
                 seconds = round(time.time() - start, 1)
                 config = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
-                add_provenance(folder, stage, parent=parents[0], stages=stages, config=config, data=data, figures=figures, seconds=seconds)
+                add_provenance(
+                    folder,
+                    stage,
+                    parent=parents[0],
+                    stages=stages,
+                    config=config,
+                    data=data,
+                    figures=figures,
+                    seconds=seconds,
+                )
                 write_manifest(folder)
     finally:
         accelerator.wait_for_everyone()
 
 
 def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
-    """Write the rows of stage I, or of one expert, as a `datasets` directory, for `cache-teacher` and for a look at them; returns their number.
+    """Write the rows of stage I, or of one expert, as a `datasets` directory, for `cache-teacher` and for a look at
+    them; returns their number.
 
     Args:
         tokenizer: checkpoint directory or Hub id.
@@ -301,6 +363,8 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):
-            found = Dataset.from_generator(found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}")
+            found = Dataset.from_generator(
+                found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}"
+            )
         found.save_to_disk(folder)
         return len(found)

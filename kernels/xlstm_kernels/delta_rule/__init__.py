@@ -1,0 +1,4 @@
+"""The gated delta rule, the other memory, as torch operations.
+
+`op` is public, `reference` holds the equations and both forms.
+"""

@@ -1,0 +1,1 @@
+"""The gated sum of a hybrid layer's two branches."""

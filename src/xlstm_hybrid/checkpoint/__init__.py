@@ -1,0 +1,1 @@
+"""Checkpoint directories: whole or not at all, listed with hashes, with a record of where they came from."""

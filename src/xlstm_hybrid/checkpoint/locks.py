@@ -1,0 +1,98 @@
+"""Claims: one of several processes does a piece of work, the others wait or do another. An optimisation, nothing's
+correctness depends on them.
+
+A claim is a file that names its process. A process of this machine that is gone has no claim; one of another machine
+must give a sign of life.
+"""
+
+import contextlib
+import os
+import threading
+import time
+
+from xlstm_hybrid.checkpoint.files import dead, owner
+
+CLAIM_SECONDS = 600  # without a sign of life after which a claim of another machine counts for nothing
+BEAT_SECONDS = 60  # between signs of life of `held`
+
+
+@contextlib.contextmanager
+def claimed(path):
+    """`(True if this process may work under the claim, function that gives a sign of life)`; the claim goes with the
+    block.
+    """
+    mine = take(path)
+    try:
+        yield mine, lambda: os.utime(path) if path.exists() else None
+    finally:
+        if mine:
+            path.unlink(missing_ok=True)
+
+
+def take(path):
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        if holder_lives(path):
+            return False
+        path.unlink(missing_ok=True)
+        return take(path)
+    with os.fdopen(handle, "w") as file:
+        file.write(owner(os.getpid()))
+    return True
+
+
+def holder_lives(path):
+    """Whether the process that holds a claim works on: it gave a sign of life lately and, if it is of this machine, it
+    is there.
+    """
+    try:
+        text, age = path.read_text(), time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return age < CLAIM_SECONDS and not gone(text)
+
+
+def gone(text):
+    """Whether `text`, made by `owner`, names a process of this machine that is no more, or this one itself."""
+    return dead(text) or text == owner(os.getpid())
+
+
+@contextlib.contextmanager
+def held(path, waiting=None, poll=5):
+    """Hold a claim as soon as whoever has it lets go or is gone, and give signs of life while the block runs.
+
+    Args:
+        waiting: called once with the text of the claim, before this process begins to wait for it.
+        poll: seconds between two looks.
+    """
+    while True:
+        with claimed(path) as (mine, alive):
+            if mine:
+                with beating(alive):
+                    yield
+                return
+        if waiting is not None:
+            with contextlib.suppress(FileNotFoundError):
+                waiting(path.read_text())
+                waiting = None
+        time.sleep(poll)
+
+
+@contextlib.contextmanager
+def beating(alive, seconds=BEAT_SECONDS):
+    """Call `alive` every so many seconds, from a thread, while the block runs."""
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(seconds):
+            with contextlib.suppress(OSError):
+                alive()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,21 @@
+"""`xlstm-hybrid card`: a model card from a checkpoint's record."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_hybrid.reports.card import write_card
+
+
+def card(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint with a provenance.json.")],
+    results: Annotated[Path | None, typer.Option(help="results.json of a run.")] = None,
+):
+    """Write the model card of a checkpoint from what its stages recorded.
+
+    Example: xlstm-hybrid card runs/tiny/student --results runs/tiny/results.json
+    """
+    write_card(directory, json.loads(results.read_text()) if results else None)
+    print(f"wrote {directory / 'README.md'}")

@@ -1,0 +1,100 @@
+"""`xlstm-hybrid compare`: students against their teacher, from files of results."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.evaluation.comparison import compare as compare_results
+from xlstm_hybrid.evaluation.comparison import open_sides, read_costs, sections, write_comparison
+from xlstm_hybrid.evaluation.comparison import record as add_to_record
+from xlstm_hybrid.reports.run import comparison_pictures
+
+
+def compare(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="Results of the teacher: an lm-eval file or folder, or this package's own; NAME=PATH names it."
+        ),
+    ],
+    students: Annotated[
+        list[str],
+        typer.Argument(help="Results of students, the same way; a run's results.json stands for all of its students."),
+    ],
+    alpha: Annotated[float, typer.Option(help="Relative tolerance of the verdict, from 0 to 1.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for comparison.json, .md, .html and pictures.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated benchmarks; all by default.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="BENCHMARK=METRIC, such as gsm8k=exact_match,flexible-extract; repeatable.")
+    ] = None,
+    common: Annotated[
+        bool, typer.Option("--common", help="Compare the benchmarks that all sides have, instead of refusing.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ, such as version or prompts; repeatable.")
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(help="Costs for the Pareto front: FILE.json, FILE.json:key, or field:key of the results."),
+    ] = None,
+    record: Annotated[
+        list[str] | None,
+        typer.Option(help="STUDENT=CHECKPOINT: add what was found to its record, for its card; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures; they need matplotlib.")] = True,
+):
+    """Compare students with their teacher: win-and-tie, recovery, paired statistics.
+
+    Exit code 0 if every student is lossless at alpha, 1 if not.
+
+    Example: xlstm-hybrid compare results/teacher mine=results/student --alpha 0.02 --out comparison
+    """
+    asked = dict(entry.partition("=")[::2] for entry in metric or ())
+    if not all(asked.values()):
+        raise EvaluationError(
+            f"--metric {' '.join(metric)}: expected BENCHMARK=METRIC, such as gsm8k=exact_match,flexible-extract"
+        )
+    its, theirs = open_sides(teacher, students)
+    costs = read_costs(cost, its, theirs) if cost else None
+    chosen = [t for t in tasks.split(",") if t] if tasks else None
+    compared = {"alpha": alpha, "tasks": chosen, "metrics": asked, "common": common, "allow": tuple(allow or ())}
+    found = compare_results(its, theirs, costs=costs, seed=seed, **compared)
+    console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
+    for kind, content in sections(found):
+        show(console, kind, content)
+    if out is not None:
+        files = write_comparison(found, out, comparison_pictures(found) if pictures else {})
+        console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
+    for entry in record or ():
+        name, _, directory = entry.partition("=")
+        add_to_record(found, name, directory)
+        console.print(
+            f"{name}: in the record of {directory}; write its card again with `xlstm-hybrid card {directory}`",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not all(s["lossless"] for s in found["students"].values()):
+        raise typer.Exit(1)
+
+
+def show(console, kind, content):
+    """One section of a comparison on the terminal."""
+    if kind == "table":
+        made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for j, column in enumerate(content[0]):
+            made.add_column(Text(str(column)), justify="right" if j else "left")
+        for row in content[1:]:
+            made.add_row(*(Text(str(value)) for value in row))
+        console.print(made)
+    elif kind in ("title", "text"):
+        console.print(Text(content, style="bold" if kind == "title" else ""))
+    elif kind == "list":
+        for text in content:
+            console.print(Text(f"- {text}"))

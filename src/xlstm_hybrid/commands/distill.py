@@ -1,0 +1,30 @@
+"""`xlstm-hybrid distill`: stage II, in one process or under `accelerate launch -m xlstm_hybrid distill`."""
+
+import json
+from pathlib import Path
+
+import typer
+
+from xlstm_hybrid import pipeline
+from xlstm_hybrid.commands.options import TINY, ExpertOption, Overwrite, RecipeOption, recipe_and_expert, settings_of
+from xlstm_hybrid.training.distillation import SparseKDConfig
+
+
+def distill(
+    context: typer.Context,
+    student: Path,
+    teacher: str,
+    out: Path,
+    recipe: RecipeOption = TINY,
+    expert: ExpertOption = None,
+    overwrite: Overwrite = False,
+):
+    """Stage II: distil one domain expert of the recipe from its teacher.
+
+    Fields of SparseKDConfig may follow and go before the recipe's: --learning_rate 1e-5 --top_k 64.
+
+    Example: xlstm-hybrid distill runs/aligned recipes/tiny_teacher/tiny-llama runs/expert --recipe tiny --expert memory
+    """
+    overrides = settings_of(context, SparseKDConfig, student, teacher, out)
+    loaded, name = recipe_and_expert(recipe, expert)
+    print(json.dumps(pipeline.distill(student, teacher, out, loaded, name, overwrite, overrides)))

@@ -1,0 +1,37 @@
+"""`xlstm-hybrid evaluate`: scores as a recipe's section `evaluate` asks for them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_hybrid import pipeline
+from xlstm_hybrid.commands.options import TINY, RecipeOption
+from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.evaluation.scores import named_contradictions
+from xlstm_hybrid.recipe.schema import load_recipe
+
+
+def evaluate(
+    model: Path,
+    out: Annotated[Path | None, typer.Option(help="File for the scores and samples, JSON.")] = None,
+    recipe: RecipeOption = TINY,
+):
+    """Score a model on the recipe's domains or held-out documents.
+
+    Example: xlstm-hybrid evaluate runs/tiny/student --recipe recipes/tiny.yaml --out scores.json
+    """
+    loaded = load_recipe(recipe)
+    if loaded.evaluate is None:
+        raise ConfigError(
+            f"{recipe.name}: no section evaluate, expected examples, text_chunks and batch_size, or documents and batch_size"
+        )
+    result = pipeline.evaluate(model, loaded)
+    for name, value in result["perplexity"].items():
+        score = result["exact_match"].get(name)
+        print(f"{name:<12} {'' if score is None else f'exact match {score:6.1%}':<19} perplexity {value:.3f}")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1))
+    if result["contradictions"]:
+        raise EvaluationError(named_contradictions({model.name: result["contradictions"]}))

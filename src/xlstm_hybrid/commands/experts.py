@@ -1,0 +1,32 @@
+"""`xlstm-hybrid experts`: the domain experts of a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_hybrid.pipeline import make_experts
+from xlstm_hybrid.recipe.schema import load_recipe
+
+
+def experts(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/tiny.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's own by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Expert to make; repeatable. All by default.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Aligned student; by default the recipe's, made if it is not there.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Make one student of them as the recipe says, once all are there.")
+    ] = False,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make again what was made with other settings, or from another start.")
+    ] = False,
+):
+    """Distil the domain experts of a recipe from one aligned start.
+
+    Here or in several launches, on one machine or more. Started again, it resumes.
+
+    Example: xlstm-hybrid experts recipes/tiny.yaml --only memory
+    """
+    make_experts(load_recipe(recipe), out, only or (), start, redo, merge)

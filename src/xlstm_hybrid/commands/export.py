@@ -1,0 +1,23 @@
+"""`xlstm-hybrid export`: a checkpoint that carries its code."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_hybrid.commands.options import Overwrite
+from xlstm_hybrid.hub.export import export as export_checkpoint
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a student.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the export, made new.")],
+    overwrite: Overwrite = False,
+):
+    """Copy a checkpoint together with the code of its architecture.
+
+    The copy loads with trust_remote_code=True where this package is not installed.
+
+    Example: xlstm-hybrid export runs/tiny/student exported
+    """
+    print(export_checkpoint(checkpoint, out, overwrite=overwrite))

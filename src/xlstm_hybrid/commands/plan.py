@@ -1,0 +1,89 @@
+"""`xlstm-hybrid plan`: what a run will need, before it starts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from xlstm_hybrid.planning.run import hours, human, machine_of, read_config, settings_text
+from xlstm_hybrid.planning.run import plan as plan_run
+from xlstm_hybrid.recipe.schema import load_recipe
+
+STEPS = (
+    "What does not fit: take more GPUs, shorter rows (data.sequence_length), a store in the place of the teacher, train: mixer or LoRA in stage II; "
+    "stage I can align a few layers at a time (align: layers_at_a_time)."
+)
+
+
+def plan(
+    teacher: Annotated[
+        str, typer.Argument(help="Directory with a config.json, or hub id; the weights are not needed.")
+    ],
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 8,
+    memory: Annotated[float, typer.Option(help="Memory of each, in GB (10^9 bytes).")] = 80,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe; by default the paper's steps and tokens.")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind, for its peak FLOP/s: a100, h100, h200 or b200.")] = "h100",
+    tflops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of another kind (bfloat16, dense).")] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the peak that training reaches; an assumption until you measure it.")
+    ] = 0.35,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="File for the plan, JSON.")] = None,
+):
+    """Say whether a run fits, how long it takes and which settings to use.
+
+    Per stage, with the bytes that it leaves on the disk. Exit code 1 if a stage does not fit.
+
+    Example: xlstm-hybrid plan Qwen/Qwen3-1.7B --gpus 4 --memory 24 --recipe recipes/qwen3-1.7b.yaml
+    """
+    loaded = load_recipe(recipe) if recipe else None
+    machine = machine_of(gpus, memory * 1e9, gpu, tflops and tflops * 1e12, utilisation)
+    found = plan_run(read_config(teacher, revision), machine, loaded, name=Path(teacher).name)
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    for part in shown(found):
+        console.print(part)
+    if out is not None:
+        out.write_text(json.dumps(found.as_dict(), indent=1))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def shown(found):
+    """The plan as tables and lines for the terminal."""
+    s, machine = found.shape, found.machine
+    yield f"[bold]{s.name}[/bold]: {s.teacher:,} parameters; its student {s.student:,}, {s.new:,} of them new ({s.hybrid} of {s.L} layers hybrid)"
+    stages = Table("stage", "fits", "peak per GPU", "settings", "tokens", "tokens/s", "time")
+    parts = Table("memory per GPU", *found.stages)
+    for kind, e in found.stages.items():
+        job = found.jobs[kind]
+        fits = "yes" if e.fits else f"NO, {human(e.peak - machine.room)} short"
+        tokens = f"{job.tokens / 1e9:.2f}e9" + (f" x {job.experts} experts" if job.experts > 1 else "")
+        stages.add_row(
+            kind,
+            fits,
+            human(e.peak),
+            settings_text(job, e.setting),
+            tokens,
+            f"{e.tokens_per_second:,.0f}",
+            hours(e.seconds),
+        )
+    for name in dict.fromkeys(name for e in found.stages.values() for name in e.memory):
+        parts.add_row(name, *(human(e.memory[name]) if name in e.memory else "" for e in found.stages.values()))
+    yield stages
+    yield parts
+    yield "disk: " + ", ".join(f"{name} {human(size)}" for name, size in found.disk.items())
+    ours, theirs = (sum(found.cache[side].values()) for side in ("student", "teacher"))
+    yield f"cache of one sequence of {found.cache['length']:,} tokens, bfloat16: {human(ours)}; the teacher's {human(theirs)}"
+    yield f"teacher online: {hours(found.store['online_seconds'])} of the time of stage II, no disk; a store of its targets, filled once:"
+    for k, size in found.store["stores"].items():
+        yield f"  top_k {k:>4}: {human(size)}, {hours(found.store['fill_seconds'])} to fill, read in every run in the place of the teacher"
+    yield from (f"warning: {line}" for line in found.warnings)
+    if not found.fits:
+        yield STEPS
+    yield "Estimates, none of them measured on a GPU:"
+    for line in found.assumptions:
+        yield f"  - {line}"

@@ -1,0 +1,32 @@
+"""`xlstm-hybrid prepare`: the rows of a stage, on disk."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_hybrid import pipeline
+from xlstm_hybrid.commands.options import TINY, Overwrite, RecipeOption
+from xlstm_hybrid.recipe.schema import load_recipe
+
+
+def prepare(
+    tokenizer: Annotated[str, typer.Argument(help="Checkpoint directory or hub id whose tokenizer writes the rows.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Directory of the rows, made new; `datasets.load_from_disk` and cache-teacher read it."),
+    ],
+    recipe: RecipeOption = TINY,
+    expert: Annotated[str | None, typer.Option("--expert", help="Rows of this expert; of stage I by default.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of rows; as many as the recipe's steps read by default.")
+    ] = None,
+    overwrite: Overwrite = False,
+):
+    """Write the packed rows that a stage of the recipe will read.
+
+    Example: xlstm-hybrid prepare recipes/tiny_teacher/tiny-llama runs/rows --recipe recipes/tiny.yaml --expert memory
+    """
+    loaded = load_recipe(recipe)
+    rows = pipeline.prepare(tokenizer, out, loaded, expert, count, overwrite)
+    print(f"{rows} rows of {loaded.length} tokens in {out}")

@@ -1,0 +1,60 @@
+"""`xlstm-hybrid serve`: transformers' OpenAI-compatible server for a student."""
+
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+
+from xlstm_hybrid.environment.precision import dtype_for
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Student: checkpoint directory or hub id. Requests name it in the same way.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto: as stored, unless that is slow here.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Static cache and torch.compile for decoding.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+):
+    """Serve a model with `transformers serve`, an OpenAI-compatible server.
+
+    Chat completions, completions and responses, streamed or not; `transformers chat` talks to it.
+
+    Example: xlstm-hybrid serve runs/tiny/student --port 8000
+    """
+    transformers.XLSTMHybridForCausalLM = (
+        XLSTMHybridForCausalLM  # its server finds classes in this namespace, and in no Auto class
+    )
+    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype_for(where, None if dtype == "auto" else dtype, stored_dtype(model)) or "auto"
+    try:
+        from transformers.cli.serve import Serve  # with packages that not everybody has
+
+        Serve(
+            model,
+            host=host,
+            port=port,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            default_seed=seed,
+            log_level=log_level,
+        )
+    except ImportError as error:  # transformers' own text names the extra
+        raise ConfigError(f"serve: {error}") from error
+
+
+def stored_dtype(model):
+    """Name of a checkpoint's dtype; None where its configuration does not say, or cannot be read."""
+    try:
+        found = transformers.AutoConfig.from_pretrained(model).dtype
+    except (OSError, ValueError):
+        return None
+    return found and str(found).removeprefix("torch.")

@@ -1,0 +1,51 @@
+"""`xlstm-hybrid verify`: whether a student is the same model in all the ways that it can be run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the random rows; by default enough for the window to wrap.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the copy that is checked; float64 where it fits, else float32, by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--json", help="File for the results, JSON.")] = None,
+):
+    """Check that cache, padding, packing, beams, rollback and files change nothing.
+
+    Exit code 1 if a check fails.
+
+    Example: xlstm-hybrid verify runs/tiny/student --json verify.json
+    """
+    table = Table(
+        "check", "dtype", "largest difference", "allowed", "verdict", caption="in standard deviations of the logits"
+    )
+    with Console(stderr=True).status("checking") as status:
+        results = verify_checkpoint(
+            model, length=length, dtype=dtype, device=device, report=lambda r: status.update(f"after: {r.name}")
+        )
+    for r in results:
+        allowed = f"{'>= ' if r.at_least else ''}{r.allowed:.1e}"
+        verdict, style = ("passed", None) if r.passed else ("FAILED", "red")
+        table.add_row(r.name, r.dtype, f"{r.difference:.2e}", allowed, verdict, style=style)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for r in results:
+        if r.note:
+            console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        out.write_text(json.dumps(as_json(results, model=Path(model).name, device=device), indent=1))
+    if not all(r.passed for r in results):
+        raise typer.Exit(1)

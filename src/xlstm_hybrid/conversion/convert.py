@@ -1,0 +1,350 @@
+"""From a teacher to a student with the same function as far as it is shared: tensors are placed by table, new ones
+initialised.
+
+Everything is checked from configuration and headers before the first byte is written. Tensors stream: one output shard
+is in memory at a time.
+"""
+
+import copy
+import math
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import initialization as init
+
+from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
+from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
+from xlstm_hybrid.conversion.families import family_of, student_config
+from xlstm_hybrid.conversion.source import open_teacher
+from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
+from xlstm_hybrid.model.modeling import MLSTMMixer, XLSTMHybridForCausalLM
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INITS = {  # in words, what `_init_weights` does with each new parameter
+    "q_map": "identity",  # repeated or cut for other numbers of features
+    "k_map": "identity",
+    "igate_weight": "zeros",
+    "fgate_weight": "zeros",
+    "fgate_bias": "time constants spaced logarithmically from a quarter of the window to four training contexts",
+    "ogate_weight": "zeros",
+    "ogate_bias": "mlstm_output_gate_bias",
+    "joint_scale": "zeros",
+    "norm_weight": "ones",
+}
+SHOWN = 3  # names per kind of mistake in an error
+
+
+class TensorReport:
+    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name ->
+    fate) and `parameters`.
+    """
+
+    def as_dict(self):
+        return asdict(self)
+
+    def summary(self):
+        """The report without one line per tensor, for `provenance.json`."""
+        counts = {name: dict(Counter(getattr(self, name).values())) for name in ("teacher_tensors", "student_tensors")}
+        return {"parameters": self.parameters, **counts}
+
+    def tensor_lines(self, of_teacher, of_student):
+        """Two tables, layers counted together; the arguments head their last columns."""
+        lines = []
+        for title, heading, tensors in (
+            ("teacher tensor", of_teacher, self.teacher_tensors),
+            ("student tensor", of_student, self.student_tensors),
+        ):
+            rows = Counter((layerless(name), what) for name, what in tensors.items())
+            width = max([len(title), *(len(name) for name, _ in rows)])
+            lines += ["", f"{title:{width}}  number  {heading}"]
+            lines += [f"{name:{width}}  {number:6}  {what}" for (name, what), number in rows.items()]
+        return lines
+
+
+@dataclass
+class TransferReport(TensorReport):
+    """What became of every tensor; `str` gives a table.
+
+    teacher_tensors: name -> "copied", "recomputed", or whose duplicate it is.
+    student_tensors: name -> "copied", "derived: from what" or "new: its initialisation".
+    parameters: numbers of elements of teacher, student, new (those that stage I trains); tied ones count once.
+    """
+
+    teacher: str
+    family: str
+    dtype: str
+    layer_types: list
+    teacher_tensors: dict = field(default_factory=dict)
+    student_tensors: dict = field(default_factory=dict)
+    parameters: dict = field(default_factory=dict)
+    files: list = field(default_factory=list)
+
+    def __str__(self):
+        layers = ", ".join(f"{number} {kind}" for kind, number in Counter(self.layer_types).items())
+        lines = [
+            f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"
+        ]
+        lines += self.tensor_lines("what became of it", "where it comes from")
+        share = 100 * self.parameters["new"] / self.parameters["student"]
+        lines += [
+            "",
+            f"parameters: teacher {self.parameters['teacher']:,}, student {self.parameters['student']:,}, of these new "
+            f"{self.parameters['new']:,} ({share:.2f} %), all of them and nothing else trainable in stage I",
+        ]
+        return "\n".join(lines)
+
+
+def layerless(name):
+    """The name with `{n}` in the place of its layer's number."""
+    return re.sub(r"\.\d+\.", ".{n}.", name, count=1)
+
+
+def empty_student(config):
+    """The student on the meta device: names, shapes and ties without memory."""
+    with torch.device("meta"), init.no_init_weights():
+        return XLSTMHybridForCausalLM(config)
+
+
+class Transfer:
+    """The plan from one teacher to one student: what each tensor of the student is made of. Complete and checked once
+    constructed.
+
+    Args:
+        teacher: a `DirectoryTeacher` or `ModelTeacher`.
+        dtype: see `convert`.
+        student: arguments of `student_config`.
+    Raises:
+        UnsupportedTeacherError, ConfigError: see `student_config`.
+        CheckpointError: teacher tensors that are missing, mis-shaped or without a place in the student, all named at
+            once.
+    """
+
+    def __init__(self, teacher, dtype=None, **student):
+        self.teacher, self.family = teacher, family_of(teacher.config)
+        self.config = student_config(teacher.config, **student)
+        self.student = empty_student(self.config)
+        self.ties = dict(self.student.all_tied_weights_keys)  # {name: name of the tensor it shares}
+        self.expected = {name: list(x.shape) for name, x in self.student.state_dict().items() if name not in self.ties}
+        mixers = tuple(f"{name}." for name, module in self.student.named_modules() if isinstance(module, MLSTMMixer))
+        self.new = [name for name in self.expected if name.startswith(mixers)]
+        self.sources, self.fate = {}, {}
+        self.place()
+        self.dtype = self.choose_dtype(dtype)
+        self.config.dtype, self.config.architectures = self.dtype, [XLSTMHybridForCausalLM.__name__]
+
+    def place(self):
+        """Fill `sources` (student tensor -> teacher tensor) and `fate` (teacher tensor -> what became of it)."""
+        homeless, misshaped, odd = [], [], []
+        for name, (shape, dtype) in self.teacher.tensors.items():
+            layer = re.search(r"\.(\d+)\.", name)
+            targets = self.family.tensors.get(layerless(name), ())
+            if targets is None:
+                self.fate[name] = "recomputed"
+                continue
+            if dtype is None:
+                odd.append(name)
+            targets = [target.format(n=layer and layer[1]) for target in targets]
+            if targets and all(target in self.ties for target in targets):
+                self.fate[name] = f"duplicate of the tied {self.ties[targets[0]]}"
+                continue
+            if not targets or any(target not in self.expected for target in targets):
+                homeless.append(name)
+            for target in targets:
+                if shape != self.expected.get(target, shape):
+                    misshaped.append(f"{name} is {shape}, expected {self.expected[target]}")
+                self.sources[target] = name
+            self.fate[name] = "copied"
+        if odd:
+            raise UnsupportedTeacherError(
+                f"{self.teacher.name}: {len(odd)} tensors are not of a plain float type, the first {odd[0]}: "
+                "a quantised teacher; start from the original checkpoint, or save a dequantised one"
+            )
+        missing = [name for name in self.expected if name not in self.sources and name not in self.new]
+        self.refuse({"missing": missing, "mis-shaped": misshaped, "without a place in the student": homeless})
+
+    def refuse(self, mistakes):
+        if any(mistakes.values()):
+            found = "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+                for kind, names in mistakes.items()
+                if names
+            )
+            raise CheckpointError(
+                f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {found}; "
+                "compare the two, or download the checkpoint again"
+            )
+
+    def choose_dtype(self, dtype):
+        """The student's dtype: the one asked for, or the one in which the teacher's embedding is stored."""
+        if dtype is None:
+            return self.teacher.tensors[self.sources["model.embed_tokens.weight"]][1]
+        found = DTYPES.get(str(dtype).removeprefix("torch."))
+        if found is None:
+            raise ConfigError(f"dtype={dtype!r}: expected None for the teacher's own, or one of {', '.join(DTYPES)}")
+        return found
+
+    def dtype_of(self, name):
+        """Gates are kept in float32 at least, whatever the student's dtype."""
+        gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
+        return torch.promote_types(self.dtype, torch.float32) if gate else self.dtype
+
+    def bytes_of(self, name):
+        return math.prod(self.expected[name]) * self.dtype_of(name).itemsize
+
+    def tensor(self, name):
+        """One tensor of the student; the caller owns nothing that the teacher's memory or files hold.
+
+        Raises:
+            CheckpointError: values that are not finite, or not in the student's dtype.
+        """
+        value = self.fresh(name) if name in self.new else self.teacher.load(self.sources[name])
+        value, stored = value.detach().to("cpu", self.dtype_of(name), copy=True).contiguous(), value.dtype
+        if not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{self.teacher.name}: {self.sources[name]} ({stored}) holds values that are not finite in {self.dtype}; "
+                "choose a dtype of a wider range, or another teacher"
+            )
+        return value
+
+    def fresh(self, name):
+        """A new parameter with the model's own initialisation."""
+        parent, _, leaf = name.rpartition(".")
+        module = copy.deepcopy(self.student.get_submodule(parent)).to_empty(device="cpu")
+        self.student._init_weights(module)
+        return getattr(module, leaf)
+
+    def check_ties(self):
+        """Raise CheckpointError where the teacher says that two tensors are tied but stores different values."""
+        for name in self.fate:
+            twin = self.ties.get(name)
+            if twin and not torch.equal(self.teacher.load(name), self.teacher.load(self.sources[twin])):
+                raise CheckpointError(
+                    f"{self.teacher.name}: config.json says that {name} is tied to {twin}, but they differ; "
+                    "set tie_word_embeddings to false in config.json"
+                )
+
+    def report(self):
+        count = {name: math.prod(shape) for name, shape in self.expected.items()}
+        student = {
+            name: f"new: {INITS[name.rsplit('.', 1)[-1]]}" if name in self.new else "copied" for name in self.expected
+        }
+        student |= {name: f"derived: tied to {source}" for name, source in self.ties.items()}
+        total, new = sum(count.values()), sum(count[name] for name in self.new)
+        return TransferReport(
+            self.teacher.name,
+            self.teacher.config.model_type,
+            str(self.dtype).removeprefix("torch."),
+            list(self.config.layer_types),
+            self.fate,
+            student,
+            {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new},
+        )
+
+
+def convert(
+    teacher,
+    out,
+    *,
+    sliding_window=512,
+    num_sink_tokens=4,
+    layer_types=None,
+    dtype=None,
+    revision=None,
+    overwrite=False,
+    shard_bytes=SHARD_BYTES,
+    **overrides,
+):
+    """Convert a teacher into a student directory that `AutoModelForCausalLM` loads, with tokenizer, chat template and
+    generation config.
+
+    Args:
+        teacher: a directory, a Hub id, or a transformers model (which brings no tokenizer).
+        out: the directory to write; it appears complete or not at all.
+        sliding_window, num_sink_tokens, layer_types, overrides: see `student_config`.
+        dtype: of the student's weights; None: the one the teacher is stored in. Gates are float32 in any case.
+        revision: branch, tag or commit on the Hub.
+        overwrite: replace an existing `out`.
+        shard_bytes: largest file of weights, and about what is in memory at a time.
+    Returns:
+        TransferReport
+    Raises:
+        UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student, or `out`
+            exists; nothing is written.
+        CheckpointWriteError: there is no room for `out`, or it holds the teacher; what was there is untouched.
+    """
+    started = time.monotonic()
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ConfigError(f"shard_bytes={shard_bytes!r}: expected a positive number of bytes")
+    out = Path(out)
+    with open_teacher(teacher, revision) as source:
+        source.refuse_target(out)
+        transfer = Transfer(
+            source,
+            sliding_window=sliding_window,
+            num_sink_tokens=num_sink_tokens,
+            layer_types=layer_types,
+            dtype=dtype,
+            **overrides,
+        )
+        transfer.check_ties()
+        report = transfer.report()
+        check_space(out, sum(transfer.bytes_of(name) for name in transfer.expected))
+        with staged(out, overwrite=overwrite) as directory:
+            write_weights(
+                directory,
+                transfer.expected,
+                lambda name: transfer.dtype_of(name).itemsize,
+                transfer.tensor,
+                shard_bytes,
+            )
+            transfer.config.save_pretrained(directory)
+            report.files = source.copy_files(directory)
+            chosen = {
+                "sliding_window": sliding_window,
+                "num_sink_tokens": num_sink_tokens,
+                "layer_types": report.layer_types,
+                "dtype": report.dtype,
+                "teacher": source.name,
+                "revision": source.revision,
+                **overrides,
+            }
+            add_provenance(
+                directory,
+                "convert",
+                parent=source.identity(),
+                config=chosen,
+                figures=report.summary(),
+                seconds=round(time.monotonic() - started, 3),
+            )
+            write_manifest(directory)
+    return report
+
+
+def from_teacher(
+    cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, **overrides
+):
+    """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory
+    with the teacher.
+
+    Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`.
+    """
+    with open_teacher(teacher, revision) as source:
+        transfer = Transfer(
+            source,
+            sliding_window=sliding_window,
+            num_sink_tokens=num_sink_tokens,
+            layer_types=layer_types,
+            dtype=dtype,
+            **overrides,
+        )
+        transfer.check_ties()
+        state = {name: transfer.tensor(name) for name in transfer.expected}
+        student = cls.from_pretrained(None, config=transfer.config, state_dict=state, dtype=transfer.dtype)
+        student.config.name_or_path = ""  # transformers has put "None" there
+        student.generation_config = source.generation_config() or student.generation_config
+    student.transfer_report = transfer.report()
+    return student

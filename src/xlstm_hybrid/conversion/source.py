@@ -1,0 +1,293 @@
+"""Where a teacher's tensors come from: a directory, a snapshot of the Hub, or a model in memory. Headers are read at
+once, tensors one by one.
+"""
+
+import copy
+import json
+import re
+import shutil
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel
+
+from xlstm_hybrid.checkpoint.files import read_object, weight_files, write_json
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
+from xlstm_hybrid.conversion.families import FAMILIES, family_of
+from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CONFIG_BYTES = 2**20
+
+
+class DirectoryTeacher:
+    """A checkpoint directory.
+
+    tensors: name -> (shape, dtype; None if it is not a plain float).  config: the teacher's configuration, of its own
+    class.
+
+    Raises:
+        CheckpointError: a missing, unreadable or truncated file.
+        UnsupportedTeacherError: see `family_of`.
+    """
+
+    def __init__(self, path, name, revision=None):
+        self.path, self.name, self.revision, self.files, self.open = Path(path), name, revision, {}, ExitStack()
+        self.config = self.read_config()
+        family_of(self.config)
+        self.require_safetensors()
+        self.names, self.tensors = self.find_tensors(), {}
+        for name, file in self.names.items():
+            self.tensors[name] = self.header(name, file)
+
+    def read_json(self, file):
+        path = self.path / file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.name}: no {file}, expected a checkpoint of transformers; check the path, or download it again"
+            )
+        return read_object(
+            path,
+            CONFIG_BYTES,
+            lambda reason: CheckpointError(
+                f"{self.name}/{file}: cannot be read ({reason}); download the checkpoint again"
+            ),
+        )
+
+    def read_config(self):
+        """The configuration as data: only the family's own class interprets it, and nothing in it names code to run."""
+        values = {
+            name: value
+            for name, value in self.read_json("config.json").items()
+            if not name.startswith("_") and name != "auto_map"
+        }
+        kind = values.get("model_type")
+        if kind not in FAMILIES:
+            family_of(type("Unknown", (), {"model_type": kind}))
+        try:
+            return FAMILIES[kind].config_class.from_dict(values)
+        except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again"
+            ) from error
+
+    def require_safetensors(self):
+        if any((self.path / name).is_file() for name in WEIGHTS):
+            return
+        others = sorted(
+            p.name
+            for p in self.path.iterdir()
+            if p.suffix in (".bin", ".pt", ".pth", ".gguf") or p.name.startswith("consolidated")
+        )
+        found, step = "no weights", "download the checkpoint again"
+        if others:
+            found, step = (
+                ", ".join(others[:3]),
+                "only safetensors is read: load the teacher in transformers and save_pretrained it",
+            )
+        raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {found}; {step}")
+
+    def find_tensors(self):
+        """`{tensor: file name}`."""
+        try:
+            return {name: file.name for name, file in weight_files(self.path).items()}
+        # a truncated file, or an index of another form
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.name}: {' or '.join(WEIGHTS)} is damaged ({error}); download the checkpoint again"
+            ) from error
+
+    def handle(self, file):
+        """The opened file; stays open, mapped and not in memory, until `close`."""
+        if file not in self.files:
+            try:
+                self.files[file] = self.open.enter_context(safe_open(self.path / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.name}/{file}: not a complete safetensors file ({error}); download the checkpoint again"
+                ) from error
+        return self.files[file]
+
+    def header(self, name, file):
+        try:
+            described = self.handle(file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again"
+            ) from error
+        return list(described.get_shape()), STORED.get(str(described.get_dtype()))
+
+    def load(self, name):
+        return self.handle(self.names[name]).get_tensor(name)
+
+    def close(self):
+        self.open.close()
+
+    def refuse_target(self, out):
+        """Raise CheckpointWriteError if writing to `out` would replace this teacher."""
+        if self.path.resolve().is_relative_to(out.resolve()):
+            raise CheckpointWriteError(
+                f"{out}: holds the teacher {self.name}; choose another directory for the student"
+            )
+
+    def identity(self):
+        return self.path
+
+    def generation_config(self):
+        """The teacher's `GenerationConfig` with the cache that training turned off, or None."""
+        return (
+            GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
+            if (self.path / GENERATION).is_file()
+            else None
+        )
+
+    def copy_files(self, directory):
+        """Copy tokenizer, chat template and generation config; returns their names."""
+        copied = [name for name in (GENERATION, *TOKENIZER_FILES) if (self.path / name).is_file()]
+        for name in copied:
+            self.refuse_outside(self.path / name)
+            shutil.copyfile(self.path / name, directory / name)
+        if GENERATION in copied:
+            self.generation_config()
+            write_json(directory / GENERATION, using_cache(self.read_json(GENERATION)))
+        if "tokenizer_config.json" in copied:
+            kept = {
+                key: value
+                for key, value in self.read_json("tokenizer_config.json").items()
+                # code, and paths of another machine
+                if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
+            }
+            (directory / "tokenizer_config.json").write_text(
+                json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        return copied
+
+    def refuse_outside(self, path):
+        """Raise CheckpointError for a link out of the checkpoint; a Hub snapshot links to the blobs of its own
+        repository.
+        """
+        blobs = self.path.resolve().parent.parent / "blobs"
+        if not any(path.resolve().is_relative_to(root) for root in (self.path.resolve(), blobs)):
+            raise CheckpointError(
+                f"{self.name}/{path.name}: links to a file outside of the checkpoint; replace the link by the file"
+            )
+
+
+class ModelTeacher:
+    """A transformers model in memory; the interface of `DirectoryTeacher`, without tokenizer files.
+
+    Raises:
+        UnsupportedTeacherError: see `family_of`.
+        CheckpointError: tensors that are on the meta device.
+    """
+
+    def __init__(self, model):
+        self.model, self.config, self.name, self.revision = (
+            model,
+            model.config,
+            f"{type(model).__name__} in memory",
+            None,
+        )
+        family_of(self.config)
+        self.state = model.state_dict()
+        if empty := [name for name, x in self.state.items() if x.is_meta]:
+            raise CheckpointError(
+                f"{self.name}: {len(empty)} tensors are on the meta device, the first {empty[0]}; load it without offloading"
+            )
+        self.tensors = {
+            name: (list(x.shape), x.dtype if x.dtype in STORED.values() else None) for name, x in self.state.items()
+        }
+
+    def load(self, name):
+        return self.state[name]
+
+    def close(self):
+        self.state = {}
+
+    def refuse_target(self, out):
+        pass
+
+    def identity(self):
+        return None
+
+    def generation_config(self):
+        """The teacher's `GenerationConfig` with the cache that training turned off, or None; the model keeps its own."""
+        found = copy.deepcopy(self.model.generation_config)
+        if found is not None and found.use_cache is False:
+            found.use_cache = True
+        return found
+
+    def copy_files(self, directory):
+        if self.model.generation_config is None:
+            return []
+        self.generation_config().save_pretrained(directory)
+        return [GENERATION]
+
+
+@contextmanager
+def open_teacher(teacher, revision=None):
+    """A `DirectoryTeacher` or `ModelTeacher` from a directory, a Hub id (at a revision) or a transformers model.
+
+    Raises:
+        ConfigError: something else, or a revision where there is none.
+        CheckpointError, UnsupportedTeacherError: see the two classes.
+    """
+    if not isinstance(teacher, (str, PathLike, PreTrainedModel)):
+        raise ConfigError(
+            f"teacher: expected a directory, a Hub id or a transformers model, got {type(teacher).__name__}; "
+            "a PEFT model becomes one with merge_and_unload()"
+        )
+    local = isinstance(teacher, PreTrainedModel) or Path(teacher).is_dir()
+    if local and revision is not None:
+        raise ConfigError(
+            f"revision={revision!r}: only a Hub id has revisions, the teacher is a directory or a model; leave it out"
+        )
+    if isinstance(teacher, PreTrainedModel):
+        source = ModelTeacher(teacher)
+    elif local:
+        source = DirectoryTeacher(teacher, Path(teacher).resolve().name)
+    else:
+        folder = download(str(teacher), revision)
+        source = DirectoryTeacher(folder, str(teacher), Path(folder).name)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def download(repository, revision):
+    """Path of a Hub snapshot: weights in safetensors, configuration and tokenizer, nothing else."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository):
+        raise CheckpointError(f"teacher {repository!r}: no such directory, and not a Hub id; check the path")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "model.safetensors.index.json", "model*.safetensors", GENERATION, *TOKENIZER_FILES]
+    try:
+        return snapshot_download(repository, revision=revision, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise CheckpointError(
+            f"teacher {repository!r} (revision {revision or 'main'}): no such directory, and the Hub gave nothing "
+            f"({type(error).__name__}: {reason}); check the name, your access to it, and HF_HUB_OFFLINE"
+        ) from error
+
+
+def local_source(checkpoint, revision=None):
+    """The directory of a checkpoint; of a hub id the snapshot at the revision.
+
+    Raises:
+        ConfigError: a revision of a directory. CheckpointError: see `download`.
+    """
+    if not Path(checkpoint).is_dir():
+        return Path(download(str(checkpoint), revision))
+    if revision is not None:
+        raise ConfigError(
+            f"--revision {revision}: only a hub id has revisions, {Path(checkpoint).name} is a directory; leave it out"
+        )
+    return Path(checkpoint)

@@ -1,0 +1,380 @@
+"""Long-context tasks made on the spot, and what to print with their scores.
+
+In the style of RULER (Hsieh et al. 2024) and of multi-query associative recall (Arora et al. 2024). Dims: L tokens of a
+prompt, n lines of its haystack, W window, S sinks.
+
+A prompt has exactly L tokens of the tokenizer at hand, the special tokens that it adds included; the answer comes on
+top. Every document is a function of tokenizer, kind, length, number and seed.
+"""
+
+import math
+import random
+import re
+import string
+
+from xlstm_hybrid.errors import DataError, EvaluationError
+
+LENGTHS = tuple(1024 * 2**j for j in range(8))  # 1k to 128k
+# what fills the last few tokens: the first that adds them one by one
+PADS = (" and", " so", " the", " .", ".", "\n", " a", "a")
+CITIES = (
+    "Accra",
+    "Athens",
+    "Bergen",
+    "Bogota",
+    "Cairo",
+    "Dakar",
+    "Delhi",
+    "Dublin",
+    "Geneva",
+    "Hanoi",
+    "Havana",
+    "Jakarta",
+    "Kyiv",
+    "Lagos",
+    "Lima",
+    "Lisbon",
+    "London",
+    "Madrid",
+    "Manila",
+    "Nairobi",
+    "Oslo",
+    "Paris",
+    "Prague",
+    "Quito",
+    "Riga",
+    "Rome",
+    "Seoul",
+    "Sofia",
+    "Tokyo",
+    "Tunis",
+    "Vienna",
+    "Warsaw",
+)
+SUBJECTS = (
+    "the baker",
+    "a farmer",
+    "the old sailor",
+    "her neighbour",
+    "the young clerk",
+    "a quiet child",
+    "the gardener",
+    "his teacher",
+)
+VERBS = ("looks for", "forgets", "carries", "paints", "remembers", "finds", "sells", "borrows", "washes", "waits for")
+OBJECTS = (
+    "the green door",
+    "a wooden box",
+    "the last train",
+    "some warm bread",
+    "the empty garden",
+    "a paper boat",
+    "the broken clock",
+    "two birds",
+)
+PLACES = (
+    "near the river",
+    "after the rain",
+    "before noon",
+    "in the market",
+    "behind the house",
+    "on the hill",
+    "at the bridge",
+    "every morning",
+)
+
+
+# --- haystacks: lines without end, each a function of the generator ---------------------------------------------
+
+
+def sentences(rng):
+    """Plain sentences without a number or a capital beyond the first letter: nothing in them looks like an answer."""
+    while True:
+        yield f" {rng.choice(SUBJECTS).capitalize()} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(PLACES)}."
+
+
+def pairs(rng):
+    """(key, value), keys distinct: three syllables and a number of four digits."""
+    seen = set()
+    while True:
+        key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+        if key not in seen:
+            seen.add(key)
+            yield key, str(rng.randrange(1000, 10000))
+
+
+# --- kinds: each gives `layout(n)` -> (lines, number of the line of each answer, question, answers) --------------
+
+
+def strata(rng, count):
+    """`count` depths, one drawn from each of as many equal parts of the context: together they are uniform."""
+    return [(j + rng.random()) / count for j in range(count)]
+
+
+def haystack(rng, facts, of_answers, question, answers):
+    """Sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
+    source, lines = sentences(rng), []
+    order = sorted(range(len(facts)), key=lambda j: facts[j][0])
+
+    def layout(n):
+        while len(lines) < n:
+            lines.append(next(source))
+        mixed, where, last = [], {}, 0
+        for j in order:
+            place = round(facts[j][0] * n)
+            mixed += lines[last:place]
+            where[j], last = len(mixed), place
+            mixed.append(facts[j][1])
+        return mixed + lines[last:n], [where[j] for j in of_answers], question, answers
+
+    return layout
+
+
+def needle(rng, depth, others=0):
+    """One pass key at a depth; `others` of other cities anywhere."""
+    cities = rng.sample(CITIES, 1 + others)
+    keys = [str(k) for k in rng.sample(range(10**6, 10**7), 1 + others)]
+    facts = [
+        (depth if not j else rng.random(), f" The pass key of {c} is {k}.")
+        for j, (c, k) in enumerate(zip(cities, keys, strict=True))
+    ]
+    return haystack(
+        rng,
+        facts,
+        [0],
+        f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is",
+        keys[:1],
+    )
+
+
+def multikey(rng, depth):
+    """The pass key of one of four cities."""
+    return needle(rng, depth, others=3)
+
+
+def recall(rng, depth, queries=4):
+    """Multi-query associative recall: the context is nothing but keys and values, and values of keys from every part of
+    it are asked for.
+    """
+    del depth  # queries come from all depths
+    source, lines, within = pairs(rng), [], [rng.random() for _ in range(queries)]
+    order = rng.sample(range(queries), queries)  # not the order of the context
+
+    def layout(n):
+        while len(lines) < n:
+            lines.append(next(source))
+        edges = [n * j // queries for j in range(queries + 1)]  # one key of each quarter
+        places = [edges[j] + int(within[j] * (edges[j + 1] - edges[j])) for j in order]
+        keys = ", ".join(lines[p][0] for p in places)
+        text = [f"\n{key} = {value}" for key, value in lines[:n]]
+        return (
+            text,
+            places,
+            f"\nQuestion: what are the values of {keys}?\nAnswer: In this order, they are",
+            [lines[p][1] for p in places],
+        )
+
+    return layout
+
+
+def variables(rng, depth, hops=4):
+    """Variable tracking: a chain of assignments through the context, and a second one of another value. A link counts
+    only with those before it.
+    """
+    del depth  # the chain runs through all depths
+    names = ["".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(4 * hops)]
+    names = list(dict.fromkeys(names))[: 2 * (hops + 1)]
+    values = rng.sample(range(10**4, 10**5), 2)
+    facts = []
+    for chain, value in zip((names[: hops + 1], names[hops + 1 :]), values, strict=True):
+        held = [str(value), *(f"VAR {name}" for name in chain)]
+        facts += [
+            (d, f" VAR {name} = {held[j]}.")
+            for j, (d, name) in enumerate(zip(strata(rng, hops + 1), chain, strict=True))
+        ]
+    question = f"\nQuestion: which variables hold the value {values[0]}?\nAnswer: The {hops + 1} variables are"
+    return haystack(rng, facts, range(hops + 1), question, names[: hops + 1])
+
+
+KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
+OPENINGS = {
+    "needle": "Pass keys are hidden in the text. Remember them.\n",
+    "multikey": "Pass keys are hidden in the text. Remember them.\n",
+    "recall": "Remember the value of every key.\n",
+    "variables": "Assignments of variables are hidden in the text. Remember them.\n",
+}
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
+    """Documents of one kind and length.
+
+    Args:
+        tokenizer: its own special tokens are added to a prompt and counted.
+        kind: a key of `KINDS`.
+        length: L, tokens of every prompt.
+        samples: number of documents.
+        depths: of the needle: a number of equal parts of the context, all visited in turn, far from the one before,
+            with a depth drawn from each, so that the depths of any first documents are about uniform, as coverage
+            supposes; or a sequence of depths from 0 (first) to 1 (last).
+        seed: of the generator.
+    Returns:
+        [{"prompt", "answers": [text], "answer": all of them as the model is to write them, "distances": tokens from the
+        line of each answer to the end of the prompt, "kind", "length", "number"}]
+    Raises:
+        DataError: no such kind, numbers below 1, a depth off [0, 1], a length below what the question needs or that the
+            tokenizer cannot hit.
+    """
+    grid = spread(depths) if isinstance(depths, int) else list(depths)
+    if (
+        kind not in KINDS
+        or samples < 1
+        or length < 1
+        or not grid
+        or (not isinstance(depths, int) and not all(0 <= d <= 1 for d in grid))
+    ):
+        raise DataError(
+            f"kind={kind!r}, length={length}, samples={samples}, depths={depths!r}: expected one of {', '.join(KINDS)}, numbers of at "
+            "least 1, and a number of depths or depths between 0 and 1"
+        )
+    rows = []
+    for number in range(samples):
+        rng = random.Random(f"{kind}-{length}-{seed}-{number}")
+        depth = grid[number % len(grid)]
+        depth = (depth + rng.random()) / len(grid) if isinstance(depths, int) else depth
+        rows.append({**document(tokenizer, kind, length, KINDS[kind](rng, depth)), "number": number})
+    return rows
+
+
+def spread(parts):
+    """The numbers below `parts` in steps of about the golden section: the first few of them lie far apart."""
+    step = min(
+        (s for s in range(1, parts + 1) if math.gcd(s, parts) == 1), key=lambda s: abs(s - 0.618 * parts), default=1
+    )
+    return [j * step % parts for j in range(parts)]
+
+
+def document(tokenizer, kind, length, layout):
+    def count(text):
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    def text(n, pad=""):
+        lines, _, question, _ = layout(n)
+        return OPENINGS[kind] + "".join(lines) + pad + question
+
+    n, pad = fit(count, length, text, kind)
+    lines, places, _, answers = layout(n)
+    before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
+    distances = [length - count(part) for part in before]
+    answer = " " + ", ".join(answers)
+    return {
+        "prompt": text(n, pad),
+        "answers": answers,
+        "answer": answer,
+        "distances": distances,
+        "kind": kind,
+        "length": length,
+    }
+
+
+def fit(count, length, text, kind, least=4):
+    """`(n, pad)` such that `text(n, pad)` has exactly `length` tokens: whole lines first, then single tokens before the
+    question.
+    """
+    base, average = count(text(least)), max(1.0, (count(text(least + 64)) - count(text(least))) / 64)
+    if base > length:
+        raise DataError(
+            f"{kind}: a prompt has at least {base} tokens with this tokenizer, {length} were asked for; ask for a greater length"
+        )
+    n = least + int((length - base) / average)
+    for _ in range(32):
+        gap = length - count(text(n))
+        if 0 <= gap <= 2 * average:
+            break
+        n = max(least, n + math.floor(gap / average))
+    for pad in PADS if gap >= 0 else ():
+        p = gap
+        for _ in range(8):
+            if (missing := length - count(text(n, pad * p))) == 0:
+                return n, pad * p
+            p = max(0, p + missing)
+    raise DataError(
+        f"{kind}: no prompt of exactly {length} tokens with this tokenizer was found, {gap} were left to fill; ask for another length"
+    )
+
+
+def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrained=None, **_):
+    """The documents as a task file of lm-eval reads them: `{"test": Dataset}`; the tokenizer comes by its name, as
+    lm-eval's own RULER has it.
+
+    Raises:
+        DataError: neither `tokenizer` nor `pretrained`; and see `documents`.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    if not (name := tokenizer or pretrained):
+        raise DataError(
+            f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
+        )
+    return {
+        "test": Dataset.from_list(documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed))
+    }
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+def found(output, answers):
+    """Of each answer, whether it is among as many numbers (or names) as were asked for, the first ones of the output:
+    listing all earns nothing.
+    """
+    pattern = r"\d+" if answers[0].isdigit() else r"\b[A-Z]{5}\b"
+    said = re.findall(pattern, output)[: len(answers)]
+    return [answer in said for answer in answers]
+
+
+def process_results(doc, results):
+    """Scores of one document, as lm-eval asks for them: recall, the share of the answers; exact_match, 1 if it is all
+    of them.
+    """
+    hits = found(results[0], doc["answers"])
+    return {"recall": sum(hits) / len(hits), "exact_match": float(all(hits))}
+
+
+def coverage(length, window, sinks=0):
+    """c = (W + S) / L, at most 1: the share of a uniform needle's places that window and sinks see. `window` None: all
+    of them.
+    """
+    return 1.0 if window is None else min(1.0, (window + sinks) / length)
+
+
+def excess(score, covered):
+    """(score - c) / (1 - c): recall of what window and sinks do not see, 0 for a model that sees nothing else; None
+    where they see all.
+
+    Raises:
+        EvaluationError: a score or coverage off [0, 1].
+    """
+    if not (0 <= score <= 1 and 0 <= covered <= 1):
+        raise EvaluationError(f"excess: score={score}, coverage={covered}; expected shares between 0 and 1")
+    return None if covered >= 1 else (score - covered) / (1 - covered)
+
+
+def by_depth(samples, parts=10):
+    """Recall over the depth of the answers' lines in tokens, from samples of lm-eval: [{"from", "to", "answers",
+    "recall"}], parts without answers left out.
+    """
+    hits = [[] for _ in range(parts)]
+    for sample in samples:
+        doc = sample["doc"]
+        for hit, distance in zip(found(sample["filtered_resps"][0], doc["answers"]), doc["distances"], strict=True):
+            depth = 1 - distance / doc["length"]
+            hits[min(int(depth * parts), parts - 1)].append(hit)
+    return [
+        {"from": j / parts, "to": (j + 1) / parts, "answers": len(h), "recall": sum(h) / len(h)}
+        for j, h in enumerate(hits)
+        if h
+    ]

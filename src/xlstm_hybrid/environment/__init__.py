@@ -1,0 +1,1 @@
+"""What a machine has and does well: versions of packages, and precision."""

@@ -1,0 +1,1 @@
+"""Scores, significance, comparison, speed, and proofs of equivalence."""

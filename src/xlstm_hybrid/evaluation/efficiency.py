@@ -1,0 +1,450 @@
+"""What a student costs beside its teacher: time to first token, decoding speed, peak memory, cache bytes and energy,
+against context and batch.
+
+No figure without green checks. Teacher and student take turns in one process and the gain is the median of the rounds'
+ratios; peaks come from a process of their own for each model, length and batch. Dims: B rows of a batch, L tokens of
+context.
+"""
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.planning.cache_size import tensors_in
+
+CACHES = ("dynamic", "static")
+SIDES = ("teacher", "student")
+PIECE = 4096  # tokens per call where a cache is filled before decoding is measured
+MIN_ENERGY_SECONDS = 0.1  # counters of energy move in steps of up to this: shorter blocks have no figure
+POWERCAP, STATUS, CLEAR_REFS = Path("/sys/class/powercap"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model under its name. load: a function without arguments that another process can import, returning the model
+    on its device.
+    """
+
+    name: str
+    load: Callable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """lengths: L at which prompts are read and continued.  contexts: further L, reached in pieces, for decoding and
+    memory only.  batches: B.
+    rounds: in which teacher and student take turns.  steps: tokens decoded per round.  cache: "dynamic", which grows as
+    `generate`'s default
+    does, or "static", allocated at its full length.
+
+    Raises:
+        EvaluationError: numbers below 1, named twice, or an unknown cache.
+    """
+
+    lengths: tuple = (1024, 4096)
+    batches: tuple = (1,)
+    contexts: tuple = ()
+    rounds: int = 5
+    steps: int = 8
+    cache: str = "dynamic"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, values in (("lengths and contexts", (*self.lengths, *self.contexts)), ("batches", self.batches)):
+            if not values or min(values) < 1 or len(set(values)) < len(values):
+                raise EvaluationError(f"{name}: expected different whole numbers of at least 1, found {list(values)}")
+        if min(self.rounds, self.steps) < 1:
+            raise EvaluationError(f"rounds={self.rounds}, steps={self.steps}: expected at least 1 of each")
+        if self.cache not in CACHES:
+            raise EvaluationError(f"cache={self.cache!r}: expected one of {list(CACHES)}")
+
+    @property
+    def room(self):
+        """Tokens that follow the context: every round's, and those of the round before them that is not counted."""
+        return (self.rounds + 1) * self.steps
+
+
+def token_rows(settings, L, B, vocab_size, device):
+    """[B, L] random tokens, the same for both sides and in every process."""
+    return torch.randint(vocab_size, (B, L), generator=torch.Generator().manual_seed(settings.seed)).to(device)
+
+
+def new_cache(model, kind, length):
+    return (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=length)
+    )
+
+
+def first_token(model, ids, cache):
+    """Read a prompt [B, L] in one call; returns the token after it, [B, 1]."""
+    return model(ids, **named(cache), use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
+def next_tokens(model, token, cache, steps):
+    for _ in range(steps):
+        token = model(token, **named(cache), use_cache=True).logits.argmax(-1)
+    return token
+
+
+def filled(model, ids, kind, room):
+    """`(cache, next token)` after `ids` [B, L], read in pieces. A dynamic cache reads the first row and repeats it:
+    steps cost the same.
+    """
+    rows = ids[:1] if kind == "dynamic" else ids
+    cache = new_cache(model, kind, ids.shape[1] + room)
+    for part in rows.split(PIECE, 1):
+        token = first_token(model, part, cache)
+    if len(rows) < len(ids):
+        cache.batch_repeat_interleave(len(ids))
+    return cache, token.expand(len(ids), -1)
+
+
+class Decoder:
+    """A call decodes `steps` tokens after a context [B, L], which the first call reads."""
+
+    def __init__(self, model, ids, settings):
+        self.model, self.ids, self.settings, self.cache = model, ids, settings, None
+
+    def __call__(self):
+        if self.cache is None:
+            self.cache, self.token = filled(self.model, self.ids, self.settings.cache, self.settings.room)
+        self.token = next_tokens(self.model, self.token, self.cache, self.settings.steps)
+
+
+# --- clocks and counters -------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Seconds and joules of a call. source: the counter of energy; None where `absent` says why there is none.
+
+    Seconds are those of the process on a CPU, and from the call to its end on a GPU, launches included. Joules are the
+    whole device's.
+    """
+
+    def __init__(self, device):
+        self.device, self.source, self.absent = device, None, None
+        try:
+            self.source, self.read, self.spans, self.unit = nvml(device) if device.type == "cuda" else rapl()
+        except (ImportError, OSError) as error:
+            self.absent = str(error)
+
+    def cost(self, run):
+        """`(seconds, joules or None)`."""
+        wait = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else lambda: None
+        wait()
+        joules, before = None, self.read() if self.source else None
+        begin, used = time.perf_counter(), time.process_time()
+        run()
+        wait()
+        wall, used = time.perf_counter() - begin, time.process_time() - used
+        if self.source and wall >= MIN_ENERGY_SECONDS:
+            joules = self.unit * sum((b - a) % span for a, b, span in zip(before, self.read(), self.spans, strict=True))
+        return (wall if self.device.type == "cuda" else used), joules
+
+
+def nvml(device):
+    """`(name, reader, spans, unit)` of a GPU's counter of millijoules."""
+    try:
+        import pynvml
+    except ImportError as error:
+        raise ImportError("NVML needs the package nvidia-ml-py, which is not installed") from error
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        raise OSError(f"NVML reports no energy of this GPU ({error})") from error
+    return "NVML", lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)], [math.inf], 1e-3
+
+
+def rapl():
+    """The same of the CPU packages' counters of microjoules, which wrap around."""
+    zones = [
+        zone
+        for zone in sorted(POWERCAP.glob("*-rapl:*"))
+        if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")
+    ]
+    if not zones:
+        raise OSError("RAPL: this machine shows no counters of its CPU's energy")
+    try:
+        spans = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
+        int((zones[0] / "energy_uj").read_text())
+    except OSError as error:
+        raise OSError(f"RAPL: counters of the CPU's energy cannot be read ({error.strerror})") from error
+    return "RAPL", lambda: [int((zone / "energy_uj").read_text()) for zone in zones], spans, 1e-6
+
+
+@contextmanager
+def one_thread(device):
+    """On a CPU meanwhile one thread: its CPU seconds are then the work's, whatever else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Peak:
+    """Bytes that this process, or on a GPU torch, has held beyond those at the construction; None where the platform
+    does not count them.
+    """
+
+    def __init__(self, device):
+        self.device, self.counts = device, device.type == "cuda" or CLEAR_REFS.exists()
+        self.restart()
+        self.base = self.now("VmRSS", torch.cuda.memory_allocated)
+
+    def now(self, field, allocated):
+        if self.device.type == "cuda":
+            return allocated(self.device)
+        lines = STATUS.read_text().splitlines() if self.counts else []
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+
+    def restart(self):
+        """The next peak counts from here."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.counts:
+            with suppress(AttributeError):  # another C library than glibc
+                ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide in the base
+            CLEAR_REFS.write_text("5")
+
+    def read(self):
+        return self.now("VmHWM", torch.cuda.max_memory_allocated) - self.base if self.counts else None
+
+
+def storages(tensors):
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def cache_bytes(cache):
+    """Bytes of the memory that a cache keeps alive; memory that two tensors share counts once."""
+    return storages(tensors_in(cache.layers))
+
+
+def about(model):
+    """What a reader has to know of a model: its size, dtype and attention."""
+    config, parameters = model.config, list(model.parameters())
+    return {
+        "model_type": config.model_type,
+        "parameters": sum(x.numel() for x in parameters),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weight_bytes": storages([*parameters, *model.buffers()]),
+        "attention": config._attn_implementation,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+@torch.no_grad()
+def memory_of(side, settings, L, B, vocab_size):
+    """`{prefill_peak_bytes, decode_peak_bytes, cache_bytes}` of one model beyond its weights; to be called in a fresh
+    process.
+
+    Peaks are None where the platform does not count, the first one for contexts that are no prompt.
+    """
+    model = side.load()
+    with one_thread(model.device):
+        ids, kind = token_rows(settings, L, B, vocab_size, model.device), settings.cache
+        # loads weights and kernels
+        next_tokens(model, first_token(model, ids[:1, :8], cache := new_cache(model, kind, 16)), cache, 2)
+        del cache
+        peak, prompt = Peak(model.device), None
+        if L in settings.lengths:
+            cache = new_cache(model, kind, L + settings.steps)
+            token = first_token(model, ids, cache)
+            prompt = peak.read()
+        else:
+            cache, token = filled(model, ids, kind, settings.steps)
+        peak.restart()
+        next_tokens(model, token, cache, settings.steps)
+        return {"prefill_peak_bytes": prompt, "decode_peak_bytes": peak.read(), "cache_bytes": cache_bytes(cache)}
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def reason_of(error):
+    """Why there is no figure, if it is for want of memory; None for every other error."""
+    if isinstance(error, BrokenProcessPool):
+        return "its process was ended from outside, most likely for want of memory"
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    return "out of memory" if full else None
+
+
+def release():
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def apart(function, *arguments):
+    """The result of an importable function in a fresh process, which is gone afterwards."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def attempt(run):
+    """`(result, None)`, or `(None, reason)` where memory ran out; any other error is raised."""
+    try:
+        return run(), None
+    except Exception as error:
+        if (reason := reason_of(error)) is None:
+            raise
+    release()  # outside of the handler, whose traceback holds what was allocated
+    return None, reason
+
+
+def take_turns(runs, rounds, meter):
+    """`({side: [(seconds, joules or None) per round]}, {side: reason})`; a first round, which loads kernels, is left
+    out; who begins alternates.
+    """
+    costs, absent = {side: [] for side in runs}, {}
+    for turn in range(rounds + 1):
+        for side in list(runs)[:: 1 if turn % 2 else -1]:
+            cost, reason = attempt(partial(meter.cost, runs[side]))
+            if reason:
+                absent[side] = reason
+                del runs[side], costs[side]
+            elif turn:
+                costs[side].append(cost)
+    return costs, absent
+
+
+def summary(costs, tokens, per_second):
+    """Medians of each side, and the student's gain: the median over the rounds of teacher / student."""
+    part = {}
+    for side, pairs in costs.items():
+        seconds, joules = ([pair[j] for pair in pairs] for j in (0, 1))
+        part[side] = {"seconds": statistics.median(seconds), "rounds": seconds}
+        if per_second:
+            part[side]["tokens_per_second"] = tokens / part[side]["seconds"]
+        if None not in joules:
+            part[side]["joules_per_token"] = statistics.median(joules) / tokens
+    if len(costs) == len(SIDES):
+        gain = statistics.median(
+            teacher[0] / student[0] for teacher, student in zip(costs["teacher"], costs["student"], strict=True)
+        )
+        part["gain"] = {"tokens_per_second" if per_second else "seconds": gain}
+        joules = [part[side].get("joules_per_token") for side in SIDES]
+        if None not in joules and joules[1] > 0:
+            part["gain"]["joules_per_token"] = joules[0] / joules[1]
+    return part
+
+
+@torch.no_grad()
+def timed(models, settings, meter, row, vocab_size):
+    """Fill in `prefill` and `decode` of a row, for the sides whose memory sufficed before."""
+    L, B, device = row["length"], row["batch"], meter.device
+    ids = token_rows(settings, L, B, vocab_size, device)
+    able = {side: model for side, model in models.items() if side in row["memory"]}
+    runs = {
+        side: partial(lambda model: first_token(model, ids, new_cache(model, settings.cache, L)), model)
+        for side, model in able.items()
+    }
+    if L in settings.lengths:
+        costs, absent = take_turns(runs, settings.rounds, meter)
+        row["prefill"] = summary(costs, B * L, per_second=False)
+        row["absent"] |= {f"{side}, prompt": reason for side, reason in absent.items()}
+    costs, absent = take_turns(
+        {side: Decoder(model, ids, settings) for side, model in able.items()}, settings.rounds, meter
+    )
+    row["decode"] = summary(costs, B * settings.steps, per_second=True)
+    row["absent"] |= {f"{side}, decoding": reason for side, reason in absent.items()}
+
+
+def weighed(sides, settings, L, B, vocab_size):
+    """A row with its `memory`; a side that ran out of it is in `absent` and is not timed."""
+    row = {"length": L, "batch": B, "memory": {}, "absent": {}}
+    for name, side in sides.items():
+        found, reason = attempt(partial(apart, memory_of, side, settings, L, B, vocab_size))
+        row["absent"] |= {name: reason} if reason else {}
+        row["memory"] |= {name: found} if found else {}
+    memory = row["memory"]
+    if len(memory) == len(SIDES):
+        fields = [field for field in memory["student"] if memory["teacher"][field] and memory["student"][field]]
+        memory["gain"] = {field: memory["teacher"][field] / memory["student"][field] for field in fields}
+    return row
+
+
+def checked(models, checks):
+    """The checks' results as JSON holds them; EvaluationError where one is red, or where the two sides cannot be
+    compared.
+    """
+    student, teacher = models["student"], models["teacher"]
+    for what in ("dtype", "device"):
+        if (a := getattr(student, what)) != (b := getattr(teacher, what)):
+            raise EvaluationError(
+                f"{what}: the student's is {a}, the teacher's {b}; load both alike, or the ratios say nothing"
+            )
+    if not (results := list(checks(student, teacher))):
+        raise EvaluationError("checks: expected at least one result, found none; no figure without a check")
+    if red := [result for result in results if not result.passed]:
+        names = "; ".join(f"{r.name} ({r.note or f'{r.difference:.2e}, allowed {r.allowed:.2e}'})" for r in red)
+        raise EvaluationError(
+            f"no figures, because {len(red)} of {len(results)} checks failed: {names}; run xlstm-hybrid verify on the student"
+        )
+    return [
+        {"name": r.name, "dtype": r.dtype, "difference": r.difference, "allowed": r.allowed, "passed": True}
+        for r in results
+    ]
+
+
+def measure(student, teacher, settings, checks, report=lambda text: None):
+    """Measure a student beside its teacher.
+
+    Args:
+        student, teacher: `Side`.
+        checks: called with both models; returns results as `xlstm_hybrid.evaluation.equivalence` does. They come first.
+        report: called with a line on what is under way.
+    Returns:
+        dict of `teacher`, `student` (see `about`), `checks`, `settings`, `energy` and `rows`, one per length and batch:
+        `memory`, `prefill` and `decode`, each with figures per side and the student's `gain` (above 1: cheaper, or
+        quicker), and `absent`, {what: why}.
+    Raises:
+        EvaluationError: a red check, or models that cannot be compared.
+    """
+    sides = {"teacher": teacher, "student": student}
+    models = {name: side.load() for name, side in sides.items()}
+    device, rows = models["student"].device, []
+    vocab_size = min(model.config.vocab_size for model in models.values())  # padded vocabularies differ
+    report("checks")
+    found = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
+    found["checks"] = checked(models, checks)
+    del models
+    release()  # a GPU is empty for what is measured apart
+    for B in settings.batches:
+        for L in (*settings.lengths, *settings.contexts):
+            report(f"memory, {L} tokens, batch {B}")
+            rows.append(weighed(sides, settings, L, B, vocab_size))
+    meter, models = Meter(device), {name: side.load() for name, side in sides.items()}
+    with one_thread(device):
+        for row in rows:
+            report(f"time, {row['length']} tokens, batch {row['batch']}")
+            timed(models, settings, meter, row, vocab_size)
+    return found | {
+        "settings": asdict(settings),
+        "energy": {"source": meter.source, "absent": meter.absent},
+        "rows": rows,
+    }

@@ -1,0 +1,254 @@
+"""Proofs on a checkpoint that the student is one function of its tokens, however they reach it.
+
+Each check computes the same hidden states in two ways, or generates, see `generation`; what counts is the largest
+difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound` and
+`low_precision`. A check that raises has failed.
+"""
+
+import copy
+import math
+import re
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from xlstm_hybrid.environment.precision import warn_if_slow
+from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
+from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
+from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# the one check whose ways must differ; and a pair of checks named by dtype
+MEMORY, LOW = "the mLSTM's memory matters", "low precision"
+DOUBLE_BYTES = 2**32  # a model whose float64 copy is smaller is checked in float64 on a CPU
+POWER = 10  # a model whose logits change by less than this many bounds without its memory proves nothing
+LOW_FACTOR = 4  # see `low_precision`
+
+
+@dataclass
+class Result:
+    """Outcome of one check.
+
+    difference, allowed: in standard deviations of the logits; the difference is infinite where the check raised `note`.
+    at_least: `allowed` is a lower bound: the one check whose two ways must differ.
+    """
+
+    name: str
+    difference: float
+    allowed: float
+    dtype: str
+    seconds: float
+    note: str = ""
+    at_least: bool = False
+
+    @property
+    def passed(self):
+        if self.note and math.isinf(self.difference):
+            return False
+        return self.difference >= self.allowed if self.at_least else self.difference <= self.allowed  # NaN is neither
+
+
+def rounded(model, dtype):
+    """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature
+    maps, too) stay in float32, buffers as they are.
+    """
+    model = copy.deepcopy(model)
+    kept = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in kept) else dtype)
+    return model.eval()
+
+
+@torch.no_grad()
+def run_check(name, pairs, subject, allowed, difference=None, at_least=False):
+    """Run one check to its end; only the largest difference counts."""
+    begin, worst, note = time.perf_counter(), 0.0, ""
+    try:
+        found = [(difference or subject.difference)(got, want) for got, want in pairs()]
+        worst = max(found, key=lambda x: math.inf if math.isnan(x) else x)
+    except Exception as error:  # a crash is a verdict too, and the other checks go on
+        worst, note = math.inf, f"{type(error).__name__}: {error}"
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    return Result(name, worst, allowed, dtype, time.perf_counter() - begin, note, at_least)
+
+
+@contextmanager
+def rounding(model, dtype):
+    """Meanwhile what goes into and comes out of linear layers, norms and decoder layers is rounded to `dtype`; all else
+    stays as wide as it is.
+    """
+
+    def narrow(x):
+        return x.to(dtype).to(x.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            hooks.append(module.register_forward_pre_hook(lambda _, args: tuple(map(narrow, args))))
+        if (
+            isinstance(module, torch.nn.Linear | torch.nn.Embedding | HybridDecoderLayer)
+            or "norm" in name.rpartition(".")[2]
+        ):
+            hooks.append(module.register_forward_hook(lambda _, args, out: narrow(out)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def low_precision(low, exact):
+    """Checks of a bfloat16 or float16 model against the same rounded weights in a wider dtype: `(name, pairs, bound)`.
+
+    The bound is `LOW_FACTOR` times the error that rounding between the modules alone would cause: it knows how well the
+    model is conditioned.
+    """
+    dtype = low.model.dtype
+    want = exact.read(exact.ids[:2])
+    with rounding(exact.model, dtype):
+        ideal = exact.read(exact.ids[:2])
+    allowed = LOW_FACTOR * exact.difference(ideal, want)
+
+    def forward():
+        yield low.read(low.ids[:2]), want
+
+    def steps():
+        yield low.in_pieces(low.ids[:2], [low.T // 2, *[1] * low.T]), want
+
+    name = str(dtype).removeprefix("torch.")
+    return [(f"{name}, one forward = exact", forward, allowed), (f"{name}, cached decoding = exact", steps, allowed)]
+
+
+def wrapping_length(config):
+    """Tokens that fill the widest window and push the sinks out of it."""
+    return max((config.window_of(j) or 0) + config.sinks_of(j) for j in range(config.num_hidden_layers)) + 33
+
+
+def default_length(config):
+    """Tokens that do so and need several chunks."""
+    return max(wrapping_length(config), 2 * config.mlstm_chunk_size + 3)
+
+
+def verify(
+    model, *, length=None, dtype=None, seed=0, only=None, report: Callable[[Result], None] = lambda result: None
+):
+    """Run every check on a model. Returns a list of `Result`; the model itself is not changed.
+
+    Args:
+        length: T of the random rows; by default enough for the window to wrap, see `default_length`.
+        dtype: of the copy on which the checks run; by default float64 on a CPU for a model of less than `DOUBLE_BYTES`,
+            else float32.
+        only: names of the checks to run; None runs all.
+        report: called with each result as it comes.
+    Raises:
+        ConfigError: a length or dtype that cannot be used.
+    """
+    length = default_length(model.config) if length is None else length
+    if length < 24:
+        raise ConfigError(
+            f"length={length}: expected at least 24 tokens, which the checks cut into documents and pieces"
+        )
+    if dtype is None:
+        double = model.device.type == "cpu" and 8 * sum(p.numel() for p in model.parameters()) < DOUBLE_BYTES
+        dtype = torch.float64 if double else torch.float32
+    elif dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype}: expected one of {list(DTYPES)}")
+    training, results = model.training, []
+    for name, *arguments in plan(model.eval(), length, dtype, seed, only):
+        results.append(run_check(name, *arguments))
+        report(results[-1])
+    model.train(training)
+    return results
+
+
+def plan(model, length, dtype, seed, only):
+    """Arguments of `run_check`, one check after the other; copies of the model are made when they are needed."""
+    config, layers = model.config, model.config.num_hidden_layers
+    own = subject = Subject(model, length, seed)
+    if any(p.dtype != dtype for p in model.parameters()):
+        subject = Subject(rounded(model, dtype), length, seed)
+    for name, check in CHECKS.items():
+        # transformers' windows count padding
+        stock_windows = "inside" in name and "sliding_attention" in config.layer_types
+        if (only is None or name in only) and not stock_windows:
+            yield name, partial(check, subject), subject, bound(dtype, layers)
+    for name, check in GENERATION.items():
+        if only is None or name in only:
+            yield name, partial(check, subject.model, subject.ids), subject, bound(dtype, layers), difference
+    if (
+        (only is None or MEMORY in only)
+        and "hybrid_sliding" in config.layer_types
+        and config.mixer_branches != "window"
+    ):
+        yield MEMORY, partial(memory_lost, subject), subject, POWER * bound(dtype, layers), None, True
+    for name, check in FILES.items():
+        if only is None or name in only:
+            yield name, partial(check, own), own, 0.0
+    if only is None or LOW in only:
+        low = Subject(rounded(model, model.dtype if model.dtype.itemsize < 4 else torch.bfloat16), length, seed)
+        exact = Subject(rounded(low.model, dtype if dtype.itemsize >= 4 else torch.float32), length, seed)
+        for name, pairs, allowed in low_precision(low, exact):
+            yield name, pairs, low, allowed, exact.difference
+
+
+def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, only=None, report=lambda result: None):
+    """`verify` for a directory or hub id, after a first check: no tensor is missing, too many, or of another shape.
+
+    Args:
+        length: a number of tokens, or a function from the configuration to one.
+    Raises:
+        ConfigError: the checkpoint is no student, or dtype is no known name.
+        CheckpointError: it cannot be loaded.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: expected one of {list(DTYPES)}")
+    begin = time.perf_counter()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "xlstm_hybrid":
+            raise ConfigError(
+                f"{Path(path).name}: a {config.model_type} model, expected xlstm_hybrid; convert it first (xlstm-hybrid convert)"
+            )
+        model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{Path(path).name}: cannot be loaded ({error})") from error
+    wrong = [
+        f"{key}: {sorted(map(str, info[key]))[0]}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(key)
+    ]
+    count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = Result(
+        "every tensor loaded",
+        float(count),
+        0.0,
+        str(model.dtype).removeprefix("torch."),
+        time.perf_counter() - begin,
+        "; ".join(wrong),
+    )
+    report(loaded)
+    warn_if_slow(device, dtype, "--dtype")
+    length = length(model.config) if callable(length) else length
+    settings = {"length": length, "dtype": DTYPES.get(dtype), "seed": seed, "only": only, "report": report}
+    return [loaded, *verify(model.to(device), **settings)]
+
+
+def as_json(results, **about):
+    """What `--json` writes: the verdict, whatever the caller tells about the run, and each result; an infinite
+    difference is null.
+    """
+    checks = [
+        asdict(r) | {"difference": r.difference if math.isfinite(r.difference) else None, "passed": r.passed}
+        for r in results
+    ]
+    return {"passed": all(r.passed for r in results), **about, "checks": checks}

@@ -1,0 +1,486 @@
+"""Judging a student: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and scores
+that others measured.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from xlstm_hybrid.checkpoint.files import read_object
+from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.evaluation.significance import ROUNDING, documents, sample_values
+from xlstm_hybrid.model.generation_checks import bound, judged
+
+ALPHAS = tuple(j / 200 for j in range(201))
+NOT_SCORED = -100
+MAX_BYTES = 2**28  # of a results file, samples inside included
+
+
+# --- win-and-tie -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WinAndTie:
+    """C_alpha over `alphas`, the smallest tolerance at which half of the benchmarks are won or tied, and what it rests
+    on.
+
+    recovery: student score / teacher score per benchmark; None where the teacher scored 0.
+    wins, ties, losses: numbers of benchmarks at tolerance 0.
+    """
+
+    alphas: list
+    curve: list
+    alpha_star: float
+    c_0: float
+    recovery: dict
+    wins: int
+    ties: int
+    losses: int
+
+
+def win_and_tie(student, teacher, alphas=None):
+    """Win-and-tie rate of a student (Hauzenberger et al. 2026).
+
+    1_alpha(b) = 1 if A_S(b) >= (1 - alpha) A_T(b): a relative tolerance. C_alpha is its mean over the benchmarks and
+    alpha* = inf{alpha : C_alpha >= 1/2}, in closed form the ceil(|B| / 2)-th smallest max(0, 1 - A_S / A_T).
+    The student cannot lose where its teacher scores 0: any score counts at every tolerance, 0 as a tie, more as a win.
+
+    Args:
+        student, teacher: {benchmark: score}, scores >= 0 of the same benchmarks; larger is better.
+        alphas: tolerances of the curve, from 0 to 1; steps of half a percent if None.
+    Raises:
+        EvaluationError: no benchmark, one that only one side has, a score that is negative or not finite, a tolerance
+            off [0, 1]; all are named.
+    """
+    alphas = list(ALPHAS if alphas is None else alphas)
+    check_scores(student, teacher, alphas)
+    ratio = {b: student[b] / teacher[b] if teacher[b] else math.inf if student[b] else 1.0 for b in teacher}
+    shortfall = {b: 0.0 if r >= 1 - ROUNDING else 1 - r for b, r in ratio.items()}
+
+    def rate(alpha):
+        return sum(s <= alpha + ROUNDING for s in shortfall.values()) / len(shortfall)
+
+    losses, wins = sum(s > 0 for s in shortfall.values()), sum(r > 1 + ROUNDING for r in ratio.values())
+    return WinAndTie(
+        alphas=alphas,
+        curve=[rate(a) for a in alphas],
+        alpha_star=sorted(shortfall.values())[math.ceil(len(shortfall) / 2) - 1],
+        c_0=rate(0),
+        recovery={b: ratio[b] if teacher[b] else None for b in teacher},
+        wins=wins,
+        ties=len(ratio) - wins - losses,
+        losses=losses,
+    )
+
+
+def check_scores(student, teacher, alphas):
+    sides = (("student", student), ("teacher", teacher))
+    wrong = [
+        f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})
+    ]
+    wrong += [
+        f"{b} is {s} for the {side}, expected a finite score of at least 0"
+        for side, scores in sides
+        for b, s in scores.items()
+        if not 0 <= s < math.inf
+    ]
+    wrong += [f"alpha is {a}, expected a share between 0 and 1" for a in alphas if not 0 <= a <= 1]
+    if not student and not teacher:
+        wrong.append("no benchmark, expected at least one")
+    if wrong:
+        raise EvaluationError(f"win_and_tie: {'; '.join(wrong)}. Judge student and teacher on the same tasks")
+
+
+# --- a model's own scores --------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExactMatch:
+    """Share of examples whose whole output is the answer, and each output: [{"prompt", "answer", "output", "correct"}]."""
+
+    score: float
+    samples: list
+
+
+@torch.inference_mode()
+def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=None, progress=None):
+    """Greedy generation in left-padded batches through the cache, up to an end token, compared with the answers,
+    surrounding blanks aside.
+
+    Args:
+        model: anything that `generate`s.
+        tokenizer: its own special tokens (a begin token) are added to the prompts.
+        examples: objects with `prompt` and `answer`, both text.
+        batch_size: prompts per batch; prompts of like length share one.
+        max_new_tokens: budget; by default the longest answer in tokens and two more.
+        progress: called with (examples done, their number) after each batch.
+    Returns:
+        ExactMatch, samples in the order of the examples.
+    Raises:
+        EvaluationError: no examples, an empty prompt, a batch size or budget below 1.
+    """
+    if max_new_tokens is None and examples:
+        max_new_tokens = 2 + max(len(tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples)
+    prompts = [tokenizer(e.prompt)["input_ids"] for e in examples]
+    if not prompts or not all(prompts) or batch_size < 1 or max_new_tokens < 1:
+        raise EvaluationError(
+            f"exact_match: {len(prompts)} examples, {sum(not p for p in prompts)} of them with no token, batch_size={batch_size}, "
+            f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1"
+        )
+    order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
+    with judged(model):
+        ends = end_tokens(model, tokenizer)
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            outputs = continuations(model, [prompts[j] for j in chosen], ends, max_new_tokens)
+            for j, text in zip(chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
+                e = examples[j]
+                samples[j] = {
+                    "prompt": e.prompt,
+                    "answer": e.answer,
+                    "output": text,
+                    "correct": text.strip() == e.answer.strip(),
+                }
+            if progress:
+                progress(first + len(chosen), len(order))
+    return ExactMatch(sum(s["correct"] for s in samples) / len(samples), samples)
+
+
+def end_tokens(model, tokenizer):
+    """Ids at which an output ends: the tokenizer's and those of the generation config."""
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list | tuple) else [of_model]
+    return sorted({int(t) for t in [*of_model, tokenizer.eos_token_id] if t is not None})
+
+
+def continuations(model, prompts, ends, max_new_tokens):
+    """Greedy continuations of prompts (lists of ids) without the end token and what follows it."""
+    length, pad = max(map(len, prompts)), ends[0] if ends else 0  # padding is masked, whatever token it is
+    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+    )
+    rows = output[:, length:].tolist()
+    return [row[: next((j for j, t in enumerate(row) if t in ends), len(row))] for row in rows]
+
+
+@torch.inference_mode()
+def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
+    """Samples whose answer was not generated, although it is the model's most likely tokens, one after the other.
+
+    Without a cache, that is. Greedy generation cannot miss such an answer: where it did, what generates is not what was
+    trained and measured, and no score tells of the model. A token counts as the most likely one if it is ahead of all
+    others by more than rounding explains, see `generation.bound`.
+
+    Args:
+        samples: those of `exact_match`, generated with room for the answer and its end.
+        encode: function from a prompt to the ids that the model read; by default what the tokenizer makes of it.
+    Returns:
+        The samples, in their order.
+    """
+    missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
+    encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
+    rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
+    spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
+    allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
+    with judged(model):
+        for first in range(0, len(spelt) if ends else 0, batch_size):
+            chosen = spelt[first : first + batch_size]
+            ahead = leads(model, [rows[j] for j in chosen], ends)
+            found += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
+    return found
+
+
+def leads(model, rows, ends):
+    """By how much the tokens of an answer, and one of `ends` after the last, are ahead where they are least so.
+
+    Args:
+        rows: [(ids of the prompt, ids of the answer)].
+    Returns:
+        [standard deviations of the logits]; negative where another token is ahead.
+    """
+    whole, found = [[*prompt, *answer] for prompt, answer in rows], []
+    length = max(map(len, whole))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in whole], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in whole], device=model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    for (prompt, answer), of_row in zip(rows, logits, strict=True):
+        scores = of_row[len(prompt) - 1 : len(prompt) + len(answer)].double()  # [tokens of the answer + 1, V]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[range(len(answer)), answer] = True
+        right[-1, ends] = True
+        best, other = (scores.masked_fill(~which, float("-inf")).amax(-1) for which in (right, ~right))
+        found.append(((best - other).min() / scores.std()).item())
+    return found
+
+
+def named_contradictions(found):
+    """What is wrong with scores, in words; `found` is {model: {domain: samples}}, see `contradictions`."""
+    said = [
+        f"{name}, {domain}: {len(samples)} answers are its most likely tokens one after the other, without a cache, "
+        f"and were not generated, for example {samples[0]['answer']!r} after {samples[0]['prompt'][-40:]!r}: the output "
+        f"is {samples[0]['output']!r}"
+        for name, domains in found.items()
+        for domain, samples in domains.items()
+    ]
+    return (
+        f"{'; '.join(said)}. What generates is not what was trained and measured, so that no score here tells of a "
+        "model; `xlstm-hybrid verify` names the way that goes wrong, `xlstm-hybrid doctor` the versions that were tested"
+    )
+
+
+@torch.inference_mode()
+def perplexity(model, rows, *, batch_size=32):
+    """exp of the mean negative log-likelihood (nats, float32 log-softmax) over scored tokens; infinite beyond the range
+    of a float.
+
+    Args:
+        rows: [(input_ids, labels)] lists of one length each; labels stand at the token that they name, -100 marks one
+            that is not scored. The first token of a row is never scored: nothing precedes it.
+        batch_size: rows per right-padded batch.
+    Raises:
+        EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not
+            numbers.
+    """
+    if wrong := [j for j, (ids, labels) in enumerate(rows) if len(ids) != len(labels)]:
+        raise EvaluationError(
+            f"perplexity: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many"
+        )
+    scored = [row for row in rows if any(label != NOT_SCORED for label in row[1][1:])]
+    count = sum(label != NOT_SCORED for _, labels in scored for label in labels[1:])
+    if not count or batch_size < 1:
+        raise EvaluationError(
+            f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
+        )
+    scored.sort(key=lambda row: len(row[0]))
+    total = 0.0
+    with judged(model):
+        for first in range(0, len(scored), batch_size):
+            total += negative_log_likelihood(model, scored[first : first + batch_size])
+    if math.isnan(total):
+        raise EvaluationError(
+            "perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint"
+        )
+    return math.exp(total / count) if total / count < 709 else math.inf
+
+
+def negative_log_likelihood(model, batch):
+    """Sum over the scored tokens of a batch of (input_ids, labels), nats."""
+    length = max(len(ids) for ids, _ in batch)
+    ids, labels, mask = (
+        torch.tensor(x, device=model.device)
+        for x in (
+            [list(i) + [0] * (length - len(i)) for i, _ in batch],
+            [list(l) + [NOT_SCORED] * (length - len(l)) for _, l in batch],
+            [[1] * len(i) + [0] * (length - len(i)) for i, _ in batch],
+        )
+    )
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    counted = labels[:, 1:] != NOT_SCORED
+    logp = logits[counted].float().log_softmax(-1)  # [scored tokens, V]
+    return -logp.gather(-1, labels[:, 1:][counted][:, None]).double().sum().item()
+
+
+# --- scores in files -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """Scores of one model, read from files.
+
+    scores: {benchmark: {metric: score}}, a metric as lm-eval names it, "acc_norm,none": the metric and the filter of
+    the answers.
+    smaller: {benchmark: [metrics of which less is better]}.
+    settings: {benchmark: {what student and teacher must share: value}}.
+    samples: {benchmark: {metric: {document: value}}}, a document as the hash of its content and its number among equal
+    ones.
+    prompts: {benchmark: {document: hash of the prompt}}.
+    fields: the content of the file, for costs.  notes: rules that were applied in reading, in words.
+    """
+
+    name: str
+    scores: dict = field(default_factory=dict)
+    smaller: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    samples: dict = field(default_factory=dict)
+    prompts: dict = field(default_factory=dict)
+    fields: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+
+def read_results(path):
+    """Results of lm-eval (0.4: a results_*.json with its samples_*.jsonl, or a folder of them) or of this package.
+
+    A folder may hold several files of one model: what a later one repeats replaces the earlier. Of groups with a score
+    of their own (mmlu) only that score is a benchmark, not those of their parts. A run's results.json holds its
+    teacher, first, and every student.
+
+    Returns:
+        `[Results]`: one model, or a run's teacher and its students in their order.
+    Raises:
+        EvaluationError: no such file, or one of another form.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("results_*.json"), key=lambda f: stamp(f)) if path.is_dir() else [path]
+    files = files or [path / "results.json"]
+    contents = [load_object(file) for file in files]
+    if len(files) == 1 and "students" in contents[0]:
+        return run_results(contents[0], files[0])
+    if len(files) == 1 and not is_harness(contents[0]):
+        return [own_results(contents[0], files[0])]
+    if other := [f.name for f, c in zip(files, contents, strict=True) if not is_harness(c)]:
+        raise EvaluationError(
+            f"{path.name}: {', '.join(other)} holds neither results of lm-eval nor of this package; name files that do"
+        )
+    if len(models := sorted({str(c.get("model_name")) for c in contents})) > 1:
+        raise EvaluationError(
+            f"{path.name}: results of {len(models)} models ({', '.join(map(last_part, models))}), expected one; name its folder"
+        )
+    merged = Results(last_part(contents[-1].get("model_name") or path.stem), fields=contents[-1])
+    for file, content in zip(files, contents, strict=True):
+        read_harness(merged, content, harness_samples(file, content))
+    return [merged]
+
+
+def stamp(file):
+    """The date in the name of a results file of lm-eval, by which it is ordered and its samples are found."""
+    return file.stem.rpartition("_")[2]
+
+
+def last_part(name):
+    """A model's name without the folders before it: no path of a machine reaches a report."""
+    return re.split(r"[\\/]", str(name).rstrip("\\/"))[-1]
+
+
+def load_object(file):
+    advice = "name a results file of lm-eval or of this package, or its folder"
+    return read_object(
+        file, MAX_BYTES, lambda reason: EvaluationError(f"{file.name} cannot be read ({reason}); {advice}")
+    )
+
+
+def is_harness(content):
+    return isinstance(content.get("results"), dict) and bool({"configs", "versions", "n-shot"} & set(content))
+
+
+def run_results(content, file):
+    """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder
+    `evaluation`.
+    """
+    found = []
+    for name, side in {"teacher": content.get("teacher_scores") or {}, **content["students"]}.items():
+        scores, kept = (
+            {task: {"exact_match": s} for task, s in (side.get("exact_match") or {}).items()},
+            file.parent / "evaluation" / f"{name}.json",
+        )
+        judged = own_results(load_object(kept), kept) if last_part(name) == name and kept.is_file() else None
+        samples = judged.samples if judged and judged.scores == scores else {}
+        found.append(Results(name, scores=scores, samples=samples, fields=side))
+    return found
+
+
+def own_results(content, file):
+    """One model's results of the verb `evaluate`, or of the folder `evaluation` of a run."""
+    content = content["result"] if isinstance(content.get("result"), dict) else content
+    if not isinstance(content.get("exact_match"), dict):
+        raise EvaluationError(
+            f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students"
+        )
+    found = Results(
+        file.stem,
+        scores={task: {"exact_match": score} for task, score in content["exact_match"].items()},
+        fields=content,
+    )
+    for task, samples in (content.get("samples") or {}).items():
+        keys = documents([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
+        found.samples[task] = {"exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}}
+    return found
+
+
+def read_harness(found, content, samples):
+    """Add what one results file of lm-eval holds."""
+    groups, parts = set(content.get("groups") or {}), content.get("group_subtasks") or {}
+
+    def leaves(task):
+        return [leaf for part in parts[task] for leaf in leaves(part)] if parts.get(task) else [task]
+
+    hidden = {name for group in groups for name in descendants(group, parts)}
+    for task in [t for t in content["results"] if t not in hidden and (t in groups or not parts.get(t))]:
+        entries = content["results"][task].items()
+        scores = {
+            k: v
+            for k, v in entries
+            if "," in k and "_stderr," not in k and isinstance(v, int | float) and not isinstance(v, bool)
+        }
+        if not scores:
+            continue
+        found.notes += [f"{task}: the later of two results of {found.name} is used"] * (task in found.scores)
+        better = (content.get("higher_is_better") or {}).get(task) or {}
+        found.scores[task], found.smaller[task] = scores, [k for k in scores if better.get(k.split(",")[0]) is False]
+        found.settings[task] = settings_of(content, task, leaves(task))
+        found.samples[task], found.prompts[task] = {}, {}
+        for leaf in leaves(task):
+            for metric, values in samples.get(leaf, ({}, {}))[0].items():
+                found.samples[task].setdefault(metric, {}).update(
+                    {(leaf, *key): value for key, value in values.items()}
+                )
+            found.prompts[task].update({(leaf, *key): value for key, value in samples.get(leaf, ({}, {}))[1].items()})
+
+
+def descendants(group, parts):
+    return {name for part in parts.get(group) or () for name in (part, *descendants(part, parts))}
+
+
+def settings_of(content, task, leaves):
+    """What student and teacher must share to be compared on a task; what the file does not record is left out."""
+    configs, run = content.get("configs") or {}, content.get("config") or {}
+    found = {
+        "shots": (content.get("n-shot") or {}).get(task),
+        "version": {leaf: (content.get("versions") or {}).get(leaf) for leaf in leaves},
+        "documents": sum((content.get("n-samples") or {}).get(leaf, {}).get("effective", 0) for leaf in leaves) or None,
+        "generation": {leaf: (configs.get(leaf) or {}).get("generation_kwargs") for leaf in leaves},
+        "gen_kwargs": run.get("gen_kwargs"),
+        "chat_template": content.get("chat_template_sha"),
+        "system_instruction": content.get("system_instruction_sha"),
+        "multiturn": content.get("fewshot_as_multiturn"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def harness_samples(file, content):
+    """{task: ({metric: {document: value}}, {document: hash of the prompt})} of the samples that belong to a results
+    file.
+    """
+    if isinstance(content.get("samples"), dict):
+        return {task: sample_values(rows) for task, rows in content["samples"].items()}
+    found = {}
+    for path in sorted(file.parent.glob(f"samples_*_{stamp(file)}.jsonl")):
+        rows = []
+        for number, line in enumerate(path.open(encoding="utf-8"), 1):
+            try:
+                rows.append(
+                    {
+                        k: v
+                        for k, v in json.loads(line).items()
+                        if k not in ("doc", "arguments", "resps", "filtered_resps", "target")
+                    }
+                )
+            except (ValueError, AttributeError) as error:
+                raise EvaluationError(
+                    f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it"
+                ) from error
+        found[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
+    return found

@@ -1,0 +1,483 @@
+"""Merging experts into one student: streamed, refused when they do not belong together, bitwise the same whatever their
+order.
+"""
+
+import json
+import math
+import re
+import shutil
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from xlstm_hybrid.checkpoint.files import (
+    INDEX,
+    MANIFEST,
+    SINGLE,
+    add_provenance,
+    check_space,
+    contained,
+    digest,
+    read_json,
+    read_provenance,
+    staged,
+    verify,
+    weight_files,
+    write_json,
+    write_manifest,
+)
+from xlstm_hybrid.checkpoint.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards, using_cache
+from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
+from xlstm_hybrid.merging.methods import MERGES, Statistics, check_options, linear
+from xlstm_hybrid.recipe.merge_settings import (
+    GROUPS,
+    NEED_BASE,
+    NEED_KEYS,
+    NEED_STATISTICS,
+    NEED_TWO,
+    group_of,
+    on_simplex,
+)
+
+NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
+# config keys in which experts may differ
+INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # by safetensors' names
+SHOWN = 3  # tokens of a vocabulary that are named
+
+
+class Checkpoint:
+    """A checkpoint directory that is merged: its config, the record of its stages and the headers of its tensors, all
+    read at once.
+
+    headers: name -> (dtype by safetensors' name, shape).
+
+    Raises:
+        MergeError: a quantised tensor.
+        CheckpointError: a file that is missing or damaged; where the directory has a manifest, every file is compared
+            with it.
+    """
+
+    def __init__(self, directory, stack, weight=None, shares=None):
+        self.directory, self.name, self.weight, self.stack, self.files = (
+            Path(directory),
+            Path(directory).resolve().name,
+            weight,
+            stack,
+            {},
+        )
+        self.shares, self.key, self.statistics = shares or {}, self.name, None
+        if (self.directory / MANIFEST).is_file():
+            verify(self.directory)
+        self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
+        self.file_of = weight_files(self.directory)
+        self.headers = {name: self.header(name) for name in sorted(self.file_of)}
+
+    def header(self, name):
+        file = self.file_of[name]
+        try:
+            if file not in self.files:
+                self.files[file] = self.stack.enter_context(safe_open(file, framework="pt"))  # mapped, not in memory
+            part = self.files[file].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.name}: {file.name} is damaged or lacks {name} ({error}); copy or download it again"
+            ) from error
+        if part.get_dtype() not in DTYPES:
+            raise MergeError(
+                f"{self.name}: tensor {name} is {part.get_dtype()}, expected one of {', '.join(DTYPES)}; merge before quantising"
+            )
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def tensor(self, name):
+        """One tensor, on the CPU."""
+        return self.files[self.file_of[name]].get_tensor(name)
+
+    def share(self, name):
+        """The expert's weight in the merge of one tensor: that of its module group, where the group has its own."""
+        return self.shares.get(group_of(name), self.weight)
+
+    def own_stages(self):
+        """Number of stages since the common start: the last ones that are named after an expert (`distill:math`), at
+        least one.
+        """
+        count = 0
+        while count < len(self.stages) and ":" in self.stages[-1 - count]["stage"]:
+            count += 1
+        return max(count, 1)
+
+    def start(self):
+        """The stages of the checkpoint that this expert was made of, and the hash of its manifest where that was
+        recorded.
+        """
+        first = self.stages[-self.own_stages()] if self.stages else {}
+        return self.stages[: -self.own_stages()], first.get("parent_manifest")
+
+    def vocabulary(self):
+        """{token: id} of the checkpoint's tokenizer.json, added tokens too; None where it has none."""
+        file = contained(self.directory, "tokenizer.json")
+        if not file.is_file():
+            return None
+        content = read_json(file, self.name)
+        tokens = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(tokens, list):  # a unigram model lists [token, score]
+            tokens = {entry[0]: j for j, entry in enumerate(tokens)}
+        return {**tokens, **{entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}}
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+def check_weights(weights, count):
+    """`weights` as floats on the simplex, uniform if None; MergeError otherwise."""
+    weights = [1 / count] * count if weights is None else [float(w) for w in weights]
+    if len(weights) != count or not on_simplex(weights):
+        raise MergeError(f"weights {weights}: expected {count} shares of at least 0 whose sum is 1, one per expert")
+    return weights
+
+
+def check_groups(group_weights, count):
+    """Weights of module groups, each on the simplex; MergeError for a group that does not exist."""
+    if unknown := sorted(set(group_weights) - set(GROUPS)):
+        raise MergeError(f"group_weights: {unknown} are no module groups, expected some of {list(GROUPS)}")
+    return {group: check_weights(weights, count) for group, weights in group_weights.items()}
+
+
+def check_request(experts, out, method, base, options, statistics):
+    """Raise MergeError for arguments that describe no merge, CheckpointWriteError where the result would replace what
+    it is made of.
+    """
+    if method not in MERGES:
+        raise MergeError(f"method={method!r}: expected one of {sorted(MERGES)}")
+    if (base is None) == (method in NEED_BASE):
+        step = (
+            "needs base: name the checkpoint that all experts started from"
+            if base is None
+            else "takes no base: leave it out"
+        )
+        raise MergeError(f"method={method!r} {step}")
+    check_options(method, options)
+    if not experts:
+        raise MergeError("experts: expected at least one checkpoint directory, got none")
+    if method in NEED_TWO and len(experts) != 2:
+        raise MergeError(
+            f"method={method!r}: expected two experts, got {len(experts)}; merge more of them with another method, or pair by pair"
+        )
+    expected = len(experts) if method in NEED_STATISTICS else 0
+    if len(statistics) != expected:
+        step = "one file of `measure_statistics` per expert" if expected else "none: leave them out"
+        raise MergeError(f"method={method!r}: {len(statistics)} files of statistics, expected {step}")
+    if inside := [Path(d).name for d in experts if Path(d).resolve().is_relative_to(Path(out).resolve())]:
+        raise CheckpointWriteError(
+            f"{Path(out).name} holds what is to be merged ({', '.join(inside)}): choose another directory for the result"
+        )
+
+
+def mismatches(experts, base=None, unrecorded=False):
+    """Every reason why checkpoints cannot be merged, one text each; all are compared with the first."""
+    first, wrong = experts[0], []
+    for other in [*experts[1:], *([base] if base else [])]:
+        wrong += [
+            *different_configs(first, other),
+            *different_starts(first, other, other is base),
+            *different_vocabularies(first, other),
+        ]
+        for name in sorted(set(first.headers) | set(other.headers)):
+            mine, its = first.headers.get(name), other.headers.get(name)
+            if mine is None or its is None:
+                wrong.append(f"tensor {name}: missing in {first.name if mine is None else other.name}")
+            elif mine != its:
+                wrong.append(
+                    f"tensor {name}: {mine[0]} {list(mine[1])} in {first.name}, {its[0]} {list(its[1])} in {other.name}"
+                )
+    if not unrecorded and len(experts) > 1 and not any(e.stages for e in experts):
+        wrong.append(
+            "start: no expert has a provenance.json, so nothing says that heads and neurons stand in the same order; if you know that "
+            "they have one start, pass unrecorded=True"
+        )
+    return wrong + [text for e in experts if e.statistics for text in e.statistics.wrong]
+
+
+def different_configs(first, other):
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = first.config.get("model_type")
+    # a field that a version did not know has this value in it
+    default = AutoConfig.for_model(kind).to_dict() if kind in CONFIG_MAPPING else {}
+    for key in sorted((set(first.config) | set(other.config)) - INDIFFERENT):
+        mine, its = (c.config.get(key, default.get(key)) for c in (first, other))
+        if mine != its:
+            yield f"config {key}: {mine!r} in {first.name}, {its!r} in {other.name}"
+
+
+def different_starts(first, other, is_base):
+    """Experts of different starts: their heads, gates and neurons need not stand in the same order, and a mean of them
+    means nothing.
+    """
+    (start, parent), pair = first.start(), f"{first.name} and {other.name}"
+    its_start, its_parent = (other.stages, None) if is_base else other.start()
+    if is_base and parent and (other.directory / MANIFEST).is_file():
+        its_parent = digest(other.directory / MANIFEST)
+    if bool(first.stages) != bool(other.stages):
+        yield f"start: only {(first if first.stages else other).name} of {pair} has a provenance.json"
+    elif start != its_start:
+        yield f"start: {pair} do not come from the same checkpoint (their stages before the last one differ)"
+    elif parent and its_parent and parent != its_parent:
+        yield f"start: {pair} do not come from the same checkpoint (manifest {parent[:12]}... and {its_parent[:12]}...)"
+
+
+def different_vocabularies(first, other):
+    mine, its = first.vocabulary(), other.vocabulary()
+    if mine is not None and its is not None and mine != its:
+        odd = sorted(t for t in {*mine, *its} if mine.get(t) != its.get(t))
+        yield f"vocabulary: {len(odd)} tokens differ between {first.name} and {other.name}, such as {', '.join(map(repr, odd[:SHOWN]))}"
+
+
+def not_finite(checkpoints):
+    """Every tensor of the checkpoints that holds a value that is not finite, in words."""
+    found = [(c.name, n) for c in checkpoints for n in c.headers if not torch.isfinite(c.tensor(n)).all()]
+    return "; ".join(f"{name}: tensor {tensor} holds values that are not finite" for name, tensor in found)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------
+
+
+def merge(
+    experts,
+    out,
+    *,
+    weights=None,
+    method="linear",
+    base=None,
+    overwrite=False,
+    shard_bytes=SHARD_BYTES,
+    group_weights=None,
+    options=None,
+    statistics=None,
+    unrecorded=False,
+    figures=None,
+):
+    """Merge expert checkpoints that share one start into a student at `out`; it appears complete or not at all.
+
+    In memory are one tensor per expert, with its statistics, and the result of it. Experts are summed in the order of
+    their weights, names and paths, so that the weights of the result do not depend, to the bit, on the order of the
+    arguments.
+
+    Args:
+        experts: checkpoint directories; config, tokenizer and chat template are taken from the first.
+        weights: shares on the simplex, in the order of `experts`; uniform if None.
+        method: a key of `merge_methods.MERGES`.
+        base: directory of the common start, for methods that need it.
+        overwrite: replace what is at `out`.
+        shard_bytes: largest file of weights, unless one tensor is larger.
+        group_weights: {key of `GROUPS`: shares as in `weights`} for module groups that are weighted otherwise.
+        options: of the method, see `merge_methods`.
+        statistics: files of `measure_statistics`, in the order of `experts`, for "fisher" (every parameter) and
+            "regmean" (weights of linear layers); tensors that they do not cover are merged linearly.
+        unrecorded: merge experts of which none has a record of its stages.
+        figures: what a search for the weights measured, kept in the record.
+    Raises:
+        MergeError: everything that does not fit, listed at once; an unknown method or option; weights off the simplex;
+            tensors that are not finite.
+        CheckpointError, CheckpointWriteError: an expert's files are missing or damaged; see `artifacts.staged`.
+    """
+    options, statistics, began = dict(options or {}), list(statistics or []), time.monotonic()
+    check_request(experts, out, method, base, options, statistics)
+    weights, groups = check_weights(weights, len(experts)), check_groups(group_weights or {}, len(experts))
+    with ExitStack() as stack:
+        given = [
+            Checkpoint(d, stack, w, {g: s[j] for g, s in groups.items()})
+            for j, (d, w) in enumerate(zip(experts, weights, strict=True))
+        ]
+        start = Checkpoint(base, stack) if base is not None else None
+        for expert, path in zip(given if statistics else [], statistics, strict=True):
+            expert.statistics = Statistics(
+                path, NEED_STATISTICS[method], expert.name, expert.directory, expert.headers, stack
+            )
+        if wrong := mismatches(given, start, unrecorded):
+            raise MergeError(
+                f"{len(wrong)} mismatches: {'; '.join(wrong)}. Merge checkpoints of one start and one shape only"
+            )
+        check_space(out, sum(file.stat().st_size for file in given[0].files))
+        with staged(out, overwrite=overwrite) as folder:
+            made = Counter()
+            stream_weights(
+                folder,
+                given[0].headers,
+                lambda name: merged(name, in_order(given), start, method, options, made),
+                shard_bytes,
+            )
+            carry(given[0], folder)
+            record = recorded(given, start, method, options, groups, made)
+            seconds = round(time.monotonic() - began, 1)
+            add_provenance(
+                folder, "merge", stages=shared_stages(given), config=record, figures=figures, seconds=seconds
+            )
+            write_manifest(folder)
+
+
+def in_order(experts):
+    """Experts in an order that their arguments do not decide; those of one name get distinct keys."""
+    ordered, seen = (
+        sorted(experts, key=lambda c: (c.weight, sorted(c.shares.items()), c.name, str(c.directory))),
+        Counter(),
+    )
+    for expert in ordered:
+        seen[expert.name] += 1
+        expert.key = expert.name if seen[expert.name] == 1 else f"{expert.name}#{seen[expert.name]}"
+    return ordered
+
+
+def merged(name, experts, base, method, options, made):
+    """One tensor of the result; `made` counts by which method."""
+    tensors, start = [expert.tensor(name) for expert in experts], base and base.tensor(name)
+    if not all(torch.isfinite(x).all() for x in [*tensors, *([start] if base else [])]):
+        raise MergeError(f"{not_finite([*experts, *([base] if base else [])])}; train these checkpoints again")
+    if not tensors[0].is_floating_point():
+        if any(not torch.equal(tensors[0], t) for t in tensors[1:]):
+            raise MergeError(
+                f"tensor {name}: {tensors[0].dtype} values differ between experts, and there is no mean of them; make them equal"
+            )
+        return tensors[0]
+    extra = {"keys": [f"{expert.key}/{name}" for expert in experts]} if method in NEED_KEYS else {}
+    function = MERGES[method]
+    if method in NEED_STATISTICS:
+        if all(expert.statistics.key(name) for expert in experts):
+            extra = {"statistics": [expert.statistics.tensor(name) for expert in experts]}
+        else:
+            function, options = linear, {}
+    made[function.__name__] += 1
+    result = function(tensors, [expert.share(name) for expert in experts], start, **options, **extra)
+    if not torch.isfinite(result).all():
+        raise MergeError(f"tensor {name}: the result leaves the range of {result.dtype}; merge in a wider dtype")
+    return result
+
+
+def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
+    """Write the tensors `make(name)` as one safetensors file, or as shards with an index, with one tensor in memory at
+    a time.
+
+    Args:
+        headers: name -> (dtype by safetensors' name, shape), in the order in which shards are filled.
+    """
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in headers.items()}
+    shards = plan_shards(sizes, shard_bytes)
+    files = (
+        [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else [SINGLE]
+    )
+    for file, names in zip(files, shards, strict=True):
+        # as safetensors writes them: every tensor lies aligned
+        names = sorted(names, key=lambda n: (-DTYPES[headers[n][0]].itemsize, n))
+        ends = [sum(sizes[n] for n in names[: j + 1]) for j in range(len(names))]
+        parts = {
+            n: {"dtype": headers[n][0], "shape": list(headers[n][1]), "data_offsets": [end - sizes[n], end]}
+            for n, end in zip(names, ends, strict=True)
+        }
+        head = json.dumps(
+            {"__metadata__": {"format": "pt"}, **parts}, separators=(",", ":"), ensure_ascii=False
+        ).encode()
+        head += b" " * (-len(head) % 8)
+        with open(folder / file, "wb") as stream:
+            stream.write(len(head).to_bytes(8, "little") + head)
+            for name in names:
+                value = make(name)
+                assert value.dtype == DTYPES[headers[name][0]] and tuple(value.shape) == headers[name][1], name
+                stream.write(value.contiguous().flatten().view(torch.uint8).numpy())
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {
+            "total_size": sum(sizes.values()),
+            "total_parameters": sum(math.prod(shape) for _, shape in headers.values()),
+        }
+        write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+# --- what comes along ------------------------------------------------------------------------------------------
+
+
+def recorded(experts, base, method, options, groups, made):
+    """Settings of a merge for its record; what was left at its default is left out."""
+    record = {"method": method, "experts": [{"name": e.name, "weight": e.weight} for e in experts]}
+    record |= {"base": base.name} if base else {}
+    record |= {"options": options} if options else {}
+    record |= (
+        {"group_weights": {group: [float(s) for s in shares] for group, shares in groups.items()}} if groups else {}
+    )
+    return record | ({"tensors": dict(made)} if method in NEED_STATISTICS else {})
+
+
+def shared_stages(experts):
+    """Provenance of a merge: the stages that all experts share, then those of each."""
+    return [*experts[0].start()[0], *(stage for e in experts if e.stages for stage in e.stages[-e.own_stages() :])]
+
+
+def carry(expert, folder):
+    """Copy configuration and tokenizer files, without keys that name code or a path."""
+    config = {key: value for key, value in expert.config.items() if key not in NOT_CARRIED}
+    write_json(folder / "config.json", using_cache(config))
+    for name in (GENERATION, *TOKENIZER_FILES):
+        file = contained(expert.directory, name)
+        if name == "tokenizer_config.json" and file.is_file():
+            kept = {
+                k: v
+                for k, v in read_json(file, expert.name).items()
+                if k not in NOT_CARRIED and not k.endswith("_file")
+            }
+            write_json(folder / name, kept)
+        elif name == GENERATION and file.is_file():
+            write_json(folder / name, using_cache(read_json(file, expert.name)))
+        elif file.is_file():
+            shutil.copyfile(file, folder / name)
+
+
+def mergekit_architecture(checkpoint):
+    """The architecture of a checkpoint as mergekit describes one in JSON (its folder `_data/architectures`): names,
+    ties, dtypes that must stay.
+
+    Layers of several types share one template: what some of them lack is optional.
+    """
+    with ExitStack() as stack:
+        given = Checkpoint(checkpoint, stack)
+    layers, templates, other = given.config["num_hidden_layers"], Counter(), []
+    for name in given.headers:
+        template = re.sub(r"\.layers\.\d+\.", ".layers.${layer_index}.", name, count=1)
+        if template == name:
+            other.append(name)
+        templates[template] += template != name
+
+    def entry(name, optional=False):
+        made = {"name": name} | ({"optional": True} if optional else {})
+        return made | {"gates": {"force_dtype": "float32"}, "embeddings": {"vocabulary_axis": 0}}.get(
+            group_of(name), {}
+        )
+
+    head = {**entry("lm_head.weight", optional=True), "tied_names": ["model.embed_tokens.weight"]}
+    first = [entry(n) for n in other if n.startswith("model.embed_tokens")]
+    last = [entry(n) for n in other if not n.startswith(("model.embed_tokens", "lm_head.weight"))]
+    return {
+        "model_type": given.config["model_type"],
+        "architectures": given.config["architectures"],
+        "pre_weights": first,
+        "num_layers_config_key": "num_hidden_layers",
+        "layer_templates": {
+            "weights": [entry(n, optional=count < layers) for n, count in sorted(templates.items()) if count]
+        },
+        "post_weights": [*last, head],
+    }

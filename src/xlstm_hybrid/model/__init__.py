@@ -1,0 +1,1 @@
+"""The hybrid xLSTM student: configuration, model, mixer, cache."""

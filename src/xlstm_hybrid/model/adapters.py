@@ -1,0 +1,329 @@
+"""Adapters of PEFT on a student: presets of targets, and a report of what trains.
+
+    model = get_peft_model(student, lora_config(student, "projections"))
+    print(coverage(model))
+
+Projections and MLPs are `nn.Linear`: LoRA and DoRA take them as `target_modules`. Feature maps and gates are parameters
+of the mixer, reached by
+`target_parameters`: LoRA only, peft has no DoRA and no dropout for them. `whole_mixer` trains copies of the mixers at
+full rank instead
+(`modules_to_save`). Every path of the model calls its projections and its mixer as modules, so that an adapter acts in
+all of them. A wrapped parameter is put together again in each call: merge (`merge_and_unload`) before long generation.
+
+QLoRA: `from_pretrained(student, quantization_config=BitsAndBytesConfig(...))` quantises the linear layers only; maps
+and gates are parameters and
+stay as they are, gates in float32. Then `prepare_model_for_kbit_training` and any preset. bitsandbytes does this on a
+CPU (tried: 0.50, NF4 and 8 bit; an evaluation repacks 4-bit weights on a CPU, after which they no longer train) and is
+meant for a GPU (not tried). TRL rounds what trains beside a quantised base to bfloat16, gates of `whole_mixer`
+included: take "mixer" there. Merge into the student in full precision.
+Dims: r rank, H query heads, K head dim, D hidden size.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from torch import nn
+
+from xlstm_hybrid.errors import AdapterError
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+MAPS, GATES = ("mlstm.q_map", "mlstm.k_map"), ("mlstm.igate_weight", "mlstm.fgate_weight", "mlstm.ogate_weight")
+WHOLE = "mlstm"  # the mixer itself, as a name for `modules_to_save`
+PRESETS = {
+    "attention": ATTENTION,
+    "mlp": MLP,
+    "projections": ATTENTION + MLP,
+    "feature_maps": MAPS,
+    "gates": GATES,  # their biases are vectors, of no rank to lower: they stay frozen
+    "mixer": MAPS + GATES,
+    "all": ATTENTION + MLP + MAPS + GATES,
+    "whole_mixer": (WHOLE,),
+}
+GROUP_OF = (
+    dict.fromkeys(ATTENTION, "attention")
+    | dict.fromkeys(MLP, "mlp")
+    | {"q_map": "feature maps", "k_map": "feature maps"}
+)
+GROUP_OF |= dict.fromkeys(
+    ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale", "norm_weight"), "gates"
+)
+GROUP_OF |= {"embed_tokens": "embeddings", "lm_head": "head"}
+TIED = ("embed_tokens", "lm_head")
+WRAPPERS = (".base_layer", ".original_module")  # what peft puts into the names of what it wraps
+PARAMETERS_ONLY = {  # arguments that peft ignores, or refuses late, where a parameter is the target
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "exclude_modules": None,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
+
+
+# --- what to target ----------------------------------------------------------------------------------------------
+
+
+def plain(name):
+    """A parameter's or module's name as it was before peft wrapped anything."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adaptable(model):
+    """`{short name: number of tensors}` of what adapters can name in this model, in the order of the layers."""
+    found, own = Counter(), own_parameters(model)
+    for name, x in base_of(model).named_parameters():
+        owner, leaf = plain(name).split(".")[-2:]
+        if id(x) in own or x.ndim < 2:
+            continue
+        if owner == WHOLE:
+            found[f"{WHOLE}.{leaf}"] += 1
+            found[WHOLE] += leaf == "q_map"
+        elif leaf == "weight":
+            found[owner] += 1
+    return dict(found)
+
+
+def resolve(model, targets):
+    """Short names for a preset, or for a list of presets and of names of one's own. Of a preset, what there is: a layer
+    may have no mixer.
+
+    Raises:
+        AdapterError: an entry that is in no layer of this model, or an embedding or head that is tied.
+    """
+    exist, chosen = adaptable(model), {}
+    for entry in [targets] if isinstance(targets, str) else list(targets):
+        names = PRESETS.get(entry, (entry, f"{WHOLE}.{entry}"))
+        found = [name for name in names if name in exist]
+        if not found:
+            raise AdapterError(
+                f"{entry!r} matches nothing in this {type(base_of(model)).__name__}: presets are {sorted(PRESETS)}, names in it are "
+                f"{sorted(exist)}"
+            )
+        chosen |= dict.fromkeys(found)
+    if not chosen:
+        raise AdapterError(f"no targets: name at least one preset of {sorted(PRESETS)}")
+    if WHOLE in chosen and any(name.startswith(f"{WHOLE}.") for name in chosen):
+        raise AdapterError(
+            "targets hold the whole mixer and parts of it: its copy is trained at full rank, leave the parts out"
+        )
+    if base_of(model).config.tie_word_embeddings and not chosen.keys().isdisjoint(TIED):
+        raise AdapterError(
+            f"{' and '.join(TIED)} are tied: merging an adapter of one would change the other; leave it out, or untie them"
+        )
+    return list(chosen)
+
+
+def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dropout=0.0, use_dora=False, **kwargs):
+    """peft's `LoraConfig` for this student, for `get_peft_model` or a TRL trainer's `peft_config`.
+
+    Args:
+        model: student; a PeftModel for a second adapter.
+        targets: a name of PRESETS, or a list of presets and names of modules ("q_proj") or parameters ("mlstm.q_map")
+            in the model.
+        r: rank. A feature map [H, K, K] gets one adapter of rank r per head, 2 r K numbers beside K².
+        lora_alpha: scale, of which the update gets lora_alpha / r; 2 r by default.
+        use_dora: magnitudes beside directions; on linear layers only.
+        kwargs: of `LoraConfig`.
+    Raises:
+        AdapterError: targets that match nothing here, or that do not go with the other arguments.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    if named := sorted({"target_modules", "target_parameters"} & kwargs.keys()):
+        raise AdapterError(f"{named[0]}: name modules and parameters in `targets`, which finds out what they are")
+    names = resolve(model, targets)
+    parameters = [name for name in names if name.startswith(f"{WHOLE}.")]
+    whole = [WHOLE] if WHOLE in names else []
+    modules = [name for name in names if name not in (WHOLE, *parameters)]
+    if not (isinstance(r, int) and r >= 1):
+        raise AdapterError(f"r={r!r}: expected a rank of at least 1")
+    check_parameters(parameters, {"use_dora": use_dora, "lora_dropout": lora_dropout, **kwargs})
+    saved = [*whole, *(kwargs.pop("modules_to_save", None) or ())]
+    return LoraConfig(
+        task_type=kwargs.pop("task_type", "CAUSAL_LM"),
+        r=r,
+        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        # peft wants a target even where only copies train
+        target_modules=modules if modules or parameters else DUMMY_TARGET_MODULES,
+        target_parameters=parameters or None,
+        modules_to_save=saved or None,
+        **kwargs,
+    )
+
+
+def check_parameters(parameters, arguments):
+    """Raise AdapterError for arguments that cannot act on targeted parameters: peft would say so late, or ignore them."""
+    neutral = PARAMETERS_ONLY | {"use_dora": False, "lora_dropout": 0.0}
+    wrong = [name for name, value in neutral.items() if arguments.get(name, value) not in (value, [], None)]
+    if parameters and wrong:
+        raise AdapterError(
+            f"{wrong[0]}={arguments[wrong[0]]!r} does not work on {', '.join(parameters)}: peft adapts parameters by plain LoRA only; "
+            "choose 'projections', or 'whole_mixer' for the mixers beside it"
+        )
+
+
+# --- what is covered ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Coverage:
+    """What trains, per group of parameters; counts are numbers, not tensors.
+
+    groups: {group: {"parameters": of the base model, split into "adapted" (an active adapter acts on them), "whole"
+    (trained themselves, or
+    an active copy of them) and "frozen"; "adapter": what active adapters hold for the group; "trained": all that gets a
+    gradient}}.
+    """
+
+    groups: dict = field(default_factory=dict)
+
+    def as_dict(self):
+        """The groups, and "total" over them."""
+        keys = next(iter(self.groups.values()))
+        return self.groups | {"total": {key: sum(group[key] for group in self.groups.values()) for key in keys}}
+
+    def table(self):
+        """A `rich.table.Table`."""
+        from rich.table import Table
+
+        rows = self.as_dict()
+        columns, table = list(rows["total"]), Table("group")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for name, row in rows.items():
+            table.add_row(
+                name,
+                *(f"{row[column]:,}" if row[column] else "–" for column in columns),
+                end_section=name == list(rows)[-2],
+            )
+        return table
+
+    def __str__(self):
+        from rich.console import Console
+
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
+
+
+def tuner_layers(model):
+    """`(place, module, active adapters)` of all that peft has put into the model; place is the plain name of what it
+    wraps.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in base_of(model).named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            parameter = vars(module).get("parameter_name")  # of a wrapper that adapts one parameter of a module
+            place = plain(name) if parameter is None else f"{plain(name)}.{parameter}"
+            yield place, module, () if module.disable_adapters else tuple(module.active_adapters)
+
+
+def held(module):
+    """`(adapter, name, parameter)` of what a tuner layer holds; names count within the layer."""
+    for attribute in (*module.adapter_layer_names, *module.other_param_names):
+        entries = attrgetter(attribute)(module) if hasattr(module, attribute.split(".")[0]) else {}
+        for adapter, x in entries.items() if hasattr(entries, "items") else ():
+            found = (
+                x.named_parameters() if isinstance(x, nn.Module) else [("", x)] if isinstance(x, nn.Parameter) else ()
+            )
+            yield from ((adapter, name, parameter) for name, parameter in found)
+
+
+def own_parameters(model):
+    """ids of the parameters that belong to adapters, not to the base model."""
+    return {id(x) for _, module, _ in tuner_layers(model) for _, _, x in held(module)}
+
+
+def numel(x):
+    """Numbers in a parameter, also where bitsandbytes has packed two into a byte."""
+    state = getattr(x, "quant_state", None)
+    return x.numel() if state is None else state.shape.numel()
+
+
+def group_of(name):
+    """The group of a parameter by its plain name."""
+    parts = name.split(".")
+    return next(
+        (GROUP_OF[part] for part in reversed(parts) if part in GROUP_OF),
+        "norms" if any("norm" in part for part in parts) else "other",
+    )
+
+
+def acting(model):
+    """`({id: (group, parameter)} of active adapters, ids of what they act on, ids of what active copies stand for)`."""
+    adapters, adapted, copied = {}, set(), set()
+    for place, module, active in tuner_layers(model):
+        mine = {id(x): (group_of(f"{place}.{name}"), x) for adapter, name, x in held(module) if adapter in active}
+        if mine and hasattr(module, "original_module"):
+            copied |= {id(x) for x in module.original_module.parameters()}
+        elif mine:
+            adapted.add(id(module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight))
+        adapters |= mine
+    return adapters, adapted, copied
+
+
+def coverage(model):
+    """What an adapted model trains; also for a model without adapters. Print it, or read `groups`.
+
+    Raises:
+        AdapterError: an adapter names a target that matches nothing in the model.
+    """
+    check_matches(model)
+    adapters, adapted, copied = acting(model)
+    base, own = {id(x): x for x in base_of(model).parameters()}, own_parameters(model)
+    # soft prompts stand beside the model
+    adapters |= {id(x): ("prompt", x) for x in model.parameters() if id(x) not in base}
+    groups = {}
+
+    def add(group, x, kind):
+        row = groups.setdefault(
+            group, dict.fromkeys(("parameters", "adapted", "whole", "frozen", "adapter", "trained"), 0)
+        )
+        row[kind] += numel(x)
+        row["parameters"] += numel(x) * (kind != "adapter")
+        row["trained"] += numel(x) * x.requires_grad
+
+    for name, x in base_of(model).named_parameters():
+        if id(x) not in own:
+            add(
+                group_of(plain(name)),
+                x,
+                "adapted" if id(x) in adapted else "whole" if id(x) in copied or x.requires_grad else "frozen",
+            )
+    for group, x in adapters.values():
+        add(group, x, "adapter")
+    return Coverage(groups)
+
+
+def check_matches(model):
+    """Raise AdapterError if an adapter's config names something that it did not reach; peft itself speaks up only if
+    nothing at all matches.
+    """
+    reached = {}
+    for place, module, _ in tuner_layers(model):
+        for adapter, _, _ in held(module):
+            reached.setdefault(adapter, set()).add(place)
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        for attribute in ("target_modules", "target_parameters", "modules_to_save"):
+            entries = getattr(config, attribute, None) or ()
+            for entry in () if isinstance(entries, str) else sorted(entries):
+                if not any(place == entry or place.endswith(f".{entry}") for place in reached.get(adapter, ())):
+                    raise AdapterError(
+                        f"adapter {adapter!r}: {attribute} names {entry!r}, which matches nothing in this model; names in it are "
+                        f"{sorted(adaptable(model))}"
+                    )

@@ -1,0 +1,193 @@
+"""The hybrid layer: o * mLSTM + (1 - o) * window attention, head by head, in the place of a Transformer's attention.
+
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, F features, W
+window, S sinks.
+Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, repeat_kv
+
+# this one rounds to the dtype of q and k
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb
+from xlstm_kernels import mix, window_attention
+
+from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.experimental.norm import normed
+from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
+from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
+from xlstm_hybrid.model.rollback import Piece, Step
+
+
+class HybridAttention(nn.Module):
+    """Attention layer of the student: "hybrid_sliding" mixes, any other type is the teacher's own attention."""
+
+    # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache: `planning.layers` measures what
+    # each is worth
+    restored = None
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.layer_type = config, layer_idx, config.layer_types[layer_idx]
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
+        D, q_dim, kv_dim = (
+            config.hidden_size,
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
+        self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_dim, D, bias=config.attention_output_bias)
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        elif config.qk_norm == "full":
+            self.q_norm, self.k_norm = (
+                Olmo2RMSNorm(q_dim, config.rms_norm_eps),
+                Olmo2RMSNorm(kv_dim, config.rms_norm_eps),
+            )
+        if self.layer_type == "hybrid_sliding":
+            self.mlstm = mixer_of(config)(config, layer_idx)
+        kept = config.kept_of(layer_idx)
+        self.split = Split(kept, config.num_key_value_heads, self.num_key_value_groups) if kept else None
+
+    def forward(self, hidden_states, position_embeddings, tokens, mask, cache=None, **kwargs):
+        """`(output [B, T, D], attention weights or None)`; `cache` is that of all layers."""
+        projected = self.project(hidden_states, position_embeddings)
+        if self.layer_type == "hybrid_sliding":
+            h, weights = self.mix(
+                hidden_states, projected, tokens, mask, None if cache is None else cache.layers[self.layer_idx]
+            )
+        else:
+            query, key, value, *_ = projected
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
+        return self.o_proj(h.flatten(-2)), weights
+
+    def project(self, hidden_states, position_embeddings):
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm
+        and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
+        """
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        raw = q.view(heads), k.view(heads), v.view(heads)
+        if self.config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(heads), k.view(heads)
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        unrotated = q.transpose(1, 2), k.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
+        return query, key, raw[2].transpose(1, 2), raw, unrotated
+
+    # --- the mix of both branches ----------------------------------------------------------------------------------
+
+    def mix_heads(self, hidden_states, projected, tokens, mask, cache=None):
+        """`(h [B, T, H, V], attention weights or None)`: o * mLSTM + (1 - o) * window attention. Takes the tokens into
+        the cache layer.
+        """
+        config, (query, key, value, *_) = self.config, projected
+        variant = VARIANTS.get((config.mixer_combine, config.mixer_branches, config.sparse_memory > 0))
+        if variant is not None:
+            return variant.mix_heads(self, hidden_states, projected, tokens, mask, cache)
+        cell, chunk_size = CELLS[config.memory_cell], config.mlstm_chunk_size
+        mlstm, hybrid_step = cell.run, cell.step  # the paper's, unless `memory_cell` names another recurrence
+        phi_q, phi_k, i, f, o = self.read(hidden_states, projected, tokens)
+
+        # one token: nothing is allocated that depends on window or context
+        if mask is None and cache is not None and cache.is_initialized:
+            inputs = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi_q, phi_k, i, f, o
+            if cache.depth:  # tokens that may be taken back
+                cache.note(Step(hybrid_step, inputs, tokens, self.scaling))
+            place = {"sinks": cache.num_sink_tokens, "scale": self.scaling}
+            h = hybrid_step(*inputs, cache.state, cache.keys, cache.values, tokens.index[:, 0], **place)
+            cache.advance(tokens)
+            return h, None
+
+        written = phi_k, repeat_kv(value, self.num_key_value_groups).transpose(1, 2), i, f
+        memory, state = mlstm(phi_q, *written, state=None if cache is None else cache.state, chunk_size=chunk_size)
+        if cache is not None:
+            if cache.depth:
+                cache.note(Piece(mlstm, written, key, value, tokens, chunk_size))
+            key, value = cache.update(key, value, tokens, state)
+        if config.mixer_branches == "memory":  # a baseline: o = 1
+            return memory, None
+        window, weights = self.window(query, key, value, tokens, mask)
+        return mix(memory, window, o), weights
+
+    def read(self, hidden_states, projected, tokens):
+        """`(phi_q, phi_k, i, f, o)`: features of queries and keys [B, T, H, F], and the gates [B, T, H]."""
+        query, key, _, raw, unrotated = projected
+        query, key = (query, key) if self.config.memory_rope else unrotated
+        return self.mlstm(hidden_states, raw, query, key, tokens=tokens)
+
+    def window(self, query, key, value, tokens, mask):
+        """`([B, T, H, V], weights or None)`: softmax attention over the last W tokens and the first S of each document."""
+        if mask is not None:
+            return self.attend(query, key, value, mask, implementation=self.masked_implementation)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
+        return window_attention(
+            q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where
+        ), None
+
+    # --- kept groups -----------------------------------------------------------------------------------------------
+
+    def mix(self, hidden_states, projected, tokens, mask, cache=None):
+        """`(h [B, T, H, V] before W_o, attention weights or None)` of all heads of a hybrid layer, those that keep full
+        attention included.
+        """
+        mixed = projected if self.split is None else self.split.projected(projected, kept=False)
+        h, weights = self.mix_heads(hidden_states, mixed, tokens, mask, cache)
+        h = (normed(self.mlstm, h) if self.config.mixer_norm else h).to(projected[2].dtype)
+        if self.split is not None:
+            full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
+            h, weights = self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)
+        if self.restored is not None:
+            h = torch.where(self.restored.to(h.device), self.keep(projected, tokens)[0], h)
+        return h, weights
+
+    def keep(self, projected, tokens, cache=None):
+        """Full attention of the kept groups, `(h [B, T, E R, V], weights or None)`; the teacher's own window, where it
+        had one.
+        """
+        query, key, value, _, unrotated = projected
+        if self.config.kept_positions == "log":
+            query, key = unrotated
+            query = log_scaled(query, tokens.index, self.config.kept_log_base)
+        keys, spare = (
+            (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
+        )
+        key, value, mask = keys.append(key, value, tokens, spare, masked=self.masked_implementation == "eager")
+        return self.attend(query, key, value, mask, implementation=self.masked_implementation)
+
+    # --- softmax attention -----------------------------------------------------------------------------------------
+
+    @property
+    def masked_implementation(self):
+        """Where masks are our own: flash and flex have none for window + sinks."""
+        return "eager" if self.config._attn_implementation == "eager" else "sdpa"
+
+    def attend(self, query, key, value, mask, sliding_window=None, implementation=None, **kwargs):
+        """Softmax attention through transformers' attention interface: `([B, T, H, V], weights or None)`."""
+        implementation = implementation or self.config._attn_implementation
+        if implementation == "eager" and mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )

@@ -1,0 +1,308 @@
+"""The cache of a hybrid layer: mLSTM state, ring buffer of the window, sinks. Its size does not depend on the context.
+
+It stores: kernels write into its tensors, and it says which token stands where. Dims: B batch, T new tokens, H query
+heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from xlstm_kernels import MLSTMState
+
+from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.rollback import ROLLBACK_TOKENS, Rollback, tokens_removed
+
+
+class StateLayer(CacheLayerMixin):
+    """A layer whose size does not depend on the context. It counts columns in `seen_tokens`, padding included, and has
+    `_tensors(change)`, which replaces every tensor x of it, rows first, by change(x)."""
+
+    def get_mask_sizes(self, query_length):
+        return self.seen_tokens + query_length, 0
+
+    def get_seq_length(self):
+        return self.seen_tokens
+
+    def get_max_length(self):
+        return -1
+
+    def offload(self):
+        self._tensors(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        self._tensors(lambda x: x.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx):
+        self._tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self._tensors(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._tensors(lambda x: x[indices])
+
+
+class Placing(NamedTuple):
+    """Where the tokens of a call go.
+
+    count, before: [B, 1] tokens of the row's document after the call and before it.  restarted: [B, 1] bool, whether a
+    document begins in it.
+    inside: [B, T] bool, tokens of the document that the row ends with.
+    written: [B, S + W] bool, slots that hold another token afterwards; source: [B, S + W], the column of the call that
+    they take.
+    """
+
+    count: torch.Tensor
+    before: torch.Tensor
+    restarted: torch.Tensor
+    inside: torch.Tensor
+    written: torch.Tensor
+    source: torch.Tensor
+
+    def take(self, new, old):
+        """`old` [B, G, S + W, ...] with what comes from `new` [B, G, T, ...]."""
+        at, written = self.source[:, None], self.written[:, None]
+        if new.ndim == 4:
+            at, written = at[..., None].expand(-1, new.shape[1], -1, new.shape[-1]), written[..., None]
+        return torch.where(written, new.gather(2, at.expand(-1, new.shape[1], *at.shape[2:])), old)
+
+
+class HybridCacheLayer(Rollback, StateLayer):
+    """mLSTM state and [sinks | ring] of one hybrid layer.
+
+    state: `MLSTMState`, None where the layer has no memory.
+    keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose
+    index is j mod W.
+    count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
+    kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G
+    groups here.
+    cell: the config's `memory_cell`, whose state it is.
+    room: where a static layer's state stays; what a decode step writes keeps its address, as CUDA graphs demand.
+    """
+
+    is_compileable = False  # `static=True` sets it
+    is_croppable = True  # once `record_past` is set, as for transformers' own sliding layers
+    is_sliding = True  # full-attention masks are sized from other layers
+    supports_early_init = False
+    capacity = 0  # of a sparse memory, see `experimental.sparse`
+    fields = ("state", "keys", "values", "count", "seen_tokens", "is_initialized", "dtype", "device")
+
+    def __init__(self, sliding_window, num_sink_tokens=0, static=False, cell="mlstm", kept=None):
+        super().__init__()
+        self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
+        self.cell, self.kept, self.state, self.room, self.count, self.seen_tokens = cell, kept, None, None, None, 0
+
+    @property
+    def kind(self):
+        """Window, sinks, cell, whether it keeps groups, tokens of a sparse memory: what a model compares with its own."""
+        return self.sliding_window, self.num_sink_tokens, self.cell, self.kept is not None, self.capacity
+
+    def take_over(self, other):
+        """Become what `other` is, its tensors included; the record stays."""
+        for name in self.fields:
+            setattr(self, name, getattr(other, name, None))
+
+    def lazy_initialization(self, key_states, value_states):
+        B, G = key_states.shape[:2]
+        slots = self.num_sink_tokens + self.sliding_window
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if (
+            self.room is not None
+            and self.keys.shape == (B, G, slots, key_states.shape[-1])
+            and self.keys.dtype == self.dtype
+        ):
+            self.count.zero_()  # a static layer that was reset
+            return
+        self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
+        self.count, self.room = torch.zeros(B, dtype=torch.long, device=self.device), None
+        self.pin(self.keys, self.values, self.count)
+
+    def pin(self, *tensors):
+        """Tell the compiler that a static layer's tensors stay where they are."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for x in tensors:
+                torch._dynamo.mark_static_address(x)
+
+    def hold(self, state):
+        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one
+        was.
+        """
+        if state is not None and self.is_compileable and not torch.is_grad_enabled():
+            if self.room is None:
+                self.room = MLSTMState(*(x.clone() for x in state))
+                self.pin(*self.room)
+            for mine, new in zip(self.room, state, strict=True):
+                mine.copy_(new)
+            state = self.room
+        self.state = state
+
+    def put(self, **tensors):
+        """Replace tensors of the layer; a static layer's in place."""
+        for name, x in tensors.items():
+            if self.is_compileable and not torch.is_grad_enabled():
+                getattr(self, name).copy_(x)
+            else:
+                setattr(self, name, x)
+
+    # --- which token stands where ----------------------------------------------------------------------------------
+
+    @property
+    def slot_index(self):
+        """[B, S + W] index of the token in each slot, -1 where empty."""
+        return self.index_of_slots(self.count[:, None])
+
+    def index_of_slots(self, count):
+        """The same for a row that holds `count` [B, 1] tokens."""
+        S, W, last = self.num_sink_tokens, self.sliding_window, count - 1
+        slot = torch.arange(S + W, device=count.device)[None]
+        held = torch.where(slot < S, slot, last - (last - (slot - S)) % W)
+        return torch.where((held > last) | (held < 0), -1, held)
+
+    def visible(self, tokens):
+        """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its
+        ring slot while it is inside the window and from its sink slot afterwards, never from both.
+        """
+        slot_index = self.slot_index
+        distance = tokens.index[:, :, None] - slot_index[:, None]
+        inside = distance < self.sliding_window
+        sink = torch.arange(slot_index.shape[1], device=distance.device) < self.num_sink_tokens
+        held = (slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
+        return (held & (inside != sink)) | ~tokens.real[:, :, None]
+
+    def placing(self, tokens):
+        """`Placing` of new tokens: padding writes nothing, a document start empties the slots."""
+        document, restarted = tokens.document[:, -1:], tokens.start.any(-1, keepdim=True)
+        inside = tokens.real & (tokens.document == document)
+        before = torch.where(restarted, 0, self.count[:, None])
+        count = torch.where(
+            inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, before
+        )
+        wanted = self.index_of_slots(count)  # index that each slot holds from now on
+        ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
+        skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
+        source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1)).clamp_max(
+            tokens.index.shape[1] - 1
+        )
+        return Placing(count, before, restarted, inside, wanted >= before, source)
+
+    # --- taking tokens in ------------------------------------------------------------------------------------------
+
+    def advance(self, tokens):
+        """Count one token that a kernel has written into state, keys and values."""
+        index = tokens.index[:, 0]
+        self.count.copy_(torch.where(index < 0, self.count, index + 1))
+        self.seen_tokens += 1
+
+    def update(self, key_states, value_states, tokens, state=None):
+        """Put T new tokens into the slots, and the state after them in the place of the old one.
+
+        Args:
+            key_states, value_states: [B, G, T, K | V].
+        Returns:
+            `(keys, values)` that the new tokens may attend to, [B, G, (S + W) + T, K | V]: the slots as they were,
+            unless the layer was empty, then the tokens themselves (see `visible`).
+        """
+        seen = key_states, value_states
+        if self.is_initialized:
+            seen = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        else:
+            self.lazy_initialization(key_states, value_states)
+        self.seen_tokens += key_states.shape[2]
+        place = self.placing(tokens)
+        keys, values = place.take(key_states, self.keys), place.take(value_states, self.values)
+        self.put(keys=keys, values=values, count=place.count[:, 0].clone())
+        self.hold(state)
+        return seen
+
+    def skip(self, tokens):
+        """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks
+        layer 0 everywhere.
+        """
+        self.seen_tokens += tokens
+
+    # --- all tensors together --------------------------------------------------------------------------------------
+
+    def _tensors(self, change):
+        if self.state is not None:
+            self.state = MLSTMState(*(change(x) for x in self.state))
+            self.room = self.state if self.room is not None else None
+        if self.is_initialized:
+            self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
+        if self.kept is not None:
+            self.kept.map(change)
+        if self.base is not None:
+            self.base._tensors(change)
+            self.calls = [call.map(change) for call in self.calls]
+
+    def reset(self):
+        """Empty the layer; the memory of a static one is used again."""
+        if not self.is_compileable:
+            self.keys = self.values = self.count = None
+        self.state, self.is_initialized, self.seen_tokens = None, False, 0
+        if self.kept is not None:
+            self.kept.reset()
+        self.forget()
+
+    def named_tensors(self):
+        """`{name: tensor}` of a filled layer, as files hold them."""
+        tensors = {"keys": self.keys, "values": self.values, "count": self.count}
+        tensors |= {} if self.state is None else self.state._asdict()
+        if self.kept is not None:
+            tensors |= {f"kept_{name}": getattr(self.kept, name) for name in ("keys", "values", "place")}
+        return tensors
+
+    def fill(self, tensors, seen):
+        """Take `named_tensors` of a layer that had `seen` tokens."""
+        self.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
+        self.keys, self.values, self.count, self.seen_tokens = (
+            tensors["keys"],
+            tensors["values"],
+            tensors["count"],
+            seen,
+        )
+        self.state = MLSTMState(*(tensors[name] for name in MLSTMState._fields)) if "C" in tensors else None
+        if self.kept is not None:
+            self.kept.keys, self.kept.values, self.kept.place = (
+                tensors[f"kept_{name}"] for name in ("keys", "values", "place")
+            )
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """Keys and values of a layer that keeps the teacher's sliding attention. With `record_past` it holds `depth` tokens
+    more than the window needs; transformers' own holds every token since the last `crop`, and cuts keys that it no
+    longer has without a word.
+    """
+
+    depth = ROLLBACK_TOKENS
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.is_initialized and not self.record_past:
+            self.trim(0)  # recording may have been switched off
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.trim(self.depth if self.record_past else 0)
+        # as masks are sized; transformers before 5.18 returns the record too
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+    def trim(self, more):
+        begin = max(self.keys.shape[-2] - (self.sliding_window - 1 + more), 0)
+        self.keys, self.values = self.keys[:, :, begin:], self.values[:, :, begin:]
+
+    @property
+    def recorded(self):
+        """Number of last tokens that can be taken back: all of them while the window has lost none."""
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        return held if held == self.cumulative_length else held - (self.sliding_window - 1)
+
+    def crop(self, tokens_to_remove):
+        tokens = tokens_removed(tokens_to_remove)
+        if tokens > self.recorded:
+            raise CacheError(
+                f"cannot remove {tokens} tokens: the window has kept {self.recorded} more than it needs. Call "
+                "xlstm_hybrid.state.remember(cache, tokens) before they come, or compute the prefix again"
+            )
+        if tokens:
+            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            self.cumulative_length -= tokens

@@ -1,0 +1,178 @@
+"""The new parameters of a hybrid layer, feature maps and gates, and how they are shared out to several processes.
+
+Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value
+dim.
+Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
+"""
+
+import torch
+from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.experimental.branches import clamped
+
+
+class HeadsParallel(TensorParallelLayer):
+    """Tensor-parallel style of `MLSTMMixer`: every parameter is cut along its heads, dim 0, and each rank works on its
+    own.
+
+    Queries, keys and values come from projections that are cut alike; the layer's input, which the gates read, is whole
+    on every rank, so that its gradient has to be summed over them.
+    """
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def validate_param(self, module, param, mesh, parameter_name=None):
+        heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
+        if any(module.config.kept_groups or ()):
+            raise ConfigError(
+                f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process"
+            )
+        for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
+            if (found := getattr(module.config, field)) != needed:
+                raise ConfigError(
+                    f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
+                    "load it without tp_plan"
+                )
+        if module.config.window_dropout:
+            raise ConfigError(
+                f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
+                "set it to 0"
+            )
+        if heads % mesh.size() or groups % mesh.size():
+            raise ConfigError(
+                f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
+                "choose a tp_size that divides both"
+            )
+
+    def shard_param(self, module, param, mesh):
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        whole = module._parameters[param]
+        module._parameters[param] = nn.Parameter(
+            distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None), requires_grad=whole.requires_grad
+        )
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+        return (whole.to_local(grad_placements=[Partial()]), *args[1:]), kwargs
+
+
+ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
+
+
+def wide(*shape):
+    """A parameter that is float32 at least, whatever dtype a model is made in."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+class MLSTMMixer(nn.Module):
+    """What conversion adds to an attention layer: feature maps for the mLSTM, its input and forget gates, and the gate
+    that mixes it with the window.
+
+    Gate parameters stay in float32; in a float16 model maps do, too. `memory_feature_map`, `memory_feature_dim` and
+    `mixer_gate_input` of the config say what the maps and the output gate read; other cells and one softmax over both
+    branches are in `experimental`.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        H, K, D = len(config.mixed_heads(layer_idx)), config.head_dim, config.hidden_size
+        P = config.memory_feature_dim or K
+        self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, P)), nn.Parameter(torch.empty(H, K, P))
+        if config.memory_cell != "linear":
+            self.igate_weight, self.fgate_weight, self.fgate_bias = wide(H, D), wide(H, D), wide(H)
+        if config.mixer_combine == "gate":
+            self.ogate_weight, self.ogate_bias = wide(H, 3 * K if config.mixer_gate_input == "qkv" else D), wide(H)
+        if config.mixer_norm:
+            self.norm_weight = nn.Parameter(torch.empty(H, K))
+
+    def forward(self, hidden_states, raw, query, key, tokens):
+        """What the mLSTM reads of T tokens, and the output gate.
+
+        Args:
+            hidden_states: input of the layer, [B, T, D].
+            raw: q, k and v before QK-norm and RoPE, [B, T, H | G, K].
+            query, key: after QK-norm and, unless `memory_rope` is False, RoPE, [B, H | G, T, K].
+            tokens: `Tokens`; padding neither writes nor forgets, a document start forgets everything.
+        Returns:
+            `(phi_q [B, T, H, F], phi_k [B, T, H, F], i [B, T, H], f [B, T, H], o [B, T, H])`: features, gates before
+            activation, and the output gate itself, always last. The features are None if there is no memory branch to
+            read them.
+        """
+        q, k, v = raw
+        n = q.shape[2] // k.shape[2]
+        i, f, o = self.gates(hidden_states, torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1))
+        if tokens.blind is not None or self.config.mixer_branches != "both":
+            o = clamped(o, tokens, self.config.mixer_branches)
+        if self.config.mixer_branches == "window":
+            return None, None, i, f, o
+        real, start = tokens.real[..., None], tokens.start[..., None]
+        i = torch.where(real, i, float("-inf"))
+        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        return self.read(query, self.q_map), self.read(repeat_kv(key, n), self.k_map), i, f, o
+
+    def gates(self, hidden_states, qkv):
+        """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
+
+        Args:
+            hidden_states: input of the layer, [B, T, D].
+            qkv: projections before QK-norm and RoPE, heads repeated, [B, T, H, 3 K].
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            x = hidden_states.to(dtype)
+            i, f = self.input_and_forget_gates(x, dtype)
+            weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
+            read_qkv = self.config.mixer_gate_input == "qkv"
+            o = torch.sigmoid(
+                (qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias)
+            )
+        return i, f, o
+
+    def input_and_forget_gates(self, x, dtype):
+        i = nn.functional.linear(x, self.igate_weight.to(dtype))
+        return i, nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
+
+    def read(self, x, feature_map):
+        """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
+        return self.features(x, feature_map, self.config.memory_feature_map == "softmax_signed")
+
+    @staticmethod
+    def features(x, feature_map, signed=False):
+        """softmax(x P_h) or, if `signed`, softmax([x P_h, -x P_h]) over the features: [B, H, T, K] -> [B, T, H, F],
+        product and softmax in float32 at least (Hedgehog, Zhang et al. 2024; here after RoPE).
+
+        Rounded to the dtype of x, but never to float16: it has no numbers below 6e-8, and with the features the
+        normaliser would be lost.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            exponents = x.to(dtype) @ feature_map.to(dtype)  # a rounded exponent is a relative error of the feature
+            features = torch.softmax(torch.cat([exponents, -exponents], -1) if signed else exponents, -1)
+        return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
+
+    def first_map(self):
+        """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale
+        of its own for each copy, so that no two features are the same and gradients tell them apart.
+        """
+        K, P = self.q_map.shape[1:]
+        # the signed map brings the other sign itself
+        signs = (1,) if self.config.memory_feature_map == "softmax_signed" else (1, -1)
+        scales = [sign * 0.5**n for n in range(-(-P // K)) for sign in signs]
+        return torch.cat([scale * torch.eye(K, dtype=self.q_map.dtype) for scale in scales], 1)[:, :P]
+
+    def forget_bias(self):
+        """[H] logits whose time constants 1 / (1 - f) are spaced logarithmically from W / 4 to 4 x the training
+        context.
+        """
+        window = self.config.window_of(self.layer_idx)
+        low, high = max(window / 4, 2.0), max(4.0 * self.config.mlstm_context, window)
+        steps = torch.linspace(0, 1, self.config.num_attention_heads, dtype=torch.float64)
+        return (low * (high / low) ** steps - 1).log().float()[self.config.mixed_heads(self.layer_idx)]

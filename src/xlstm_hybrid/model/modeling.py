@@ -1,0 +1,712 @@
+"""The hybrid xLSTM student: a Transformer decoder whose attention layers mix an mLSTM with window + sink attention.
+
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, W window, S
+sinks.
+Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.attention import HybridAttention
+from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.compatibility import ensure_compatible
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.tokens import Tokens
+
+KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
+
+
+class Align(NamedTuple):
+    """What stage I asks of a decoder layer.
+
+    counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.
+    output_terms: whether cosine and
+    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are
+    returned, which cost nothing.
+    """
+
+    counted: torch.Tensor
+    teacher_mask: torch.Tensor | None
+    output_terms: bool = False
+    onward: bool = True
+
+
+ALIGNMENT_TERMS = ("error", "target", "cosine", "frobenius")  # what a layer sums over counted tokens in stage I
+
+
+@dataclass
+class AlignmentOutput(ModelOutput):
+    """What a teacher-forced pass returns: squared distances between student mixers and teacher attention, before W_o.
+
+    loss: sum of `error` over the layers.  error, target: [layers] sums over counted tokens, heads and features of
+    |softmax attention - h|^2 and of |softmax attention|^2.  num_items: counted tokens.
+    sums: [layers, 4], see ALIGNMENT_TERMS.  hidden_states: what leaves the last layer, [B, T, D].
+    """
+
+    loss: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    num_items: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+
+
+class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
+
+    def __init__(self, config, layer_type=None):
+        # LlamaConfig wants hidden_size to be a multiple of them, other families do not
+        heads = config.num_attention_heads
+        super().__init__(
+            LlamaConfig(
+                hidden_size=heads * config.head_dim,
+                num_attention_heads=heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=dict(config.rope_parameters_of(layer_type or config.teacher_layer_types[0])),
+            )
+        )
+        self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
+
+    def forward(self, x, position_ids):
+        return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
+
+
+class HybridMLP(nn.Module):
+    """The teacher's gated MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, F, bias=config.mlp_bias), nn.Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class CheckpointedLayer(GradientCheckpointingLayer):
+    """A layer that is checkpointed only where gradients are wanted."""
+
+    checkpointing = False
+
+    @property
+    def gradient_checkpointing(self):
+        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate`
+        would lose the context.
+        """
+        return self.checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.checkpointing = on
+
+
+class HybridDecoderLayer(CheckpointedLayer):
+    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
+        norm = LlamaRMSNorm if self.pre_norm else Olmo2RMSNorm
+        if self.pre_norm:
+            self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        if not self.pre_norm:
+            self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+
+    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+
+    def forward(self, hidden_states, align=None, **kwargs):
+        """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
+        if align is not None:
+            return self.align(hidden_states, align, **kwargs)
+        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
+        return self.finish(hidden_states, attention)
+
+    def attention_input(self, hidden_states):
+        return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
+
+    def finish(self, hidden_states, attention):
+        """Residual stream after attention output and MLP."""
+        if self.pre_norm:
+            hidden_states = hidden_states + attention
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.post_attention_layernorm(attention)
+        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+
+    def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
+        """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
+        states.
+
+        Only the mixer's own parameters receive gradients: layers stay independent.
+
+        Returns:
+            `(the teacher's hidden states after the layer [B, T, D], sums [4] of ALIGNMENT_TERMS over the counted
+            tokens)`.
+        """
+        attention, config = self.self_attn, self.self_attn.config
+        with torch.no_grad():
+            x = self.attention_input(hidden_states)
+            projected = attention.project(x, position_embeddings)
+            teacher_window = (
+                config.teacher_sliding_window
+                if config.teacher_layer_types[attention.layer_idx] == "sliding_attention"
+                else None
+            )
+            target, _ = attention.attend(*projected[:3], align.teacher_mask, teacher_window, position_ids=position_ids)
+            output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
+            following = self.finish(hidden_states, output) if align.onward else hidden_states
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        if attention.layer_type != "hybrid_sliding" or self.aligned:
+            return following, target.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype)
+        h, _ = attention.mix(x, projected, tokens, mask)
+        counted = align.counted[..., None, None]
+        error = torch.where(counted, h.to(dtype) - target.to(dtype), 0.0).square().sum()
+        sums = [error, torch.where(counted, target.to(dtype), 0.0).square().sum(), *target.new_zeros(2, dtype=dtype)]
+        if align.output_terms:
+            sums[2:] = output_terms(attention.o_proj(h.flatten(-2)).to(dtype), output.to(dtype), align.counted)
+        return following, torch.stack(sums)
+
+
+def output_terms(student, teacher, counted):
+    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention
+    outputs.
+    """
+    student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher))
+    cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)  # 0 where one of them is
+    norm = torch.linalg.vector_norm(student - teacher, dim=-1) / student.shape[-1] ** 0.5  # its gradient at 0 is 0
+    return torch.where(counted, 1 - cosine, 0.0).sum(), norm.sum()
+
+
+def drop_absent_names(model):
+    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration
+    to say.
+    """
+    have = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    model._keep_in_fp32_modules &= have
+    model._keep_in_fp32_modules_strict &= have
+
+
+class XLSTMHybridPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in
+    float32.
+    """
+
+    config: XLSTMHybridConfig
+    config_class = XLSTMHybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridDecoderLayer"]
+    _skip_keys_device_placement = NAMES
+    _keep_in_fp32_modules_strict = [
+        "igate_weight",
+        "fgate_weight",
+        "fgate_bias",
+        "ogate_weight",
+        "ogate_bias",
+        "joint_scale",
+    ]
+    _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
+    _is_stateful = False
+    _can_record_outputs = {
+        "hidden_states": HybridDecoderLayer,
+        "attentions": OutputRecorder(HybridAttention, index=1),
+        "gates": OutputRecorder(MLSTMMixer, index=-1),
+    }
+
+    def post_init(self):
+        super().post_init()
+        drop_absent_names(self)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MLSTMMixer):
+            for feature_map in (module.q_map, module.k_map):
+                init.copy_(feature_map, module.first_map().expand_as(feature_map))
+            first = {
+                "fgate_bias": module.forget_bias(),
+                "ogate_bias": self.config.mlstm_output_gate_bias,
+                "norm_weight": 1.0,
+            }
+            for name, parameter in module.named_parameters(recurse=False):  # which there are is for the config to say
+                if not name.endswith("_map"):
+                    init.copy_(
+                        parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter)
+                    )
+
+
+def mask_key(config, layer_idx):
+    return config.layer_types[layer_idx], config.window_of(layer_idx), config.sinks_of(layer_idx)
+
+
+def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs):
+    """Mask of a layer that keeps the teacher's attention: transformers' own, or ours where one row holds several
+    documents.
+    """
+    if packed and config._attn_implementation in ("eager", "sdpa"):
+        return tokens.visible(window or tokens.real.shape[1], 0)[:, None]
+    if kind == "full_attention":
+        return create_causal_mask(config=config, layer_idx=layer_idx, **kwargs)
+    config = copy.copy(config)
+    config.sliding_window = window
+    return create_sliding_window_causal_mask(config=config, layer_idx=layer_idx, **kwargs)
+
+
+class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
+    """Embeddings, decoder layers and final norm. Set `window_dropout` to have another probability than the config's, as
+    a schedule does.
+    """
+
+    window_dropout = None
+
+    def __init__(self, config):
+        config.check()  # its fields may have been changed since it was made
+        super().__init__(config)
+        self.checked = copy.deepcopy(config.choices())
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
+        self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(
+            config.hidden_size, config.rms_norm_eps
+        )
+        kinds = config.teacher_layer_types
+        self.rotary_emb = nn.ModuleDict(
+            {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
+        """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts
+        over layer kinds.
+        """
+        config, (B, T) = self.config, inputs_embeds.shape[:2]
+        # fewer than the model has while early layers draft, see `assistant_early_exit`
+        there = range(config.num_hidden_layers)
+        # a pipeline's stage has some of the layers
+        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]
+        layers = (
+            [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
+        )
+        filled = layers if layers and layers[0].is_initialized else []
+        seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
+        self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen)
+        tokens = Tokens.locate(
+            (B, T),
+            inputs_embeds.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            seq_idx=kwargs.get("seq_idx"),
+            seen=filled[0].count.to(inputs_embeds.device) if filled else None,
+        )
+        kinds = [(j, mask_key(config, j)) for j in present]
+        if teacher:
+            kinds = kinds + [(None, ("teacher", kind)) for kind in config.teacher_layer_types]
+        masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for _, kind in kinds)
+        packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
+        if packed and seen > 0:
+            raise CacheError(
+                "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
+                "start each packed row with an empty cache, or pass use_cache=False"
+            )
+        # positions count real tokens: feature maps follow RoPE, so padding must not shift them
+        if position_ids is None:
+            position_ids = tokens.index.clamp_min(0)
+            if not layers:
+                position_ids = position_ids + seen
+        shared = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **named(cache),
+        }
+        for j, kind in kinds:
+            if kind in masks:
+                continue
+            if kind[0] == "hybrid_sliding":
+                masks[kind] = self.hybrid_mask(tokens, *kind[1:], cache.layers[j] if filled else None)
+            elif kind[0] == "teacher":
+                masks[kind] = attention_mask_of(
+                    config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared
+                )
+            else:
+                masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
+        return (
+            tokens,
+            masks,
+            {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()},
+            position_ids,
+        )
+
+    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
+        """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
+        if (choices := self.config.choices()) != self.checked:  # fields may be changed between two calls
+            self.config.check()
+            self.checked = copy.deepcopy(choices)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; window and state are derived from the padding"
+            )
+        if cu_seq_lens is not None and rows != 1:
+            raise ConfigError(
+                f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
+            )
+        if self.checkpointed and seen > 0:
+            raise CacheError(
+                f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
+                "call gradient_checkpointing_disable(), or pass the whole sequence"
+            )
+
+    @property
+    def checkpointed(self):
+        """Whether a call's layers are run again in the backward."""
+        return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def hybrid_mask(self, tokens, window, sinks, filled=None):
+        """[B, 1, T, (S + W) + T] of a hybrid layer; None where none is needed: banded attention from an empty cache, a
+        step from a filled one.
+
+        Args:
+            filled: a `HybridCacheLayer` of that kind, if it holds tokens.
+        """
+        if self.config.sparse_memory:
+            return None  # what is visible depends on the layer, see `sparse_attention`
+        dense = self.config._attn_implementation == "eager" or (self.training and self.config.attention_dropout)
+        step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
+        if not dense and (filled is None or step):
+            return None
+        new = tokens.visible(window, sinks)[:, None]
+        return (
+            new
+            if filled is None
+            else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
+        )
+
+    def blind_rows(self, real):
+        """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is
+        [B, T].
+        """
+        p = self.config.window_dropout if self.window_dropout is None else self.window_dropout
+        if not p or not self.training or not torch.is_grad_enabled():
+            return None
+        return torch.rand(len(real), device=real.device) < p
+
+    @takes_cache
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """Residual stream after the last norm; arguments as in `LlamaModel.forward`.
+
+        Packed documents are told apart by restarting `position_ids`, by `cu_seq_lens_q` (one row) or by `seq_idx`.
+
+        Raises:
+            ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
+            CacheError: a cache of another model, or packed documents that a cache cannot keep apart.
+            CompatibilityError: a cache under a name that is not known here.
+        """
+        refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            cache = adopt_cache(cache, self.config)
+        tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
+        tokens.blind = self.blind_rows(tokens.real)
+        held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
+        # fewer than there are while early layers draft
+        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]
+        for j, (layer, kind) in enumerate(zip(self.layers, kinds, strict=False)):
+            where = {
+                "tokens": tokens,
+                "mask": masks.get(mask_key(self.config, j)),
+                "position_embeddings": rope[kind],
+                "position_ids": position_ids,
+            }
+            hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
+        for j, layer in enumerate(self.layers if cache is not None else ()):
+            if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "skip"):
+                cache.layers[j].skip(hidden_states.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
+
+    def teacher_forced(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        counted=None,
+        hidden_states=None,
+        terms=False,
+        onward=True,
+        **kwargs,
+    ):
+        """Stage I: the teacher's trunk, and each hybrid layer's distance from the attention it replaces.
+
+        The trunk is the teacher as long as only the mixers' new parameters have been trained; the target is its
+        attention as it is used, without dropout. Layers are called as modules: DDP and FSDP2 have their hooks there.
+
+        Args:
+            counted: [B, T] bool, tokens whose error counts; all real ones by default.
+            hidden_states: input of the first layer that is there, [B, T, D]; None: the embeddings.
+            terms: whether `sums` has cosine and distance after W_o.
+            onward: whether what leaves the last layer is wanted: its output projection and MLP have no part in the
+                loss.
+        Returns:
+            AlignmentOutput
+        """
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
+                tokens, masks, rope, position_ids = self.prepare(
+                    hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs
+                )
+            counted = tokens.real if counted is None else counted & tokens.real
+            sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]
+            for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
+                if isinstance(layer, nn.Identity):  # of another group of layers
+                    sums.append(
+                        hidden_states.new_zeros(
+                            len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)
+                        )
+                    )
+                    continue
+                where = {
+                    "tokens": tokens,
+                    "mask": masks[mask_key(self.config, j)],
+                    "position_embeddings": rope[kind],
+                    "position_ids": position_ids,
+                }
+                hidden_states, found = layer(
+                    hidden_states,
+                    align=Align(counted, masks["teacher", kind], terms, onward or layer is not last),
+                    **where,
+                )
+                sums.append(found)
+        finally:
+            self.train(training)
+        sums = torch.stack(sums)
+        found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
+        return AlignmentOutput(**found, sums=sums, hidden_states=hidden_states if onward else None)
+
+
+def keep_positions(hidden_states, keep):
+    """The positions whose logits are wanted: the last `keep` (0: all), indices [n] or [B, n], or a [B, T] bool mask
+    (then flat).
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.ndim == 2:
+        return hidden_states[keep] if keep.dtype == torch.bool else hidden_states.take_along_dim(keep[..., None], 1)
+    return hidden_states[:, keep]
+
+
+class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
+    """The student with its language-model head; loads with `AutoModelForCausalLM` once `xlstm_hybrid` is imported."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = XLSTMHybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here,
+    # as it registers the Auto
+    # classes. Exported code has no conversion and says so.
+    teacher_loader = None
+
+    @classmethod
+    def from_teacher(cls, teacher, **options):
+        """The student of a teacher, in memory: `xlstm_hybrid.conversion.convert.from_teacher`, whose arguments and
+        errors these are.
+        """
+        if cls.teacher_loader is None:
+            raise ConfigError(
+                "from_teacher: this class was loaded from a checkpoint's own code, which converts nothing; pip install xlstm-hybrid"
+            )
+        return cls.teacher_loader(cls, teacher, **options)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return True  # transformers says no to every class with "xlstm" in its name
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by
+        what its layers are.
+        """
+        if generation_config.cache_implementation == "quantized" and "hybrid_sliding" in self.config.layer_types:
+            raise CacheError(
+                "cache_implementation='quantized': a hybrid layer's state needs float32 and its window does not grow, there is nothing to quantise; "
+                "leave it out, or load the model in bfloat16, which halves the window"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if cache_of(model_kwargs) is not None:
+            adopt_cache(cache_of(model_kwargs), self.config)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch` and `transformers serve --continuous-batching`: they keep keys and
+        values in shared pages.
+        """
+        raise CacheError(
+            "continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for the state of an mLSTM; pass a "
+            "left-padded batch to generate(), or read a common prefix once with xlstm_hybrid.state.prefill and answer from fork(cache, rows)"
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """The model derives its masks from the 2-D one and from the cache. Hybrid layers read no more than the call's
+        own columns: without the others, a compiled step keeps its shapes.
+        """
+        if attention_mask is None or set(config.layer_types) != {"hybrid_sliding"}:
+            return attention_mask
+        return attention_mask[:, -inputs_embeds.shape[1] :]
+
+    @takes_cache
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, **kwargs
+    ):
+        """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a
+        filled cache only what it has not seen (transformers feeds the whole prompt).
+        """
+        lengths = {
+            kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None
+        }
+        # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
+        whole = lengths == {input_ids.shape[1]}
+        if next_sequence_length is None and cache is not None and whole and inputs_embeds is None:
+            next_sequence_length = max(input_ids.shape[1] - cache.get_seq_length(), 0) or None
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **named(cache), **kwargs
+        )
+
+    def generate(self, *args, **kwargs):
+        """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
+        ensure_compatible(XLSTMHybridForCausalLM)
+        return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        teacher_forced=False,
+        with_head=None,
+        **kwargs,
+    ):
+        """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`.
+
+        Args:
+            teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
+            with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits:
+                losses that go over the head in chunks. It runs in here because FSDP gathers the head's weight only
+                inside of `forward`.
+        """
+        if teacher_forced:
+            if (self._tp_size or 1) > 1:
+                raise ConfigError(
+                    f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process"
+                )
+            return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if with_head is not None:
+            return with_head(hidden_states, self)
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **named(cache_of(outputs)),
+        )
+        if "gates" in outputs:  # output_gates=True
+            result["gates"] = outputs["gates"]
+        return result
+
+
+class XLSTMHybridForSequenceClassification(GenericForSequenceClassification, XLSTMHybridPreTrainedModel):
+    """One score or class per row, read from its last real token, as reward models are; arguments as in
+    `LlamaForSequenceClassification`.
+    """
+
+
+class XLSTMHybridForTokenClassification(GenericForTokenClassification, XLSTMHybridPreTrainedModel):
+    """A class per token; arguments as in `LlamaForTokenClassification`."""
+
+
+class XLSTMHybridForQuestionAnswering(GenericForQuestionAnswering, XLSTMHybridPreTrainedModel):
+    """Where an answer begins and ends; arguments as in `LlamaForQuestionAnswering`."""

@@ -1,0 +1,99 @@
+"""Where the tokens of a call stand in their documents. Dims: B batch, T tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Tokens:
+    """Where the T tokens of a forward call stand in their documents.
+
+    real: [B, T] bool, False where padding.  start: [B, T] bool, first real token of a document that begins in this
+    call.
+    index: [B, T] position among the real tokens of its document, -1 at padding.
+    document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
+    plain: True if every row is known to be one document without padding.
+    blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
+    """
+
+    real: torch.Tensor
+    start: torch.Tensor
+    index: torch.Tensor
+    document: torch.Tensor
+    plain: bool = False
+    blind: torch.Tensor | None = None
+
+    @classmethod
+    def locate(
+        cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None
+    ):
+        """Find padding and document starts.
+
+        A document starts where `position_ids` of consecutive real tokens do not increase, where `seq_idx` changes, or
+        at an inner entry of `cu_seq_lens`; the first real token of a call starts one if its position is 0 although the
+        row has seen tokens.
+
+        Args:
+            shape: (B, T).
+            attention_mask: [B, T or more], 0 at padding; its last T columns belong to this call.
+            position_ids: [B or 1, T] as the caller gave them, or None: then nothing restarts.
+            cu_seq_lens: [documents + 1] cumulative lengths, for a batch of one row.
+            seq_idx: [B, T] number of each token's document.
+            seen: [B] real tokens that the row's present document has in the cache.
+        """
+        B, T = shape
+        real = (
+            torch.ones(B, T, dtype=torch.bool, device=device)
+            if attention_mask is None
+            else attention_mask[:, -T:].to(device, torch.bool)
+        )
+        seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
+        order = torch.arange(T, device=device)
+        latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
+        previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
+        first, previous = previous < 0, previous.clamp_min(0)
+        start = torch.zeros_like(real)
+        if position_ids is not None:
+            position = position_ids.to(device).expand(B, T)
+            start = torch.where(first, (position == 0) & (seen > 0)[:, None], position <= position.gather(1, previous))
+        if seq_idx is not None:
+            number = seq_idx.to(device).expand(B, T)
+            start = start | (~first & (number != number.gather(1, previous)))
+        if cu_seq_lens is not None:
+            start = start | (torch.isin(order, cu_seq_lens[1:-1].to(device)) & ~first)
+        start = start & real
+        document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
+        base = torch.where(start, ordinal, 0).cummax(-1).values
+        index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
+        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
+        # looking waits for the GPU: once per call, and never for one token
+        looked_at = T > 1 and not torch.compiler.is_compiling()
+        plain = not given or (looked_at and not bool((start | ~real).any()))
+        return cls(real, start, torch.where(real, index, -1), document, plain)
+
+    def slice(self, begin, end):
+        """The same of the tokens `begin` to `end`, as a call of its own would have it."""
+        documents = self.document[:, begin - 1 : begin] if begin else 0
+        parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
+        return Tokens(*parts, plain=self.plain, blind=self.blind)
+
+    def map(self, change):
+        blind = None if self.blind is None else change(self.blind)
+        return Tokens(
+            *(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain, blind=blind
+        )
+
+    def to(self, device, **kwargs):
+        """The same on another device: accelerate calls it where a model's layers are on several."""
+        return self.map(lambda x: x.to(device, **kwargs))
+
+    def visible(self, window, sinks):
+        """[B, T, T] bool: which of the call's tokens (last dim) each of them attends to; padding sees everything,
+        nobody sees padding.
+        """
+        q, k = self.index[:, :, None], self.index[:, None, :]
+        near = (q >= k) & ((q - k < window) | (k < sinks))
+        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[
+            :, :, None
+        ]

@@ -1,0 +1,154 @@
+"""Stages and what keeps them: a stage is made once, and again only where something that it was made from has changed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from xlstm_hybrid.checkpoint.files import verify, write_json
+from xlstm_hybrid.checkpoint.locks import held
+from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
+
+RECORDS = (
+    "provenance.json",
+    "training_log.json",
+    "README.md",
+)  # and pictures: how a checkpoint was made, with times that no run repeats
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run that is made once.
+
+    name: as the run's report calls it, for example "distill:math".
+    inputs: stages before it, directories, and hub ids that it reads.
+    build: makes it: called with its folder and whether that is there already, if it has one, and with the paths of its
+        inputs. A dict that it returns becomes part of its note.
+    settings: what it depends on beside its inputs and the run's seed; a function without arguments where they follow
+    from stages before.
+    folder: what it writes, relative to the run directory. Made with other settings it is replaced only with `redo`; a
+    mere note always is.
+    note: file, relative to the run directory, of what it was made from and how long it took; without one it is made in
+    every run.
+    check: called with its folder and note; raises one of our errors where they are not what they should be.
+    """
+
+    name: str
+    inputs: tuple
+    build: Callable
+    settings: dict | Callable = field(default_factory=dict)
+    folder: str | None = None
+    note: str | None = None
+    check: Callable = lambda folder, note: None
+
+
+def checkpoint_stage(name, inputs, build, settings, folder):
+    """A stage that makes a checkpoint."""
+    note = f"stages/{name.replace(':', '-')}.json"
+    return Stage(name, inputs, build, settings, folder, note, lambda folder, note: verify(folder, level="size"))
+
+
+class Runner:
+    """Makes and keeps stages in the run directory `out`.
+
+    Attributes:
+        seconds: {stage: how long it took}; kept: the same of the stages that were not made in this run.
+        found: {stage: its note; of a stage without one, what its `build` returned}.
+    """
+
+    def __init__(self, out, seed=0, redo=False, console=None):
+        self.out, self.seed, self.redo = Path(out), seed, redo
+        self.console, self.seconds, self.kept, self.found = console or Console(emoji=False), {}, {}, {}
+
+    def path(self, source):
+        """Where an input is: the folder of a stage, or what is from elsewhere as it is."""
+        return self.out / source.folder if isinstance(source, Stage) else source
+
+    def spec(self, settings, inputs):
+        """What a stage was made from, as its note keeps it."""
+        parents = [fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
+        return json.loads(json.dumps({"settings": settings, "seed": self.seed, "parents": parents}, default=str))
+
+    def make(self, *stages):
+        """Make stages, in this order, or keep what is there of them.
+
+        Of several processes with one run directory one makes a stage; the others wait for it and keep it.
+
+        Raises:
+            ConfigError: a folder was made from something else, and `redo` is not set.
+        """
+        for stage in stages:
+            inputs = [self.path(source) for source in stage.inputs]
+            if stage.note is None:
+                self.found[stage.name] = stage.build(*self.folder_of(stage), *inputs)
+                continue
+            note = self.out / stage.note
+            note.parent.mkdir(parents=True, exist_ok=True)
+            waiting = f"{stage.name}: waiting for another launch (process {{}})".format
+            with held(
+                note.with_name(f".claim-{note.stem}"), lambda who, waiting=waiting: self.console.print(waiting(who))
+            ):
+                spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)
+                self.found[stage.name] = self.keep(stage, note, spec) or self.build(stage, note, spec, inputs)
+
+    def folder_of(self, stage):
+        """`(folder, whether it is there)`, or nothing."""
+        return (self.path(stage), self.path(stage).exists()) if stage.folder else ()
+
+    def build(self, stage, note, spec, inputs):
+        """Build a stage and write its note."""
+        self.console.rule(stage.name)
+        start = time.time()
+        result = stage.build(*self.folder_of(stage), *inputs) or {}
+        seconds = self.seconds[stage.name] = round(time.time() - start, 1)
+        write_json(note, {"spec": spec, "seconds": seconds} | result)
+        written = json.loads(note.read_text())
+        stage.check(stage.folder and self.path(stage), written)
+        self.console.print(f"{stage.name}: {seconds:.0f} s")
+        return written
+
+    def keep(self, stage, note, spec):
+        """The note of a stage that is there as it should be; None where it has to be made."""
+        folder = stage.folder and self.path(stage)
+        if not note.is_file() or (folder and not folder.exists()):
+            return None
+        before = json.loads(note.read_text())
+        if changed := sorted(key for key in spec if spec[key] != before["spec"].get(key)):
+            if folder and not self.redo:
+                raise ConfigError(
+                    f"{folder.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it"
+                )
+            return None
+        try:
+            stage.check(folder, before)
+        except XLSTMHybridError as error:
+            self.console.print(f"{stage.name}: made again, {error}", style="yellow", markup=False)
+            return None
+        self.seconds[stage.name] = self.kept[stage.name] = before["seconds"]
+        self.console.print(f"[dim]{stage.name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
+        return before
+
+    def say(self, who, what):
+        self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
+
+
+def fingerprint(directory):
+    """SHA-256 over the files of a checkpoint as its manifest lists them, or over names and sizes where it has none.
+
+    Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows
+    from it is kept.
+    """
+    directory = Path(directory)
+    manifest = directory / "manifest.json"
+    if manifest.is_file():
+        files = json.loads(manifest.read_text())["files"]
+        content = {
+            name: files[name]["sha256"] for name in sorted(files) if name not in RECORDS and not name.endswith(".png")
+        }
+    else:
+        content = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

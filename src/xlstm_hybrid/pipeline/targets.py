@@ -1,0 +1,149 @@
+"""A teacher's targets for rows of data: what the rows are, and a store that one process or several fill."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xlstm_hybrid.data import train_dataset
+from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
+from xlstm_hybrid.environment.precision import dtype_for
+from xlstm_hybrid.errors import ConfigError, DataError, StoreError, XLSTMHybridError
+from xlstm_hybrid.pipeline.settings import rows_of
+from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.teacher_store import build_store, weights_hash
+from xlstm_hybrid.teacher_store.writer import INDEX, read_index
+from xlstm_hybrid.training.distillation import check_documents_stay_apart
+from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
+
+RECIPE = (".yaml", ".yml")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def read_rows(path, source, expert):
+    """A sequence of rows with `input_ids` and, where they are, `labels`, `position_ids`, `seq_lengths`.
+
+    Raises:
+        DataError: nothing that can be read as rows, or rows that stream.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    if path.suffix in RECIPE:
+        data = rows_of_recipe(path, source, expert)
+    elif path.is_dir():
+        try:
+            data = load_from_disk(str(path))
+        except (FileNotFoundError, ValueError) as error:
+            raise DataError(
+                f"{path.name}: no data set of save_to_disk ({error}); pass such a folder, a .jsonl file or a recipe"
+            ) from error
+    elif path.is_file() and path.suffix in (".jsonl", ".json"):
+        data = load_dataset("json", data_files=str(path), split="train")
+    else:
+        raise DataError(
+            f"{path}: expected a folder of save_to_disk, a .jsonl file of rows, or a recipe; found none of them"
+        )
+    if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
+        found = f"a {type(data).__name__}" + (f" with columns {data.column_names}" if isinstance(data, Dataset) else "")
+        raise DataError(
+            f"{path.name}: expected packed rows on disk with a column input_ids, found {found}; save them with save_to_disk, one split"
+        )
+    return data.with_format("numpy")
+
+
+def rows_of_recipe(path, source, expert):
+    """The rows that `distill` with this recipe reads, in their order."""
+    recipe = load_recipe(path)
+    name = recipe.expert(expert)
+    return train_dataset(recipe, AutoTokenizer.from_pretrained(source), rows_of(recipe.distill, "distill"), name)
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(asked, rows, config, device, out):
+    """The dtype that the teacher calculates in; that of a store that is gone on with, where the machine chose it.
+
+    Raises:
+        ConfigError: a dtype that we do not know.
+    """
+    setting = "--dtype"
+    if asked == "auto" and rows.suffix in RECIPE:
+        asked, setting = load_recipe(rows).teacher_dtype, "teacher_dtype"
+    if asked not in DTYPES:
+        raise ConfigError(f"{setting} {asked}: expected one of {', '.join(DTYPES)}")
+    if asked != "auto":
+        return dtype_for(device, asked, setting=setting)
+    stored = str(config.dtype or "float32").removeprefix("torch.")
+    begun = read_index(out)["spec"].get("dtype") if (out / INDEX).is_file() else None
+    return begun if begun in (stored, "float32") else dtype_for(device, stored=stored)
+
+
+def describe(source, teacher, revision, tokenizer, dtype):
+    """What the targets depend on beside the rows: the fields of the spec that a change is named by."""
+    hub = not Path(teacher).is_dir()
+    return {
+        "teacher": teacher if hub else Path(teacher).resolve().name,
+        "revision": source.name if hub else None,
+        "weights": weights_hash(source),
+        "dtype": dtype,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "vocabulary": vocabulary_hash(tokenizer),
+        "template": template_hash(tokenizer),
+    }
+
+
+def build(rank, world, source, data, out, settings, spec, dtype, device, seed):
+    """Load the teacher and write what is missing of the store."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
+    if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
+        check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
+    select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
+    with Console(stderr=True).status("reading") as status:
+        build_store(
+            out,
+            data,
+            TeacherTargets(model, select),
+            spec=spec,
+            rank=rank,
+            world=world,
+            **settings,
+            report=lambda done, all_: status.update(f"{done} of {all_} shards"),
+        )
+
+
+def share_out(processes, source, data, out, settings, spec, dtype, device, seed):
+    """`build` in several processes, each on a GPU of its own where there are GPUs."""
+    devices = [
+        f"cuda:{r % torch.cuda.device_count()}" if device.startswith("cuda") else device for r in range(processes)
+    ]
+    context = mp.get_context("spawn")
+    workers = [
+        context.Process(
+            target=build_in_process, args=(r, processes, source, data, out, settings, spec, dtype, devices[r], seed)
+        )
+        for r in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    failed = [r for r, worker in enumerate(workers) if worker.exitcode]
+    if failed:
+        raise StoreError(
+            f"processes {failed} of {processes} failed, see above: run the same command again, finished shards are kept"
+        )
+
+
+def build_in_process(rank, *arguments):
+    """`build`, whose named errors are one line and an exit code."""
+    try:
+        build(rank, *arguments)
+    except XLSTMHybridError as error:
+        print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Recipes: one YAML file that says what a run does, read strictly."""

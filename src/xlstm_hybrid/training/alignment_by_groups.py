@@ -1,0 +1,453 @@
+"""Stage I for a teacher that does not fit: n layers are in memory at a time, what enters them lies on disk.
+
+Teacher-forced alignment makes layers independent of each other's training, so that groups of them can be trained one
+after the other. The hidden states that enter a group are spooled micro-batch by micro-batch in the order of the joint
+run, so that every layer sees what it would have seen there, and optimiser, schedule and data order are the joint run's:
+the result is the same. Finished groups are listed in `streaming.json`.
+
+Dims: B batch, T tokens, D hidden size, L layers.
+"""
+
+import copy
+import json
+import logging
+import math
+import shutil
+import time
+from itertools import accumulate, chain, islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+
+from xlstm_hybrid.checkpoint.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    add_provenance,
+    check_space,
+    digest,
+    read_json,
+    read_versioned,
+    staged,
+    sync,
+    weight_files,
+    write_file,
+    write_json,
+    write_manifest,
+)
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
+from xlstm_hybrid.conversion.convert import empty_student
+from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, new_parameters
+from xlstm_hybrid.training.run_spec import check_run_spec, digest_of, run_spec
+
+PROGRESS = "streaming.json"
+log = logging.getLogger(__name__)
+
+
+# --- a group of layers -----------------------------------------------------------------------------------------
+
+
+def group_model(config, files, layers, dtype=None):
+    """A student that has the given layers only, read from the checkpoint's safetensors; the rest of its modules are
+    `Identity`.
+
+    Args:
+        files: `{tensor: file}`, see `weight_files`.
+        dtype: of the floating-point weights; gates stay in float32 at least; None: as stored.
+    """
+    model = empty_student(config)
+    trunk, kinds = model.model, config.teacher_layer_types
+    trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
+    trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
+    trunk.rotary_emb = nn.ModuleDict(
+        {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
+    )
+    state = {name: read_tensor(files, name, dtype) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
+    model.streamed_layers = sorted(layers)
+    return model.eval()
+
+
+def read_tensor(files, name, dtype=None):
+    if name not in files:
+        raise CheckpointError(f"the checkpoint lacks {name}: convert the teacher again")
+    with safe_open(files[name], framework="pt") as file:
+        value = file.get_tensor(name)
+    if dtype is None:
+        return value
+    gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
+    return value.to(torch.promote_types(dtype, torch.float32) if gate else dtype)
+
+
+# --- what lies on disk -----------------------------------------------------------------------------------------
+
+
+class Spool:
+    """Micro-batches and the hidden states that enter a layer: `batches/<n>.safetensors`, and `hidden-<layer>.bin`, read
+    through a memory map.
+
+    shapes: [B, T, D] of each micro-batch.  offsets: where each begins, in elements.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.shapes, self.offsets, self.dtype, self.mapped = Path(folder), [], [0], None, {}
+        (self.folder / "batches").mkdir(parents=True, exist_ok=True)
+
+    def path(self, layer):
+        return self.folder / f"hidden-{layer:04}.bin"
+
+    def batch(self, n):
+        return load_file(self.folder / "batches" / f"{n:07}.safetensors")
+
+    def add_batch(self, n, batch):
+        tensors = {name: batch[name].cpu().contiguous() for name in INPUTS if torch.is_tensor(batch.get(name))}
+        write_file(self.folder / "batches" / f"{n:07}.safetensors", save(tensors))
+
+    def write(self, layer, states):
+        """Store what enters `layer`, from an iterator of [B, T, D]; complete or not there."""
+        temporary, shapes, dtype = self.path(layer).with_suffix(".tmp"), [], None
+        try:
+            with open(temporary, "wb") as file:
+                for x in states:
+                    x = x.detach().cpu().contiguous()
+                    dtype = dtype or x.dtype
+                    if not torch.isfinite(x).all():
+                        raise DataError(
+                            f"the hidden states that enter layer {layer} are not finite in micro-batch {len(shapes)}: choose a wider dtype"
+                        )
+                    file.write(x.to(dtype).view(torch.uint8).numpy())
+                    shapes.append(list(x.shape))
+            sync(temporary)
+            temporary.rename(self.path(layer))
+            sync(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.lay_out(shapes, dtype)
+
+    def lay_out(self, shapes, dtype):
+        self.dtype, self.shapes, self.offsets = dtype, shapes, [0, *accumulate(math.prod(shape) for shape in shapes)]
+
+    def read(self, layer, n):
+        """[B, T, D] of micro-batch n, a copy of the mapped file."""
+        if layer not in self.mapped:
+            expected, path = self.offsets[-1] * self.dtype.itemsize, self.path(layer)
+            if not path.is_file() or path.stat().st_size != expected:
+                raise CheckpointError(
+                    f"{path.name}: expected {expected} bytes of hidden states; remove {self.folder.name} to start again"
+                )
+            self.mapped = {layer: torch.from_file(str(path), shared=False, size=self.offsets[-1], dtype=self.dtype)}
+        return self.mapped[layer][self.offsets[n] : self.offsets[n + 1]].view(self.shapes[n]).clone()
+
+    def drop(self, layer):
+        self.mapped = {}
+        self.path(layer).unlink(missing_ok=True)
+
+
+class Progress:
+    """`streaming.json`: what the run is, and its finished groups. Written after each step forward, so that a killed run
+    goes on from there.
+    """
+
+    def __init__(self, folder, spec, allowed=()):
+        self.path = Path(folder) / PROGRESS
+        self.value = {"format_version": FORMAT_VERSION, "spec": spec, "spool": None, "groups": []}
+        if self.path.is_file():
+            self.value = read_versioned(self.path, self.path.parent.name)
+            check_run_spec(self.value["spec"], spec, allowed, self.path.parent)
+
+    def spooled(self, spool, layer):
+        """The hidden states that enter `layer` are complete."""
+        self.value["spool"] = {"layer": layer, "dtype": str(spool.dtype).removeprefix("torch."), "shapes": spool.shapes}
+        write_json(self.path, self.value)
+
+    def finished(self, entry):
+        self.value["groups"].append(entry)
+        write_json(self.path, self.value)
+
+    def restore(self, spool):
+        """Put back what a spool knows; the layer that its hidden states enter, or None where there are none yet."""
+        if self.value["spool"] is None:
+            return None
+        spool.lay_out(self.value["spool"]["shapes"], getattr(torch, self.value["spool"]["dtype"]))
+        return self.value["spool"]["layer"]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+class Streaming:
+    """A streamed run; see `align_streamed`."""
+
+    def __init__(self, checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out):
+        self.args, self.data_collator, self.processing_class, self.dtype = args, data_collator, processing_class, dtype
+        self.config = XLSTMHybridConfig.from_json_file(Path(checkpoint) / "config.json")
+        self.files, self.work, self.held_out = weight_files(checkpoint), Path(work), list(held_out)
+        n, L = args.layers_at_a_time, self.config.num_hidden_layers
+        self.groups = [range(j, min(j + n, L)) for j in range(0, L, n)]
+        joint = self.trainer(
+            self.model_of(next(g for g in self.groups if self.aligned(g))), args, train_dataset, data_collator
+        )
+        self.loader = joint.get_train_dataloader()
+        self.epochs, per_epoch, _, _, _, _, self.steps = joint.set_initial_training_values(args, self.loader)
+        if self.epochs > 1 and self.steps > per_epoch and len(self.loader) % args.gradient_accumulation_steps:
+            raise ConfigError(
+                f"{len(self.loader)} micro-batches per epoch are no multiple of gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps}: over several epochs steps would be cut differently; drop some rows"
+            )
+        manifest = Path(checkpoint) / MANIFEST
+        facts = {
+            "checkpoint": digest(manifest) if manifest.is_file() else digest_of(sorted(self.files)),
+            "dtype": str(dtype),
+            "model": None,
+            "held_out": digest_of([batch["input_ids"].tolist() for batch in self.held_out]),
+        }
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.spool, self.progress = (
+            Spool(self.work),
+            Progress(self.work, run_spec(joint) | facts, tuple(args.allow_changes or ())),
+        )
+        self.entered = self.progress.restore(self.spool)
+
+    def aligned(self, layers):
+        return any(self.config.layer_types[n] == "hybrid_sliding" for n in layers)
+
+    def model_of(self, layers):
+        return group_model(self.config, self.files, layers, self.dtype)
+
+    def trainer(self, model, args, dataset, collator):
+        trainer = AlignmentTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collator,
+            processing_class=self.processing_class,
+        )
+        if trainer.args.world_size > 1:
+            raise ConfigError(
+                f"world_size={trainer.args.world_size}: a streamed run has one process; align all layers at once with FSDP2 instead"
+            )
+        return trainer
+
+    def joint_batches(self):
+        """The micro-batches of the joint run, in its order."""
+        for epoch in range(self.epochs):
+            if hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(epoch)
+            yield from self.loader
+
+    def embed(self):
+        """Store the micro-batches and what enters the first layer."""
+        table = read_tensor(self.files, "model.embed_tokens.weight", self.dtype)
+        count = self.steps * self.args.gradient_accumulation_steps
+
+        def states():
+            stream = chain(islice(self.joint_batches(), count), self.held_out)
+            for n, batch in enumerate(stream):
+                if n == 0:
+                    size = batch["input_ids"].numel() * table.shape[1] * table.element_size()
+                    # what enters a group, and what leaves it
+                    check_space(self.spool.path(0), 2.02 * size * (count + len(self.held_out)))
+                self.spool.add_batch(n, batch)
+                yield nn.functional.embedding(batch["input_ids"].cpu(), table)
+
+        self.spool.write(0, states())
+        self.progress.spooled(self.spool, 0)
+        self.entered = 0
+
+    def inputs(self, layer, n):
+        return self.spool.batch(n) | {"hidden_states": self.spool.read(layer, n)}
+
+    def forward(self, trainer, layers):
+        """What leaves a group, micro-batch by micro-batch, from the frozen trunk alone, as training calculates it."""
+        for n in range(len(self.spool.shapes)):
+            batch = {name: x.to(trainer.args.device) for name, x in self.inputs(layers[0], n).items()}
+            with torch.no_grad(), trainer.accelerator.autocast():
+                yield trainer.model.model.teacher_forced(**batch)["hidden_states"]
+
+    def train_group(self, layers):
+        """Train the layers over the spooled data; `(new tensors, log, trainer, measured)`."""
+        args, first = copy.copy(self.args), layers[0]
+        args.output_dir, args.max_steps, args.per_device_train_batch_size = (
+            str(self.work / f"group-{first:04}"),
+            self.steps,
+            1,
+        )
+        args.train_sampling_strategy, args.dataloader_num_workers, args.num_train_epochs = "sequential", 0, 1
+        count = len(self.spool.shapes) - len(self.held_out)
+        rows = Dataset.from_dict({"micro_batch": list(range(count))})
+        trainer = self.trainer(
+            self.model_of(layers), args, rows, lambda picked: self.inputs(first, picked[0]["micro_batch"])
+        )
+        before = self.measure(trainer, layers)
+        trainer.train(resume_from_checkpoint=True)
+        after = self.measure(trainer, layers)
+        measured = [{"layer": n, "before": before[n], "after": after[n]} for n in after]
+        return (
+            {name: p.detach().cpu() for name, p in new_parameters(trainer.model).items()},
+            trainer.state.log_history,
+            trainer,
+            measured,
+        )
+
+    @torch.no_grad()
+    def measure(self, trainer, layers):
+        """`{layer: relative error}` over the held-out batches; {} without any."""
+        error, target = (torch.zeros(self.config.num_hidden_layers, dtype=torch.float64) for _ in range(2))
+        for n in range(len(self.spool.shapes) - len(self.held_out), len(self.spool.shapes)):
+            batch = {name: x.to(trainer.args.device) for name, x in self.inputs(layers[0], n).items()}
+            out = trainer.model.model.teacher_forced(**batch)
+            error, target = error + out.error.double().cpu(), target + out.target.double().cpu()
+        return {
+            n: (error[n] / target[n]).item()
+            for n in layers
+            if target[n] > 0 and self.config.layer_types[n] == "hybrid_sliding"
+        }
+
+    def run_group(self, layers):
+        """Train a group if there is anything to train, keep its tensors, and spool what enters the next one."""
+        first, entry = layers[0], {"layers": list(layers), "file": None, "log": None, "relative_error": []}
+        if self.aligned(layers):
+            tensors, logged, trainer, entry["relative_error"] = self.train_group(layers)
+            entry["file"], entry["log"] = f"group-{first:04}.safetensors", f"group-{first:04}.json"
+            write_json(self.work / entry["log"], {"log": logged})
+            write_file(self.work / entry["file"], save(tensors))
+            entry["sha256"] = digest(self.work / entry["file"])
+        else:
+            trainer = self.trainer_of_trunk(layers)
+        following = layers[-1] + 1
+        if following < self.config.num_hidden_layers:
+            for n in layers:
+                trainer.model.model.layers[n].aligned = True  # only the trunk from here on
+            self.spool.write(following, self.forward(trainer, layers))
+        self.progress.value["spool"] |= {"layer": following, "dtype": str(self.spool.dtype).removeprefix("torch.")}
+        self.progress.finished(entry)
+        self.spool.drop(first)
+        self.entered = following
+        shutil.rmtree(self.work / f"group-{first:04}", ignore_errors=True)
+        log.warning("layers %d to %d of %d are aligned", first, following - 1, self.config.num_hidden_layers)
+
+    def trainer_of_trunk(self, layers):
+        """For a group without a hybrid layer: something with a model, arguments and an accelerator."""
+        from accelerate import Accelerator
+
+        model = self.model_of(layers).to(self.args.device)
+        return type(
+            "Trunk",
+            (),
+            {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)},
+        )
+
+    def walk(self):
+        if self.entered is None:
+            self.embed()
+        for layers in self.groups[len(self.progress.value["groups"]) :]:
+            self.run_group(layers)
+        return self.progress.value["groups"]
+
+
+def merged_log(work, groups):
+    """One log of all groups, as a joint run writes it: entries of the same step are one, losses add up."""
+    steps = {}
+    for group in groups:
+        for entry in read_json(work / group["log"], work.name)["log"] if group["log"] else ():
+            if "loss" not in entry:
+                continue
+            found = steps.setdefault(entry["step"], {})
+            loss = found.get("loss", 0.0) + float(entry["loss"])
+            found.update(entry, loss=loss)
+            found.pop("grad_norm", None)
+    return [steps[step] for step in sorted(steps)]
+
+
+def align_streamed(
+    checkpoint,
+    out,
+    args,
+    train_dataset,
+    data_collator,
+    processing_class,
+    work=None,
+    dtype=None,
+    held_out=(),
+    overwrite=False,
+):
+    """Align a student directory with `args.layers_at_a_time` layers in memory; write another one.
+
+    Started again after an interruption, it goes on with the group, and from the training checkpoint (`save_steps`) that
+    it was at. The disk holds two sets of hidden states at a time, each (tokens of the run) x D in the dtype of the
+    weights.
+
+    Args:
+        checkpoint: a converted student.  out: directory of the aligned one; it appears complete or not at all.
+        args: `AlignmentConfig`.  train_dataset, data_collator, processing_class: as for `AlignmentTrainer`.
+        work: directory for hidden states and progress, removed at the end; beside `out` by default.
+        dtype: of weights and hidden states in memory; None: as stored.
+        held_out: batches of model inputs on which each layer is measured before and after.
+    Returns:
+        `{"relative_error": [{"layer", "before", "after"}], "log": [...]}`; the log is that of a joint run, without the
+        norm of all gradients.
+    Raises:
+        ConfigError: no layers at a time, several processes, or a work directory of another run.
+        CheckpointError, CheckpointWriteError: a damaged checkpoint or spool, or no room for the hidden states.
+    """
+    if not args.layers_at_a_time:
+        raise ConfigError("layers_at_a_time=0: expected how many layers are in memory at a time")
+    started, out = time.time(), Path(out)
+    work = Path(work or out.with_name(f"{out.name}.streaming"))
+    run = Streaming(checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out)
+    groups = run.walk()
+    figures = {
+        "relative_error": [entry for group in groups for entry in group["relative_error"]],
+        "log": merged_log(work, groups),
+    }
+    with staged(out, overwrite=overwrite) as folder:
+        write_aligned(Path(checkpoint), folder, work, groups)
+        write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
+        kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
+        settings = {name: value for name, value in args.to_dict().items() if name in kept}
+        add_provenance(
+            folder,
+            "align",
+            parent=checkpoint,
+            config=settings,
+            figures={"relative_error": figures["relative_error"]},
+            seconds=round(time.time() - started, 1),
+        )
+        write_manifest(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return figures
+
+
+def write_aligned(checkpoint, folder, work, groups):
+    """The checkpoint with the trained tensors in their places; one shard is in memory at a time."""
+    files, trained = weight_files(checkpoint), {}
+    for group in groups:
+        if group["file"]:
+            path = work / group["file"]
+            if digest(path) != group["sha256"]:
+                raise CheckpointError(f"{path.name}: differs from what was written; remove {work.name} to start again")
+            with safe_open(path, framework="pt") as file:
+                trained |= dict.fromkeys(file.keys(), path)
+    shapes, sizes = {}, {}
+    for name, path in files.items():
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)
+            shapes[name] = list(part.get_shape())
+            sizes[name] = file.get_tensor(name).element_size() if not shapes[name] else part[:1].element_size()
+
+    def make(name):
+        stored = read_tensor(files, name)
+        return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
+
+    write_weights(folder, shapes, sizes.__getitem__, make)
+    for name in ("config.json", GENERATION, *TOKENIZER_FILES):
+        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
+            shutil.copyfile(checkpoint / name, folder / name)
+        elif (checkpoint / name).is_file():
+            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))

@@ -1,0 +1,416 @@
+"""Checkpoints of a running trainer: whole, verified, without pickles, and the same whatever number of processes wrote
+them.
+
+A checkpoint directory holds the model (or adapter) as safetensors, `optimizer.safetensors` by parameter name,
+`rng.json` with one entry per process, `resume.json` (schedule, optimiser settings, run spec, what a trainer adds) and
+`trainer_state.json`; `manifest.json` lists all of them. Every process takes part in gathering, only the first one
+writes.
+"""
+
+import base64
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import set_seed
+from transformers.trainer_callback import ExportableState
+
+from xlstm_hybrid.checkpoint.files import (
+    FORMAT_VERSION,
+    check_space,
+    checkpoints_by_step,
+    read_versioned,
+    staged,
+    verify,
+    weight_files,
+    write_json,
+)
+from xlstm_hybrid.checkpoint.files import write_manifest as finish_manifest
+from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
+from xlstm_hybrid.training.distributed import plain_name
+from xlstm_hybrid.training.run_spec import allowed_changes, run_spec
+
+RESUME, RNG, OPTIMIZER, TRAINABLE, STATE = (
+    "resume.json",
+    "rng.json",
+    "optimizer.safetensors",
+    "trainable.safetensors",
+    "trainer_state.json",
+)
+ATTEMPTS = 2  # a full disk may be emptied by the removal of our own half-written directory
+log = logging.getLogger(__name__)
+
+
+# --- tensors of all processes ----------------------------------------------------------------------------------
+
+
+def whole(x):
+    """The full tensor of a sharded one; every process has to ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def placed(value, like):
+    """A full tensor laid out as `like` is: on its device, sharded where it is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        # every process has read the file
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def named_parameters(trainer):
+    """`{name: parameter}` of the trained model, in the form that the optimiser holds."""
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {plain_name(name): p for name, p in trainer.model.named_parameters()}
+
+
+def is_adapter(model):
+    return hasattr(model, "peft_config")
+
+
+# --- collecting ------------------------------------------------------------------------------------------------
+
+
+def collect_weights(trainer):
+    """`(state dict or None, bytes)`: what `_save` needs beyond the model; a state dict only where the model is sharded."""
+    saved = [p for p in trainer.model.parameters() if p.requires_grad or not is_adapter(trainer.model)]
+    size = sum(p.numel() * p.element_size() for p in saved)
+    if not any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        return None, size
+    state, tied = {}, getattr(trainer.model, "all_tied_weights_keys", None) or {}
+    for name, value in trainer.model.state_dict().items():
+        full = whole(value)
+        if trainer.args.should_save and plain_name(name) not in tied:
+            state[plain_name(name)] = full.cpu()
+        del full
+    return state, size
+
+
+def collect_trainable(trainer, parameters):
+    """The trained tensors of a model with adapters, by name; {} otherwise."""
+    if not is_adapter(trainer.model):
+        return {}
+    return {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items() if p.requires_grad}
+
+
+def collect_optimizer(trainer, parameters):
+    """`(tensors, settings)`: the optimiser's state as `{"<state>/<parameter>": tensor}`, the rest as JSON."""
+    optimizer, names = trainer.optimizer, {id(p): name for name, p in parameters.items()}
+    tensors, scalars, groups = {}, {}, []
+    for group in optimizer.param_groups:
+        groups.append(
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [names[id(p)] for p in group["params"]]}
+        )
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                if torch.is_tensor(value):
+                    tensors[f"{key}/{names[id(p)]}"] = whole(value).detach().cpu().contiguous()
+                else:
+                    scalars[f"{key}/{names[id(p)]}"] = value
+    return tensors, {"groups": groups, "scalars": scalars}
+
+
+def rng_state(trainer):
+    """The generators of this process, as JSON."""
+    kind, keys, *rest = np.random.get_state()
+    found = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": encoded(torch.get_rng_state())}
+    if trainer.args.device.type == "cuda":
+        found["cuda"] = encoded(torch.cuda.get_rng_state(trainer.args.device))
+    return found
+
+
+def encoded(x):
+    return base64.b64encode(x.numpy().tobytes()).decode()
+
+
+def decoded(text):
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def gather_objects(trainer, value):
+    """One entry per process, on every process."""
+    if trainer.args.world_size == 1:
+        return [value]
+    entries = [None] * trainer.args.world_size
+    torch.distributed.all_gather_object(entries, value)
+    return entries
+
+
+def shared(trainer, value):
+    """The first process's value, on every process."""
+    return gather_objects(trainer, value)[0]
+
+
+def not_finite(trainer, parameters):
+    """Names of trained tensors, on any process, that hold NaN or infinity."""
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters.items() if p.requires_grad}
+    if not local:
+        return []
+    fine = torch.stack([torch.isfinite(p.detach()).all() for p in local.values()]).tolist()
+    bad = [name for name, ok in zip(local, fine, strict=True) if not ok]
+    return sorted({name for names in gather_objects(trainer, bad) for name in names})
+
+
+# --- saving ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(trainer, model, trial=None):
+    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is there complete or not at
+    all.
+
+    Raises:
+        CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are
+            untouched.
+    """
+    assert trainer.accelerator.sync_gradients, (
+        "a checkpoint in the middle of an accumulation would lose half of a gradient"
+    )
+    run = Path(trainer._get_output_dir(trial=trial))
+    target = run / f"checkpoint-{trainer.state.global_step}"
+    trainer.store_flos()
+    parameters = named_parameters(trainer)
+    if bad := not_finite(trainer, parameters):
+        raise CheckpointWriteError(
+            f"{target.name}: {len(bad)} trained tensors are not finite, the first is {bad[0]}; it is not written, "
+            f"{kept(run)}: lower learning_rate, or look at the data of the last steps"
+        )
+    contents = gather_contents(trainer, parameters)
+    error = write_checkpoint(trainer, target, contents) if trainer.args.should_save else None
+    if error := shared(trainer, error):
+        raise CheckpointWriteError(error)
+
+
+def gather_contents(trainer, parameters):
+    """Everything that goes into a checkpoint; all processes take part."""
+    weights, size = collect_weights(trainer)
+    contents = {"weights": weights, "trainable": collect_trainable(trainer, parameters)}
+    if not trainer.args.save_only_model:
+        tensors, settings = collect_optimizer(trainer, parameters)
+        extra = trainer.resume_state() if hasattr(trainer, "resume_state") else {}
+        contents |= {"optimizer": tensors, "rng": gather_objects(trainer, rng_state(trainer))}
+        contents["resume"] = {
+            "format_version": FORMAT_VERSION,
+            "step": trainer.state.global_step,
+            "spec": run_spec(trainer),
+            "optimizer": settings,
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "skipped_steps": trainer.guard.skipped if hasattr(trainer, "guard") else 0,
+            "extra": extra,
+        }
+        size += sum(x.numel() * x.element_size() for x in tensors.values())
+    return contents | {"bytes": size}
+
+
+def write_checkpoint(trainer, target, contents):
+    """Write, commit, verify, rotate; the text of an error, or None."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            check_space(target, 1.02 * contents["bytes"])
+            with staged(target, overwrite=True) as folder:
+                write_contents(trainer, folder, contents)
+                finish_manifest(folder)
+            break
+        except (CheckpointWriteError, CheckpointError) as error:
+            if attempt == ATTEMPTS:
+                return f"{error}; {kept(target.parent)}"
+            log.warning("%s; trying once more", error)
+    rotate(target, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+    return None
+
+
+def write_contents(trainer, folder, contents):
+    trainer._save(str(folder), state_dict=contents["weights"])
+    if contents["trainable"]:
+        save_file(contents["trainable"], folder / TRAINABLE)
+    if "resume" in contents:
+        save_file(contents["optimizer"], folder / OPTIMIZER)
+        write_json(folder / RNG, {"format_version": FORMAT_VERSION, "processes": contents["rng"]})
+        trainer._save_scaler(str(folder))
+        try:
+            write_json(folder / RESUME, contents["resume"])
+        except TypeError as error:
+            raise ConfigError(
+                f"the optimiser or its schedule keeps a state that JSON has not ({error}): choose another optim"
+            ) from error
+    record_callbacks(trainer)
+    trainer.state.save_to_json(str(folder / STATE))
+
+
+def record_callbacks(trainer):
+    """Put the state of stateful callbacks into the trainer's, as the Trainer does."""
+    found = {}
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            found.setdefault(type(callback).__name__, []).append(callback.state())
+    trainer.state.stateful_callbacks = {
+        name: states if len(states) > 1 else states[0] for name, states in found.items()
+    }
+
+
+def kept(run):
+    """Words for what an unhappy run still has."""
+    names = [path.name for path in checkpoints_by_step(run)]
+    return f"{names[-1]} is kept" if names else "there is no earlier checkpoint"
+
+
+def rotate(newest, limit, best=None):
+    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays,
+    too.
+    """
+    others = [path for path in checkpoints_by_step(newest.parent) if path != newest]
+    others = [path for path in others if best is None or path.name != Path(best).name]
+    if not limit or limit < 1 or len(others) < limit:
+        return
+    try:
+        verify(newest, level="full")
+    except CheckpointError as error:
+        log.warning("no checkpoint is deleted: the newest one cannot be read back (%s)", error)
+        return
+    for path in others[: len(others) - limit + 1]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------
+
+
+def read_resume(checkpoint):
+    """The `resume.json` of a checkpoint; CheckpointError where there is none."""
+    if not (Path(checkpoint) / RESUME).is_file():
+        raise CheckpointError(
+            f"{Path(checkpoint).name}: no {RESUME}, it holds a model and no training state; resume from another checkpoint"
+        )
+    return read_versioned(Path(checkpoint) / RESUME, Path(checkpoint).name)
+
+
+@torch.no_grad()
+def load_weights(trainer, checkpoint, model=None):
+    """`Trainer._load_from_checkpoint`: every tensor of the model, or of its trained part if it has adapters; one at a
+    time.
+
+    Raises:
+        CheckpointError: a tensor that is missing, unexpected or of another shape.
+    """
+    checkpoint, model = Path(checkpoint), trainer.model if model is None else model
+    adapter = is_adapter(model)
+    state = {plain_name(name): x for name, x in (model.named_parameters() if adapter else model.state_dict().items())}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    wanted = {name for name, x in state.items() if (x.requires_grad if adapter else name not in tied)}
+    files = tensors_of(checkpoint / TRAINABLE) if adapter else weight_files(checkpoint)
+    wrong = [f"{name} is missing" for name in sorted(wanted - set(files))] + [
+        f"{name} is unknown" for name in sorted(set(files) - set(state))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.name}: {len(wrong)} tensors do not fit the model, the first: {wrong[0]}; resume with the same model"
+        )
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name in files if files[name] == path):
+                value = file.get_tensor(name)
+                if value.shape != state[name].shape:
+                    raise CheckpointError(
+                        f"{checkpoint.name}: {name} is {list(value.shape)}, expected {list(state[name].shape)}; "
+                        "resume with the same model"
+                    )
+                state[name].copy_(placed(value, state[name]))
+
+
+def load_best(trainer):
+    """`Trainer._load_best_model`: the weights of the checkpoint that evaluation liked best, once it is verified."""
+    verify(trainer.state.best_model_checkpoint, "full")
+    load_weights(trainer, trainer.state.best_model_checkpoint)
+
+
+def tensors_of(path):
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def load_optimizer(trainer, checkpoint):
+    """`Trainer._load_optimizer_and_scheduler`, by parameter name, so that the number of processes may differ.
+
+    Raises:
+        CheckpointError: the checkpoint's optimiser trains other parameters.
+    """
+    if checkpoint is None:
+        return
+    saved = read_resume(checkpoint)
+    settings, names = saved["optimizer"], {id(p): name for name, p in named_parameters(trainer).items()}
+    mine = [[names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups]
+    theirs = [group["params"] for group in settings["groups"]]
+    if [sorted(group) for group in mine] != [sorted(group) for group in theirs]:
+        ours, other = {n for g in mine for n in g}, {n for g in theirs for n in g}
+        first = sorted(ours ^ other)[:1] or ["their grouping"]
+        raise CheckpointError(
+            f"{Path(checkpoint).name}: its optimiser trains {len(other)} tensors, this run {len(ours)}, the first difference is "
+            f"{first[0]}; resume with the same trained parameters"
+        )
+    index = {name: n for n, name in enumerate(name for group in mine for name in group)}
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    state = {}
+    with safe_open(Path(checkpoint) / OPTIMIZER, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            kind, _, name = key.partition("/")
+            value = file.get_tensor(key)
+            state.setdefault(index[name], {})[kind] = (
+                value if kind == "step" else placed(value, parameters[index[name]])
+            )
+    for key, value in settings["scalars"].items():
+        kind, _, name = key.partition("/")
+        state.setdefault(index[name], {})[kind] = value
+    groups = [{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in settings["groups"]]
+    for group, members in zip(groups, mine, strict=True):
+        group["params"] = [index[name] for name in members]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    trainer.lr_scheduler.load_state_dict(saved["scheduler"])
+    if hasattr(trainer, "guard"):
+        trainer.guard.skipped = saved["skipped_steps"]
+    if hasattr(trainer, "load_resume_state"):
+        trainer.load_resume_state(saved["extra"])
+
+
+def load_rng(trainer, checkpoint):
+    """`Trainer._load_rng_state`. A checkpoint of another number of processes has no state for each: then all start from
+    a seed of the step.
+
+    Raises:
+        CheckpointError: no `rng.json`, or one of another number of processes without `allow_changes` naming world_size.
+    """
+    if checkpoint is None:
+        return
+    name, rank = Path(checkpoint).name, trainer.args.process_index
+    states = read_versioned(Path(checkpoint) / RNG, name)["processes"]
+    if len(states) != trainer.args.world_size:
+        if "world_size" not in allowed_changes(trainer.args):
+            raise CheckpointError(
+                f"{name}: {RNG} has generators of {len(states)} processes, this run has {trainer.args.world_size}; "
+                "start as many, or add world_size to allow_changes"
+            )
+        seed = trainer.args.seed + 1_000_003 * trainer.state.global_step + rank
+        log.warning(
+            "%s was written by %d processes, now %d: generators start from seed %d",
+            name,
+            len(states),
+            trainer.args.world_size,
+            seed,
+        )
+        set_seed(seed)
+        return
+    state = states[rank]
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(decoded(state["cpu"]))
+    if "cuda" in state and trainer.args.device.type == "cuda":
+        torch.cuda.set_rng_state(decoded(state["cuda"]), trainer.args.device)

@@ -1,0 +1,519 @@
+"""Stage II: sparse knowledge distillation. gamma CE + beta KL to the teacher's k most likely tokens and a bucket for
+the rest (Hauzenberger et al. 2026).
+"""
+
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from xlstm_hybrid.data.vocabulary import shared_size, vocabulary_hash
+from xlstm_hybrid.environment.precision import settle_bf16
+from xlstm_hybrid.errors import ConfigError, DataError, StoreError
+from xlstm_hybrid.state import weights_digest
+from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, number_rows
+from xlstm_hybrid.teacher_store.reader import NUMBER
+from xlstm_hybrid.training import distributed as scale
+from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
+from xlstm_hybrid.training.resume import Resumable
+from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
+
+# What a batch may bring for the forward of both models; the rest of the names is how padding-free batches mark
+# documents.
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+)
+STORED = ("teacher_ids", "teacher_logp", "teacher_rest")  # what a batch brings of a teacher store
+LOW_MASS = 0.9  # share of the teacher's probability below which the kept tokens are too few
+# what a parameter's name holds if it is trained
+TRAINED = {"all": "", "attention": ".self_attn.", "mixer": ".self_attn.mlstm."}
+TARGETS = ("topk", "sampled")
+
+
+@dataclass
+class SparseKDConfig(SFTConfig):
+    """Arguments of `SparseKDTrainer`; the defaults are the paper's."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate after the warm-up."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Schedule: re-warmed, then constant."}
+    )
+    ce_weight: float = field(default=0.9, metadata={"help": "Weight of cross-entropy on the labels (gamma)."})
+    kl_weight: float = field(default=0.1, metadata={"help": "Weight of the divergence from the teacher (beta)."})
+    teacher: str = field(
+        default="online", metadata={"help": "'online', a model in memory, or the directory of a teacher store."}
+    )
+    top_k: int = field(
+        default=256,
+        metadata={"help": "Teacher tokens kept per position; the rest is one bucket. Unused by dense outcomes."},
+    )
+    targets: str = field(
+        default="topk", metadata={"help": "'topk', or 'sampled': top_k draws from the teacher, with replacement."}
+    )
+    divergence: str = field(
+        default="forward_kl", metadata={"help": "forward_kl, reverse_kl, skewed_kl, jsd, tvd or csd."}
+    )
+    outcomes: str = field(
+        default="tail", metadata={"help": "tail, renormalise, gemma, or dense: every token, online only."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of both sides of the divergence, which is multiplied by its square."}
+    )
+    skew: float = field(default=0.1, metadata={"help": "Share of the teacher in the mixture of skewed_kl."})
+    jsd_beta: float = field(default=0.5, metadata={"help": "Share of the teacher in the mixture of jsd."})
+    csd_weights: str = field(default="us", metadata={"help": "Weights of csd: ss, us, ts, tt or uu."})
+    csd_temperature: float = field(default=1.5, metadata={"help": "Of the student's weights in csd."})
+    train: str = field(
+        default="all",
+        metadata={"help": "all; attention: projections and mixers; mixer: what conversion added. PEFT: all."},
+    )
+    head_rows: int | None = field(
+        default=None, metadata={"help": "Tokens whose logits exist at once; by default what a fixed workspace holds."}
+    )
+    window_dropout: float | None = field(
+        default=None, metadata={"help": "Share of rows that do without their window; None: the student's own."}
+    )
+    window_dropout_end: float | None = field(
+        default=None, metadata={"help": "What it comes to, on a line, in the run's last step."}
+    )
+    max_skipped_steps: int = field(
+        default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."}
+    )
+    allow_changes: list[str] | None = field(
+        default=None, metadata={"help": "Fields of the run spec that may differ at resume."}
+    )
+
+    def __post_init__(self):
+        settle_bf16(self)
+        super().__post_init__()
+        if not (min(self.ce_weight, self.kl_weight) >= 0 and 0 < self.ce_weight + self.kl_weight < float("inf")):
+            raise ConfigError(
+                f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}: expected finite weights of at least 0 that are not both 0"
+            )
+        if self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k}: expected at least 1 teacher token per position")
+        for name, choices in {
+            "outcomes": OUTCOMES,
+            "divergence": DIVERGENCES,
+            "train": TRAINED,
+            "targets": TARGETS,
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: expected a finite number above 0")
+        if self.head_rows is not None and self.head_rows < 1:
+            raise ConfigError(f"head_rows={self.head_rows}: expected at least 1, or None")
+        choose_divergence(self.divergence, **self.divergence_options)
+        self.check_combination()
+        self.window_schedule  # noqa: B018 (raises for what is out of range)
+        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
+        for name, neutral in unused.items():
+            if getattr(self, name) != neutral:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} changes a loss that this trainer does not use: leave it at {neutral!r}"
+                )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ConfigError(
+                "packing_strategy='wrapped' joins documents without a boundary: choose 'bfd' or 'bfd_split'"
+            )
+        if self.eval_packing and not self.packing:
+            raise ConfigError(
+                "eval_packing=True without packing=True: the batches would join documents without a boundary; set both or neither"
+            )
+        if self.push_to_hub:
+            raise ConfigError(
+                "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
+            )
+
+    def check_combination(self):
+        if self.outcomes == "gemma" and self.divergence == "reverse_kl":
+            raise ConfigError(
+                "divergence='reverse_kl' with outcomes='gemma', which exclude what was not kept: choose 'tail' or 'renormalise'"
+            )
+        if self.outcomes == "dense" and (self.targets == "sampled" or self.teacher != "online"):
+            raise ConfigError(
+                f"outcomes='dense' with targets={self.targets!r}, teacher={self.teacher!r}: every token's probability comes from an "
+                "online teacher; choose other outcomes"
+            )
+        if self.targets == "sampled" and (self.divergence, self.outcomes) not in SAMPLED:
+            raise ConfigError(
+                f"targets='sampled' with divergence={self.divergence!r}, outcomes={self.outcomes!r}: draws stand for the teacher in an "
+                "expectation under it, which is forward_kl on 'tail' or 'gemma' outcomes; choose those, or targets='topk'"
+            )
+        if self.teacher != "online" and self.packing:
+            raise ConfigError(
+                "packing=True with a teacher store: its rows are packed already, and would not be found again; set packing=False"
+            )
+
+    @property
+    def window_schedule(self):
+        """`WindowDropoutSchedule`, or None where none is asked for."""
+        if self.window_dropout is None:
+            if self.window_dropout_end is not None:
+                raise ConfigError(
+                    f"window_dropout_end={self.window_dropout_end} without window_dropout: set what it begins with"
+                )
+            return None
+        return WindowDropoutSchedule(self.window_dropout, self.window_dropout_end)
+
+    @property
+    def divergence_options(self):
+        return {name: getattr(self, name) for name in ("skew", "jsd_beta", "csd_weights", "csd_temperature")}
+
+
+SAMPLED = {("forward_kl", "tail"), ("forward_kl", "gemma")}
+
+
+class SparseKDTrainer(Resumable, SFTTrainer):
+    """Distils a teacher, online or from a store, into `model`.
+
+    Rows need `input_ids` and `labels` (-100 where a token is not scored, see `document_dataset`); CE and KL run over
+    the same positions. An online teacher gets what the student gets. Neither model's logits exist for all tokens at
+    once, see `heads.Objective`, unless the caller asks for outputs. Logs `ce`, `kl` (nats; the divergence that was
+    chosen), `top1_agreement` and `kept_mass` (of the teacher, but for dense outcomes and draws), each a mean per scored
+    token of a micro-batch, averaged over the micro-batches between two logs.
+
+    Args:
+        model: student, a causal LM in memory, or its PEFT model; or pass `peft_config`.
+        teacher: causal LM in memory, with tensors of its own; it is frozen and put into eval mode. Or a `TeacherStore`,
+            or None for the one that `args.teacher` names.
+        args: `SparseKDConfig`. Its `train` says which parameters learn, whatever was frozen before; PEFT says so
+            itself.
+        teacher_tokenizer: for a teacher whose LM head has another size: the loss is on the ids that both tokenizers
+            share.
+        kwargs: of `SFTTrainer`.
+    Raises:
+        ConfigError: vocabularies that differ, shared weights, a model that does not keep packed documents apart or
+            makes logits its own way.
+        StoreError: a store that was made for something else.
+        DataError: a step without a scored token, a scored first token behind padding or another document, or a loss
+            that is not finite.
+    """
+
+    _tag_names = ["xlstm-hybrid", "sparse-kd"]
+    _name = "Sparse knowledge distillation"
+    # divided by the scored tokens of the whole step: the Trainer must not average over micro-batches again
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, teacher=None, args=None, teacher_tokenizer=None, **kwargs):
+        if teacher is None and isinstance(args, SparseKDConfig) and args.teacher != "online":
+            teacher = TeacherStore(args.teacher)
+        check_pair(model, teacher)
+        if isinstance(args, SparseKDConfig) and args.teacher != "online" and not isinstance(teacher, TeacherStore):
+            raise ConfigError(
+                f"args.teacher={args.teacher!r} names a store and a model was passed as well: pass teacher=None, or set it to 'online'"
+            )
+        if not isinstance(args, SparseKDConfig) or kwargs.get("compute_loss_func"):
+            raise ConfigError(
+                f"args={type(args).__name__}: expected a SparseKDConfig, and no compute_loss_func, which this trainer would not call"
+            )
+        self.store = teacher if isinstance(teacher, TeacherStore) else None
+        tokenizer = kwargs.get("processing_class")
+        if self.store is not None:
+            self.size = check_store(self.store, model, args, tokenizer)
+            kwargs["train_dataset"] = number_rows(kwargs.get("train_dataset"), self.store)
+        else:
+            self.size = shared_size(
+                vocabulary(model),
+                vocabulary(teacher),
+                tokenizer if teacher_tokenizer is not None else None,
+                teacher_tokenizer,
+            )
+        choose_trained(model, args.train, kwargs.get("peft_config"))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own_forward = vars(base).get("forward")
+        super().__init__(model=model, args=args, **kwargs)
+        # TRL has put a fused LM head in place of `forward`; ours takes what is calculated with the head from the
+        # caller.
+        vars(base).pop("forward", None)
+        if own_forward is not None:
+            base.forward = own_forward
+        attach(base)
+        check_head(self.model, "student")
+        # count the scored tokens of a step, shifted, for any model class
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.objective = Objective(
+            args.ce_weight, args.kl_weight, args.divergence, args.outcomes, args.temperature, args.divergence_options
+        )
+        if args.window_schedule is not None:
+            self.add_callback(args.window_schedule)
+        self.teacher = None
+        self.teacher_facts = self.store.spec if self.store is not None else weights_digest(teacher)
+        if self.store is None:
+            self.prepare_teacher(teacher)
+        else:
+            self.data_collator = StoreCollator(self.store, self.data_collator)
+        self.check_packing()
+
+    def prepare_teacher(self, teacher):
+        args = self.args
+        attach(teacher)
+        self.teacher = scale.prepare_teacher(self, teacher)
+        check_head(self.teacher, "teacher")
+        kind = "dense" if args.outcomes == "dense" else args.targets
+        self.select = Selection(kind, args.top_k, args.temperature, self.size, args.seed, args.head_rows)
+
+    def check_packing(self):
+        batch = self.data_collator(list(islice(self.train_dataset, 1)))
+        if "position_ids" in batch and (
+            "attention_mask" not in batch or bool((batch["position_ids"].diff() < 0).any())
+        ):
+            models = {"student": self.model} | ({} if self.store is not None else {"teacher": self.teacher})
+            for name, network in models.items():
+                check_documents_stay_apart(network, name, [key for key in INPUTS if key in batch])
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.store is not None and NUMBER not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, NUMBER]
+
+    def run_facts(self):
+        """For `Resumable`: a run with another teacher is another run."""
+        return {"teacher_model": self.teacher_facts}
+
+    @torch.no_grad()
+    def teacher_targets(self, inputs, place):
+        """Targets of the flat positions `place` [N], see `heads.Selection`; online in the precision that the student
+        runs in, so that equal models have a divergence of zero.
+        """
+        if self.store is not None:
+            ids, logp, rest = (inputs[name].flatten(0, 1)[place] for name in STORED)
+            return keep(ids, logp, rest, self.args.top_k) if self.store.kind == "topk" else (ids, logp, rest)
+        # With a cache stock models let packed documents see each other. A seed by content: a resumed run draws what the
+        # first one drew.
+        seed = zlib.crc32(inputs["input_ids"].cpu().numpy().tobytes()) if self.select.kind == "sampled" else 0
+        forward = {key: inputs[key] for key in INPUTS if key in inputs}
+        with self.accelerator.autocast():
+            return self.teacher.eval()(
+                **forward, use_cache=False, with_head=partial(self.select, place=place, seed=seed)
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        forward, labels = {key: inputs[key] for key in INPUTS if key in inputs}, inputs["labels"]
+        self.check_targets(labels[:, 1:], forward, num_items_in_batch)
+        scored = torch.zeros_like(labels, dtype=torch.bool)
+        scored[:, :-1] = labels[:, 1:] != IGNORE
+        place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
+        targets, labels = self.teacher_targets(inputs, place), labels.flatten()[place + 1]
+        items = (
+            labels.new_tensor(max(len(place), 1)) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        )
+        dense = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None
+        scorer = partial(
+            self.objective,
+            place=place,
+            labels=labels,
+            targets=targets,
+            items=items,
+            size=self.size,
+            teacher_head=dense,
+            rows=self.args.head_rows,
+        )
+        terms = model(**forward, use_cache=False, with_head=scorer)
+        loss = terms.loss
+        self.record(terms, targets, len(place))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # the count is of all ranks, gradients are averaged over them
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**forward, use_cache=False)
+
+    def check_targets(self, targets, inputs, num_items):
+        if num_items is not None and num_items == 0:
+            raise DataError(
+                f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)"
+            )
+        first = torch.zeros_like(targets, dtype=torch.bool)
+        if "position_ids" in inputs:
+            first |= inputs["position_ids"][:, 1:] == 0
+        if "attention_mask" in inputs:
+            first |= inputs["attention_mask"][:, :-1] == 0
+        if ((targets != IGNORE) & first).any():
+            raise DataError(
+                f"step {self.state.global_step} scores the first token of a document, which padding or another document predicts: "
+                f"label it {IGNORE}"
+            )
+
+    @torch.no_grad()
+    def record(self, terms, targets, count):
+        """Metrics of this micro-batch over all ranks; `terms` are sums over its `count` scored tokens."""
+        names = ["ce", "kl", "top1_agreement"]
+        sums = [terms.ce, terms.kl, terms.agreement]
+        if self.args.outcomes != "dense" and self.args.targets == "topk":
+            names.append("kept_mass")
+            sums.append(targets[1].exp().sum())
+        sums = torch.stack([*(x.detach().float() for x in sums), terms.ce.new_tensor(count).float()])
+        *sums, count = self.accelerator.gather(sums).view(-1, len(sums)).sum(0).tolist()
+        values = dict(zip(names, (x / max(count, 1) for x in sums), strict=True))
+        if count and values.get("kept_mass", 1) < LOW_MASS:
+            warnings.warn(
+                f"top_k={self.args.top_k} keeps less than {LOW_MASS:.0%} of the teacher's probability: raise it",
+                stacklevel=2,
+            )
+        for name, value in values.items() if count else ():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+def keep(ids, logp, rest, k):
+    """The first k of stored entries, most likely first; the others join the rest."""
+    if k >= ids.shape[-1]:
+        return ids, logp, rest
+    return ids[:, :k], logp[:, :k], torch.logaddexp(rest, logp[:, k:].logsumexp(-1))
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(model):
+    return model.config.get_text_config().vocab_size
+
+
+def check_pair(student, teacher):
+    """Refuse a pair that cannot be compared, or whose teacher would move with the student."""
+    for name, model in ("model", student), ("teacher", teacher):
+        if not isinstance(model, torch.nn.Module) and not (name == "teacher" and isinstance(model, TeacherStore)):
+            raise ConfigError(
+                f"{name}: expected a model in memory, got {type(model).__name__}; load it with from_pretrained"
+            )
+    if isinstance(teacher, TeacherStore):
+        return
+    places = {p.data_ptr() for p in student.parameters()} - {0}  # 0: a parameter without storage, on the meta device
+    shared = next((name for name, p in teacher.named_parameters() if p.data_ptr() in places), None)
+    if shared:
+        raise ConfigError(
+            f"student and teacher share the weight {shared!r}: the teacher would change with the student; load it a second time"
+        )
+
+
+def check_store(store, student, args, tokenizer):
+    """V of the loss on a store's targets; refuse a store that was made for something else."""
+    if store.kind != args.targets or store.spec["temperature"] != args.temperature:
+        raise StoreError(
+            f"{store.directory.name} holds {store.kind!r} targets at temperature {store.spec['temperature']}, expected "
+            f"{args.targets!r} at {args.temperature}; set targets and temperature to those, or build another store"
+        )
+    if args.top_k > store.k or (store.kind == "sampled" and args.top_k != store.k):
+        raise StoreError(
+            f"{store.directory.name} keeps {store.k} entries per token, top_k={args.top_k}: set top_k to that, or build another store"
+        )
+    ours = None if tokenizer is None else vocabulary_hash(tokenizer)
+    theirs = store.spec.get("vocabulary")
+    if ours and theirs and ours != theirs:
+        raise StoreError(
+            f"{store.directory.name} was made with the vocabulary {theirs[:12]}..., the student's is {ours[:12]}...: build it with "
+            "the student's tokenizer"
+        )
+    if store.vocab_size > vocabulary(student):
+        raise StoreError(
+            f"{store.directory.name} has ids below {store.vocab_size}, the student's vocabulary {vocabulary(student)}: build it with "
+            f"--vocabulary {vocabulary(student)} or the number of the tokenizer's ids"
+        )
+    return store.vocab_size
+
+
+def choose_trained(model, train, peft_config):
+    """Freeze all parameters but those that `train` names, a key of `TRAINED`; PEFT chooses by itself."""
+    if peft_config is not None or hasattr(model, "get_base_model"):
+        if train != "all":
+            raise ConfigError(f"train={train!r} with PEFT: the adapter's config says what learns; leave train at 'all'")
+        return
+    chosen = {name for name, p in model.named_parameters() if TRAINED[train] in f".{name}" and p.is_floating_point()}
+    if not chosen:
+        raise ConfigError(
+            f"train={train!r}: no parameter of {type(model).__name__} has {TRAINED[train]!r} in its name; choose of {list(TRAINED)}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+@torch.no_grad()
+def check_documents_stay_apart(model, name, keys, length=8):
+    """Refuse a model whose second packed document feels another first document.
+
+    The probe has the format of the run's batches (`keys` of INPUTS). It sees a leak above sqrt(eps) of the logits'
+    scale, eps of the model's dtype.
+    """
+    V, device, training = model.config.get_text_config().vocab_size, next(model.parameters()).device, model.training
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    logits = []
+    for start in (0, 1):
+        first, second = ([(j + s) * 7 % V for j in range(length)] for s in (start, 3))
+        batch = collate([{"input_ids": first}, {"input_ids": second}])
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch = {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items() if key in keys}
+        logits.append(model.eval()(**batch, use_cache=False).logits[:, length:])
+    model.train(training)
+    leak, scale = (logits[0] - logits[1]).abs().max().item(), logits[0].abs().max().item()
+    if not leak <= torch.finfo(logits[0].dtype).eps ** 0.5 * scale:
+        raise ConfigError(
+            f"the {name} ({type(model).__name__}) lets packed documents see each other: logits on a scale of {scale:.3g} move by "
+            f"{leak:.3g} with the document before; train it unpacked (packing=False, padding_free=False)"
+        )
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def document_dataset(rows, max_length=None):
+    """Rows for the trainer, padded or packed (`packing=True`): exactly the tokens with a label other than -100 are
+    scored.
+
+    Documents without a scored token train nothing; they are left out, with a warning that counts them. (TRL itself
+    reads a `labels` column as it is, cuts it like `input_ids` at `max_length`, and drops the label of each document's
+    first token, which nothing predicts.)
+
+    Args:
+        rows: iterable of `(input_ids, labels)`; a label is the token itself or -100, not shifted.
+        max_length: of the trainer's config; a longer document is an error here, where the trainer would cut its end
+            off.
+    Returns:
+        `datasets.Dataset` with the columns `input_ids` and `labels`.
+    Raises:
+        DataError: lengths that differ, a label that is neither the token nor -100, a document that is too long, or
+            nothing to score.
+    """
+    kept, empty = {"input_ids": [], "labels": []}, 0
+    for n, (ids, labels) in enumerate(rows):
+        ids, labels = list(ids), list(labels)
+        if len(ids) != len(labels):
+            raise DataError(f"document {n}: {len(ids)} input_ids and {len(labels)} labels; each token needs its label")
+        if max_length is not None and len(ids) > max_length:
+            raise DataError(
+                f"document {n} has {len(ids)} tokens, max_length is {max_length}: raise it, or split the document"
+            )
+        wrong = next(
+            (t for t, (i, label) in enumerate(zip(ids, labels, strict=True)) if label not in (IGNORE, i)), None
+        )
+        if wrong is not None:
+            raise DataError(
+                f"document {n}, token {wrong}: label {labels[wrong]} is neither {IGNORE} nor {ids[wrong]}, the token; labels are not shifted here"
+            )
+        if all(label == IGNORE for label in labels[1:]):
+            empty += 1
+            continue
+        kept["input_ids"].append(ids)
+        kept["labels"].append(labels)
+    if not kept["labels"]:
+        raise DataError(f"none of {empty} documents has a scored token: every label is {IGNORE}")
+    if empty:
+        warnings.warn(
+            f"{empty} of {empty + len(kept['labels'])} documents have no scored token and are left out", stacklevel=2
+        )
+    return Dataset.from_dict(kept)

@@ -1,0 +1,92 @@
+"""Many processes: what a trainer and its teacher need under DDP and FSDP2, beyond what accelerate does.
+
+Under FSDP2 parameters stay float32 and are gathered and reduced as such; bfloat16 is the compute type of autocast, as
+it is under DDP, so that gates stay in float32 and one process, DDP and FSDP2 calculate the same.
+"""
+
+import os
+import re
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from xlstm_hybrid.errors import ConfigError
+
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module)(?=\.)")
+
+
+def plain_name(name):
+    """A parameter's name without what DDP, compilation and checkpointing put into it."""
+    return WRAPPERS.sub("", name).removeprefix(".")
+
+
+def fsdp_plugin(trainer):
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
+
+
+def prepare(trainer):
+    """Before training: refuse what would go wrong, and keep FSDP2's parameters and reductions in float32.
+
+    Raises:
+        ConfigError: FSDP1, FSDP that accelerate has not switched on, sharded state files (pickles), or DeepSpeed.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError("DeepSpeed: checkpoints of ours know DDP and FSDP2; use recipes/accelerate/eight_gpus.yaml")
+    plugin = fsdp_plugin(trainer)
+    if plugin is None:
+        if trainer.args.world_size > 1 and (
+            trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        ):
+            raise ConfigError(
+                "FSDP was asked for, and accelerate has not switched it on (it does so on GPUs only): leave it out for DDP"
+            )
+        return
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_version={plugin.fsdp_version}: expected 2; set fsdp_version: 2 in the accelerate config"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ConfigError(
+            f"{plugin.state_dict_type}: sharded state files are pickles and belong to one number of processes; "
+            "set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def check_precision(trainer):
+    """Before training: all processes calculate in one precision.
+
+    Raises:
+        ConfigError: each chose for its machine, and the machines differ.
+    """
+    if trainer.args.world_size == 1:
+        return
+    sides = torch.tensor([float(trainer.args.bf16), float(not trainer.args.bf16)], device=trainer.args.device)
+    torch.distributed.all_reduce(sides)
+    if sides.min() > 0:
+        count = f"{int(sides[0])} of {trainer.args.world_size}"
+        raise ConfigError(
+            f"bf16: {count} processes calculate in bfloat16 and the others in float32, each as its machine is quicker; "
+            "expected one precision: set bf16 in the recipe, or --bf16, for all of them"
+        )
+
+
+def prepare_teacher(trainer, teacher):
+    """A frozen teacher in eval mode: on the trainer's device, and under FSDP2 sharded as the student is. Returns it.
+
+    Call its `forward` only through the module (`teacher(...)`), never that of a part of it: sharded layers gather their
+    weights when called.
+    """
+    teacher = teacher.requires_grad_(False).eval()
+    if fsdp_plugin(trainer) is None:
+        return teacher.to(trainer.accelerator.device)
+    prepare(trainer)
+    if not isinstance(teacher, FSDPModule):
+        mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
+        layers = [module for module in teacher.modules() if type(module).__name__ in (teacher._no_split_modules or ())]
+        for module in [*layers, teacher]:
+            fully_shard(
+                module,
+                mesh=mesh if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)],
+            )
+    return teacher

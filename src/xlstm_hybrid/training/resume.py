@@ -1,0 +1,305 @@
+"""A run that can be killed, stopped and resumed: a trainer inherits it from `Resumable`.
+
+    class SomeTrainer(Resumable, SFTTrainer): ...
+
+It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
+refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
+`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The
+arguments may have two fields, `max_skipped_steps` (3) and `allow_changes` (none); a trainer may have `run_facts() ->
+dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for what it has to remember.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, clean_abandoned, newest_verified, verify, write_json
+from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
+from xlstm_hybrid.training import checkpoints, save_weights
+from xlstm_hybrid.training import distributed as scale
+from xlstm_hybrid.training.metrics import Insight
+from xlstm_hybrid.training.run_spec import allowed_changes, check_run_spec, run_spec
+
+DUMPS = "non_finite"
+SKIPS = 3  # steps in a row
+log = logging.getLogger(__name__)
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, has saved, and can be resumed. Exit status 143, as of a process that SIGTERM ended."""
+
+    def __init__(self, message):
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self):
+        return self.message
+
+
+class Guard(TrainerCallback):
+    """What a run looks out for: a loss or gradient that is not finite, and SIGTERM.
+
+    skipped: steps without an update so far.  in_a_row: the last ones of them.  requested: this process got SIGTERM.
+    stopping: all know of it.
+    began: the step at which training began, or went on.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.skipped, self.in_a_row, self.requested, self.stopping = trainer, 0, 0, False, False
+        self.window, self.bad_loss, self.norm, self.began = [], None, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = state.global_step
+
+    def saw(self, inputs, loss):
+        """Remember one micro-batch of the step and whether its loss was finite, without waiting for the device."""
+        bad = ~torch.isfinite(loss).all()
+        self.bad_loss = bad if self.bad_loss is None else self.bad_loss | bad
+        self.window.append((inputs, loss))
+
+    def agreed(self):
+        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small
+        reduction per step.
+        """
+        bad = bool(self.bad_loss) if self.bad_loss is not None else False
+        bad |= self.norm is not None and not math.isfinite(self.norm)
+        flags = torch.tensor([float(bad), float(self.requested)], device=self.trainer.args.device)
+        if self.trainer.args.world_size > 1:
+            torch.distributed.all_reduce(flags)
+        return tuple(flags.gt(0).tolist())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        bad, self.stopping = self.agreed()
+        if bad:
+            self.skip(args, state)
+        else:
+            self.in_a_row = 0
+        self.window, self.bad_loss, self.norm = [], None, None
+
+    def skip(self, args, state):
+        """Leave parameters and optimiser as they are: an optimiser passes over what has no gradient."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        where = self.dump(args, state)
+        # a scaler skips by itself, and insists on gradients
+        if getattr(self.trainer.accelerator, "scaler", None) is None:
+            for parameter in self.trainer.model.parameters():
+                parameter.grad = None
+        limit = getattr(args, "max_skipped_steps", SKIPS)
+        what = f"loss or gradient is not finite at step {state.global_step} (losses {self.losses()}, gradient norm {self.norm})"
+        if self.in_a_row >= limit:
+            last = checkpoints_by_step(args.output_dir)
+            raise DataError(
+                f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
+                f"lower learning_rate or look at these batches{', then resume' if last else ''}"
+            )
+        log.warning("%s: no update (%d skipped so far), the batches are in %s", what, self.skipped, where)
+
+    def losses(self):
+        return [round(float(loss), 6) for _, loss in self.window]
+
+    def dump(self, args, state):
+        """Write the step's micro-batches, to be looked at and run again; returns the folder's name."""
+        folder = Path(args.output_dir) / DUMPS / f"step-{state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rank, batches = args.process_index, []
+        for n, (inputs, loss) in enumerate(self.window):
+            tensors = {name: x.detach().cpu().contiguous().clone() for name, x in inputs.items() if torch.is_tensor(x)}
+            if tensors:
+                save_file(tensors, folder / f"process-{rank}-batch-{n}.safetensors")
+            ids = tensors.get("input_ids", torch.zeros(0))
+            batches.append(
+                {
+                    "loss": repr(float(loss)),
+                    "shape": list(ids.shape),
+                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                }
+            )
+        micro = state.global_step * args.gradient_accumulation_steps
+        note = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "micro_batches": [micro, micro + len(batches)],
+            "process": rank,
+            "gradient_norm": repr(self.norm),
+            "batches": batches,
+        }
+        write_json(folder / f"process-{rank}.json", note)
+        return f"{DUMPS}/{folder.name}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+@contextlib.contextmanager
+def listening(guard):
+    """SIGTERM asks the guard to save and stop at the end of the step; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def asked(number, frame):
+        if guard.requested:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        guard.requested = True
+
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def choose_checkpoint(trainer, wanted):
+    """The verified checkpoint to resume from, or None; `wanted` as in `Trainer.train`: None, a bool or a path.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged, or every checkpoint of the run is.
+        ConfigError: it belongs to another run.
+    """
+    if not wanted:
+        return None
+    found = None
+    if trainer.args.should_save:
+        try:
+            found = str(find_checkpoint(trainer, wanted) or "")
+        except (CheckpointError, ConfigError) as error:
+            found = error
+    found = checkpoints.shared(trainer, found)
+    if isinstance(found, Exception):
+        raise found
+    if not found:
+        log.warning("%s holds no checkpoint: the run starts from the beginning", Path(trainer.args.output_dir).name)
+    return found or None
+
+
+def find_checkpoint(trainer, wanted):
+    if wanted is not True:
+        verify(wanted, "full")
+        path = Path(wanted)
+    else:
+        path, skipped = newest_verified(trainer.args.output_dir)
+        for reason in skipped.values():
+            log.warning("passed over: %s", reason)
+        if path is None:
+            if skipped:
+                raise CheckpointError(
+                    f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
+                    f"{next(iter(skipped.values()))}; remove them to start from the beginning"
+                )
+            return None
+    allowed = allowed_changes(trainer.args)
+    changed = check_run_spec(checkpoints.read_resume(path)["spec"], run_spec(trainer), allowed, path)
+    for name, (old, new) in changed.items():
+        log.warning("resuming %s although %s was %s and is %s: allowed by allow_changes", path.name, name, old, new)
+    return path
+
+
+class Resumable:
+    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no
+    pickle, writes no card and calls nobody.
+    """
+
+    _save_checkpoint, _load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
+    _load_optimizer_and_scheduler, _load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
+    _load_best_model, _save = checkpoints.load_best, save_weights
+
+    def __init__(self, model=None, *args, **kwargs):
+        wanted = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
+        # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
+        if wanted is not None:
+            self.model.config.use_cache = wanted
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in transformers; goes on from the newest verified checkpoint of the same run where it is asked to resume.
+
+        Raises:
+            ConfigError: push_to_hub, or a checkpoint of another run.
+            DataError: no step was finite.
+            Interrupted: SIGTERM came; a checkpoint is written.
+        """
+        if self.args.push_to_hub:
+            raise ConfigError(
+                "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
+            )
+        scale.prepare(self)
+        scale.check_precision(self)
+        if self.args.should_save:
+            clean_abandoned(self.args.output_dir)
+        if hasattr(self, "guard"):
+            self.remove_callback(self.guard)
+        self.guard = Guard(self)
+        self.add_callback(self.guard)
+        if not any(isinstance(callback, Insight) for callback in self.callback_handler.callbacks):
+            self.add_callback(Insight(self))
+        checkpoint = choose_checkpoint(self, resume_from_checkpoint)
+        with listening(self.guard):
+            result = super().train(checkpoint, *args, **kwargs)
+        if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
+            raise DataError(
+                f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/"
+            )
+        if self.guard.stopping and self.state.global_step < self.state.max_steps:
+            raise Interrupted(
+                f"stopped by SIGTERM after step {self.state.global_step}, checkpoint-{self.state.global_step} is written: "
+                "start the same command again to go on"
+            )
+        return result
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        seen = dict(inputs) if isinstance(inputs, dict) or hasattr(inputs, "keys") else {}
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        seen = getattr(self, "scored_inputs", seen)  # of a trainer whose batches are prompts
+        if hasattr(self, "guard"):
+            self.guard.saw(seen, loss.detach())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(self, "guard"):
+            self.guard.norm = None if norm is None else float(checkpoints.whole(norm))
+        return norm
+
+    def _run_epoch(self, *args, **kwargs):
+        # resumed where it ended: the Trainer would make one more step
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def compute_loss_context_manager(self):
+        stack = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled:
+            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare`
+        return stack
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the card is printed from the provenance of a finished student."""
+
+    def _send_telemetry(self):
+        """Nothing."""
+
+
+def reproduce(folder):
+    """The micro-batches of a skipped step, `[{name: tensor}]`, from its folder in `non_finite/`."""
+    from safetensors.torch import load_file
+
+    return [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+
+
+def notes(folder):
+    """What is known of a skipped step, one entry per process."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("process-*.json"))]

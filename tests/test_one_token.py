@@ -1,0 +1,93 @@
+"""One generated token goes through a layer from top to bottom: read from a trace of every call, in our files only."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import xlstm_kernels
+from conftest import tiny_student, token_ids
+
+import xlstm_hybrid
+from xlstm_hybrid.state import prefill
+
+PACKAGE, KERNELS = (str(Path(module.__file__).parent) for module in (xlstm_hybrid, xlstm_kernels))
+PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]  # the last one is the MLP after the attention
+
+
+def place(file):
+    """Name of a file of ours, "kernels" for what is behind a public function of the kernels; None for others'."""
+    return "kernels" if file.startswith(KERNELS) else Path(file).stem if file.startswith(PACKAGE) else None
+
+
+def trace(model, cache):
+    """`[(caller, callee)]`, each `(place, function)`, of one token in the last layer, in the order of the calls; of the
+    callers the nearest that is ours.
+    """
+    calls, stack, layer = [], [], model.model.layers[-1]
+
+    def watch(frame, event, argument):
+        here = place(frame.f_code.co_filename)
+        if here and event == "call":
+            calls.append((stack[-1] if stack else None, (here, frame.f_code.co_qualname)))
+            stack.append(calls[-1][1])
+        elif here and event == "return" and stack:
+            stack.pop()
+
+    hooks = (
+        layer.register_forward_pre_hook(lambda *_: sys.setprofile(watch)),
+        layer.register_forward_hook(lambda *_: sys.setprofile(None)),
+    )
+    try:
+        with torch.no_grad():
+            model(token_ids(1, 1), use_cache=True, cache=cache)
+    finally:
+        sys.setprofile(None)
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def moves(calls):
+    """Files in the order in which functions of them are called, one after the other only where it changes."""
+    files = [file for _, (file, _) in calls]
+    return [file for n, file in enumerate(files) if n == 0 or file != files[n - 1]]
+
+
+@pytest.fixture(scope="module")
+def one_token():
+    model = tiny_student(torch.float32, num_hidden_layers=2)
+    cache = prefill(model, token_ids(1, 9))
+    trace(model, cache)  # what is looked up once
+    return trace(model, cache)
+
+
+def test_the_flow_moves_between_files_five_times_and_climbs_back_once(one_token):
+    found = moves(one_token)
+    assert found == PATH
+    assert len(found) - 1 <= 5 and sum(file in found[:n] for n, file in enumerate(found)) <= 2
+
+
+def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_back(one_token):
+    """Whoever calls into another file is the decoder layer or the attention; what they call stays in its own file."""
+    between = [(caller, callee) for caller, callee in one_token if caller and caller[0] != callee[0]]
+    assert [caller[0] for caller, _ in between] == ["modeling", "attention", "attention", "attention"]
+    assert [callee[1] for _, callee in between] == [
+        "HybridAttention.forward",
+        "MLSTMMixer.forward",
+        "hybrid_step",
+        "HybridCacheLayer.advance",
+    ]
+
+
+def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_nothing_else(one_token):
+    model = tiny_student(torch.float32, num_hidden_layers=2)
+    recording = trace(model, prefill(model, token_ids(1, 9), rollback=40))
+    plain, noted = (
+        [callee[1] for caller, callee in calls if caller and caller[1] == "HybridAttention.mix_heads"]
+        for calls in (one_token, recording)
+    )
+    assert plain == ["HybridAttention.read", "hybrid_step", "HybridCacheLayer.advance"]
+    assert [name for name in noted if "Rollback.note" not in name and "Step" not in name] == plain and noted.index(
+        "Rollback.note"
+    ) < noted.index(plain[1])
