@@ -86,8 +86,8 @@ def refuse_unknown(kwargs, accepted, where):
     """Raise for a keyword that a forward would ignore.
 
     Args:
-        kwargs: what is left after the parameters of its own; None counts as not given, and so does False of an
-            `output_...`.
+        kwargs: what is left after the parameters of its own. None, False and nothing at all count as not given:
+            pipeline parallelism hands a causal LM's defaults, bound by name, to its backbone.
         accepted: names, for example `ACCEPTED`.
         where: the class, for the message.
     Raises:
@@ -95,7 +95,7 @@ def refuse_unknown(kwargs, accepted, where):
         ConfigError: anything else.
     """
     for name, value in kwargs.items():
-        if name in accepted or value is None or (value is False and name.startswith("output_")):
+        if name in accepted or value is None or value is False:
             continue
         if isinstance(value, Cache) or hasattr(value, "layers") or hasattr(value, "get_seq_length"):
             raise CompatibilityError(

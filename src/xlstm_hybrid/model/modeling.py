@@ -447,6 +447,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             CacheError: a cache of another model, or packed documents that a cache cannot keep apart.
             CompatibilityError: a cache under a name that is not known here.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # transformers' pipeline parallelism passes a bound **kwargs by its name
         refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")

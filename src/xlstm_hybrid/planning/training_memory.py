@@ -1,5 +1,5 @@
 """Bytes that one process needs to train, as a sum of named parts whose coefficients were fitted to allocator peaks on a
-CPU, see tests/test_plan.py.
+CPU, see tests/planning/test_plan.py.
 
 Dims: N tokens of a micro-batch, D hidden size, F width of the MLP, H query heads, K head dim, E features of a head
 beyond K, L layers, V vocabulary.
@@ -12,7 +12,7 @@ from xlstm_kernels.mlstm.cpu import rows_at_once, segments
 ERROR = 0.10  # largest relative error of a predicted peak that the tests allow, measured on a CPU
 FP32, BF16 = 4, 2
 ADAM = 8  # bytes per trained parameter: two moments in float32
-# Bytes per token and layer that autograd keeps, by the width of what they belong to; fitted, see tests/test_plan.py.
+# Bytes per token and layer that autograd keeps, by the width of what they belong to; fitted, see tests/planning/test_plan.py.
 ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, residuals of at most 3 %
     ("align", False): {"D": 3.4, "HK": 45.9},
     ("align", True): {"D": 3.4, "HK": 44.1},

@@ -1,0 +1,221 @@
+"""Serving: what transformers offers works with a recurrent state or is refused by name, and its server answers for a
+student.
+"""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_student, token_ids
+from transformers import AutoTokenizer, GenerationConfig, QuantizedCache, TextIteratorStreamer, pipeline
+from transformers.cli.serving.model_manager import ModelManager
+from typer.testing import CliRunner
+
+from xlstm_hybrid import cli
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
+from xlstm_hybrid.state import fork, prefill
+
+TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
+CHAT = [{"role": "user", "content": "Reverse the letters.\nInput: a b c"}]
+GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+STACKS = {
+    "hybrid": {},
+    "mixed": {
+        "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
+        "teacher_sliding_window": 5,
+        "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "no hybrid layer": {"layer_types": ["full_attention"] * 3},
+}
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def any_student(request):
+    return tiny_student(**STACKS[request.param])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "student"
+    convert(TEACHER, folder, sliding_window=16)
+    return folder
+
+
+# --- continuous batching -----------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7, 8], [9, 10]]
+WAYS = {
+    "generate_batch": lambda model: model.generate_batch(
+        PROMPTS, generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=2)
+    ),
+    "a manager": lambda model: model.init_continuous_batching(),
+    "a context": lambda model: model.continuous_batching_context_manager().__enter__(),
+    "a paged cache": lambda model: model.generate(
+        input_ids=torch.tensor(PROMPTS[:1]), cache_implementation="paged", max_new_tokens=3
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_continuous_batching_is_refused_by_name_and_leaves_the_model_as_it_was(any_student, way):
+    """transformers' own answer to a model without hybrid layers would be requests that failed, in a log."""
+    before = any_student.config._attn_implementation
+    with pytest.raises(CacheError, match=r"continuous batching .*left-padded batch to generate\(\).*fork"):
+        WAYS[way](any_student)
+    assert any_student.config._attn_implementation == before
+
+
+def test_what_the_refusal_names_instead_gives_each_prompts_own_answer(any_student):
+    alone = [any_student.generate(torch.tensor([p]), **GREEDY)[0, len(p) :] for p in PROMPTS]
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    batch = any_student.generate(ids, attention_mask=(ids != 0).long(), **GREEDY)[:, width:]
+    assert torch.equal(batch, torch.stack(alone))
+    prefix, ends = token_ids(1, 11), torch.tensor([[5, 6], [7, 8]])
+    whole = torch.cat([prefix.expand(2, -1), ends], 1)
+    forked = any_student.generate(whole, cache=fork(prefill(any_student, prefix), 2), **GREEDY)
+    assert torch.equal(forked, any_student.generate(whole, **GREEDY))
+
+
+# --- caches that generate makes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static", "offloaded", "offloaded_static"])
+def test_every_cache_of_transformers_gives_the_same_tokens(any_student, implementation):
+    kept = any(kind == "full_attention" for kind in any_student.config.layer_types)
+    if implementation.startswith("offloaded") and (kept or torch.version.cuda) and not torch.cuda.is_available():
+        pytest.skip(
+            "transformers offloads the keys of full attention layers through CUDA streams, a Llama's too, and asks any CUDA build for one"
+        )
+    ids = token_ids(2, 12)
+    got = any_student.generate(ids, cache_implementation=implementation, disable_compile=True, **GREEDY)
+    assert torch.equal(got, any_student.generate(ids, **GREEDY))
+
+
+def test_a_quantised_cache_is_refused_by_name_where_there_is_a_state(student):
+    for backend in ("quanto", "hqq", "fp8"):
+        with pytest.raises(CacheError, match="'quantized'.*leave it out"):
+            student.generate(
+                token_ids(1, 9), cache_implementation="quantized", cache_config={"backend": backend}, **GREEDY
+            )
+    with pytest.raises(ValueError, match="hybrid_sliding"):  # transformers' own, before anything of ours sees it
+        QuantizedCache("quanto", student.config)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"),
+    reason="the backend that needs no other package came later",
+)
+def test_a_quantised_cache_serves_a_student_without_hybrid_layers():
+    model, ids = tiny_student(torch.float32, gain=1.5, **STACKS["no hybrid layer"]), token_ids(1, 9)
+    cache = QuantizedCache("fp8", model.config)
+    with torch.no_grad():
+        got, want = model(ids, cache=cache, use_cache=True).logits, model(ids).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # what is read in one call is not quantised yet
+        step = torch.tensor([[11]])
+        got, want = model(step, cache=cache).logits, model(torch.cat([ids, step], 1)).logits[:, -1:]
+    assert 1e-4 < (got - want).abs().max() < 0.2 * want.std()
+
+
+# --- pipelines and streams ---------------------------------------------------------------------------------------
+
+
+def test_the_text_generation_pipeline_chats(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
+    answer = chat(CHAT, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
+    ids = tokenizer.apply_chat_template(CHAT, return_tensors="pt", return_dict=True)["input_ids"]
+    want = chat.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert (
+        answer == {"role": "assistant", "content": tokenizer.decode(want, skip_special_tokens=True)}
+        and answer["content"].strip()
+    )
+
+
+def test_a_stream_brings_the_text_piece_by_piece(checkpoint):
+    chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
+    inputs = chat.tokenizer("12+30=", return_tensors="pt", return_token_type_ids=False)
+    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(
+        target=chat.model.generate, kwargs={**inputs, "streamer": streamer, "max_new_tokens": 6, "do_sample": False}
+    )
+    thread.start()
+    pieces = [piece for piece in streamer if piece]
+    thread.join()
+    whole = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "".join(pieces).strip() == chat.tokenizer.decode(whole, skip_special_tokens=True).strip() and pieces
+
+
+# --- transformers serve ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs the verb with a server that does not listen; what `transformers serve` was asked for, in a list."""
+    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)  # taken back after the test
+    monkeypatch.delattr(transformers, "XLSTMHybridForCausalLM")
+    calls = []
+    monkeypatch.setattr("transformers.cli.serve.Serve", lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+def test_transformers_server_does_not_know_classes_outside_of_transformers(checkpoint, started):
+    """Why there is a verb: `transformers serve` finds neither registered nor remote code. If this fails, the verb is
+    not needed any more.
+    """
+    with pytest.raises(AttributeError, match="XLSTMHybridForCausalLM"):
+        ModelManager(device="cpu")._load_model(f"{checkpoint}@main")
+
+
+def test_the_verb_makes_the_student_known_to_the_server(checkpoint, started, tmp_path):
+    ran = CliRunner().invoke(
+        cli.app, ["serve", str(checkpoint), "--port", "8123", "--device", "cpu", "--dtype", "float32"]
+    )
+    assert ran.exit_code == 0, ran.output
+    ((args, options),) = started
+    assert args == (str(checkpoint),) and (options["port"], options["device"], options["dtype"]) == (
+        8123,
+        "cpu",
+        "float32",
+    )
+    export(checkpoint, tmp_path / "exported")
+    for folder in (checkpoint, tmp_path / "exported"):
+        model, tokenizer = ModelManager(device="cpu").load_model_and_processor(f"{folder}@main")
+        assert type(model) is XLSTMHybridForCausalLM
+        assert ModelManager.get_model_modality(model, processor=tokenizer).name == "LLM"
+
+
+def test_without_its_dependencies_the_verb_says_what_to_install(checkpoint, monkeypatch):
+    monkeypatch.setattr("transformers.cli.serve.is_serve_available", lambda: False)
+    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)
+    ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint)])
+    assert "pip install transformers[serving]" in str(ran.exception) and type(ran.exception).__name__ == "ConfigError"
+
+
+def test_the_server_answers_chat_completions_whole_and_as_a_stream(checkpoint, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn", reason="pip install 'transformers[serving]'")
+    testclient = pytest.importorskip("fastapi.testclient", reason="pip install 'transformers[serving]'")
+    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)
+    apps = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: apps.append(self.config.app))
+    ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint), "--device", "cpu"])
+    assert ran.exit_code == 0, ran.output
+    request = {"model": str(checkpoint), "messages": CHAT, "temperature": 0.0, "max_tokens": 8}
+    with testclient.TestClient(apps[0]) as client:
+        answer = client.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
+        lines = client.post("/v1/chat/completions", json=request | {"stream": True}).text.splitlines()
+    chunks = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content")
+        for line in lines
+        if line.startswith("data: {")
+    ]
+    chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
+    want = chat(CHAT, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]["content"]
+    assert answer == {"role": "assistant", "content": want}
+    assert "".join(filter(None, chunks)) == want and len([c for c in chunks if c]) > 1
