@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_imports
 from typer.testing import CliRunner
 
 import xlstm_hybrid.hub.export
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files, write_manifest
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.hub.export import AUTO_MAP, code, export
@@ -263,7 +263,7 @@ def test_everything_a_user_needs_travels_and_nothing_else(plain, exported):
 
 def test_the_record_goes_on_and_the_manifest_holds(plain, exported):
     folder, _ = exported
-    verify(folder)
+    verify_files(folder)
     *before, last = read_provenance(folder)
     assert before == read_provenance(plain) and (last["stage"], last["parent"]) == ("export", "plain.v1")
     assert last["config"]["auto_map"] == AUTO_MAP
@@ -476,12 +476,12 @@ def test_code_that_transformers_would_not_find_is_refused(plain, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_exports(plain, tmp_path):
+def test_the_command_exports(plain, tmp_path):
     from xlstm_hybrid import cli
 
     ran = CliRunner().invoke(cli.app, ["export", str(plain), str(tmp_path / "out")])
     assert ran.exit_code == 0 and "training_args.bin" in ran.output, ran.output
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
