@@ -293,7 +293,7 @@ def test_the_cache_does_not_grow_and_its_states_are_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_low_precision_hands_over_as_well_as_it_calculates(dtype, ids):
-    """Judged from float64: a text in two calls is no further from the truth than twice the text in one call."""
+    """Measured from float64: a text in two calls is no further from the truth than twice the text in one call."""
     model = make(dtype, gain=1.0)
     truth = copy.deepcopy(model).double()(ids).logits
     whole = model(ids).logits
@@ -661,7 +661,7 @@ def test_a_recipe_that_describes_no_run_is_refused_by_name(tmp_path, change, mes
 
 
 @pytest.mark.slow
-def test_the_tiny_recipe_walks_from_the_teacher_to_scores_and_curves(tmp_path):
+def test_the_tiny_recipe_goes_from_the_teacher_to_scores_and_curves(tmp_path):
     """Two steps per epoch, two epochs: the directories, the table beside another student, and the schedule that starts
     anew.
     """

@@ -1,6 +1,4 @@
-"""Checkpoint directories: written whole or not at all, listed with their hashes, and with a record of where they came
-from.
-"""
+"""Checkpoint directories: written whole or not at all, listed with their hashes, with a record of their stages."""
 
 import contextlib
 import hashlib
@@ -73,8 +71,7 @@ def read_json(path, what):
     """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no
     object.
     """
-    path = Path(path)
-    step = "restore it or make the checkpoint again"
+    path, step = Path(path), "restore it or make the checkpoint again"
     return read_object(
         path, JSON_BYTES, lambda reason: CheckpointError(f"{what}: {path.name} cannot be read ({reason}); {step}")
     )
@@ -181,32 +178,25 @@ def staged(path, overwrite=False):
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
-        exchange(temporary, path, retired, overwrite)
+        there = path.exists()
+        if there and not overwrite and any(path.iterdir()):
+            raise CheckpointError(
+                f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
+            )
+        if there:
+            os.rename(path, retired)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if there:
+                os.rename(retired, path)
+            raise
+        sync(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def exchange(new, path, retired, overwrite):
-    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails. What came meanwhile
-    is not replaced unasked.
-    """
-    there = path.exists()
-    if there and not overwrite and any(path.iterdir()):
-        raise CheckpointError(
-            f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
-        )
-    if there:
-        os.rename(path, retired)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if there:
-            os.rename(retired, path)
-        raise
-    sync(path.parent)
 
 
 # --- manifest --------------------------------------------------------------------------------------------------
@@ -295,14 +285,14 @@ def checkpoints_by_step(directory):
     return [steps[n] for n in sorted(filter(str.isdigit, steps), key=int) if steps[n].is_dir()]
 
 
-def newest_verified(directory, level="full"):
+def newest_verified(directory):
     """`(path, skipped)`: the newest checkpoint of a run that its manifest confirms, or None, and `{name: reason}` of
     newer ones that it does not.
     """
     skipped = {}
     for path in reversed(checkpoints_by_step(directory)):
         try:
-            verify_files(path, level)
+            verify_files(path)
             return path, skipped
         except CheckpointError as error:
             skipped[path.name] = str(error)
@@ -314,11 +304,11 @@ def newest_verified(directory, level="full"):
 
 def installed_versions():
     """Versions of what makes a checkpoint: Python, torch, transformers and this package."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "xlstm-hybrid"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def publishable(value):
@@ -360,20 +350,15 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
         config, data, figures: what the stage was told, what it read, what it measured: values that JSON has.
         seconds: wall-clock time of the stage.
     """
+    parent = parent if parent is None else Path(parent)
+    read = parent is not None and parent.is_dir()
     if stages is None:
-        stages = read_provenance(parent) if parent is not None and Path(parent).is_dir() else []
-    name = None if parent is None else Path(parent).resolve().name if Path(parent).is_dir() else Path(parent).name
-    entry = {
-        "stage": stage,
-        "parent": name,
-        "config": config,
-        "data": data,
-        "figures": figures,
-        "seconds": seconds,
-        "versions": installed_versions(),
-    }
-    if parent is not None and (Path(parent) / MANIFEST).is_file():
-        entry["parent_manifest"] = digest(Path(parent) / MANIFEST)  # tells starts of the same name apart
+        stages = read_provenance(parent) if read else []
+    name = parent and (parent.resolve() if read else parent).name
+    entry = {"stage": stage, "parent": name, "config": config, "data": data, "figures": figures, "seconds": seconds}
+    entry["versions"] = installed_versions()
+    if read and (parent / MANIFEST).is_file():
+        entry["parent_manifest"] = digest(parent / MANIFEST)  # tells starts of the same name apart
     entry = {key: publishable(value) for key, value in entry.items() if value is not None}
     write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
 
@@ -403,8 +388,8 @@ def relist(directory, name):
     file, path = Path(directory) / name, Path(directory) / MANIFEST
     if path.is_file():
         manifest = read_versioned(path, Path(directory).name)
-        entry = {name: {"size": file.stat().st_size, "sha256": digest(file)}}
-        write_json(path, {**manifest, "files": dict(sorted({**(manifest.get("files") or {}), **entry}.items()))})
+        files = (manifest.get("files") or {}) | {name: {"size": file.stat().st_size, "sha256": digest(file)}}
+        write_json(path, manifest | {"files": dict(sorted(files.items()))})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

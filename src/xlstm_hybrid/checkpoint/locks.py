@@ -14,6 +14,7 @@ from xlstm_hybrid.checkpoint.files import dead, owner
 
 LOCK_SECONDS = 600  # without a sign of life after which a lock of another machine counts for nothing
 BEAT_SECONDS = 60  # between signs of life of `locked`
+POLL_SECONDS = 5  # between two looks at the lock of another
 
 
 @contextlib.contextmanager
@@ -48,12 +49,11 @@ def gone(text):
 
 
 @contextlib.contextmanager
-def locked(path, waiting=None, poll=5):
+def locked(path, waiting=None):
     """Have a lock as soon as whoever has it lets go or is gone, and give signs of life while the block runs.
 
     Args:
         waiting: called once with the text of the lock, before this process begins to wait for it.
-        poll: seconds between two looks.
     """
     while True:
         with try_lock(path) as (mine, alive):
@@ -65,7 +65,7 @@ def locked(path, waiting=None, poll=5):
             with contextlib.suppress(FileNotFoundError):
                 waiting(path.read_text())
                 waiting = None
-        time.sleep(poll)
+        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager

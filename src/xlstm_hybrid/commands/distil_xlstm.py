@@ -9,8 +9,7 @@ import typer
 from xlstm_hybrid.commands.options import settings_of
 from xlstm_hybrid.distil_xlstm.run import (
     distil,
-    draw_curves,
-    hybrid_scores,
+    draw_log,
     make_student,
     planned,
     read_delta_recipe,
@@ -58,10 +57,10 @@ def distil_xlstm(
     log = distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
     if not is_main():
         return
-    draw_curves(log, folder / "curves.png")
+    draw_log(log, folder / "curves.png")
     if loaded.evaluate is not None:
-        found = scores({"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}, loaded)
-        found |= hybrid_scores(beside) if beside else {}
+        models = {"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}
+        found = scores(models, loaded, beside)
         (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1))
         report = score_table(found)
         (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n")

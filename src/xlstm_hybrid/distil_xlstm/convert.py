@@ -29,12 +29,8 @@ def convert(teacher, out, *, dtype=None, revision=None, seed=0, overwrite=False,
         with staged(out, overwrite=overwrite) as directory:
             student.save_pretrained(directory)
             report.files = source.copy_files(directory)
-            config = {
-                "teacher": source.name,
-                "revision": source.revision,
-                "dtype": report.dtype,
-                "seed": seed,
-            } | options
+            config = {"teacher": source.name, "revision": source.revision, "dtype": report.dtype, "seed": seed}
+            config |= options
             figures, seconds = report.summary(), round(time.monotonic() - started, 3)
             record = {"parent": source.identity(), "config": config, "figures": figures, "seconds": seconds}
             add_provenance(directory, "distil-convert", **record)

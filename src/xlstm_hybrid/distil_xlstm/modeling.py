@@ -244,22 +244,22 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DistilXLSTMLayer}
 
     def freeze(self):
-        """Let embedding and LM head train or not, as the configuration says. Returns the model."""
+        """Let embedding and LM head train or not, as the configuration says."""
         for module in (self.get_input_embeddings(), self.get_output_embeddings()):
             if module is not None:
                 module.weight.requires_grad_(not self.config.freeze_embeddings)
-        return self
 
     def post_init(self):
         super().post_init()
         drop_absent_names(self)
+        self.freeze()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, which makes every loaded parameter trainable; then `freeze`."""
-        found = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).freeze()  # with output_loading_info there are two
-        return found
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # with output_loading_info there are two
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -299,28 +299,6 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze()
-
-    @property
-    def checkpointed(self):
-        """Whether a call's layers are run again in the backward."""
-        return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
-
-    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
-        """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigError(
-                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding"
-            )
-        if cu_seq_lens is not None and rows != 1:
-            raise ConfigError(
-                f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
-            )
-        if self.checkpointed and seen > 0:
-            raise CacheError(
-                f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
-                "call gradient_checkpointing_disable(), or pass the whole sequence"
-            )
 
     @takes_cache
     @merge_with_config_defaults
@@ -342,8 +320,9 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         after a filled cache.
 
         Raises:
-            ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
-            CacheError: a cache of another model.
+            ConfigError: both or neither of `input_ids` and `inputs_embeds`, a mask that is not [batch, tokens], or
+                `cu_seq_lens_q` beside several rows.
+            CacheError: a cache of another model, or a filled one under gradient checkpointing.
             CompatibilityError: a cache under a name that is not known here.
         """
         refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
@@ -356,12 +335,25 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
             cache = adopt_recurrent(cache, len(self.layers))
         (B, T), packed = hidden_states.shape[:2], kwargs.get("cu_seq_lens_q")
         filled = cache is not None and cache.layers[0].is_initialized
-        self.check_inputs(B, attention_mask, packed, cache.layers[0].seen_tokens if filled else 0)
+        checkpointed = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding"
+            )
+        if packed is not None and B != 1:
+            raise ConfigError(
+                f"cu_seq_lens_q describes one flattened row, the batch has {B}; flatten it or pass position_ids that restart"
+            )
+        if checkpointed and filled and cache.layers[0].seen_tokens > 0:
+            raise CacheError(
+                f"the cache holds {cache.layers[0].seen_tokens} tokens, but layers work without a cache under gradient checkpointing; "
+                "call gradient_checkpointing_disable(), or pass the whole sequence"
+            )
         where = {"attention_mask": attention_mask, "position_ids": position_ids, "cu_seq_lens": packed}
         seen = cache.layers[0].count.to(hidden_states.device) if filled else None
         tokens = Tokens.locate((B, T), hidden_states.device, **where, seq_idx=kwargs.get("seq_idx"), seen=seen)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, tokens=tokens, cache=None if self.checkpointed else cache)
+            hidden_states = layer(hidden_states, tokens=tokens, cache=None if checkpointed else cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
 
@@ -376,7 +368,6 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.freeze()
 
     @classmethod
     def from_teacher(cls, teacher, *, dtype=None, revision=None, seed=0, **options):
@@ -459,15 +450,8 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in
         `XLSTMHybridForCausalLM.forward`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**rows, cache=cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         if with_head is not None:
             return with_head(outputs.last_hidden_state, self)
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None

@@ -79,7 +79,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
             try:
                 share_frozen(model, trainer.teacher)
             except ConfigError as reason:  # a teacher in another dtype has its own
-                print(f"embeddings are held twice: {reason}")
+                print(f"there are two copies of the embeddings: {reason}")
         train(trainer, work)
         log = trainer.state.log_history
         last = next((entry for entry in reversed(log) if "loss" in entry), {})
@@ -120,16 +120,13 @@ def make_student(recipe, teacher, folder, overwrite):
         print(f"{out}: kept from an earlier run")
 
 
-def draw_curves(log, path):
+def draw_log(log, path):
     """Curves of a log: the loss and its terms, agreement with the teacher, alpha and the temperature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     log = [entry for entry in log if "loss" in entry]
-    picture, axes = pyplot.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.4), layout="constrained")
-    for panel, names in zip(axes, CURVES, strict=True):
+    picture = Figure(figsize=(4 * len(CURVES), 3.4), layout="constrained")
+    for panel, names in zip(picture.subplots(1, len(CURVES)), CURVES, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             if points:
@@ -138,33 +135,32 @@ def draw_curves(log, path):
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=120)
-    pyplot.close(picture)
 
 
-def scores(models, recipe):
-    """{name: evaluation without samples} of checkpoint directories."""
-    found = {name: evaluate(folder, recipe) for name, folder in models.items()}
-    return {name: {k: v for k, v in each.items() if k != "samples"} for name, each in found.items()}
+def scores(models, recipe, beside=None):
+    """{name: evaluation without samples} of checkpoint directories; `beside`, a `results.json` that `xlstm-hybrid run`
+    wrote, adds the scores of its student as "hybrid".
+    """
+    results = {name: evaluate(folder, recipe) for name, folder in models.items()}
+    results = {name: {k: v for k, v in each.items() if k != "samples"} for name, each in results.items()}
+    if beside:
+        students = read_json(beside, "--beside").get("students") or {}
+        if "student" not in students:
+            raise EvaluationError(
+                f"{beside.name}: has no scores of a student; pass the results.json of a finished `xlstm-hybrid run`"
+            )
+        results["hybrid"] = students["student"]
+    return results
 
 
-def score_table(found):
+def score_table(results):
     """Markdown of {model: scores}: exact match and perplexity per domain, a column per model."""
-    rows = [["domain", *found]]
+    rows = [["domain", *results]]
     for kind, text in (("exact_match", "{:.1%}"), ("perplexity", "perplexity {:.3f}")):
-        columns = [scores.get(kind, {}) for scores in found.values()]
+        columns = [scores.get(kind, {}) for scores in results.values()]
         for domain in dict.fromkeys(domain for column in columns for domain in column):
             rows.append([domain, *(text.format(column[domain]) if domain in column else "" for column in columns)])
     return markdown_table(rows)
-
-
-def hybrid_scores(path):
-    """{"hybrid": scores of the student} of a `results.json` that `xlstm-hybrid run` wrote."""
-    students = read_json(path, "--beside").get("students") or {}
-    if "student" not in students:
-        raise EvaluationError(
-            f"{path.name}: has no scores of a student; pass the results.json of a finished `xlstm-hybrid run`"
-        )
-    return {"hybrid": students["student"]}
 
 
 def planned(recipe, teacher, rows, overrides=None):
@@ -176,12 +172,7 @@ def planned(recipe, teacher, rows, overrides=None):
     per_step, epochs = micro * accumulation * processes(), settings.get("num_train_epochs", 1)
     steps = settings["max_steps"] if settings.get("max_steps", -1) > 0 else -(-rows // per_step) * epochs
     counts = parameters_of(empty_student(config, DistilXLSTMForCausalLM))
-    return {
-        "blocks": config.block_types,
-        "parameters": counts,
-        "trainable_share": counts["trainable"] / counts["student"],
-        "tokens_per_epoch": rows * recipe.length,
-        "epochs": epochs,
-        "steps": steps,
-        "sequences_per_step": per_step,
-    }
+    facts = {"blocks": config.block_types, "parameters": counts}
+    facts["trainable_share"] = counts["trainable"] / counts["student"]
+    facts |= {"tokens_per_epoch": rows * recipe.length, "epochs": epochs, "steps": steps}
+    return facts | {"sequences_per_step": per_step}

@@ -72,13 +72,7 @@ def fall(start, end, k):
 
 
 def delta_schedule(schedule, step, epoch=0):
-    """`Weights` at a step of an epoch, both counted from 0.
-
-    Args:
-        schedule: DeltaSchedule.
-    Raises:
-        ConfigError: a negative step or epoch.
-    """
+    """`Weights` of a `DeltaSchedule` at a step of an epoch, both counted from 0; ConfigError for a negative one."""
     if step < 0 or epoch < 0:
         raise ConfigError(f"step={step}, epoch={epoch}: both count from 0")
     s = schedule
@@ -96,12 +90,11 @@ def steps_per_epoch(dataloader, accumulation, max_steps):
 
 
 class DeltaCallback(TrainerCallback):
-    """Hands the weights of each step to a trainer before the step begins.
+    """Hands the weights of a `DeltaSchedule` to a trainer before each step begins.
 
     The step follows from `state.global_step`, so a resumed run goes on where the other stopped.
 
     Args:
-        schedule: DeltaSchedule.
         set_weights: function of `Weights` that makes the trainer's next losses use them, for instance
             `partial(set_objective, trainer)`.
     """

@@ -35,13 +35,9 @@ class DeltaKDConfig(SFTConfig):
     warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: a share of all steps."})
     alpha_start: float = field(default=0.8, metadata={"help": "Weight of KL at the start of the first epoch."})
     alpha_end: float = field(default=0.5, metadata={"help": "Weight that KL falls to."})
-    temperature_start: float = field(
-        default=2.0, metadata={"help": "Temperature of KL at the start of the first epoch."}
-    )
+    temperature_start: float = field(default=2.0, metadata={"help": "Temperature of KL as the first epoch starts."})
     temperature_end: float = field(default=1.0, metadata={"help": "Temperature that it falls to."})
-    frobenius_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the distance between hidden states (beta)."}
-    )
+    frobenius_weight: float = field(default=0.1, metadata={"help": "Weight of the hidden states' distance (beta)."})
     delta: float = field(default=0.05, metadata={"help": "What both starts lose with each epoch."})
 
     def __post_init__(self):
@@ -51,10 +47,8 @@ class DeltaKDConfig(SFTConfig):
         unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
         unused |= dict.fromkeys(("packing", "padding_free", "push_to_hub"), False)
         for name, neutral in unused.items():
-            if getattr(self, name) != neutral:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no place in this trainer: leave it at {neutral!r}"
-                )
+            if (value := getattr(self, name)) != neutral:
+                raise ConfigError(f"{name}={value!r} has no place in this trainer: leave it at {neutral!r}")
 
     @property
     def schedule(self):

@@ -37,15 +37,13 @@ class DistilReport(TensorReport):
     files: list = field(default_factory=list)
 
     def __str__(self):
-        blocks = ", ".join(f"{number} {kind}" for kind, number in Counter(self.block_types).items())
-        title = (
-            f"Distil-xLSTM from {self.teacher} ({self.family}, {self.dtype}): {len(self.block_types)} blocks, {blocks}"
-        )
+        kinds = [f"{number} {kind}" for kind, number in Counter(self.block_types).items()]
+        blocks = ", ".join([f"{len(self.block_types)} blocks", *kinds])
+        title = f"Distil-xLSTM from {self.teacher} ({self.family}, {self.dtype}): {blocks}"
         whole, trainable, frozen = (self.parameters[name] for name in ("student", "trainable", "frozen"))
-        counts = (
-            f"student {whole:,}, of these trainable {trainable:,} ({100 * trainable / whole:.2f} %), frozen {frozen:,}"
-        )
-        return "\n".join([title, *self.tensor_lines("what it is", "what it is"), "", f"parameters: {counts}"])
+        share = f"trainable {trainable:,} ({100 * trainable / whole:.2f} %), frozen {frozen:,}"
+        counts = f"parameters: student {whole:,}, of these {share}"
+        return "\n".join([title, *self.tensor_lines("what it is", "what it is"), "", counts])
 
 
 def heads_for(hidden_size, heads):
@@ -70,20 +68,17 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
         ConfigError: fields that the teacher decides, or that describe no student.
     """
     family_of(teacher_config)
+    kind = teacher_config.model_type
     taken = {name: getattr(teacher_config, name) for name in FROM_TEACHER}
-    taken["teacher_model_type"] = teacher_config.model_type
-    taken["use_cache"] = True  # in a teacher's, False is a leftover of its training
+    taken |= {"teacher_model_type": kind, "use_cache": True}  # False is a leftover of the teacher's training
     allowed = sorted(set(DistilXLSTMConfig.__annotations__) - set(taken))
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(
-            f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, "
-            "whose embeddings it keeps"
+            f"student of {kind}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, whose embeddings it keeps"
         )
     tied = teacher_config.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings
     if tied and not teacher_config.tie_word_embeddings:
-        raise ConfigError(
-            f"tie_word_embeddings=True: embeddings and LM head of this {teacher_config.model_type} differ; leave it out"
-        )
+        raise ConfigError(f"tie_word_embeddings=True: embeddings and LM head of this {kind} differ; leave it out")
     layers = (teacher_config.num_hidden_layers + 1) // 2 if num_hidden_layers is None else num_hidden_layers
     heads = heads_for(teacher_config.hidden_size, teacher_config.num_attention_heads)
     chosen = {"num_attention_heads": heads} | overrides
@@ -93,9 +88,7 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
     try:
         return DistilXLSTMConfig(**taken, tie_word_embeddings=tied, num_hidden_layers=layers, **chosen)
     except StrictDataclassError as error:  # says which field has a wrong type
-        raise ConfigError(
-            f"student of {teacher_config.model_type}: {' '.join(str(error.__cause__ or error).split())}"
-        ) from error
+        raise ConfigError(f"student of {kind}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 def parameters_of(student):
@@ -106,18 +99,17 @@ def parameters_of(student):
 
 def check_embeddings(source, config):
     """Raise CheckpointError unless the teacher stores the embeddings that its configuration describes."""
-    wanted = [EMBEDDING] if source.config.tie_word_embeddings else [EMBEDDING, HEAD]
-    shape = [config.vocab_size, config.hidden_size]
-    for name in wanted:
-        found = source.tensors.get(name)
-        if found is None:
+    wanted = [config.vocab_size, config.hidden_size]
+    for name in [EMBEDDING] if source.config.tie_word_embeddings else [EMBEDDING, HEAD]:
+        shape, dtype = source.tensors.get(name, (None, None))
+        if shape is None:
             raise CheckpointError(
                 f"{source.name}: has no {name}, the student cannot take over its embeddings; download the checkpoint again, or "
                 "choose a teacher that transformers loads as a causal language model"
             )
-        if found[0] != shape or found[1] is None:
+        if shape != wanted or dtype is None:
             raise CheckpointError(
-                f"{source.name}: {name} is {found[0]} ({found[1] or 'no plain float type'}), expected floating {shape} by its "
+                f"{source.name}: {name} is {shape} ({dtype or 'no plain float type'}), expected floating {wanted} by its "
                 "config.json; compare the two, or start from the unquantised checkpoint"
             )
 
@@ -152,10 +144,8 @@ def new_student(cls, source, dtype, seed, **options):
     of_teacher = {name: "copied" if name in (EMBEDDING, HEAD) else "left out" for name in source.tensors}
     if tied and HEAD in of_teacher:
         of_teacher[HEAD] = f"duplicate of the tied {EMBEDDING}"
-    of_student = {
-        name: f"{'copied' if name in (EMBEDDING, HEAD) else 'new'}, {'trainable' if p.requires_grad else 'frozen'}"
-        for name, p in student.named_parameters()
-    }
+    of_student = {name: "trainable" if p.requires_grad else "frozen" for name, p in student.named_parameters()}
+    of_student = {n: f"{'copied' if n in (EMBEDDING, HEAD) else 'new'}, {state}" for n, state in of_student.items()}
     facts = source.name, source.config.model_type, str(config.dtype).removeprefix("torch."), list(config.block_types)
     student.transfer_report = DistilReport(*facts, of_teacher, of_student, parameters_of(student))
     return student.eval()

@@ -127,7 +127,7 @@ def defined_in(package):
 
 def imported(node):
     """What `from module import names` takes from where: [(module, name or None for the module itself, its name here)]."""
-    found = []
+    names = []
     for alias in node.names:
         module, name = node.module, alias.name
         # first: xlstm_kernels.mix is the function, which hides the folder of its name
@@ -135,8 +135,8 @@ def imported(node):
             module, name = defined_in(module)[name]
         elif origin(f"{module}.{name}"):
             module, name = f"{module}.{name}", None
-        found.append((module, name, alias.asname or alias.name))
-    return found
+        names.append((module, name, alias.asname or alias.name))
+    return names
 
 
 def relative(node):
@@ -198,20 +198,6 @@ def code():
             files[name], needed = rewritten(module)
             wanted += sorted(needed)
     return dict(sorted(files.items()))
-
-
-def write_code(directory):
-    """Write the files of `code`; CheckpointError if transformers would not find one of them."""
-    files = code()
-    for name, text in files.items():
-        write_file(directory / name, text.encode())
-    found = {Path(file).name for file in get_relative_import_files(directory / f"{MODELING}.py")} | {f"{MODELING}.py"}
-    if found != set(files):
-        raise CheckpointError(
-            f"{Path(directory).name}: transformers would copy {sorted(found ^ set(files))} more or less than the code needs; "
-            "report this with the version of transformers"
-        )
-    return list(files)
 
 
 # --- the checkpoint ----------------------------------------------------------------------------------------------
@@ -298,13 +284,21 @@ def export(checkpoint, out, overwrite=False):
             drop = re.compile("auto_map|name_or_path|.*_file")
             values = read_json(contained(checkpoint, TOKENIZER), checkpoint.name)
             write_json(directory / TOKENIZER, {key: x for key, x in values.items() if not drop.fullmatch(key)})
-        files = write_code(directory)
+        files = code()
+        for name, text in files.items():
+            write_file(directory / name, text.encode())
+        copied = {f"{MODELING}.py", *(Path(p).name for p in get_relative_import_files(directory / f"{MODELING}.py"))}
+        if copied != set(files):
+            raise CheckpointError(
+                f"{directory.name}: transformers would copy {sorted(copied ^ set(files))} more or less than the code needs; "
+                "report this with the version of transformers"
+            )
         write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))
         seconds = round(time.monotonic() - started, 3)
-        config = {"auto_map": AUTO_MAP, "code": files}
+        config = {"auto_map": AUTO_MAP, "code": list(files)}
         add_provenance(directory, "export", parent=checkpoint, config=config, seconds=seconds)
         written = sorted(p.name for p in directory.iterdir())
         write_manifest(directory)
     left = sorted(p.name for p in checkpoint.iterdir() if p.name not in {*written, MANIFEST, PROVENANCE})
-    return ExportReport([*written, MANIFEST], files, left)
+    return ExportReport([*written, MANIFEST], list(files), left)

@@ -58,13 +58,12 @@ def unlisted(folder, code):
             yield f"{name}: is a link, expected a file"
         elif path.is_dir():
             yield f"{name}/: is a folder, expected files only"
-        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS):
-            continue
-        elif CODE.fullmatch(name) and path.parent == folder:
-            if not code:
-                yield f"{name}: is code; allow it if this checkpoint is meant to run with trust_remote_code"
-        elif path.parent == folder:
+        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS) or path.parent != folder:
+            continue  # of what lies in a folder, the folder is named
+        elif not CODE.fullmatch(name):
             yield f"{name}: is not a file that a checkpoint needs"
+        elif not code:
+            yield f"{name}: is code; allow it if this checkpoint is meant to run with trust_remote_code"
 
 
 def findings(text, names=()):
@@ -151,16 +150,16 @@ def png_text(path):
     """The text chunks of a PNG, where programs write names and paths; `[compressed]` stands for what would have to be
     unpacked first.
     """
-    data, place, found = path.read_bytes(), 8, []
+    data, place, texts = path.read_bytes(), 8, []
     while place + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
         if kind in (b"tEXt", b"iTXt", b"zTXt", b"eXIf"):
             text = data[place + 8 : place + 8 + length].decode("latin-1")
             # keyword of at most 79 characters, end, flag
             packed = kind == b"zTXt" or (kind == b"iTXt" and "\0\1" in text[:82])
-            found.append("[compressed]" if packed else text)
+            texts.append("[compressed]" if packed else text)
         place += 12 + length
-    return "\n".join(found)
+    return "\n".join(texts)
 
 
 def inspect(path, names):

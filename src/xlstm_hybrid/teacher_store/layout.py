@@ -279,7 +279,7 @@ def decode(arrays, kind, k, vocab_size, where):
             f"{where}, {describe_place(starts, p)}: {fault[1]}; the store was not written by cache-teacher: build it again"
         )
     if kind == "topk" and P:
-        mass, kept = np.exp(logp).sum(1, dtype=np.float64), -np.expm1(rest.astype(np.float64))
-        scale = np.log(np.divide(kept, mass, out=np.ones(P), where=(mass > 0) & (kept > 0)))
+        mass, exact = np.exp(logp).sum(1, dtype=np.float64), -np.expm1(rest.astype(np.float64))
+        scale = np.log(np.divide(exact, mass, out=np.ones(P), where=(mass > 0) & (exact > 0)))
         logp = np.minimum(logp + scale[:, None].astype(np.float32), 0.0)
     return StoredRow((tokens & ID).astype(np.int64), starts, stored, ids, logp, rest)

@@ -138,17 +138,13 @@ class TeacherStore:
             return str(error)
         return f"no row of it shows where: {AGAIN}"
 
-    def verify(self, report=None):
-        """Hash every shard and check every row; raises StoreError at the first that is not as it was written. `report`:
-        of (shard, shards).
-        """
+    def verify(self):
+        """Hash every shard and check every row; raises StoreError at the first that is not as it was written."""
         whole = TeacherStore(self.directory, verify="full")
         for j in range(len(self.first) - 1):
             for n in range(self.first[j], self.first[j + 1]):
                 whole.row(n)
             whole.opened.pop(j)
-            if report is not None:
-                report(j + 1, len(self.first) - 1)
 
     def example(self, n):
         """Row n with an entry per token: `input_ids, position_ids, teacher_rest [T], teacher_ids, teacher_logp [T, M]`;
@@ -259,20 +255,20 @@ def places(batch, numbers, stored):
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(B, T, dtype=torch.bool)
     lengths = [len(row.input_ids) for row in stored]
     if len(numbers) == B:
-        found = [(b, real[b].nonzero()[:, 0]) for b in range(B)]
+        parts = [(b, real[b].nonzero()[:, 0]) for b in range(B)]
     elif B == 1 and int(real.sum()) == sum(lengths):
-        found = [(0, part) for part in real[0].nonzero()[:, 0].split(lengths)]
+        parts = [(0, part) for part in real[0].nonzero()[:, 0].split(lengths)]
     else:
         raise StoreError(
             f"rows {numbers} of {lengths} tokens became a batch of {[B, T]}: expected one row each, or all of them joined to one"
         )
-    for n, length, (_, place) in zip(numbers, lengths, found, strict=True):
+    for n, length, (_, place) in zip(numbers, lengths, parts, strict=True):
         if len(place) != length:
             raise StoreError(
                 f"row {n}, document 0: {len(place)} tokens in the batch, {length} in the store; read it with the data that it was made "
                 "from, neither cut nor packed again"
             )
-    return found
+    return parts
 
 
 def require_same_row(batch, row, n):

@@ -52,9 +52,8 @@ def weights_hash(directory):
     """SHA-256 over config and weights of a checkpoint directory, whatever its files are called elsewhere."""
     directory = Path(directory)
     names = sorted({"config.json", *(file.name for file in weight_files(directory).values())})
-    return hashlib.sha256(
-        "".join(f"{name} {digest(contained(directory, name))}\n" for name in names).encode()
-    ).hexdigest()
+    lines = "".join(f"{name} {digest(contained(directory, name))}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def plan_store(rows, vocab_size, shard_tokens=SHARD_TOKENS):
@@ -186,8 +185,8 @@ def build_store(
             f"a positive number and 1..{LARGEST_VOCABULARY}"
         )
     out = Path(out)
-    found, first = plan or plan_store(rows, vocab_size, shard_tokens)
-    spec = {**(spec or {}), **found, "kind": kind, "k": k, "temperature": float(temperature), "vocab_size": vocab_size}
+    fields, first = plan or plan_store(rows, vocab_size, shard_tokens)
+    spec = {**(spec or {}), **fields, "kind": kind, "k": k, "temperature": float(temperature), "vocab_size": vocab_size}
     out.mkdir(parents=True, exist_ok=True)
     index = refresh_index(out, spec, first)
     count = len(first) - 1
@@ -213,11 +212,11 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
     from safetensors.numpy import save_file
 
     inputs = [row_input(rows[n], n, spec["vocab_size"]) for n in numbers]
-    found = []
+    answers = []
     for begin in range(0, len(inputs), batch_size):
-        found += targets(inputs[begin : begin + batch_size])
+        answers += targets(inputs[begin : begin + batch_size])
         alive()
-    arrays = pack(inputs, found, spec["kind"], spec["k"], spec["vocab_size"])
+    arrays = pack(inputs, answers, spec["kind"], spec["k"], spec["vocab_size"])
     name = shard_name(j)
     temporary = out / f".tmp-{name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
     try:
