@@ -116,12 +116,12 @@ def test_positions_jump_forwards_only_and_reach_the_longest_test():
 def test_training_a_teacher_writes_a_checkpoint_with_its_accuracies(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from xlstm_hybrid.checkpoint.files import read_provenance, verify
+    from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 
     monkeypatch.setattr(teacher, "measure", lambda model: {"single": {64: 0.5}})
     stages = ({"length": 32, "rows": 2, "steps": 3, "recall_share": 0.5},)
     assert teacher.train("llama", tmp_path / "t", stages, progress=lambda text: None) == {"single": {64: 0.5}}
-    verify(tmp_path / "t")
+    verify_files(tmp_path / "t")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.vocab_size == data.VOCAB
     assert AutoTokenizer.from_pretrained(tmp_path / "t")("<5> <200>")["input_ids"] == [5, 200]
     assert read_provenance(tmp_path / "t")[0]["figures"]["accuracy"]["single"]["64"] == 0.5

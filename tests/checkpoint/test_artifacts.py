@@ -14,11 +14,11 @@ from xlstm_hybrid.checkpoint import files as artifacts
 from xlstm_hybrid.checkpoint.files import (
     add_provenance,
     check_space,
-    plain,
+    publishable,
     read_json,
     read_provenance,
     staged,
-    verify,
+    verify_files,
     weight_files,
     write_json,
     write_manifest,
@@ -201,8 +201,8 @@ def test_a_manifest_lists_every_file_but_itself(checkpoint):
         "pictures/curve.png",
     ]
     assert listed["files"]["pictures/curve.png"] == {"size": 3, "sha256": hashlib.sha256(b"png").hexdigest()}
-    verify(checkpoint)
-    verify(checkpoint, level="size")
+    verify_files(checkpoint)
+    verify_files(checkpoint, level="size")
 
 
 def test_every_flipped_bit_of_a_weight_is_found(checkpoint):
@@ -210,12 +210,12 @@ def test_every_flipped_bit_of_a_weight_is_found(checkpoint):
     content = file.read_bytes()
     for position in range(0, len(content), 7):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
-        verify(checkpoint, level="size")
+        verify_files(checkpoint, level="size")
         with pytest.raises(
             CheckpointError,
             match=r"model-1.safetensors has SHA-256 [0-9a-f]{12}..., expected [0-9a-f]{12}..., it is damaged",
         ):
-            verify(checkpoint)
+            verify_files(checkpoint)
 
 
 def list_file(folder, **entries):
@@ -256,12 +256,12 @@ def test_a_spoilt_checkpoint_is_refused_by_name(case, level, checkpoint):
     spoil, message = SPOILT[case]
     spoil(checkpoint)
     with pytest.raises(CheckpointError, match=f"student: {message}"):
-        verify(checkpoint, level)
+        verify_files(checkpoint, level)
 
 
 def test_a_misspelt_level_does_not_pass_for_a_check(checkpoint):
     with pytest.raises(CheckpointError, match="level='sizes', expected 'full' or 'size'"):
-        verify(checkpoint, level="sizes")
+        verify_files(checkpoint, level="sizes")
 
 
 # --- provenance ------------------------------------------------------------------------------------------------
@@ -325,14 +325,14 @@ def test_a_record_holds_no_path_no_host_and_no_secret(tmp_path):
 
 
 def test_numbers_keep_their_type():
-    assert plain({"n": 3, "x": 0.5, "yes": True, "none": None, "t": (1, 2)}) == {
+    assert publishable({"n": 3, "x": 0.5, "yes": True, "none": None, "t": (1, 2)}) == {
         "n": 3,
         "x": 0.5,
         "yes": True,
         "none": None,
         "t": [1, 2],
     }
-    assert plain(True) is True and plain(float("inf")) is None
+    assert publishable(True) is True and publishable(float("inf")) is None
 
 
 def test_a_damaged_record_is_refused(tmp_path):
@@ -405,4 +405,4 @@ def test_a_hub_snapshot_may_link_to_its_blobs(checkpoint, tmp_path):
     assert set(weight_files(snapshot)) == {"a", "b"}
     (snapshot / "pictures").mkdir()
     (snapshot / "pictures" / "curve.png").write_bytes(b"png")
-    verify(snapshot)
+    verify_files(snapshot)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.pipeline import Run
 from xlstm_hybrid.recipe.schema import load_recipe
@@ -29,7 +29,7 @@ def before(tmp_path):
 
 def test_a_checkpoint_gives_the_logits_that_it_gave(before):
     expected = json.loads((before / "expected.json").read_text())
-    verify(before / "run/student")
+    verify_files(before / "run/student")
     stages = [entry["stage"] for entry in read_provenance(before / "run/student")]
     assert stages[0] == "convert" and {"align", "distill", "merge", "evaluate"} <= {
         stage.partition(":")[0] for stage in stages

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import xlstm_hybrid.conversion.source
 from xlstm_hybrid import XLSTMHybridForCausalLM
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files
 from xlstm_hybrid.checkpoint.weights import plan_shards
 from xlstm_hybrid.conversion.convert import INITS, Transfer, convert, empty_student
 from xlstm_hybrid.conversion.families import student_config
@@ -213,7 +213,7 @@ def test_one_shard_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
 def test_a_student_knows_where_it_comes_from(llama, tmp_path):
     add_provenance(llama, "teacher", figures={"exact_match": 1.0})
     report = convert(llama, tmp_path / "out", sliding_window=16, num_sink_tokens=2, dtype="bfloat16", mlstm_context=128)
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
     made, converted = read_provenance(tmp_path / "out")
     assert (made["stage"], converted["stage"], converted["parent"]) == ("teacher", "convert", "llama")
     assert converted["config"] == {

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import (
     choose_metric,
@@ -621,14 +621,14 @@ def checkpoint(tmp_path):
 
 def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comparison, checkpoint):
     record(comparison, "s<1>", checkpoint)
-    verify(checkpoint)
+    verify_files(checkpoint)
     stage = read_provenance(checkpoint)[-1]
     assert stage["stage"] == "compare" and stage["figures"]["scores"] == {"arc": 0.45, "gsm8k": 0.5, "code": 0.4}
     assert (
         stage["config"]["shots"] == dict.fromkeys(ANSWERS, 5) and stage["config"]["metrics"]["arc"] == "acc_norm,none"
     )
     text = write_card(checkpoint).read_text()
-    verify(checkpoint)
+    verify_files(checkpoint)
     assert "| benchmark | metric | shots | score | teacher | recovery |" in text
     assert (
         "| code | pass@1,create_test | 5 | 0.4 | 0.8 | 50.0 % |" in text

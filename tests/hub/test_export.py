@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_imports
 from typer.testing import CliRunner
 
 import xlstm_hybrid.hub.export
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files, write_manifest
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.hub.export import AUTO_MAP, code, export
@@ -54,7 +54,7 @@ def exercise(model, tokenizer):
     return {name: x.detach().clone().contiguous() for name, x in results.items()}
 
 
-STRANGER = """
+WITHOUT_PACKAGE = """
 import json, os, sys
 plain, exported, out = sys.argv[1:]
 
@@ -139,9 +139,9 @@ def exported(plain):
 
 
 @pytest.fixture(scope="module")
-def stranger(plain, exported, tmp_path_factory):
+def without_package(plain, exported, tmp_path_factory):
     """What a process says that has transformers and not our package, and the tensors that it computed."""
-    out = tmp_path_factory.mktemp("stranger")
+    out = tmp_path_factory.mktemp("without_package")
     downloaded = out / "hub/models--me--student-1.5"  # as huggingface_hub keeps a repository
     shutil.copytree(exported[0], downloaded / "snapshots" / COMMIT)
     (downloaded / "refs").mkdir()
@@ -156,7 +156,7 @@ def stranger(plain, exported, tmp_path_factory):
         "TOKENIZERS_PARALLELISM": "false",
     }
     ran = subprocess.run(
-        [sys.executable, "-c", STRANGER, plain, exported[0], out],
+        [sys.executable, "-c", WITHOUT_PACKAGE, plain, exported[0], out],
         capture_output=True,
         text=True,
         cwd=out,
@@ -171,8 +171,8 @@ def stranger(plain, exported, tmp_path_factory):
 # --- without the package -----------------------------------------------------------------------------------------
 
 
-def test_the_carried_code_computes_generates_and_trains_bit_for_bit_as_the_package(stranger, plain):
-    said, theirs = stranger
+def test_the_carried_code_computes_generates_and_trains_bit_for_bit_as_the_package(without_package, plain):
+    said, theirs = without_package
     assert said["module"].startswith("transformers_modules.")
     tokenizer = AutoTokenizer.from_pretrained(plain, padding_side="left")
     ours = exercise(AutoModelForCausalLM.from_pretrained(plain), tokenizer)
@@ -187,28 +187,28 @@ def test_the_carried_code_computes_generates_and_trains_bit_for_bit_as_the_packa
     )
 
 
-def test_a_repository_of_the_hub_is_the_same_model(stranger):
+def test_a_repository_of_the_hub_is_the_same_model(without_package):
     """There transformers fetches one file of code after the other, by its imports."""
-    assert torch.equal(stranger[1]["from the Hub"], stranger[1]["logits"])
+    assert torch.equal(without_package[1]["from the Hub"], without_package[1]["logits"])
 
 
-def test_what_it_saves_carries_the_code_on(stranger):
-    said, theirs = stranger
+def test_what_it_saves_carries_the_code_on(without_package):
+    said, theirs = without_package
     for what in ("", ", gradient"):
         assert torch.equal(theirs[f"saved again{what}"], theirs[f"after training{what}"])
     assert set(code()) <= set(said["files"])
 
 
-def test_all_three_auto_classes_find_their_class(stranger, exported):
-    assert (stranger[0]["config"], stranger[0]["base"]) == ("xlstm_hybrid", "XLSTMHybridModel")
+def test_all_three_auto_classes_find_their_class(without_package, exported):
+    assert (without_package[0]["config"], without_package[0]["base"]) == ("xlstm_hybrid", "XLSTMHybridModel")
     assert json.loads((exported[0] / "config.json").read_text())["auto_map"] == AUTO_MAP
     for place in AUTO_MAP.values():
         file, name = place.split(".")
         assert f"class {name}(" in (exported[0] / f"{file}.py").read_text()
 
 
-def test_who_has_neither_package_nor_trust_is_told_what_to_do(stranger):
-    said, _ = stranger
+def test_who_has_neither_package_nor_trust_is_told_what_to_do(without_package):
+    said, _ = without_package
     assert (
         said["plain"].startswith("ValueError") and "`xlstm_hybrid`" in said["plain"]
     )  # transformers' text; all a file can put in is the type's name
@@ -216,8 +216,8 @@ def test_who_has_neither_package_nor_trust_is_told_what_to_do(stranger):
         assert said[way].startswith("ValueError") and "trust_remote_code=True" in said[way]
 
 
-def test_a_tokenizer_needs_no_trust(stranger):
-    assert stranger[0]["plain tokenizer"] == stranger[0]["tokenizer, not trusted"] == "TokenizersBackend"
+def test_a_tokenizer_needs_no_trust(without_package):
+    assert without_package[0]["plain tokenizer"] == without_package[0]["tokenizer, not trusted"] == "TokenizersBackend"
 
 
 # --- with the package --------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_everything_a_user_needs_travels_and_nothing_else(plain, exported):
 
 def test_the_record_goes_on_and_the_manifest_holds(plain, exported):
     folder, _ = exported
-    verify(folder)
+    verify_files(folder)
     *before, last = read_provenance(folder)
     assert before == read_provenance(plain) and (last["stage"], last["parent"]) == ("export", "plain.v1")
     assert last["config"]["auto_map"] == AUTO_MAP
@@ -476,12 +476,12 @@ def test_code_that_transformers_would_not_find_is_refused(plain, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_exports(plain, tmp_path):
+def test_the_command_exports(plain, tmp_path):
     from xlstm_hybrid import cli
 
     ran = CliRunner().invoke(cli.app, ["export", str(plain), str(tmp_path / "out")])
     assert ran.exit_code == 0 and "training_args.bin" in ran.output, ran.output
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import xlstm_hybrid.merging.merge
-from xlstm_hybrid.checkpoint.files import add_provenance, digest, read_provenance, verify, weight_files, write_manifest
+from xlstm_hybrid.checkpoint.files import (
+    add_provenance,
+    digest,
+    read_provenance,
+    verify_files,
+    weight_files,
+    write_manifest,
+)
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.merging.merge import GROUPS, group_of, merge, mergekit_architecture, stream_weights
 from xlstm_hybrid.merging.methods import MERGES, measure_statistics, task_arithmetic
@@ -137,7 +144,7 @@ def test_one_tensor_of_each_expert_is_in_memory_at_a_time(experts, tmp_path, mon
 
 def test_the_result_is_listed_and_knows_where_it_comes_from(experts, tmp_path):
     merge(experts, tmp_path / "out", weights=[0.5, 0.3, 0.2])
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
     stages = read_provenance(tmp_path / "out")
     assert [s["stage"] for s in stages] == ["convert", "align", "distill:math", "distill:code", "distill:chat", "merge"]
     assert stages[-1]["config"] == {
@@ -711,7 +718,7 @@ def test_a_failure_between_shards_leaves_the_previous_result(experts, tmp_path, 
         merge(experts, tmp_path / "out", weights=[1, 0, 0], overwrite=True, shard_bytes=1)
     assert len(written) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["experts", "out"]
     assert same_bits(stored(tmp_path / "out"), before)
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
 
 
 def test_the_result_never_replaces_what_it_is_made_of(experts, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files
 from xlstm_hybrid.errors import EvaluationError, MergeError
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.merging.merge import merge
@@ -144,7 +144,7 @@ def test_the_best_merge_is_written_with_every_candidate_in_its_record(experts, t
     found = search_merge(experts, tmp_path / "out", judge, TEACHER, calibration="12 prompts", budget=32)
     assert found.experts == ["math", "code", "chat"] and found.weights == pytest.approx((0.5, 0.3, 0.2), abs=0.02)
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.tensor(found.weights))
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
     kept = read_provenance(tmp_path / "out")[-1]["figures"]["search"]
     assert (
         len(kept["candidates"]) == len(found.candidates)

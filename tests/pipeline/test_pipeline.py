@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli, pipeline
-from xlstm_hybrid.checkpoint.files import read_provenance, verify, write_manifest
+from xlstm_hybrid.checkpoint.files import read_provenance, verify_files, write_manifest
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation import efficiency, efficiency_checks
@@ -87,7 +87,7 @@ def run(*arguments, fails=None):
 
 def test_a_run_arrives_with_a_student_that_loads_and_generates(finished):
     out, _ = finished
-    verify(out / "student")
+    verify_files(out / "student")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(out / "student"),
         AutoTokenizer.from_pretrained(out / "student"),
@@ -599,7 +599,7 @@ def test_two_processes_under_accelerate_make_the_student_that_one_makes(tmp_path
             timeout=240,
         )
         assert result.returncode == 0, result.stderr[-3000:]
-        verify(tmp_path / name)
+        verify_files(tmp_path / name)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     moved = [key for key in one if not torch.equal(one[key], load_file(converted / "model.safetensors")[key])]
     assert moved and all(".mlstm." in key for key in moved)

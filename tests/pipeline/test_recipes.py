@@ -13,7 +13,7 @@ from test_data import TALK, letters, lines
 from tiny_teachers import model_class, teacher_config
 from transformers import LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
-from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 from xlstm_hybrid.commands.plan import shown
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.pipeline import Run
@@ -235,7 +235,7 @@ def test_all_stages_of_a_recipe_run_on_a_tiny_teacher_of_its_family(tmp_path, na
     recipe = tiny_version(load_recipe(RECIPES / f"{name}.yaml"), TEACHERS[name][0], tmp_path)
     out = tmp_path / "run"
     results = Run(recipe, out, console=Console(file=open(tmp_path / "console.txt", "w"), width=120)).run()  # noqa: SIM115
-    verify(out / "student")
+    verify_files(out / "student")
     stages = [s["stage"] for s in read_provenance(out / "student")]
     merged = ["merge"] if recipe.merge else []
     assert stages == ["convert", "align", *(f"distill:{e}" for e in recipe.experts), *merged, "evaluate"]

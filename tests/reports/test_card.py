@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import xlstm_hybrid.reports.card
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.reports.card import flat, listed, write_card
 
@@ -161,12 +161,12 @@ def test_a_new_card_is_listed_in_the_manifest_and_hides_no_damage(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_manifest(record(tmp_path))
     write_card(tmp_path)
-    verify(tmp_path)
+    verify_files(tmp_path)
     assert "README.md" in json.loads((tmp_path / "manifest.json").read_text())["files"]
     (tmp_path / "config.json").write_text("[]")
     write_card(tmp_path, RESULTS)
     with pytest.raises(CheckpointError, match="config.json has SHA-256"):
-        verify(tmp_path)
+        verify_files(tmp_path)
 
 
 def test_a_local_teacher_is_named_but_is_no_base_model_of_the_hub(tmp_path):

@@ -510,7 +510,7 @@ def test_a_killed_writer_leaves_a_store_that_goes_on(made, tmp_path, spawn):
     calls = []
     build(out, targets=counting(calls))
     assert len(calls) == ROWS - sum(json.loads((made / name).read_text())["rows"] for name in finished)
-    assert bytes_of(out) == bytes_of(made)  # no claim and no temporary file either
+    assert bytes_of(out) == bytes_of(made)  # no lock and no temporary file either
 
 
 def test_writers_at_once_share_the_work_and_leave_the_same_bytes(made, tmp_path, spawn):
@@ -523,14 +523,14 @@ def test_writers_at_once_share_the_work_and_leave_the_same_bytes(made, tmp_path,
 
 
 def test_two_writers_of_one_shard_are_harmless(made, tmp_path):
-    """What claims prevent, and nothing depends on: the second writer replaces the shard by the same bytes."""
+    """What locks prevent, and nothing depends on: the second writer replaces the shard by the same bytes."""
     out = shutil.copytree(made, tmp_path / "store")
     spec = TeacherStore(out).spec
     write_shard(out, 2, data(), range(6, 9), targets, spec, batch_size=3)
     assert bytes_of(out) == bytes_of(made)
 
 
-def test_a_claim_of_the_living_is_respected_and_one_of_the_dead_is_not(tmp_path, monkeypatch):
+def test_a_lock_of_the_living_is_respected_and_one_of_the_dead_is_not(tmp_path, monkeypatch):
     path = tmp_path / ".claim"
     assert take(path)
     assert take(path)  # our own, left behind

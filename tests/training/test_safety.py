@@ -21,7 +21,7 @@ from test_alignment import collate, tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.checkpoint import files as artifacts
-from xlstm_hybrid.checkpoint.files import checkpoints_by_step, newest_verified, verify
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, newest_verified, verify_files
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError
 from xlstm_hybrid.training import checkpoints
 from xlstm_hybrid.training import resume as safety
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_listed_verified_and_holds_no_pickle(whole_run):
     folder, _ = whole_run
     assert [path.name for path in checkpoints_by_step(folder)] == [f"checkpoint-{n}" for n in range(1, STEPS + 1)]
     newest = folder / f"checkpoint-{STEPS}"
-    verify(newest, "full")
+    verify_files(newest, "full")
     names = {path.name for path in newest.iterdir()}
     assert {
         "model.safetensors",

@@ -19,7 +19,7 @@ from test_alignment import collate, tokenizer, trainer_of
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify
+from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify_files
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training import checkpoints
 from xlstm_hybrid.training import distributed as scale
@@ -403,7 +403,7 @@ def test_processes_that_would_calculate_in_different_precisions_are_refused_by_a
 def keep_first(folder):
     for path in checkpoints_by_step(folder)[1:]:
         path.rename(path.with_name(f"later-{path.name}"))
-    verify(folder / "checkpoint-1")
+    verify_files(folder / "checkpoint-1")
 
 
 @pytest.mark.parametrize("way", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])

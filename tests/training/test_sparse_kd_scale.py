@@ -66,7 +66,7 @@ def sparse_trainer(folder, tied=False, **settings):
 MAKERS = MAKERS | {"sparse": sparse_trainer}
 
 
-def walk(folder, **settings):
+def train_run(folder, **settings):
     import test_scale
 
     test_scale.MAKERS = MAKERS
@@ -87,10 +87,10 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in HEAVY]
 
 @pytest.mark.parametrize("way, objective, settings", CASES)
 def test_two_processes_give_the_losses_gradients_and_weights_of_one(way, objective, settings, tmp_path):
-    expected = walk(tmp_path / "alone", **OBJECTIVES[objective], **settings)
+    expected = train_run(tmp_path / "alone", **OBJECTIVES[objective], **settings)
     assert len(expected["log"]) == 2 and all(g.abs().sum() > 0 for g in expected["gradients"].values())
     for rank in launch(
-        walk, tmp_path / "run", folder=tmp_path / "group", **OBJECTIVES[objective], **settings, **WAYS[way]
+        train_run, tmp_path / "run", folder=tmp_path / "group", **OBJECTIVES[objective], **settings, **WAYS[way]
     ):
         assert rank["gradients"].keys() == expected["gradients"].keys()
         assert rank["sharded"] == (len(expected["weights"]) if way == "fsdp2" else 0)

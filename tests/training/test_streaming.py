@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_alignment import LENGTH, aligned, arguments, collate, tokenizer
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.checkpoint.files import read_provenance, verify
+from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training import alignment_by_groups as streaming
 from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
@@ -93,7 +93,7 @@ def test_in_bfloat16_streamed_alignment_is_the_joint_one_too(dtype, checkpoint, 
 
 def test_the_result_is_a_checkpoint_with_record_and_measures(checkpoint, tmp_path):
     figures = streamed(checkpoint, tmp_path, 2)
-    verify(tmp_path / "out")
+    verify_files(tmp_path / "out")
     assert not (tmp_path / "out.streaming").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     after = measure_alignment(model, [HELD_OUT])

@@ -1,6 +1,4 @@
-"""Checkpoint directories: written whole or not at all, listed with their hashes, and with a record of where they came
-from.
-"""
+"""Checkpoint directories: written whole or not at all, listed with their hashes, with a record of their stages."""
 
 import contextlib
 import hashlib
@@ -38,12 +36,16 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointWriteError(
-            f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
-            "what was there before is untouched"
-        ) from error
+        raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_written(path, error):
+    return CheckpointWriteError(
+        f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
+        "what was there before is untouched"
+    )
 
 
 def write_json(path, value):
@@ -69,20 +71,15 @@ def read_json(path, what):
     """The object in a JSON file of checkpoint `what`; CheckpointError where it is missing, damaged, too large or no
     object.
     """
-    path = Path(path)
-
-    def refuse(reason):
-        return CheckpointError(
-            f"{what}: {path.name} cannot be read ({reason}); restore it or make the checkpoint again"
-        )
-
-    return read_object(path, JSON_BYTES, refuse)
+    path, step = Path(path), "restore it or make the checkpoint again"
+    return read_object(
+        path, JSON_BYTES, lambda reason: CheckpointError(f"{what}: {path.name} cannot be read ({reason}); {step}")
+    )
 
 
 def read_versioned(path, what):
     value = read_json(path, what)
-    if value.get("format_version") != FORMAT_VERSION:
-        found = value.get("format_version")
+    if (found := value.get("format_version")) != FORMAT_VERSION:
         raise CheckpointError(
             f"{what}: {path.name} has format_version {found}, expected {FORMAT_VERSION}; upgrade xlstm-hybrid"
         )
@@ -125,10 +122,8 @@ def dead(text):
         return False  # not written yet, or of another machine
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # alive, and somebody else's
+    except OSError as error:  # of another kind: alive, and somebody else's
+        return isinstance(error, ProcessLookupError)
     return False
 
 
@@ -183,35 +178,25 @@ def staged(path, overwrite=False):
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
-        exchange(temporary, path, retired, overwrite)
+        there = path.exists()
+        if there and not overwrite and any(path.iterdir()):
+            raise CheckpointError(
+                f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
+            )
+        if there:
+            os.rename(path, retired)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if there:
+                os.rename(retired, path)
+            raise
+        sync(path.parent)
     except OSError as error:
-        raise CheckpointWriteError(
-            f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
-            "what was there before is untouched"
-        ) from error
+        raise not_written(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def exchange(new, path, retired, overwrite):
-    """Rename `new` to `path`; what was there goes to `retired`, and comes back if the rename fails. What came meanwhile
-    is not replaced unasked.
-    """
-    there = path.exists()
-    if there and not overwrite and any(path.iterdir()):
-        raise CheckpointError(
-            f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
-        )
-    if there:
-        os.rename(path, retired)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if there:
-            os.rename(retired, path)
-        raise
-    sync(path.parent)
 
 
 # --- manifest --------------------------------------------------------------------------------------------------
@@ -232,7 +217,7 @@ def write_manifest(directory):
     write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
 
 
-def verify(directory, level="full"):
+def verify_files(directory, level="full"):
     """Compare a checkpoint with its manifest.
 
     Args:
@@ -241,18 +226,26 @@ def verify(directory, level="full"):
         CheckpointError: no manifest, another format, a file that is missing or differs, weights that the manifest does
             not list; it names the file, what was expected and what was found.
     """
-    directory = Path(directory)
+    directory, step = Path(directory), "make or download the checkpoint again"
     if level not in ("full", "size"):
-        raise CheckpointError(f"verify: level={level!r}, expected 'full' or 'size'")
+        raise CheckpointError(f"verify_files: level={level!r}, expected 'full' or 'size'")
     listed = read_versioned(directory / MANIFEST, directory.name).get("files")
     if not isinstance(listed, dict) or not all(
         isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in listed.values()
     ):
-        raise CheckpointError(
-            f"{directory.name}: {MANIFEST} lists no files with size and sha256; make or download the checkpoint again"
-        )
+        raise CheckpointError(f"{directory.name}: {MANIFEST} lists no files with size and sha256; {step}")
     for name, entry in listed.items():
-        check_file(directory, name, entry, level)
+        file, fault = directory / name, None
+        if not inside(directory, file):
+            fault = f"{MANIFEST} lists {name!r}, expected names inside of the directory"
+        elif not file.is_file():
+            fault = f"{name} is missing, expected {entry['size']} bytes"
+        elif file.stat().st_size != entry["size"]:
+            fault = f"{name} has {file.stat().st_size} bytes, expected {entry['size']}"
+        elif level == "full" and (found := digest(file)) != entry["sha256"]:
+            fault = f"{name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged"
+        if fault:
+            raise CheckpointError(f"{directory.name}: {fault}; {step}")
     # a stale index or shard would be loaded in the place of the listed ones
     for file in sorted(directory.glob("*.safetensors*")):
         if file.name not in listed:
@@ -262,27 +255,12 @@ def verify(directory, level="full"):
             )
 
 
-def check_file(directory, name, entry, level):
-    file, step = directory / name, "make or download the checkpoint again"
-    if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
-        raise CheckpointError(
-            f"{directory.name}: {MANIFEST} lists {name!r}, expected names inside of the directory; {step}"
-        )
-    if not file.is_file():
-        raise CheckpointError(f"{directory.name}: {name} is missing, expected {entry['size']} bytes; {step}")
-    if file.stat().st_size != entry["size"]:
-        raise CheckpointError(
-            f"{directory.name}: {name} has {file.stat().st_size} bytes, expected {entry['size']}; {step}"
-        )
-    if level == "full" and (found := digest(file)) != entry["sha256"]:
-        raise CheckpointError(
-            f"{directory.name}: {name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged; {step}"
-        )
-
-
-def in_blobs(directory, file):
-    """Whether a file of a Hub snapshot links to the blobs of its own repository."""
-    return file.is_symlink() and file.resolve().is_relative_to(directory.resolve().parent.parent / "blobs")
+def inside(directory, file):
+    """Whether a file is in `directory` or links to the blobs of the Hub's repository that `directory` is a snapshot of."""
+    folder, target = directory.resolve(), file.resolve()
+    return target.is_relative_to(folder) or (
+        file.is_symlink() and target.is_relative_to(folder.parent.parent / "blobs")
+    )
 
 
 def contained(directory, name):
@@ -294,7 +272,7 @@ def contained(directory, name):
         raise CheckpointError(
             f"{directory.name}: names the file {name!r}, expected a plain name; make or download the checkpoint again"
         )
-    if not file.resolve().is_relative_to(directory.resolve()) and not in_blobs(directory, file):
+    if not inside(directory, file):
         raise CheckpointError(
             f"{directory.name}/{name}: links to a file outside of the checkpoint; replace the link by the file"
         )
@@ -303,22 +281,18 @@ def contained(directory, name):
 
 def checkpoints_by_step(directory):
     """Directories `checkpoint-<step>` of a run, the oldest step first."""
-    found = [
-        path
-        for path in Path(directory).glob("checkpoint-*")
-        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    steps = {path.name.removeprefix("checkpoint-"): path for path in Path(directory).glob("checkpoint-*")}
+    return [steps[n] for n in sorted(filter(str.isdigit, steps), key=int) if steps[n].is_dir()]
 
 
-def newest_verified(directory, level="full"):
+def newest_verified(directory):
     """`(path, skipped)`: the newest checkpoint of a run that its manifest confirms, or None, and `{name: reason}` of
     newer ones that it does not.
     """
     skipped = {}
     for path in reversed(checkpoints_by_step(directory)):
         try:
-            verify(path, level)
+            verify_files(path)
             return path, skipped
         except CheckpointError as error:
             skipped[path.name] = str(error)
@@ -328,23 +302,23 @@ def newest_verified(directory, level="full"):
 # --- provenance ------------------------------------------------------------------------------------------------
 
 
-def versions():
-    """Versions of what made a checkpoint."""
-    found = {"python": platform.python_version()}
+def installed_versions():
+    """Versions of what makes a checkpoint: Python, torch, transformers and this package."""
+    versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "xlstm-hybrid"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def plain(value):
+def publishable(value):
     """A value as JSON that can be published: an absolute path becomes its last component, a secret goes, a number that
     is not finite is None.
     """
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items() if not SECRETS.search(str(k))}
+        return {str(k): publishable(v) for k, v in value.items() if not SECRETS.search(str(k))}
     if isinstance(value, list | tuple | set):
-        return [plain(v) for v in value]
+        return [publishable(v) for v in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int):
@@ -355,13 +329,13 @@ def plain(value):
 
 def read_provenance(directory):
     """Stages that a checkpoint went through, oldest first; [] where there is no record."""
-    path = Path(directory) / PROVENANCE
-    if not path.is_file():
+    directory = Path(directory)
+    if not (directory / PROVENANCE).is_file():
         return []
-    stages = read_versioned(path, Path(directory).name).get("stages")
+    stages = read_versioned(directory / PROVENANCE, directory.name).get("stages")
     if not isinstance(stages, list) or not all(isinstance(s, dict) and isinstance(s.get("stage"), str) for s in stages):
         raise CheckpointError(
-            f"{Path(directory).name}: {PROVENANCE} holds no list of stages; restore it or make the checkpoint again"
+            f"{directory.name}: {PROVENANCE} holds no list of stages; restore it or make the checkpoint again"
         )
     return stages
 
@@ -376,21 +350,16 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
         config, data, figures: what the stage was told, what it read, what it measured: values that JSON has.
         seconds: wall-clock time of the stage.
     """
+    parent = parent if parent is None else Path(parent)
+    read = parent is not None and parent.is_dir()
     if stages is None:
-        stages = read_provenance(parent) if parent is not None and Path(parent).is_dir() else []
-    name = None if parent is None else Path(parent).resolve().name if Path(parent).is_dir() else Path(parent).name
-    entry = {
-        "stage": stage,
-        "parent": name,
-        "config": config,
-        "data": data,
-        "figures": figures,
-        "seconds": seconds,
-        "versions": versions(),
-    }
-    if parent is not None and (Path(parent) / MANIFEST).is_file():
-        entry["parent_manifest"] = digest(Path(parent) / MANIFEST)  # tells starts of the same name apart
-    entry = {key: plain(value) for key, value in entry.items() if value is not None}
+        stages = read_provenance(parent) if read else []
+    name = parent and (parent.resolve() if read else parent).name
+    entry = {"stage": stage, "parent": name, "config": config, "data": data, "figures": figures, "seconds": seconds}
+    entry["versions"] = installed_versions()
+    if read and (parent / MANIFEST).is_file():
+        entry["parent_manifest"] = digest(parent / MANIFEST)  # tells starts of the same name apart
+    entry = {key: publishable(value) for key, value in entry.items() if value is not None}
     write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
 
 
@@ -400,13 +369,14 @@ def append_stage(directory, stage, config=None, figures=None):
     Raises:
         CheckpointError: no record of stages, or files that are not those of the manifest.
     """
+    directory = Path(directory)
     stages = read_provenance(directory)
     if not stages:
         raise CheckpointError(
-            f"{Path(directory).name}: no record of stages, expected a checkpoint that this package made; name its directory"
+            f"{directory.name}: no record of stages, expected a checkpoint that this package made; name its directory"
         )
-    if (Path(directory) / MANIFEST).is_file():
-        verify(directory)
+    if (directory / MANIFEST).is_file():
+        verify_files(directory)
     add_provenance(directory, stage, stages=stages, config=config, figures=figures)
     relist(directory, PROVENANCE)
 
@@ -418,8 +388,8 @@ def relist(directory, name):
     file, path = Path(directory) / name, Path(directory) / MANIFEST
     if path.is_file():
         manifest = read_versioned(path, Path(directory).name)
-        entry = {name: {"size": file.stat().st_size, "sha256": digest(file)}}
-        write_json(path, {**manifest, "files": dict(sorted({**(manifest.get("files") or {}), **entry}.items()))})
+        files = (manifest.get("files") or {}) | {name: {"size": file.stat().st_size, "sha256": digest(file)}}
+        write_json(path, manifest | {"files": dict(sorted(files.items()))})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Claims: one of several processes does a piece of work, the others wait or do another. An optimisation, nothing's
+"""Locks: one of several processes does a piece of work, the others wait or do another. An optimisation, nothing's
 correctness depends on them.
 
-A claim is a file that names its process. A process of this machine that is gone has no claim; one of another machine
-must give a sign of life.
+A lock is a file that names its process. A process of this machine that is gone has no lock; one of another machine must
+give a sign of life.
 """
 
 import contextlib
@@ -12,15 +12,14 @@ import time
 
 from xlstm_hybrid.checkpoint.files import dead, owner
 
-CLAIM_SECONDS = 600  # without a sign of life after which a claim of another machine counts for nothing
-BEAT_SECONDS = 60  # between signs of life of `held`
+LOCK_SECONDS = 600  # without a sign of life after which a lock of another machine counts for nothing
+BEAT_SECONDS = 60  # between signs of life of `locked`
+POLL_SECONDS = 5  # between two looks at the lock of another
 
 
 @contextlib.contextmanager
-def claimed(path):
-    """`(True if this process may work under the claim, function that gives a sign of life)`; the claim goes with the
-    block.
-    """
+def try_lock(path):
+    """`(True if this process has the lock, function that gives a sign of life)`; it is let go after the block."""
     mine = take(path)
     try:
         yield mine, lambda: os.utime(path) if path.exists() else None
@@ -30,27 +29,18 @@ def claimed(path):
 
 
 def take(path):
+    """Whether this process now has the lock: nobody had it, or whoever had is gone or gave no sign of life for long."""
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
-        if holder_lives(path):
-            return False
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < LOCK_SECONDS and not gone(path.read_text()):
+                return False
         path.unlink(missing_ok=True)
         return take(path)
     with os.fdopen(handle, "w") as file:
         file.write(owner(os.getpid()))
     return True
-
-
-def holder_lives(path):
-    """Whether the process that holds a claim works on: it gave a sign of life lately and, if it is of this machine, it
-    is there.
-    """
-    try:
-        text, age = path.read_text(), time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    return age < CLAIM_SECONDS and not gone(text)
 
 
 def gone(text):
@@ -59,15 +49,14 @@ def gone(text):
 
 
 @contextlib.contextmanager
-def held(path, waiting=None, poll=5):
-    """Hold a claim as soon as whoever has it lets go or is gone, and give signs of life while the block runs.
+def locked(path, waiting=None):
+    """Have a lock as soon as whoever has it lets go or is gone, and give signs of life while the block runs.
 
     Args:
-        waiting: called once with the text of the claim, before this process begins to wait for it.
-        poll: seconds between two looks.
+        waiting: called once with the text of the lock, before this process begins to wait for it.
     """
     while True:
-        with claimed(path) as (mine, alive):
+        with try_lock(path) as (mine, alive):
             if mine:
                 with beating(alive):
                     yield
@@ -76,7 +65,7 @@ def held(path, waiting=None, poll=5):
             with contextlib.suppress(FileNotFoundError):
                 waiting(path.read_text())
                 waiting = None
-        time.sleep(poll)
+        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager

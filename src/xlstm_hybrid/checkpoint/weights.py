@@ -55,14 +55,11 @@ def write_weights(directory, shapes, itemsize, make, shard_bytes=SHARD_BYTES):
     count = {name: math.prod(shape) for name, shape in shapes.items()}
     sizes = {name: n * itemsize(name) for name, n in count.items()}
     shards = plan_shards(sizes, shard_bytes)
-    files = (
-        [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)]
-        if len(shards) > 1
-        else [SINGLE]
-    )
+    last = len(shards)
+    files = [f"model-{j:05}-of-{last:05}.safetensors" for j in range(1, last + 1)] if last > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
         save_file({name: make(name).contiguous() for name in names}, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
+    if last > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values()), "total_parameters": sum(count.values())}
         write_json(directory / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})

@@ -9,14 +9,12 @@ import typer
 from xlstm_hybrid.commands.options import settings_of
 from xlstm_hybrid.distil_xlstm.run import (
     distil,
-    draw,
-    hybrid_scores,
+    draw_log,
     make_student,
     planned,
     read_delta_recipe,
-    refuse_finished,
+    score_table,
     scores,
-    table,
 )
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.pipeline.settings import is_main
@@ -55,16 +53,15 @@ def distil_xlstm(
         return
     folder = Path(out or loaded.out)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_finished(folder / "student", overwrite)
-    make_student(loaded, teacher, folder / "converted", overwrite)
+    make_student(loaded, teacher, folder, overwrite)
     log = distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
     if not is_main():
         return
-    draw(log, folder / "curves.png")
+    draw_log(log, folder / "curves.png")
     if loaded.evaluate is not None:
-        found = scores({"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}, loaded)
-        found |= hybrid_scores(beside) if beside else {}
+        models = {"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}
+        found = scores(models, loaded, beside)
         (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1))
-        report = "\n".join(table(found))
+        report = score_table(found)
         (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n")
         print(report)

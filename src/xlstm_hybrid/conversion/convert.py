@@ -103,10 +103,10 @@ def layerless(name):
     return re.sub(r"\.\d+\.", ".{n}.", name, count=1)
 
 
-def empty_student(config):
+def empty_student(config, cls=XLSTMHybridForCausalLM):
     """The student on the meta device: names, shapes and ties without memory."""
     with torch.device("meta"), init.no_init_weights():
-        return XLSTMHybridForCausalLM(config)
+        return cls(config)
 
 
 class Transfer:

@@ -3,7 +3,8 @@
 """
 
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
-from xlstm_hybrid.distil_xlstm.convert import DistilReport, convert, share_frozen
+from xlstm_hybrid.distil_xlstm.convert import convert, share_frozen
 from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM, DistilXLSTMModel
+from xlstm_hybrid.distil_xlstm.transfer import DistilReport
 
 __all__ = ["DistilReport", "DistilXLSTMConfig", "DistilXLSTMForCausalLM", "DistilXLSTMModel", "convert", "share_frozen"]

@@ -28,17 +28,24 @@ class RecurrentLayer(StateLayer):
         super().__init__()
         self.memory, self.conv, self.count, self.seen_tokens = None, None, None, 0
 
-    def hold(self, memory, conv, count, columns):
-        """Take over what a call of `columns` tokens leaves behind."""
-        self.memory, self.conv, self.count = memory, conv, count
-        self.seen_tokens += columns
+    def store(self, memory, conv, tokens):
+        """Take over what a call of `tokens` (`Tokens`, [B, T]) leaves behind; of `conv`, the last inputs of each row, only
+        those of its present document.
+        """
+        T, c = tokens.real.shape[1], conv.shape[1]
+        place = torch.arange(T, device=tokens.real.device)
+        last = torch.where(tokens.real, place, -1).amax(-1, keepdim=True)  # [B, 1]
+        index = tokens.index.gather(1, last.clamp_min(0))[:, 0] + 1
+        self.count = torch.where(last[:, 0] >= 0, index, 0 if self.count is None else self.count)
+        lag = torch.arange(c - 1, -1, -1, device=conv.device)
+        self.conv = torch.where((lag < self.count[:, None])[..., None], conv, 0.0)
+        self.memory, self.seen_tokens = memory, self.seen_tokens + T
         self.dtype, self.device, self.is_initialized = conv.dtype, conv.device, True
-
-    def lazy_initialization(self, key_states, value_states):
-        raise CacheError("a recurrent block has no keys and values: the cache belongs to another model")
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise CacheError("a recurrent block has no keys and values: the cache belongs to another model")
+
+    lazy_initialization = update
 
     def get_max_cache_shape(self):
         return -1
@@ -60,7 +67,7 @@ class RecurrentLayer(StateLayer):
         self.memory, self.conv, self.count, self.seen_tokens, self.is_initialized = None, None, None, 0, False
 
 
-def adopt_cache(cache, layers):
+def adopt_recurrent(cache, layers):
     """Make a fresh stock cache ours: `layers` RecurrentLayers. A cache in use is checked.
 
     Raises:
@@ -70,15 +77,11 @@ def adopt_cache(cache, layers):
         raise CacheError(
             f"cache: expected a transformers Cache, got {type(cache).__name__}; pass DynamicCache(config=model.config)"
         )
-    foreign = next(
-        (j for j, x in enumerate(cache.layers) if not isinstance(x, RecurrentLayer) and x.get_seq_length() > 0), None
-    )
-    if foreign is not None or len(cache.layers) > layers:
-        what = (
-            f"{len(cache.layers)} layers"
-            if foreign is None
-            else f"a filled {type(cache.layers[foreign]).__name__} in layer {foreign}"
-        )
+    foreign = [j for j, x in enumerate(cache.layers) if not isinstance(x, RecurrentLayer) and x.get_seq_length() > 0]
+    if foreign or len(cache.layers) > layers:
+        what = f"{len(cache.layers)} layers"
+        if foreign:
+            what = f"a filled {type(cache.layers[foreign[0]]).__name__} in layer {foreign[0]}"
         raise CacheError(
             f"cache holds {what}, expected at most {layers} recurrent layers; another model made it: start from "
             "DynamicCache(config=model.config)"
@@ -86,11 +89,3 @@ def adopt_cache(cache, layers):
     cache.layers = [x if isinstance(x, RecurrentLayer) else RecurrentLayer() for x in cache.layers]
     cache.layers += [RecurrentLayer() for _ in range(layers - len(cache.layers))]
     return cache
-
-
-def count_after(tokens, count):
-    """[B] real tokens of the present document after a call: `count` [B] or None is what it had before."""
-    place = torch.arange(tokens.real.shape[1], device=tokens.real.device)
-    last = torch.where(tokens.real, place, -1).amax(-1, keepdim=True)  # [B, 1]
-    index = tokens.index.gather(1, last.clamp_min(0))[:, 0] + 1
-    return torch.where(last[:, 0] >= 0, index, 0 if count is None else count)

@@ -11,6 +11,8 @@ from xlstm_hybrid.model.cache_names import NAMES
 
 BLOCKS = ("slstm", "mlstm")
 FORGET_GATES = ("sigmoid", "exp")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlstm_num_heads", "conv_kernel_size")
+SIZES += ("mlstm_projection_block", "mlstm_context", "mlstm_chunk_size", "slstm_intermediate_size")
 
 
 @strict
@@ -70,10 +72,16 @@ class DistilXLSTMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         D, H = self.hidden_size, self.num_attention_heads
-        self.block_pattern = list(BLOCKS) if self.block_pattern is None else self.block_pattern
-        self.check_pattern()
+        self.block_pattern = pattern = list(BLOCKS) if self.block_pattern is None else self.block_pattern
+        if not pattern or set(pattern) - set(BLOCKS):
+            raise ConfigError(f"DistilXLSTMConfig: block_pattern={pattern}: expected a list of {list(BLOCKS)}")
+        if self.block_types is None and len(pattern) > self.num_hidden_layers:
+            raise ConfigError(
+                f"DistilXLSTMConfig: block_pattern has {len(pattern)} blocks for num_hidden_layers={self.num_hidden_layers}, its end "
+                "would never be reached; shorten it, or take more layers"
+            )
         if self.block_types is None:
-            self.block_types = [self.block_pattern[j % len(self.block_pattern)] for j in range(self.num_hidden_layers)]
+            self.block_types = [pattern[j % len(pattern)] for j in range(self.num_hidden_layers)]
         if self.slstm_intermediate_size is None:
             self.slstm_intermediate_size = 64 * math.ceil(4 * D / (3 * 64))
         if self.mlstm_num_heads is None:
@@ -88,36 +96,11 @@ class DistilXLSTMConfig(PreTrainedConfig):
         """Features inside an mLSTM block: all its heads."""
         return round(self.mlstm_expansion * self.hidden_size)
 
-    def check_pattern(self):
-        pattern, n = self.block_pattern, self.num_hidden_layers
-        if not pattern or set(pattern) - set(BLOCKS):
-            raise ConfigError(f"DistilXLSTMConfig: block_pattern={pattern}: expected a list of {list(BLOCKS)}")
-        if self.block_types is None and len(pattern) > n:
-            raise ConfigError(
-                f"DistilXLSTMConfig: block_pattern has {len(pattern)} blocks for num_hidden_layers={n}, its end would never be "
-                "reached; shorten it, or take more layers"
-            )
-
     def check(self):
         """Raise one `ConfigError` that lists every contradiction."""
         D, H, kinds = self.hidden_size, self.num_attention_heads, self.block_types
-        least = {
-            "vocab_size": 1,
-            "hidden_size": 1,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "mlstm_num_heads": 1,
-            "conv_kernel_size": 2,
-            "mlstm_projection_block": 1,
-            "mlstm_context": 1,
-            "mlstm_chunk_size": 1,
-            "slstm_intermediate_size": 1,
-        }
-        wrong = [
-            f"{name}={getattr(self, name)}: expected at least {low}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        sizes = [(name, getattr(self, name), 2 if name == "conv_kernel_size" else 1) for name in SIZES]
+        wrong = [f"{name}={value}: expected at least {low}" for name, value, low in sizes if value < low]
         if not wrong and D % H:
             wrong.append(f"hidden_size={D} is no multiple of num_attention_heads={H}")
         if len(kinds) != self.num_hidden_layers:
@@ -127,12 +110,9 @@ class DistilXLSTMConfig(PreTrainedConfig):
         if self.inner_size < 1:
             wrong.append(f"mlstm_expansion={self.mlstm_expansion}: leaves no features")
         elif not wrong:
-            for name in ("mlstm_num_heads", "mlstm_projection_block"):
-                if self.inner_size % getattr(self, name):
-                    wrong.append(
-                        f"the mLSTM's {self.inner_size} features (mlstm_expansion x hidden_size) are no multiple of {name}="
-                        f"{getattr(self, name)}"
-                    )
+            inner = f"the mLSTM's {self.inner_size} features (mlstm_expansion x hidden_size)"
+            divisors = [(name, getattr(self, name)) for name in ("mlstm_num_heads", "mlstm_projection_block")]
+            wrong += [f"{inner} are no multiple of {name}={n}" for name, n in divisors if self.inner_size % n]
         if self.slstm_forget_gate not in FORGET_GATES:
             wrong.append(f"slstm_forget_gate={self.slstm_forget_gate!r}: expected one of {list(FORGET_GATES)}")
         if self.hidden_act not in ACT2FN:

@@ -28,14 +28,17 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 from xlstm_kernels import mlstm, slstm
 
-from xlstm_hybrid.distil_xlstm.cache import adopt_cache, count_after
+from xlstm_hybrid.conversion.source import open_teacher
+from xlstm_hybrid.distil_xlstm.cache import adopt_recurrent
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
+from xlstm_hybrid.distil_xlstm.transfer import new_student
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
 from xlstm_hybrid.model.modeling import CheckpointedLayer, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.training.losses import at_least_float32
 
 KEYWORDS = ACCEPTED - {"output_attentions"}  # what a forward accepts beside its own parameters; there is no attention
 
@@ -46,10 +49,6 @@ def time_constants(low, high, steps):
     """
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
     return (low * (high / low) ** share - 1).log().float()
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class CausalConv(nn.Module):
@@ -71,22 +70,14 @@ class CausalConv(nn.Module):
             left = line[:, T:]
         else:
             ordinal = tokens.real.long().cumsum(-1)  # [B, T], 1 + number of real tokens before
-            # real tokens first
-            packed = x.gather(1, (~tokens.real).long().argsort(dim=-1, stable=True)[..., None].expand_as(x))
-            line = torch.cat([past, packed], 1)
+            real_first = pick(x, (~tokens.real).long().argsort(dim=-1, stable=True))
+            line = torch.cat([past, real_first], 1)
             at = [(ordinal - 1 + c - j).clamp_min(0) for j in range(c + 1)]
             lagged = [torch.where((tokens.index >= j)[..., None], pick(line, place), 0.0) for j, place in enumerate(at)]
             left = pick(line, ordinal[:, -1:] + torch.arange(c, device=x.device))
         weight = at_least_float32(self.weight)
         y = sum(at_least_float32(part) * weight[j] for j, part in enumerate(lagged)) + at_least_float32(self.bias)
         return F.silu(y).to(x.dtype), left
-
-    @staticmethod
-    def forget(left, count):
-        """`left` with 0 for what comes before the present document, which has `count` [B] tokens."""
-        c = left.shape[1]
-        lag = torch.arange(c - 1, -1, -1, device=left.device)
-        return torch.where((lag < count[:, None])[..., None], left, 0.0)
 
 
 def pick(x, place):
@@ -125,7 +116,7 @@ class DownProjection(nn.Linear):
     """Writes into the residual stream; starts smaller the more layers do so."""
 
 
-class MLSTMMixer(nn.Module):
+class MLSTMCore(nn.Module):
     """The inside of an mLSTM block: up, convolution, q, k and v, cell, head-wise norm, learnable skip, gate, down (Beck
     et al. 2024).
     """
@@ -138,12 +129,8 @@ class MLSTMMixer(nn.Module):
         self.up_proj = nn.Linear(D, 2 * E, bias=False)
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, config.mlstm_projection_block) for _ in range(3))
-        self.igate_weight, self.fgate_weight, self.igate_bias, self.fgate_bias = (
-            wide(H, 3 * E),
-            wide(H, 3 * E),
-            wide(H),
-            wide(H),
-        )
+        self.igate_weight, self.fgate_weight = wide(H, 3 * E), wide(H, 3 * E)
+        self.igate_bias, self.fgate_bias = wide(H), wide(H)
         self.head_norm = HeadNorm(H, self.head_dim, config.rms_norm_eps)
         self.skip = nn.Parameter(torch.empty(E))
         self.down_proj = DownProjection(E, D, bias=False)
@@ -152,9 +139,8 @@ class MLSTMMixer(nn.Module):
         """softmax(sqrt(K) x) per head, [B, T, H, K]; in float32 where x is float16, whose smallest number is too large
         for it.
         """
-        features = torch.softmax(
-            at_least_float32(x).unflatten(-1, (self.heads, self.head_dim)) * math.sqrt(self.head_dim), -1
-        )
+        heads = at_least_float32(x).unflatten(-1, (self.heads, self.head_dim))
+        features = torch.softmax(heads * math.sqrt(self.head_dim), -1)
         return features if x.dtype == torch.float16 else features.to(x.dtype)
 
     def gates(self, q, k, v, tokens):
@@ -168,9 +154,8 @@ class MLSTMMixer(nn.Module):
         if tokens.plain:
             return i, f
         real, start = tokens.real[..., None], tokens.start[..., None]
-        return torch.where(real, i, float("-inf")), torch.where(
-            start, float("-inf"), torch.where(real, f, float("inf"))
-        )
+        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        return torch.where(real, i, float("-inf")), f
 
     def forward(self, x, tokens, memory=None, past=None):
         """`(output [B, T, D], MLSTMState, what the convolution looks back to)`."""
@@ -178,15 +163,13 @@ class MLSTMMixer(nn.Module):
         seen, left = self.conv(inside, tokens, past)
         q, k, v = self.q_proj(seen), self.k_proj(seen), self.v_proj(inside)
         i, f = self.gates(q, k, v, tokens)
-        value = v.unflatten(-1, (self.heads, self.head_dim))
-        h, memory = mlstm(
-            self.features(q), self.features(k), value, i, f, state=memory, chunk_size=self.config.mlstm_chunk_size
-        )
+        v, chunk = v.unflatten(-1, (self.heads, self.head_dim)), self.config.mlstm_chunk_size
+        h, memory = mlstm(self.features(q), self.features(k), v, i, f, state=memory, chunk_size=chunk)
         h = self.head_norm(h).to(seen.dtype) + self.skip.to(seen.dtype) * seen
         return self.down_proj(h * F.silu(gate)), memory, left
 
 
-class SLSTMMixer(nn.Module):
+class SLSTMCore(nn.Module):
     """The inside of an sLSTM block: a convolution for the input and forget gates, the cell, head-wise norm (Beck et al.
     2024).
     """
@@ -197,12 +180,8 @@ class SLSTMMixer(nn.Module):
         H, V = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         self.heads = H
         self.conv = CausalConv(config.hidden_size, config.conv_kernel_size)
-        # z, i, f, o
-        self.input_weight, self.recurrent_weight = (
-            nn.Parameter(torch.empty(4, H, V, V)),
-            nn.Parameter(torch.empty(4, H, V, V)),
-        )
-        self.gate_bias = wide(4, H, V)
+        self.input_weight, self.recurrent_weight = (nn.Parameter(torch.empty(4, H, V, V)) for _ in range(2))
+        self.gate_bias = wide(4, H, V)  # z, i, f, o, as in the weights
         self.head_norm = HeadNorm(H, V, config.rms_norm_eps)
 
     def forward(self, x, tokens, memory=None, past=None):
@@ -212,14 +191,9 @@ class SLSTMMixer(nn.Module):
         weight = self.input_weight.to(x.dtype)
         parts = [torch.einsum("bthv,hvw->bthw", y, weight[g]) for g, y in enumerate((plain, seen, seen, plain))]
         pre = at_least_float32(torch.stack(parts, 2))
+        pre = pre + self.gate_bias.to(pre.dtype)
         rows = {} if tokens.plain else {"real": tokens.real, "start": tokens.start}
-        h, memory = slstm(
-            pre + self.gate_bias.to(pre.dtype),
-            self.recurrent_weight,
-            state=memory,
-            forget=self.config.slstm_forget_gate,
-            **rows,
-        )
+        h, memory = slstm(pre, self.recurrent_weight, state=memory, forget=self.config.slstm_forget_gate, **rows)
         return self.head_norm(h.to(x.dtype)), memory, left
 
 
@@ -244,18 +218,16 @@ class DistilXLSTMLayer(CheckpointedLayer):
         super().__init__()
         self.layer_idx, slstm_block = layer_idx, config.block_types[layer_idx] == "slstm"
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = (SLSTMMixer if slstm_block else MLSTMMixer)(config)
-        self.mlp_norm, self.mlp = (
-            (LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), GatedMLP(config)) if slstm_block else (None, None)
-        )
+        self.mixer = (SLSTMCore if slstm_block else MLSTMCore)(config)
+        self.mlp_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) if slstm_block else None
+        self.mlp = GatedMLP(config) if slstm_block else None
 
     def forward(self, hidden_states, tokens, cache=None, **kwargs):
         layer = None if cache is None else cache.layers[self.layer_idx]
-        held = {} if layer is None else {"memory": layer.memory, "past": layer.conv}
-        x, memory, left = self.mixer(self.norm(hidden_states), tokens, **held)
+        before = {} if layer is None else {"memory": layer.memory, "past": layer.conv}
+        x, memory, left = self.mixer(self.norm(hidden_states), tokens, **before)
         if layer is not None:
-            count = count_after(tokens, layer.count)
-            layer.hold(memory, CausalConv.forget(left, count), count, tokens.real.shape[1])
+            layer.store(memory, left, tokens)
         hidden_states = hidden_states + x
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -272,22 +244,22 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DistilXLSTMLayer}
 
     def freeze(self):
-        """Let embedding and LM head train or not, as the configuration says. Returns the model."""
+        """Let embedding and LM head train or not, as the configuration says."""
         for module in (self.get_input_embeddings(), self.get_output_embeddings()):
             if module is not None:
                 module.weight.requires_grad_(not self.config.freeze_embeddings)
-        return self
 
     def post_init(self):
         super().post_init()
         drop_absent_names(self)
+        self.freeze()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, which makes every loaded parameter trainable; then `freeze`."""
-        found = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).freeze()  # with output_loading_info there are two
-        return found
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # with output_loading_info there are two
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -302,12 +274,12 @@ class DistilXLSTMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=math.sqrt(2 / (5 * module.weight.shape[-1])))
         elif isinstance(module, HeadNorm):
             init.ones_(module.weight)
-        elif isinstance(module, MLSTMMixer):
+        elif isinstance(module, MLSTMCore):
             for parameter in (module.igate_weight, module.fgate_weight, module.igate_bias):
                 init.zeros_(parameter)
             init.copy_(module.fgate_bias, time_constants(4.0, 4.0 * max(config.mlstm_context, 2), module.heads))
             init.ones_(module.skip)
-        elif isinstance(module, SLSTMMixer):
+        elif isinstance(module, SLSTMCore):
             _, H, V = module.gate_bias.shape
             init.normal_(module.input_weight, std=math.sqrt(2 / (5 * V)))
             init.zeros_(module.recurrent_weight)
@@ -327,28 +299,6 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze()
-
-    @property
-    def checkpointed(self):
-        """Whether a call's layers are run again in the backward."""
-        return self.training and self.gradient_checkpointing and torch.is_grad_enabled()
-
-    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
-        """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ConfigError(
-                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding"
-            )
-        if cu_seq_lens is not None and rows != 1:
-            raise ConfigError(
-                f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
-            )
-        if self.checkpointed and seen > 0:
-            raise CacheError(
-                f"the cache holds {seen} tokens, but layers work without a cache under gradient checkpointing; "
-                "call gradient_checkpointing_disable(), or pass the whole sequence"
-            )
 
     @takes_cache
     @merge_with_config_defaults
@@ -370,8 +320,9 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         after a filled cache.
 
         Raises:
-            ConfigError: both or neither of `input_ids` and `inputs_embeds`, or a mask that is not [batch, tokens].
-            CacheError: a cache of another model.
+            ConfigError: both or neither of `input_ids` and `inputs_embeds`, a mask that is not [batch, tokens], or
+                `cu_seq_lens_q` beside several rows.
+            CacheError: a cache of another model, or a filled one under gradient checkpointing.
             CompatibilityError: a cache under a name that is not known here.
         """
         refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
@@ -381,20 +332,28 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         if cache is not None:
-            cache = adopt_cache(cache, len(self.layers))
+            cache = adopt_recurrent(cache, len(self.layers))
         (B, T), packed = hidden_states.shape[:2], kwargs.get("cu_seq_lens_q")
         filled = cache is not None and cache.layers[0].is_initialized
-        self.check_inputs(B, attention_mask, packed, cache.layers[0].seen_tokens if filled else 0)
-        where = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "cu_seq_lens": packed,
-            "seq_idx": kwargs.get("seq_idx"),
-        }
+        checkpointed = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(
+                f"attention_mask: expected [batch, tokens], got {list(attention_mask.shape)}; there is no attention, only padding"
+            )
+        if packed is not None and B != 1:
+            raise ConfigError(
+                f"cu_seq_lens_q describes one flattened row, the batch has {B}; flatten it or pass position_ids that restart"
+            )
+        if checkpointed and filled and cache.layers[0].seen_tokens > 0:
+            raise CacheError(
+                f"the cache holds {cache.layers[0].seen_tokens} tokens, but layers work without a cache under gradient checkpointing; "
+                "call gradient_checkpointing_disable(), or pass the whole sequence"
+            )
+        where = {"attention_mask": attention_mask, "position_ids": position_ids, "cu_seq_lens": packed}
         seen = cache.layers[0].count.to(hidden_states.device) if filled else None
-        tokens = Tokens.locate((B, T), hidden_states.device, **where, seen=seen)
+        tokens = Tokens.locate((B, T), hidden_states.device, **where, seq_idx=kwargs.get("seq_idx"), seen=seen)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, tokens=tokens, cache=None if self.checkpointed else cache)
+            hidden_states = layer(hidden_states, tokens=tokens, cache=None if checkpointed else cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
 
@@ -409,7 +368,24 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.freeze()
+
+    @classmethod
+    def from_teacher(cls, teacher, *, dtype=None, revision=None, seed=0, **options):
+        """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no
+        memory with the teacher.
+
+        Args:
+            teacher: a directory, a Hub id, or a transformers model; only its embedding and LM head are read.
+            dtype: of the student's weights; None: the one in which the teacher's embedding is stored. Gates are float32
+                in any case.
+            revision: branch, tag or commit on the Hub.
+            seed: of the new parameters.
+            options: arguments of `transfer.distil_config`.
+        Raises:
+            UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student.
+        """
+        with open_teacher(teacher, revision) as source:
+            return new_student(cls, source, dtype, seed, **options)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -429,7 +405,7 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if cache_of(model_kwargs) is not None:
-            adopt_cache(cache_of(model_kwargs), self.config.num_hidden_layers)
+            adopt_recurrent(cache_of(model_kwargs), self.config.num_hidden_layers)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it `generate_batch`: it keeps keys and values in shared pages."""
@@ -474,15 +450,8 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`, `with_head` as in
         `XLSTMHybridForCausalLM.forward`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**rows, cache=cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         if with_head is not None:
             return with_head(outputs.last_hidden_state, self)
         logits, loss = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), None

@@ -3,10 +3,13 @@
 import contextlib
 import time
 
-from xlstm_hybrid.checkpoint.files import read_json, read_provenance
+from xlstm_hybrid.checkpoint.files import markdown_table, read_json, read_provenance
+from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, train_dataset
-from xlstm_hybrid.distil_xlstm.convert import convert, empty_student, parameters_of, share_frozen, student_config
+from xlstm_hybrid.distil_xlstm.convert import convert, share_frozen
+from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
+from xlstm_hybrid.distil_xlstm.transfer import distil_config, parameters_of
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.pipeline import evaluate
 from xlstm_hybrid.pipeline.settings import batch_of, is_main, processes, trainer_config
@@ -29,12 +32,8 @@ def read_delta_recipe(path):
         ConfigError: unknown or missing keys, a section that describes no data or no length; all mistakes are listed.
     """
     content = read_yaml(path)
-    if (
-        not isinstance(content, dict)
-        or set(content) - NEEDED - OPTIONAL
-        or NEEDED - set(content)
-        or not isinstance(content["delta"], dict)
-    ):
+    sections = set(content) if isinstance(content, dict) else set()
+    if sections - NEEDED - OPTIONAL or NEEDED - sections or not isinstance(content["delta"], dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ConfigError(
             f"{path.name}: expected the sections {sorted(NEEDED)} and perhaps {sorted(OPTIONAL)}, got {found}"
@@ -42,18 +41,12 @@ def read_delta_recipe(path):
     settings = dict(content.pop("delta"))
     rows, steps = settings.pop("rows", None), settings.get("max_steps", -1)
     given = {"rows": rows, "max_steps": settings.get("max_steps")}
-    wrong = [
-        f"delta.{k}={n!r}: expected a number of at least 1"
-        for k, n in given.items()
-        if n is not None and (not isinstance(n, int) or n < 1)
-    ]
+    no_count = [(k, n) for k, n in given.items() if n is not None and (not isinstance(n, int) or n < 1)]
+    wrong = [f"delta.{k}={n!r}: expected a number of at least 1" for k, n in no_count]
     if rows is None and steps == -1:
         wrong.append("delta: expected rows (of an epoch) with num_train_epochs, or max_steps")
-    content |= {
-        "align": {"max_steps": 1},
-        "distill": {"max_steps": 1},
-        "experts": {"student": {"text": 1.0}},
-    }  # sections of a hybrid's run
+    one_step = {"max_steps": 1}
+    content |= {"align": one_step, "distill": one_step, "experts": {"student": {"text": 1.0}}}  # of a hybrid's run
     wrong += faults(content)
     if wrong:
         raise ConfigError(f"{path.name}: {'; '.join(wrong)}")
@@ -83,7 +76,10 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
             model, mentor, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
         )
         if not trainer.is_fsdp_enabled:
-            share(model, trainer.teacher)
+            try:
+                share_frozen(model, trainer.teacher)
+            except ConfigError as reason:  # a teacher in another dtype has its own
+                print(f"there are two copies of the embeddings: {reason}")
         train(trainer, work)
         log = trainer.state.log_history
         last = next((entry for entry in reversed(log) if "loss" in entry), {})
@@ -92,28 +88,18 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
     return log
 
 
-def share(student, teacher):
-    """Keep one copy of the frozen embeddings in memory, where student and teacher hold them alike; a teacher in another
-    dtype has its own.
+def make_student(recipe, teacher, folder, overwrite):
+    """Convert into `folder`/converted, in the first process; the others wait. What an interrupted run has left is kept
+    if it was made from the same settings.
+
+    Raises:
+        CheckpointError: a finished student is in the way. ConfigError: what is there has other settings.
     """
-    try:
-        share_frozen(student, teacher)
-    except ConfigError as reason:
-        print(f"embeddings are held twice: {reason}")
-
-
-def refuse_finished(student, overwrite):
-    """Raise CheckpointError, before anything is trained, if a finished student is in the way."""
-    if student.exists() and not overwrite:
+    out, finished = folder / "converted", folder / "student"
+    if finished.exists() and not overwrite:
         raise CheckpointError(
-            f"{student}: exists already; pass --overwrite to replace it once the new one is complete, or another --out"
+            f"{finished}: exists already; pass --overwrite to replace it once the new one is complete, or another --out"
         )
-
-
-def make_student(recipe, teacher, out, overwrite):
-    """Convert, in the first process; the others wait. What an interrupted run has left is kept if it was made from the
-    same settings.
-    """
     revision = {"revision": recipe.revision} if recipe.revision else {}
     order = contextlib.nullcontext()
     if processes() > 1:
@@ -126,24 +112,21 @@ def make_student(recipe, teacher, out, overwrite):
         if not out.exists() or overwrite:
             print(convert(teacher, out, overwrite=overwrite, **recipe.student, **revision))
             return
-        made = read_provenance(out)[-1]["config"]
-        if other := sorted(k for k, v in (recipe.student | revision).items() if made.get(k) != v):
+        before = read_provenance(out)[-1]["config"]
+        if other := sorted(k for k, v in (recipe.student | revision).items() if before.get(k) != v):
             raise ConfigError(
                 f"{out} was made with another {', '.join(other)} than the recipe's: pass --overwrite, or another --out"
             )
         print(f"{out}: kept from an earlier run")
 
 
-def draw(log, path):
+def draw_log(log, path):
     """Curves of a log: the loss and its terms, agreement with the teacher, alpha and the temperature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     log = [entry for entry in log if "loss" in entry]
-    made, axes = pyplot.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.4), layout="constrained")
-    for panel, names in zip(axes, CURVES, strict=True):
+    picture = Figure(figsize=(4 * len(CURVES), 3.4), layout="constrained")
+    for panel, names in zip(picture.subplots(1, len(CURVES)), CURVES, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             if points:
@@ -151,55 +134,45 @@ def draw(log, path):
         panel.set_xlabel("step")
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    made.savefig(path, dpi=120)
-    pyplot.close(made)
+    picture.savefig(path, dpi=120)
 
 
-def scores(models, recipe):
-    """{name: evaluation without samples} of checkpoint directories."""
-    return {
-        name: {k: v for k, v in evaluate(folder, recipe).items() if k != "samples"} for name, folder in models.items()
-    }
-
-
-def table(found):
-    """Lines of a Markdown table: exact match and perplexity per domain, a column per model."""
-    names = list(found)
-    lines = ["| domain | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for kind, text in (("exact_match", "{:.1%}"), ("perplexity", "perplexity {:.3f}")):
-        for domain in dict.fromkeys(d for name in names for d in found[name].get(kind, {})):
-            cells = (
-                text.format(found[name][kind][domain]) if domain in found[name].get(kind, {}) else "" for name in names
+def scores(models, recipe, beside=None):
+    """{name: evaluation without samples} of checkpoint directories; `beside`, a `results.json` that `xlstm-hybrid run`
+    wrote, adds the scores of its student as "hybrid".
+    """
+    results = {name: evaluate(folder, recipe) for name, folder in models.items()}
+    results = {name: {k: v for k, v in each.items() if k != "samples"} for name, each in results.items()}
+    if beside:
+        students = read_json(beside, "--beside").get("students") or {}
+        if "student" not in students:
+            raise EvaluationError(
+                f"{beside.name}: has no scores of a student; pass the results.json of a finished `xlstm-hybrid run`"
             )
-            lines.append(f"| {domain} | " + " | ".join(cells) + " |")
-    return lines
+        results["hybrid"] = students["student"]
+    return results
 
 
-def hybrid_scores(path):
-    """{"hybrid": scores of the student} of a `results.json` that `xlstm-hybrid run` wrote."""
-    students = read_json(path, "--beside").get("students") or {}
-    if "student" not in students:
-        raise EvaluationError(
-            f"{path.name}: has no scores of a student; pass the results.json of a finished `xlstm-hybrid run`"
-        )
-    return {"hybrid": students["student"]}
+def score_table(results):
+    """Markdown of {model: scores}: exact match and perplexity per domain, a column per model."""
+    rows = [["domain", *results]]
+    for kind, text in (("exact_match", "{:.1%}"), ("perplexity", "perplexity {:.3f}")):
+        columns = [scores.get(kind, {}) for scores in results.values()]
+        for domain in dict.fromkeys(domain for column in columns for domain in column):
+            rows.append([domain, *(text.format(column[domain]) if domain in column else "" for column in columns)])
+    return markdown_table(rows)
 
 
 def planned(recipe, teacher, rows, overrides=None):
     """What a run is about, from the teacher's config.json alone: blocks, parameters, tokens, steps."""
     settings = recipe.distill | (overrides or {})
     options = {k: v for k, v in recipe.student.items() if k not in ("dtype", "seed")}
-    config = student_config(read_config(teacher, recipe.revision), **options)
+    config = distil_config(read_config(teacher, recipe.revision), **options)
     micro, accumulation = batch_of(settings, "delta")
     per_step, epochs = micro * accumulation * processes(), settings.get("num_train_epochs", 1)
     steps = settings["max_steps"] if settings.get("max_steps", -1) > 0 else -(-rows // per_step) * epochs
-    counts = parameters_of(empty_student(config))
-    return {
-        "blocks": config.block_types,
-        "parameters": counts,
-        "trainable_share": counts["trainable"] / counts["student"],
-        "tokens_per_epoch": rows * recipe.length,
-        "epochs": epochs,
-        "steps": steps,
-        "sequences_per_step": per_step,
-    }
+    counts = parameters_of(empty_student(config, DistilXLSTMForCausalLM))
+    facts = {"blocks": config.block_types, "parameters": counts}
+    facts["trainable_share"] = counts["trainable"] / counts["student"]
+    facts |= {"tokens_per_epoch": rows * recipe.length, "epochs": epochs, "steps": steps}
+    return facts | {"sequences_per_step": per_step}

@@ -58,7 +58,7 @@ class DeltaSchedule:
 
 
 class Weights(NamedTuple):
-    """Of one step; named like the fields of `trainers.heads.Objective`."""
+    """Of one step; named like the fields of `training.lm_head.Objective`."""
 
     ce_weight: float
     kl_weight: float
@@ -72,13 +72,7 @@ def fall(start, end, k):
 
 
 def delta_schedule(schedule, step, epoch=0):
-    """`Weights` at a step of an epoch, both counted from 0.
-
-    Args:
-        schedule: DeltaSchedule.
-    Raises:
-        ConfigError: a negative step or epoch.
-    """
+    """`Weights` of a `DeltaSchedule` at a step of an epoch, both counted from 0; ConfigError for a negative one."""
     if step < 0 or epoch < 0:
         raise ConfigError(f"step={step}, epoch={epoch}: both count from 0")
     s = schedule
@@ -96,12 +90,11 @@ def steps_per_epoch(dataloader, accumulation, max_steps):
 
 
 class DeltaCallback(TrainerCallback):
-    """Hands the weights of each step to a trainer before the step begins.
+    """Hands the weights of a `DeltaSchedule` to a trainer before each step begins.
 
     The step follows from `state.global_step`, so a resumed run goes on where the other stopped.
 
     Args:
-        schedule: DeltaSchedule.
         set_weights: function of `Weights` that makes the trainer's next losses use them, for instance
             `partial(set_objective, trainer)`.
     """
@@ -110,9 +103,8 @@ class DeltaCallback(TrainerCallback):
         self.schedule, self.set_weights = schedule, set_weights
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        epoch, step = divmod(
-            state.global_step, steps_per_epoch(train_dataloader, args.gradient_accumulation_steps, state.max_steps)
-        )
+        length = steps_per_epoch(train_dataloader, args.gradient_accumulation_steps, state.max_steps)
+        epoch, step = divmod(state.global_step, length)
         self.set_weights(delta_schedule(self.schedule, step, epoch))
 
 
@@ -130,14 +122,9 @@ def set_objective(trainer, weights):
             "the teacher's targets are stored at one temperature, the schedule changes it: use an online teacher"
         )
     for part in ("objective", "select"):
-        old = getattr(trainer, part, None)
-        if old is not None:
-            names = {field.name for field in fields(old)}
-            setattr(
-                trainer,
-                part,
-                replace(old, **{name: value for name, value in weights._asdict().items() if name in names}),
-            )
+        if (old := getattr(trainer, part, None)) is not None:
+            names = {field.name for field in fields(old)} & set(weights._fields)
+            setattr(trainer, part, replace(old, **{name: getattr(weights, name) for name in names}))
     if hasattr(trainer, "frobenius_weight"):
         trainer.frobenius_weight = weights.frobenius_weight
 
@@ -160,9 +147,8 @@ def frobenius(student_hidden, teacher_hidden, mask):
     expect("teacher_hidden", teacher_hidden, student_hidden.shape)
     expect("mask", mask, student_hidden.shape[:-1])
     difference = at_least_float32(teacher_hidden) - at_least_float32(student_hidden)
-    square = torch.where(mask[..., None], difference, 0.0).square().sum() / (
-        mask.sum().clamp_min(1) * student_hidden.shape[-1]
-    )
+    square = torch.where(mask[..., None], difference, 0.0).square().sum()
+    square = square / (mask.sum().clamp_min(1) * student_hidden.shape[-1])
     return torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())  # the root has no gradient at 0
 
 

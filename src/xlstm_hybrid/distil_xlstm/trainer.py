@@ -12,14 +12,8 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.data.vocabulary import shared_size
-from xlstm_hybrid.distil_xlstm.schedules import (
-    DeltaCallback,
-    DeltaSchedule,
-    delta_schedule,
-    frobenius,
-    mean_hidden,
-    set_objective,
-)
+from xlstm_hybrid.distil_xlstm import schedules
+from xlstm_hybrid.distil_xlstm.schedules import DeltaSchedule, set_objective
 from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.state import weights_digest
@@ -41,32 +35,20 @@ class DeltaKDConfig(SFTConfig):
     warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: a share of all steps."})
     alpha_start: float = field(default=0.8, metadata={"help": "Weight of KL at the start of the first epoch."})
     alpha_end: float = field(default=0.5, metadata={"help": "Weight that KL falls to."})
-    temperature_start: float = field(
-        default=2.0, metadata={"help": "Temperature of KL at the start of the first epoch."}
-    )
+    temperature_start: float = field(default=2.0, metadata={"help": "Temperature of KL as the first epoch starts."})
     temperature_end: float = field(default=1.0, metadata={"help": "Temperature that it falls to."})
-    frobenius_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the distance between hidden states (beta)."}
-    )
+    frobenius_weight: float = field(default=0.1, metadata={"help": "Weight of the hidden states' distance (beta)."})
     delta: float = field(default=0.05, metadata={"help": "What both starts lose with each epoch."})
 
     def __post_init__(self):
         settle_bf16(self)
         super().__post_init__()
         self.schedule  # noqa: B018 (raises for what is out of range)
-        unused = {
-            "loss_type": "nll",
-            "label_smoothing_factor": 0.0,
-            "router_aux_loss_coef": None,
-            "packing": False,
-            "padding_free": False,
-            "push_to_hub": False,
-        }
+        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
+        unused |= dict.fromkeys(("packing", "padding_free", "push_to_hub"), False)
         for name, neutral in unused.items():
-            if getattr(self, name) != neutral:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no place in this trainer: leave it at {neutral!r}"
-                )
+            if (value := getattr(self, name)) != neutral:
+                raise ConfigError(f"{name}={value!r} has no place in this trainer: leave it at {neutral!r}")
 
     @property
     def schedule(self):
@@ -104,9 +86,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
                 f"the student's hidden size is {ours.hidden_size}, the teacher's {theirs.hidden_size}: they are compared, "
                 "build a student of the teacher's width"
             )
-        tokenizers = (
-            (kwargs.get("processing_class"), teacher_tokenizer) if teacher_tokenizer is not None else (None, None)
-        )
+        tokenizers = () if teacher_tokenizer is None else (kwargs.get("processing_class"), teacher_tokenizer)
         self.size = shared_size(ours.vocab_size, theirs.vocab_size, *tokenizers)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         own_forward = vars(base).get("forward")
@@ -122,15 +102,8 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
         # count the scored tokens of a step, shifted, for any model class
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.objective, self.frobenius_weight = Objective(1.0, 0.0, "forward_kl", "dense"), 0.0
-        set_objective(self, delta_schedule(args.schedule, 0))
-        self.add_callback(DeltaCallback(args.schedule, partial(set_objective, self)))
-
-    @torch.no_grad()
-    def teacher_states(self, forward):
-        """`(mean over layers, last)` hidden states, [B, T, D] each."""
-        with self.accelerator.autocast():
-            out = self.teacher.eval()(**forward, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        return mean_hidden(out.hidden_states), out.hidden_states[-1]
+        set_objective(self, schedules.delta_schedule(args.schedule, 0))
+        self.add_callback(schedules.DeltaCallback(args.schedule, partial(set_objective, self)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is not None and num_items_in_batch == 0:
@@ -143,12 +116,15 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
         place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
         labels, count = labels.flatten()[place + 1], len(place)
         items = labels.new_tensor(max(count, 1)) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        mean, last = self.teacher_states(forward)
+        with torch.no_grad(), self.accelerator.autocast():
+            out = self.teacher.eval()(**forward, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        with torch.no_grad():
+            mean, last = schedules.mean_hidden(out.hidden_states), out.hidden_states[-1]  # [B, T, D] each
 
         def score(hidden, student):
             targets, head = (last.flatten(0, 1)[place],), head_of(self.teacher, self.size)
             terms = self.objective(hidden, student, place, labels, targets, items, size=self.size, teacher_head=head)
-            return terms, frobenius(hidden, mean, scored)
+            return terms, schedules.frobenius(hidden, mean, scored)
 
         terms, distance = model(**forward, use_cache=False, with_head=score)
         loss = terms.loss + self.frobenius_weight * distance * count / items
@@ -164,9 +140,8 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
     @torch.no_grad()
     def record(self, terms, distance, count):
         sums = [x.detach().float() for x in (terms.ce, terms.kl, terms.agreement, distance * count)]
-        *sums, total = (
-            self.accelerator.gather(torch.stack([*sums, torch.full_like(sums[0], count)])).view(-1, 5).sum(0).tolist()
-        )
+        everywhere = self.accelerator.gather(torch.stack([*sums, torch.full_like(sums[0], count)]))
+        *sums, total = everywhere.view(-1, 5).sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         if not total:
             warnings.warn(f"step {self.state.global_step}: a micro-batch without a scored token", stacklevel=2)

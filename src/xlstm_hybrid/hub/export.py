@@ -28,7 +28,7 @@ from xlstm_hybrid.checkpoint.files import (
     contained,
     read_json,
     staged,
-    verify,
+    verify_files,
     weight_files,
     write_file,
     write_json,
@@ -40,6 +40,7 @@ from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigErr
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 
 OURS = ("xlstm_hybrid", "xlstm_kernels")
+TOKENIZER = "tokenizer_config.json"
 OPERATORS = "xlstm_kernels::"  # how names of torch operators of ours begin
 # names as transformers' own models have them
 CONFIGURATION, MODELING = "configuration_xlstm_hybrid", "modeling_xlstm_hybrid"
@@ -97,7 +98,7 @@ class ExportReport:
 # --- code as flat files ------------------------------------------------------------------------------------------
 
 
-def flat(module):
+def file_name(module):
     """Name of the file, without .py, that a module of ours becomes."""
     return NAMED.get(module, module.replace(".", "_"))
 
@@ -112,10 +113,6 @@ def origin(module):
     return spec and Path(spec.origin)
 
 
-def is_package(module):
-    return origin(module).name == "__init__.py"
-
-
 @cache
 def defined_in(package):
     """{name: module} of what a package's `__init__` imports from its own modules."""
@@ -128,47 +125,39 @@ def defined_in(package):
     }
 
 
-def mine(node):
-    """The module of ours that an import statement reads, or None."""
-    module = node.module if isinstance(node, ast.ImportFrom) else None
-    return module if module and module.partition(".")[0] in OURS else None
-
-
-def targets(node):
+def imported(node):
     """What `from module import names` takes from where: [(module, name or None for the module itself, its name here)]."""
-    found = []
+    names = []
     for alias in node.names:
         module, name = node.module, alias.name
         # first: xlstm_kernels.mix is the function, which hides the folder of its name
-        if is_package(module) and name in defined_in(module):
+        if origin(module).name == "__init__.py" and name in defined_in(module):
             module, name = defined_in(module)[name]
         elif origin(f"{module}.{name}"):
             module, name = f"{module}.{name}", None
-        found.append((module, name, alias.asname or alias.name))
-    return found
+        names.append((module, name, alias.asname or alias.name))
+    return names
 
 
 def relative(node):
     """The same import from flat files, one statement per file."""
     lines, names = [], {}
-    for module, name, here in targets(node):
+    for module, name, here in imported(node):
         if name is None:
-            lines.append(f"from . import {flat(module)} as {here}")
+            lines.append(f"from . import {file_name(module)} as {here}")
         else:
             names.setdefault(module, []).append(name if name == here else f"{name} as {here}")
-    return lines + [f"from .{flat(module)} import {', '.join(taken)}" for module, taken in names.items()]
+    return lines + [f"from .{file_name(module)} import {', '.join(taken)}" for module, taken in names.items()]
 
 
-def is_triton(node):
-    return isinstance(node, ast.Import) and all(alias.name.partition(".")[0] == "triton" for alias in node.names)
-
-
-def guarded(body):
+def triton_imports(body):
     """`[(first line, last line)]` of the runs of triton imports at the top of a module, where Python executes them on
     import.
     """
     runs = []
-    for node in filter(is_triton, body):
+    for node in body:
+        if not isinstance(node, ast.Import) or any(a.name.partition(".")[0] != "triton" for a in node.names):
+            continue
         if runs and node.lineno == runs[-1][1] + 1:
             runs[-1] = runs[-1][0], node.end_lineno
         else:
@@ -182,15 +171,15 @@ def rewritten(module):
     text = origin(module).read_text(encoding="utf-8")
     tree, lines, needed, edits = ast.parse(text), text.splitlines(), set(), []
     for node in ast.walk(tree):
-        if mine(node):
-            needed |= {target[0] for target in targets(node)}
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in OURS:
+            needed |= {module for module, _, _ in imported(node)}
             new = [" " * node.col_offset + line for line in relative(node)]
             new[-1] += lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()  # a comment
             edits.append((node.lineno, node.end_lineno, new))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(OPERATORS):
             named = f'__name__.replace(".", "_") + "::{node.value.removeprefix(OPERATORS)}"'
             lines[node.lineno - 1] = lines[node.lineno - 1].replace(f'"{node.value}"', named)
-    for first, last in guarded(tree.body):
+    for first, last in triton_imports(tree.body):
         imports = "\n".join("    " + line for line in lines[first - 1 : last])
         edits.append((first, last, TRITON.format(imports=imports).splitlines()))
     for first, last, new in sorted(edits, reverse=True):
@@ -204,37 +193,23 @@ def code():
     """{file name: text} of all that the model needs: to load, train and generate, on a CPU and on a GPU."""
     files, wanted = {}, ["xlstm_hybrid.model.modeling"]
     while wanted:
-        module = wanted.pop()
-        if f"{flat(module)}.py" not in files:
-            files[f"{flat(module)}.py"], needed = rewritten(module)
+        name = f"{file_name(module := wanted.pop())}.py"
+        if name not in files:
+            files[name], needed = rewritten(module)
             wanted += sorted(needed)
     return dict(sorted(files.items()))
-
-
-def write_code(directory):
-    """Write the files of `code`; CheckpointError if transformers would not find one of them."""
-    files = code()
-    for name, text in files.items():
-        write_file(directory / name, text.encode())
-    found = {Path(file).name for file in get_relative_import_files(directory / f"{MODELING}.py")} | {f"{MODELING}.py"}
-    if found != set(files):
-        raise CheckpointError(
-            f"{Path(directory).name}: transformers would copy {sorted(found ^ set(files))} more or less than the code needs; "
-            "report this with the version of transformers"
-        )
-    return list(files)
 
 
 # --- the checkpoint ----------------------------------------------------------------------------------------------
 
 
-def read_config(checkpoint):
+def config_values(checkpoint):
     """The values of config.json; CheckpointError unless they describe a student of ours."""
     values = read_json(checkpoint / "config.json", checkpoint.name)
-    kind = values.get("model_type")
-    if kind != XLSTMHybridConfig.model_type:
+    kind, ours = values.get("model_type"), XLSTMHybridConfig.model_type
+    if kind != ours:
         raise CheckpointError(
-            f"{checkpoint.name}/config.json: model_type is {kind!r}, expected {XLSTMHybridConfig.model_type!r}; convert a teacher first"
+            f"{checkpoint.name}/config.json: model_type is {kind!r}, expected {ours!r}; convert a teacher first"
         )
     values = {key: value for key, value in values.items() if not key.startswith("_") and key != "auto_map"}
     try:
@@ -249,26 +224,15 @@ def read_config(checkpoint):
     return values
 
 
-def travelling(checkpoint):
+def copied_files(checkpoint):
     """Names of the checkpoint's files that are copied as they are: weights, index, generation config, tokenizer, card,
     pictures, licences.
     """
     weights = sorted({file.name for file in weight_files(checkpoint).values()})
     index = [INDEX] if (checkpoint / INDEX).is_file() else []
-    texts = [name for name in (GENERATION, *TOKENIZER_FILES) if name != "tokenizer_config.json"]
+    texts = [name for name in (GENERATION, *TOKENIZER_FILES) if name != TOKENIZER]
     others = sorted(p.name for p in checkpoint.iterdir() if CARRIED.fullmatch(p.name))
     return [name for name in (*weights, *index, *texts, *others) if contained(checkpoint, name).is_file()]
-
-
-def write_tokenizer_config(checkpoint, directory):
-    """tokenizer_config.json without what names code, or files of another machine."""
-    values = read_json(contained(checkpoint, "tokenizer_config.json"), checkpoint.name)
-    kept = {
-        key: value
-        for key, value in values.items()
-        if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
-    }
-    write_json(directory / "tokenizer_config.json", kept)
 
 
 def write_loading(directory, count):
@@ -307,27 +271,34 @@ def export(checkpoint, out, overwrite=False):
             f"{out.name}: holds the checkpoint {checkpoint.name}; choose another directory for the export"
         )
     if (checkpoint / MANIFEST).is_file():
-        verify(checkpoint)
-    config, names = read_config(checkpoint), travelling(checkpoint)
+        verify_files(checkpoint)
+    config, names = config_values(checkpoint), copied_files(checkpoint)
     check_space(out, sum((checkpoint / name).stat().st_size for name in names))
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
         if GENERATION in names:
             write_json(directory / GENERATION, using_cache(read_json(checkpoint / GENERATION, checkpoint.name)))
-        if (checkpoint / "tokenizer_config.json").is_file():
-            write_tokenizer_config(checkpoint, directory)
-        files = write_code(directory)
+        if (checkpoint / TOKENIZER).is_file():
+            # without what names code, or files of another machine
+            drop = re.compile("auto_map|name_or_path|.*_file")
+            values = read_json(contained(checkpoint, TOKENIZER), checkpoint.name)
+            write_json(directory / TOKENIZER, {key: x for key, x in values.items() if not drop.fullmatch(key)})
+        files = code()
+        for name, text in files.items():
+            write_file(directory / name, text.encode())
+        copied = {f"{MODELING}.py", *(Path(p).name for p in get_relative_import_files(directory / f"{MODELING}.py"))}
+        if copied != set(files):
+            raise CheckpointError(
+                f"{directory.name}: transformers would copy {sorted(copied ^ set(files))} more or less than the code needs; "
+                "report this with the version of transformers"
+            )
         write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))
-        add_provenance(
-            directory,
-            "export",
-            parent=checkpoint,
-            config={"auto_map": AUTO_MAP, "code": files},
-            seconds=round(time.monotonic() - started, 3),
-        )
+        seconds = round(time.monotonic() - started, 3)
+        config = {"auto_map": AUTO_MAP, "code": list(files)}
+        add_provenance(directory, "export", parent=checkpoint, config=config, seconds=seconds)
         written = sorted(p.name for p in directory.iterdir())
         write_manifest(directory)
     left = sorted(p.name for p in checkpoint.iterdir() if p.name not in {*written, MANIFEST, PROVENANCE})
-    return ExportReport([*written, MANIFEST], files, left)
+    return ExportReport([*written, MANIFEST], list(files), left)

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xlstm_hybrid.checkpoint.files import INDEX, MANIFEST, PROVENANCE, SECRETS, SINGLE, read_json, verify
+from xlstm_hybrid.checkpoint.files import INDEX, MANIFEST, PROVENANCE, SECRETS, SINGLE, read_json, verify_files
 from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES
 from xlstm_hybrid.errors import CheckpointError, ShareError
 
@@ -58,13 +58,12 @@ def unlisted(folder, code):
             yield f"{name}: is a link, expected a file"
         elif path.is_dir():
             yield f"{name}/: is a folder, expected files only"
-        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS):
-            continue
-        elif CODE.fullmatch(name) and path.parent == folder:
-            if not code:
-                yield f"{name}: is code; allow it if this checkpoint is meant to run with trust_remote_code"
-        elif path.parent == folder:
+        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS) or path.parent != folder:
+            continue  # of what lies in a folder, the folder is named
+        elif not CODE.fullmatch(name):
             yield f"{name}: is not a file that a checkpoint needs"
+        elif not code:
+            yield f"{name}: is code; allow it if this checkpoint is meant to run with trust_remote_code"
 
 
 def findings(text, names=()):
@@ -96,14 +95,18 @@ def unique_object(pairs):
     return dict(pairs)
 
 
+def entries(value):
+    """`(key or index, value)` of what a JSON value holds."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
 def depth(value):
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(depth, inner), default=0)
+    return 1 + max((depth(inner) for _, inner in entries(value)), default=0)
 
 
 def secret_entries(value, name=""):
     """Names of JSON entries that are called like a secret and hold text."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in entries(value):
         if isinstance(inner, str) and inner and SECRETS.search(str(key)):
             yield f"{name}.{key}".strip(".")
         yield from secret_entries(inner, f"{name}.{key}")
@@ -129,19 +132,17 @@ def inspect_weights(path):
     tensors.
     """
     with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        if not 0 < length <= min(CAPS["header"], path.stat().st_size):
+        length, cap = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0], CAPS["header"]
+        if not 0 < length <= min(cap, path.stat().st_size):
             return [
-                f"{path.name}: a header of {length} bytes, expected at most {CAPS['header']} and no more than the file has"
+                f"{path.name}: a header of {length} bytes, expected at most {cap} and no more than the file has"
             ], ""
         try:
             header = json.loads(file.read(length), object_pairs_hook=unique_object)
         except ValueError as error:
             return [f"{path.name}: its header is damaged ({error})"], ""
-    notes = header.pop("__metadata__", {})
-    wrong = [f"{path.name}: {len(header)} tensors, expected at most {CAPS['tensors']}"] * (
-        len(header) > CAPS["tensors"]
-    )
+    notes, cap = header.pop("__metadata__", {}), CAPS["tensors"]
+    wrong = [f"{path.name}: {len(header)} tensors, expected at most {cap}"] if len(header) > cap else []
     return wrong, json.dumps([notes, list(header)], ensure_ascii=False)
 
 
@@ -149,33 +150,30 @@ def png_text(path):
     """The text chunks of a PNG, where programs write names and paths; `[compressed]` stands for what would have to be
     unpacked first.
     """
-    data, place, found = path.read_bytes(), 8, []
+    data, place, texts = path.read_bytes(), 8, []
     while place + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
         if kind in (b"tEXt", b"iTXt", b"zTXt", b"eXIf"):
             text = data[place + 8 : place + 8 + length].decode("latin-1")
             # keyword of at most 79 characters, end, flag
             packed = kind == b"zTXt" or (kind == b"iTXt" and "\0\1" in text[:82])
-            found.append("[compressed]" if packed else text)
+            texts.append("[compressed]" if packed else text)
         place += 12 + length
-    return "\n".join(found)
+    return "\n".join(texts)
 
 
 def inspect(path, names):
     """Everything about one file that must not leave the machine, in words."""
-    wrong = []
-    if path.suffix == ".json":
-        wrong += inspect_json(path)
+    wrong = list(inspect_json(path)) if path.suffix == ".json" else []
     if path.suffix == ".safetensors":
         wrong, text = inspect_weights(path)
+    elif path.suffix == ".png":
+        text = png_text(path)
+        wrong += [f"{path.name}: holds compressed text, expected none"] if "[compressed]" in text else []
     else:
-        text = png_text(path) if path.suffix == ".png" else path.read_bytes().decode("utf-8", "replace")
-        wrong += [f"{path.name}: holds compressed text, expected none"] * (
-            path.suffix == ".png" and "[compressed]" in text
-        )
-    found = dict.fromkeys(findings(text, names))
-    if path.name in VOCABULARIES:
-        found = [pair for pair in found if pair[0] == "a key"]
+        text = path.read_bytes().decode("utf-8", "replace")
+    keys_only = path.name in VOCABULARIES
+    found = dict.fromkeys((kind, shown) for kind, shown in findings(text, names) if kind == "a key" or not keys_only)
     return wrong + [f"{path.name}: holds {kind} ({shown})" for kind, shown in found]
 
 
@@ -198,24 +196,17 @@ def inspect_folder(folder, repo, *, code=False):
         wrong.append(f"repo {repo!r}: expected NAME/NAME of letters, digits, dots, dashes and underscores")
     if not folder.is_dir():
         raise ShareError(f"{folder.name}: no such folder; name the directory of a checkpoint")
-    wrong += [
-        f"{name}: is missing" + {CARD: " (xlstm-hybrid card writes it)"}.get(name, "")
-        for name in NEEDED
-        if not (folder / name).is_file()
-    ]
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    wrong += [f"{name}: is missing" + " (xlstm-hybrid card writes it)" * (name == CARD) for name in missing]
     wrong += unlisted(folder, code)
     if not wrong:
-        verify(folder)
-        listed = read_json(folder / MANIFEST, folder.name)["files"]
-        wrong += [
-            f"{p.name}: is not listed in {MANIFEST}"
-            for p in sorted(folder.iterdir())
-            if p.name not in listed and p.name != MANIFEST
-        ]
+        verify_files(folder)
+        listed, paths = read_json(folder / MANIFEST, folder.name)["files"], sorted(folder.iterdir())
+        wrong += [f"{p.name}: is not listed in {MANIFEST}" for p in paths if p.name not in {*listed, MANIFEST}]
         if not code and "auto_map" in read_json(folder / CONFIG, folder.name):
             wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code")
         names = own_names()
-        wrong += [text for path in sorted(folder.iterdir()) for text in inspect(path, names)]
+        wrong += [text for path in paths for text in inspect(path, names)]
     if wrong:
         raise ShareError(
             f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "
@@ -223,15 +214,11 @@ def inspect_folder(folder, repo, *, code=False):
         )
     files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     files[MANIFEST] = ((folder / MANIFEST).stat().st_size, None)
-    return Parcel(folder.name, repo, files, advice(folder))
-
-
-def advice(folder):
-    """What an owner should know before sharing; none of it is a reason to refuse."""
     card = (folder / CARD).read_text(encoding="utf-8")
     block = card.split("---\n")[1] if card.startswith("---\n") else ""
     lacks = [key for key in ("license", "base_model") if not re.search(rf"^{key}:", block, re.MULTILINE)]
-    return [f"the card names no {key}: its stages recorded none" for key in lacks]
+    warnings = [f"the card names no {key}: its stages recorded none" for key in lacks]  # no reason to refuse
+    return Parcel(folder.name, repo, files, warnings)
 
 
 def push(folder, repo, *, dry_run=False, private=False, code=False, message=None, token=None, api=None):
@@ -273,18 +260,12 @@ def push(folder, repo, *, dry_run=False, private=False, code=False, message=None
             f"{repo}: the Hub refused or could not be reached ({type(error).__name__}); log in with `hf auth login`, check the name, "
             "then push again; what was there is untouched"
         ) from error
-    parcel.commit = commit.oid
-    check_arrival(parcel, arrived)
-    return parcel
-
-
-def check_arrival(parcel, arrived):
-    """Raise ShareError where the Hub holds other bytes than were sent, by size, and by SHA-256 for large files."""
-    wrong = []
-    for name, (size, sha256) in parcel.files.items():
+    parcel.commit, wrong = commit.oid, []
+    for name, (size, sha256) in parcel.files.items():  # by size, and by SHA-256 what the Hub keeps as a large file
         entry = arrived.get(name)
         remote = getattr(getattr(entry, "lfs", None), "sha256", None)
         if entry is None or entry.size != size or (remote and sha256 and remote != sha256):
             wrong.append(f"{name} ({'missing' if entry is None else f'{entry.size} bytes'}, expected {size})")
     if wrong:
         raise ShareError(f"{parcel.repo} at {parcel.commit}: {', '.join(wrong)} arrived damaged; push again")
+    return parcel

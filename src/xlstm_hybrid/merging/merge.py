@@ -25,7 +25,7 @@ from xlstm_hybrid.checkpoint.files import (
     read_json,
     read_provenance,
     staged,
-    verify,
+    verify_files,
     weight_files,
     write_json,
     write_manifest,
@@ -83,7 +83,7 @@ class Checkpoint:
         )
         self.shares, self.key, self.statistics = shares or {}, self.name, None
         if (self.directory / MANIFEST).is_file():
-            verify(self.directory)
+            verify_files(self.directory)
         self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.file_of = weight_files(self.directory)
         self.headers = {name: self.header(name) for name in sorted(self.file_of)}

@@ -6,7 +6,7 @@ import shlex
 
 from rich.table import Table
 
-from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance, verify
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance, verify_files
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.run import Run, check_settings
 
@@ -35,7 +35,7 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False,
     check_settings(recipe)
     run = Run(recipe, out, redo, console, start)
     if start is not None:
-        verify(start)
+        verify_files(start)
     run.make(*run.named("convert", "align"))
     aligned, chosen = run.path(run.aligned), [name for name in recipe.experts if name in only or not only]
     before = digest(aligned / MANIFEST)

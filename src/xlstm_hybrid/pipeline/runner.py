@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xlstm_hybrid.checkpoint.files import verify, write_json
-from xlstm_hybrid.checkpoint.locks import held
+from xlstm_hybrid.checkpoint.files import verify_files, write_json
+from xlstm_hybrid.checkpoint.locks import locked
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
 RECORDS = (
@@ -49,7 +49,7 @@ class Stage:
 def checkpoint_stage(name, inputs, build, settings, folder):
     """A stage that makes a checkpoint."""
     note = f"stages/{name.replace(':', '-')}.json"
-    return Stage(name, inputs, build, settings, folder, note, lambda folder, note: verify(folder, level="size"))
+    return Stage(name, inputs, build, settings, folder, note, lambda folder, note: verify_files(folder, level="size"))
 
 
 class Runner:
@@ -89,7 +89,7 @@ class Runner:
             note = self.out / stage.note
             note.parent.mkdir(parents=True, exist_ok=True)
             waiting = f"{stage.name}: waiting for another launch (process {{}})".format
-            with held(
+            with locked(
                 note.with_name(f".claim-{note.stem}"), lambda who, waiting=waiting: self.console.print(waiting(who))
             ):
                 spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)

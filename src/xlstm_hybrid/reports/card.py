@@ -10,7 +10,7 @@ from xlstm_hybrid.checkpoint.files import (
     PROVENANCE,
     escaped,
     markdown_table,
-    plain,
+    publishable,
     read_provenance,
     relist,
     write_file,
@@ -81,11 +81,11 @@ def write_card(directory, results=None):
 def check_results(directory, judged, results):
     students = results.get("students") or {}
     name = next(reversed(students), None)
-    found = plain(students[name].get("exact_match")) if name else None
+    found = publishable(students[name].get("exact_match")) if name else None
     same = (
         found == judged.get("exact_match")
         if found
-        else judged and plain(students.get(name, {}).get("perplexity")) == judged.get("perplexity")
+        else judged and publishable(students.get(name, {}).get("perplexity")) == judged.get("perplexity")
     )
     if not same:
         raise CheckpointError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import append_stage, markdown_table, versions, write_file, write_json
+from xlstm_hybrid.checkpoint.files import append_stage, installed_versions, markdown_table, write_file, write_json
 from xlstm_hybrid.evaluation.comparison import number
 from xlstm_hybrid.evaluation.efficiency import MIN_ENERGY_SECONDS, SIDES
 
@@ -37,7 +37,7 @@ def surroundings(device):
         machine |= {"gpu": torch.cuda.get_device_name(device), "clock": "from the call to its end"}
     else:
         machine |= {"threads": 1, "clock": "CPU seconds of the process, one thread"}
-    return {"format_version": FORMAT_VERSION, "machine": machine, "versions": versions()}
+    return {"format_version": FORMAT_VERSION, "machine": machine, "versions": installed_versions()}
 
 
 def tables(pair):

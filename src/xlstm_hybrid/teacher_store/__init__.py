@@ -6,8 +6,8 @@ the student reads.
     shard-00000.json         the shard's entry in the index, written once the shard is complete
 
 Six bytes per stored entry, eight per token, and three 8-byte offsets per row. Built by any number of processes at once
-(`build_store`), read row by row (`TeacherStore`). Nothing is believed: a row that is read is checked against its own
-check bytes, against what log-probabilities are, and, by `StoreCollator`, against the batch that it is used for.
+(`build_store`), read row by row (`TeacherStore`). A row that is read is checked against its own check bytes,
+against what log-probabilities are, and, by `StoreCollator`, against the batch that it is used for.
 """
 
 from xlstm_hybrid.teacher_store.layout import KINDS, RowInput, row_input, store_bytes
@@ -25,5 +25,5 @@ __all__ = [
     "planned_bytes",
     "row_input",
     "store_bytes",
+    "weights_hash",
 ]
-__all__ += ["weights_hash"]

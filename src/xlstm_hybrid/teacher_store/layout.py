@@ -17,14 +17,9 @@ LARGEST_VOCABULARY = 2**ID_BITS
 ID, CHECK, STORED, START = np.uint32(2**ID_BITS - 1), np.uint32(0xFF << ID_BITS), np.uint32(1 << 30), np.uint32(1 << 31)
 # what is stored per entry, and per token with targets
 KINDS = {"topk": ("logp", "rest"), "sampled": ("counts", "support")}
-COMMON = {
-    "tokens": np.uint32,
-    "row_start": np.int64,
-    "place_start": np.int64,
-    "entry_start": np.int64,
-    "ids": np.uint32,
-}
-DTYPES = {"logp": np.float16, "rest": np.float32, "counts": np.uint16, "support": np.uint16}
+# dtypes as safetensors calls them: of what every shard holds, and of what `KINDS` names
+COMMON = {"tokens": "U32", "row_start": "I64", "place_start": "I64", "entry_start": "I64", "ids": "U32"}
+CODES = {"logp": "F16", "rest": "F32", "counts": "U16", "support": "U16"}
 LARGEST_K = 2**16 - 1
 NEVER = -np.inf
 MOST_MASS = 1.001  # sum of probabilities above which the stored numbers are no log-probabilities
@@ -55,11 +50,10 @@ class RowInput(NamedTuple):
     stored: np.ndarray
 
     def position_ids(self):
-        first = np.flatnonzero(self.starts)
-        return np.arange(len(self.starts)) - np.repeat(first, np.diff([*first, len(self.starts)]))
+        return position_ids(self.starts)
 
 
-class Row(NamedTuple):
+class StoredRow(NamedTuple):
     """A row as it is read. input_ids: [T]; starts, stored: [T] bool; ids: [P, M], logp: [P, M] float32, -inf pads;
     rest: [P] float32.
     """
@@ -70,6 +64,12 @@ class Row(NamedTuple):
     ids: np.ndarray
     logp: np.ndarray
     rest: np.ndarray
+
+
+def position_ids(starts):
+    """[T] positions that begin at 0 with every document."""
+    first = np.flatnonzero(starts)
+    return np.arange(len(starts)) - np.repeat(first, np.diff([*first, len(starts)]))
 
 
 def row_input(row, number, vocab_size):
@@ -113,7 +113,7 @@ def column(row, name, number, T):
     return values
 
 
-def place_of(starts, position):
+def describe_place(starts, position):
     """The words of an error for a position of a row: which document of the row, and which of its tokens."""
     first = np.flatnonzero(starts[: position + 1])
     return f"position {position} (document {max(len(first) - 1, 0)} of the row, its token {position - (first[-1] if len(first) else 0)})"
@@ -133,14 +133,14 @@ def pack(rows, targets, kind, k, vocab_size):
     Raises:
         DataError: targets of another shape, or that are not log-probabilities; it names row, document and position.
     """
-    parts = [encode(row, *target, kind, k, vocab_size) for row, target in zip(rows, targets, strict=True)]
+    parts = [pack_row(row, *target, kind, k, vocab_size) for row, target in zip(rows, targets, strict=True)]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "ids", *KINDS[kind])}
     lengths = {"row_start": "tokens", "place_start": KINDS[kind][1], "entry_start": "ids"}
     starts = {name: np.cumsum([0, *(len(part[of]) for part in parts)], dtype=np.int64) for name, of in lengths.items()}
     return arrays | starts
 
 
-def encode(row, ids, logp, rest, kind, k, vocab_size):
+def pack_row(row, ids, logp, rest, kind, k, vocab_size):
     """Arrays of one row; entries and places flat."""
     P, M = int(row.stored.sum()), min(k, vocab_size)
     ids, logp, rest = np.asarray(ids), np.asarray(logp, dtype=np.float64), np.asarray(rest, dtype=np.float64)
@@ -150,32 +150,21 @@ def encode(row, ids, logp, rest, kind, k, vocab_size):
             f"and [{P}]; select them at the row's stored positions"
         )
     rest = np.minimum(rest, 0.0)  # a logsumexp may round to just above
-    fault = first_fault(ids, logp, rest if kind == "topk" else np.full(P, NEVER), vocab_size)
-    if fault:
+    if fault := first_fault(ids, logp, rest if kind == "topk" else np.full(P, NEVER), vocab_size):
         p = int(np.flatnonzero(row.stored)[fault[0]])
         raise DataError(
-            f"the teacher's targets for row {row.number}, {place_of(row.starts, p)}: {fault[1]}; look at its logits there"
+            f"the teacher's targets for row {row.number}, {describe_place(row.starts, p)}: {fault[1]}; look at its logits there"
         )
     if kind == "topk":
         logp = round_down_mass(logp)
-        arrays = {
-            "ids": np.where(logp == NEVER, 0, ids).astype(np.uint32).ravel(),
-            "logp": logp.ravel(),
-            "rest": rest.astype(np.float32),
-        }
+        ids = np.where(logp == NEVER, 0, ids).astype(np.uint32).ravel()
+        arrays = {"ids": ids, "logp": logp.ravel(), "rest": rest.astype(np.float32)}
     else:
         counts = np.rint(np.exp(logp) * k)
         drawn = counts > 0
-        arrays = {
-            "ids": ids[drawn].astype(np.uint32),
-            "counts": counts[drawn].astype(np.uint16),
-            "support": drawn.sum(1).astype(np.uint16),
-        }
-    tokens = (
-        row.input_ids.astype(np.uint32)
-        | np.where(row.starts, START, np.uint32(0))
-        | np.where(row.stored, STORED, np.uint32(0))
-    )
+        arrays = {"ids": ids[drawn].astype(np.uint32), "counts": counts[drawn].astype(np.uint16)}
+        arrays["support"] = drawn.sum(1).astype(np.uint16)
+    tokens = row.input_ids.astype(np.uint32) | row.starts * START | row.stored * STORED
     return arrays | {"tokens": tokens | check_bytes(tokens, arrays, kind)}
 
 
@@ -207,11 +196,8 @@ def check_bytes(tokens, arrays, kind):
     stored = np.flatnonzero(tokens & STORED)
     if len(stored):
         entries = arrays["ids"] ^ bits(arrays[per_entry])
-        support = (
-            arrays["support"].astype(np.int64)
-            if kind == "sampled"
-            else np.full(len(stored), len(entries) // len(stored))
-        )
+        sampled = kind == "sampled"
+        support = arrays["support"].astype(np.int64) if sampled else np.full(len(stored), len(entries) // len(stored))
         sums = np.bitwise_xor.reduceat(entries, np.cumsum(support) - support)
         words[stored] ^= sums ^ bits(arrays[per_place])
     words ^= words >> np.uint32(16)
@@ -242,13 +228,9 @@ def first_fault(ids, logp, rest, vocab_size):
         (~(mass <= MOST_MASS), "probabilities sum to {}", mass),
         (~(gap <= MASS_GAP), "probabilities and the rest sum to {}", mass + rest_mass),
     ]
-    found = []
-    for wrong, text, values in faults:
-        if wrong.any():
-            at = np.argwhere(wrong)[0]
-            found.append(
-                (int(at[0]), f"{text.format(values[tuple(at)])}, expected log-probabilities of ids below {vocab_size}")
-            )
+    at = [(np.argwhere(wrong)[0], text, values) for wrong, text, values in faults if wrong.any()]
+    expected = f"expected log-probabilities of ids below {vocab_size}"
+    found = [(int(place[0]), f"{text.format(values[tuple(place)])}, {expected}") for place, text, values in at]
     return min(found, default=None, key=lambda f: f[0])
 
 
@@ -256,7 +238,7 @@ def first_fault(ids, logp, rest, vocab_size):
 
 
 def decode(arrays, kind, k, vocab_size, where):
-    """`Row` of the arrays of one row.
+    """`StoredRow` of the arrays of one row.
 
     Stored float16 values are relative: they are scaled to the mass that `rest` leaves, which was stored exactly.
 
@@ -277,41 +259,27 @@ def decode(arrays, kind, k, vocab_size, where):
             f"{where}: {P} tokens say that they have targets, {len(arrays[per_place])} targets and {E} entries are stored; the shard is "
             "damaged: delete it and run cache-teacher again"
         )
-    wrong = np.flatnonzero(check_bytes(tokens, arrays, kind) != (tokens & CHECK))
-    if len(wrong):
+    if len(wrong := np.flatnonzero(check_bytes(tokens, arrays, kind) != (tokens & CHECK))):
         raise StoreError(
-            f"{where}, {place_of(starts, int(wrong[0]))}: a check byte does not fit what is stored there, the shard is damaged: delete "
+            f"{where}, {describe_place(starts, int(wrong[0]))}: a check byte does not fit what is stored there, the shard is damaged: delete "
             "it and run cache-teacher again"
         )
     if kind == "topk":
-        ids, logp, rest = (
-            arrays["ids"].reshape(P, M).astype(np.int64),
-            arrays["logp"].reshape(P, M).astype(np.float32),
-            arrays["rest"],
-        )
+        ids, logp = arrays["ids"].reshape(P, M).astype(np.int64), arrays["logp"].reshape(P, M).astype(np.float32)
+        rest = arrays["rest"]
     else:
-        ids, logp, rest = (
-            ragged(arrays["ids"], support, k, 0),
-            ragged(arrays["counts"], support, k, 0),
-            np.full(P, NEVER, dtype=np.float32),
-        )
+        filled = np.arange(k) < support[:, None]
+        ids, counts = np.zeros((P, k), dtype=np.int64), np.zeros((P, k), dtype=np.float32)
+        ids[filled], counts[filled], rest = arrays["ids"], arrays["counts"], np.full(P, NEVER, dtype=np.float32)
         with np.errstate(divide="ignore"):
-            logp = np.log(logp.astype(np.float32) / k)
-    fault = first_fault(ids, logp, rest, vocab_size)
-    if fault:
+            logp = np.log(counts / k)
+    if fault := first_fault(ids, logp, rest, vocab_size):
         p = int(np.flatnonzero(stored)[fault[0]])
         raise StoreError(
-            f"{where}, {place_of(starts, p)}: {fault[1]}; the store was not written by cache-teacher: build it again"
+            f"{where}, {describe_place(starts, p)}: {fault[1]}; the store was not written by cache-teacher: build it again"
         )
     if kind == "topk" and P:
-        mass, kept = np.exp(logp).sum(1, dtype=np.float64), -np.expm1(rest.astype(np.float64))
-        scale = np.log(np.divide(kept, mass, out=np.ones(P), where=(mass > 0) & (kept > 0)))
+        mass, exact = np.exp(logp).sum(1, dtype=np.float64), -np.expm1(rest.astype(np.float64))
+        scale = np.log(np.divide(exact, mass, out=np.ones(P), where=(mass > 0) & (exact > 0)))
         logp = np.minimum(logp + scale[:, None].astype(np.float32), 0.0)
-    return Row((tokens & ID).astype(np.int64), starts, stored, ids, logp, rest)
-
-
-def ragged(values, support, k, fill):
-    """[P, k] of the flat values of places with `support` entries each."""
-    out = np.full((len(support), k), fill, dtype=np.int64)
-    out[np.arange(k) < support[:, None]] = values
-    return out
+    return StoredRow((tokens & ID).astype(np.int64), starts, stored, ids, logp, rest)

@@ -3,13 +3,15 @@ M as everywhere, P stored.
 """
 
 import os
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 
+from xlstm_hybrid.checkpoint.files import digest
 from xlstm_hybrid.errors import ConfigError, StoreError
-from xlstm_hybrid.teacher_store.layout import COMMON, DTYPES, IGNORE, KINDS, NEVER, decode, place_of
-from xlstm_hybrid.teacher_store.writer import digest, read_index, require_same, shard_name, shard_of
+from xlstm_hybrid.teacher_store.layout import CODES, COMMON, IGNORE, KINDS, NEVER, decode, describe_place, position_ids
+from xlstm_hybrid.teacher_store.writer import read_index, require_same, shard_name
 
 HEADER_BYTES = 2**16  # ours has some 700
 OPEN_SHARDS = 1024  # a mapping each, of which a process may have 65,530
@@ -35,9 +37,8 @@ class TeacherStore:
             raise ConfigError(f"verify={verify!r}: expected 'rows' or 'full'")
         self.directory, self.level, self.opened = Path(directory), verify, {}
         index = read_index(self.directory)
-        self.spec, self.spec_hash, self.first, self.shards = (
-            index[key] for key in ("spec", "spec_hash", "first_rows", "shards")
-        )
+        self.spec, self.spec_hash = index["spec"], index["spec_hash"]
+        self.first, self.shards = index["first_rows"], index["shards"]
         self.kind, self.k, self.vocab_size = (self.spec[key] for key in ("kind", "k", "vocab_size"))
         require_same(self.spec, expected, f"the store {self.directory.name}")
         if not partial and len(self.shards) < len(self.first) - 1:
@@ -53,7 +54,7 @@ class TeacherStore:
         return self.__dict__ | {"opened": {}}  # a worker process opens its own
 
     def row(self, n):
-        """`Row` n: tokens, document starts and targets.
+        """`StoredRow` n: tokens, document starts and targets.
 
         Raises:
             StoreError: no such row, a shard that is missing or damaged, or values that cannot be; it names row,
@@ -63,7 +64,7 @@ class TeacherStore:
             raise StoreError(
                 f"{self.directory.name}: row {n}, the store has {len(self)}; read it with the data that it was made from"
             )
-        j = shard_of(self.first, n)
+        j = bisect_right(self.first, n) - 1
         shard, name = self.shard(j), f"{self.directory.name}/{shard_name(j)}"
         per_entry, per_place = KINDS[self.kind]
         starts = {"tokens": "row_start", per_place: "place_start", "ids": "entry_start", per_entry: "entry_start"}
@@ -107,8 +108,7 @@ class TeacherStore:
                     f"{where} has {size} bytes and a header of {header}, expected {entry['size']} and at most {HEADER_BYTES}: {AGAIN}"
                 )
             # what is hashed is what is mapped, whatever happens to the name meanwhile
-            same = f"/dev/fd/{file.fileno()}"
-            source = same if Path(same).exists() else path
+            source = same if Path(same := f"/dev/fd/{file.fileno()}").exists() else path
             if self.level == "full" and (found := digest(source)) != entry["sha256"]:
                 raise StoreError(
                     f"{where} has SHA-256 {found[:12]}..., expected {entry['sha256'][:12]}...; {self.locate(j, source)}"
@@ -117,21 +117,16 @@ class TeacherStore:
                 shard = safe_open(source, framework="np")
             except (SafetensorError, OSError) as error:
                 raise StoreError(f"{where} is damaged ({error}): {AGAIN}") from error
-        self.check_header(shard, name, where)
-        return shard
-
-    def check_header(self, shard, name, where):
-        """The shard must be the one that its name says, and hold what a shard holds."""
-        made = (shard.metadata() or {}).get("shard")
-        if made != f"{name} {self.spec_hash}":
+        title = (shard.metadata() or {}).get("shard")
+        if title != f"{name} {self.spec_hash}":
             raise StoreError(
-                f"{where} was written as {made!r}, expected {name} of this store: put each shard back where it belongs, or {AGAIN}"
+                f"{where} was written as {title!r}, expected {name} of this store: put each shard back where it belongs, or {AGAIN}"
             )
-        wanted = COMMON | {part: DTYPES[part] for part in KINDS[self.kind]}
-        codes = {np.uint32: "U32", np.int64: "I64", np.float16: "F16", np.float32: "F32", np.uint16: "U16"}
+        wanted = COMMON | {part: CODES[part] for part in KINDS[self.kind]}
         found = {part: str(shard.get_slice(part).get_dtype()) for part in shard.keys()}  # noqa: SIM118, a handle and no dict
-        if found != {part: codes[dtype] for part, dtype in wanted.items()}:
+        if found != wanted:
             raise StoreError(f"{where} holds {found}, expected {sorted(wanted)}: {AGAIN}")
+        return shard
 
     def locate(self, j, source):
         """Words for where a shard is damaged, as far as its rows tell."""
@@ -143,26 +138,26 @@ class TeacherStore:
             return str(error)
         return f"no row of it shows where: {AGAIN}"
 
-    def verify(self, report=None):
-        """Hash every shard and check every row; raises StoreError at the first that is not as it was written. `report`:
-        of (shard, shards).
-        """
+    def verify(self):
+        """Hash every shard and check every row; raises StoreError at the first that is not as it was written."""
         whole = TeacherStore(self.directory, verify="full")
         for j in range(len(self.first) - 1):
             for n in range(self.first[j], self.first[j + 1]):
                 whole.row(n)
             whole.opened.pop(j)
-            if report is not None:
-                report(j + 1, len(self.first) - 1)
 
     def example(self, n):
         """Row n with an entry per token: `input_ids, position_ids, teacher_rest [T], teacher_ids, teacher_logp [T, M]`;
         -inf where none is stored.
         """
         row = self.row(n)
-        first = np.flatnonzero(row.starts)
-        positions = np.arange(len(row.starts)) - np.repeat(first, np.diff([*first, len(row.starts)]))
-        return {NUMBER: n, "input_ids": row.input_ids, "position_ids": positions, **spread(row)}
+        T, M = len(row.input_ids), row.ids.shape[1]
+        ids, logp = np.zeros((T, M), dtype=np.int64), np.full((T, M), NEVER, dtype=np.float32)
+        rest = np.full(T, NEVER, dtype=np.float32)
+        ids[row.stored], logp[row.stored], rest[row.stored] = row.ids, row.logp, row.rest
+        positions = position_ids(row.starts)
+        targets = {"teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
+        return {NUMBER: n, "input_ids": row.input_ids, "position_ids": positions, **targets}
 
     def to_dataset(self, streaming=True):
         """The store as a `datasets` data set of `example`s.
@@ -175,26 +170,16 @@ class TeacherStore:
 
         arguments = {"store": [self] * (len(self.first) - 1), "shard": list(range(len(self.first) - 1))}
         if streaming:
-            return IterableDataset.from_generator(examples, gen_kwargs=arguments)
-        return Dataset.from_generator(examples, gen_kwargs=arguments, keep_in_memory=True, fingerprint=self.spec_hash)
+            return IterableDataset.from_generator(read_shards, gen_kwargs=arguments)
+        return Dataset.from_generator(
+            read_shards, gen_kwargs=arguments, keep_in_memory=True, fingerprint=self.spec_hash
+        )
 
 
-def examples(store, shard):
+def read_shards(store, shard):
     for one, j in zip(store, shard, strict=True):
         for n in range(one.first[j], one.first[j + 1]):
             yield one.example(n)
-
-
-def spread(row):
-    """Targets of a `Row` with an entry per token; where none is stored, ids are 0 and log-probabilities -inf."""
-    T, M = len(row.input_ids), row.ids.shape[1]
-    ids, logp, rest = (
-        np.zeros((T, M), dtype=np.int64),
-        np.full((T, M), NEVER, dtype=np.float32),
-        np.full(T, NEVER, dtype=np.float32),
-    )
-    ids[row.stored], logp[row.stored], rest[row.stored] = row.ids, row.logp, row.rest
-    return {"teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
 
 
 # --- into a batch -------------------------------------------------------------------------------------------------
@@ -210,13 +195,11 @@ def number_rows(data, store):
         raise StoreError(
             f"{store.directory.name} has {len(store)} rows, the data {len(data)}: read it with the data that it was made from"
         )
-    if hasattr(data, "map"):
-        return (
-            data.add_column(NUMBER, list(range(len(data))))
-            if hasattr(data, "__len__")
-            else data.map(with_number, with_indices=True)
-        )
-    return [{**row, NUMBER: n} for n, row in enumerate(data)]
+    if not hasattr(data, "map"):
+        return [{**row, NUMBER: n} for n, row in enumerate(data)]
+    if hasattr(data, "__len__"):
+        return data.add_column(NUMBER, list(range(len(data))))
+    return data.map(with_number, with_indices=True)
 
 
 def with_number(row, n):
@@ -246,29 +229,22 @@ class StoreCollator:
             raise StoreError(
                 f"a row has no column {NUMBER}: number the data with number_rows before it is shuffled, and keep the column"
             )
+        import torch
+
         batch = self.collate([{key: value for key, value in row.items() if key != NUMBER} for row in rows])
-        return add_targets(batch, [int(row[NUMBER]) for row in rows], self.store)
-
-
-def add_targets(batch, numbers, store):
-    """The batch with the targets of the store's rows `numbers`; see `StoreCollator`."""
-    import torch
-
-    stored = [store.row(n) for n in numbers]
-    B, T = batch["input_ids"].shape
-    M = stored[0].ids.shape[1]
-    ids, logp, rest = torch.zeros(B, T, M, dtype=torch.int64), torch.full((B, T, M), NEVER), torch.full((B, T), NEVER)
-    for n, row, (b, place) in zip(numbers, stored, places(batch, numbers, stored), strict=True):
-        compare(
-            {key: batch[key][b, place].numpy() for key in ("input_ids", "position_ids", "labels") if key in batch},
-            row,
-            n,
-        )
-        where = place[torch.from_numpy(row.stored)]
-        ids[b, where], logp[b, where], rest[b, where] = (
-            torch.from_numpy(np.ascontiguousarray(x)) for x in (row.ids, row.logp, row.rest)
-        )
-    return {**batch, "teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
+        numbers = [int(row[NUMBER]) for row in rows]
+        stored = [self.store.row(n) for n in numbers]
+        (B, T), M = batch["input_ids"].shape, stored[0].ids.shape[1]
+        ids, logp = torch.zeros(B, T, M, dtype=torch.int64), torch.full((B, T, M), NEVER)
+        rest = torch.full((B, T), NEVER)
+        columns = [key for key in ("input_ids", "position_ids", "labels") if key in batch]
+        for n, row, (b, place) in zip(numbers, stored, places(batch, numbers, stored), strict=True):
+            require_same_row({key: batch[key][b, place].numpy() for key in columns}, row, n)
+            where = place[torch.from_numpy(row.stored)]
+            ids[b, where], logp[b, where], rest[b, where] = (
+                torch.from_numpy(np.ascontiguousarray(x)) for x in (row.ids, row.logp, row.rest)
+            )
+        return {**batch, "teacher_ids": ids, "teacher_logp": logp, "teacher_rest": rest}
 
 
 def places(batch, numbers, stored):
@@ -279,38 +255,36 @@ def places(batch, numbers, stored):
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(B, T, dtype=torch.bool)
     lengths = [len(row.input_ids) for row in stored]
     if len(numbers) == B:
-        found = [(b, real[b].nonzero()[:, 0]) for b in range(B)]
+        parts = [(b, real[b].nonzero()[:, 0]) for b in range(B)]
     elif B == 1 and int(real.sum()) == sum(lengths):
-        found = [(0, part) for part in real[0].nonzero()[:, 0].split(lengths)]
+        parts = [(0, part) for part in real[0].nonzero()[:, 0].split(lengths)]
     else:
         raise StoreError(
             f"rows {numbers} of {lengths} tokens became a batch of {[B, T]}: expected one row each, or all of them joined to one"
         )
-    for n, length, (_, place) in zip(numbers, lengths, found, strict=True):
+    for n, length, (_, place) in zip(numbers, lengths, parts, strict=True):
         if len(place) != length:
             raise StoreError(
                 f"row {n}, document 0: {len(place)} tokens in the batch, {length} in the store; read it with the data that it was made "
                 "from, neither cut nor packed again"
             )
-    return found
+    return parts
 
 
-def compare(batch, row, n):
+def require_same_row(batch, row, n):
     """Raise StoreError unless a row of the batch is the store's row n, and has targets wherever it is scored."""
     step = "read the store with the data that it was made from"
     starts = batch["position_ids"] == 0 if "position_ids" in batch else np.arange(len(row.starts)) == 0
     starts[:1] = True
     labels = batch.get("labels", np.full(len(row.starts), IGNORE))
     scored = np.append((labels[1:] != IGNORE) & ~starts[1:], False)
+    ids = batch["input_ids"]
     checks = [
-        (
-            batch["input_ids"] != row.input_ids,
-            lambda p: f"token {batch['input_ids'][p]} in the batch, {row.input_ids[p]} in the store",
-        ),
+        (ids != row.input_ids, lambda p: f"token {ids[p]} in the batch, {row.input_ids[p]} in the store"),
         (starts != row.starts, lambda p: f"a document starts in {'the batch' if starts[p] else 'the store'} alone"),
         (scored & ~row.stored, lambda p: "the next token is scored, the store has no targets for it"),
     ]
     for wrong, text in checks:
         if wrong.any():
             p = int(np.flatnonzero(wrong)[0])
-            raise StoreError(f"row {n}, {place_of(row.starts, p)}: {text(p)}; {step}")
+            raise StoreError(f"row {n}, {describe_place(row.starts, p)}: {text(p)}; {step}")

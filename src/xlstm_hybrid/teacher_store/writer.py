@@ -1,14 +1,13 @@
 """Building a store with any number of processes, interrupted and resumed. Dims: R rows, N tokens.
 
 Shards are cut by the data alone, so every process knows them. A shard is written under a name of its own and renamed:
-it is there whole or not at all, and whoever writes it writes the same bytes. Claims only keep two processes from the
+it is there whole or not at all, and whoever writes it writes the same bytes. Locks only keep two processes from the
 same work; nothing depends on them.
 """
 
 import hashlib
 import os
 import uuid
-from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from xlstm_hybrid.checkpoint.files import (
     weight_files,
     write_json,
 )
-from xlstm_hybrid.checkpoint.locks import claimed, gone
+from xlstm_hybrid.checkpoint.locks import gone, try_lock
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -53,9 +52,8 @@ def weights_hash(directory):
     """SHA-256 over config and weights of a checkpoint directory, whatever its files are called elsewhere."""
     directory = Path(directory)
     names = sorted({"config.json", *(file.name for file in weight_files(directory).values())})
-    return hashlib.sha256(
-        "".join(f"{name} {digest(contained(directory, name))}\n" for name in names).encode()
-    ).hexdigest()
+    lines = "".join(f"{name} {digest(contained(directory, name))}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def plan_store(rows, vocab_size, shard_tokens=SHARD_TOKENS):
@@ -70,16 +68,13 @@ def plan_store(rows, vocab_size, shard_tokens=SHARD_TOKENS):
     seen, first, tokens, documents, places, filled = hashlib.sha256(), [], 0, 0, 0, shard_tokens
     for number in range(len(rows)):
         row = row_input(rows[number], number, vocab_size)
-        if filled + len(row.input_ids) > shard_tokens:
+        T = len(row.input_ids)
+        if filled + T > shard_tokens:
             first.append(number)
             filled = 0
-        filled += len(row.input_ids)
-        tokens, documents, places = (
-            tokens + len(row.input_ids),
-            documents + int(row.starts.sum()),
-            places + int(row.stored.sum()),
-        )
-        for part in (np.int64([len(row.input_ids)]), row.input_ids, row.starts, row.stored):
+        filled, tokens = filled + T, tokens + T
+        documents, places = documents + int(row.starts.sum()), places + int(row.stored.sum())
+        for part in (np.int64([T]), row.input_ids, row.starts, row.stored):
             seen.update(np.ascontiguousarray(part).tobytes())
     if not tokens or not places:
         raise StoreError(
@@ -89,15 +84,8 @@ def plan_store(rows, vocab_size, shard_tokens=SHARD_TOKENS):
         raise ConfigError(
             f"shard_tokens={shard_tokens}: {len(first)} shards, {MOST_SHARDS} at most; take {2 * tokens // MOST_SHARDS} or more"
         )
-    fields = {
-        "data": seen.hexdigest(),
-        "rows": len(rows),
-        "documents": documents,
-        "tokens": tokens,
-        "places": places,
-        "shard_tokens": shard_tokens,
-    }
-    return fields, [*first, len(rows)]
+    fields = {"data": seen.hexdigest(), "rows": len(rows), "documents": documents, "tokens": tokens, "places": places}
+    return fields | {"shard_tokens": shard_tokens}, [*first, len(rows)]
 
 
 def planned_bytes(fields, k):
@@ -111,13 +99,10 @@ def spec_hash(spec):
 
 def require_same(found, wanted, name):
     """Raise StoreError that lists the fields in which a store's spec is not the wanted one."""
-    wrong = [
-        f"{key} is {found.get(key)!r}, expected {value!r}"
-        for key, value in sorted(wanted.items())
-        if found.get(key) != value
-    ]
+    wrong = [key for key, value in sorted(wanted.items()) if found.get(key) != value]
     if wrong:
-        raise StoreError(f"{name} was made for something else: {'; '.join(wrong)}; {STEP}")
+        texts = (f"{key} is {found.get(key)!r}, expected {wanted[key]!r}" for key in wrong)
+        raise StoreError(f"{name} was made for something else: {'; '.join(texts)}; {STEP}")
 
 
 def read_index(directory):
@@ -139,15 +124,9 @@ def read_index(directory):
             "xlstm-hybrid, or build the store again"
         )
     spec, first, shards = (index.get(key) for key in ("spec", "first_rows", "shards"))
-    whole = (
-        isinstance(first, list)
-        and len(first) > 1
-        and all(isinstance(n, int) for n in first)
-        and first == sorted(set(first))
-    )
-    if not (
-        whole and isinstance(spec, dict) and isinstance(shards, dict) and index.get("spec_hash") == spec_hash(spec)
-    ):
+    whole = isinstance(spec, dict) and isinstance(shards, dict) and index.get("spec_hash") == spec_hash(spec)
+    numbers = isinstance(first, list) and len(first) > 1 and all(isinstance(n, int) for n in first)
+    if not (whole and numbers and first == sorted(set(first))):
         raise StoreError(
             f"{directory.name}: {INDEX} is damaged (spec, spec_hash, first_rows or shards); delete it and run cache-teacher again, it "
             "keeps finished shards"
@@ -199,34 +178,32 @@ def build_store(
         CheckpointWriteError: the disk has not 105 % of what is still to be written, or refused. DataError: rows or
             targets that are not valid.
     """
-    if (
-        kind not in KINDS
-        or not 1 <= k <= LARGEST_K
-        or not 1 <= vocab_size <= LARGEST_VOCABULARY
-        or not 0 < temperature < float("inf")
-    ):
+    sizes = 1 <= k <= LARGEST_K and 1 <= vocab_size <= LARGEST_VOCABULARY
+    if kind not in KINDS or not sizes or not 0 < temperature < float("inf"):
         raise ConfigError(
             f"kind={kind!r}, k={k}, temperature={temperature}, vocab_size={vocab_size}: expected one of {list(KINDS)}, 1..{LARGEST_K}, "
             f"a positive number and 1..{LARGEST_VOCABULARY}"
         )
     out = Path(out)
-    found, first = plan or plan_store(rows, vocab_size, shard_tokens)
-    spec = {**(spec or {}), **found, "kind": kind, "k": k, "temperature": float(temperature), "vocab_size": vocab_size}
+    fields, first = plan or plan_store(rows, vocab_size, shard_tokens)
+    spec = {**(spec or {}), **fields, "kind": kind, "k": k, "temperature": float(temperature), "vocab_size": vocab_size}
     out.mkdir(parents=True, exist_ok=True)
     index = refresh_index(out, spec, first)
     count = len(first) - 1
     missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
     share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
     check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-    remove_abandoned(out)
+    for path in out.glob(".tmp-shard-*"):  # what killed processes of this machine had begun to write
+        if gone("-".join(path.name.split("-")[-3:-1])):
+            path.unlink(missing_ok=True)
     order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
-    for j in [*order, *order]:  # twice: what another process had claimed may have been left behind
+    for j in [*order, *order]:  # twice: what another process had locked may have been left behind
         if entry_of(out, j, spec) is None:
-            with claimed(out / f".claim-{shard_name(j)}") as (mine, alive):
+            with try_lock(out / f".claim-{shard_name(j)}") as (mine, alive):
                 if mine:
                     write_shard(out, j, rows, range(first[j], first[j + 1]), targets, spec, batch_size, alive)
         if report is not None:
-            report(sum((out / f"{shard_name(i)}").exists() for i in range(count)), count)
+            report(sum((out / shard_name(i)).exists() for i in range(count)), count)
     return refresh_index(out, spec, first)
 
 
@@ -235,11 +212,11 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
     from safetensors.numpy import save_file
 
     inputs = [row_input(rows[n], n, spec["vocab_size"]) for n in numbers]
-    found = []
+    answers = []
     for begin in range(0, len(inputs), batch_size):
-        found += targets(inputs[begin : begin + batch_size])
+        answers += targets(inputs[begin : begin + batch_size])
         alive()
-    arrays = pack(inputs, found, spec["kind"], spec["k"], spec["vocab_size"])
+    arrays = pack(inputs, answers, spec["kind"], spec["k"], spec["vocab_size"])
     name = shard_name(j)
     temporary = out / f".tmp-{name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
     try:
@@ -247,15 +224,9 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
         save_file(arrays, temporary, metadata={"shard": f"{name} {spec_hash(spec)}"})
         os.chmod(temporary, (out / INDEX).stat().st_mode & 0o666)  # safetensors gives a file to its owner alone
         sync(temporary)
-        entry = {
-            "spec_hash": spec_hash(spec),
-            "first_row": numbers[0],
-            "rows": len(inputs),
-            "tokens": len(arrays["tokens"]),
-            "entries": len(arrays["ids"]),
-            "size": temporary.stat().st_size,
-            "sha256": digest(temporary),
-        }
+        entry = {"spec_hash": spec_hash(spec), "first_row": numbers[0], "rows": len(inputs)}
+        entry |= {"tokens": len(arrays["tokens"]), "entries": len(arrays["ids"])}
+        entry |= {"size": temporary.stat().st_size, "sha256": digest(temporary)}
         os.replace(temporary, out / name)
         sync(out)
     except OSError as error:
@@ -293,26 +264,9 @@ def refresh_index(out, spec, first):
     written = None
     while True:
         entries = {shard_name(j): entry for j in range(len(first) - 1) if (entry := entry_of(out, j, spec)) is not None}
-        index = {
-            "format_version": FORMAT_VERSION,
-            "spec": spec,
-            "spec_hash": spec_hash(spec),
-            "first_rows": first,
-            "shards": entries,
-        }
+        index = {"format_version": FORMAT_VERSION, "spec": spec, "spec_hash": spec_hash(spec)}
+        index |= {"first_rows": first, "shards": entries}
         if index == written:
             return index
         write_json(out / INDEX, index)
         written = index
-
-
-def shard_of(first, n):
-    """The shard that holds row n, by the first rows of all."""
-    return bisect_right(first, n) - 1
-
-
-def remove_abandoned(out):
-    """Remove what killed processes of this machine had begun to write."""
-    for path in out.glob(".tmp-shard-*"):
-        if gone("-".join(path.name.split("-")[-3:-1])):
-            path.unlink(missing_ok=True)

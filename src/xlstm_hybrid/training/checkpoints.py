@@ -28,7 +28,7 @@ from xlstm_hybrid.checkpoint.files import (
     checkpoints_by_step,
     read_versioned,
     staged,
-    verify,
+    verify_files,
     weight_files,
     write_json,
 )
@@ -272,7 +272,7 @@ def rotate(newest, limit, best=None):
     if not limit or limit < 1 or len(others) < limit:
         return
     try:
-        verify(newest, level="full")
+        verify_files(newest, level="full")
     except CheckpointError as error:
         log.warning("no checkpoint is deleted: the newest one cannot be read back (%s)", error)
         return
@@ -327,7 +327,7 @@ def load_weights(trainer, checkpoint, model=None):
 
 def load_best(trainer):
     """`Trainer._load_best_model`: the weights of the checkpoint that evaluation liked best, once it is verified."""
-    verify(trainer.state.best_model_checkpoint, "full")
+    verify_files(trainer.state.best_model_checkpoint, "full")
     load_weights(trainer, trainer.state.best_model_checkpoint)
 
 

@@ -23,7 +23,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from xlstm_hybrid.checkpoint.files import checkpoints_by_step, clean_abandoned, newest_verified, verify, write_json
+from xlstm_hybrid.checkpoint.files import (
+    checkpoints_by_step,
+    clean_abandoned,
+    newest_verified,
+    verify_files,
+    write_json,
+)
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.training import checkpoints, save_weights
 from xlstm_hybrid.training import distributed as scale
@@ -187,7 +193,7 @@ def choose_checkpoint(trainer, wanted):
 
 def find_checkpoint(trainer, wanted):
     if wanted is not True:
-        verify(wanted, "full")
+        verify_files(wanted, "full")
         path = Path(wanted)
     else:
         path, skipped = newest_verified(trainer.args.output_dir)
