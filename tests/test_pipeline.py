@@ -332,9 +332,13 @@ def test_a_stage_is_made_again_where_its_inputs_or_settings_change_and_not_other
         return runner
 
     runner = make()
-    assert made == [(False, "a"), "note"] and not runner.kept
+    assert made == [(False, "a"), "note"] and not runner.reused
     again = make()
-    assert made == [(False, "a"), "note"] and again.kept == runner.seconds and again.found["folder"]["said"] == "right"
+    assert (
+        made == [(False, "a"), "note"]
+        and again.reused == runner.seconds
+        and again.outcomes["folder"]["said"] == "right"
+    )
     with pytest.raises(ConfigError, match="folder was made with other settings: pass --redo"):
         make(step=1)
     (tmp_path / "from/file").write_text("ab")

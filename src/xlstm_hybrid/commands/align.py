@@ -1,16 +1,14 @@
 """`xlstm-hybrid align`: stage I, in one process or under `accelerate launch -m xlstm_hybrid align`."""
 
-from pathlib import Path
-
 import typer
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Overwrite, RecipeOption, settings_of
+from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, Student, settings_of
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.alignment import AlignmentConfig
 
 
-def align(context: typer.Context, student: Path, out: Path, recipe: RecipeOption = TINY, overwrite: Overwrite = False):
+def align(context: typer.Context, student: Student, out: Out, recipe: Recipe = TINY, overwrite: Overwrite = False):
     """Stage I: train the new parameters against the attention that they replace.
 
     Fields of AlignmentConfig may follow and go before the recipe's: --learning_rate 5e-3 --max_steps 100.

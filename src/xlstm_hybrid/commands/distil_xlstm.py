@@ -5,19 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from xlstm_hybrid.commands.options import settings_of
-from xlstm_hybrid.distil_xlstm.run import (
-    distil,
-    draw,
-    hybrid_scores,
-    make_student,
-    planned,
-    read_delta_recipe,
-    refuse_finished,
-    scores,
-    table,
-)
+from xlstm_hybrid.commands.options import Overwrite, settings_of
+from xlstm_hybrid.distil_xlstm import run
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.pipeline.settings import is_main
 from xlstm_hybrid.recipe.schema import resolve_teacher
@@ -27,18 +18,11 @@ TINY = Path("recipes/distil_tiny.yaml")
 
 def distil_xlstm(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="Recipe with a section delta.")] = TINY,
-    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's by default.")] = None,
-    beside: Annotated[
-        Path | None, typer.Option(help="results.json of a hybrid's run, for a column in the table.")
-    ] = None,
-    plan_only: Annotated[
-        bool,
-        typer.Option("--plan", help="Only count parameters, tokens and steps; the teacher's config.json is enough."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a student that is there, once the new one is complete.")
-    ] = False,
+    recipe: Annotated[Path, Argument(help="Recipe with a section delta.")] = TINY,
+    out: Annotated[Path | None, Option(help="Run directory; the recipe's by default.")] = None,
+    beside: Annotated[Path | None, Option(help="results.json of a hybrid's run, for a column in the table.")] = None,
+    plan_only: Annotated[bool, Option("--plan", help="Count parameters, tokens and steps; needs no weights.")] = False,
+    overwrite: Overwrite = False,
 ):
     """Distil a recipe's teacher into a fully recurrent student (Distil-xLSTM).
 
@@ -48,23 +32,24 @@ def distil_xlstm(
     Example: xlstm-hybrid distil-xlstm recipes/distil_tiny.yaml --out runs/distil-tiny
     """
     overrides = settings_of(context, DeltaKDConfig, recipe)
-    loaded, rows = read_delta_recipe(recipe)
+    loaded, rows = run.read_delta_recipe(recipe)
     teacher = resolve_teacher(loaded)
     if plan_only:
-        print(json.dumps(planned(loaded, teacher, rows, overrides), indent=1))
+        print(json.dumps(run.planned(loaded, teacher, rows, overrides), indent=1))
         return
     folder = Path(out or loaded.out)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_finished(folder / "student", overwrite)
-    make_student(loaded, teacher, folder / "converted", overwrite)
-    log = distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
+    run.refuse_finished(folder / "student", overwrite)
+    run.make_student(loaded, teacher, folder / "converted", overwrite)
+    log = run.distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
     if not is_main():
         return
-    draw(log, folder / "curves.png")
+    run.draw(log, folder / "curves.png")
     if loaded.evaluate is not None:
-        found = scores({"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}, loaded)
-        found |= hybrid_scores(beside) if beside else {}
+        models = {"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}
+        found = run.scores(models, loaded)
+        found |= run.hybrid_scores(beside) if beside else {}
         (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1))
-        report = "\n".join(table(found))
+        report = "\n".join(run.table(found))
         (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n")
         print(report)

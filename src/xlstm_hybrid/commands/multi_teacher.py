@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Overwrite, RecipeOption, settings_of
+from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, settings_of
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
@@ -15,10 +16,10 @@ from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
 def multi_teacher(
     context: typer.Context,
-    student: Annotated[Path, typer.Argument(help="The aligned start of the experts, or what they were merged into.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the taught student, made new.")],
-    expert: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of an expert of the recipe; repeatable.")],
-    recipe: RecipeOption = TINY,
+    student: Annotated[Path, Argument(help="The aligned start of the experts, or what they were merged into.")],
+    out: Out,
+    expert: Annotated[list[str], Option(help="NAME=DIRECTORY of an expert of the recipe; repeatable.")],
+    recipe: Recipe = TINY,
     overwrite: Overwrite = False,
 ):
     """Distil several experts into one student on its own samples.
