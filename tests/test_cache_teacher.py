@@ -1,4 +1,4 @@
-"""A stored teacher trains like the one in memory; another vocabulary, adapters and parts of a model; and the verb that
+"""A stored teacher trains like the one in memory; another vocabulary, adapters and parts of a model; and the command that
 makes the store.
 """
 
@@ -403,7 +403,7 @@ def test_divergences_train_and_fall(build):
         assert kl[-1] < 0.9 * kl[0], (divergence, kl)
 
 
-# --- the verb ------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def rows_of_text(count=6, length=40):
@@ -430,7 +430,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_verb_stores_what_the_teacher_says(folder, tmp_path, capsys):
+def test_the_command_stores_what_the_teacher_says(folder, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     options = ["--top-k", 8, "--dtype", "float32", "--shard-tokens", 80]

@@ -270,13 +270,13 @@ def test_a_cpus_instructions_and_what_it_multiplies_quickly_are_told(machine, mo
 
 
 def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
-    assert [row.verdict for row in doctor.self_check()] == [OK, OK]
+    assert [row.verdict for row in doctor.model_check()] == [OK, OK]
 
     def refuse(cls):
         raise CompatibilityError("of a tiny model, {'beams': 3.1} differ")
 
     monkeypatch.setattr(compatibility, "ensure_compatible", refuse)
-    found = list(doctor.self_check())
+    found = list(doctor.model_check())
     assert (
         [row.verdict for row in found] == [WRONG, WRONG]
         and "beams" in found[0].note

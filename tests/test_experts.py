@@ -194,14 +194,14 @@ def test_a_launch_waits_for_another_that_makes_the_same_stage_and_keeps_its_resu
     (out / "stages").mkdir()
     for note in ("convert", "align"):
         shutil.copy(both[0] / "stages" / f"{note}.json", out / "stages")
-    claim, waits = out / "stages" / ".claim-distill-memory", []
-    claim.write_text(owner(os.getppid()))  # a process that lives
+    lock, waits = out / "stages" / ".claim-distill-memory", []
+    lock.write_text(owner(os.getppid()))  # a process that lives
 
     def another_launch_finishes(seconds):
         waits.append(seconds)
         shutil.copytree(both[0] / "experts" / "memory", out / "experts" / "memory")
         shutil.copy(both[0] / "stages" / "distill-memory.json", out / "stages")
-        claim.unlink()
+        lock.unlink()
 
     monkeypatch.setattr(locks.time, "sleep", another_launch_finishes)
     made(recipe, out, "memory")
@@ -216,7 +216,7 @@ def test_a_launch_waits_for_another_that_makes_the_same_stage_and_keeps_its_resu
     assert not list(out.rglob(".*"))
 
 
-def test_signs_of_life_keep_a_claim(tmp_path, monkeypatch):
+def test_signs_of_life_keep_a_lock(tmp_path, monkeypatch):
     path, beats = tmp_path / ".claim", []
     with locks.beating(
         lambda: beats.append(1) or (len(beats) == 1 and path.stat()), seconds=0.01

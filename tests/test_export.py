@@ -476,7 +476,7 @@ def test_code_that_transformers_would_not_find_is_refused(plain, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb_exports(plain, tmp_path):
+def test_the_command_exports(plain, tmp_path):
     from xlstm_hybrid import cli
 
     ran = CliRunner().invoke(cli.app, ["export", str(plain), str(tmp_path / "out")])

@@ -308,7 +308,7 @@ def test_a_hub_that_cannot_be_reached_is_one_named_error_without_the_token(folde
     assert TOKEN not in str(raised.value)
 
 
-def test_the_verb_tells_what_would_leave(folder, monkeypatch):
+def test_the_command_tells_what_would_leave(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     result = CliRunner().invoke(cli.app, ["push", str(folder), REPO, "--dry-run"], catch_exceptions=False)
     assert (
@@ -319,7 +319,7 @@ def test_the_verb_tells_what_would_leave(folder, monkeypatch):
     assert isinstance(CliRunner().invoke(cli.app, ["push", str(folder), "x", "--dry-run"]).exception, ShareError)
 
 
-def test_the_verb_writes_the_architecture_for_mergekit(folder, tmp_path):
+def test_the_command_writes_the_architecture_for_mergekit(folder, tmp_path):
     result = CliRunner().invoke(
         cli.app, ["mergekit-architecture", str(folder), str(tmp_path / "a.json")], catch_exceptions=False
     )

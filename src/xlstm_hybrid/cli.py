@@ -130,10 +130,10 @@ class Terminal(logging.Handler):
 
 def main():
     """Entry point of `xlstm-hybrid`."""
-    guarded(app)
+    run_app(app)
 
 
-def guarded(app):
+def run_app(app):
     """Run a command line: errors that name their cause are one line, not a traceback."""
     log = logging.getLogger("xlstm_hybrid")
     log.handlers = [Terminal()]

@@ -76,7 +76,7 @@ def package_versions():
             yield Finding(name, version, OK, tested)
 
 
-def self_check():
+def model_check():
     """Whether the installed transformers runs our models right: known for what was tested, else by a tiny model."""
     from xlstm_hybrid.distil_xlstm import DistilXLSTMForCausalLM
     from xlstm_hybrid.errors import CompatibilityError
@@ -310,7 +310,7 @@ def hub_settings():
 
 CHECKS = {
     "versions": package_versions,
-    "self-check": self_check,
+    "self-check": model_check,
     "optional packages": extras,
     "CPU": cpu,
     "GPU": gpu,

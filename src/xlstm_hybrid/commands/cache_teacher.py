@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.pipeline.targets import build, choose_dtype, describe, read_rows, share_out
+from xlstm_hybrid.pipeline.targets import choose_dtype, fill_store, read_rows, share_out, store_spec
 from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
 
 
@@ -60,12 +60,12 @@ def cache_teacher(
     dtype = choose_dtype(dtype, rows, config, device, out)
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size}
     settings |= {"shard_tokens": shard_tokens, "batch_size": batch_size, "plan": plan}
-    spec = describe(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
+    spec = store_spec(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
     job = (device, source, data, out, settings, spec, seed)
     if processes > 1:
         share_out(processes, *job)
     else:
-        build(rank, world, *job)
+        fill_store(rank, world, *job)
     store = TeacherStore(out, partial=world > 1)
     if verify:
         store.verify()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from xlstm_hybrid.commands.options import Overwrite, settings_of
+from xlstm_hybrid.commands.options import Overwrite, overrides_of
 from xlstm_hybrid.distil_xlstm import run
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.pipeline.settings import is_main
@@ -31,7 +31,7 @@ def distil_xlstm(
 
     Example: xlstm-hybrid distil-xlstm recipes/distil_tiny.yaml --out runs/distil-tiny
     """
-    overrides = settings_of(context, DeltaKDConfig, recipe)
+    overrides = overrides_of(context, DeltaKDConfig, recipe)
     loaded, rows = run.read_delta_recipe(recipe)
     teacher = resolve_teacher(loaded)
     if plan_only:

@@ -5,7 +5,7 @@ import json
 import typer
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, settings_of
+from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, overrides_of
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.distillation import SparseKDConfig
 
@@ -25,6 +25,6 @@ def distill(
 
     Example: xlstm-hybrid distill runs/aligned recipes/tiny_teacher/tiny-llama runs/expert --recipe tiny --expert memory
     """
-    overrides = settings_of(context, SparseKDConfig, student, teacher, out)
+    overrides = overrides_of(context, SparseKDConfig, student, teacher, out)
     loaded = load_recipe(recipe)
     print(json.dumps(pipeline.distill(student, teacher, out, loaded, loaded.expert(expert), overwrite, overrides)))

@@ -55,8 +55,8 @@ def efficiency(
     dtype = dtype_for(device, dtype)
     names = (",".join(SHAPES if on_gpu else ()) if shapes is None else shapes).split(",")
     chosen = [name for name in names if name not in ("", "none")]
-    asked = {"lengths": numbers(lengths, "lengths"), "batches": numbers(batches, "batches")}
-    asked |= {"contexts": numbers(contexts, "contexts"), "rounds": rounds, "steps": steps}
+    asked = {"lengths": whole_numbers(lengths, "lengths"), "batches": whole_numbers(batches, "batches")}
+    asked |= {"contexts": whole_numbers(contexts, "contexts"), "rounds": rounds, "steps": steps}
     console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
     plans = pairs_of(teacher, student, chosen, dtype, device, cache, asked, say)
@@ -77,7 +77,7 @@ def efficiency(
         add_to_record(results, student)
 
 
-def numbers(text, name):
+def whole_numbers(text, name):
     """The whole numbers of a comma-separated option, None if it was not given."""
     if text is None:
         return None

@@ -36,10 +36,10 @@ def merge(
     Example: xlstm-hybrid merge runs/merged runs/tiny/experts/symbols runs/tiny/experts/memory --weights 0.5,0.5
     """
     settings = {"method": method, "base": base, "overwrite": overwrite, "unrecorded": unrecorded}
-    settings["options"] = {name: number(value, name) for name, value in pairs("--option", option)}
+    settings["options"] = {name: parse_number(value, name) for name, value in parse_pairs("--option", option)}
     settings["statistics"] = statistics or None
-    shares = None if weights is None else numbers(weights, "--weights")
-    groups = {name: numbers(value, name) for name, value in pairs("--group-weights", group_weights)}
+    shares = None if weights is None else parse_numbers(weights, "--weights")
+    groups = {name: parse_numbers(value, name) for name, value in parse_pairs("--group-weights", group_weights)}
     if search is None:
         merge_checkpoints(experts, out, weights=shares, group_weights=groups or None, **settings)
         print(f"merged {len(experts)} experts into {out}")
@@ -49,11 +49,11 @@ def merge(
     table = out.with_name(f"{out.name}.search.json")  # a second call goes on from it
     with Console(stderr=True).status("scoring the teacher") as status:
         settings |= {"budget": budget, "progress": lambda c: status.update(f"last candidate: {c.scores}")}
-        found = merging.search_weights(experts, out, search, *merging.domain_scorer(prompts), table, **settings)
+        found = merging.search_experts(experts, out, search, *merging.domain_scorer(prompts), table, **settings)
     print(found.markdown())
 
 
-def pairs(option, entries):
+def parse_pairs(option, entries):
     """[(name, value)] of entries NAME=VALUE."""
     split = [entry.partition("=")[::2] for entry in entries or ()]
     if wrong := [name for name, value in split if not (name and value)]:
@@ -61,12 +61,12 @@ def pairs(option, entries):
     return split
 
 
-def number(text, name):
+def parse_number(text, name):
     try:
         return float(text)
     except ValueError as error:
         raise MergeError(f"{name}={text}: expected a number") from error
 
 
-def numbers(text, name):
-    return [number(part, name) for part in text.split(",")]
+def parse_numbers(text, name):
+    return [parse_number(part, name) for part in text.split(",")]

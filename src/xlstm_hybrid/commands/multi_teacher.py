@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, settings_of
+from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, overrides_of
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
@@ -29,7 +29,7 @@ def multi_teacher(
 
     Example: xlstm-hybrid multi-teacher runs/aligned runs/taught --expert math=runs/math --expert code=runs/code --recipe mine.yaml
     """
-    overrides = settings_of(context, OnPolicyKDConfig, student, out)
+    overrides = overrides_of(context, OnPolicyKDConfig, student, out)
     named = [entry.partition("=")[::2] for entry in expert]
     if wrong := [entry for entry, (name, directory) in zip(expert, named, strict=True) if not (name and directory)]:
         raise ConfigError(f"--expert {wrong[0]}: expected NAME=DIRECTORY")

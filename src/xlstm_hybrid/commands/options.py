@@ -18,7 +18,7 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is at OUT, 
 TINY = Path("recipes/tiny.yaml")
 
 
-def settings_of(context, config, *arguments):
+def overrides_of(context, config, *arguments):
     """The options of a trainer's config that stand behind a command's own, as `{name: value}`."""
     if misplaced := next((str(a) for a in arguments if str(a).startswith("-")), None):
         raise ConfigError(f"{misplaced}: options of {config.__name__} come behind the positional arguments")

@@ -66,7 +66,7 @@ def plan_layers(
         if save_ranking is not None:
             write_file(save_ranking, json.dumps(found, indent=1).encode())
     how = {"dtype": dtype, "windows": windows, "widen": not is_student, "sparse_share": sparse_share}
-    plan = allocate(config, bytes_of(budget), length, ranking=found, **how)
+    plan = allocate(config, budget_bytes(budget), length, ranking=found, **how)
     for line in layout_lines(plan, found):
         print(line)
     if out is not None:
@@ -75,7 +75,7 @@ def plan_layers(
         write_file(report, json.dumps(plan.as_dict() | {"ranking": found}, indent=1).encode())
 
 
-def bytes_of(budget):
+def budget_bytes(budget):
     """Bytes of "64MB"; ConfigError where that is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
     if not match or match[2].upper() not in UNITS or not float(match[1]) > 0:

@@ -10,7 +10,7 @@ from xlstm_hybrid.distil_xlstm.convert import convert, empty_student, parameters
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.pipeline import evaluate
 from xlstm_hybrid.pipeline.settings import batch_of, is_main, processes, trainer_config
-from xlstm_hybrid.pipeline.stages import finish, load_teacher, loading_device, rows_cache, train, workspace
+from xlstm_hybrid.pipeline.stages import finish, load_teacher, loading_device, rows_cache, train_from_newest, workspace
 from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import Recipe, faults, read_yaml
 
@@ -84,7 +84,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
         )
         if not trainer.is_fsdp_enabled:
             share(model, trainer.teacher)
-        train(trainer, work)
+        train_from_newest(trainer, work)
         log = trainer.state.log_history
         last = next((entry for entry in reversed(log) if "loss" in entry), {})
         figures = {key: float(last[key]) for group in CURVES for key in group if key in last}

@@ -101,7 +101,7 @@ def mean_gates(model_dir, recipe, rows=8):
     return [gate.mean((0, 1)).tolist() for gate in gates]
 
 
-def sample(model_dir, prompt):
+def sample_text(model_dir, prompt):
     """A greedy continuation, as a user would ask for it."""
     model, tokenizer = load(model_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance, verify
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline.run import Run, check_settings
+from xlstm_hybrid.pipeline.run import Run, check_trainer_settings
 
 
 def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False, console=None):
@@ -32,7 +32,7 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False,
     """
     for name in only:
         recipe.mix(name)
-    check_settings(recipe)
+    check_trainer_settings(recipe)
     run = Run(recipe, out, redo, console, start)
     if start is not None:
         verify(start)

@@ -26,7 +26,7 @@ STATISTICS = {"rows": 64, "batch_size": 8}
 SEARCH = {"batch_size": 64}
 
 
-def base_of(recipe, aligned):
+def merge_base(recipe, aligned):
     """Directory of the common start that the recipe's method needs; None for one that needs none.
 
     Raises:
@@ -58,7 +58,7 @@ def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table
     """
     section, directories = recipe.merge, list(experts.values())
     settings = {"method": section["method"], "options": section.get("options"), "overwrite": overwrite}
-    settings |= {"base": base_of(recipe, aligned), "statistics": statistics}
+    settings |= {"base": merge_base(recipe, aligned), "statistics": statistics}
     if "search" not in section:
         shares = section.get("group_weights", {}).items()
         groups = {group: [of_group[name] for name in experts] for group, of_group in shares}
@@ -67,7 +67,7 @@ def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table
         return None
     asked = SEARCH | section["search"]
     settings |= {name: asked[name] for name in ("parts", "budget") if name in asked}
-    return search_weights(
+    return search_experts(
         directories, out, teacher, *scorer_of(recipe, asked), table, recipe.revision, progress, **settings
     )
 
@@ -107,7 +107,7 @@ def domain_scorer(count, batch_size=64):
     return score, f"{count} prompts per domain, seed {CALIBRATION_SEED}"
 
 
-def search_weights(experts, out, teacher, score, calibration, table, revision=None, progress=None, **settings):
+def search_experts(experts, out, teacher, score, calibration, table, revision=None, progress=None, **settings):
     """Weights under the win-and-tie objective against `teacher`; candidates are kept in `table`, a second call goes on.
 
     Args:

@@ -32,10 +32,10 @@ from xlstm_hybrid.pipeline.evaluation import (
     mean_gates,
     measure_efficiency,
     run_lm_eval,
-    sample,
+    sample_text,
     units_of,
 )
-from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
+from xlstm_hybrid.pipeline.merging import expert_statistics, merge_base, merge_experts
 from xlstm_hybrid.pipeline.runner import Runner, Stage
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
@@ -51,7 +51,7 @@ from xlstm_hybrid.reports.sections import time_table
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 
 
-def check_settings(recipe):
+def check_trainer_settings(recipe):
     """Raise ConfigError, before anything runs, for a setting that the trainers do not have."""
     from xlstm_hybrid.training.alignment import AlignmentConfig
     from xlstm_hybrid.training.distillation import SparseKDConfig
@@ -62,7 +62,7 @@ def check_settings(recipe):
         from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
         sections |= {name: (settings, OnPolicyKDConfig) for name, settings in spoken.items() if settings is not None}
-    base_of(recipe, recipe.path)  # raises for a path that is not there
+    merge_base(recipe, recipe.path)  # raises for a path that is not there
     for name, (settings, config) in sections.items():
         parser = Parser(config)
         parser.check(settings, f"{recipe.path.name}, {name}")
@@ -140,7 +140,7 @@ class Run(Runner):
             return stages, models | {"student": stages[-1]}
         models |= {f"expert {name}": stage for name, stage in self.experts.items()}
         if section["method"] != ON_POLICY:
-            base = base_of(recipe, aligned)
+            base = merge_base(recipe, aligned)
             inputs = (*experts, *([] if base is None else [base]), *([teacher] if "search" in section else []))
             settings = {key: value for key, value in section.items() if key != "on_policy"}
             student = add("merge", inputs, partial(self.merge, settings), settings, "merged")
@@ -177,7 +177,7 @@ class Run(Runner):
 
     def check(self):
         """Raise, before anything runs, for what would fail later; say what will be left out."""
-        check_settings(self.recipe)
+        check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
         if self.recipe.evaluate and units_of(self.recipe.evaluate) and not harness_installed():
             self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
@@ -299,7 +299,7 @@ class Run(Runner):
         results = {
             "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM",
             "teacher": Path(str(self.teacher)).name,
-            **scores_of(self.evaluations()),
+            **report_scores(self.evaluations()),
             "alignment": {"layers": layers, "curve": curve},
             "distillation": logs,
             "gates": mean_gates(student, self.recipe),
@@ -307,7 +307,7 @@ class Run(Runner):
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         if self.recipe.evaluate and "examples" in self.recipe.evaluate:
-            results["sample"] = sample(student, tasks.test_examples("strings", 1)[0].prompt)
+            results["sample"] = sample_text(student, tasks.test_examples("strings", 1)[0].prompt)
         return results | self.against_the_teacher()
 
     def against_the_teacher(self):
@@ -375,7 +375,7 @@ def contradictions_in(evaluations):
     return {name: result["contradictions"] for name, result in evaluations.items() if result.get("contradictions")}
 
 
-def scores_of(evaluations):
+def report_scores(evaluations):
     """The part of the results that comes from evaluations; {} where there is none."""
     scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in evaluations.items()}
     if not scores:

@@ -61,7 +61,7 @@ class Runner:
 
     def spec(self, settings, inputs):
         """What a stage was made from, as its note keeps it."""
-        parents = [fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
+        parents = [checkpoint_fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
         return json.loads(json.dumps({"settings": settings, "seed": self.seed, "parents": parents}, default=str))
 
     def make(self, *stages):
@@ -128,11 +128,11 @@ class Runner:
         self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
 
 
-def fingerprint(directory):
+def checkpoint_fingerprint(directory):
     """SHA-256 over the files of a checkpoint as its manifest lists them, or over names and sizes where it has none.
 
     Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows
-    from it is kept.
+    from it stays.
     """
     directory = Path(directory)
     manifest = directory / "manifest.json"

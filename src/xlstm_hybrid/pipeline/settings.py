@@ -109,7 +109,7 @@ def batch_of(settings, where, world=None):
     return micro, sequences // (micro * world)
 
 
-def rows_of(settings, where):
+def row_count(settings, where):
     """Rows that a section reads in all, over all processes."""
     micro, accumulation = batch_of(settings, where)
     return settings["max_steps"] * micro * accumulation * processes()

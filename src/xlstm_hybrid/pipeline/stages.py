@@ -19,7 +19,7 @@ from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
+from xlstm_hybrid.pipeline.settings import is_main, row_count, trainer_config
 from xlstm_hybrid.recipe.schema import resolve_path
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
@@ -67,7 +67,7 @@ def workspace(out, settings=None):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def train(trainer, work):
+def train_from_newest(trainer, work):
     """Train, from the newest good checkpoint in `work` if there is one."""
     trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
 
@@ -92,13 +92,13 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     with workspace(out, settings) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
         if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
-            return align_in_groups(student, out, recipe, args, rows_of(settings, "align"), work, overwrite)
+            return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
         model, tokenizer = load(student, device=loading_device(args))
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
-        data = train_dataset(recipe, tokenizer, rows_of(settings, "align"), cache=rows_cache(work))
+        data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
         trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
-        train(trainer, work)
+        train_from_newest(trainer, work)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
         if sharded(args):
@@ -153,12 +153,12 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     with workspace(out, settings) as work:
         args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
-        data = train_dataset(recipe, tokenizer, rows_of(settings, "distill"), expert, cache=rows_cache(work))
+        data = train_dataset(recipe, tokenizer, row_count(settings, "distill"), expert, cache=rows_cache(work))
         mentor = load_teacher(teacher, recipe, args) if args.teacher == "online" else None
         trainer = SparseKDTrainer(
             model, mentor, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
         )
-        train(trainer, work)
+        train_from_newest(trainer, work)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"distill:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -183,10 +183,10 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
-        mentor, rows = load_teacher(teacher, recipe, args), rows_of(settings, "on_policy")
+        mentor, rows = load_teacher(teacher, recipe, args), row_count(settings, "on_policy")
         data = prompts(recipe, tokenizer, rows, expert)
         trainer = OnPolicyKDTrainer(model, mentor, args=args, train_dataset=data, processing_class=tokenizer)
-        train(trainer, work)
+        train_from_newest(trainer, work)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -228,11 +228,11 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
             model,
             {name: teacher for name, (teacher, _) in loaded.items()},
             args=args,
-            train_dataset=joint_prompts(recipe, tokenizer, rows_of(settings, where), taught),
+            train_dataset=joint_prompts(recipe, tokenizer, row_count(settings, where), taught),
             processing_class=tokenizer,
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
-        train(trainer, work)
+        train_from_newest(trainer, work)
         parts = [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
         figures, total = last_figures(trainer.state.log_history, parts), sum(taught.values())
         data = {name: {"share": taught[name] / total, "reads": recipe.experts[name]} for name in taught}
@@ -294,7 +294,7 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     if not is_main():
         return 0
     section = "align" if expert is None else "distill"
-    count = count or rows_of(getattr(recipe, section), section)
+    count = count or row_count(getattr(recipe, section), section)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))

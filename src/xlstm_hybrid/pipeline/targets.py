@@ -12,7 +12,7 @@ from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError, XLSTMHybridError
-from xlstm_hybrid.pipeline.settings import rows_of
+from xlstm_hybrid.pipeline.settings import row_count
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.teacher_store import build_store, weights_hash
 from xlstm_hybrid.teacher_store.writer import INDEX, read_index
@@ -33,7 +33,7 @@ def read_rows(path, source, expert):
 
     if path.suffix in RECIPE:  # the rows that `distill` with this recipe reads, in their order
         recipe = load_recipe(path)
-        tokenizer, count = AutoTokenizer.from_pretrained(source), rows_of(recipe.distill, "distill")
+        tokenizer, count = AutoTokenizer.from_pretrained(source), row_count(recipe.distill, "distill")
         data = train_dataset(recipe, tokenizer, count, recipe.expert(expert))
     elif path.is_dir():
         try:
@@ -72,7 +72,7 @@ def choose_dtype(asked, rows, config, device, out):
     return begun if begun in (stored, "float32") else dtype_for(device, stored=stored)
 
 
-def describe(source, teacher, revision, tokenizer, dtype):
+def store_spec(source, teacher, revision, tokenizer, dtype):
     """What the targets depend on beside the rows: the fields of the spec that a change is named by."""
     hub = not Path(teacher).is_dir()
     return {
@@ -86,7 +86,7 @@ def describe(source, teacher, revision, tokenizer, dtype):
     }
 
 
-def build(rank, world, device, source, data, out, settings, spec, seed):
+def fill_store(rank, world, device, source, data, out, settings, spec, seed):
     """Load the teacher in the dtype of `spec` and write what is missing of the store."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, spec["dtype"]), use_safetensors=True)
     model = model.to(device)
@@ -100,11 +100,11 @@ def build(rank, world, device, source, data, out, settings, spec, seed):
 
 
 def share_out(processes, device, *job):
-    """`build` in several processes, each on a GPU of its own where there are GPUs."""
+    """`fill_store` in several processes, each on a GPU of its own where there are GPUs."""
     context, workers = mp.get_context("spawn"), []
     for rank in range(processes):
         mine = f"cuda:{rank % torch.cuda.device_count()}" if device.startswith("cuda") else device
-        workers.append(context.Process(target=build_in_process, args=(rank, processes, mine, *job)))
+        workers.append(context.Process(target=fill_in_process, args=(rank, processes, mine, *job)))
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -115,10 +115,10 @@ def share_out(processes, device, *job):
         )
 
 
-def build_in_process(rank, *arguments):
-    """`build`, whose named errors are one line and an exit code."""
+def fill_in_process(rank, *arguments):
+    """`fill_store`, whose named errors are one line and an exit code."""
     try:
-        build(rank, *arguments)
+        fill_store(rank, *arguments)
     except XLSTMHybridError as error:
         print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

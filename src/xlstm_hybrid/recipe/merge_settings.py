@@ -75,15 +75,15 @@ def option_faults(method, options):
 # --- the section of a recipe -----------------------------------------------------------------------------------
 
 
-def whole(least):
+def at_least(least):
     """A whole number of at least `least`, in words and as a test."""
     return f"a whole number of at least {least}", lambda x: type(x) is int and x >= least
 
 
 SETTINGS = {  # of the parts of the section that hold settings: what each may be, in words and as a test
-    "search": {name: whole(1) for name in ("examples", "documents", "batch_size", "budget")}
-    | {"parts": (f"a divisor of {PARTS}", lambda x: whole(1)[1](x) and PARTS % x == 0)},
-    "statistics": {name: whole(least) for name, least in (("rows", 1), ("batch_size", 1), ("seed", 0))}
+    "search": {name: at_least(1) for name in ("examples", "documents", "batch_size", "budget")}
+    | {"parts": (f"a divisor of {PARTS}", lambda x: at_least(1)[1](x) and PARTS % x == 0)},
+    "statistics": {name: at_least(least) for name, least in (("rows", 1), ("batch_size", 1), ("seed", 0))}
     | {"labels": (f"one of {LABELS}", lambda x: x in LABELS)},
 }
 KEYS = {"method", "weights", "options", "group_weights", "base", "search", "statistics", "on_policy"}
