@@ -15,9 +15,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from xlstm_hybrid.environment.versions import extra_of
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
-# {group: {command: the first line of its help}}; `plan-layers` is the function `plan_layers` of `commands/plan_layers.py`.
+# {group: {command: first line of its help}}; `plan-layers` is the function `plan_layers` of `commands/plan_layers.py`.
 # The lines stand here as well, so that this help imports no command; a test compares them.
 COMMANDS = {
     "Run a recipe": {"run": "Run a whole recipe: convert, align, distil experts, merge, evaluate, report."},
@@ -93,7 +94,7 @@ def load_command(name):
     passes_on = typer.Context in [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
     settings = {"allow_extra_args": True, "ignore_unknown_options": True} if passes_on else None
     text, _, example = inspect.getdoc(function).rpartition("Example: ")
-    width = min(shutil.get_terminal_size().columns, WIDTH) - 10
+    width = max(20, min(shutil.get_terminal_size().columns, WIDTH) - 10)
     lines = textwrap.wrap(example, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
     folded = " \\\n  ".join(lines)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -139,8 +140,6 @@ def run_app(app):
     log.handlers = [Terminal()]
     log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from xlstm_hybrid.environment.versions import extra_of
-
     console = Console(stderr=True, soft_wrap=True)
     try:
         app()
@@ -151,9 +150,8 @@ def run_app(app):
         extra = extra_of(error.name)
         if extra is None:
             raise
-        console.print(
-            f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False
-        )
+        needs = f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'"
+        console.print(needs, style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted: finished stages are kept, start the same command again to go on")

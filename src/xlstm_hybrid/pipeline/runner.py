@@ -1,4 +1,4 @@
-"""Stages and their run directory: a stage is made once, and again only where something that it was made from has changed."""
+"""Stages in a run directory: each is made once, and again only where something that it was made from has changed."""
 
 import hashlib
 import json
