@@ -97,11 +97,11 @@ def show(chosen, jobs):
 
 def main():
     """Entry point: errors that name their cause are one line, not a traceback."""
-    from xlstm_hybrid.cli import guarded
+    from xlstm_hybrid.cli import run_app
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(arena)
-    guarded(app)
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ is called.
 import inspect
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from importlib import import_module
 from typing import Annotated
 
@@ -13,10 +15,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from xlstm_hybrid.environment.versions import extra_of
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
-# {group: {command: the first line of its help}}; `plan-layers` is the function `plan_layers` of
-# `commands/plan_layers.py`.
+# {group: {command: first line of its help}}; `plan-layers` is the function `plan_layers` of `commands/plan_layers.py`.
 # The lines stand here as well, so that this help imports no command; a test compares them.
 COMMANDS = {
     "Run a recipe": {"run": "Run a whole recipe: convert, align, distil experts, merge, evaluate, report."},
@@ -53,6 +55,7 @@ COMMANDS = {
         "plan-layers": "Choose a student's layer types, windows and memories for a cache budget.",
     },
 }
+WIDTH = 100  # of help, at most
 OLD_NAMES = {"delta": "distil-xlstm", "statistics": "merge-statistics"}
 
 
@@ -84,14 +87,18 @@ class Commands(TyperGroup):
 
 def load_command(name):
     """The command of a name, its module imported. One that takes a `typer.Context` hands further options to a trainer's
-    config.
+    config. The example in its help is folded as a shell allows it, so that it can be copied from a narrow terminal.
     """
     name_in_python = name.replace("-", "_")
     function = getattr(import_module(f"xlstm_hybrid.commands.{name_in_python}"), name_in_python)
     passes_on = typer.Context in [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
     settings = {"allow_extra_args": True, "ignore_unknown_options": True} if passes_on else None
+    text, _, example = inspect.getdoc(function).rpartition("Example: ")
+    width = max(20, min(shutil.get_terminal_size().columns, WIDTH) - 10)
+    lines = textwrap.wrap(example, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
+    folded = " \\\n  ".join(lines)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(name, context_settings=settings)(function)
+    alone.command(name, help=f"{text}\b\nExample:\n  {folded}", context_settings=settings)(function)
     return typer.main.get_command(alone)
 
 
@@ -101,6 +108,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": WIDTH},
     help="Turn a pretrained Transformer into a hybrid xLSTM student, distil, merge and evaluate it.",
 )
 
@@ -123,17 +131,15 @@ class Terminal(logging.Handler):
 
 def main():
     """Entry point of `xlstm-hybrid`."""
-    guarded(app)
+    run_app(app)
 
 
-def guarded(app):
+def run_app(app):
     """Run a command line: errors that name their cause are one line, not a traceback."""
     log = logging.getLogger("xlstm_hybrid")
     log.handlers = [Terminal()]
     log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from xlstm_hybrid.environment.versions import extra_of
-
     console = Console(stderr=True, soft_wrap=True)
     try:
         app()
@@ -144,9 +150,8 @@ def guarded(app):
         extra = extra_of(error.name)
         if extra is None:
             raise
-        console.print(
-            f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'", style="red", markup=False
-        )
+        needs = f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'"
+        console.print(needs, style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted: finished stages are kept, start the same command again to go on")

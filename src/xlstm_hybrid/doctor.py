@@ -1,7 +1,7 @@
 """What `xlstm-hybrid doctor` finds out: versions, this machine, folders and surroundings.
 
-Each check yields rows; `CHECKS` lists them. A check imports what it needs itself and works without any of the optional
-packages. One that raises is a row that says so.
+Each check yields findings; `CHECKS` lists them. A check imports what it needs itself and works without any of the
+optional packages. One that raises is a finding that says so.
 """
 
 import getpass
@@ -19,17 +19,12 @@ from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES, PYTHON, fault, i
 
 OK, NOTE, MISSING, WRONG = "ok", "note", "missing", "WRONG"  # MISSING: optional
 NEEDED = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"}
-VARIABLES = (
-    "HF_HUB_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "HF_HUB_DISABLE_TELEMETRY",
-    "CUDA_VISIBLE_DEVICES",
-)
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+VARIABLES = (*OFFLINE, "HF_HUB_DISABLE_TELEMETRY", "CUDA_VISIBLE_DEVICES")
 LITTLE = 2e9  # bytes of free space, below which a folder is worth a note
 
 
-class Row(NamedTuple):
+class Finding(NamedTuple):
     """What was found of one thing, what is to be said of it, and the command or setting that mends it."""
 
     name: str
@@ -58,63 +53,54 @@ def without_home(text):
 # --- versions ----------------------------------------------------------------------------------------------------
 
 
-def versions():
+def package_versions():
     """Python, this package, and those packages of the table that are installed."""
     here, (major, minor) = platform.python_version(), map(int, PYTHON.split("."))
     old = sys.version_info[:2] < (major, minor)
-    yield Row("Python", here, WRONG if old else OK, f"{PYTHON} or newer; {platform.system()} {platform.machine()}")
-    yield Row("xlstm-hybrid", installed("xlstm-hybrid") or "not installed", OK if installed("xlstm-hybrid") else NOTE)
+    yield Finding("Python", here, WRONG if old else OK, f"{PYTHON} or newer; {platform.system()} {platform.machine()}")
+    yield Finding(
+        "xlstm-hybrid", installed("xlstm-hybrid") or "not installed", OK if installed("xlstm-hybrid") else NOTE
+    )
     for name, package in PACKAGES.items():
         version = installed(name)
-        tested = (
-            f"{package.floor} or newer, tested to {package.newest}" if package.newest else f"{package.floor} or newer"
-        )
+        tested = f"{package.floor} or newer" + (f", tested to {package.newest}" if package.newest else "")
         mend = f"pip install '{requirement(name)}'"
         if version is None:
             if name in NEEDED:
-                yield Row(name, "not installed", WRONG, tested, mend)
+                yield Finding(name, "not installed", WRONG, tested, mend)
         elif reason := fault(name, version):
-            yield Row(name, version, WRONG, reason, mend)
+            yield Finding(name, version, WRONG, reason, mend)
         elif untested(name, version):
-            yield Row(name, version, NOTE, f"newer than {package.newest}, the newest that was tested")
+            yield Finding(name, version, NOTE, f"newer than {package.newest}, the newest that was tested")
         else:
-            yield Row(name, version, OK, tested)
+            yield Finding(name, version, OK, tested)
 
 
-def self_check():
+def model_check():
     """Whether the installed transformers runs our models right: known for what was tested, else by a tiny model."""
     from xlstm_hybrid.distil_xlstm import DistilXLSTMForCausalLM
     from xlstm_hybrid.errors import CompatibilityError
     from xlstm_hybrid.model.compatibility import ensure_compatible
     from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 
+    newer = untested("transformers", installed("transformers"))
     for cls in (XLSTMHybridForCausalLM, DistilXLSTMForCausalLM):
-        name = cls.config_class.model_type
+        name, mend = cls.config_class.model_type, f"pip install '{requirement('transformers')}'"
         try:
             ensure_compatible(cls)
         except CompatibilityError as error:
-            yield Row(
-                name,
-                "generation is wrong",
-                WRONG,
-                without_home(str(error)),
-                f"pip install '{requirement('transformers')}'",
-            )
+            yield Finding(name, "generation is wrong", WRONG, without_home(str(error)), mend)
         else:
-            newer = untested("transformers", installed("transformers"))
-            yield Row(name, "right", OK, "checked with a tiny model" if newer else "with a transformers that is tested")
+            said = "checked with a tiny model" if newer else "with a transformers that is tested"
+            yield Finding(name, "right", OK, said)
 
 
 def extras():
-    """What the optional packages would add, one row for each of the package's extras."""
+    """What the optional packages would add, one finding for each of the package's extras."""
     for extra, (packages, adds) in EXTRAS.items():
-        missing = [name for name in packages if installed(name) is None]
-        if missing:
-            yield Row(
-                f"[{extra}]", f"without {', '.join(missing)}", MISSING, adds, f"pip install 'xlstm-hybrid[{extra}]'"
-            )
-        else:
-            yield Row(f"[{extra}]", "installed", OK, adds)
+        missing = ", ".join(name for name in packages if installed(name) is None)
+        absent = (f"without {missing}", MISSING, adds, f"pip install 'xlstm-hybrid[{extra}]'")
+        yield Finding(f"[{extra}]", *(absent if missing else ("installed", OK, adds)))
 
 
 # --- CPU ---------------------------------------------------------------------------------------------------------
@@ -165,30 +151,32 @@ def cpu():
     from xlstm_hybrid.environment.precision import prefers
 
     has = instructions()
-    yield Row("CPU", cpu_name())
-    yield Row("instructions", ", ".join(name for name, there in has.items() if there) or "none that torch knows")
+    yield Finding("CPU", cpu_name())
+    yield Finding("instructions", ", ".join(name for name, there in has.items() if there) or "none that torch knows")
     choice = prefers("cpu")
-    yield Row("bf16", "quick" if choice.narrow else "slow", OK, choice.why)
+    yield Finding("bf16", "quick" if choice.narrow else "slow", OK, choice.why)
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-        yield Row("ATEN_CPU_CAPABILITY", capability, NOTE, "torch is told to use these instructions and no better ones")
+        yield Finding(
+            "ATEN_CPU_CAPABILITY", capability, NOTE, "torch is told to use these instructions and no better ones"
+        )
     yield threads(torch.get_num_threads(), cores())
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
         slow = "waiting threads spin: beside other work each step becomes several times slower"
-        yield Row("OMP_WAIT_POLICY", "active", NOTE, slow, "export OMP_WAIT_POLICY=passive")
+        yield Finding("OMP_WAIT_POLICY", "active", NOTE, slow, "export OMP_WAIT_POLICY=passive")
 
 
 def threads(used, available):
-    """One row for the threads of torch and of the variables that set them, against the cores."""
+    """The threads of torch and of the variables that set them, against the cores."""
     told = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
     cores_here = f"{used} on {available} core{'s' * (available > 1)}"
     found = ", ".join([cores_here, *(f"{name}={value}" for name, value in told.items())])
     most = max([used, *(int(value) for value in told.values() if value.isdecimal())])
     if most > available:
         slow = "more threads than cores: they wait for each other"
-        return Row("threads", found, NOTE, slow, f"export OMP_NUM_THREADS={available}")
+        return Finding("threads", found, NOTE, slow, f"export OMP_NUM_THREADS={available}")
     if used == 1 and available > 1:
-        return Row("threads", found, OK, "one core is used")
-    return Row("threads", found)
+        return Finding("threads", found, OK, "one core is used")
+    return Finding("threads", found)
 
 
 # --- GPU ---------------------------------------------------------------------------------------------------------
@@ -220,17 +208,19 @@ def gpu():
         p = torch.cuda.get_device_properties(device)
         is_this = f"{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}"
         if not kinds["ROCm"] and p.major < 8:
-            yield Row(f"GPU {device.index}", is_this, NOTE, "older than sm_80: bf16 is slow, no kernel was tried there")
+            yield Finding(
+                f"GPU {device.index}", is_this, NOTE, "older than sm_80: bf16 is slow, no kernel was tried there"
+            )
         else:
-            yield Row(f"GPU {device.index}", is_this, OK, build)
+            yield Finding(f"GPU {device.index}", is_this, OK, build)
     if devices:
         return
     if torch.backends.mps.is_available():
-        yield Row("GPU", "Apple's (mps)", NOTE, "no test runs there")
+        yield Finding("GPU", "Apple's (mps)", NOTE, "no test runs there")
     elif driver() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        yield Row("GPU", "none that torch can use", NOTE, f"an NVIDIA driver is loaded, but {warned or build}")
+        yield Finding("GPU", "none that torch can use", NOTE, f"an NVIDIA driver is loaded, but {warned or build}")
     else:
-        yield Row("GPU", "none", OK, build)
+        yield Finding("GPU", "none", OK, build)
 
 
 def kernels():
@@ -241,25 +231,24 @@ def kernels():
 
     devices, _ = gpus()
     if interpreted():
-        yield Row(
-            "TRITON_INTERPRET", "1", NOTE, "kernels run in Triton's interpreter: for tests, far too slow for models"
-        )
+        slow = "kernels run in Triton's interpreter: for tests, far too slow for models"
+        yield Finding("TRITON_INTERPRET", "1", NOTE, slow)
     if not devices:
-        yield Row("kernels", "not used", OK, "no GPU: the torch forms run")
+        yield Finding("kernels", "not used", OK, "no GPU: the torch forms run")
     for file, device in {verdict_file(device): device for device in devices}.items():
         verdicts = read_verdicts(file)
         if reason := why_not(str(device)):
-            yield Row("kernels", "not used", MISSING, f"the torch forms run, slower: {reason}")
+            yield Finding("kernels", "not used", MISSING, f"the torch forms run, slower: {reason}")
         elif not verdicts:
-            yield Row("kernels", "not yet used here", OK, f"each is checked when it is first used on {device}")
+            yield Finding("kernels", "not yet used here", OK, f"each is checked when it is first used on {device}")
         for question, verdict in verdicts.items():
             worst = max(verdict["errors"].values(), default=float("nan"))
             if verdict["right"]:
-                yield Row(question, "right", OK, f"largest error {worst:.1e}")
+                yield Finding(question, "right", OK, f"largest error {worst:.1e}")
             else:
                 reason = verdict.get("reason") or f"largest error {worst:.1e}"
                 note = f"the torch form runs, slower: {without_home(reason)}"
-                yield Row(question, "wrong", WRONG, note, f"rm {shown(file)}  # to check again")
+                yield Finding(question, "wrong", WRONG, note, f"rm {shown(file)}  # to check again")
 
 
 # --- folders and surroundings ------------------------------------------------------------------------------------
@@ -270,10 +259,8 @@ def folders():
     from huggingface_hub import constants
     from xlstm_kernels.backends.verified import cache_folder
 
-    found = {
-        "kernel verdicts": (cache_folder(), "XLSTM_KERNELS_CACHE"),
-        "Hugging Face": (Path(constants.HF_HOME), "HF_HOME"),
-    }
+    found = {"kernel verdicts": (cache_folder(), "XLSTM_KERNELS_CACHE")}
+    found["Hugging Face"] = Path(constants.HF_HOME), "HF_HOME"
     hub = Path(constants.HF_HUB_CACHE)
     if Path(constants.HF_HOME) not in hub.parents:
         found["hub downloads"] = hub, "HF_HUB_CACHE"
@@ -300,61 +287,52 @@ def caches():
     """Each folder, with the space that is free there."""
     for name, (folder, variable) in folders().items():
         if reason := unwritable(folder):
-            yield Row(name, shown(folder), WRONG, f"cannot be written: {reason}", f"export {variable}=FOLDER")
+            yield Finding(name, shown(folder), WRONG, f"cannot be written: {reason}", f"export {variable}=FOLDER")
             continue
         there = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(there).free
         if free < LITTLE:
-            yield Row(name, shown(folder), NOTE, f"only {free / 1e9:.1f} GB free")
+            yield Finding(name, shown(folder), NOTE, f"only {free / 1e9:.1f} GB free")
         else:
-            yield Row(name, shown(folder), OK, f"{free / 1e9:.0f} GB free")
+            yield Finding(name, shown(folder), OK, f"{free / 1e9:.0f} GB free")
 
 
-def environment():
+def hub_settings():
     """Whether anything is fetched from the Hub, and what else the variables change."""
     from huggingface_hub import constants
 
     told = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
-    offline, online = (
-        "offline: models and data sets come from the cache and from folders",
-        "online: hub ids are fetched",
-    )
-    yield Row("Hugging Face Hub", told or "no variable set", OK, offline if constants.HF_HUB_OFFLINE else online)
+    fetching = "online: hub ids are fetched"
+    if constants.HF_HUB_OFFLINE:
+        fetching = "offline: models and data sets come from the cache and from folders"
+    yield Finding("Hugging Face Hub", told or "no variable set", OK, fetching)
 
 
 CHECKS = {
-    "versions": versions,
-    "self-check": self_check,
+    "versions": package_versions,
+    "self-check": model_check,
     "optional packages": extras,
     "CPU": cpu,
     "GPU": gpu,
     "Triton kernels": kernels,
     "folders": caches,
-    "environment": environment,
+    "environment": hub_settings,
 }
 
 
 def diagnose(checks=None):
-    """{section: rows} of all checks."""
+    """{section: findings} of all checks."""
     found = {}
     for section, check in (CHECKS if checks is None else checks).items():
         found[section] = []
         try:
-            found[section].extend(check())  # rows before an error stay
+            found[section].extend(check())  # what came before an error stays
         except Exception as error:  # the worse an installation, the more a report is wanted
-            found[section].append(
-                Row(section, "this check failed", WRONG, without_home(f"{type(error).__name__}: {error}"[:300]))
-            )
+            reason = without_home(f"{type(error).__name__}: {error}"[:300])
+            found[section].append(Finding(section, "this check failed", WRONG, reason))
     return found
 
 
 def wrong(found):
     """Names of what is wrong."""
     return [row.name for rows in found.values() for row in rows if row.verdict == WRONG]
-
-
-def as_json(found):
-    return {
-        "wrong": wrong(found),
-        "sections": {section: [row._asdict() for row in rows] for section, rows in found.items()},
-    }

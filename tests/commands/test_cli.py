@@ -50,6 +50,18 @@ def test_a_commands_line_is_its_docstrings_first_and_its_example_is_understood(n
     loaded(name).make_context(name, arguments)  # raises for what it does not understand
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+def test_a_help_fits_the_terminal_and_its_example_can_be_copied_from_it(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in NAMES:
+        typer.main.get_command(cli.app).main([name, "--help"], prog_name="xlstm-hybrid", standalone_mode=False)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= columns
+        example = shown.partition("Example:\n")[2].partition("\n\n")[0]
+        wanted = inspect.getdoc(function_of(name)).rpartition("Example: ")[2]
+        assert shlex.split(example.replace("\\\n", " ")) == shlex.split(wanted)
+
+
 def test_the_help_of_the_whole_shows_the_groups_and_imports_no_command():
     program = (
         "import sys; from typer.testing import CliRunner; from xlstm_hybrid import cli; result = CliRunner().invoke(cli.app, ['--help']);"

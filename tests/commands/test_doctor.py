@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from xlstm_kernels.backends import verified
 
 from xlstm_hybrid import cli, doctor
-from xlstm_hybrid.doctor import MISSING, NOTE, OK, WRONG, Row, diagnose, quota, threads, unwritable
+from xlstm_hybrid.doctor import MISSING, NOTE, OK, WRONG, Finding, diagnose, quota, threads, unwritable
 from xlstm_hybrid.environment import precision
 from xlstm_hybrid.environment.versions import EXTRAS, PACKAGES
 from xlstm_hybrid.errors import CompatibilityError
@@ -154,15 +154,15 @@ assert not [row for rows in found.values() for row in rows if row.found == 'this
 
 def test_a_check_that_fails_is_a_row_and_the_others_go_on():
     def broken():
-        yield Row("first", "there")
+        yield Finding("first", "there")
         raise RuntimeError("libcuda is of another version")
 
-    found = diagnose({"a": broken, "b": lambda: [Row("last", "there")]})
+    found = diagnose({"a": broken, "b": lambda: [Finding("last", "there")]})
     assert found["a"] == [
-        Row("first", "there"),
-        Row("a", "this check failed", WRONG, "RuntimeError: libcuda is of another version"),
+        Finding("first", "there"),
+        Finding("a", "this check failed", WRONG, "RuntimeError: libcuda is of another version"),
     ]
-    assert found["b"] == [Row("last", "there")] and doctor.wrong(found) == ["a"]
+    assert found["b"] == [Finding("last", "there")] and doctor.wrong(found) == ["a"]
 
 
 def test_the_first_question_of_an_issue_is_what_the_doctor_says():
@@ -191,7 +191,7 @@ def test_the_first_question_of_an_issue_is_what_the_doctor_says():
 )
 def test_a_version_is_compared_with_floor_and_newest_tested(machine, name, version, verdict, said):
     machine[name] = version
-    row = rows(doctor.versions)[name]
+    row = rows(doctor.package_versions)[name]
     assert (row.found, row.verdict) == (version, verdict) and said in row.note
     assert row.mend.startswith(f"pip install '{name}>=") == (verdict == WRONG)
 
@@ -199,7 +199,7 @@ def test_a_version_is_compared_with_floor_and_newest_tested(machine, name, versi
 def test_what_is_needed_is_wrong_when_missing_and_what_is_optional_says_what_it_adds(machine):
     for name in ("safetensors", "trl", "lm-eval", "matplotlib"):
         machine.pop(name)
-    found = rows(doctor.versions)
+    found = rows(doctor.package_versions)
     assert found["safetensors"].verdict == WRONG and not {"trl", "lm-eval", "matplotlib"} & set(found)
     optional = rows(doctor.extras)
     assert optional["[train]"][1:3] == ("without trl, matplotlib", MISSING) and "LoRA" in optional["[train]"].note
@@ -270,13 +270,13 @@ def test_a_cpus_instructions_and_what_it_multiplies_quickly_are_told(machine, mo
 
 
 def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
-    assert [row.verdict for row in doctor.self_check()] == [OK, OK]
+    assert [row.verdict for row in doctor.model_check()] == [OK, OK]
 
     def refuse(cls):
         raise CompatibilityError("of a tiny model, {'beams': 3.1} differ")
 
     monkeypatch.setattr(compatibility, "ensure_compatible", refuse)
-    found = list(doctor.self_check())
+    found = list(doctor.model_check())
     assert (
         [row.verdict for row in found] == [WRONG, WRONG]
         and "beams" in found[0].note
@@ -308,7 +308,7 @@ def test_each_gpu_has_a_row_and_an_old_one_a_note(machine, monkeypatch):
         monkeypatch, Properties("NVIDIA H200", 150_110_011_392, 9, 0), Properties("Tesla T4", 15_828_320_256, 7, 5)
     )
     new, old = doctor.gpu()
-    assert new == Row("GPU 0", "NVIDIA H200, 139.8 GiB, sm_90", OK, "torch's build is for CUDA 13.2")
+    assert new == Finding("GPU 0", "NVIDIA H200, 139.8 GiB, sm_90", OK, "torch's build is for CUDA 13.2")
     assert old[:3] == ("GPU 1", "Tesla T4, 14.7 GiB, sm_75", NOTE) and "older than sm_80" in old.note
 
 
@@ -354,7 +354,7 @@ def test_remembered_verdicts_on_kernels_are_shown_and_a_wrong_one_is_wrong(verdi
         "head_loss (M 8, float32)", {"right": False, "errors": {}, "reason": f"OSError: no ptxas in {Path.home()}/bin"}
     )
     found = rows(doctor.kernels)
-    assert found["mlstm (K 64, V 64, bfloat16)"] == Row(
+    assert found["mlstm (K 64, V 64, bfloat16)"] == Finding(
         "mlstm (K 64, V 64, bfloat16)", "right", OK, "largest error 4.0e-03"
     )
     wrong = found["window_attention (K 64, V 64, float32)"]
@@ -381,7 +381,7 @@ def test_a_gpu_without_triton_says_how_to_get_it(verdicts, monkeypatch):
 
 
 def test_without_a_gpu_kernels_are_not_used(machine):
-    assert list(doctor.kernels()) == [Row("kernels", "not used", OK, "no GPU: the torch forms run")]
+    assert list(doctor.kernels()) == [Finding("kernels", "not used", OK, "no GPU: the torch forms run")]
 
 
 # --- folders and surroundings ------------------------------------------------------------------------------------
@@ -427,6 +427,6 @@ def test_whether_the_hub_is_asked_is_told_and_no_token_is(machine, monkeypatch, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    row = rows(doctor.environment)["Hugging Face Hub"]
+    row = rows(doctor.hub_settings)["Hugging Face Hub"]
     assert row.note.startswith(said) and f"HF_HUB_OFFLINE={int(offline)}" in row.found
     assert "hf_secret" not in run().output

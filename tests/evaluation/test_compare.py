@@ -752,7 +752,7 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
 
 
 def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
-    from xlstm_hybrid.pipeline.run import scores_of
+    from xlstm_hybrid.pipeline.run import report_scores
 
     def judged(*answers):
         samples = [
@@ -760,7 +760,7 @@ def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
         ]
         return {"exact_match": {"code": sum(answers) / len(answers)}, "perplexity": {}, "samples": {"code": samples}}
 
-    found = scores_of({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})[
+    found = report_scores({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})[
         "win_and_tie"
     ]
     assert (
@@ -770,4 +770,4 @@ def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
     )
     assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
     unpaired = {"teacher": judged(1, 0), "student": judged(1, 0) | {"samples": {}}}
-    assert scores_of(unpaired)["win_and_tie"]["student"]["resampled"] is None
+    assert report_scores(unpaired)["win_and_tie"]["student"]["resampled"] is None

@@ -327,7 +327,7 @@ def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 
-def test_the_verb_writes_tables_a_picture_and_every_figure(saved, tmp_path):
+def test_the_command_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     """The one test whose memory is measured in processes of its own."""
     pytest.importorskip("matplotlib")
     add_provenance(saved / "small", "convert")
@@ -398,7 +398,7 @@ def test_the_same_tokens_are_read_by_both_and_a_new_cache_is_of_the_kind_asked_f
         (["--dtype", "int8"], "--dtype int8"),
     ],
 )
-def test_the_verb_refuses_what_it_cannot_measure(saved, tmp_path, more, match):
+def test_the_command_refuses_what_it_cannot_measure(saved, tmp_path, more, match):
     arguments = ["efficiency", str(saved / "big"), str(saved / "small"), "--out", str(tmp_path), "--device", "cpu"]
     assert match in str(CliRunner().invoke(cli.app, [*arguments, *more]).exception)
 

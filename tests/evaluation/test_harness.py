@@ -61,7 +61,7 @@ def judged(student, tmp_path_factory):
     return folder
 
 
-def test_the_score_of_a_domain_is_that_of_the_verb_evaluate(judged):
+def test_the_score_of_a_domain_is_that_of_the_command_evaluate(judged):
     model, tokenizer = load(TINY, device="cpu")
     wanted = exact_match(model, tokenizer, tasks.test_examples("arithmetic", 200)[:6])
     found = read_results(judged / "teacher")[0]
@@ -196,7 +196,7 @@ def test_tasks_that_run_code_or_lack_their_data_are_refused(tmp_path):
         run(TINY, tmp_path / "out", tasks="lacks", include=tmp_path)
 
 
-def test_the_verb_is_on_the_command_line():
+def test_the_command_is_on_the_command_line():
     result = CliRunner().invoke(app, ["harness", "--help"])
     assert result.exit_code == 0 and "--lengths" in result.output
 

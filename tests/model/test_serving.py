@@ -157,7 +157,7 @@ def test_a_stream_brings_the_text_piece_by_piece(checkpoint):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Runs the verb with a server that does not listen; what `transformers serve` was asked for, in a list."""
+    """Runs the command with a server that does not listen; what `transformers serve` was asked for, in a list."""
     monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)  # taken back after the test
     monkeypatch.delattr(transformers, "XLSTMHybridForCausalLM")
     calls = []
@@ -166,14 +166,14 @@ def started(monkeypatch):
 
 
 def test_transformers_server_does_not_know_classes_outside_of_transformers(checkpoint, started):
-    """Why there is a verb: `transformers serve` finds neither registered nor remote code. If this fails, the verb is
+    """Why there is a command: `transformers serve` finds neither registered nor remote code. If this fails, the command is
     not needed any more.
     """
     with pytest.raises(AttributeError, match="XLSTMHybridForCausalLM"):
         ModelManager(device="cpu")._load_model(f"{checkpoint}@main")
 
 
-def test_the_verb_makes_the_student_known_to_the_server(checkpoint, started, tmp_path):
+def test_the_command_makes_the_student_known_to_the_server(checkpoint, started, tmp_path):
     ran = CliRunner().invoke(
         cli.app, ["serve", str(checkpoint), "--port", "8123", "--device", "cpu", "--dtype", "float32"]
     )
@@ -191,7 +191,7 @@ def test_the_verb_makes_the_student_known_to_the_server(checkpoint, started, tmp
         assert ModelManager.get_model_modality(model, processor=tokenizer).name == "LLM"
 
 
-def test_without_its_dependencies_the_verb_says_what_to_install(checkpoint, monkeypatch):
+def test_without_its_dependencies_the_command_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setattr("transformers.cli.serve.is_serve_available", lambda: False)
     monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)
     ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint)])

@@ -23,7 +23,7 @@ from xlstm_hybrid.errors import CheckpointWriteError, ConfigError
 from xlstm_hybrid.evaluation.scores import perplexity
 from xlstm_hybrid.merging.merge import merge
 from xlstm_hybrid.pipeline import Run, make_experts, merging
-from xlstm_hybrid.pipeline.run import check_settings
+from xlstm_hybrid.pipeline.run import check_trainer_settings
 from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_a_base_is_named_relative_to_the_recipe_or_refused_before_anything_runs(
     assert record["config"]["base"] == "aligned"
     assert same(found, by_hand(run_of(), tmp_path / "hand", method="task_arithmetic", base=made[1] / "aligned"))
     with pytest.raises(ConfigError, match="merge.base='run/nowhere' is not there"):
-        check_settings(replace(made[0], merge=weights | {"base": "run/nowhere"}))
+        check_trainer_settings(replace(made[0], merge=weights | {"base": "run/nowhere"}))
 
 
 def test_module_groups_have_weights_of_their_own(run_of, tmp_path):
@@ -161,14 +161,14 @@ def test_statistics_are_measured_on_each_experts_own_rows_and_kept(
 
 
 def test_weights_are_searched_for_and_the_candidates_kept(run_of, tmp_path, monkeypatch):
-    calls, judge = [], merging.domain_scorer(1)[0]
+    calls, scorer = [], merging.domain_scorer(1)[0]
 
     def pointed(count, size):
         """Scores that one expert alone reaches: the best point of the grid is its corner."""
 
         def scored(model, tokenizer):
             calls.append(model)
-            return judge(model, tokenizer) | {
+            return scorer(model, tokenizer) | {
                 "distance": 1 / (1 + (model.model.layers[0].mlp.up_proj.weight - target).square().sum().item())
             }
 
@@ -210,13 +210,13 @@ def test_a_search_by_documents_reads_those_that_nothing_else_reads(made, tmp_pat
         evaluate={"documents": 4, "batch_size": 4},
         data={"sequence_length": 32, "held_out": 0.4, **source},
     )
-    judge, words = merging.scorer_of(recipe, {"documents": 5, "batch_size": 2})
+    scorer, words = merging.scorer_of(recipe, {"documents": 5, "batch_size": 2})
     model, tokenizer = load(made[1] / "aligned")
     from xlstm_hybrid.data import open_streams
 
     (stream,) = open_streams(recipe, tokenizer, "one", test=True)
     documents = [next(stream) for _ in range(9)][4:]
-    scores = judge(model, tokenizer)
+    scores = scorer(model, tokenizer)
     assert set(scores) == {"one/sums", "two/sums"} and scores["one/sums"] == pytest.approx(
         1 / perplexity(model, documents), rel=1e-5
     )

@@ -18,7 +18,7 @@ from xlstm_hybrid.evaluation import harness as engine
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
 from xlstm_hybrid.hub.push import push
 from xlstm_hybrid.pipeline import Run, evaluation
-from xlstm_hybrid.pipeline.run import scores_of
+from xlstm_hybrid.pipeline.run import report_scores
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.reports.card import write_card
 
@@ -54,7 +54,7 @@ class ShortRun(Run):
         return [stage for stage in super().evaluation_stages() if stage.name != "verify"]
 
     def results(self, student):
-        scores = scores_of(self.evaluations())
+        scores = report_scores(self.evaluations())
         return {
             "title": "a short run",
             "teacher": TEACHER.name,

@@ -27,7 +27,7 @@ from xlstm_hybrid.evaluation import efficiency, efficiency_checks
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.pipeline import Run, parse_overrides, settings
 from xlstm_hybrid.pipeline.run import CHECKS
-from xlstm_hybrid.pipeline.runner import Runner, Stage, fingerprint
+from xlstm_hybrid.pipeline.runner import Runner, Stage, checkpoint_fingerprint
 from xlstm_hybrid.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +244,7 @@ def test_a_checkpoint_is_known_by_what_it_holds_and_not_by_how_long_it_took(tmp_
         }.items():
             (tmp_path / name / file).write_bytes(content)
         write_manifest(tmp_path / name)
-        return fingerprint(tmp_path / name)
+        return checkpoint_fingerprint(tmp_path / name)
 
     assert made("a") == made("b", seconds=2.5) != made("c", weight=b"v")
 
@@ -332,9 +332,13 @@ def test_a_stage_is_made_again_where_its_inputs_or_settings_change_and_not_other
         return runner
 
     runner = make()
-    assert made == [(False, "a"), "note"] and not runner.kept
+    assert made == [(False, "a"), "note"] and not runner.reused
     again = make()
-    assert made == [(False, "a"), "note"] and again.kept == runner.seconds and again.found["folder"]["said"] == "right"
+    assert (
+        made == [(False, "a"), "note"]
+        and again.reused == runner.seconds
+        and again.outcomes["folder"]["said"] == "right"
+    )
     with pytest.raises(ConfigError, match="folder was made with other settings: pass --redo"):
         make(step=1)
     (tmp_path / "from/file").write_text("ab")
@@ -400,9 +404,9 @@ def test_options_of_the_command_line_are_the_trainers_own_fields():
 
 def test_the_accumulation_follows_from_the_rows_per_step_and_the_processes(monkeypatch):
     stage = {"sequences_per_step": 64, "per_device_train_batch_size": 2, "max_steps": 10}
-    assert settings.batch_of(stage, "align") == (2, 32) and settings.rows_of(stage, "align") == 640
+    assert settings.batch_of(stage, "align") == (2, 32) and settings.row_count(stage, "align") == 640
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert settings.batch_of(stage, "align") == (2, 4) and settings.rows_of(stage, "align") == 640
+    assert settings.batch_of(stage, "align") == (2, 4) and settings.row_count(stage, "align") == 640
     with pytest.raises(ConfigError, match="sequences_per_step=12 is no multiple of 2 rows .* x 8 processes"):
         settings.batch_of(stage | {"sequences_per_step": 12}, "align")
     with pytest.raises(ConfigError, match="give one of them"):

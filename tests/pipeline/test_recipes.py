@@ -14,7 +14,7 @@ from tiny_teachers import model_class, teacher_config
 from transformers import LlamaConfig, Olmo3Config, Qwen2Config, Qwen3Config
 
 from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
-from xlstm_hybrid.commands.plan import shown
+from xlstm_hybrid.commands.plan import plan_lines
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.pipeline import Run
 from xlstm_hybrid.planning import run as plan
@@ -150,7 +150,7 @@ def test_the_recipe_for_long_recall_has_kernels_for_all_it_does_and_wider_featur
         (256, ["training and prompts"]),
         (512, ["training and prompts", "generation"]),
     ):
-        lines = shown(
+        lines = plan_lines(
             plan.plan(config, machine, replace(recipe, student=recipe.student | {"memory_feature_dim": features}))
         )
         assert [line.split(":")[1].strip() for line in lines if str(line).startswith("warning")] == expected

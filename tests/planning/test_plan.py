@@ -360,10 +360,10 @@ def test_every_expert_takes_time_and_disk():
     )
 
 
-# --- the verb --------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_prints_every_stage_and_every_assumption_and_fails_when_something_does_not_fit(tmp_path):
+def test_the_command_prints_every_stage_and_every_assumption_and_fails_when_something_does_not_fit(tmp_path):
     LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
     result = CliRunner().invoke(
         cli.app, ["plan", str(tmp_path), "--gpus", "8", "--memory", "80", "--json", str(tmp_path / "plan.json")]

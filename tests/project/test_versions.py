@@ -70,7 +70,7 @@ def test_setup_asks_for_what_the_table_says(setup_arguments):
     assert set(seen) == {
         *PACKAGES,
         *WITHOUT_BOUNDS,
-    }  # a floor that no requirement has would be believed and never asked for
+    }  # a floor that no requirement has would count and never be asked for
     for name, package in PACKAGES.items():
         bounds = {
             f">={package.floor}",

@@ -430,7 +430,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_verb_stores_what_the_teacher_says(folder, tmp_path, capsys):
+def test_the_command_stores_what_the_teacher_says(folder, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     options = ["--top-k", 8, "--dtype", "float32", "--shard-tokens", 80]

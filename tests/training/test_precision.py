@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
 from xlstm_hybrid.checkpoint.files import read_provenance
 from xlstm_hybrid.commands.cache_teacher import cache_teacher
-from xlstm_hybrid.commands.plan_layers import measured as ranked
+from xlstm_hybrid.commands.plan_layers import measured_ranking as ranked
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.environment import precision
 from xlstm_hybrid.errors import ConfigError
@@ -266,7 +266,7 @@ def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_
     machine(QUICK)
     again = Run(recipe, tmp_path / "run")
     again.make(*again.named("convert", "align"))
-    assert again.kept == run.seconds  # nothing that the recipe says has changed
+    assert again.reused == run.seconds  # nothing that the recipe says has changed
 
 
 # --- commands ------------------------------------------------------------------------------------------------------

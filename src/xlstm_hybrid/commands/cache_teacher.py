@@ -5,45 +5,39 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from transformers import AutoConfig, AutoTokenizer
+from typer import Argument, Option
 
+from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.pipeline.targets import build, choose_dtype, describe, read_rows, share_out
+from xlstm_hybrid.pipeline.targets import choose_dtype, fill_store, read_rows, share_out, store_spec
 from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
 
 
 def cache_teacher(
-    teacher: Annotated[str, typer.Argument(help="Teacher: checkpoint directory or hub id.")],
+    teacher: Teacher,
     rows: Annotated[
-        Path,
-        typer.Argument(
-            help="What the student will read: a folder of `save_to_disk`, a .jsonl file of rows, or a recipe."
-        ),
+        Path, Argument(help="What the student reads: a folder of `save_to_disk`, a .jsonl file, or a recipe.")
     ],
-    out: Annotated[Path, typer.Argument(help="Directory of the store; an unfinished one is gone on with.")],
-    top_k: Annotated[int, typer.Option(help="Entries per token.")] = 256,
-    kind: Annotated[str, typer.Option(help="topk: the most likely ids and the rest; sampled: top_k draws.")] = "topk",
-    temperature: Annotated[float, typer.Option(help="That the teacher's logits are divided by.")] = 1.0,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens per shard; an interrupted one is made again.")] = 2**18,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward of the teacher.")] = 8,
-    vocabulary: Annotated[
-        int | None, typer.Option(help="Ids that count, from 0 on; the teacher's LM head by default.")
-    ] = None,
-    expert: Annotated[str | None, typer.Option(help="Of a recipe: whose rows; its only one by default.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    out: Annotated[Path, Argument(help="Directory of the store; an unfinished one is gone on with.")],
+    top_k: Annotated[int, Option(help="Entries per token.")] = 256,
+    kind: Annotated[str, Option(help="topk: the most likely ids and the rest; sampled: top_k draws.")] = "topk",
+    temperature: Annotated[float, Option(help="That the teacher's logits are divided by.")] = 1.0,
+    shard_tokens: Annotated[int, Option(help="Tokens per shard; an interrupted one is made again.")] = 2**18,
+    batch_size: Annotated[int, Option(help="Rows per forward of the teacher.")] = 8,
+    vocabulary: Annotated[int | None, Option(help="Ids that count, from 0 on; by default the LM head's.")] = None,
+    expert: Annotated[str | None, Option(help="Of a recipe: whose rows; its only one by default.")] = None,
+    revision: Revision = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: the recipe's, or as stored unless that is slow.")
+        str, Option(help="float32, bfloat16, float16; auto: the recipe's, or as stored if quick.")
     ] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes to start on this machine.")] = 1,
-    rank: Annotated[
-        int, typer.Option(help="Of this process, where several are started by hand or by a launcher.")
-    ] = int(os.environ.get("RANK", 0)),
-    world: Annotated[int, typer.Option(help="Of how many.")] = int(os.environ.get("WORLD_SIZE", 1)),
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say how large it will be, and stop.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash and check the finished store.")] = False,
+    device: Annotated[str | None, Option(help="Where to run; a GPU if there is one.")] = None,
+    seed: Annotated[int, Option(help="Of the draws.")] = 0,
+    processes: Annotated[int, Option(help="Processes to start on this machine.")] = 1,
+    rank: Annotated[int, Option(help="Of this process, where several are started.")] = int(os.environ.get("RANK", 0)),
+    world: Annotated[int, Option(help="Of how many.")] = int(os.environ.get("WORLD_SIZE", 1)),
+    estimate: Annotated[bool, Option("--estimate", help="Say how large it will be, and stop.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Hash and check the finished store.")] = False,
 ):
     """Store what a teacher says about every scored token of some rows.
 
@@ -56,11 +50,9 @@ def cache_teacher(
     data = read_rows(rows, source, expert)
     size = vocabulary or config.get_text_config().vocab_size
     plan = plan_store(data, size, shard_tokens)
-    needed = planned_bytes(plan[0], min(top_k, size))
+    needed, shards = planned_bytes(plan[0], min(top_k, size)), len(plan[1]) - 1
     count, tokens, places = (f"{plan[0][name]:,}" for name in ("rows", "tokens", "places"))
-    print(
-        f"{count} rows, {tokens} tokens, targets for {places} of them: {needed / 1e9:,.3f} GB in {len(plan[1]) - 1} shards"
-    )
+    print(f"{count} rows, {tokens} tokens, targets for {places} of them: {needed / 1e9:,.3f} GB in {shards} shards")
     if estimate:
         return
     if device is None:
@@ -68,15 +60,15 @@ def cache_teacher(
     dtype = choose_dtype(dtype, rows, config, device, out)
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size}
     settings |= {"shard_tokens": shard_tokens, "batch_size": batch_size, "plan": plan}
-    spec = describe(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
+    spec = store_spec(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
+    job = (device, source, data, out, settings, spec, seed)
     if processes > 1:
-        share_out(processes, source, data, out, settings, spec, dtype, device, seed)
+        share_out(processes, *job)
     else:
-        build(rank, world, source, data, out, settings, spec, dtype, device, seed)
+        fill_store(rank, world, *job)
     store = TeacherStore(out, partial=world > 1)
     if verify:
         store.verify()
-    size = sum(entry["size"] for entry in store.shards.values())
-    print(
-        f"{len(store.shards)} of {len(store.first) - 1} shards, {size / 1e9:,.3f} GB at {out}{', verified' if verify else ''}"
-    )
+    size = sum(entry["size"] for entry in store.shards.values()) / 1e9
+    verified = ", verified" if verify else ""
+    print(f"{len(store.shards)} of {len(store.first) - 1} shards, {size:,.3f} GB at {out}{verified}")

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid.reports.card import write_card
 
 
 def card(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint with a provenance.json.")],
-    results: Annotated[Path | None, typer.Option(help="results.json of a run.")] = None,
+    directory: Annotated[Path, Argument(help="Checkpoint with a provenance.json.")],
+    results: Annotated[Path | None, Option(help="results.json of a run.")] = None,
 ):
     """Write the model card of a checkpoint from what its stages recorded.
 

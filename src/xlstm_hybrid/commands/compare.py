@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare as compare_results
@@ -17,38 +18,20 @@ from xlstm_hybrid.reports.run import comparison_pictures
 
 
 def compare(
-    teacher: Annotated[
-        str,
-        typer.Argument(
-            help="Results of the teacher: an lm-eval file or folder, or this package's own; NAME=PATH names it."
-        ),
-    ],
-    students: Annotated[
-        list[str],
-        typer.Argument(help="Results of students, the same way; a run's results.json stands for all of its students."),
-    ],
-    alpha: Annotated[float, typer.Option(help="Relative tolerance of the verdict, from 0 to 1.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for comparison.json, .md, .html and pictures.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated benchmarks; all by default.")] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help="BENCHMARK=METRIC, such as gsm8k=exact_match,flexible-extract; repeatable.")
-    ] = None,
-    common: Annotated[
-        bool, typer.Option("--common", help="Compare the benchmarks that all sides have, instead of refusing.")
-    ] = False,
-    allow: Annotated[
-        list[str] | None, typer.Option(help="A setting that may differ, such as version or prompts; repeatable.")
-    ] = None,
-    cost: Annotated[
-        str | None,
-        typer.Option(help="Costs for the Pareto front: FILE.json, FILE.json:key, or field:key of the results."),
-    ] = None,
+    teacher: Annotated[str, Argument(help="Teacher's results: file or folder, lm-eval's or ours; NAME=PATH names it.")],
+    students: Annotated[list[str], Argument(help="Students' results, the same way; a run's results.json: all of its.")],
+    alpha: Annotated[float, Option(help="Relative tolerance of the verdict, from 0 to 1.")] = 0.0,
+    out: Annotated[Path | None, Option(help="Folder for comparison.json, .md, .html and pictures.")] = None,
+    tasks: Annotated[str | None, Option(help="Comma-separated benchmarks; all by default.")] = None,
+    metric: Annotated[list[str] | None, Option(help="Such as gsm8k=exact_match,flexible-extract; repeatable.")] = None,
+    common: Annotated[bool, Option("--common", help="Compare what all sides have, instead of refusing.")] = False,
+    allow: Annotated[list[str] | None, Option(help="What may differ, such as version or prompts; repeatable.")] = None,
+    cost: Annotated[str | None, Option(help="Pareto front costs: FILE.json[:key] or field:key of the results.")] = None,
     record: Annotated[
-        list[str] | None,
-        typer.Option(help="STUDENT=CHECKPOINT: add what was found to its record, for its card; repeatable."),
+        list[str] | None, Option(help="STUDENT=CHECKPOINT: add what was found to its record, for its card; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
-    pictures: Annotated[bool, typer.Option(help="Draw pictures; they need matplotlib.")] = True,
+    seed: Annotated[int, Option(help="Of the resampling.")] = 0,
+    pictures: Annotated[bool, Option(help="Draw pictures; they need matplotlib.")] = True,
 ):
     """Compare students with their teacher: win-and-tie, recovery, paired statistics.
 
@@ -68,31 +51,28 @@ def compare(
     found = compare_results(its, theirs, costs=costs, seed=seed, **compared)
     console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
     for kind, content in sections(found):
-        show(console, kind, content)
+        print_section(console, kind, content)
     if out is not None:
         files = write_comparison(found, out, comparison_pictures(found) if pictures else {})
         console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
     for entry in record or ():
         name, _, directory = entry.partition("=")
         add_to_record(found, name, directory)
-        console.print(
-            f"{name}: in the record of {directory}; write its card again with `xlstm-hybrid card {directory}`",
-            markup=False,
-            soft_wrap=True,
-        )
+        done = f"{name}: in the record of {directory}; write its card again with `xlstm-hybrid card {directory}`"
+        console.print(done, markup=False, soft_wrap=True)
     if not all(s["lossless"] for s in found["students"].values()):
         raise typer.Exit(1)
 
 
-def show(console, kind, content):
+def print_section(console, kind, content):
     """One section of a comparison on the terminal."""
     if kind == "table":
-        made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for j, column in enumerate(content[0]):
-            made.add_column(Text(str(column)), justify="right" if j else "left")
+            table.add_column(Text(str(column)), justify="right" if j else "left")
         for row in content[1:]:
-            made.add_row(*(Text(str(value)) for value in row))
-        console.print(made)
+            table.add_row(*(Text(str(value)) for value in row))
+        console.print(table)
     elif kind in ("title", "text"):
         console.print(Text(content, style="bold" if kind == "title" else ""))
     elif kind == "list":

@@ -5,17 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from xlstm_hybrid.commands.options import settings_of
-from xlstm_hybrid.distil_xlstm.run import (
-    distil,
-    draw_log,
-    make_student,
-    planned,
-    read_delta_recipe,
-    score_table,
-    scores,
-)
+from xlstm_hybrid.commands.options import Overwrite, overrides_of
+from xlstm_hybrid.distil_xlstm import run
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
 from xlstm_hybrid.pipeline.settings import is_main
 from xlstm_hybrid.recipe.schema import resolve_teacher
@@ -25,18 +18,11 @@ TINY = Path("recipes/distil_tiny.yaml")
 
 def distil_xlstm(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="Recipe with a section delta.")] = TINY,
-    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's by default.")] = None,
-    beside: Annotated[
-        Path | None, typer.Option(help="results.json of a hybrid's run, for a column in the table.")
-    ] = None,
-    plan_only: Annotated[
-        bool,
-        typer.Option("--plan", help="Only count parameters, tokens and steps; the teacher's config.json is enough."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a student that is there, once the new one is complete.")
-    ] = False,
+    recipe: Annotated[Path, Argument(help="Recipe with a section delta.")] = TINY,
+    out: Annotated[Path | None, Option(help="Run directory; the recipe's by default.")] = None,
+    beside: Annotated[Path | None, Option(help="results.json of a hybrid's run, for a column in the table.")] = None,
+    plan_only: Annotated[bool, Option("--plan", help="Count parameters, tokens and steps; needs no weights.")] = False,
+    overwrite: Overwrite = False,
 ):
     """Distil a recipe's teacher into a fully recurrent student (Distil-xLSTM).
 
@@ -45,23 +31,23 @@ def distil_xlstm(
 
     Example: xlstm-hybrid distil-xlstm recipes/distil_tiny.yaml --out runs/distil-tiny
     """
-    overrides = settings_of(context, DeltaKDConfig, recipe)
-    loaded, rows = read_delta_recipe(recipe)
+    overrides = overrides_of(context, DeltaKDConfig, recipe)
+    loaded, rows = run.read_delta_recipe(recipe)
     teacher = resolve_teacher(loaded)
     if plan_only:
-        print(json.dumps(planned(loaded, teacher, rows, overrides), indent=1))
+        print(json.dumps(run.planned(loaded, teacher, rows, overrides), indent=1))
         return
     folder = Path(out or loaded.out)
     folder.mkdir(parents=True, exist_ok=True)
-    make_student(loaded, teacher, folder, overwrite)
-    log = distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
+    run.make_student(loaded, teacher, folder, overwrite)
+    log = run.distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)
     if not is_main():
         return
-    draw_log(log, folder / "curves.png")
+    run.draw_log(log, folder / "curves.png")
     if loaded.evaluate is not None:
         models = {"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}
-        found = scores(models, loaded, beside)
+        found = run.scores(models, loaded, beside)
         (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1))
-        report = score_table(found)
+        report = run.score_table(found)
         (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n")
         print(report)

@@ -1,22 +1,22 @@
 """`xlstm-hybrid distill`: stage II, in one process or under `accelerate launch -m xlstm_hybrid distill`."""
 
 import json
-from pathlib import Path
 
 import typer
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, ExpertOption, Overwrite, RecipeOption, recipe_and_expert, settings_of
+from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, overrides_of
+from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.distillation import SparseKDConfig
 
 
 def distill(
     context: typer.Context,
-    student: Path,
-    teacher: str,
-    out: Path,
-    recipe: RecipeOption = TINY,
-    expert: ExpertOption = None,
+    student: Student,
+    teacher: Teacher,
+    out: Out,
+    recipe: Recipe = TINY,
+    expert: Expert = None,
     overwrite: Overwrite = False,
 ):
     """Stage II: distil one domain expert of the recipe from its teacher.
@@ -25,6 +25,6 @@ def distill(
 
     Example: xlstm-hybrid distill runs/aligned recipes/tiny_teacher/tiny-llama runs/expert --recipe tiny --expert memory
     """
-    overrides = settings_of(context, SparseKDConfig, student, teacher, out)
-    loaded, name = recipe_and_expert(recipe, expert)
-    print(json.dumps(pipeline.distill(student, teacher, out, loaded, name, overwrite, overrides)))
+    overrides = overrides_of(context, SparseKDConfig, student, teacher, out)
+    loaded = load_recipe(recipe)
+    print(json.dumps(pipeline.distill(student, teacher, out, loaded, loaded.expert(expert), overwrite, overrides)))

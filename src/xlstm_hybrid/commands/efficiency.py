@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
-from xlstm_hybrid.commands.compare import show
+from xlstm_hybrid.commands.compare import print_section
+from xlstm_hybrid.commands.options import Teacher
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.efficiency import measure
@@ -20,33 +21,22 @@ from xlstm_hybrid.reports.run import as_png
 
 
 def efficiency(
-    teacher: Annotated[str, typer.Argument(help="Teacher: checkpoint directory or hub id.")],
-    student: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for efficiency.json, .md and pictures.")],
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of the prompts, such as 1024,4096; by default what takes a CPU minutes.")
-    ] = None,
-    batches: Annotated[str | None, typer.Option(help="Rows at once, such as 1,8.")] = None,
-    contexts: Annotated[str | None, typer.Option(help="Further lengths, for decoding and memory only.")] = None,
+    teacher: Teacher,
+    student: Annotated[str, Argument(help="Student: checkpoint directory or hub id.")],
+    out: Annotated[Path, Option(help="Folder for efficiency.json, .md and pictures.")],
+    lengths: Annotated[str | None, Option(help="Tokens of the prompts: 1024,4096; default: minutes on a CPU.")] = None,
+    batches: Annotated[str | None, Option(help="Rows at once, such as 1,8.")] = None,
+    contexts: Annotated[str | None, Option(help="Further lengths, for decoding and memory only.")] = None,
     shapes: Annotated[
-        str | None,
-        typer.Option(
-            help="Random weights as well: llama-3.1-8b, qwen2.5-7b, or none; both on a GPU, none on a CPU by default."
-        ),
+        str | None, Option(help="Random weights: llama-3.1-8b, qwen2.5-7b, none; by default both on a GPU, else none.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of both models; bfloat16, or float32 where that is quicker, by default.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one by default.")] = None,
-    cache: Annotated[
-        str, typer.Option(help="dynamic, as generate has it, or static, allocated at its full length.")
-    ] = "dynamic",
-    rounds: Annotated[int, typer.Option(help="Rounds in which teacher and student take turns.")] = 5,
-    steps: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 8,
-    pictures: Annotated[bool, typer.Option(help="Draw pictures; they need matplotlib.")] = True,
-    record: Annotated[
-        bool, typer.Option("--record", help="Add the figures to the record of STUDENT, a directory, for its card.")
-    ] = False,
+    dtype: Annotated[str | None, Option(help="Of both models; by default bfloat16, or float32 if quicker.")] = None,
+    device: Annotated[str | None, Option(help="Where to run; a GPU if there is one by default.")] = None,
+    cache: Annotated[str, Option(help="dynamic, as in generate, or static, allocated at full length.")] = "dynamic",
+    rounds: Annotated[int, Option(help="Rounds in which teacher and student take turns.")] = 5,
+    steps: Annotated[int, Option(help="Tokens decoded per round.")] = 8,
+    pictures: Annotated[bool, Option(help="Draw pictures; they need matplotlib.")] = True,
+    record: Annotated[bool, Option("--record", help="Add the figures to STUDENT's record, for its card.")] = False,
 ):
     """Measure a student beside its teacher: latency, speed, memory, cache, energy.
 
@@ -63,17 +53,13 @@ def efficiency(
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     dtype = dtype_for(device, dtype)
-    chosen = [
-        name
-        for name in (",".join(SHAPES if on_gpu else ()) if shapes is None else shapes).split(",")
-        if name not in ("", "none")
-    ]
-    asked = {
-        name: numbers(text, name) for name, text in (("lengths", lengths), ("batches", batches), ("contexts", contexts))
-    }
+    names = (",".join(SHAPES if on_gpu else ()) if shapes is None else shapes).split(",")
+    chosen = [name for name in names if name not in ("", "none")]
+    asked = {"lengths": whole_numbers(lengths, "lengths"), "batches": whole_numbers(batches, "batches")}
+    asked |= {"contexts": whole_numbers(contexts, "contexts"), "rounds": rounds, "steps": steps}
     console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
-    plans = pairs_of(teacher, student, chosen, dtype, device, cache, asked | {"rounds": rounds, "steps": steps}, say)
+    plans = pairs_of(teacher, student, chosen, dtype, device, cache, asked, say)
     results, images = surroundings(torch.device(device)) | {"pairs": []}, {}
     for j, (*sides, settings, proofs) in enumerate(plans):
         with Console(stderr=True).status("loading") as status:
@@ -83,15 +69,15 @@ def efficiency(
             images[picture_name(j)] = image
         files = write_efficiency(results, out, images)  # after each pair: a long run leaves what it has
         for title, rows in tables(pair):
-            show(console, "title", title)
-            show(console, "table", rows)
-        show(console, "list", notes(pair))
+            print_section(console, "title", title)
+            print_section(console, "table", rows)
+        print_section(console, "list", notes(pair))
     console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
     if record:
         add_to_record(results, student)
 
 
-def numbers(text, name):
+def whole_numbers(text, name):
     """The whole numbers of a comma-separated option, None if it was not given."""
     if text is None:
         return None

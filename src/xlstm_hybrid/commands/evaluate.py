@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, RecipeOption
+from xlstm_hybrid.commands.options import TINY, Recipe
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.scores import named_contradictions
 from xlstm_hybrid.recipe.schema import load_recipe
 
 
 def evaluate(
-    model: Path,
-    out: Annotated[Path | None, typer.Option(help="File for the scores and samples, JSON.")] = None,
-    recipe: RecipeOption = TINY,
+    model: Annotated[Path, Argument(help="Student or teacher: checkpoint directory.")],
+    out: Annotated[Path | None, Option(help="File for the scores and samples, JSON.")] = None,
+    recipe: Recipe = TINY,
 ):
     """Score a model on the recipe's domains or held-out documents.
 

@@ -3,25 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid.pipeline import make_experts
 from xlstm_hybrid.recipe.schema import load_recipe
 
 
 def experts(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/tiny.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's own by default.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Expert to make; repeatable. All by default.")] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="Aligned student; by default the recipe's, made if it is not there.")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Make one student of them as the recipe says, once all are there.")
-    ] = False,
-    redo: Annotated[
-        bool, typer.Option("--redo", help="Make again what was made with other settings, or from another start.")
-    ] = False,
+    recipe: Annotated[Path, Argument(help="A recipe, for example recipes/tiny.yaml.")],
+    out: Annotated[Path | None, Option(help="Run directory; the recipe's own by default.")] = None,
+    only: Annotated[list[str] | None, Option(help="Expert to make; repeatable. All by default.")] = None,
+    start: Annotated[Path | None, Option(help="Aligned student; by default the recipe's, made if missing.")] = None,
+    merge: Annotated[bool, Option("--merge", help="Merge them as the recipe says, once all are there.")] = False,
+    redo: Annotated[bool, Option("--redo", help="Make again what has other settings or another start.")] = False,
 ):
     """Distil the domain experts of a recipe from one aligned start.
 

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from xlstm_hybrid.commands.options import Overwrite
 from xlstm_hybrid.hub.export import export as export_checkpoint
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a student.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the export, made new.")],
+    checkpoint: Annotated[Path, Argument(help="Directory of a student.")],
+    out: Annotated[Path, Argument(help="Directory of the export, made new.")],
     overwrite: Overwrite = False,
 ):
     """Copy a checkpoint together with the code of its architecture.

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from xlstm_hybrid.commands.options import Overwrite
 from xlstm_hybrid.errors import MergeError
@@ -13,33 +13,20 @@ from xlstm_hybrid.pipeline import merging
 
 
 def merge(
-    out: Annotated[Path, typer.Argument(help="Directory of the merged student, made new.")],
-    experts: Annotated[list[Path], typer.Argument(help="Checkpoints of experts that share one start.")],
-    weights: Annotated[
-        str | None, typer.Option(help="Comma-separated shares in the order of the experts; uniform by default.")
-    ] = None,
-    group_weights: Annotated[
-        list[str] | None, typer.Option(help="GROUP=SHARES for gates, feature_maps, ... ; repeatable.")
-    ] = None,
+    out: Annotated[Path, Argument(help="Directory of the merged student, made new.")],
+    experts: Annotated[list[Path], Argument(help="Checkpoints of experts that share one start.")],
+    weights: Annotated[str | None, Option(help="Shares in the experts' order: 0.5,0.5; uniform by default.")] = None,
+    group_weights: Annotated[list[str] | None, Option(help="GROUP=SHARES of gates, mlp, ...; repeatable.")] = None,
     method: Annotated[
-        str, typer.Option(help="linear, task_arithmetic, ties, dare, dare_ties, slerp, fisher or regmean.")
+        str, Option(help="linear, task_arithmetic, ties, dare, dare_ties, slerp, fisher or regmean.")
     ] = "linear",
-    option: Annotated[
-        list[str] | None, typer.Option(help="NAME=NUMBER of the method, such as density=0.3; repeatable.")
-    ] = None,
-    statistics: Annotated[
-        list[Path] | None, typer.Option(help="One file per expert, for fisher and regmean; repeatable.")
-    ] = None,
-    base: Annotated[Path | None, typer.Option(help="Common start, for methods that need it.")] = None,
-    search: Annotated[
-        str | None,
-        typer.Option(help="Find the weights: the teacher, directory or Hub id, that candidates are compared with."),
-    ] = None,
-    prompts: Annotated[int, typer.Option(help="Prompts per domain that a search scores candidates by.")] = 64,
-    budget: Annotated[int, typer.Option(help="Candidates of a search.")] = 40,
-    unrecorded: Annotated[
-        bool, typer.Option("--unrecorded", help="Merge experts without a record of their stages.")
-    ] = False,
+    option: Annotated[list[str] | None, Option(help="NAME=NUMBER of the method: density=0.3; repeatable.")] = None,
+    statistics: Annotated[list[Path] | None, Option(help="One file per expert (fisher, regmean); repeatable.")] = None,
+    base: Annotated[Path | None, Option(help="Common start, for methods that need it.")] = None,
+    search: Annotated[str | None, Option(help="Find the weights, compared with this teacher (path or hub id).")] = None,
+    prompts: Annotated[int, Option(help="Prompts per domain that a search scores candidates by.")] = 64,
+    budget: Annotated[int, Option(help="Candidates of a search.")] = 40,
+    unrecorded: Annotated[bool, Option("--unrecorded", help="Merge experts without a record of their stages.")] = False,
     overwrite: Overwrite = False,
 ):
     """Stage III: merge experts into one student.
@@ -48,26 +35,25 @@ def merge(
 
     Example: xlstm-hybrid merge runs/merged runs/tiny/experts/symbols runs/tiny/experts/memory --weights 0.5,0.5
     """
-    settings = {
-        "method": method,
-        "base": base,
-        "overwrite": overwrite,
-        "unrecorded": unrecorded,
-        "statistics": statistics or None,
-    }
-    settings["options"] = {name: number(value, name) for name, value in pairs("--option", option)}
-    shares = None if weights is None else numbers(weights, "--weights")
-    groups = {name: numbers(value, name) for name, value in pairs("--group-weights", group_weights)}
+    settings = {"method": method, "base": base, "overwrite": overwrite, "unrecorded": unrecorded}
+    settings["options"] = {name: parse_number(value, name) for name, value in parse_pairs("--option", option)}
+    settings["statistics"] = statistics or None
+    shares = None if weights is None else parse_numbers(weights, "--weights")
+    groups = {name: parse_numbers(value, name) for name, value in parse_pairs("--group-weights", group_weights)}
     if search is None:
         merge_checkpoints(experts, out, weights=shares, group_weights=groups or None, **settings)
         print(f"merged {len(experts)} experts into {out}")
-    elif shares or groups:
+        return
+    if shares or groups:
         raise MergeError("--search finds the weights: leave --weights and --group-weights out")
-    else:
-        print(searched(experts, out, search, prompts, budget, settings).markdown())
+    table = out.with_name(f"{out.name}.search.json")  # a second call goes on from it
+    with Console(stderr=True).status("scoring the teacher") as status:
+        settings |= {"budget": budget, "progress": lambda c: status.update(f"last candidate: {c.scores}")}
+        found = merging.search_experts(experts, out, search, *merging.domain_scorer(prompts), table, **settings)
+    print(found.markdown())
 
 
-def pairs(option, entries):
+def parse_pairs(option, entries):
     """[(name, value)] of entries NAME=VALUE."""
     split = [entry.partition("=")[::2] for entry in entries or ()]
     if wrong := [name for name, value in split if not (name and value)]:
@@ -75,29 +61,12 @@ def pairs(option, entries):
     return split
 
 
-def number(text, name):
+def parse_number(text, name):
     try:
         return float(text)
     except ValueError as error:
         raise MergeError(f"{name}={text}: expected a number") from error
 
 
-def numbers(text, name):
-    return [number(part, name) for part in text.split(",")]
-
-
-def searched(experts, out, teacher, count, budget, settings):
-    """Weights under the win-and-tie objective on held-out prompts of the tiny domains; candidates are kept beside `out`, a second call goes on."""
-    with Console(stderr=True).status("scoring the teacher") as status:
-        score, calibration = merging.domain_scorer(count)
-        return merging.searched(
-            experts,
-            out,
-            teacher,
-            score,
-            calibration,
-            out.with_name(f"{out.name}.search.json"),
-            budget=budget,
-            progress=lambda c: status.update(f"last candidate: {c.scores}"),
-            **settings,
-        )
+def parse_numbers(text, name):
+    return [parse_number(part, name) for part in text.split(",")]

@@ -4,29 +4,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from transformers import AutoTokenizer
+from typer import Argument, Option
 
-from xlstm_hybrid.commands.options import recipe_and_expert
 from xlstm_hybrid.data import packed_rows
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError
 from xlstm_hybrid.pipeline.merging import write_statistics
+from xlstm_hybrid.recipe.schema import load_recipe
 
 
 def merge_statistics(
-    expert: Annotated[Path, typer.Argument(help="Checkpoint of an expert.")],
-    data: Annotated[Path, typer.Argument(help="What it is good at: a recipe, or rows as `prepare` writes them.")],
-    out: Annotated[Path, typer.Option(help="File of the statistics, .safetensors; `merge --statistics` reads it.")],
-    method: Annotated[str, typer.Option(help="fisher or regmean.")] = "fisher",
-    name: Annotated[
-        str | None, typer.Option("--expert", help="Whose rows of the recipe; those of its only expert by default.")
-    ] = None,
-    rows: Annotated[int, typer.Option(help="Rows that are read.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward of regmean; fisher takes them one by one.")] = 8,
-    labels: Annotated[
-        str, typer.Option(help="Of fisher: 'model' draws the tokens from the expert, 'data' takes those of the rows.")
-    ] = "model",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is at OUT.")] = False,
+    expert: Annotated[Path, Argument(help="Checkpoint of an expert.")],
+    data: Annotated[Path, Argument(help="What it is good at: a recipe, or rows as `prepare` writes them.")],
+    out: Annotated[Path, Option(help="File of the statistics, .safetensors; `merge --statistics` reads it.")],
+    method: Annotated[str, Option(help="fisher or regmean.")] = "fisher",
+    name: Annotated[str | None, Option("--expert", help="Whose rows of the recipe; its only one by default.")] = None,
+    rows: Annotated[int, Option(help="Rows that are read.")] = 64,
+    batch_size: Annotated[int, Option(help="Rows per forward of regmean; fisher takes them one by one.")] = 8,
+    labels: Annotated[str, Option(help="Of fisher: tokens of 'model', drawn from the expert, or 'data'.")] = "model",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file that is at OUT.")] = False,
 ):
     """Measure what the merge methods fisher and regmean need to know of an expert.
 
@@ -34,18 +30,15 @@ def merge_statistics(
     """
     if out.exists() and not overwrite:
         raise CheckpointWriteError(f"{out.name} exists already: choose another file, or pass --overwrite")
-    found = list(islice(read_rows(expert, data, name, rows), rows))
-    count = write_statistics(expert, found, out, method, {"batch_size": batch_size, "labels": labels})
-    print(f"{method} statistics of {expert.name} over {count} {'rows' if method == 'fisher' else 'tokens'} in {out}")
-
-
-def read_rows(expert, data, name, count):
-    """Packed rows of a folder of `prepare`, or of a recipe's expert."""
-    if data.is_dir():
+    if data.is_dir():  # of `prepare`
         from datasets import load_from_disk
 
         if name is not None:
             raise ConfigError(f"--expert {name}: {data.name} holds rows already; leave it out, or name a recipe")
-        return iter(load_from_disk(data))
-    recipe, name = recipe_and_expert(data, name)
-    return iter(packed_rows(recipe, AutoTokenizer.from_pretrained(expert, trust_remote_code=False), count, name))
+        found = iter(load_from_disk(data))
+    else:
+        recipe, tokenizer = load_recipe(data), AutoTokenizer.from_pretrained(expert, trust_remote_code=False)
+        found = iter(packed_rows(recipe, tokenizer, rows, recipe.expert(name)))
+    settings = {"batch_size": batch_size, "labels": labels}
+    count = write_statistics(expert, list(islice(found, rows)), out, method, settings)
+    print(f"{method} statistics of {expert.name} over {count} {'rows' if method == 'fisher' else 'tokens'} in {out}")

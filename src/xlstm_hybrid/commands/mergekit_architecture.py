@@ -3,18 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.merging.merge import mergekit_architecture as describe
 
 
 def mergekit_architecture(
-    checkpoint: Annotated[Path, typer.Argument(help="A student.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="JSON file; copy it to mergekit/_data/architectures to merge such students with mergekit."),
-    ],
+    checkpoint: Annotated[Path, Argument(help="A student.")],
+    out: Annotated[Path, Argument(help="JSON file; mergekit wants it in mergekit/_data/architectures.")],
 ):
     """Describe a student's architecture for users of mergekit.
 

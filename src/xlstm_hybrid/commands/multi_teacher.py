@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Overwrite, RecipeOption, settings_of
+from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, overrides_of
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
@@ -15,10 +16,10 @@ from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
 def multi_teacher(
     context: typer.Context,
-    student: Annotated[Path, typer.Argument(help="The aligned start of the experts, or what they were merged into.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the taught student, made new.")],
-    expert: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of an expert of the recipe; repeatable.")],
-    recipe: RecipeOption = TINY,
+    student: Annotated[Path, Argument(help="The aligned start of the experts, or what they were merged into.")],
+    out: Out,
+    expert: Annotated[list[str], Option(help="NAME=DIRECTORY of an expert of the recipe; repeatable.")],
+    recipe: Recipe = TINY,
     overwrite: Overwrite = False,
 ):
     """Distil several experts into one student on its own samples.
@@ -28,7 +29,7 @@ def multi_teacher(
 
     Example: xlstm-hybrid multi-teacher runs/aligned runs/taught --expert math=runs/math --expert code=runs/code --recipe mine.yaml
     """
-    overrides = settings_of(context, OnPolicyKDConfig, student, out)
+    overrides = overrides_of(context, OnPolicyKDConfig, student, out)
     named = [entry.partition("=")[::2] for entry in expert]
     if wrong := [entry for entry, (name, directory) in zip(expert, named, strict=True) if not (name and directory)]:
         raise ConfigError(f"--expert {wrong[0]}: expected NAME=DIRECTORY")

@@ -1,22 +1,22 @@
 """`xlstm-hybrid on-policy`: distillation on the student's own samples, in one process or under `accelerate launch`."""
 
 import json
-from pathlib import Path
 
 import typer
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, ExpertOption, Overwrite, RecipeOption, recipe_and_expert, settings_of
+from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, overrides_of
+from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
 
 def on_policy(
     context: typer.Context,
-    student: Path,
-    teacher: str,
-    out: Path,
-    recipe: RecipeOption = TINY,
-    expert: ExpertOption = None,
+    student: Student,
+    teacher: Teacher,
+    out: Out,
+    recipe: Recipe = TINY,
+    expert: Expert = None,
     overwrite: Overwrite = False,
 ):
     """Distil a teacher into a student on the student's own samples.
@@ -26,6 +26,6 @@ def on_policy(
 
     Example: xlstm-hybrid on-policy runs/expert meta-llama/Llama-3.2-1B-Instruct runs/spoken --recipe mine.yaml --expert chat
     """
-    overrides = settings_of(context, OnPolicyKDConfig, student, teacher, out)
-    loaded, name = recipe_and_expert(recipe, expert)
-    print(json.dumps(pipeline.on_policy(student, teacher, out, loaded, name, overwrite, overrides)))
+    overrides = overrides_of(context, OnPolicyKDConfig, student, teacher, out)
+    loaded = load_recipe(recipe)
+    print(json.dumps(pipeline.on_policy(student, teacher, out, loaded, loaded.expert(expert), overwrite, overrides)))

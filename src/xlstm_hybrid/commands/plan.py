@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
+from xlstm_hybrid.commands.options import Revision
 from xlstm_hybrid.planning.run import hours, human, machine_of, read_config, settings_text
 from xlstm_hybrid.planning.run import plan as plan_run
 from xlstm_hybrid.recipe.schema import load_recipe
@@ -20,19 +22,15 @@ STEPS = (
 
 
 def plan(
-    teacher: Annotated[
-        str, typer.Argument(help="Directory with a config.json, or hub id; the weights are not needed.")
-    ],
-    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 8,
-    memory: Annotated[float, typer.Option(help="Memory of each, in GB (10^9 bytes).")] = 80,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe; by default the paper's steps and tokens.")] = None,
-    gpu: Annotated[str, typer.Option(help="Kind, for its peak FLOP/s: a100, h100, h200 or b200.")] = "h100",
-    tflops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of another kind (bfloat16, dense).")] = None,
-    utilisation: Annotated[
-        float, typer.Option(help="Share of the peak that training reaches; an assumption until you measure it.")
-    ] = 0.35,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="File for the plan, JSON.")] = None,
+    teacher: Annotated[str, Argument(help="Directory with a config.json, or hub id; the weights are not needed.")],
+    gpus: Annotated[int, Option(help="Number of GPUs.")] = 8,
+    memory: Annotated[float, Option(help="Memory of each, in GB (10^9 bytes).")] = 80,
+    recipe: Annotated[Path | None, Option(help="Recipe; by default the paper's steps and tokens.")] = None,
+    gpu: Annotated[str, Option(help="Kind, for its peak FLOP/s: a100, h100, h200 or b200.")] = "h100",
+    tflops: Annotated[float | None, Option(help="Peak TFLOP/s of another kind (bfloat16, dense).")] = None,
+    utilisation: Annotated[float, Option(help="Share of the peak that training reaches; an assumption.")] = 0.35,
+    revision: Revision = None,
+    out: Annotated[Path | None, Option("--json", help="File for the plan, JSON.")] = None,
 ):
     """Say whether a run fits, how long it takes and which settings to use.
 
@@ -44,7 +42,7 @@ def plan(
     machine = machine_of(gpus, memory * 1e9, gpu, tflops and tflops * 1e12, utilisation)
     found = plan_run(read_config(teacher, revision), machine, loaded, name=Path(teacher).name)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-    for part in shown(found):
+    for part in plan_lines(found):
         console.print(part)
     if out is not None:
         out.write_text(json.dumps(found.as_dict(), indent=1))
@@ -52,7 +50,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def shown(found):
+def plan_lines(found):
     """The plan as tables and lines for the terminal."""
     s, machine = found.shape, found.machine
     yield f"[bold]{s.name}[/bold]: {s.teacher:,} parameters; its student {s.student:,}, {s.new:,} of them new ({s.hybrid} of {s.L} layers hybrid)"
@@ -62,15 +60,8 @@ def shown(found):
         job = found.jobs[kind]
         fits = "yes" if e.fits else f"NO, {human(e.peak - machine.room)} short"
         tokens = f"{job.tokens / 1e9:.2f}e9" + (f" x {job.experts} experts" if job.experts > 1 else "")
-        stages.add_row(
-            kind,
-            fits,
-            human(e.peak),
-            settings_text(job, e.setting),
-            tokens,
-            f"{e.tokens_per_second:,.0f}",
-            hours(e.seconds),
-        )
+        speed = f"{e.tokens_per_second:,.0f}"
+        stages.add_row(kind, fits, human(e.peak), settings_text(job, e.setting), tokens, speed, hours(e.seconds))
     for name in dict.fromkeys(name for e in found.stages.values() for name in e.memory):
         parts.add_row(name, *(human(e.memory[name]) if name in e.memory else "" for e in found.stages.values()))
     yield stages

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 import yaml
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
+from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.files import read_json, write_file
 from xlstm_hybrid.conversion.convert import from_teacher
@@ -26,38 +26,27 @@ UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2*
 
 def plan_layers(
     model: Annotated[
-        str,
-        typer.Argument(help="Teacher or student: directory or hub id; without --measure its config.json is enough."),
+        str, Argument(help="Teacher or student, path or hub id; without --measure config.json is enough.")
     ],
-    budget: Annotated[str, typer.Option(help="Bytes of cache per sequence, for example 64MB, 1.5GB or 128MiB.")],
-    length: Annotated[int, typer.Option(help="Context in tokens at which the budget holds.")],
-    window: Annotated[
-        int | None,
-        typer.Option(help="Window wanted; 512, or the student's own, by default. Halved where it does not fit."),
-    ] = None,
-    sinks: Annotated[int | None, typer.Option(help="Sink tokens; 4, or the student's own, by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of keys and values in the cache.")] = "bfloat16",
-    windows: Annotated[
-        str, typer.Option(help="all: every hybrid layer has a window; first: the first one alone, the others remember.")
-    ] = "all",
-    sparse_share: Annotated[float, typer.Option(help="Share of the spare bytes for a sparse memory; 0: none.")] = 0.0,
-    ranking: Annotated[Path | None, typer.Option(exists=True, help="Ranking of an earlier --measure, JSON.")] = None,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Rank the groups first, on retrieval rows made on the spot; needs the weights."),
-    ] = False,
-    kind: Annotated[str, typer.Option(help="Of the rows: needle, multikey, recall or variables.")] = "multikey",
-    rows: Annotated[int, typer.Option(help="Number of rows.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 2048,
-    method: Annotated[str, typer.Option(help="ablate (all groups but one), add (none but one) or greedy.")] = "ablate",
-    steps: Annotated[int | None, typer.Option(help="Groups that greedy chooses one by one.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward call.")] = 4,
-    device: Annotated[str, typer.Option(help="Where to measure, for example cuda.")] = "cpu",
-    save_ranking: Annotated[Path | None, typer.Option(help="File for the ranking with its figures, JSON.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File for the student's fields: .json, else YAML; convert --options takes it.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option("--json", help="File for the whole plan, JSON.")] = None,
+    budget: Annotated[str, Option(help="Bytes of cache per sequence, for example 64MB, 1.5GB or 128MiB.")],
+    length: Annotated[int, Option(help="Context in tokens at which the budget holds.")],
+    window: Annotated[int | None, Option(help="Window, halved until it fits; by default 512 or the student's.")] = None,
+    sinks: Annotated[int | None, Option(help="Sink tokens; 4, or the student's own, by default.")] = None,
+    dtype: Annotated[str, Option(help="Of keys and values in the cache.")] = "bfloat16",
+    windows: Annotated[str, Option(help="Hybrid layers with a window: all, or the first; others remember.")] = "all",
+    sparse_share: Annotated[float, Option(help="Share of the spare bytes for a sparse memory; 0: none.")] = 0.0,
+    ranking: Annotated[Path | None, Option(exists=True, help="Ranking of an earlier --measure, JSON.")] = None,
+    measure: Annotated[bool, Option("--measure", help="Rank groups first, on retrieval rows; needs weights.")] = False,
+    kind: Annotated[str, Option(help="Of the rows: needle, multikey, recall or variables.")] = "multikey",
+    rows: Annotated[int, Option(help="Number of rows.")] = 16,
+    tokens: Annotated[int, Option(help="Tokens of each prompt.")] = 2048,
+    method: Annotated[str, Option(help="ablate (all groups but one), add (none but one) or greedy.")] = "ablate",
+    steps: Annotated[int | None, Option(help="Groups that greedy chooses one by one.")] = None,
+    batch_size: Annotated[int, Option(help="Rows per forward call.")] = 4,
+    device: Annotated[str, Option(help="Where to measure, for example cuda.")] = "cpu",
+    save_ranking: Annotated[Path | None, Option(help="File for the ranking with its figures, JSON.")] = None,
+    out: Annotated[Path | None, Option(help="File of the fields for convert --options: .json, else YAML.")] = None,
+    report: Annotated[Path | None, Option("--json", help="File for the whole plan, JSON.")] = None,
 ):
     """Choose a student's layer types, windows and memories for a cache budget.
 
@@ -72,22 +61,13 @@ def plan_layers(
     config, is_student = student_of(model, **{name: value for name, value in chosen.items() if value is not None})
     found = read_json(ranking, "ranking") if ranking else None
     if measure:
-        found = measured(
-            model, config, is_student, kind, rows, tokens, device, method=method, steps=steps, batch_size=batch_size
-        )
+        how = {"method": method, "steps": steps, "batch_size": batch_size}
+        found = measured_ranking(model, config, is_student, kind, rows, tokens, device, **how)
         if save_ranking is not None:
             write_file(save_ranking, json.dumps(found, indent=1).encode())
-    plan = allocate(
-        config,
-        parsed(budget),
-        length,
-        ranking=found,
-        dtype=dtype,
-        windows=windows,
-        widen=not is_student,
-        sparse_share=sparse_share,
-    )
-    for line in shown(plan, found):
+    how = {"dtype": dtype, "windows": windows, "widen": not is_student, "sparse_share": sparse_share}
+    plan = allocate(config, budget_bytes(budget), length, ranking=found, **how)
+    for line in layout_lines(plan, found):
         print(line)
     if out is not None:
         write_file(out, fields_text(plan, out.suffix == ".json").encode())
@@ -95,12 +75,8 @@ def plan_layers(
         write_file(report, json.dumps(plan.as_dict() | {"ranking": found}, indent=1).encode())
 
 
-def parsed(budget):
-    """Bytes of "64MB".
-
-    Raises:
-        ConfigError: no such size.
-    """
+def budget_bytes(budget):
+    """Bytes of "64MB"; ConfigError where that is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
     if not match or match[2].upper() not in UNITS or not float(match[1]) > 0:
         raise ConfigError(f"budget={budget!r}: expected bytes such as 64000000, 64MB or 61MiB")
@@ -121,34 +97,25 @@ def student_of(model, **chosen):
     return config, True
 
 
-def measured(model, config, is_student, kind, count, length, device, **how):
+def measured_ranking(model, config, is_student, kind, count, length, device, **how):
     """`rank_groups` on `longcontext.documents`, of a student as it is or of a teacher's fresh one."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
     stored = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype
     dtype = stored and getattr(torch, dtype_for(device, stored=str(stored).removeprefix("torch.")))
+    chosen = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
     if is_student:
         student = XLSTMHybridForCausalLM.from_pretrained(model, config=config, dtype=dtype or "auto")
     else:
-        chosen = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
         student = from_teacher(XLSTMHybridForCausalLM, model, dtype=dtype, **chosen)
     with Console(stderr=True).status("measuring") as status:
-        found = rank_groups(
-            student.to(device),
-            ids,
-            answers,
-            **how,
-            progress=lambda done, of: status.update(f"measured {done} of about {of}"),
-        )
-    return found | {
-        "kind": kind,
-        "prompt_tokens": length,
-        "window": config.sliding_window,
-        "sinks": config.num_sink_tokens,
-    }
+        how["progress"] = lambda done, of: status.update(f"measured {done} of about {of}")
+        found = rank_groups(student.to(device), ids, answers, **how)
+    sizes = {"window": config.sliding_window, "sinks": config.num_sink_tokens}
+    return found | {"kind": kind, "prompt_tokens": length} | sizes
 
 
-def shown(plan, ranking):
+def layout_lines(plan, ranking):
     """The plan as lines."""
     fields, teacher = plan.student, sum(plan.teacher_bytes.values())
     kept = fields["kept_groups"] or []
@@ -161,9 +128,8 @@ def shown(plan, ranking):
     sparse = f", sparse memory {fields['sparse_memory']} per group" if "sparse_memory" in fields else ""
     features = f", {fields['memory_feature_dim']} features per head" if fields["memory_feature_dim"] else ""
     yield f"window {fields['sliding_window']}, sinks {fields['num_sink_tokens']}{where}{features}{sparse}"
-    yield f"full layers: {whole or 'none'}; kept groups: " + (
-        ", ".join(f"layer {j} {mine}" for j, mine in enumerate(kept) if mine) or "none"
-    )
+    groups = ", ".join(f"layer {j} {mine}" for j, mine in enumerate(kept) if mine)
+    yield f"full layers: {whole or 'none'}; kept groups: {groups or 'none'}"
     parts = ", ".join(f"{name} {human(size)}" for name, size in plan.bytes.items() if size)
     yield f"{human(plan.total)} of {human(plan.budget)} per sequence at {plan.length:,} tokens in {plan.dtype} ({parts})"
     yield f"the teacher's cache has {human(teacher)}: this is {plan.total / teacher:.1%} of it"
@@ -175,10 +141,7 @@ def fields_text(plan, as_json):
     fields = {name: value for name, value in plan.student.items() if value is not None}
     if as_json:
         return json.dumps(fields, indent=1) + "\n"
-    chosen = "by measurement" if plan.measured else "not measured"
-    head = [
-        f"plan-layers: {plan.total:,} of {plan.budget:,} bytes per sequence at {plan.length:,} tokens in {plan.dtype}; kept groups {chosen}"
-    ]
-    return "".join(f"# {line}\n" for line in [*head, *plan.notes]) + yaml.safe_dump(
-        fields, sort_keys=False, default_flow_style=None
-    )
+    size = f"{plan.total:,} of {plan.budget:,} bytes per sequence at {plan.length:,} tokens in {plan.dtype}"
+    head = f"plan-layers: {size}; kept groups {'by measurement' if plan.measured else 'not measured'}"
+    text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
+    return "".join(f"# {line}\n" for line in [head, *plan.notes]) + text

@@ -3,24 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
-from xlstm_hybrid.commands.options import TINY, Overwrite, RecipeOption
+from xlstm_hybrid.commands.options import TINY, Overwrite, Recipe
 from xlstm_hybrid.recipe.schema import load_recipe
 
 
 def prepare(
-    tokenizer: Annotated[str, typer.Argument(help="Checkpoint directory or hub id whose tokenizer writes the rows.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Directory of the rows, made new; `datasets.load_from_disk` and cache-teacher read it."),
-    ],
-    recipe: RecipeOption = TINY,
-    expert: Annotated[str | None, typer.Option("--expert", help="Rows of this expert; of stage I by default.")] = None,
-    count: Annotated[
-        int | None, typer.Option(help="Number of rows; as many as the recipe's steps read by default.")
-    ] = None,
+    tokenizer: Annotated[str, Argument(help="Checkpoint directory or hub id whose tokenizer writes the rows.")],
+    out: Annotated[Path, Argument(help="Folder of the rows, made new, for `load_from_disk` and cache-teacher.")],
+    recipe: Recipe = TINY,
+    expert: Annotated[str | None, Option("--expert", help="Rows of this expert; of stage I by default.")] = None,
+    count: Annotated[int | None, Option(help="Number of rows; as many as the recipe's steps read by default.")] = None,
     overwrite: Overwrite = False,
 ):
     """Write the packed rows that a stage of the recipe will read.

@@ -3,18 +3,18 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid.hub.push import push as push_folder
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint with manifest, provenance and card.")],
-    repo: Annotated[str, typer.Argument(help="NAME/NAME on the Hub.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check only; opens no connection.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
-    code: Annotated[bool, typer.Option("--code", help="Allow Python files and the auto_map that names them.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    folder: Annotated[Path, Argument(help="Checkpoint with manifest, provenance and card.")],
+    repo: Annotated[str, Argument(help="NAME/NAME on the Hub.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Check only; opens no connection.")] = False,
+    private: Annotated[bool, Option("--private", help="Make the repository private, if it is made.")] = False,
+    code: Annotated[bool, Option("--code", help="Allow Python files and the auto_map that names them.")] = False,
+    message: Annotated[str | None, Option(help="Of the commit.")] = None,
 ):
     """Check a folder for keys, paths, code and damage, then upload it in one commit.
 

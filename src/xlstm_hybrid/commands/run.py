@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid.pipeline import Run
 from xlstm_hybrid.recipe.schema import load_recipe
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/tiny.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; the recipe's own by default.")] = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Make stages again whose settings have changed.")] = False,
+    recipe: Annotated[Path, Argument(help="A recipe, for example recipes/tiny.yaml.")],
+    out: Annotated[Path | None, Option(help="Run directory; the recipe's own by default.")] = None,
+    redo: Annotated[bool, Option("--redo", help="Make stages again whose settings have changed.")] = False,
 ):
     """Run a whole recipe: convert, align, distil experts, merge, evaluate, report.
 

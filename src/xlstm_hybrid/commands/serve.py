@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 import transformers
-import typer
+from typer import Argument, Option
 
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
@@ -12,16 +12,14 @@ from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="Student: checkpoint directory or hub id. Requests name it in the same way.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the weights; auto: as stored, unless that is slow here.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Static cache and torch.compile for decoding.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    model: Annotated[str, Argument(help="Student: checkpoint directory or hub id. Requests name it in the same way.")],
+    host: Annotated[str, Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
+    dtype: Annotated[str, Option(help="Of the weights; auto: as stored, unless that is slow here.")] = "auto",
+    compile: Annotated[bool, Option("--compile", help="Static cache and torch.compile for decoding.")] = False,
+    seed: Annotated[int | None, Option(help="Of sampling.")] = None,
+    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "warning",
 ):
     """Serve a model with `transformers serve`, an OpenAI-compatible server.
 
@@ -29,24 +27,15 @@ def serve(
 
     Example: xlstm-hybrid serve runs/tiny/student --port 8000
     """
-    transformers.XLSTMHybridForCausalLM = (
-        XLSTMHybridForCausalLM  # its server finds classes in this namespace, and in no Auto class
-    )
+    # its server finds classes in this namespace, and in no Auto class
+    transformers.XLSTMHybridForCausalLM = XLSTMHybridForCausalLM
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype_for(where, None if dtype == "auto" else dtype, stored_dtype(model)) or "auto"
+    settings = {"host": host, "port": port, "device": device, "dtype": dtype, "compile": compile}
     try:
         from transformers.cli.serve import Serve  # with packages that not everybody has
 
-        Serve(
-            model,
-            host=host,
-            port=port,
-            device=device,
-            dtype=dtype,
-            compile=compile,
-            default_seed=seed,
-            log_level=log_level,
-        )
+        Serve(model, **settings, default_seed=seed, log_level=log_level)
     except ImportError as error:  # transformers' own text names the extra
         raise ConfigError(f"serve: {error}") from error
 

@@ -8,20 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Student: checkpoint directory or hub id.")],
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of the random rows; by default enough for the window to wrap.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the copy that is checked; float64 where it fits, else float32, by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option("--json", help="File for the results, JSON.")] = None,
+    model: Annotated[str, Argument(help="Student: checkpoint directory or hub id.")],
+    length: Annotated[int | None, Option(help="Tokens of the random rows; by default, the window wraps.")] = None,
+    dtype: Annotated[str | None, Option(help="Of the checked copy; by default float64, or float32 to fit.")] = None,
+    device: Annotated[str, Option(help="Where to run, for example cuda.")] = "cpu",
+    out: Annotated[Path | None, Option("--json", help="File for the results, JSON.")] = None,
 ):
     """Check that cache, padding, packing, beams, rollback and files change nothing.
 
@@ -29,13 +26,11 @@ def verify(
 
     Example: xlstm-hybrid verify runs/tiny/student --json verify.json
     """
-    table = Table(
-        "check", "dtype", "largest difference", "allowed", "verdict", caption="in standard deviations of the logits"
-    )
+    columns = ("check", "dtype", "largest difference", "allowed", "verdict")
+    table = Table(*columns, caption="in standard deviations of the logits")
     with Console(stderr=True).status("checking") as status:
-        results = verify_checkpoint(
-            model, length=length, dtype=dtype, device=device, report=lambda r: status.update(f"after: {r.name}")
-        )
+        how = {"length": length, "dtype": dtype, "device": device}
+        results = verify_checkpoint(model, **how, report=lambda r: status.update(f"after: {r.name}"))
     for r in results:
         allowed = f"{'>= ' if r.at_least else ''}{r.allowed:.1e}"
         verdict, style = ("passed", None) if r.passed else ("FAILED", "red")

@@ -13,7 +13,7 @@ from xlstm_hybrid.distil_xlstm.transfer import distil_config, parameters_of
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.pipeline import evaluate
 from xlstm_hybrid.pipeline.settings import batch_of, is_main, processes, trainer_config
-from xlstm_hybrid.pipeline.stages import finish, load_teacher, place_of, rows_cache, train, workspace
+from xlstm_hybrid.pipeline.stages import finish, load_teacher, loading_device, rows_cache, train_from_newest, workspace
 from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import Recipe, faults, read_yaml
 
@@ -69,7 +69,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
     start, settings = time.time(), recipe.distill | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(DeltaKDConfig, settings, "delta", work, recipe.seed)
-        model, tokenizer = load(converted, device=place_of(args))
+        model, tokenizer = load(converted, device=loading_device(args))
         mentor = load_teacher(teacher, recipe, args)
         data = train_dataset(recipe, tokenizer, rows, cache=rows_cache(work))
         trainer = DeltaKDTrainer(
@@ -80,7 +80,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
                 share_frozen(model, trainer.teacher)
             except ConfigError as reason:  # a teacher in another dtype has its own
                 print(f"there are two copies of the embeddings: {reason}")
-        train(trainer, work)
+        train_from_newest(trainer, work)
         log = trainer.state.log_history
         last = next((entry for entry in reversed(log) if "loss" in entry), {})
         figures = {key: float(last[key]) for group in CURVES for key in group if key in last}

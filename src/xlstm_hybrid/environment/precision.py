@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def place_of(device):
+def numbered(device):
     """A device with its number: that of this process where a launcher started several."""
     device = torch.device(device)
     if device.type == "cpu":
@@ -66,12 +66,12 @@ def rates(device, name):
 
 def rate(device, name):
     """FLOP/s of a matrix product in a dtype on a device, on a CPU of one core; float32's for one that is not narrow."""
-    return rates(place_of(device), name)[0] if name in NARROW else rates(place_of(device), NARROW[0])[1]
+    return rates(numbered(device), name)[0] if name in NARROW else rates(numbered(device), NARROW[0])[1]
 
 
 def compared(device, name):
     """`(whether a dtype is slow on a device, the rates in words)`."""
-    narrow, full = rates(place_of(device), name)
+    narrow, full = rates(numbered(device), name)
     if not narrow:
         return True, f"it has no {name} product"
     unit, scale = ("TFLOP/s", 1e12) if min(narrow, full) >= 1e12 else ("GFLOP/s", 1e9)
@@ -89,7 +89,7 @@ def prefers(device, name="bfloat16"):
 
 def tell(device, subject, text, level=logging.INFO):
     """Log a line, once per process, device and subject; of several processes of a launch the first one does."""
-    key = str(place_of(device)), subject
+    key = str(numbered(device)), subject
     if key not in told and os.environ.get("RANK", "0") == "0":
         told.add(key)
         log.log(level, text)

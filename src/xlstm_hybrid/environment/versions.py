@@ -76,7 +76,7 @@ def requirement(name):
     bounds = [
         f">={package.floor}",
         *([f"<{package.below}"] if package.below else ()),
-        *(f"!={version}" for version in package.wrong),
+        *(f"!={v}" for v in package.wrong),
     ]
     return name + ",".join(bounds)
 
@@ -88,14 +88,8 @@ def requirements(extra):
 
 def extra_of(module):
     """The extra that brings a module, given by the name that it is imported by, or None."""
-    return next(
-        (
-            extra
-            for extra, (packages, _) in EXTRAS.items()
-            if module in (IMPORTED_AS.get(name, name) for name in packages)
-        ),
-        None,
-    )
+    named = {IMPORTED_AS.get(name, name): extra for extra in reversed(EXTRAS) for name in EXTRAS[extra].packages}
+    return named.get(module)
 
 
 def installed(name):

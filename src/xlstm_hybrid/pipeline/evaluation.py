@@ -1,9 +1,8 @@
-"""What a run measures: scores of each model, lm-evaluation-harness on teacher and student, their comparison, and what
-they cost.
-"""
+"""What a run measures: scores of each model, lm-evaluation-harness on teacher and student, comparison and costs."""
 
 import json
 import os
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
@@ -26,7 +25,11 @@ from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_mat
 from xlstm_hybrid.reports.efficiency import surroundings
 from xlstm_hybrid.reports.run import comparison_pictures
 
-MISSING = "lm-eval is not installed (pip install 'xlstm-hybrid[eval]'): this package's own exact match stands for it, its other tasks are left out."
+MISSING = (
+    "lm-eval is not installed (pip install 'xlstm-hybrid[eval]'): this package's own exact match stands for it, its other "
+    "tasks are left out."
+)
+NOTHING = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}
 WHOLE_DOMAIN = 200  # prompts of a domain's task file
 
 
@@ -49,7 +52,7 @@ def evaluate(model_dir, recipe, progress=None, known=None):
 
 
 def evaluate_domains(model, tokenizer, settings, progress, known):
-    result = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}
+    result = deepcopy(NOTHING)
     for domain in tasks.DOMAINS:
         examples = tasks.test_examples(domain, settings["examples"])
         if domain in known["exact_match"]:
@@ -63,57 +66,48 @@ def evaluate_domains(model, tokenizer, settings, progress, known):
         result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
         if progress:
             progress(domain, f"{match.score:6.1%}")
-    chunks = tasks.text_chunks("test", size=300)
-    rows = [
-        tasks.encode_text(tokenizer, c)
-        for c in chunks[:: max(1, len(chunks) // settings["text_chunks"])][: settings["text_chunks"]]
-    ]
+    chunks, count = tasks.text_chunks("test", size=300), settings["text_chunks"]
+    rows = [tasks.encode_text(tokenizer, chunk) for chunk in chunks[:: max(1, len(chunks) // count)][:count]]
     result["perplexity"]["text"] = perplexity(model, rows)
     return result
 
 
 def evaluate_sources(model, tokenizer, recipe, progress=None):
-    result, settings = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}, recipe.evaluate
+    result, settings = deepcopy(NOTHING), recipe.evaluate
     for expert in (None, *recipe.experts):
         if "sources" not in recipe.mix(expert):
             continue
         for stream in open_streams(recipe, tokenizer, expert, test=True):
             name = stream.name if expert is None else f"{expert}/{stream.name}"
-            rows = [
-                (ids[: recipe.length], labels[: recipe.length]) for ids, labels in islice(stream, settings["documents"])
-            ]
+            rows = held_out_rows(stream, recipe.length, settings["documents"])
             result["perplexity"][name] = perplexity(model, rows, batch_size=settings["batch_size"])
             if progress:
                 progress(name, f"perplexity {result['perplexity'][name]:.4g}")
     return result
 
 
+def held_out_rows(stream, length, count, first=0):
+    """`count` documents of a stream from `first` on, as (ids, labels), each cut to `length` tokens."""
+    return [(ids[:length], labels[:length]) for ids, labels in islice(stream, first, first + count)]
+
+
 @torch.no_grad()
 def mean_gates(model_dir, recipe, rows=8):
     """Mean output gate per layer and head (1: mLSTM, 0: window) over held-out rows: [hybrid layers, heads]."""
     model, tokenizer = load(model_dir)
-    batch = {
-        k: v.to(model.device)
-        for k, v in collate(packed_rows(recipe, tokenizer, rows, test=True)).items()
-        if k != "labels"
-    }
-    return [
-        gate.mean((0, 1)).tolist()
-        for gate in model(**batch, use_cache=False, logits_to_keep=1, output_gates=True)["gates"]
-    ]
+    batch = collate(packed_rows(recipe, tokenizer, rows, test=True))
+    batch = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+    gates = model(**batch, use_cache=False, logits_to_keep=1, output_gates=True)["gates"]
+    return [gate.mean((0, 1)).tolist() for gate in gates]
 
 
-def sample(model_dir, prompt):
+def sample_text(model_dir, prompt):
     """A greedy continuation, as a user would ask for it."""
     model, tokenizer = load(model_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False
-    )
-    return {
-        "prompt": prompt,
-        "output": tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
-    }
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    return {"prompt": prompt, "output": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}
 
 
 # --- what a recipe asks of lm-eval -----------------------------------------------------------------------------
@@ -136,25 +130,16 @@ def harness_options(recipe, **more):
     recipe.
     """
     section, asked = recipe.evaluate, recipe.evaluate.get("long_context") or {}
-    known = {key: asked[key] for key in ("samples", "depths") if key in asked}
+    more |= {key: asked[key] for key in ("samples", "depths") if key in asked}
+    more |= {key: section[key] for key in ("limit", "chat", "batch_size") if key in section}
     allowed = os.environ.get(CODE[0]) == CODE[1]
-    return Options(
-        seed=recipe.seed,
-        allow_code=allowed,
-        limit=section.get("limit"),
-        batch_size=section["batch_size"],
-        dtype=recipe.teacher_dtype,
-        chat=section.get("chat", False),
-        **known,
-        **more,
-    )
+    return Options(seed=recipe.seed, allow_code=allowed, dtype=recipe.teacher_dtype, **more)
 
 
 def efficiency_settings(section):
     """`efficiency.Settings` of the section `evaluate`."""
-    return Settings(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in section["efficiency"].items()}
-    )
+    asked = section["efficiency"].items()
+    return Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in asked})
 
 
 def check_evaluation(recipe):
@@ -218,25 +203,15 @@ def domain_scores(folder, units):
 def long_context_rows(of_teacher, of_student):
     """The long-context tasks of both sides, a flat row each: see `reports.sections.HEAD`."""
     rows = []
-    for unit, of_unit in of_student.items():
-        if student := of_unit["long_context"]:
-            teacher = of_teacher[unit]["long_context"]
-            both = {
-                f"{side}_{key}": found[key]
-                for key in ("recall", "cache_bytes")
-                for side, found in (("teacher", teacher), ("student", student))
-            }
-            documents = of_unit["settings"]["samples"]
-            rows.append(
-                {
-                    "task": unit,
-                    "tokens": student["length"],
-                    "documents": min(documents, of_unit["settings"]["limit"] or documents),
-                    "coverage": student["coverage"],
-                    "excess": student["excess"],
-                    **both,
-                }
-            )
+    for unit, result in of_student.items():
+        if student := result["long_context"]:
+            teacher, settings = of_teacher[unit]["long_context"], result["settings"]
+            documents = min(settings["samples"], settings["limit"] or settings["samples"])
+            row = {"task": unit, "tokens": student["length"], "documents": documents}
+            row |= {key: student[key] for key in ("coverage", "excess")}
+            for key in ("recall", "cache_bytes"):
+                row |= {f"teacher_{key}": teacher[key], f"student_{key}": student[key]}
+            rows.append(row)
     return rows
 
 
@@ -277,13 +252,7 @@ def measure_efficiency(recipe, teacher, student, report=lambda text: None):
     """The efficiency report of teacher and student on this machine, in the dtype that the recipe teaches in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warn_if_slow(device.type, recipe.teacher_dtype, "teacher_dtype")
-    pair = measure_checkpoints(
-        source_of(recipe, teacher),
-        student,
-        efficiency_settings(recipe.evaluate),
-        device.type,
-        names=("student", last_part(teacher)),
-        dtype=recipe.teacher_dtype,
-        report=report,
-    )
+    sides, names = (source_of(recipe, teacher), student), ("student", last_part(teacher))
+    how = {"names": names, "dtype": recipe.teacher_dtype, "report": report}
+    pair = measure_checkpoints(*sides, efficiency_settings(recipe.evaluate), device.type, **how)
     return surroundings(device) | {"pairs": [pair]}

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_provenance, verify_files
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline.run import Run, check_settings
+from xlstm_hybrid.pipeline.run import Run, check_trainer_settings
 
 
 def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False, console=None):
@@ -32,7 +32,7 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False,
     """
     for name in only:
         recipe.mix(name)
-    check_settings(recipe)
+    check_trainer_settings(recipe)
     run = Run(recipe, out, redo, console, start)
     if start is not None:
         verify_files(start)
@@ -61,11 +61,6 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False,
     return done
 
 
-def folder_of(run, stage):
-    """The folder of a stage, by its name."""
-    return run.path(run.named(stage)[0])
-
-
 def distilled(directory):
     """The record of stage II of an expert, {} where there is none."""
     return next((s for s in reversed(read_provenance(directory)) if s["stage"].startswith("distill:")), {})
@@ -75,40 +70,31 @@ def from_another_start(run, start, names):
     """Experts among `names` that are there and were distilled from another checkpoint than that with the manifest
     `start`.
     """
-    folders = {name: folder_of(run, f"distill:{name}") for name in names}
-    return [
-        name
-        for name, folder in folders.items()
-        if (folder / MANIFEST).is_file() and distilled(folder).get("parent_manifest") != start
-    ]
+    folders = {name: run.path(run.named(f"distill:{name}")[0]) for name in names}
+    there = {name: folder for name, folder in folders.items() if (folder / MANIFEST).is_file()}
+    return [name for name, folder in there.items() if distilled(folder).get("parent_manifest") != start]
 
 
 def expert_table(run, start):
-    """What each stage of an expert took and where it ended, from its record; "–" for what is not there."""
-    table, others = (
-        Table(title=f"experts of {run.recipe.name}, in {run.out.name}/"),
-        from_another_start(run, start, run.recipe.experts),
-    )
+    """What each stage of an expert took and where it ended, from its record: steps, loss, divergence from the teacher
+    (nats), share of its first choices, seconds; "–" for what is not there.
+    """
+    others = from_another_start(run, start, run.recipe.experts)
+    table = Table(title=f"experts of {run.recipe.name}, in {run.out.name}/")
     for column in ("checkpoint", "steps", "loss", "divergence", "top-1", "s", "start"):
         table.add_column(column, justify="left" if column in ("checkpoint", "start") else "right", no_wrap=True)
     for name in run.recipe.experts:
         for stage in run.named(f"distill:{name}", f"on-policy:{name}"):
             record = next((s for s in reversed(read_provenance(run.path(stage))) if s["stage"] == stage.name), None)
-            cells = (
-                ["–"] * 5 + ["not made"]
-                if record is None
-                else [*cells_of(record), "another" if name in others else start[:8]]
-            )
-            table.add_row(stage.folder, *cells)
+            if record is None:
+                table.add_row(stage.folder, *["–"] * 5, "not made")
+                continue
+            figures, seconds = record.get("figures") or {}, record.get("seconds")
+            values = figures.get("loss"), figures.get("divergence", figures.get("kl")), figures.get("top1_agreement")
+            cells = ["–" if value is None else f"{value:.4g}" for value in values]
+            cells += ["–" if seconds is None else f"{seconds:,.0f}", "another" if name in others else start[:8]]
+            table.add_row(stage.folder, str(record["config"].get("max_steps", "–")), *cells)
     return table
-
-
-def cells_of(record):
-    """Steps, loss, divergence from the teacher (nats), share of its first choices, seconds."""
-    figures, seconds = record.get("figures") or {}, record.get("seconds")
-    values = figures.get("loss"), figures.get("divergence", figures.get("kl")), figures.get("top1_agreement")
-    shown = ["–" if value is None else f"{value:.4g}" for value in values]
-    return [str(record["config"].get("max_steps", "–")), *shown, "–" if seconds is None else f"{seconds:,.0f}"]
 
 
 def next_step(run, done, start, student):
@@ -120,7 +106,8 @@ def next_step(run, done, start, student):
     if missing:
         return f"next, the other experts: {shlex.join([*again, *missing])}"
     if student is not None:
-        return f"next, evaluate the student: {shlex.join(['xlstm-hybrid', 'evaluate', str(student), '--recipe', str(recipe.path)])}"
+        evaluating = shlex.join(["xlstm-hybrid", "evaluate", str(student), "--recipe", str(recipe.path)])
+        return f"next, evaluate the student: {evaluating}"
     if start is not None:  # `run` would make the recipe's own start
         return f"next, merge them as the recipe says: {shlex.join([*again, '--merge'])}"
     return f"next, merge them, evaluate and report: {shlex.join(['xlstm-hybrid', 'run', str(recipe.path), *here])}"

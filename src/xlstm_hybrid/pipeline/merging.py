@@ -1,9 +1,6 @@
-"""Experts into one student as a recipe's section `merge` says: statistics where the method needs them, weights given or
-searched for.
-"""
+"""Experts into one student as a recipe's section `merge` says, its weights given or searched for."""
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,14 +8,15 @@ from transformers import AutoTokenizer
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.conversion.load import load
-from xlstm_hybrid.data import collate, open_streams, packed_rows
+from xlstm_hybrid.data import open_streams, packed_rows
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.scores import exact_match, perplexity
 from xlstm_hybrid.merging.merge import merge
 from xlstm_hybrid.merging.methods import measure_statistics
 from xlstm_hybrid.merging.search import search_merge
-from xlstm_hybrid.pipeline.stages import workspace
+from xlstm_hybrid.pipeline.evaluation import held_out_rows
+from xlstm_hybrid.pipeline.stages import batches_of, workspace
 from xlstm_hybrid.recipe.merge_settings import NEED_BASE, NEED_STATISTICS
 from xlstm_hybrid.recipe.schema import resolve_path
 
@@ -28,7 +26,7 @@ STATISTICS = {"rows": 64, "batch_size": 8}
 SEARCH = {"batch_size": 64}
 
 
-def base_of(recipe, aligned):
+def merge_base(recipe, aligned):
     """Directory of the common start that the recipe's method needs; None for one that needs none.
 
     Raises:
@@ -59,34 +57,18 @@ def merge_experts(recipe, experts, out, aligned, teacher, statistics=None, table
         Search, None where the recipe gives the weights.
     """
     section, directories = recipe.merge, list(experts.values())
-    settings = {
-        "method": section["method"],
-        "options": section.get("options"),
-        "base": base_of(recipe, aligned),
-        "statistics": statistics,
-    }
+    settings = {"method": section["method"], "options": section.get("options"), "overwrite": overwrite}
+    settings |= {"base": merge_base(recipe, aligned), "statistics": statistics}
     if "search" not in section:
-        groups = {
-            group: [shares[name] for name in experts] for group, shares in section.get("group_weights", {}).items()
-        }
+        shares = section.get("group_weights", {}).items()
+        groups = {group: [of_group[name] for name in experts] for group, of_group in shares}
         weights = [section["weights"][name] for name in experts]
-        merge(directories, out, weights=weights, group_weights=groups or None, overwrite=overwrite, **settings)
+        merge(directories, out, weights=weights, group_weights=groups or None, **settings)
         return None
     asked = SEARCH | section["search"]
-    score, calibration = scorer_of(recipe, asked)
-    limits = {name: asked[name] for name in ("parts", "budget") if name in asked}
-    return searched(
-        directories,
-        out,
-        teacher,
-        score,
-        calibration,
-        table,
-        recipe.revision,
-        progress,
-        overwrite=overwrite,
-        **limits,
-        **settings,
+    settings |= {name: asked[name] for name in ("parts", "budget") if name in asked}
+    return search_experts(
+        directories, out, teacher, *scorer_of(recipe, asked), table, recipe.revision, progress, **settings
     )
 
 
@@ -105,10 +87,7 @@ def scorer_of(recipe, settings):
         scores = {}
         for expert in recipe.experts:
             for stream in open_streams(recipe, tokenizer, expert, test=True):
-                rows = [
-                    (ids[: recipe.length], labels[: recipe.length])
-                    for ids, labels in islice(stream, before, before + count)
-                ]
+                rows = held_out_rows(stream, recipe.length, count, before)
                 scores[f"{expert}/{stream.name}"] = 1 / perplexity(model, rows, batch_size=settings["batch_size"])
         return scores
 
@@ -120,15 +99,15 @@ def domain_scorer(count, batch_size=64):
     examples = {domain: tasks.test_examples(domain, count, seed=CALIBRATION_SEED) for domain in tasks.DOMAINS}
 
     def score(model, tokenizer):
-        return {
-            domain: exact_match(model, tokenizer, rows, batch_size=batch_size).score
-            for domain, rows in examples.items()
+        matches = {
+            domain: exact_match(model, tokenizer, rows, batch_size=batch_size) for domain, rows in examples.items()
         }
+        return {domain: match.score for domain, match in matches.items()}
 
     return score, f"{count} prompts per domain, seed {CALIBRATION_SEED}"
 
 
-def searched(experts, out, teacher, score, calibration, table, revision=None, progress=None, **settings):
+def search_experts(experts, out, teacher, score, calibration, table, revision=None, progress=None, **settings):
     """Weights under the win-and-tie objective against `teacher`; candidates are kept in `table`, a second call goes on.
 
     Args:
@@ -137,24 +116,11 @@ def searched(experts, out, teacher, score, calibration, table, revision=None, pr
     """
     goal = score(*load(teacher, revision=revision))
     with workspace(out) as work:
-        return search_merge(
-            experts,
-            out,
-            lambda folder: score(*load(folder)),
-            goal,
-            calibration=calibration,
-            table=table,
-            work=work,
-            progress=progress,
-            **settings,
-        )
+        how = {"calibration": calibration, "table": table, "work": work, "progress": progress}
+        return search_merge(experts, out, lambda folder: score(*load(folder)), goal, **how, **settings)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------
-
-
-def batches_of(rows, size):
-    return [collate(rows[j : j + size]) for j in range(0, len(rows), size)]
 
 
 def write_statistics(expert, rows, out, method, settings=None):
@@ -173,9 +139,8 @@ def write_statistics(expert, rows, out, method, settings=None):
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return measure_statistics(
-        expert, batches_of(rows, settings["batch_size"]), out, NEED_STATISTICS[method], device, **options
-    )
+    batches = batches_of(rows, settings["batch_size"])
+    return measure_statistics(expert, batches, out, NEED_STATISTICS[method], device, **options)
 
 
 def expert_statistics(recipe, name, expert, file, spec):
@@ -190,8 +155,7 @@ def expert_statistics(recipe, name, expert, file, spec):
     settings = STATISTICS | recipe.merge.get("statistics", {})
     tokenizer = AutoTokenizer.from_pretrained(expert, trust_remote_code=False)
     note.unlink(missing_ok=True)
-    write_statistics(
-        expert, packed_rows(recipe, tokenizer, settings["rows"], name), file, recipe.merge["method"], settings
-    )
+    rows = packed_rows(recipe, tokenizer, settings["rows"], name)
+    write_statistics(expert, rows, file, recipe.merge["method"], settings)
     write_json(note, spec)
     return file

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, write_json, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, verify_files, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
-from xlstm_hybrid.evaluation.comparison import paired_verdict, record
+from xlstm_hybrid.evaluation.comparison import paired_verdict
+from xlstm_hybrid.evaluation.comparison import record as record_comparison
 from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint, wrapping_length
 from xlstm_hybrid.evaluation.scores import named_contradictions, own_results
 from xlstm_hybrid.model.generation_checks import GENERATION
@@ -31,11 +32,11 @@ from xlstm_hybrid.pipeline.evaluation import (
     mean_gates,
     measure_efficiency,
     run_lm_eval,
-    sample,
+    sample_text,
     units_of,
 )
-from xlstm_hybrid.pipeline.merging import base_of, expert_statistics, merge_experts
-from xlstm_hybrid.pipeline.runner import Runner, Stage, checkpoint_stage
+from xlstm_hybrid.pipeline.merging import expert_statistics, merge_base, merge_experts
+from xlstm_hybrid.pipeline.runner import Runner, Stage
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
 from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
 from xlstm_hybrid.recipe.merge_settings import NEED_STATISTICS, ON_POLICY
@@ -50,22 +51,20 @@ from xlstm_hybrid.reports.sections import time_table
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 
 
-def check_settings(recipe):
+def check_trainer_settings(recipe):
     """Raise ConfigError, before anything runs, for a setting that the trainers do not have."""
     from xlstm_hybrid.training.alignment import AlignmentConfig
     from xlstm_hybrid.training.distillation import SparseKDConfig
 
-    sections = {"align": AlignmentConfig, "distill": SparseKDConfig}
-    found = {name: getattr(recipe, name) for name in (*sections, "on_policy")} | {
-        "merge.on_policy": (recipe.merge or {}).get("on_policy")
-    }
-    if found["on_policy"] is not None or found["merge.on_policy"] is not None:
+    sections = {"align": (recipe.align, AlignmentConfig), "distill": (recipe.distill, SparseKDConfig)}
+    spoken = {"on_policy": recipe.on_policy, "merge.on_policy": (recipe.merge or {}).get("on_policy")}
+    if any(settings is not None for settings in spoken.values()):
         from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
-        sections |= {name: OnPolicyKDConfig for name in ("on_policy", "merge.on_policy") if found[name] is not None}
-    base_of(recipe, recipe.path)  # raises for a path that is not there
-    for name, config in sections.items():
-        parser, settings = Parser(config), found[name]
+        sections |= {name: (settings, OnPolicyKDConfig) for name, settings in spoken.items() if settings is not None}
+    merge_base(recipe, recipe.path)  # raises for a path that is not there
+    for name, (settings, config) in sections.items():
+        parser = Parser(config)
         parser.check(settings, f"{recipe.path.name}, {name}")
         parser.typed(settings, name)
         batch_of(settings, name)
@@ -106,100 +105,63 @@ class Run(Runner):
 
     def training_stages(self, start=None):
         """`(stages from the teacher to the student, {name: the models that are evaluated})`."""
-        recipe, teacher, models = self.recipe, self.teacher, {"teacher": self.teacher}
-        stages, aligned = [], start
-        if start is None:
-            converted = checkpoint_stage(
-                "convert", (teacher,), self.convert, recipe.student | self.revision, "converted"
-            )
-            aligned = checkpoint_stage(
-                "align",
-                (converted,),
-                lambda out, again, student: align(student, out, recipe, overwrite=again),
-                recipe.align | {"data": recipe.data},
-                "aligned",
-            )
-            stages += [converted, aligned]
-            models |= {"converted": converted}
-        self.aligned, self.experts = aligned, {}
+        recipe, teacher, stages, models = self.recipe, self.teacher, [], {"teacher": self.teacher}
 
-        shared = {"length": recipe.length} | {
-            key: recipe.data[key] for key in ("held_out", "shuffle_buffer") if key in recipe.data
-        }
+        def add(name, inputs, build, settings, folder):
+            note, intact = f"stages/{name.replace(':', '-')}.json", lambda folder, note: verify_files(folder, level="size")
+            stages.append(Stage(name, inputs, build, settings, folder, note, intact))
+            return stages[-1]
+
+        def train(stage, *expert):  # how a training stage is built: from its inputs into its folder, as the recipe says
+            return lambda out, again, *inputs: stage(*inputs, out, recipe, *expert, overwrite=again)
+
+        aligned = start
+        if start is None:
+            settings = recipe.student | self.revision
+            models["converted"] = add("convert", (teacher,), self.convert, settings, "converted")
+            settings = recipe.align | {"data": recipe.data}
+            aligned = add("align", (models["converted"],), train(align), settings, "aligned")
+        self.aligned, self.experts, models["aligned"] = aligned, {}, aligned
+
+        shared = {key: recipe.data[key] for key in ("held_out", "shuffle_buffer") if key in recipe.data}
+        shared |= {"length": recipe.length}
         shared |= {"teacher_dtype": recipe.teacher_dtype} if recipe.teacher_dtype != "float32" else {}
         for name, mixture in recipe.experts.items():
             reads = shared | {"mixture": mixture}
-            stages.append(
-                checkpoint_stage(
-                    f"distill:{name}",
-                    (aligned, teacher),
-                    lambda out, again, student, teacher, name=name: distill(
-                        student, teacher, out, recipe, name, overwrite=again
-                    ),
-                    recipe.distill | reads,
-                    f"experts/{name}",
-                )
-            )
+            settings = recipe.distill | reads
+            expert = add(f"distill:{name}", (aligned, teacher), train(distill, name), settings, f"experts/{name}")
             if recipe.on_policy is not None:
-                stages.append(
-                    checkpoint_stage(
-                        f"on-policy:{name}",
-                        (stages[-1], teacher),
-                        lambda out, again, student, teacher, name=name: on_policy(
-                            student, teacher, out, recipe, name, overwrite=again
-                        ),
-                        recipe.on_policy | reads,
-                        f"on_policy/{name}",
-                    )
-                )
-            self.experts[name] = stages[-1]
+                settings, folder = recipe.on_policy | reads, f"on_policy/{name}"
+                expert = add(f"on-policy:{name}", (expert, teacher), train(on_policy, name), settings, folder)
+            self.experts[name] = expert
 
-        models |= {"aligned": aligned}
-        if recipe.merge is None:  # the only expert is the student
+        section, student, experts = recipe.merge, aligned, tuple(self.experts.values())
+        if section is None:  # the only expert is the student
             return stages, models | {"student": stages[-1]}
         models |= {f"expert {name}": stage for name, stage in self.experts.items()}
-        section, experts, student = recipe.merge, tuple(self.experts.values()), aligned
         if section["method"] != ON_POLICY:
-            base = base_of(recipe, aligned)
+            base = merge_base(recipe, aligned)
             inputs = (*experts, *([] if base is None else [base]), *([teacher] if "search" in section else []))
             settings = {key: value for key, value in section.items() if key != "on_policy"}
-            student = checkpoint_stage("merge", inputs, partial(self.merge, settings), settings, "merged")
-            stages.append(student)
+            student = add("merge", inputs, partial(self.merge, settings), settings, "merged")
         if "on_policy" in section:
-            reads = {"weights": section.get("weights"), "experts": recipe.experts}
-            student = checkpoint_stage(
-                "multi-teacher",
-                (student, *experts),
-                lambda out, again, student, *teachers: multi_teacher(
-                    student, dict(zip(self.experts, teachers, strict=True)), out, recipe, overwrite=again
-                ),
-                section["on_policy"] | reads | {key: value for key, value in recipe.data.items() if key not in MIXES},
-                "taught",
-            )
-            stages.append(student)
+            settings = section["on_policy"] | {"weights": section.get("weights"), "experts": recipe.experts}
+            settings |= {key: value for key, value in recipe.data.items() if key not in MIXES}
+            student = add("multi-teacher", (student, *experts), self.teach, settings, "taught")
         return stages, models | {"student": student}
 
     def evaluation_stages(self):
         """What follows when the student is there: checks, scores, the comparison with the teacher, and its folder
         `student`.
         """
-        recipe, section, models = self.recipe, self.recipe.evaluate, self.models
-        teacher, student = models["teacher"], models["student"]
-        versions = {name: version(name) for name in ("transformers", "torch")}
-        checks = {"checks": sorted(CHECKS), **versions}
+        section, models, teacher, student = self.recipe.evaluate, self.models, self.teacher, self.models["student"]
+        checks = {"checks": sorted(CHECKS), **{name: version(name) for name in ("transformers", "torch")}}
         stages = [Stage("verify", (student,), self.verify, checks, note="stages/verify.json", check=require_passed)]
         if section is not None:
             asked = bool(units_of(section))
-            if asked and harness_installed():
-                for side in ("teacher", "student"):
-                    stages.append(
-                        Stage(
-                            f"harness:{side}",
-                            (models[side],),
-                            partial(self.harness, side),
-                            folder=f"evaluation/harness/{side}",
-                        )
-                    )
+            for side in ("teacher", "student") if asked and harness_installed() else ():
+                build, folder = partial(self.harness, side), f"evaluation/harness/{side}"
+                stages.append(Stage(f"harness:{side}", (models[side],), build, folder=folder))
             for name, model in models.items():
                 settings, note = partial(self.evaluation_settings, name), f"evaluation/{name}.json"
                 stages.append(Stage(f"evaluate:{name}", (model,), partial(self.evaluate, name), settings, note=note))
@@ -207,20 +169,15 @@ class Run(Runner):
             if asked:
                 stages.append(Stage("compare", (), self.compare, folder="comparison"))
             if "efficiency" in section:
-                settings = section["efficiency"] | {"dtype": recipe.teacher_dtype}
-                note = "stages/efficiency.json"
-                stages.append(
-                    Stage("efficiency", (teacher, student), self.measure, settings, "efficiency", note, require_report)
-                )
-        return [
-            *stages,
-            Stage("report", (student,), self.report),
-            Stage("card", (student,), self.card, folder="student"),
-        ]
+                settings = section["efficiency"] | {"dtype": self.recipe.teacher_dtype}
+                sides, note = (teacher, student), "stages/efficiency.json"
+                stages.append(Stage("efficiency", sides, self.measure, settings, "efficiency", note, require_report))
+        stages.append(Stage("report", (student,), self.report))
+        return [*stages, Stage("card", (student,), self.card, folder="student")]
 
     def check(self):
         """Raise, before anything runs, for what would fail later; say what will be left out."""
-        check_settings(self.recipe)
+        check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
         if self.recipe.evaluate and units_of(self.recipe.evaluate) and not harness_installed():
             self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
@@ -231,52 +188,37 @@ class Run(Runner):
         self.check()
         self.out.mkdir(parents=True, exist_ok=True)
         self.make(*self.stages())
-        return self.found["report"]
+        return self.outcomes["report"]
 
-    # --- how they are made -------------------------------------------------------------------------------------
+    # --- how they are built ------------------------------------------------------------------------------------
 
     def convert(self, out, again, teacher):
         self.console.print(str(convert(teacher, out, overwrite=again, **self.recipe.student, **self.revision)))
 
     def merge(self, settings, out, again, *inputs):
-        """Statistics and candidates of a search are kept beside the stages' notes: an interrupted merge goes on from
+        """Statistics and candidates of a search are stored beside the stages' notes: an interrupted merge goes on from
         them.
         """
         section, files = self.recipe.merge, None
         experts = {name: self.path(stage) for name, stage in self.experts.items()}
         if section["method"] in NEED_STATISTICS:
-            asked = {"method": section["method"], **section.get("statistics", {})}
-            files = [
-                expert_statistics(
-                    self.recipe,
-                    name,
-                    expert,
-                    self.out / "statistics" / f"{name}.safetensors",
-                    self.spec(asked, [expert]),
-                )
-                for name, expert in experts.items()
-            ]
+            asked, files = {"method": section["method"], **section.get("statistics", {})}, []
+            for name, expert in experts.items():
+                file = self.out / "statistics" / f"{name}.safetensors"
+                files.append(expert_statistics(self.recipe, name, expert, file, self.spec(asked, [expert])))
         spec = json.dumps(self.spec(settings, inputs), sort_keys=True)
-        candidates = self.out / "stages" / f"search-{hashlib.sha256(spec.encode()).hexdigest()[:8]}.json"
-        found = merge_experts(
-            self.recipe,
-            experts,
-            out,
-            self.path(self.aligned),
-            self.teacher,
-            files,
-            candidates,
-            again,
-            self.say_candidate,
-        )
+        table = self.out / "stages" / f"search-{hashlib.sha256(spec.encode()).hexdigest()[:8]}.json"
+        say, aligned = self.say_candidate, self.path(self.aligned)
+        found = merge_experts(self.recipe, experts, out, aligned, self.teacher, files, table, again, say)
         if found is not None:
             self.console.print(f"weights of {', '.join(experts)}: {', '.join(f'{w:.3f}' for w in found.weights)}")
 
     def say_candidate(self, found):
-        weights = ", ".join(f"{w:.3f}" for w in found.weights)
-        self.console.print(
-            f"  {weights}: alpha* {found.alpha_star:.4f}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}"
-        )
+        weights, verdict = ", ".join(f"{w:.3f}" for w in found.weights), f"alpha* {found.alpha_star:.4f}"
+        self.console.print(f"  {weights}: {verdict}, C_0 {found.c_0:.2f}, recovery {found.recovery:.4f}")
+
+    def teach(self, out, again, student, *experts):
+        multi_teacher(student, dict(zip(self.experts, experts, strict=True)), out, self.recipe, overwrite=again)
 
     def verify(self, student):
         """Whether the student generates what it is; texts of one that does not are never scored."""
@@ -285,35 +227,31 @@ class Run(Runner):
         return as_json(results, student=Path(student).name)
 
     def harness(self, side, out, again, model):
-        """One side by lm-eval: what it found, and the part of it that `evaluate` need not measure again. Finished tasks
-        are kept.
+        """One side by lm-eval: its results, and the part of them that `evaluate` need not measure again. Finished tasks
+        are not run again.
         """
-        found = run_lm_eval(self.recipe, side, model, out, self.redo, partial(self.say, side))
-        self.seconds[f"harness:{side}"] = round(
-            sum(unit["seconds"] for unit in found.values()), 1
-        )  # as they were made, in whichever run
-        return {"units": found, "known": domain_scores(out, found)}
+        units = run_lm_eval(self.recipe, side, model, out, self.redo, partial(self.say, side))
+        # as they took in whichever run
+        self.seconds[f"harness:{side}"] = round(sum(unit["seconds"] for unit in units.values()), 1)
+        return {"units": units, "known": domain_scores(out, units)}
+
+    def known(self, name):
+        return self.outcomes.get(f"harness:{name}", {}).get("known")
 
     def evaluation_settings(self, name):
         settings = {key: value for key, value in self.recipe.evaluate.items() if key not in FINAL}
-        known = self.known(name)
-        return settings | ({"known": known["exact_match"]} if known else {})
-
-    def known(self, name):
-        return self.found[f"harness:{name}"]["known"] if f"harness:{name}" in self.found else None
+        return settings | ({"known": known["exact_match"]} if (known := self.known(name)) else {})
 
     def evaluate(self, name, model):
+        known = self.known(name)
         return {
-            "result": evaluate(
-                model, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), self.known(name)
-            )
+            "result": evaluate(model, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
         }
 
     def evaluations(self):
         """{model: what `evaluate` found}."""
-        return {
-            name: self.found[f"evaluate:{name}"]["result"] for name in self.models if f"evaluate:{name}" in self.found
-        }
+        stages = {name: f"evaluate:{name}" for name in self.models}
+        return {name: self.outcomes[stage]["result"] for name, stage in stages.items() if stage in self.outcomes}
 
     def refuse_contradictions(self):
         """Stop at scores that contradict the models that they are of; the report says which.
@@ -327,12 +265,8 @@ class Run(Runner):
             raise EvaluationError(f"{named_contradictions(found)}. {again}")
 
     def compare(self, out, again):
-        sides = {
-            side: self.found[f"harness:{side}"]["units"]
-            for side in ("teacher", "student")
-            if f"harness:{side}" in self.found
-        }
-        return compare_with_teacher(self.recipe, self.teacher, self.out / "evaluation", out, sides.get("teacher"))
+        units = self.outcomes.get("harness:teacher", {}).get("units")
+        return compare_with_teacher(self.recipe, self.teacher, self.out / "evaluation", out, units)
 
     def measure(self, out, again, teacher, student):
         found = measure_efficiency(self.recipe, teacher, student, report=partial(self.say, "efficiency"))
@@ -344,40 +278,36 @@ class Run(Runner):
     def report(self, student):
         """Write results.json, report.md and pictures; returns the results."""
         results, this_call = self.results(student), time.time() - self.begin
-        rest = max(
-            0.0, this_call - (sum(self.seconds.values()) - sum(self.kept.values()))
-        )  # comparing, gates, a sample, loading
-        results["seconds"] |= {
-            "everything else": round(rest, 1),
-            "whole run": round(sum(self.seconds.values()) + rest, 1),
-        }
-        results["seconds"] |= {"this call": round(this_call, 1)} if self.kept else {}
+        stages, earlier = sum(self.seconds.values()), sum(self.reused.values())
+        rest = max(0.0, this_call - (stages - earlier))  # comparing, gates, a sample, loading
+        results["seconds"] |= {"everything else": round(rest, 1), "whole run": round(stages + rest, 1)}
+        results["seconds"] |= {"this call": round(this_call, 1)} if self.reused else {}
         write_json(self.out / "results.json", results)
         write_report(results, self.out)
         return results
 
+    def log(self, stage):
+        return json.loads((self.path(stage) / "training_log.json").read_text())
+
     def results(self, student):
         aligned = self.path(self.aligned)
-        log = json.loads((aligned / "training_log.json").read_text())
         layers = next(s for s in read_provenance(aligned) if s["stage"] == "align")["figures"]["relative_error"]
         keys = [f"layer_{layer['layer']}/relative_error" for layer in layers]
-        curve = [{"step": e["step"], "error": [e[k] for k in keys]} for e in log if keys and keys[0] in e]
-        logs = {
-            name: json.loads((self.path(stage) / "training_log.json").read_text())
-            for name, stage in self.experts.items()
-        }
+        logged = [entry for entry in self.log(self.aligned) if keys and keys[0] in entry]
+        curve = [{"step": entry["step"], "error": [entry[key] for key in keys]} for entry in logged]
+        logs = {name: [e for e in self.log(stage) if "loss" in e] for name, stage in self.experts.items()}
         results = {
             "title": f"{self.recipe.name}: a Transformer becomes a hybrid xLSTM",
             "teacher": Path(str(self.teacher)).name,
-            **scores_of(self.evaluations()),
+            **report_scores(self.evaluations()),
             "alignment": {"layers": layers, "curve": curve},
-            "distillation": {name: [entry for entry in entries if "loss" in entry] for name, entries in logs.items()},
+            "distillation": logs,
             "gates": mean_gates(student, self.recipe),
             "seconds": dict(self.seconds),
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         if self.recipe.evaluate and "examples" in self.recipe.evaluate:
-            results["sample"] = sample(student, tasks.test_examples("strings", 1)[0].prompt)
+            results["sample"] = sample_text(student, tasks.test_examples("strings", 1)[0].prompt)
         return results | self.against_the_teacher()
 
     def against_the_teacher(self):
@@ -385,32 +315,29 @@ class Run(Runner):
         section, found = self.recipe.evaluate or {}, {}
         if units_of(section) and not harness_installed():
             found["notes"] = [MISSING]
-        if "harness:student" in self.found:
-            rows = long_context_rows(*(self.found[f"harness:{side}"]["units"] for side in ("teacher", "student")))
+        if "harness:student" in self.outcomes:
+            rows = long_context_rows(*(self.outcomes[f"harness:{side}"]["units"] for side in ("teacher", "student")))
             found |= {"long_context": rows} if rows else {}
-        if comparison := self.found.get("compare"):
+        if comparison := self.outcomes.get("compare"):
             found["comparison"] = comparison
-        if "efficiency" in self.found:
+        if "efficiency" in self.outcomes:
             found["efficiency"] = json.loads((self.out / "efficiency/efficiency.json").read_text())
         return found
 
     def card(self, out, again, student):
         """The folder `student`: the last checkpoint with its evaluation in the record, its card and the pictures."""
-        results = self.found["report"]
+        results = self.outcomes["report"]
         with staged(out, overwrite=True) as folder:
             for file in [*student.iterdir(), *self.out.glob("*.png")]:
                 if file.name != "manifest.json":
                     shutil.copy(file, folder / file.name)
             if results.get("students"):
+                tools = {"lm_eval": version("lm_eval")} if "harness:student" in self.outcomes else {}
+                record = {"config": self.recipe.evaluate | tools, "figures": figures_of(results)}
                 seconds = results["seconds"].get("whole run")
-                config = self.recipe.evaluate | (
-                    {"lm_eval": version("lm_eval")} if "harness:student" in self.found else {}
-                )
-                add_provenance(
-                    folder, "evaluate", parent=student, config=config, figures=figures_of(results), seconds=seconds
-                )
+                add_provenance(folder, "evaluate", parent=student, seconds=seconds, **record)
             if results.get("comparison"):
-                record(results["comparison"], "student", folder)
+                record_comparison(results["comparison"], "student", folder)
             if results.get("efficiency"):
                 record_efficiency(results["efficiency"], folder)
             write_card(folder, results if results.get("students") else None)
@@ -425,14 +352,15 @@ class Run(Runner):
 def require_passed(folder, note):
     """Raise EvaluationError for a note of the stage `verify` with checks that failed."""
     if failed := [r for r in note["checks"] if not r["passed"]]:
-        differences = [math.inf if r["difference"] is None else r["difference"] for r in failed]
-        reasons = [
-            r["note"] or f"{d:.2g}, at most {r['allowed']:.1g}" for r, d in zip(failed, differences, strict=True)
-        ]
-        found = "; ".join(f"{r['name']} ({reason})" for r, reason in zip(failed, reasons, strict=True))
+        found = []
+        for r in failed:
+            difference = math.inf if r["difference"] is None else r["difference"]
+            reason = r["note"] or f"{difference:.2g}, at most {r['allowed']:.1g}"
+            found.append(f"{r['name']} ({reason})")
         raise EvaluationError(
-            f"{note.get('student', 'the student')}: no scores, because {len(failed)} of {len(note['checks'])} checks failed: {found}. What "
-            "generates is not what was trained; `xlstm-hybrid doctor` says which versions were tested, `xlstm-hybrid verify` checks again"
+            f"{note.get('student', 'the student')}: no scores, because {len(failed)} of {len(note['checks'])} checks failed: "
+            f"{'; '.join(found)}. What generates is not what was trained; `xlstm-hybrid doctor` says which versions were "
+            "tested, `xlstm-hybrid verify` checks again"
         )
 
 
@@ -447,7 +375,7 @@ def contradictions_in(evaluations):
     return {name: result["contradictions"] for name, result in evaluations.items() if result.get("contradictions")}
 
 
-def scores_of(evaluations):
+def report_scores(evaluations):
     """The part of the results that comes from evaluations; {} where there is none."""
     scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in evaluations.items()}
     if not scores:

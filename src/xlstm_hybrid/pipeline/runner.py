@@ -1,4 +1,4 @@
-"""Stages and what keeps them: a stage is made once, and again only where something that it was made from has changed."""
+"""Stages in a run directory: each is made once, and again only where something that it was made from has changed."""
 
 import hashlib
 import json
@@ -9,15 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xlstm_hybrid.checkpoint.files import verify_files, write_json
+from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.checkpoint.locks import locked
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
-RECORDS = (
-    "provenance.json",
-    "training_log.json",
-    "README.md",
-)  # and pictures: how a checkpoint was made, with times that no run repeats
+# How a checkpoint was made, with times that no run repeats, like the pictures
+RECORDS = ("provenance.json", "training_log.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,17 @@ class Stage:
     check: Callable = lambda folder, note: None
 
 
-def checkpoint_stage(name, inputs, build, settings, folder):
-    """A stage that makes a checkpoint."""
-    note = f"stages/{name.replace(':', '-')}.json"
-    return Stage(name, inputs, build, settings, folder, note, lambda folder, note: verify_files(folder, level="size"))
-
-
 class Runner:
-    """Makes and keeps stages in the run directory `out`.
+    """Makes stages in the run directory `out`, or takes what an earlier run made.
 
     Attributes:
-        seconds: {stage: how long it took}; kept: the same of the stages that were not made in this run.
-        found: {stage: its note; of a stage without one, what its `build` returned}.
+        seconds: {stage: how long it took}; reused: the same of the stages of an earlier run.
+        outcomes: {stage: its note; of a stage without one, what its `build` returned}.
     """
 
     def __init__(self, out, seed=0, redo=False, console=None):
         self.out, self.seed, self.redo = Path(out), seed, redo
-        self.console, self.seconds, self.kept, self.found = console or Console(emoji=False), {}, {}, {}
+        self.console, self.seconds, self.reused, self.outcomes = console or Console(emoji=False), {}, {}, {}
 
     def path(self, source):
         """Where an input is: the folder of a stage, or what is from elsewhere as it is."""
@@ -70,13 +61,13 @@ class Runner:
 
     def spec(self, settings, inputs):
         """What a stage was made from, as its note keeps it."""
-        parents = [fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
+        parents = [checkpoint_fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
         return json.loads(json.dumps({"settings": settings, "seed": self.seed, "parents": parents}, default=str))
 
     def make(self, *stages):
-        """Make stages, in this order, or keep what is there of them.
+        """Make stages, in this order, or take what an earlier run made of them.
 
-        Of several processes with one run directory one makes a stage; the others wait for it and keep it.
+        Of several processes with one run directory one makes a stage; the others wait for it and take it.
 
         Raises:
             ConfigError: a folder was made from something else, and `redo` is not set.
@@ -84,16 +75,17 @@ class Runner:
         for stage in stages:
             inputs = [self.path(source) for source in stage.inputs]
             if stage.note is None:
-                self.found[stage.name] = stage.build(*self.folder_of(stage), *inputs)
+                self.outcomes[stage.name] = stage.build(*self.folder_of(stage), *inputs)
                 continue
             note = self.out / stage.note
             note.parent.mkdir(parents=True, exist_ok=True)
-            waiting = f"{stage.name}: waiting for another launch (process {{}})".format
-            with locked(
-                note.with_name(f".claim-{note.stem}"), lambda who, waiting=waiting: self.console.print(waiting(who))
-            ):
+            waiting, lock = (
+                f"{stage.name}: waiting for another launch (process %s)",
+                note.with_name(f".claim-{note.stem}"),
+            )
+            with locked(lock, lambda who, waiting=waiting: self.console.print(waiting % who)):
                 spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)
-                self.found[stage.name] = self.keep(stage, note, spec) or self.build(stage, note, spec, inputs)
+                self.outcomes[stage.name] = self.reuse(stage, note, spec) or self.build(stage, note, spec, inputs)
 
     def folder_of(self, stage):
         """`(folder, whether it is there)`, or nothing."""
@@ -111,7 +103,7 @@ class Runner:
         self.console.print(f"{stage.name}: {seconds:.0f} s")
         return written
 
-    def keep(self, stage, note, spec):
+    def reuse(self, stage, note, spec):
         """The note of a stage that is there as it should be; None where it has to be made."""
         folder = stage.folder and self.path(stage)
         if not note.is_file() or (folder and not folder.exists()):
@@ -128,7 +120,7 @@ class Runner:
         except XLSTMHybridError as error:
             self.console.print(f"{stage.name}: made again, {error}", style="yellow", markup=False)
             return None
-        self.seconds[stage.name] = self.kept[stage.name] = before["seconds"]
+        self.seconds[stage.name] = self.reused[stage.name] = before["seconds"]
         self.console.print(f"[dim]{stage.name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return before
 
@@ -136,19 +128,18 @@ class Runner:
         self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)
 
 
-def fingerprint(directory):
+def checkpoint_fingerprint(directory):
     """SHA-256 over the files of a checkpoint as its manifest lists them, or over names and sizes where it has none.
 
     Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows
-    from it is kept.
+    from it stays.
     """
     directory = Path(directory)
     manifest = directory / "manifest.json"
     if manifest.is_file():
         files = json.loads(manifest.read_text())["files"]
-        content = {
-            name: files[name]["sha256"] for name in sorted(files) if name not in RECORDS and not name.endswith(".png")
-        }
+        names = [name for name in sorted(files) if name not in RECORDS and not name.endswith(".png")]
+        content = {name: files[name]["sha256"] for name in names}
     else:
         content = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -37,10 +37,8 @@ class Parser:
     def __init__(self, config):
         from transformers import HfArgumentParser
 
-        self.parser, self.name = (
-            HfArgumentParser(config, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS),
-            config.__name__,
-        )
+        silent = {"allow_abbrev": False, "add_help": False, "argument_default": argparse.SUPPRESS}
+        self.parser, self.name = HfArgumentParser(config, **silent), config.__name__
         self.parser.error = self.refuse
         known = {f.name for f in fields(config) if f.init}
         self.options = {a.dest: a for a in self.parser._actions if a.dest in known}
@@ -56,8 +54,8 @@ class Parser:
         found, rest = self.parser.parse_known_args(list(arguments))
         if rest:
             self.check([rest[0].split("=")[0].lstrip("-")], "the command line")
-            raise ConfigError(
-                f"{self.name}: {rest[0]!r} belongs to no option; give options as --name value, behind the positional arguments"
+            self.refuse(
+                f"{rest[0]!r} belongs to no option; give options as --name value, behind the positional arguments"
             )
         return vars(found)
 
@@ -83,10 +81,8 @@ class Parser:
 
 
 def parse_overrides(config, arguments):
-    """Settings from the command line, `["--learning_rate", "1e-5"]` -> `{"learning_rate": 1e-5}`.
-
-    Raises:
-        ConfigError: an option that the config does not have, or a value of a wrong type.
+    """Settings from the command line, `["--learning_rate", "1e-5"]` -> `{"learning_rate": 1e-5}`; ConfigError for an
+    option that the config does not have, or a value of a wrong type.
     """
     return Parser(config).parse(arguments)
 
@@ -113,7 +109,7 @@ def batch_of(settings, where, world=None):
     return micro, sequences // (micro * world)
 
 
-def rows_of(settings, where):
+def row_count(settings, where):
     """Rows that a section reads in all, over all processes."""
     micro, accumulation = batch_of(settings, where)
     return settings["max_steps"] * micro * accumulation * processes()
@@ -143,6 +139,5 @@ def trainer_config(config, settings, where, work, seed):
     except XLSTMHybridError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: {config.__name__} refuses its settings ({' '.join(str(error).split())})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: {config.__name__} refuses its settings ({reason})") from error

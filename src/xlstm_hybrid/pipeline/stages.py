@@ -19,14 +19,14 @@ from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.pipeline.settings import is_main, rows_of, trainer_config
+from xlstm_hybrid.pipeline.settings import is_main, row_count, trainer_config
 from xlstm_hybrid.recipe.schema import resolve_path
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
 
 
-def place_of(args):
+def loading_device(args):
     """Where a stage loads its student: on the process's device, or in main memory if accelerate will shard it."""
     return "cpu" if sharded(args) else args.device
 
@@ -40,7 +40,7 @@ def load_teacher(teacher, recipe, args):
     """The teacher of a stage, in the recipe's dtype; at the recipe's revision if it is the recipe's teacher."""
     revision = recipe.revision if str(teacher) == recipe.teacher else None
     warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
-    return load(teacher, recipe.teacher_dtype, revision, place_of(args))[0]
+    return load(teacher, recipe.teacher_dtype, revision, loading_device(args))[0]
 
 
 @contextmanager
@@ -59,16 +59,15 @@ def workspace(out, settings=None):
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
         return
-    folder = Path(
-        tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent)
-    )  # `staged` removes it if this process is killed
+    # `staged` removes it if this process is killed
+    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def train(trainer, work):
+def train_from_newest(trainer, work):
     """Train, from the newest good checkpoint in `work` if there is one."""
     trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
 
@@ -92,16 +91,14 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     start, settings = time.time(), recipe.align | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
-        if args.layers_at_a_time:
-            return align_in_groups(student, out, recipe, args, rows_of(settings, "align"), work, overwrite)
-        model, tokenizer = load(student, device=place_of(args))
+        if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
+            return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
+        model, tokenizer = load(student, device=loading_device(args))
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
-        data = train_dataset(recipe, tokenizer, rows_of(settings, "align"), cache=rows_cache(work))
-        trainer = AlignmentTrainer(
-            model=model, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
-        )
-        train(trainer, work)
+        data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
+        trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
+        train_from_newest(trainer, work)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
         if sharded(args):
@@ -112,30 +109,24 @@ def align(student, out, recipe, overwrite=False, overrides=None):
 
 
 def align_in_groups(student, out, recipe, args, count, work, overwrite):
-    """Stage I with `layers_at_a_time` layers in memory; interrupted, it goes on from its own folder beside `out`."""
+    """Stage I with `layers_at_a_time` layers in memory."""
     from xlstm_hybrid.training.alignment_by_groups import align_streamed
 
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
-    figures = align_streamed(
-        student,
-        out,
-        args,
-        data,
-        collate,
-        tokenizer,
-        dtype=torch.float32,
-        held_out=held_out_batches(recipe, tokenizer),
-        overwrite=overwrite,
-    )
+    more = {"dtype": torch.float32, "held_out": held_out_batches(recipe, tokenizer), "overwrite": overwrite}
+    figures = align_streamed(student, out, args, data, collate, tokenizer, **more)
     return {"relative_error": figures["relative_error"]}
 
 
 def held_out_batches(recipe, tokenizer, size=8):
     rows = packed_rows(recipe, tokenizer, HELD_OUT_ROWS, test=True)
     size = min(size, max(1, 2**14 // recipe.length))
-    batches = [collate(rows[j : j + size]) for j in range(0, len(rows), size)]
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches_of(rows, size)]
+
+
+def batches_of(rows, size):
+    return [collate(rows[j : j + size]) for j in range(0, len(rows), size)]
 
 
 def logged_errors(log, which):
@@ -161,29 +152,15 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         settings["teacher"] = str(resolve_path(recipe, store) or store)
     with workspace(out, settings) as work:
         args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
-        model, tokenizer = load(student, device=place_of(args))
-        data = train_dataset(recipe, tokenizer, rows_of(settings, "distill"), expert, cache=rows_cache(work))
+        model, tokenizer = load(student, device=loading_device(args))
+        data = train_dataset(recipe, tokenizer, row_count(settings, "distill"), expert, cache=rows_cache(work))
+        mentor = load_teacher(teacher, recipe, args) if args.teacher == "online" else None
         trainer = SparseKDTrainer(
-            model=model,
-            teacher=load_teacher(teacher, recipe, args) if args.teacher == "online" else None,
-            args=args,
-            data_collator=collate,
-            processing_class=tokenizer,
-            train_dataset=data,
+            model, mentor, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
         )
-        train(trainer, work)
-        figures = last_figures(trainer.state.log_history)
-        finish(
-            trainer,
-            out,
-            f"distill:{expert}",
-            [student, teacher],
-            settings,
-            recipe.experts[expert],
-            figures,
-            start,
-            overwrite,
-        )
+        train_from_newest(trainer, work)
+        figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
+        finish(trainer, out, f"distill:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
 
 
@@ -205,27 +182,13 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
     start, settings = time.time(), recipe.on_policy | (overrides or {})
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
-        model, tokenizer = load(student, device=place_of(args))
-        trainer = OnPolicyKDTrainer(
-            model,
-            load_teacher(teacher, recipe, args),
-            args=args,
-            train_dataset=prompts(recipe, tokenizer, rows_of(settings, "on_policy"), expert),
-            processing_class=tokenizer,
-        )
-        train(trainer, work)
-        figures = last_figures(trainer.state.log_history)
-        finish(
-            trainer,
-            out,
-            f"on-policy:{expert}",
-            [student, teacher],
-            settings,
-            recipe.experts[expert],
-            figures,
-            start,
-            overwrite,
-        )
+        model, tokenizer = load(student, device=loading_device(args))
+        mentor, rows = load_teacher(teacher, recipe, args), row_count(settings, "on_policy")
+        data = prompts(recipe, tokenizer, rows, expert)
+        trainer = OnPolicyKDTrainer(model, mentor, args=args, train_dataset=data, processing_class=tokenizer)
+        train_from_newest(trainer, work)
+        figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
+        finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
 
 
@@ -257,54 +220,36 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
         )
     with workspace(out, settings) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
-        model, tokenizer = load(student, device=place_of(args))
+        model, tokenizer = load(student, device=loading_device(args))
         warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
-        loaded = {
-            n: load(experts[n], recipe.teacher_dtype, device="cpu" if args.teacher_offload else place_of(args))
-            for n in taught
-        }
+        place = "cpu" if args.teacher_offload else loading_device(args)
+        loaded = {name: load(experts[name], recipe.teacher_dtype, device=place) for name in taught}
         trainer = OnPolicyKDTrainer(
             model,
             {name: teacher for name, (teacher, _) in loaded.items()},
             args=args,
-            train_dataset=joint_prompts(recipe, tokenizer, rows_of(settings, where), taught),
+            train_dataset=joint_prompts(recipe, tokenizer, row_count(settings, where), taught),
             processing_class=tokenizer,
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
-        train(trainer, work)
-        figures = last_figures(
-            trainer.state.log_history, [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
-        )
-        data = {
-            "experts": {
-                name: {"share": taught[name] / sum(taught.values()), "reads": recipe.experts[name]} for name in taught
-            }
-        }
+        train_from_newest(trainer, work)
+        parts = [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
+        figures, total = last_figures(trainer.state.log_history, parts), sum(taught.values())
+        data = {name: {"share": taught[name] / total, "reads": recipe.experts[name]} for name in taught}
         known = read_provenance(student)  # and what the experts went through since then
         known += [stage for name in experts for stage in read_provenance(experts[name]) if stage not in known]
-        finish(
-            trainer,
-            out,
-            "multi-teacher",
-            [student, *experts.values()],
-            settings,
-            data,
-            figures,
-            start,
-            overwrite,
-            stages=known,
-        )
+        parents, data = [student, *experts.values()], {"experts": data}
+        finish(trainer, out, "multi-teacher", parents, settings, data, figures, start, overwrite, known)
     return figures
 
 
 def last_figures(log, more=()):
+    """The newest figures of a training log, and the newest of `more`: of a teacher that the last step had no prompts
+    of, those of an earlier step.
+    """
     last = next((entry for entry in reversed(log) if "loss" in entry), {})
-    latest = {
-        key: entry[key] for entry in log for key in more if key in entry
-    }  # of a teacher that the last step had no prompts of, an earlier one
-    return {key: float(last[key]) for key in LOGGED if key in last} | {
-        key: float(value) for key, value in latest.items()
-    }
+    latest = {key: entry[key] for entry in log for key in more if key in entry}
+    return {key: float(value) for key, value in ({key: last[key] for key in LOGGED if key in last} | latest).items()}
 
 
 def finish(trainer, out, stage, parents, settings, data, figures, start, overwrite, stages=None):
@@ -328,18 +273,9 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 for picture in sorted((Path(trainer.args.output_dir) / PLOTS).glob("*.png")):
                     shutil.copyfile(picture, folder / picture.name)
                 (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-                seconds = round(time.time() - start, 1)
-                config = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
-                add_provenance(
-                    folder,
-                    stage,
-                    parent=parents[0],
-                    stages=stages,
-                    config=config,
-                    data=data,
-                    figures=figures,
-                    seconds=seconds,
-                )
+                record = {"data": data, "figures": figures, "seconds": round(time.time() - start, 1), "stages": stages}
+                record["config"] = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
+                add_provenance(folder, stage, parent=parents[0], **record)
                 write_manifest(folder)
     finally:
         accelerator.wait_for_everyone()
@@ -358,13 +294,12 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     if not is_main():
         return 0
     section = "align" if expert is None else "distill"
-    count = count or rows_of(getattr(recipe, section), section)
+    count = count or row_count(getattr(recipe, section), section)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):
-            found = Dataset.from_generator(
-                found.__iter__, features=found.features, cache_dir=str(work), fingerprint=f"rows-{count}"
-            )
+            how = {"features": found.features, "cache_dir": str(work), "fingerprint": f"rows-{count}"}
+            found = Dataset.from_generator(found.__iter__, **how)
         found.save_to_disk(folder)
         return len(found)

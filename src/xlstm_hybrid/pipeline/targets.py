@@ -12,7 +12,7 @@ from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError, XLSTMHybridError
-from xlstm_hybrid.pipeline.settings import rows_of
+from xlstm_hybrid.pipeline.settings import row_count
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.teacher_store import build_store, weights_hash
 from xlstm_hybrid.teacher_store.writer import INDEX, read_index
@@ -21,8 +21,6 @@ from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
 RECIPE = (".yaml", ".yml")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-# --- what is read -------------------------------------------------------------------------------------------------
 
 
 def read_rows(path, source, expert):
@@ -33,8 +31,10 @@ def read_rows(path, source, expert):
     """
     from datasets import Dataset, load_dataset, load_from_disk
 
-    if path.suffix in RECIPE:
-        data = rows_of_recipe(path, source, expert)
+    if path.suffix in RECIPE:  # the rows that `distill` with this recipe reads, in their order
+        recipe = load_recipe(path)
+        tokenizer, count = AutoTokenizer.from_pretrained(source), row_count(recipe.distill, "distill")
+        data = train_dataset(recipe, tokenizer, count, recipe.expert(expert))
     elif path.is_dir():
         try:
             data = load_from_disk(str(path))
@@ -45,25 +45,13 @@ def read_rows(path, source, expert):
     elif path.is_file() and path.suffix in (".jsonl", ".json"):
         data = load_dataset("json", data_files=str(path), split="train")
     else:
-        raise DataError(
-            f"{path}: expected a folder of save_to_disk, a .jsonl file of rows, or a recipe; found none of them"
-        )
+        expected = "a folder of save_to_disk, a .jsonl file of rows, or a recipe"
+        raise DataError(f"{path}: expected {expected}; found none of them")
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
         found = f"a {type(data).__name__}" + (f" with columns {data.column_names}" if isinstance(data, Dataset) else "")
-        raise DataError(
-            f"{path.name}: expected packed rows on disk with a column input_ids, found {found}; save them with save_to_disk, one split"
-        )
+        expected = "packed rows on disk with a column input_ids"
+        raise DataError(f"{path.name}: expected {expected}, found {found}; save them with save_to_disk, one split")
     return data.with_format("numpy")
-
-
-def rows_of_recipe(path, source, expert):
-    """The rows that `distill` with this recipe reads, in their order."""
-    recipe = load_recipe(path)
-    name = recipe.expert(expert)
-    return train_dataset(recipe, AutoTokenizer.from_pretrained(source), rows_of(recipe.distill, "distill"), name)
-
-
-# --- building -----------------------------------------------------------------------------------------------------
 
 
 def choose_dtype(asked, rows, config, device, out):
@@ -84,7 +72,7 @@ def choose_dtype(asked, rows, config, device, out):
     return begun if begun in (stored, "float32") else dtype_for(device, stored=stored)
 
 
-def describe(source, teacher, revision, tokenizer, dtype):
+def store_spec(source, teacher, revision, tokenizer, dtype):
     """What the targets depend on beside the rows: the fields of the spec that a change is named by."""
     hub = not Path(teacher).is_dir()
     return {
@@ -98,52 +86,39 @@ def describe(source, teacher, revision, tokenizer, dtype):
     }
 
 
-def build(rank, world, source, data, out, settings, spec, dtype, device, seed):
-    """Load the teacher and write what is missing of the store."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
+def fill_store(rank, world, device, source, data, out, settings, spec, seed):
+    """Load the teacher in the dtype of `spec` and write what is missing of the store."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, spec["dtype"]), use_safetensors=True)
+    model = model.to(device)
     if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
         check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
     with Console(stderr=True).status("reading") as status:
-        build_store(
-            out,
-            data,
-            TeacherTargets(model, select),
-            spec=spec,
-            rank=rank,
-            world=world,
-            **settings,
-            report=lambda done, all_: status.update(f"{done} of {all_} shards"),
-        )
+        place = {"spec": spec, "rank": rank, "world": world}
+        place["report"] = lambda done, shards: status.update(f"{done} of {shards} shards")
+        build_store(out, data, TeacherTargets(model, select), **place, **settings)
 
 
-def share_out(processes, source, data, out, settings, spec, dtype, device, seed):
-    """`build` in several processes, each on a GPU of its own where there are GPUs."""
-    devices = [
-        f"cuda:{r % torch.cuda.device_count()}" if device.startswith("cuda") else device for r in range(processes)
-    ]
-    context = mp.get_context("spawn")
-    workers = [
-        context.Process(
-            target=build_in_process, args=(r, processes, source, data, out, settings, spec, dtype, devices[r], seed)
-        )
-        for r in range(processes)
-    ]
+def share_out(processes, device, *job):
+    """`fill_store` in several processes, each on a GPU of its own where there are GPUs."""
+    context, workers = mp.get_context("spawn"), []
+    for rank in range(processes):
+        mine = f"cuda:{rank % torch.cuda.device_count()}" if device.startswith("cuda") else device
+        workers.append(context.Process(target=fill_in_process, args=(rank, processes, mine, *job)))
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    failed = [r for r, worker in enumerate(workers) if worker.exitcode]
-    if failed:
+    if failed := [rank for rank, worker in enumerate(workers) if worker.exitcode]:
         raise StoreError(
             f"processes {failed} of {processes} failed, see above: run the same command again, finished shards are kept"
         )
 
 
-def build_in_process(rank, *arguments):
-    """`build`, whose named errors are one line and an exit code."""
+def fill_in_process(rank, *arguments):
+    """`fill_store`, whose named errors are one line and an exit code."""
     try:
-        build(rank, *arguments)
+        fill_store(rank, *arguments)
     except XLSTMHybridError as error:
         print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,4 @@
-"""What a merge can be told: methods, what each of them needs, their options, module groups; and the section `merge` of
-a recipe. No tensors here.
-"""
+"""What a merge can be told: methods, their needs and options, module groups; the section `merge` of a recipe."""
 
 import math
 import re
@@ -65,14 +63,11 @@ def on_simplex(shares):
 
 def option_faults(method, options):
     """Options that `method` does not have or that are out of range, in words."""
-    known = OPTIONS.get(method, set())
-    wrong = [
-        f"{name}: expected one of {sorted(known)}" if known else f"{name}: it takes no options"
-        for name in options
-        if name not in known
-    ]
+    known, wrong = OPTIONS.get(method, set()), []
     for name, value in options.items():
-        if name in known and not (is_number(value) and ALLOWED[name][1](value)):
+        if name not in known:
+            wrong.append(f"{name}: {f'expected one of {sorted(known)}' if known else 'it takes no options'}")
+        elif not (is_number(value) and ALLOWED[name][1](value)):
             wrong.append(f"{name}={value!r}: expected {ALLOWED[name][0]}")
     return wrong
 
@@ -80,27 +75,16 @@ def option_faults(method, options):
 # --- the section of a recipe -----------------------------------------------------------------------------------
 
 
-def whole(least, most=math.inf):
-    return (
-        f"a whole number of at least {least}",
-        lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most,
-    )
+def at_least(least):
+    """A whole number of at least `least`, in words and as a test."""
+    return f"a whole number of at least {least}", lambda x: type(x) is int and x >= least
 
 
 SETTINGS = {  # of the parts of the section that hold settings: what each may be, in words and as a test
-    "search": {
-        "examples": whole(1),
-        "documents": whole(1),
-        "batch_size": whole(1),
-        "budget": whole(1),
-        "parts": (f"a divisor of {PARTS}", lambda x: whole(1)[1](x) and PARTS % x == 0),
-    },
-    "statistics": {
-        "rows": whole(1),
-        "batch_size": whole(1),
-        "seed": whole(0),
-        "labels": (f"one of {LABELS}", lambda x: x in LABELS),
-    },
+    "search": {name: at_least(1) for name in ("examples", "documents", "batch_size", "budget")}
+    | {"parts": (f"a divisor of {PARTS}", lambda x: at_least(1)[1](x) and PARTS % x == 0)},
+    "statistics": {name: at_least(least) for name, least in (("rows", 1), ("batch_size", 1), ("seed", 0))}
+    | {"labels": (f"one of {LABELS}", lambda x: x in LABELS)},
 }
 KEYS = {"method", "weights", "options", "group_weights", "base", "search", "statistics", "on_policy"}
 
@@ -118,17 +102,9 @@ def section_faults(merge, experts):
         experts: {name: mix} of the recipe.
     """
     wrong = unknown_keys("merge: ", merge, KEYS)
-    parts = {
-        name: merge[name]
-        for name in ("weights", "options", "group_weights", "search", "statistics", "on_policy")
-        if name in merge
-    }
-    wrong += [
-        f"merge.{name}: expected names and values, got {part!r}"
-        for name, part in parts.items()
-        if not isinstance(part, dict)
-    ]
-    parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
+    names = [name for name in ("weights", "options", "group_weights", *SETTINGS, "on_policy") if name in merge]
+    parts = {name: merge[name] for name in names if isinstance(merge[name], dict)}
+    wrong += [f"merge.{n}: expected names and values, got {merge[n]!r}" for n in names if n not in parts]
     method = merge.get("method")
     if method not in (*METHODS, ON_POLICY):
         wrong.append(f"merge.method={method!r}: expected one of {', '.join((*METHODS, ON_POLICY))}")
@@ -143,9 +119,8 @@ def section_faults(merge, experts):
             wrong.append(f"merge.group_weights: {group!r} is no module group, expected some of {list(GROUPS)}")
         else:
             wrong += share_faults(f"merge.group_weights.{group}", shares, experts)
-    if "documents" in parts.get("search", {}) and not all(
-        isinstance(mix, dict) and "sources" in mix for mix in experts.values()
-    ):
+    sources = all(isinstance(mix, dict) and "sources" in mix for mix in experts.values())
+    if "documents" in parts.get("search", {}) and not sources:
         wrong.append("merge.search.documents: expected sources for every expert; the tiny domains have examples")
     for part in SETTINGS.keys() & parts.keys():
         wrong += setting_faults(part, parts[part])
@@ -158,14 +133,14 @@ def method_faults(merge, method, experts):
     if method == ON_POLICY:
         idle = sorted(given & {"options", "group_weights", "base", "search", "statistics"})
         wrong += [f"merge: method on_policy merges no weights, leave out {', '.join(idle)}"] * bool(idle)
-        wrong += ["merge: method on_policy needs the section on_policy, fields of OnPolicyKDConfig with max_steps"] * (
-            "on_policy" not in given
-        )
+        if "on_policy" not in given:
+            wrong.append(
+                "merge: method on_policy needs the section on_policy, fields of OnPolicyKDConfig with max_steps"
+            )
         return wrong
     if "base" in given and (method not in NEED_BASE or not isinstance(merge["base"], str) or not merge["base"]):
-        wrong.append(
-            f"merge.base={merge['base']!r}: expected 'aligned' or a path, for one of {', '.join(sorted(NEED_BASE))}"
-        )
+        expected = f"'aligned' or a path, for one of {', '.join(sorted(NEED_BASE))}"
+        wrong.append(f"merge.base={merge['base']!r}: expected {expected}")
     if "statistics" in given and method not in NEED_STATISTICS:
         wrong.append(f"merge.statistics: {method} takes none, only {', '.join(NEED_STATISTICS)}")
     if method in NEED_TWO and len(experts) != 2:
@@ -178,9 +153,8 @@ def method_faults(merge, method, experts):
 def share_faults(where, shares, experts):
     """Faults of {expert: share}: other names, shares off the simplex."""
     if not isinstance(shares, dict) or set(shares) != set(experts):
-        return [
-            f"{where} names {sorted(map(str, shares)) if isinstance(shares, dict) else shares}, the experts are {sorted(experts)}"
-        ]
+        names = sorted(map(str, shares)) if isinstance(shares, dict) else shares
+        return [f"{where} names {names}, the experts are {sorted(experts)}"]
     if not on_simplex(shares.values()):
         return [f"{where}: {dict(shares)}, expected shares of at least 0 whose sum is 1"]
     return []

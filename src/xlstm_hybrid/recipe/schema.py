@@ -1,4 +1,4 @@
-"""Recipes: one YAML file that says what a run does. Read strictly: an unknown key is an error, not a surprise later."""
+"""What a recipe holds, read strictly: an unknown key is an error, not a surprise later."""
 
 import math
 import re
@@ -72,9 +72,8 @@ class Source:
         if not is_number(self.weight) or not 0 < self.weight < math.inf:
             wrong.append(f"weight={self.weight!r}: expected a positive number")
         if self.score not in SCORES or self.overlong not in (None, *OVERLONG):
-            wrong.append(
-                f"score={self.score!r}, overlong={self.overlong!r}: expected one of {SCORES}, one of {OVERLONG}"
-            )
+            found = f"score={self.score!r}, overlong={self.overlong!r}"
+            wrong.append(f"{found}: expected one of {SCORES}, one of {OVERLONG}")
         if self.where is not None and not isinstance(self.where, dict):
             wrong.append(f"where={self.where!r}: expected {{column: value}}")
         return wrong
@@ -190,25 +189,11 @@ def read_yaml(path):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if aliases > MAX_ALIASES or depth > MAX_DEPTH:
-                raise ConfigError(
-                    f"{path.name}: more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels; write the values out"
-                )
+                found = f"more than {MAX_ALIASES} aliases or {MAX_DEPTH} levels"
+                raise ConfigError(f"{path.name}: {found}; write the values out")
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506, it is a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def shipped(path):
-    """`path`, or the recipe of that name that comes with the package, so that `xlstm-hybrid run tiny` works anywhere."""
-    path = Path(path)
-    names = (path.name, f"{path.name}.yaml")
-    found = (
-        folder / name
-        for folder in SHIPPED
-        for name in names
-        if not path.is_file() and path.parts[:-1] in ((), ("recipes",))
-    )
-    return next((file for file in found if file.is_file()), path)
 
 
 def load_recipe(path):
@@ -218,7 +203,10 @@ def load_recipe(path):
         ConfigError: no such file, not YAML, over 1 MB, unknown or missing keys, values of a wrong type, data that no
             source describes, merge weights that do not name the experts. All mistakes are listed.
     """
-    path = shipped(path)
+    path = Path(path)
+    if not path.is_file() and path.parts[:-1] in ((), ("recipes",)):  # so that `xlstm-hybrid run tiny` works anywhere
+        files = (folder / name for folder in SHIPPED for name in (path.name, f"{path.name}.yaml"))
+        path = next((file for file in files if file.is_file()), path)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
@@ -238,9 +226,9 @@ def load_recipe(path):
 
 def faults(content):
     """What is wrong inside the sections of a recipe, in words."""
-    wrong = [f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'"] * (
-        not NAME.fullmatch(content["name"])
-    )
+    wrong = []
+    if not NAME.fullmatch(content["name"]):
+        wrong.append(f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'")
     if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
         kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
         wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
@@ -254,17 +242,20 @@ def faults(content):
             wrong.append(f"{where}: unknown keys {sorted(set(section) - {'sources'})} beside sources")
         else:
             wrong += mix_faults(where, as_mix(section))
-    return wrong + merge_faults(content)
+    if not content["experts"]:
+        wrong.append("experts: expected at least one")
+    elif (merge := content.get("merge")) is not None:
+        wrong += section_faults(merge, content["experts"])
+    elif len(content["experts"]) > 1:
+        wrong.append("merge: expected method and weights, as there are several experts")
+    return wrong
 
 
 def evaluate_faults(section):
     """Mistakes of the section `evaluate` that can be seen without lm-eval."""
     numbers = {k: v for k, v in section.items() if k not in FINAL or k == "limit"}
-    wrong = [
-        f"evaluate.{k}={v!r}: expected a number of at least 1"
-        for k, v in numbers.items()
-        if not isinstance(v, int) or isinstance(v, bool) or v < 1
-    ]
+    few = {k: v for k, v in numbers.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
+    wrong = [f"evaluate.{k}={v!r}: expected a number of at least 1" for k, v in few.items()]
     wrong += type_faults("evaluate", {k: v for k, v in section.items() if k in FINAL and k != "limit"}, FINAL)
     for name, known in (("long_context", LONG_CONTEXT), ("efficiency", EFFICIENCY)):
         wrong += type_faults(f"evaluate.{name}", section[name], known) if isinstance(section.get(name), dict) else []
@@ -274,9 +265,8 @@ def evaluate_faults(section):
         wrong.append(f"evaluate.alpha={alpha!r}: expected a share between 0 and 1")
     names = section.get("harness", ["?"])
     if isinstance(names, list) and not (names and all(isinstance(n, str) and n for n in names)):
-        wrong.append(
-            f"evaluate.harness={names!r}: expected names of lm-eval's tasks or of suites, such as [domains, gsm8k]"
-        )
+        expected = "names of lm-eval's tasks or of suites, such as [domains, gsm8k]"
+        wrong.append(f"evaluate.harness={names!r}: expected {expected}")
     if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
         wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
     return wrong
@@ -307,9 +297,8 @@ def data_faults(data):
     for name, (kind, least, most) in DATA_OPTIONS.items():
         value = data.get(name, least)
         if not is_number(value) or (kind is int and not isinstance(value, int)) or not least <= value <= most:
-            wrong.append(
-                f"data.{name}={value!r}: expected {'a whole number' if kind is int else 'a share'} of {least} to {most}"
-            )
+            expected = "a whole number" if kind is int else "a share"
+            wrong.append(f"data.{name}={value!r}: expected {expected} of {least} to {most}")
     return wrong
 
 
@@ -317,15 +306,11 @@ def mix_faults(where, mix):
     """Mistakes of a mixture of domains or of a table of sources."""
     [(kind, entries)] = mix.items()
     if not isinstance(entries, dict) or not entries:
-        return [
-            f"{where}.{kind}: expected names with {'shares' if kind == 'mixture' else 'the fields of a source'}, got {entries!r}"
-        ]
+        values = "shares" if kind == "mixture" else "the fields of a source"
+        return [f"{where}.{kind}: expected names with {values}, got {entries!r}"]
     if kind == "mixture":
-        return [
-            f"{where}: the share of {n} is {s!r}, expected a positive number"
-            for n, s in entries.items()
-            if not is_number(s) or not s > 0
-        ]
+        bad = {name: share for name, share in entries.items() if not is_number(share) or not share > 0}
+        return [f"{where}: the share of {name} is {share!r}, expected a positive number" for name, share in bad.items()]
     wrong, known = [], {f.name for f in fields(Source)}
     for name, entry in entries.items():
         here = f"{where}.sources.{name}"
@@ -344,22 +329,11 @@ def stage_faults(content):
     if isinstance(joint := content.get("merge", {}).get("on_policy"), dict):
         sections["merge.on_policy"] = joint
     for stage, section in sections.items():
-        steps = section.get("max_steps")
-        if not isinstance(steps, int) or steps < 1:
-            wrong.append(f"{stage}.max_steps={steps!r}: expected a number of steps")
-        sequences = section.get("sequences_per_step", 1)
-        if not isinstance(sequences, int) or sequences < 1:
-            wrong.append(f"{stage}.sequences_per_step={sequences!r}: expected a number of rows")
+        for name, what in (("max_steps", "steps"), ("sequences_per_step", "rows")):
+            value = section.get(name, None if name == "max_steps" else 1)
+            if not isinstance(value, int) or value < 1:
+                wrong.append(f"{stage}.{name}={value!r}: expected a number of {what}")
     return wrong
-
-
-def merge_faults(content):
-    experts, merge = content["experts"], content.get("merge")
-    if not experts:
-        return ["experts: expected at least one"]
-    if merge is None:
-        return ["merge: expected method and weights, as there are several experts"] if len(experts) > 1 else []
-    return section_faults(merge, experts)
 
 
 def resolve_path(recipe, path):
@@ -368,7 +342,5 @@ def resolve_path(recipe, path):
 
 
 def resolve_teacher(recipe):
-    """The teacher as a local path where the recipe's folder or the working directory holds one, else the hub id as it
-    is.
-    """
+    """The teacher as a path where the recipe's folder or the working directory holds one, else the hub id as it is."""
     return resolve_path(recipe, recipe.teacher) or recipe.teacher
