@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.backends.arguments import schema
 from xlstm_kernels.backends.numerics import calculation_dtype, finite, wants_gradients
 from xlstm_kernels.backends.scratch import space_of
 from xlstm_kernels.mlstm.reference import FORGET_ALL, MLSTMState, fresh_state
@@ -341,9 +342,7 @@ class Piece:
         return ((dq, None), (later.add_(own), self.write if self.same else None), (dv, None)), before, per_token
 
 
-def streaming_forward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool
-) -> list[Tensor]:
+def streaming_forward(q, k, v, i, f, C, n, m, L, keep):
     """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, states before."""
     (B, _, H, _), dtype = q.shape, C.dtype
     gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
@@ -365,7 +364,12 @@ def streaming_forward(
     return [h, *state, rounded, inverse_den, stored_C, stored_n]
 
 
-streaming_op = torch.library.custom_op("xlstm_kernels::mlstm_streaming", streaming_forward, mutates_args=())
+streaming_op = torch.library.custom_op(
+    "xlstm_kernels::mlstm_streaming",
+    streaming_forward,
+    mutates_args=(),
+    schema=schema("q k v i f C n m", "SymInt L, bool keep", "Tensor[]"),
+)
 
 
 @streaming_op.register_fake
@@ -377,23 +381,12 @@ def _(q, k, v, i, f, C, n, m, L, keep):
     return [v.new_empty(v.shape), *(C.new_empty(shape) for shape in shapes)]
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_streaming_backward", mutates_args=())
-def streaming_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    m: Tensor,
-    rounded: Tensor,
-    inverse_den: Tensor,
-    stored_C: Tensor,
-    stored_n: Tensor,
-    dh: Tensor,
-    dC: Tensor,
-    dn: Tensor,
-    L: int,
-) -> list[Tensor]:  # too many for a line each
+@torch.library.custom_op(
+    "xlstm_kernels::mlstm_streaming_backward",
+    mutates_args=(),
+    schema=schema("q k v i f m rounded inverse_den stored_C stored_n dh dC dn", "SymInt L", "Tensor[]"),
+)
+def streaming_backward(q, k, v, i, f, m, rounded, inverse_den, stored_C, stored_n, dh, dC, dn, L):
     """The gradients of q, k, v, i, f, C, n."""
     B, _, H, _ = q.shape
     gates, space = chunk_gates(i, f, m, L, stored_C.dtype), space_of("mlstm", stored_C.dtype, q.device)
