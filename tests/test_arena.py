@@ -230,11 +230,11 @@ def test_a_result_says_what_was_read_and_what_came_of_it(ran):
 
 def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_things(ran, minute, monkeypatch):
     arena, out, _ = ran
-    kept = {}
+    experts = {}
 
-    def watched(made, *args, **options):
-        kept.update({folder.name: load_float32(folder).state_dict() for folder in made})
-        merge(made, *args, **options)
+    def watched(folders, *args, **options):
+        experts.update({folder.name: load_float32(folder).state_dict() for folder in folders})
+        merge(folders, *args, **options)
 
     starts, distill = [], Training.distill
     monkeypatch.setattr(
@@ -245,8 +245,8 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
     monkeypatch.setattr(students, "merge", watched)
     Training(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).run(minute / "experts")
     merged, name = load_float32(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(kept["x"][name], kept["y"][name])
-    torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
+    assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(experts["x"][name], experts["y"][name])
+    torch.testing.assert_close(merged[name], 0.75 * experts["x"][name] + 0.25 * experts["y"][name])
     # a run can be had again
     torch.testing.assert_close(merged[name], load_float32(out / "students/llama/experts/0").state_dict()[name])
 

@@ -194,7 +194,7 @@ def load_arena(path=None):
     if not wrong:
         arms = {name: Arm(name, **(entry or {})) for name, entry in content["arms"].items()}
         arena = Arena(**content | {"arms": arms}, path=path)
-        wrong = test_faults(arena.evaluate) + stage_faults(arena) + ordering_faults(arena)
+        wrong = test_faults(arena.evaluate) + combined_faults(arena) + ordering_faults(arena)
     if wrong:
         raise ConfigError(f"{path.name}: {'; '.join(wrong)}")
     return arena
@@ -311,7 +311,7 @@ def test_faults(evaluate):
     return wrong
 
 
-def stage_faults(arena):
+def combined_faults(arena):
     """Mistakes that show once arms and setting are put together."""
     wrong = []
     for arm in arena.arms.values():

@@ -1,4 +1,4 @@
-"""The arena's report: `arena.md`, pictures and `results.json`, all from one summary; words are in `report_template.md`."""
+"""The arena's report: `arena.md`, pictures and `results.json` from one summary; its words: `report_template.md`."""
 
 import json
 import math
@@ -156,7 +156,8 @@ def show_goals(summary, teacher):
     """Both goals; of the arms that miss one, only the nearest are named."""
     texts = {
         "constant": "Constant memory: single ≥ .95 at 32 W within 2x the bytes of the reference, and C_0 ≥ .5.",
-        "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, C_0 ≥ .5.",
+        "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, "
+        "C_0 ≥ .5.",
     }
     parts = []
     for goal, text in texts.items():

@@ -192,7 +192,7 @@ def check_trainer_settings(arena, arms):
 
 
 def work(arena, job, progress=print):
-    """Train, unless the student is there, evaluate, and write the result, which is returned; a failure is one as well."""
+    """Train, unless the student is there, evaluate, and write the result; a failure is one as well. Returns it."""
 
     def say(text):
         progress(f"{job}: {text}")
@@ -250,7 +250,7 @@ def train_student(arena, job, mark, say):
 
 def evaluate_student(arena, job):
     """{"main": the scores of the student as it is, and one entry per row of the arm's `evaluate`}."""
-    from xlstm_arena.scoring import scores_of
+    from xlstm_arena.scoring import student_scores
     from xlstm_arena.students import changed, load_float32, seed_for
 
     model = load_float32(arena.teacher_dir(job.teacher) if job.arm == TEACHER else job.student)
@@ -258,7 +258,7 @@ def evaluate_student(arena, job):
     for name, changes in rows.items():
         begin, cpu = time.time(), time.process_time()
         student = changed(model, changes).to("cuda" if torch.cuda.is_available() else "cpu")
-        rows[name] = scores_of(student, arena.evaluate, seed_for(job.seed, "test"), arena.window, arena.sinks)
+        rows[name] = student_scores(student, arena.evaluate, seed_for(job.seed, "test"), arena.window, arena.sinks)
         rows[name] |= {"seconds": round(time.time() - begin, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     return rows
 

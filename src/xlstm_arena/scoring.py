@@ -137,7 +137,7 @@ def cached_check(model, length, batch_tokens, seed=0):
     return {"answers": at.numel(), "same": same, "error": error, "passed": error < SCALE}
 
 
-def scores_of(model, evaluate, seed, window, sinks):
+def student_scores(model, evaluate, seed, window, sinks):
     """Everything that the arena says of one set of weights.
 
     Args:

@@ -26,7 +26,7 @@ def expect_for_kernel(name, x, largest=None):
 
 
 def schema(tensors, others="", result="Tensor"):
-    """The schema of an operator: names of tensors, `C?` one that may be None, `C!` one that is written, and the rest."""
+    """The schema of an operator: its tensors, `C?` one that may be None, `C!` one that is written; others, result."""
     marks = {"?": "Tensor?", "!": "Tensor(a{}!)"}
     parts = [f"{marks.get(n[-1], 'Tensor').format(j)} {n.rstrip('?!')}" for j, n in enumerate(tensors.split())]
     return f"({', '.join(parts + [others] * bool(others))}) -> {result}"

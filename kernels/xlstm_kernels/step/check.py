@@ -2,7 +2,7 @@
 
 import torch
 
-from xlstm_kernels.backends.verified import draw, error
+from xlstm_kernels.backends.verified import draw_numbers, largest_error
 from xlstm_kernels.step.cpu import step_both
 
 
@@ -17,7 +17,7 @@ def check_kernel(device, dtype, K, V, F):
     ours = [x.to(device, torch.float32 if j < 3 else dtype) for j, x in enumerate(memory)]
     truth, errors = [x.to(device, torch.float64) for x in memory], {}
     for t in range(2 * W + S):
-        x = {name: draw(make, B, 1, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        x = {name: draw_numbers(make, B, 1, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         x |= {name: x[name].double().softmax(-1).to(dtype) for name in ("phi_q", "phi_k")} | {
             "o": x["o"].double().sigmoid().to(dtype)
         }
@@ -33,5 +33,5 @@ def check_kernel(device, dtype, K, V, F):
             ("n", ours[1], truth[1]),
             ("keys", ours[3], truth[3]),
         ):
-            errors[name] = max(errors.get(name, 0.0), error(a, b))
+            errors[name] = max(errors.get(name, 0.0), largest_error(a, b))
     return errors

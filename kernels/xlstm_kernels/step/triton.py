@@ -86,8 +86,8 @@ def attend_slots(tensors, strides, H, R, W, P, rate, i, S, K, V, BR, BK, BV, EXA
         b_l += 1.0
         b_h += b_v.to(tl.float32)[None, :]
     n_tiles = tl.cdiv(S + W, BS)
-    held = tl.where(index < 0, 0, tl.minimum(index + 1, W) + S).to(tl.int32)  # slots from here on are empty
-    for j in range(i_p * n_tiles // P, tl.minimum((i_p + 1) * n_tiles // P, tl.cdiv(held, BS))):
+    filled = tl.where(index < 0, 0, tl.minimum(index + 1, W) + S).to(tl.int32)  # slots from here on are empty
+    for j in range(i_p * n_tiles // P, tl.minimum((i_p + 1) * n_tiles // P, tl.cdiv(filled, BS))):
         s = j * BS + o_s
         valid = tl.where(s < S, s <= index - W, s - S <= index) & (s != new) & (s < S + W)
         b_k = tl.load(p_keys + s[:, None] * K + o_k[None, :], mask=valid[:, None] & (o_k < K)[None, :], other=0.0)
@@ -263,7 +263,7 @@ def parts_of(B, G, slots, size):
     return max(1, min(-(-slots // size), PROGRAMS // (B * G)))
 
 
-def step(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale):
+def step_fused(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale):
     """h [B, 1, H, V]; C, n, m, keys and values are written in place."""
     (B, _, H, K), G, F, V, slots = q.shape, k.shape[2], phi_q.shape[3], v.shape[3], keys.shape[2]
     tensors = q, k, v, phi_q, phi_k
@@ -288,7 +288,7 @@ def step(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, sc
 
 hybrid_step_fused = torch.library.custom_op(
     "xlstm_kernels::hybrid_step_fused",
-    step,
+    step_fused,
     mutates_args=("C", "n", "m", "keys", "values"),
     schema=schema(TENSORS, "SymInt sinks, float scale"),
 )
@@ -349,7 +349,7 @@ def aot_cases():
         keys, values = (empty(B, G, S + W, d, dtype=dtype) for d in (K, V))
         features, gates = (empty(B, 1, H, F), empty(B, 1, H, F)), (empty(B, 1, H) for _ in range(3))
         state, index = (empty(B, H, F, V), empty(B, H, F), empty(B, H)), empty(B, dtype=torch.int64)
-        step(q, k, v, *features, *gates, *state, keys, values, index, S, K**-0.5)
+        step_fused(q, k, v, *features, *gates, *state, keys, values, index, S, K**-0.5)
 
     widths = (128, 128, 128), (64, 64, 64), (128, 256, 128), (64, 64, 128), (128, 128, 256)
     settings = [(*width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in widths]

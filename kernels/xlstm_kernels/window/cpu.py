@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from xlstm_kernels.backends.arguments import schema
 from xlstm_kernels.backends.numerics import calculation_dtype, wants_gradients
 from xlstm_kernels.backends.scratch import space_of
-from xlstm_kernels.window.reference import rows_of, visible
+from xlstm_kernels.window.reference import unpadded_rows, visible
 
 # queries per block: a block reads W + rows keys where W are needed, but narrow matrices multiply slowly
 ROWS = {"forward": 128, "backward": 64}
@@ -173,7 +173,7 @@ def banded_forward(q, k, v, scale, window, sinks, index, document):
     dtype, G, every = calculation_dtype(q, k, v), k.shape[2], slice(None)
     h = v.new_empty(*q.shape[:3], v.shape[3])
     space = space_of("window", dtype, q.device)
-    for b, row in enumerate(rows_of(index, document, q)):
+    for b, row in enumerate(unpadded_rows(index, document, q)):
         queries = Heads(q[b], G, row.place)
         keys, values = Keys(k[b], row.place, space, "k"), Keys(v[b], row.place, space, "v")
         out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
@@ -209,7 +209,7 @@ def banded_backward(q, k, v, h, dh, scale, window, sinks, index, document):
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     space = space_of("window", dtype, q.device)
-    for b, row in enumerate(rows_of(index, document, q)):
+    for b, row in enumerate(unpadded_rows(index, document, q)):
         sides = [Heads(x[b], G, row.place) for x in (q, h, dh)]
         keys = [Keys(x[b], row.place, space, name) for x, name in ((k, "k"), (v, "v"))]
         totals = [KeyGradients(x, sinks) for x in keys]

@@ -184,7 +184,7 @@ def backward(q, k, v, h, lse, dh, place, start, end, count, scale, window, sinks
     where, dh = (place, start, end, count), dh.contiguous()
     fresh = torch.empty if place is None else torch.zeros
     dq, dk, dv = (fresh(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
-    delta, far, chunk = prepare(x, h, lse, dh, where)
+    delta, far, chunk = prepare_backward(x, h, lse, dh, where)
     tile, sizes = x.tile(KEYS), (*x.strides, *x.numbers, scale)
     grid, tensors = (tiles(T, tile.sizes["BS"]) * x.lanes[1],), (*x.tensors, dh, lse, delta)
     launch(key_kernel, grid, *tensors, dk, dv, *where, *sizes, **x.constants, tile=tile)
@@ -199,7 +199,7 @@ def backward(q, k, v, h, lse, dh, place, start, end, count, scale, window, sinks
     return dq, dk, dv
 
 
-def prepare(x, h, lse, dh, where):
+def prepare_backward(x, h, lse, dh, where):
     """delta [B, H, T] = <dh, h>, far [B, H, chunks, S, K + V] or None, and the tokens of a chunk."""
     (B, H, T), S, tile = lse.shape, x.sinks, x.tile(PREPARE)
     tile = tile._replace(sizes={"BT": tile.sizes["BT"]})  # one that `using` has set has more sizes
