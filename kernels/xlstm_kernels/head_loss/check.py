@@ -13,10 +13,8 @@ def check_kernel(device, dtype, M):
     from xlstm_kernels.head_loss.triton import rows_step  # needs triton
 
     make, (N, D, V) = torch.Generator().manual_seed(M), (48, 64, max(1000, 2 * M))
-    hidden, weight = (
-        draw_numbers(make, 1, N, D, dtype=dtype, device=device),
-        draw_numbers(make, V, D, dtype=dtype, device=device) / 4,
-    )
+    hidden = draw_numbers(make, 1, N, D, dtype=dtype, device=device)
+    weight = draw_numbers(make, V, D, dtype=dtype, device=device) / 4
     teacher = draw_numbers(make, 1, N, V, dtype=torch.float64, device=device).mul_(3).log_softmax(-1)
     logp, ids = teacher.topk(M, -1)
     labels = torch.randint(V, (1, N), generator=make).to(device)

@@ -200,14 +200,12 @@ def aot_cases():
     def case(M, gradient, V=128256, support=False, softcap=None):
         def run():
             row = {"dtype": torch.float32, "device": "meta"}
-            ids = torch.empty(64, M, dtype=torch.int64, device="meta")
-            entries = (
-                ids[:, 0].contiguous(),
-                ids,
-                torch.empty(64, M, **row),
-                *(torch.empty(64, **row) for _ in range(4)),
+            ids, numbers = (
+                torch.empty(64, M, dtype=torch.int64, device="meta"),
+                [torch.empty(64, **row) for _ in range(4)],
             )
-            rows_step(torch.empty(64, V, **row), Targets(*entries), Rule(support, 1.0, softcap), gradient)
+            targets = Targets(ids[:, 0].contiguous(), ids, torch.empty(64, M, **row), *numbers)
+            rows_step(torch.empty(64, V, **row), targets, Rule(support, 1.0, softcap), gradient)
 
         return run
 
