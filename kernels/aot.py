@@ -22,17 +22,8 @@ import torch
 import triton
 from xlstm_kernels.backends.launch import SHARED, Tile, recording
 
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
 # bytes let pass: 3.7 leaves 8 to 24 in a few entries
 SPILL = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
 OPERATIONS = ("mlstm", "window", "step", "head_loss", "slstm")
@@ -46,7 +37,7 @@ def cases(operation):
     return importlib.import_module(f"xlstm_kernels.{operation}.triton").aot_cases()
 
 
-def described(launch):
+def signature_of(launch):
     """(signature, constants, attributes) as triton's compiler wants them, specialised as at a real start."""
     signature, constants, attributes, args = {}, {}, {}, iter(launch.args)
     for j, name in enumerate(launch.kernel.arg_names):
@@ -70,19 +61,12 @@ def described(launch):
     return signature, constants, attributes
 
 
-def key_of(launch):
-    signature, constants, attributes = described(launch)
-    return launch.kernel.__name__, repr((signature, constants, attributes, launch.tile))
-
-
 def compiled(launch, capability):
     """What one kernel needs on a chip: registers, bytes of stack and shared memory, and if it uses tensor cores."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = described(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = ASTSource(launch.kernel, *signature_of(launch))
     options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages, "enable_fp_fusion": True}
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, usage = result.asm["ptx"], resources(result.asm["cubin"])
@@ -114,7 +98,7 @@ def launches_of(operation, capability, one):
         with recording(capability) as launches:
             case()
         for launch in launches:
-            key = launch.kernel.__name__ if one else key_of(launch)
+            key = launch.kernel.__name__ if one else (launch.kernel, repr((signature_of(launch), launch.tile)))
             if key not in seen:
                 seen.add(key)
                 found.setdefault(name, []).append(launch)
@@ -126,14 +110,8 @@ def examine(job):
     operation, name, capability, one = job
     rows = []
     for launch in launches_of(operation, capability, one)[name]:
-        row = {
-            "operation": operation,
-            "case": name,
-            "kernel": launch.kernel.__name__,
-            "chip": capability,
-            **launch.tile._asdict(),
-        }
-        row |= compiled(launch, capability)
+        row = {"operation": operation, "case": name, "kernel": launch.kernel.__name__, "chip": capability}
+        row |= launch.tile._asdict() | compiled(launch, capability)
         half = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in launch.args)
         red = [f"STACK {row['stack']}"] if row["stack"] > SPILL else []
         room = SHARED[capability] * 1024
@@ -143,24 +121,19 @@ def examine(job):
     return rows
 
 
-def tables_of(operation):
-    """The tile tables of an operation, wherever they stand."""
-    values = list(vars(importlib.import_module(f"xlstm_kernels.{operation}.triton")).values())
-    values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
-
-    def is_table(x):
-        return isinstance(x, dict) and x and all(isinstance(k, tuple) and isinstance(t, Tile) for k, t in x.items())
-
-    return {id(x): x for x in values if is_table(x)}.values()
-
-
 def never_reached(operation, capability):
     """Entries of the operation's tables for a chip that none of its cases looks up."""
     with recording(capability) as launches:
         for _, case in cases(operation):
             case()
+    # the tile tables of the operation, wherever they stand
+    values = list(vars(importlib.import_module(f"xlstm_kernels.{operation}.triton")).values())
+    values += [inner for value in values if isinstance(value, dict) for inner in value.values()]
+    tables = {id(x): x for x in values if isinstance(x, dict) and x}
     missing = []
-    for table in tables_of(operation):
+    for table in tables.values():
+        if not all(isinstance(k, tuple) and isinstance(tile, Tile) for k, tile in table.items()):
+            continue
         row = capability if any(c == capability for c, _, _ in table) else 80
         missing += [key for key in table if key[0] == row and (id(table), key) not in launches.entries]
     return missing

@@ -31,7 +31,7 @@ from xlstm_kernels import MLSTMState, hybrid_step, mix, mlstm, mlstm_step, windo
 from xlstm_kernels.backends.scratch import LOCAL
 
 
-class Setting(NamedTuple):
+class Machine(NamedTuple):
     """What is measured on a kind of device. tolerance: of the largest entry, against float64."""
 
     device: str
@@ -41,54 +41,37 @@ class Setting(NamedTuple):
     tolerance: float
 
 
-SETTINGS = {"cpu": Setting("cpu", torch.float32, 1, 8, 3e-5), "cuda": Setting("cuda", torch.bfloat16, 8, 16, 3e-2)}
+SETTINGS = {"cpu": Machine("cpu", torch.float32, 1, 8, 3e-5), "cuda": Machine("cuda", torch.bfloat16, 8, 16, 3e-2)}
 HERE = SETTINGS["cpu"]
 WINDOW, SINKS = 512, 4
 BASELINES = all_of(WINDOW, SINKS)
 # the longest sequence that a quadratic or copying one is given
 LIMITS = {"native": 8192, "masked": 4096, "sdpa math": 4096, "growing": 32768}
+BOTH = "forward+backward"
 CPU_TARGETS = [  # (what, operation, pass, T, over, candidate, must, aim), d 64
     ("hybrid over SDPA, forward, 4k", "sequence", "forward", 4096, "sdpa", "hybrid", 1.6, 2.0),
     ("hybrid over SDPA, forward, 8k", "sequence", "forward", 8192, "sdpa", "hybrid", 3.0, 4.5),
-    ("hybrid over SDPA, forward+backward, 8k", "sequence", "forward+backward", 8192, "sdpa", "hybrid", 3.0, 4.5),
+    ("hybrid over SDPA, forward+backward, 8k", "sequence", BOTH, 8192, "sdpa", "hybrid", 3.0, 4.5),
     ("mLSTM over transformers' native, forward, 8k", "sequence", "forward", 8192, "native", "mlstm", 2.0, 3.0),
-    (
-        "mLSTM over transformers' native, forward+backward, 8k",
-        "sequence",
-        "forward+backward",
-        8192,
-        "native",
-        "mlstm",
-        4.0,
-        6.0,
-    ),
+    ("mLSTM over transformers' native, forward+backward, 8k", "sequence", BOTH, 8192, "native", "mlstm", 4.0, 6.0),
     ("SDPA over hybrid (cost), forward, 512", "sequence", "forward", 512, "sdpa", "hybrid", 1 / 1.6, 1 / 1.6),
     ("SDPA over hybrid (cost), forward, 256", "sequence", "forward", 256, "sdpa", "hybrid", 1 / 2.5, 1 / 2.5),
     ("decode over a static KV cache, 8k", "decode", "step", 8192, "static", "hybrid", 5.0, 8.0),
     ("decode over a static KV cache, 32k", "decode", "step", 32768, "static", "hybrid", 20.0, 35.0),
-]  # a table, a target in a line
+]
 CUDA_TARGETS = [  # the same, d 128, as ratios in one run
     ("hybrid over SDPA flash, forward, 8k", "sequence", "forward", 8192, "sdpa flash", "hybrid", 3.0, 3.0),
     ("hybrid over SDPA cuDNN, forward, 8k", "sequence", "forward", 8192, "sdpa cudnn", "hybrid", 1.8, 1.8),
     ("mLSTM over mlstm_kernels, forward, 8k", "sequence", "forward", 8192, "mlstm_kernels", "mlstm", 1.5, 1.5),
-    (
-        "mLSTM over mlstm_kernels, forward+backward, 8k",
-        "sequence",
-        "forward+backward",
-        8192,
-        "mlstm_kernels",
-        "mlstm",
-        1.8,
-        1.8,
-    ),
+    ("mLSTM over mlstm_kernels, forward+backward, 8k", "sequence", BOTH, 8192, "mlstm_kernels", "mlstm", 1.8, 1.8),
     ("mLSTM over simple_gla, forward, 8k", "sequence", "forward", 8192, "simple_gla", "mlstm", 1.0, 1.0),
-]  # a table, a target in a line
+]
 H200_MS = [  # (what, pass, candidate, must, aim): ms at most, T 8192, d 128
     ("mLSTM, forward", "forward", "mlstm", 1.1, 0.8),
-    ("mLSTM, forward+backward", "forward+backward", "mlstm", 4.0, 2.8),
+    ("mLSTM, forward+backward", BOTH, "mlstm", 4.0, 2.8),
     ("window, forward", "forward", "window", 0.9, 0.65),
     ("hybrid, forward", "forward", "hybrid", 2.0, 1.5),
-    ("hybrid, forward+backward", "forward+backward", "hybrid", 7.3, 5.2),
+    ("hybrid, forward+backward", BOTH, "hybrid", 7.3, 5.2),
 ]
 
 
@@ -122,14 +105,8 @@ def layer(x, **backends):
     return hybrid({**x, **mapped}, **backends)
 
 
-SEQUENCE = {
-    **BASELINES,
-    "chunkwise": partial(memory, backend="chunkwise"),
-    "window": window,
-    "mlstm": memory,
-    "hybrid": hybrid,
-    "layer": layer,
-}
+SEQUENCE = {**BASELINES, "chunkwise": partial(memory, backend="chunkwise")}
+SEQUENCE |= {"window": window, "mlstm": memory, "hybrid": hybrid, "layer": layer}
 PLAIN = {"window": "reference", "mlstm": "chunkwise"}
 TRUTH = {
     "sdpa": BASELINES["sdpa"],
@@ -192,10 +169,14 @@ def check(d, T=1500):
             results.append({"h": h.detach(), **{n: a.grad for n, a in x.items() if a.grad is not None}})
         errors[name] = max(error(a, results[0][n]) for n, a in results[1].items())
     errors["step"] = check_steps(d)
-    red = {name: e for name, e in errors.items() if not e < HERE.tolerance}
-    if red:
+    return refuse_wrong(errors, HERE.tolerance, f"d={d}: ")
+
+
+def refuse_wrong(errors, allowed, where=""):
+    """The errors, if all of them are below what is allowed."""
+    if red := {name: e for name, e in errors.items() if not e < allowed}:
         raise SystemExit(
-            f"d={d}: no numbers, because these are wrong (error against float64, allowed {HERE.tolerance}): {red}"
+            f"{where}no numbers, because these are wrong (error against float64, allowed {allowed}): {red}"
         )
     return errors
 
@@ -296,24 +277,31 @@ def peak(name, T, d):
     x, dh = tensors(T, d, grad=True), tensors(T, d)["v"].flip(1)
     SEQUENCE[name](tensors(WINDOW + 64, d, grad=True)).sum().backward()  # loads what the first call loads
     LOCAL.__dict__.clear()  # but not the scratch memory, which counts
-    if HERE.device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        held = resident("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    h = SEQUENCE[name](x)
-    h.backward(dh)
-    cpu = HERE.device == "cpu"
-    most = (resident("VmHWM") - held) / 1024 if cpu else (torch.cuda.max_memory_allocated() - held) / 2**20
+
+    def run():
+        h = SEQUENCE[name](x)
+        h.backward(dh)
+        return h
+
+    h, most = peak_of(run)
     results = [h, *(a.grad for a in x.values() if a.grad is not None)]
     return most - sum(a.numel() * a.element_size() for a in results) / 2**20
 
 
-def resident(field):
-    """A line of /proc/self/status in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def peak_of(run):
+    """What a function returns, and the MiB that it needs beyond what was there."""
+    if HERE.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return run(), (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def resident(field):  # a line of /proc/self/status in KiB
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
+    return run(), (resident("VmHWM") - before) / 1024
 
 
 def bench_memory(T, d, skip):
@@ -374,61 +362,37 @@ def surroundings():
         run = subprocess.run(["git", *command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
         return run.stdout.strip()
 
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    settings = {
-        "B": HERE.B,
-        "H": HERE.H,
-        "window": WINDOW,
-        "sinks": SINKS,
-        "dtype": str(HERE.dtype).removeprefix("torch."),
-    }
-    clock = "CPU time of the process" if HERE.device == "cpu" else "GPU events, cache flushed"
+    versions = {name: module.__version__ for name, module in (("torch", torch), ("transformers", transformers))}
+    settings = {"B": HERE.B, "H": HERE.H, "window": WINDOW, "sinks": SINKS, "dtype": str(HERE.dtype)[len("torch.") :]}
+    settings["clock"] = "CPU time of the process" if HERE.device == "cpu" else "GPU events, cache flushed"
     machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if HERE.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     return {
         "machine": machine | {"load_average": os.getloadavg()},
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "kernels")),
-        "settings": settings | {"clock": clock},
+        "settings": settings,
     }
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     integers = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
-    parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu")
-    parser.add_argument(
-        "--lengths",
-        type=integers,
-        default=[256, 512, 1024, 2048, 4096, 8192],
-        help="T of the sequence benchmarks, up to 32768",
-    )
-    parser.add_argument(
-        "--contexts", type=integers, default=[1024, 8192, 32768], help="tokens remembered in the decode benchmarks"
-    )
-    parser.add_argument("--memory", type=integers, default=[8192], help="T of the memory benchmarks")
-    parser.add_argument("--dims", type=integers, default=[64, 128], help="head dims")
-    parser.add_argument(
-        "--kept",
-        type=integers,
-        default=[],
-        help="teacher entries of the head loss benchmark, such as 64,256 (minutes each)",
-    )
-    parser.add_argument("--seconds", type=float, default=10, help="per line of the table, three rounds at least")
-    parser.add_argument(
-        "--skip",
-        type=lambda text: text.split(","),
-        default=["sdpa math", "flex"],
-        help="candidates to leave out, separated by commas; 'sdpa math,flex' by default, which take minutes",
-    )
-    parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--peak", nargs=3, metavar=("CANDIDATE", "T", "D"), help=argparse.SUPPRESS)
+    add, lengths = parser.add_argument, [256, 512, 1024, 2048, 4096, 8192]
+    add("--device", choices=sorted(SETTINGS), default="cpu")
+    add("--lengths", type=integers, default=lengths, help="T of the sequence benchmarks, up to 32768")
+    add("--contexts", type=integers, default=[1024, 8192, 32768], help="tokens remembered in the decode benchmarks")
+    add("--memory", type=integers, default=[8192], help="T of the memory benchmarks")
+    add("--dims", type=integers, default=[64, 128], help="head dims")
+    kept = "teacher entries of the head loss benchmark, such as 64,256 (minutes each)"
+    add("--kept", type=integers, default=[], help=kept)
+    add("--seconds", type=float, default=10, help="per line of the table, three rounds at least")
+    skip = "candidates to leave out, separated by commas; 'sdpa math,flex' by default, which take minutes"
+    add("--skip", type=lambda text: text.split(","), default=["sdpa math", "flex"], help=skip)
+    add("--out", type=Path, help="JSON file")
+    add("--peak", nargs=3, metavar=("CANDIDATE", "T", "D"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -443,10 +407,8 @@ def main():
     result = surroundings() | {"errors": {}, "rows": [], "absent": {}}
     for d in args.dims:
         result["errors"][d] = check(d)
-        print(
-            f"d {d}: errors against float64 " + ", ".join(f"{name} {e:.1e}" for name, e in result["errors"][d].items()),
-            flush=True,
-        )
+        listed = ", ".join(f"{name} {e:.1e}" for name, e in result["errors"][d].items())
+        print(f"d {d}: errors against float64 {listed}", flush=True)
         rows = [(bench_sequence, (T, d, args.seconds, args.skip, result["absent"])) for T in args.lengths]
         rows += [(bench_decode, (N, d, min(args.seconds, 5), args.skip)) for N in args.contexts]
         for bench, settings in rows:
@@ -466,12 +428,17 @@ def main():
     for name, reason in result["absent"].items():
         print(f"not timed: {name}: {reason}")
     result["targets"] = verdicts(result["rows"]) + (head.verdicts(result["head_loss"]) if result["head_loss"] else [])
+    finish(result, args.out)
+
+
+def finish(result, out):
+    """Print which targets are met, and write the result to a JSON file if one is named."""
     for t in result["targets"]:
         width = f", d {t['d']}" if "d" in t else ""
         print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}{width}: {t['figure']} (must {t['must']})")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench import cost, error, resident, surroundings
+from bench import cost, error, finish, peak_of, refuse_wrong, surroundings
 from torch.utils.checkpoint import checkpoint
 from xlstm_kernels import head_loss
 
@@ -110,10 +110,7 @@ def check(N=300, D=64, V=4001, M=64):
         got = step(name, tensors(kept, N, D, V, whole=True))
         want = {"loss": loss.detach(), **{n: a.grad for n, a in leaves.items()}}
         errors[name] = max(error(a, want[n]) for n, a in got.items() if a is not None)
-    red = {name: e for name, e in errors.items() if not e < TOLERANCE}
-    if red:
-        raise SystemExit(f"no numbers, because these are wrong (error against float64, allowed {TOLERANCE}): {red}")
-    return errors
+    return refuse_wrong(errors, TOLERANCE)
 
 
 def bench_time(M, rounds, names, sizes):
@@ -138,10 +135,7 @@ def peak(name, M, sizes):
     x = tensors(M, **sizes)
     if name == "dense":
         x["teacher"] = torch.randn(sizes["N"], sizes["V"])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    held = resident("VmRSS")
-    step(name, x)
-    return (resident("VmHWM") - held) / 1024
+    return peak_of(lambda: step(name, x))[1]
 
 
 def bench_memory(M, names, sizes):
@@ -155,22 +149,14 @@ def bench_memory(M, names, sizes):
 
 def verdicts(rows):
     """Each target that was measured: figure, must, met."""
-    out = []
+    targets = []
     for r in rows:
         if "fused" in r.get("over_gathered", {}):
-            out.append(
-                {
-                    "target": f"fused over gathered (time), M {r['M']}",
-                    "figure": r["over_gathered"]["fused"],
-                    "must": TIME,
-                }
-            )
+            targets.append((f"fused over gathered (time), M {r['M']}", r["over_gathered"]["fused"], TIME))
         if "fused" in r.get("mib", {}):
             beyond = round(r["mib"]["fused"] - r["head_gradient_mib"], 1)
-            out.append(
-                {"target": f"fused: MiB beyond the head's gradient, M {r['M']}", "figure": beyond, "must": EXTRA}
-            )
-    return [t | {"met": t["figure"] <= t["must"]} for t in out]
+            targets.append((f"fused: MiB beyond the head's gradient, M {r['M']}", beyond, EXTRA))
+    return [{"target": what, "figure": figure, "must": must, "met": figure <= must} for what, figure, must in targets]
 
 
 def bench(kept=(64, 256), rounds=3, names=tuple(CANDIDATES), memory=tuple(CANDIDATES), sizes=None):
@@ -187,27 +173,22 @@ def bench(kept=(64, 256), rounds=3, names=tuple(CANDIDATES), memory=tuple(CANDID
 def show(r):
     values, unit = (r["s"], "s") if "s" in r else (r["mib"], "MiB")
     ratio = r.get("over_gathered", {})
-    print(
-        f"{r['operation']:17} N {r['N']} D {r['D']} V {r['V']} M {r['M']:4} {unit}:  "
-        + "  ".join(f"{n} {v:.4g}" + (f" ({ratio[n]:.2f}x)" if n in ratio else "") for n, v in values.items()),
-        flush=True,
-    )
+    cells = "  ".join(f"{n} {v:.4g}" + (f" ({ratio[n]:.2f}x)" if n in ratio else "") for n, v in values.items())
+    print(f"{r['operation']:17} N {r['N']} D {r['D']} V {r['V']} M {r['M']:4} {unit}:  {cells}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = lambda text: tuple(part for part in text.split(",") if part)  # noqa: E731
-    parser.add_argument(
-        "--kept", type=lambda text: [int(M) for M in text.split(",")], default=[64, 256], help="M, teacher entries kept"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--candidates", type=listed, default=tuple(CANDIDATES), help="to time; some minutes a round for all"
-    )
-    parser.add_argument("--memory", type=listed, default=tuple(CANDIDATES), help="candidates whose peak is measured")
-    parser.add_argument("--sizes", type=json.loads, default=SIZES, help="JSON with N, D, V")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "M"), help=argparse.SUPPRESS)
+    add, names = parser.add_argument, tuple(CANDIDATES)
+    integers = lambda text: [int(M) for M in text.split(",")]  # noqa: E731
+    add("--kept", type=integers, default=[64, 256], help="M, teacher entries kept")
+    add("--rounds", type=int, default=3)
+    add("--candidates", type=listed, default=names, help="to time; some minutes a round for all")
+    add("--memory", type=listed, default=names, help="candidates whose peak is measured")
+    add("--sizes", type=json.loads, default=SIZES, help="JSON with N, D, V")
+    add("--out", type=Path, help="JSON file")
+    add("--peak", nargs=2, metavar=("CANDIDATE", "M"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
@@ -218,11 +199,7 @@ def main():
         result["rows"].append(r)
         show(r)
     result["targets"] = verdicts(result["rows"])
-    for t in result["targets"]:
-        print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}: {t['figure']} (must {t['must']})")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

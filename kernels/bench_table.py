@@ -9,17 +9,12 @@ DECODE = ("static", "growing", "window", "mlstm", "hybrid")
 
 
 def table(header, rows):
-    return "\n".join(
-        [
-            "| " + " | ".join(header) + " |",
-            "|---|" + "---:|" * (len(header) - 1),
-            *("| " + " | ".join(r) + " |" for r in rows),
-        ]
-    )
+    head, *lines = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([head, "|---|" + "---:|" * (len(header) - 1), *lines])
 
 
-def number(x, unit=""):
-    return "–" if x is None else f"{x:.3g}{unit}" if x < 100 else f"{x:,.0f}{unit}"
+def number(x):
+    return "–" if x is None else f"{x:.3g}" if x < 100 else f"{x:,.0f}"
 
 
 def sequences(result, d):
@@ -49,10 +44,8 @@ def head_loss(result):
     names = list(dict.fromkeys(n for r in result for n in r.get("s", r.get("mib", {}))))
     lines = []
     for r in result:
-        values = r.get("s") or r["mib"]
-        lines.append(
-            [f"{'s' if 's' in r else 'MiB beyond inputs'}, k {r['M']}", *(number(values.get(n)) for n in names)]
-        )
+        values, unit = (r["s"], "s") if "s" in r else (r["mib"], "MiB beyond inputs")
+        lines.append([f"{unit}, k {r['M']}", *(number(values.get(n)) for n in names)])
     return table(["head loss, forward+backward", *names], lines)
 
 

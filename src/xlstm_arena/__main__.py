@@ -1,5 +1,6 @@
 """`python -m xlstm_arena`: the same teacher, the same budget, every method."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -38,32 +39,26 @@ def arena(
     what is missing.
     """
     from xlstm_arena.arms import load_arena
-    from xlstm_arena.report import write_report
-    from xlstm_arena.runner import check_settings, choose_jobs, run
+    from xlstm_arena.report import write_arena_report
+    from xlstm_arena.runner import check_trainer_settings, choose_jobs, run_jobs
     from xlstm_arena.summary import summarise
     from xlstm_arena.teacher import provide
 
     chosen = load_arena(settings)
     provide(chosen, teacher or list(chosen.teachers)[:1], out, make=not (list_only or report_only))
-    jobs = choose_jobs(chosen, out, only, numbers(seeds), tier, teacher)
+    jobs = choose_jobs(chosen, out, only, seed_numbers(seeds), tier, teacher)
     if list_only:
-        show(chosen, jobs)
+        list_arms(chosen, jobs)
         return
     if not report_only:
-        check_settings(chosen, dict.fromkeys(job.arm for job in jobs))
-        states = run(chosen, jobs, workers=workers, minutes=budget_minutes, redo=redo)
-        print(
-            ", ".join(
-                f"{count} {state}"
-                for state in dict.fromkeys(states.values())
-                if (count := list(states.values()).count(state))
-            )
-        )
-    files = write_report(summarise(chosen, out), docs or out)
+        check_trainer_settings(chosen, dict.fromkeys(job.arm for job in jobs))
+        states = run_jobs(chosen, jobs, workers=workers, minutes=budget_minutes, redo=redo)
+        print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()))
+    files = write_arena_report(summarise(chosen, out), docs or out)
     print(f"wrote {', '.join(files)} in {docs or out}")
 
 
-def numbers(text):
+def seed_numbers(text):
     from xlstm_hybrid.errors import ConfigError
 
     if text is None:
@@ -73,7 +68,7 @@ def numbers(text):
     return [int(part) for part in text.split(",")]
 
 
-def show(chosen, jobs):
+def list_arms(chosen, jobs):
     """A table of the arms: tier, tokens, and how many seeds are done."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

@@ -28,11 +28,10 @@ SHORT_LENGTH = 28  # tokens of a short test: inside every window of the arena
 TEXT_SPAN = (4, 16)  # words of one segment of text in a training row
 
 
-def text(rng, count, start=None):
-    """`count` words of the chain, after the word `start`."""
-    word, words = rng.integers(256) if start is None else start - WORDS[0], []
-    picks = np.searchsorted(CHANCES.cumsum()[:-1], rng.random(count), side="right")
-    for pick in picks:
+def text(rng, count):
+    """`count` words of the chain."""
+    word, words = rng.integers(256), []
+    for pick in np.searchsorted(CHANCES.cumsum()[:-1], rng.random(count), side="right"):
         word = SUCCESSORS[word, pick] - WORDS[0]
         words.append(int(word) + WORDS[0])
     return words
@@ -54,7 +53,7 @@ def short_task(rng, kind):
 # --- training rows ---------------------------------------------------------------------------------------------
 
 
-def document(rng, length, recall_share, most_facts=96):
+def training_document(rng, length, recall_share, most_facts=96):
     """`(ids, labels)` of one document: lists of `length`; labels are -100 for words that nothing before them tells."""
     facts, ids, labels = {}, [BOS], [-100]
     keys, kinds = rng.permutation(len(KEYS))[:most_facts] + KEYS[0], ("copy", "reverse", "add", "max")
@@ -89,12 +88,11 @@ def rows(seed, length, count, recall_share=0.35):
         DataError: a length below 2, no rows, or a share off [0, 1].
     """
     if length < 2 or count < 1 or not 0 <= recall_share <= 1:
-        raise DataError(
-            f"length={length}, count={count}, recall_share={recall_share}: expected at least 2 tokens, 1 row, and a share from 0 to 1"
-        )
+        expected = "expected at least 2 tokens, 1 row, and a share from 0 to 1"
+        raise DataError(f"length={length}, count={count}, recall_share={recall_share}: {expected}")
     rng = np.random.default_rng([seed, length, 1])
-    made = (document(rng, length, recall_share) for _ in range(count))
-    return [{"input_ids": ids, "labels": labels} for ids, labels in made]
+    documents = (training_document(rng, length, recall_share) for _ in range(count))
+    return [{"input_ids": ids, "labels": labels} for ids, labels in documents]
 
 
 # --- tests -----------------------------------------------------------------------------------------------------
@@ -115,21 +113,17 @@ def tests(kind, length, count, seed=0):
         DataError: no such kind, or a length that the kind does not fit in.
     """
     if kind not in (*LONG, *SHORT) or (kind in LONG and length < 48):
-        raise DataError(
-            f"kind={kind!r}, length={length}: expected one of {', '.join((*LONG, *SHORT))}, and at least 48 tokens for {', '.join(LONG)}"
-        )
+        expected = f"one of {', '.join((*LONG, *SHORT))}, and at least 48 tokens for {', '.join(LONG)}"
+        raise DataError(f"kind={kind!r}, length={length}: expected {expected}")
     rng = np.random.default_rng([seed, length, 2, (*LONG, *SHORT).index(kind)])
     made = [long_test(rng, kind, length) if kind in LONG else short_test(rng, kind) for _ in range(count)]
-    return {
-        name: torch.tensor([row[j] for row in made])
-        for j, name in enumerate(("input_ids", "answer_at", "answers", "depth"))
-    }
+    names = ("input_ids", "answer_at", "answers", "depth")
+    return {name: torch.tensor([row[j] for row in made]) for j, name in enumerate(names)}
 
 
 def long_test(rng, kind, length):
-    facts, asked = {"single": (1, 1), "multikey": (8, 4), "multiquery": (min(96, length // 16), min(4, length // 16))}[
-        kind
-    ]
+    many = length // 16
+    facts, asked = {"single": (1, 1), "multikey": (8, 4), "multiquery": (min(96, many), min(4, many))}[kind]
     body = length - 1 - 3 * asked  # tokens between BOS and the first question
     keys = (rng.permutation(len(KEYS))[:facts] + KEYS[0]).tolist()
     values = (rng.integers(len(VALUES), size=facts) + VALUES[0]).tolist()
@@ -150,8 +144,7 @@ def long_test(rng, kind, length):
 def short_test(rng, kind):
     if kind == "text":  # the likeliest next word
         words = text(rng, SHORT_LENGTH - 1)
-        at = list(range(SHORT_LENGTH - 8, SHORT_LENGTH))
-        ids = [BOS, *words]
+        at, ids = list(range(SHORT_LENGTH - 8, SHORT_LENGTH)), [BOS, *words]
         return ids, at, [int(SUCCESSORS[ids[a] - WORDS[0], 0]) for a in at], [0] * len(at)
     if kind == "lookup":
         keys = (rng.permutation(len(KEYS))[:4] + KEYS[0]).tolist()

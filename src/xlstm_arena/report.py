@@ -1,4 +1,4 @@
-"""The arena's report: `arena.md`, pictures and `results.json`, all from one summary; words are in `report_template.md`."""
+"""The arena's report: `arena.md`, pictures and `results.json` from one summary; its words: `report_template.md`."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 
 from xlstm_arena.arms import TEACHER
-from xlstm_arena.summary import MAIN, accuracy, pareto, rounded
+from xlstm_arena.summary import MAIN, accuracy, pareto, rounded_json
 from xlstm_hybrid.checkpoint.files import markdown_table, write_file
 from xlstm_hybrid.reports.plots import FAINT, GREY, INK, MEANING, PALETTE, label_ends, legible
 from xlstm_hybrid.reports.run import as_png, figure
@@ -19,7 +19,7 @@ KINDS = ("single", "multikey", "multiquery")
 # --- words -------------------------------------------------------------------------------------------------------
 
 
-def share(value, places=2):
+def decimal(value, places=2):
     """0.5 as .50; a dash for None."""
     if value is None:
         return NONE
@@ -32,13 +32,14 @@ def with_interval(found, places=2):
     if found is None:
         return NONE
     if found["low"] is None:
-        return share(found["mean"], places)
+        return decimal(found["mean"], places)
+    mean, low, high = (decimal(found[name], places) for name in ("mean", "low", "high"))
     if found["over"] == "seeds":
-        return f"{share(found['mean'], places)} ± {share(found['high'] - found['mean'], places)}"
-    return f"{share(found['mean'], places)}° [{share(found['low'], places)}, {share(found['high'], places)}]"
+        return f"{mean} ± {decimal(found['high'] - found['mean'], places)}"
+    return f"{mean}° [{low}, {high}]"
 
 
-def size(count):
+def kilobytes(count):
     """Bytes in kB of a thousand."""
     return NONE if count is None else f"{count / 1000:.1f} kB"
 
@@ -58,44 +59,24 @@ def first_teacher(summary):
 
 
 def show_main(summary, teacher):
-    W, at = summary["window"], [length for length in (8, 16, 64) if length * summary["window"] in summary["lengths"]]
-    last = str(summary["lengths"][-1])
-    head = [
-        "arm",
-        "seeds",
-        "C_0",
-        "α*",
-        "short",
-        *(f"{kind} {n} W (excess)" for kind in KINDS for n in at[1:2] or at[:1]),
-        f"cache at {in_windows(int(last), W)}",
-        "M tokens",
-        "CPU min",
-        "CPU / reference's",
-        "perplexity",
-    ]
+    W, last, rows = summary["window"], summary["lengths"][-1], main_rows(summary, teacher)
+    at = [n for n in (8, 16, 64) if n * W in summary["lengths"]]
+    at = at[1:2] or at[:1]  # windows of the recall's columns
+    recall = [f"{kind} {n} W (excess)" for kind in KINDS for n in at]
+    costs = ["M tokens", "CPU min", "CPU / reference's"]
+    head = ["arm", "seeds", "C_0", "α*", "short", *recall, f"cache at {in_windows(last, W)}", *costs, "perplexity"]
+    usual = next((mean(row["cpu_seconds"]) for row in rows if row["name"] == summary["reference"]), None)
+    units = (("tokens", 1e6), ("cpu_seconds", 60), ("cpu_seconds", usual or math.inf))
     table = [head]
-    usual = next(
-        (mean(row["cpu_seconds"]) for row in main_rows(summary, teacher) if row["name"] == summary["reference"]), None
-    )
-    for row in main_rows(summary, teacher):
-        cells = [row["recall"][kind][str(n * W)] for kind in KINDS for n in at[1:2] or at[:1]]
-        cost = [
-            scaled(row[key], by)
-            for key, by in (("tokens", 1e6), ("cpu_seconds", 60), ("cpu_seconds", usual or math.inf))
-        ]
-        table.append(
-            [
-                row["name"],
-                len(row["seeds"]),
-                share(row.get("c_0")),
-                share(row.get("alpha_star"), 3),
-                with_interval(row["short"], 3),
-                *(f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})" for c in cells),
-                size(row["cache_bytes"].get(last)),
-                *(cost if row["row"] == MAIN and row["name"] != TEACHER else [NONE] * 3),
-                share(mean(row["perplexity"]), 3),
-            ]
-        )
+    for row in rows:
+        line = [row["name"], len(row["seeds"]), decimal(row.get("c_0")), decimal(row.get("alpha_star"), 3)]
+        line += [with_interval(row["short"], 3)]
+        line += [accuracy_and_excess(row, kind, n * W) for kind in KINDS for n in at]
+        line += [kilobytes(row["cache_bytes"].get(str(last)))]
+        trained = row["row"] == MAIN and row["name"] != TEACHER
+        for key, unit in units:
+            line.append(f"{row[key]['mean'] / unit:.2f}" if trained and row[key] is not None else NONE)
+        table.append([*line, decimal(mean(row["perplexity"]), 3)])
     return markdown_table(table)
 
 
@@ -103,8 +84,9 @@ def mean(found):
     return None if found is None else found["mean"]
 
 
-def scaled(found, by):
-    return NONE if found is None else f"{found['mean'] / by:.2f}"
+def accuracy_and_excess(row, kind, length):
+    cell = row["recall"][kind][str(length)]
+    return f"{with_interval(cell['accuracy'])} ({decimal(mean(cell['excess']))})"
 
 
 def length_head(summary):
@@ -114,38 +96,31 @@ def length_head(summary):
 
 def show_accuracy(summary, teacher, kind):
     """Accuracy ± interval (excess) at every length, under the coverage."""
-    covered = [share(min(1.0, (summary["window"] + summary["sinks"]) / length)) for length in summary["lengths"]]
-    cell = lambda c: f"{with_interval(c['accuracy'])} ({share(mean(c['excess']))})"  # noqa: E731
+    lengths = summary["lengths"]
+    covered = [decimal(min(1.0, (summary["window"] + summary["sinks"]) / length)) for length in lengths]
     table = [length_head(summary), ["(coverage c of W + sinks)", *covered]]
-    table += [
-        [row["name"], *(cell(row["recall"][kind][str(n)]) for n in summary["lengths"])]
-        for row in main_rows(summary, teacher)
-    ]
+    for row in main_rows(summary, teacher):
+        table.append([row["name"], *(accuracy_and_excess(row, kind, n) for n in lengths)])
     return f"**{kind}: accuracy ± interval (excess)**\n\n{markdown_table(table)}"
 
 
 def show_cache(summary, teacher):
     table = [length_head(summary)]
-    table += [
-        [row["name"], *(size(row["cache_bytes"].get(str(n))) for n in summary["lengths"])]
-        for row in main_rows(summary, teacher)
-    ]
+    for row in main_rows(summary, teacher):
+        table.append([row["name"], *(kilobytes(row["cache_bytes"].get(str(n))) for n in summary["lengths"])])
     return f"**Cache of one sequence**\n\n{markdown_table(table)}"
 
 
 def show_recall(summary, teacher):
     """Two tables per kind, accuracy and `beyond`, then the caches and the short tasks."""
-    parts, head = [], length_head(summary)
-    rows = main_rows(summary, teacher)
+    parts, rows = [], main_rows(summary, teacher)
     for kind in KINDS:
-        beyond = [
-            [row["name"], *(share(mean(row["recall"][kind][str(n)]["beyond"])) for n in summary["lengths"])]
-            for row in rows
-        ]
-        parts += [
-            show_accuracy(summary, teacher, kind),
-            f"**{kind}: accuracy on facts beyond the window**\n\n{markdown_table([head, *beyond])}",
-        ]
+        table = [length_head(summary)]
+        for row in rows:
+            cells = row["recall"][kind]
+            table.append([row["name"], *(decimal(mean(cells[str(n)]["beyond"])) for n in summary["lengths"])])
+        beyond = f"**{kind}: accuracy on facts beyond the window**\n\n{markdown_table(table)}"
+        parts += [show_accuracy(summary, teacher, kind), beyond]
     parts.append(show_cache(summary, teacher))
     tasks = list(rows[0]["tasks"])
     table = [["arm", *tasks], *([row["name"], *(with_interval(row["tasks"][t], 3) for t in tasks)] for row in rows)]
@@ -163,24 +138,17 @@ def show_branches(summary, teacher):
         table = [["row", *(f"{a}–{b - 1}" for a, b in spans)]]
         for row in rows:
             found = {(p["from"], p["to"]): p["accuracy"] for p in row["by_distance"][kind]}
-            table.append([row["name"], *(share(found.get(span)) for span in spans)])
-        parts.append(
-            f"**{kind}: accuracy by distance from fact to question, tokens, all lengths and seeds together**\n\n{markdown_table(table)}"
-        )
+            table.append([row["name"], *(decimal(found.get(span)) for span in spans)])
+        title = f"**{kind}: accuracy by distance from fact to question, tokens, all lengths and seeds together**"
+        parts.append(f"{title}\n\n{markdown_table(table)}")
     return "\n\n".join(parts)
 
 
 def show_levers(summary, teacher):
     table = [["arm", "single, excess gained", "multikey, excess gained", "worth a GPU"]]
     for lever in (e for e in summary["levers"] if e["teacher"] == teacher):
-        table.append(
-            [
-                lever["name"],
-                with_interval(lever["single"]),
-                with_interval(lever["multikey"]),
-                "yes" if lever["worth_a_gpu"] else "no",
-            ]
-        )
+        gains, worth = [with_interval(lever[kind]) for kind in KINDS[:2]], "yes" if lever["worth_a_gpu"] else "no"
+        table.append([lever["name"], *gains, worth])
     return markdown_table(table) if len(table) > 1 else "Nothing to compare yet."
 
 
@@ -188,56 +156,39 @@ def show_goals(summary, teacher):
     """Both goals; of the arms that miss one, only the nearest are named."""
     texts = {
         "constant": "Constant memory: single ≥ .95 at 32 W within 2x the bytes of the reference, and C_0 ≥ .5.",
-        "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, C_0 ≥ .5.",
+        "growing": "Growing memory: single ≥ .95 and multikey ≥ .60 of the teacher's at 64 W with ≤ 5 % of its bytes, "
+        "C_0 ≥ .5.",
     }
     parts = []
     for goal, text in texts.items():
         found = [g for g in summary["goals"] if g["goal"] == goal and g["teacher"] == teacher]
         met = [g["name"] for g in found if g["met"]]
-        more = ["multikey / teacher's"] if goal == "growing" else []
-        table = [
-            ["arm", "single", *more, "bytes / reference's" if goal == "constant" else "bytes / teacher's", "C_0", "met"]
-        ]
+        growing = goal == "growing"
+        heads = ["multikey / teacher's", "bytes / teacher's"] if growing else ["bytes / reference's"]
+        table = [["arm", "single", *heads, "C_0", "met"]]
         for g in sorted(found, key=lambda g: (-g["met"], -g["single"]))[:8]:
-            more = [share(g["multikey"])] if goal == "growing" else []
-            table.append(
-                [
-                    g["name"],
-                    share(g["single"]),
-                    *more,
-                    f"{g['bytes']:.3f}",
-                    share(g["c_0"]),
-                    "yes" if g["met"] else "no",
-                ]
-            )
+            more = [decimal(g["multikey"])] if growing else []
+            cells = [decimal(g["single"]), *more, f"{g['bytes']:.3f}", decimal(g["c_0"])]
+            table.append([g["name"], *cells, "yes" if g["met"] else "no"])
         outcome = f"Met by {', '.join(met)}." if met else "Met by no arm." if found else "No figures yet."
         shape = summary["teachers"][teacher]["shape"]
         one = 1 / (shape["layers"] * shape["groups"])
-        if goal == "growing" and one > 0.05:
-            outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group can meet it here."
-        parts.append(
-            f"{text} **{outcome}**"
-            + (f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else "")
-        )
+        if growing and one > 0.05:
+            outcome += f" One key/value group of one layer is already {one:.1%} of this teacher's cache: no kept group "
+            outcome += "can meet it here."
+        nearest = f" The arms that come nearest, by single:\n\n{markdown_table(table)}" if found else ""
+        parts.append(f"{text} **{outcome}**{nearest}")
     return "\n\n".join(parts)
 
 
 def show_orderings(summary):
     """Every ordering on the first teacher, on the others those that were run."""
     table = [["published", "source", "teacher", "measure", "better", "worse", "difference", "here"]]
-    for e in (e for e in summary["orderings"] if e["difference"] is not None or e["teacher"] == first_teacher(summary)):
-        table.append(
-            [
-                e["claim"],
-                e["source"],
-                e["teacher"],
-                e["measure"],
-                e["better"],
-                e["worse"],
-                with_interval(e["difference"], 3),
-                e["verdict"],
-            ]
-        )
+    columns = ("claim", "source", "teacher", "measure", "better", "worse", "difference", "verdict")
+    for e in summary["orderings"]:
+        if e["difference"] is not None or e["teacher"] == first_teacher(summary):
+            e = e | {"difference": with_interval(e["difference"], 3)}
+            table.append([e[name] for name in columns])
     return markdown_table(table) if len(table) > 1 else "No results yet."
 
 
@@ -245,17 +196,13 @@ def show_missing(summary):
     """Arms without results: failed, stale, or runnable and not run; where few were run, those are named instead."""
     lines = []
     for teacher, content in summary["teachers"].items():
-        ran = [row["name"] for row in content["rows"] if row["row"] == MAIN]
-        if len(content["missing"]) > 2 * len(ran):
-            lines.append(
-                f"- {teacher}: runnable, not run: all {len(content['missing'])} but {', '.join(ran) or 'none'}"
-            )
-        elif content["missing"]:
-            lines.append(f"- {teacher}: runnable, not run: {', '.join(content['missing'])}")
+        ran, missing = [row["name"] for row in content["rows"] if row["row"] == MAIN], content["missing"]
+        if len(missing) > 2 * len(ran):
+            missing = [f"all {len(missing)} but {', '.join(ran) or 'none'}"]
+        lines += [f"- {teacher}: runnable, not run: {', '.join(missing)}"] if missing else []
         if content["stale"]:
-            lines.append(
-                f"- {teacher}: made from other settings than the present ones, left out: {', '.join(content['stale'])}"
-            )
+            stale = ", ".join(content["stale"])
+            lines.append(f"- {teacher}: made from other settings than the present ones, left out: {stale}")
         lines += [f"- {job}: failed: {error}" for job, error in content["failed"].items()]
     return "\n".join(lines) or "Nothing: every arm has results on every teacher."
 
@@ -285,40 +232,30 @@ def show_others(summary, teacher, shown):
     """
     parts = []
     for name in others_of(summary, teacher):
-        shape, recall = summary["teachers"][name]["shape"], [show_accuracy(summary, name, kind) for kind in KINDS]
         drawn = shown([f"{name}_{what}.png" for what in (*KINDS[:2], "front")])
-        parts += [
-            f"### {name}",
-            shown_shape(shape),
-            show_main(summary, name),
-            drawn,
-            *recall,
-            show_cache(summary, name),
-            show_goals(summary, name),
-        ]
+        parts += [f"### {name}", shown_shape(summary["teachers"][name]["shape"]), show_main(summary, name), drawn]
+        parts += [show_accuracy(summary, name, kind) for kind in KINDS]
+        parts += [show_cache(summary, name), show_goals(summary, name)]
     return "\n\n".join(parts) or "No arm has been run on another teacher yet."
 
 
 def shown_shape(shape):
-    heads = f"{shape['heads']} heads of {shape['head_dim']} dims"
-    return f"{shape['parameters'] / 1e6:.2f} M parameters: {shape['layers']} layers of {heads} in {shape['groups']} key/value groups."
+    heads = f"{shape['heads']} heads of {shape['head_dim']} dims in {shape['groups']} key/value groups"
+    return f"{shape['parameters'] / 1e6:.2f} M parameters: {shape['layers']} layers of {heads}."
 
 
 def show_setting(summary, teacher):
-    setting, judge = summary["setting"], next((r for r in main_rows(summary, teacher) if r["name"] == TEACHER), None)
-    student = ", ".join(f"{k} {v}" for k, v in setting["student"].items())
-    shape, seeds = shown_shape(summary["teachers"][teacher]["shape"]), ", ".join(map(str, summary["seeds"]))
-    lines = [f"Teacher: {teacher}, {shape} Students: {student}. Seeds {seeds}.", ""]
+    listed = lambda fields: ", ".join(f"{k} {v}" for k, v in fields.items())  # noqa: E731
+    setting, seeds = summary["setting"], ", ".join(map(str, summary["seeds"]))
+    shape = shown_shape(summary["teachers"][teacher]["shape"])
+    lines = [f"Teacher: {teacher}, {shape} Students: {listed(setting['student'])}. Seeds {seeds}.", ""]
     for stage, title in (("align", "Stage I"), ("distill", "Stage II")):
-        fields = {**setting["data"], **setting[stage]}
-        lines.append(f"- {title}: {', '.join(f'{k} {v}' for k, v in fields.items())}")
-    lines.append(f"- Tests: {', '.join(f'{k} {v}' for k, v in setting['evaluate'].items())}")
-    if judge:
-        worst = {kind: min((accuracy(judge, kind, str(n)), n) for n in summary["lengths"]) for kind in KINDS}
-        lines.append(
-            "- The teacher's own recall, at its worst length: "
-            + ", ".join(f"{k} {share(a, 3)} (L = {n})" for k, (a, n) in worst.items())
-        )
+        lines.append(f"- {title}: {listed({**setting['data'], **setting[stage]})}")
+    lines.append(f"- Tests: {listed(setting['evaluate'])}")
+    if row := next((r for r in main_rows(summary, teacher) if r["name"] == TEACHER), None):
+        worst = {kind: min((accuracy(row, kind, str(n)), n) for n in summary["lengths"]) for kind in KINDS}
+        figures = ", ".join(f"{k} {decimal(a, 3)} (L = {n})" for k, (a, n) in worst.items())
+        lines.append(f"- The teacher's own recall, at its worst length: {figures}")
     return "\n".join(lines)
 
 
@@ -347,27 +284,20 @@ def coloured(names):
     return found
 
 
-def draw_curves(summary, teacher, kind):
+def draw_recall(summary, teacher, kind):
     """Accuracy against length: a line per arm of the first tier, those of `COLOURS` with their names, over the
     coverage.
     """
-    W, lengths, rows = (
-        summary["window"],
-        summary["lengths"],
-        [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1],
-    )
+    W, lengths = summary["window"], summary["lengths"]
+    rows = [r for r in main_rows(summary, teacher) if r["row"] == MAIN and r["tier"] == 1]
     colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
-    made, (axes,) = figure(width=7, height=4.2)
+    drawing, (axes,) = figure(width=7, height=4.2)
     x, ends = [n / W for n in lengths], []
     axes.fill_between(x, [min(1, (W + summary["sinks"]) / n) for n in lengths], color="#ebebeb", zorder=0)
     axes.annotate("coverage", (x[0], 0.03), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=9)
     axes.set_xscale("log", base=2)
-    axes.set(
-        xlabel="length of the context, windows",
-        ylabel="accuracy",
-        ylim=(-0.03, 1.04),
-        title=f"Recall against length: {kind}",
-    )
+    axes.set(xlabel="length of the context, windows", ylabel="accuracy", ylim=(-0.03, 1.04))
+    axes.set(title=f"Recall against length: {kind}")
     axes.set_xticks(x, [f"{n:g}" for n in x])
     axes.set_xlim(x[0] / 1.1, x[-1])
     for row in rows:
@@ -379,30 +309,12 @@ def draw_curves(summary, teacher, kind):
             axes.plot(x, heights, "o", color=colour, markersize=3.5, zorder=3, clip_on=False)
         if colour and cells[0]["over"] == "seeds":
             low, high = ([min(max(c[side], 0), 1) for c in cells] for side in ("low", "high"))
-            axes.vlines(
-                [a * 1.012 ** (len(ends) - 1 - len(colours) / 2) for a in x],
-                low,
-                high,
-                color=colour,
-                alpha=0.4,
-                linewidth=1.2,
-                zorder=2,
-            )
-    if others := [
-        row["recall"][kind][str(lengths[-1])]["accuracy"]["mean"] for row in rows if row["name"] not in colours
-    ]:
+            places = [a * 1.012 ** (len(ends) - 1 - len(colours) / 2) for a in x]
+            axes.vlines(places, low, high, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
+    if others := [accuracy(row, kind, str(lengths[-1])) for row in rows if row["name"] not in colours]:
         ends.append((sum(others) / len(others), f"{len(others)} more arms", GREY))
     label_ends(axes, ends)
-    return made
-
-
-def points_of(summary, teacher, kind, length):
-    """[(name, bytes, accuracy)] of the rows that have a cache."""
-    return [
-        (row["name"], row["cache_bytes"][str(length)], accuracy(row, kind, str(length)))
-        for row in main_rows(summary, teacher)
-        if str(length) in row["cache_bytes"]
-    ]
+    return drawing
 
 
 def dot(axes, x, y, name, colour, beside=True):
@@ -412,18 +324,17 @@ def dot(axes, x, y, name, colour, beside=True):
         axes.annotate(name, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=9, color=legible(colour))
 
 
-def draw_front(summary, teacher, length):
+def draw_pareto(summary, teacher, length):
     """Recall against bytes with the Pareto front, single above multikey; what is on the front or in `COLOURS` has a
     name.
     """
-    made, panels = figure(rows=2, width=7, height=7.4)
+    drawing, panels = figure(rows=2, width=7, height=7.4)
+    at, rows = str(length), [row for row in main_rows(summary, teacher) if str(length) in row["cache_bytes"]]
     for axes, kind in zip(panels, ("single", "multikey"), strict=True):
-        points = points_of(summary, teacher, kind, length)
+        points = [(row["name"], row["cache_bytes"][at], accuracy(row, kind, at)) for row in rows]
         front, colours = pareto(points), coloured(name for name, *_ in points if name in COLOURS)
-        line = sorted((b, a) for name, b, a in points if name in front)
-        axes.plot(
-            [b for b, _ in line], [a for _, a in line], drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=2
-        )
+        line = zip(*sorted((b, a) for name, b, a in points if name in front), strict=True)
+        axes.plot(*line, drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=2)
         c, named = min(1, (summary["window"] + summary["sinks"]) / length), set()
         for name, b, a in points:
             colour = colours.get(name) or (INK if name in front and (b, a) not in named else None)
@@ -435,38 +346,27 @@ def draw_front(summary, teacher, length):
         axes.margins(x=0.12)
         axes.set(ylabel="accuracy", ylim=(-0.03, 1.08), title=f"{kind} at {in_windows(length, summary['window'])}")
     panels[-1].set_xlabel("bytes of one sequence's cache (line: the front; dotted: the coverage)")
-    return made
+    return drawing
 
 
 def draw_cost(summary, teacher):
     """The second view: what training cost against what came of it, short tasks above multikey at 16 W."""
-    length, made = 16 * summary["window"], None
-    rows = [
-        r
-        for r in main_rows(summary, teacher)
-        if r["row"] == MAIN and r["name"] != TEACHER and r["cpu_seconds"] is not None
-    ]
-    if length in summary["lengths"] and rows:
-        made, panels = figure(rows=2, width=7, height=6.4)
-        colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
-        marks = {
-            "short": lambda r: r["short"]["mean"],
-            f"multikey at {in_windows(length, summary['window'])}": lambda r: accuracy(r, "multikey", str(length)),
-        }
-        for axes, (title, value) in zip(panels, marks.items(), strict=True):
-            for row in rows:
-                dot(
-                    axes,
-                    row["cpu_seconds"]["mean"] / 60,
-                    value(row),
-                    row["name"],
-                    colours.get(row["name"]),
-                    beside=title != "short",
-                )
-            axes.margins(x=0.12)
-            axes.set(ylabel="accuracy", title=title)
-        panels[-1].set_xlabel("CPU minutes of training")
-    return made
+    length, rows = 16 * summary["window"], [r for r in main_rows(summary, teacher) if r["row"] == MAIN]
+    rows = [r for r in rows if r["name"] != TEACHER and r["cpu_seconds"] is not None]
+    if length not in summary["lengths"] or not rows:
+        return None
+    drawing, panels = figure(rows=2, width=7, height=6.4)
+    colours = coloured(row["name"] for row in rows if row["name"] in COLOURS)
+    multikey = f"multikey at {in_windows(length, summary['window'])}"
+    for axes, title in zip(panels, ("short", multikey), strict=True):
+        for row in rows:
+            height = row["short"]["mean"] if title == "short" else accuracy(row, "multikey", str(length))
+            place = row["cpu_seconds"]["mean"] / 60, height
+            dot(axes, *place, row["name"], colours.get(row["name"]), beside=title != "short")
+        axes.margins(x=0.12)
+        axes.set(ylabel="accuracy", title=title)
+    panels[-1].set_xlabel("CPU minutes of training")
+    return drawing
 
 
 def draw_distances(summary, teacher):
@@ -474,67 +374,54 @@ def draw_distances(summary, teacher):
     rows = [row for row in main_rows(summary, teacher) if row["arm"] == summary["reference"]]
     if len(rows) < 2:
         return None
-    made, panels = figure(rows=len(KINDS), width=7, height=8)
+    drawing, panels = figure(rows=len(KINDS), width=7, height=8)
     colours = {row["name"]: COLOURS.get(row["name"]) or PALETTE[j % len(PALETTE)] for j, row in enumerate(rows)}
     for axes, kind in zip(panels, KINDS, strict=True):
+        ends = []
         for row in rows:
-            parts = row["by_distance"][kind]
-            axes.plot(
-                [math.sqrt(max(p["from"], 8) * p["to"]) for p in parts],
-                [p["accuracy"] for p in parts],
-                "o-",
-                color=colours[row["name"]],
-            )
+            parts, colour = row["by_distance"][kind], colours[row["name"]]
+            middles = [math.sqrt(max(p["from"], 8) * p["to"]) for p in parts]
+            axes.plot(middles, [p["accuracy"] for p in parts], "o-", color=colour)
+            ends.append((parts[-1]["accuracy"], row["name"], colour))
         axes.axvline(summary["window"], color=GREY, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(
-            ylabel="accuracy",
-            ylim=(-0.03, 1.04),
-            title=kind,
-            xlim=(axes.get_xlim()[0], max(max(line.get_xdata()) for line in axes.lines)),
-        )
-        label_ends(
-            axes,
-            [(row["by_distance"][kind][-1]["accuracy"], row["name"], colours[row["name"]]) for row in rows],
-            gap=0.11,
-        )
+        right = max(max(line.get_xdata()) for line in axes.lines)
+        axes.set(ylabel="accuracy", ylim=(-0.03, 1.04), title=kind, xlim=(axes.get_xlim()[0], right))
+        label_ends(axes, ends, gap=0.11)
     panels[-1].set_xlabel("distance from fact to question, tokens (line: the window)")
-    return made
+    return drawing
 
 
 def pictures(summary, teacher):
-    """{file: (drawing, caption)} of what there is to draw."""
-    W, lengths = summary["window"], summary["lengths"]
-    found = {}
+    """{file: (function of the summary that draws, caption)} of what there is to draw."""
+    W, last, found = summary["window"], summary["lengths"][-1], {}
+
+    def add(file, caption, draw, *args):
+        found[f"{file}.png"] = (lambda s: draw(s, *args), caption)
+
     for kind in KINDS:
-        draw = lambda s, kind=kind: draw_curves(s, teacher, kind)  # noqa: E731
-        found[f"{kind}.png"] = (draw, f"Recall against length, {kind}; grey area: the coverage.")
-    found["branches.png"] = (
-        lambda s: draw_distances(s, teacher),
-        "Accuracy by distance with one branch at a time; the line is the window.",
-    )
-    found["cost.png"] = (lambda s: draw_cost(s, teacher), "Short tasks and multikey against CPU minutes of training.")
+        add(kind, f"Recall against length, {kind}; grey area: the coverage.", draw_recall, teacher, kind)
+    branches = "Accuracy by distance with one branch at a time; the line is the window."
+    add("branches", branches, draw_distances, teacher)
+    add("cost", "Short tasks and multikey against CPU minutes of training.", draw_cost, teacher)
     for n in (16, 32, 64):
-        if n * W in lengths:
-            found[f"front_{n}w.png"] = (
-                lambda s, n=n: draw_front(s, teacher, n * W),
-                f"Recall against bytes at {n} W, and the Pareto front.",
-            )
+        if n * W in summary["lengths"]:
+            caption = f"Recall against bytes at {n} W, and the Pareto front."
+            add(f"front_{n}w", caption, draw_pareto, teacher, n * W)
     for name in others_of(summary, teacher):
         for kind in KINDS[:2]:
-            draw = lambda s, name=name, kind=kind: draw_curves(s, name, kind)  # noqa: E731
-            found[f"{name}_{kind}.png"] = (draw, f"Recall against length, {kind}, {name}; grey area: the coverage.")
-        last = lambda s, name=name: draw_front(s, name, lengths[-1])  # noqa: E731
-        found[f"{name}_front.png"] = (last, f"Recall against bytes at {in_windows(lengths[-1], W)}, {name}.")
+            caption = f"Recall against length, {kind}, {name}; grey area: the coverage."
+            add(f"{name}_{kind}", caption, draw_recall, name, kind)
+        add(f"{name}_front", f"Recall against bytes at {in_windows(last, W)}, {name}.", draw_pareto, name, last)
     return found
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def markdown(summary, drawn):
-    """The page.
+def page(summary, drawn):
+    """The text of `arena.md`.
 
     Args:
         drawn: {file: caption} of the pictures that are there.
@@ -566,7 +453,7 @@ def markdown(summary, drawn):
     return template.substitute(parts)
 
 
-def write_report(summary, folder):
+def write_arena_report(summary, folder):
     """Write `arena.md` and `arena/` (results.json, pictures) into a folder; returns the names of the files.
 
     Raises:
@@ -582,6 +469,6 @@ def write_report(summary, folder):
         else:
             write_file(folder / FOLDER / name, image)
             drawn[name] = caption
-    write_file(folder / FOLDER / NUMBERS, (json.dumps(rounded(summary), ensure_ascii=False) + "\n").encode())
-    write_file(folder / PAGE, markdown(summary, drawn).encode())
+    write_file(folder / FOLDER / NUMBERS, (json.dumps(rounded_json(summary), ensure_ascii=False) + "\n").encode())
+    write_file(folder / PAGE, page(summary, drawn).encode())
     return [PAGE, f"{FOLDER}/{NUMBERS}", *(f"{FOLDER}/{name}" for name in drawn)]

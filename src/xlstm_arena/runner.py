@@ -2,12 +2,13 @@
 missing.
 
 OUT/results/TEACHER/ARM/SEED.json     what was measured, or why it failed, with fingerprints of what it was made from
-OUT/students/TEACHER/ARM/SEED/        the student, so that it is judged anew without training, and arms that start from it find it
+OUT/students/TEACHER/ARM/SEED/        the student: evaluated anew without training, and where other arms start
 OUT/logs/TEACHER-ARM-SEED.log         warnings and tracebacks
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ TEACHER_ARM = Arm(TEACHER, about="The teacher itself.", tier=1, stages=[])
 
 
 @dataclass(frozen=True)
-class Job:
+class ArenaJob:
     """One arm on one teacher with one seed, below the run directory `out`."""
 
     teacher: str
@@ -56,9 +57,14 @@ class Job:
     def log(self):
         return self.out / "logs" / f"{self.teacher}-{self.arm}-{self.seed}.log"
 
-    def of(self, arm):
-        """The same for another arm."""
-        return replace(self, arm=arm)
+    def write(self, arena, status, **more):
+        """Write a result beside what says whose it is, and return it."""
+        arm = arm_of(arena, self.arm)
+        head = {"format_version": FORMAT_VERSION, "status": status, "teacher": self.teacher, "arm": self.arm}
+        result = head | {"seed": self.seed, "about": arm.about, "tier": arm.tier, **more}
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.result, result)
+        return result
 
 
 def arm_of(arena, name):
@@ -72,12 +78,6 @@ def hashed(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def language():
-    """A sample of the rows and tests: tells when the data have become others."""
-    tests = {kind: {k: v.tolist() for k, v in data.tests(kind, 64, 2, 0).items()} for kind in (*data.LONG, *data.SHORT)}
-    return hashed([data.rows(0, 64, 2), tests])
-
-
 def fingerprints(arena, job):
     """`{"training", "evaluation"}`: what the student, and what its figures depend on. A `resolved` arm is never empty,
     so a teacher has its own.
@@ -85,11 +85,12 @@ def fingerprints(arena, job):
     from xlstm_arena.students import teacher_digest
 
     arm = arm_of(arena, job.arm)
-    training = hashed([arena.resolved(arm), job.seed, teacher_digest(arena.teacher_dir(job.teacher)), language()])
-    return {
-        "training": training,
-        "evaluation": hashed([training, arena.evaluate, arm.evaluate, arena.window, arena.sinks]),
-    }
+    # a sample of the rows and tests tells when the data have become others
+    tests = {kind: {k: v.tolist() for k, v in data.tests(kind, 64, 2, 0).items()} for kind in (*data.LONG, *data.SHORT)}
+    language, weights = hashed([data.rows(0, 64, 2), tests]), teacher_digest(arena.teacher_dir(job.teacher))
+    training = hashed([arena.resolved(arm), job.seed, weights, language])
+    evaluation = hashed([training, arena.evaluate, arm.evaluate, arena.window, arena.sinks])
+    return {"training": training, "evaluation": evaluation}
 
 
 def read_result(path):
@@ -112,27 +113,24 @@ def status_of(arena, job):
     """`(DONE, FAILED, STALE or MISSING, its result)`; stale: made from other settings, data or another teacher, or with
     bytes that are wrong.
     """
-    found = read_result(job.result)
-    if found is None:
+    result = read_result(job.result)
+    if result is None:
         return MISSING, None
-    same = found.get("fingerprints") == fingerprints(arena, job) and (
-        found["status"] == FAILED or right_bytes(job, found)
-    )
-    return (found["status"] if same else STALE), found
+    same = result.get("fingerprints") == fingerprints(arena, job)
+    return (result["status"] if same and (result["status"] == FAILED or right_bytes(job, result)) else STALE), result
 
 
-def right_bytes(job, found):
+def right_bytes(job, result):
     """Whether the bytes of a result are what the student's config says of its cache: a count that has missed a part is
-    not believed.
+    not taken.
     """
     if not (job.student / "config.json").is_file():
         return True
-    config, counted = AutoConfig.from_pretrained(job.student), found["rows"]["main"]["cache_bytes"]
+    config, counted = AutoConfig.from_pretrained(job.student), result["rows"]["main"]["cache_bytes"]
     if config.model_type != "xlstm_hybrid":
         return True
-    return all(
-        sum(cache_bytes(config, int(length), torch.float32).values()) == count for length, count in counted.items()
-    )
+    expected = {length: sum(cache_bytes(config, int(length), torch.float32).values()) for length in counted}
+    return counted == expected
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------
@@ -151,26 +149,16 @@ def choose_jobs(arena, out, only=None, seeds=None, tier=None, teachers=None):
     wanted, names = list(only or arena.arms), list(teachers or list(arena.teachers)[:1])
     for what, given, known in (("arm", wanted, {**arena.arms, TEACHER: None}), ("teacher", names, arena.teachers)):
         if unknown := [n for n in given if n not in known]:
-            raise ConfigError(
-                f"{arena.path.name} has no {what} {', '.join(unknown)}: expected some of {', '.join(known)}"
-            )
+            names = f"{what} {', '.join(unknown)}"
+            raise ConfigError(f"{arena.path.name} has no {names}: expected some of {', '.join(known)}")
     if tier is not None and not only:
         wanted = [n for n in wanted if arena.arms[n].tier <= tier]
     if odd := [n for n in only or () if not any(arm_of(arena, n).fits(t) for t in names)]:
-        raise ConfigError(
-            f"{arena.path.name}: {', '.join(odd)} made for other teachers than {', '.join(names)}: see `teachers` of the arm"
-        )
-    arms = {TEACHER: None}
-    for name in wanted:
-        for each in reversed(list(line_of(arena, name))):
-            arms[each] = None
-    return [
-        Job(t, a, s, Path(out))
-        for s in (arena.seeds if seeds is None else seeds)
-        for t in names
-        for a in arms
-        if arm_of(arena, a).fits(t)
-    ]
+        others = f"{', '.join(odd)} made for other teachers than {', '.join(names)}"
+        raise ConfigError(f"{arena.path.name}: {others}: see `teachers` of the arm")
+    arms = [TEACHER, *(each for name in wanted for each in reversed(list(line_of(arena, name))))]
+    order = itertools.product(arena.seeds if seeds is None else seeds, names, dict.fromkeys(arms))
+    return [ArenaJob(t, a, s, Path(out)) for s, t, a in order if arm_of(arena, a).fits(t)]
 
 
 def line_of(arena, name):
@@ -180,18 +168,19 @@ def line_of(arena, name):
         name = arm_of(arena, name).start
 
 
-def check_settings(arena, arms):
-    """Every trainer's config of the arms is made once, before anything runs; ConfigError lists what they refuse."""
-    from xlstm_arena.students import Road
+def check_trainer_settings(arena, arms):
+    """Make every trainer's config of the arms once, before anything runs; ConfigError lists what they refuse."""
+    from xlstm_arena.students import Training
 
     wrong, seen = [], set()
     for name in arms:
-        road = Road(arena, arm_of(arena, name), next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
-        for stage in (*road.arm.road, *(road.arm.expert_stages or ())[1:]):
-            mark = hashed([stage, arena.settings(road.arm, stage)[0]])
+        arm = arm_of(arena, name)
+        training = Training(arena, arm, next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
+        for stage in arm.every_stage:
+            mark = hashed([stage, arena.settings(arm, stage)[0]])
             try:
                 if mark not in seen:
-                    road.args_of(stage)
+                    training.args_of(stage)
             except ConfigError as error:
                 wrong.append(str(error))
             seen.add(mark)
@@ -203,39 +192,23 @@ def check_settings(arena, arms):
 
 
 def work(arena, job, progress=print):
-    """Train, unless the student is there, judge, and write the result; a failure is a result as well. Returns the
-    result.
-    """
+    """Train, unless the student is there, evaluate, and write the result; a failure is one as well. Returns it."""
 
     def say(text):
         progress(f"{job}: {text}")
 
     begin, arm, marks = time.time(), arm_of(arena, job.arm), fingerprints(arena, job)
-    result = {
-        "format_version": FORMAT_VERSION,
-        "status": DONE,
-        "teacher": job.teacher,
-        "arm": job.arm,
-        "seed": job.seed,
-        "about": arm.about,
-        "tier": arm.tier,
-        "fingerprints": marks,
-        "settings": arena.resolved(arm),
-        "window": arena.window,
-        "sinks": arena.sinks,
-        "evaluate": {**arena.evaluate, "rows_of_results": arm.evaluate},
-    }
+    more = {"fingerprints": marks, "settings": arena.resolved(arm), "window": arena.window, "sinks": arena.sinks}
+    more["evaluate"], status = {**arena.evaluate, "rows_of_results": arm.evaluate}, DONE
     try:
-        result["facts"] = trained(arena, job, marks["training"], say)
-        result["rows"] = judged(arena, job, say)
+        more["facts"] = train_student(arena, job, marks["training"], say)
+        more["rows"] = evaluate_student(arena, job)
     except Exception as error:  # noqa: BLE001, whatever it is, it is recorded and the others go on
         traceback.print_exc()
-        result |= {"status": FAILED, "error": f"{type(error).__name__}: {error}"}
-        say(f"failed, {result['error']}")
-    result["seconds"] = round(time.time() - begin, 1)
-    job.result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(job.result, result)
-    if result["status"] == DONE:
+        status, more["error"] = FAILED, f"{type(error).__name__}: {error}"
+        say(f"failed, {more['error']}")
+    result = job.write(arena, status, **more, seconds=round(time.time() - begin, 1))
+    if status == DONE:
         say(summary_line(result))
     return result
 
@@ -243,58 +216,51 @@ def work(arena, job, progress=print):
 def summary_line(result):
     """The figures of a result that one wants to see go by."""
     main = result["rows"]["main"]
-    recall = {
-        kind: " ".join(f"{cell['accuracy']:.2f}" for cell in cells.values()) for kind, cells in main["recall"].items()
-    }
     parts = [
-        *(f"{kind} {text}" for kind, text in recall.items()),
-        f"short {sum(main['short'].values()) / len(main['short']):.3f}",
+        " ".join([kind, *(f"{cell['accuracy']:.2f}" for cell in cells.values())])
+        for kind, cells in main["recall"].items()
     ]
+    parts.append(f"short {sum(main['short'].values()) / len(main['short']):.3f}")
     check = main["cached"]
-    cached = (
-        "no cache"
-        if "refused" in check
-        else "cache exact"
-        if check["passed"]
-        else f"CACHE DIFFERS by {check['error']:.2g}"
-    )
-    return "; ".join([*parts, cached, f"{result['seconds']:.0f} s"])
+    if "refused" in check:
+        parts.append("no cache")
+    else:
+        parts.append("cache exact" if check["passed"] else f"CACHE DIFFERS by {check['error']:.2g}")
+    return "; ".join([*parts, f"{result['seconds']:.0f} s"])
 
 
-def trained(arena, job, mark, say):
-    """The facts of the job's student, which is made unless it is there with the same mark."""
-    from xlstm_arena.students import FACTS, Road
+def train_student(arena, job, mark, say):
+    """The facts of the job's student, which is trained unless it is there with the same mark."""
+    from xlstm_arena.students import FACTS, Training
 
     if job.arm == TEACHER:
         return {}
-    made = job.student / "mark.json"
-    if made.is_file() and (job.student / FACTS).is_file():
-        kept = read_object(made, RESULT_BYTES, CheckpointError)
-        if kept.get("training") == mark:
-            say("student kept, judged anew")
-            return read_object(job.student / FACTS, RESULT_BYTES, CheckpointError)
+    file, facts = job.student / "mark.json", job.student / FACTS
+    there = file.is_file() and facts.is_file() and read_object(file, RESULT_BYTES, CheckpointError)
+    if there and there.get("training") == mark:
+        say("the student is there, evaluated anew")
+        return read_object(facts, RESULT_BYTES, CheckpointError)
     work_dir = job.out / f".tmp-{job.teacher}-{job.arm}-{job.seed}-{owner(os.getpid())}"
-    made.unlink(missing_ok=True)
-    road = Road(arena, arena.arms[job.arm], job.teacher, job.seed, work_dir, lambda name: job.of(name).student, say)
-    facts = road.walk(job.student)
-    write_json(made, {"training": mark})  # last: a student without it is made again
+    file.unlink(missing_ok=True)
+    starts = lambda name: replace(job, arm=name).student  # noqa: E731
+    facts = Training(arena, arena.arms[job.arm], job.teacher, job.seed, work_dir, starts, say).run(job.student)
+    write_json(file, {"training": mark})  # last: a student without it is trained again
     return facts
 
 
-def judged(arena, job, say):
-    """{"main": the student as it is, and one entry per row of `evaluate`}."""
-    from xlstm_arena.judge import judge
-    from xlstm_arena.students import changed, load, seed_of
+def evaluate_student(arena, job):
+    """{"main": the scores of the student as it is, and one entry per row of the arm's `evaluate`}."""
+    from xlstm_arena.scoring import student_scores
+    from xlstm_arena.students import changed, load_float32, seed_for
 
-    model = load(arena.teacher_dir(job.teacher) if job.arm == TEACHER else job.student)
+    model = load_float32(arena.teacher_dir(job.teacher) if job.arm == TEACHER else job.student)
     rows = {"main": {}, **arm_of(arena, job.arm).evaluate}
-    found = {}
     for name, changes in rows.items():
         begin, cpu = time.time(), time.process_time()
-        shown = changed(model, changes).to("cuda" if torch.cuda.is_available() else "cpu")
-        found[name] = judge(shown, arena.evaluate, seed_of(job.seed, "test"), arena.window, arena.sinks)
-        found[name] |= {"seconds": round(time.time() - begin, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    return found
+        student = changed(model, changes).to("cuda" if torch.cuda.is_available() else "cpu")
+        rows[name] = student_scores(student, arena.evaluate, seed_for(job.seed, "test"), arena.window, arena.sinks)
+        rows[name] |= {"seconds": round(time.time() - begin, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    return rows
 
 
 def in_process(arena, job):
@@ -310,7 +276,7 @@ def in_process(arena, job):
 # --- all jobs ----------------------------------------------------------------------------------------------------
 
 
-def run(arena, jobs, *, workers=2, minutes=None, redo=False, progress=print):
+def run_jobs(arena, jobs, *, workers=2, minutes=None, redo=False, progress=print):
     """Do the jobs that are missing, have failed, or (with `redo`) are stale. Returns {job: status} of all of them.
 
     Args:
@@ -319,19 +285,17 @@ def run(arena, jobs, *, workers=2, minutes=None, redo=False, progress=print):
     """
     states = {job: status_of(arena, job)[0] for job in jobs}
     todo = [job for job, state in states.items() if state in (MISSING, FAILED) or (redo and state == STALE)]
-    kept, stale = sum(s == DONE for s in states.values()), sum(s == STALE for s in states.values())
-    progress(
-        f"{len(jobs)} jobs: {kept} kept, {len(todo)} to do"
-        + (f", {stale} made from other settings (--redo makes them again)" if stale else "")
-    )
+    done, stale = (list(states.values()).count(state) for state in (DONE, STALE))
+    more = f", {stale} made from other settings (--redo makes them again)" if stale else ""
+    progress(f"{len(jobs)} jobs: {done} done, {len(todo)} to do{more}")
     deadline = None if minutes is None else time.time() + 60 * minutes
-    with environment(workers):
+    with worker_environment(workers):
         Crew(arena, states, todo, workers, deadline, progress).go()
     return {job: status_of(arena, job)[0] for job in jobs}
 
 
 @contextlib.contextmanager
-def environment(workers):
+def worker_environment(workers):
     """What worker processes inherit: one thread, quiet libraries."""
     wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if workers else {}
     before = {name: os.environ.get(name) for name in wanted}
@@ -349,23 +313,15 @@ class Crew:
     """
 
     def __init__(self, arena, states, todo, workers, deadline, progress):
-        self.arena, self.states, self.todo, self.workers, self.deadline, self.progress = (
-            arena,
-            dict(states),
-            list(todo),
-            workers,
-            deadline,
-            progress,
-        )
-        self.running = {}
+        self.arena, self.workers, self.deadline, self.progress = arena, workers, deadline, progress
+        self.states, self.todo, self.running = dict(states), list(todo), {}
 
     def go(self):
         try:
             while self.todo or self.running:
                 if self.deadline is not None and time.time() > self.deadline and self.todo:
-                    self.progress(
-                        f"the time is up: {len(self.todo)} jobs are not begun, start the same command again to go on"
-                    )
+                    left = f"{len(self.todo)} jobs are not begun"
+                    self.progress(f"the time is up: {left}, start the same command again to go on")
                     self.todo = []
                 while len(self.running) < max(1, self.workers) and (job := self.next()) is not None:
                     self.start(job)
@@ -382,16 +338,14 @@ class Crew:
         busy = {*self.todo, *self.running}
         for job in list(self.todo):
             start = arm_of(self.arena, job.arm).start
-            before = None if start is None else job.of(start)
+            before = None if start is None else replace(job, arm=start)
             if before in busy:
                 continue
             self.todo.remove(job)
             if before is None or self.states.get(before) == DONE or status_of(self.arena, before)[0] == DONE:
                 return job
-            self.fail(
-                job,
-                f"ConfigError: it starts from {before}, which is {self.states.get(before, MISSING)}: mend that one first",
-            )
+            state = self.states.get(before, MISSING)
+            self.fail(job, f"ConfigError: it starts from {before}, which is {state}: mend that one first")
         return None
 
     def start(self, job):
@@ -413,27 +367,10 @@ class Crew:
             process.join()
             self.states[job] = status_of(self.arena, job)[0]
             if process.exitcode or self.states[job] not in (DONE, FAILED):
-                self.fail(
-                    job,
-                    f"the process ended with exit code {process.exitcode} (-9: killed, often for memory); see logs/{job.log.name}",
-                )
+                code = f"exit code {process.exitcode} (-9: killed, often for memory)"
+                self.fail(job, f"the process ended with {code}; see logs/{job.log.name}")
 
     def fail(self, job, reason):
-        arm = arm_of(self.arena, job.arm)
         self.states[job] = FAILED
-        job.result.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            job.result,
-            {
-                "format_version": FORMAT_VERSION,
-                "status": FAILED,
-                "teacher": job.teacher,
-                "arm": job.arm,
-                "seed": job.seed,
-                "about": arm.about,
-                "tier": arm.tier,
-                "fingerprints": fingerprints(self.arena, job),
-                "error": reason,
-            },
-        )
+        job.write(self.arena, FAILED, fingerprints=fingerprints(self.arena, job), error=reason)
         self.progress(f"{job}: failed, {reason}")

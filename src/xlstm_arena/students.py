@@ -1,5 +1,5 @@
-"""An arm's road: the teacher's checkpoint in, a trained student's checkpoint out, by the public conversion and
-trainers.
+"""How an arm makes a student: the teacher's checkpoint in, a trained student's checkpoint out, by the public conversion
+and trainers.
 
 Every arm reads the same rows for a seed, stage and data; float32 on a CPU. Dims: L tokens of a row.
 """
@@ -34,34 +34,18 @@ CONFIGS = {"align": AlignmentConfig, "distill": SparseKDConfig, "on_policy": OnP
 FACTS = "arena.json"  # in a student's directory: what its training cost and what it logged
 OURS = {"bf16": False, "disable_tqdm": True, "logging_steps": 25}  # an arm may say otherwise
 HELD_OUT_ROWS = 8  # on which an alignment is measured
-SEEDS = {
-    "align": 1,
-    "distill": 2,
-    "on_policy": 3,
-    "delta": 2,
-    "held out": 8,
-    "ranking": 7,
-    "test": 9,
-}  # rows of stages and tests come from seeds of their own
+# rows of stages and tests come from seeds of their own
+SEEDS = {"align": 1, "distill": 2, "on_policy": 3, "delta": 2, "held out": 8, "ranking": 7, "test": 9}
 RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
-LOGGED = (
-    "loss",
-    "ce",
-    "kl",
-    "divergence",
-    "nll",
-    "frobenius",
-    "top1_agreement",
-    "kept_mass",
-    "completions/mean_length",
-)
+LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass")
+LOGGED = (*LOGGED, "completions/mean_length")
 
 
-def seed_of(seed, what):
+def seed_for(seed, what):
     return 10 * seed + SEEDS[what]
 
 
-def load(directory):
+def load_float32(directory):
     """A checkpoint in float32 and eval mode."""
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -80,35 +64,29 @@ def changed(model, changes):
     if "kept_groups" in changes:
         model = keep_groups(model, changes.pop("kept_groups"))  # the groups that stay mixed keep their mixers
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version")}
-    made = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
-    weights, shapes = model.state_dict(), {name: x.shape for name, x in made.state_dict().items()}
-    if wrong := sorted(
-        name for name in {*weights, *shapes} if name not in weights or weights[name].shape != shapes.get(name)
-    ):
+    other = type(model)(type(model.config)(**{**values, **changes})).to(model.dtype)
+    weights, shapes = model.state_dict(), {name: x.shape for name, x in other.state_dict().items()}
+    before = {name: x.shape for name, x in weights.items()}
+    if wrong := sorted(name for name in {*before, *shapes} if before.get(name) != shapes.get(name)):
         raise ConfigError(
             f"{changes} changes the parameters of the student ({len(wrong)}, first {wrong[0]}): train an arm of its own"
         )
-    made.load_state_dict(weights)
-    return made.eval()
+    other.load_state_dict(weights)
+    return other.eval()
 
 
 # --- stages ----------------------------------------------------------------------------------------------------
 
 
-class Road:
-    """One arm of an arena on one teacher with one seed. `walk()` writes the student; `facts` is what it cost and
-    logged.
+class Training:
+    """One arm of an arena on one teacher with one seed. `run()` writes the student; `facts` is what it cost and logged.
+
+    work: a folder of its own. starts: from the name of an arm to the directory of its student.
     """
 
     def __init__(self, arena, arm, teacher, seed, work, starts, progress=print):
-        self.arena, self.arm, self.seed, self.work, self.starts, self.progress = (
-            arena,
-            arm,
-            seed,
-            Path(work),
-            starts,
-            progress,
-        )
+        self.arena, self.arm, self.seed = arena, arm, seed
+        self.work, self.starts, self.progress = Path(work), starts, progress
         self.teacher_dir = arena.teacher_dir(teacher)
         self.facts = {"tokens": {}, "seconds": {}, "cpu_seconds": {}, "figures": {}}
 
@@ -118,21 +96,16 @@ class Road:
         settings = {**OURS, **given, **(changes or {})}
         settings["logging_steps"] = min(settings["logging_steps"], settings["max_steps"])
         settings |= {"log_completions": False} if stage == "on_policy" else {}
-        return trainer_config(
-            CONFIGS[stage], settings, f"arms.{self.arm.name}.{stage}", self.work / "trainer", self.seed
-        )
+        where = f"arms.{self.arm.name}.{stage}"
+        return trainer_config(CONFIGS[stage], settings, where, self.work / "trainer", self.seed)
 
     def rows_of(self, stage, changes=None, share=None):
         """The rows that a stage reads, as lists."""
         given, rows = self.arena.settings(self.arm, stage)
         micro, accumulation = batch_of({"per_device_train_batch_size": 8} | given, stage)
         count = {**given, **(changes or {})}["max_steps"] * micro * accumulation
-        return data.rows(
-            seed_of(self.seed, stage),
-            rows["length"],
-            count,
-            recall_share=rows["recall_share"] if share is None else share,
-        )
+        share = rows["recall_share"] if share is None else share
+        return data.rows(seed_for(self.seed, stage), rows["length"], count, recall_share=share)
 
     @contextlib.contextmanager
     def timed(self, stage, tokens):
@@ -141,17 +114,12 @@ class Road:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="(torch|trl|accelerate).*")
             yield
-        for name, value in {
-            "seconds": time.time() - start,
-            "cpu_seconds": time.process_time() - cpu,
-            "tokens": tokens,
-        }.items():
+        spent = {"seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
+        for name, value in spent.items():
             self.facts[name][stage] = round(self.facts[name].get(stage, 0) + value, 2)
-        self.progress(f"{stage}: {self.facts['cpu_seconds'][stage]:.0f} CPU s, {self.last(stage)}")
-
-    def last(self, stage):
         figures = self.facts["figures"].get(stage, {})
-        return ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float))
+        last = ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float))
+        self.progress(f"{stage}: {self.facts['cpu_seconds'][stage]:.0f} CPU s, {last}")
 
     def train(self, trainer, stage):
         trainer.remove_callback(PrinterCallback)
@@ -168,15 +136,14 @@ class Road:
 
     def align(self, model):
         args, rows = self.args_of("align"), self.rows_of("align")
-        held = data.rows(seed_of(self.seed, "held out"), len(rows[0]["input_ids"]), HELD_OUT_ROWS)
-        batch = {"input_ids": collate(held)["input_ids"]}
+        held_out = data.rows(seed_for(self.seed, "held out"), len(rows[0]["input_ids"]), HELD_OUT_ROWS)
+        batch = {"input_ids": collate(held_out)["input_ids"]}
         before = measure_alignment(model, [batch])
         with self.timed("align", sum(len(r["input_ids"]) for r in rows)):
             self.train(AlignmentTrainer(model=model, args=args, **self.shared(rows)), "align")
         after = measure_alignment(model, [batch])
-        self.facts["figures"]["align"]["relative_error"] = [
-            {"layer": n, "before": before[n], "after": after[n]} for n in before
-        ]
+        errors = [{"layer": n, "before": before[n], "after": after[n]} for n in before]
+        self.facts["figures"]["align"]["relative_error"] = errors
         return model
 
     def distill(self, model, name="distill", changes=None, share=None):
@@ -184,113 +151,103 @@ class Road:
         args, rows = self.args_of("distill", changes), self.rows_of("distill", changes, share)
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
-            trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
-            for parameter in (
-                p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())
-            ):
-                parameter.requires_grad_(False)  # the optimiser is made when training begins
+            trainer = SparseKDTrainer(
+                model, load_float32(self.teacher_dir), args, peft_config=peft, **self.shared(rows)
+            )
+            for parameter_name, parameter in trainer.model.named_parameters():
+                if parameter_name.split(".")[-2] in (self.arm.freeze or ()):
+                    parameter.requires_grad_(False)  # the optimiser is made when training begins
             model = self.train(trainer, name)
         return model.merge_and_unload() if peft is not None else model
 
     def on_policy(self, model, name="on_policy", changes=None, share=None):
         """Distillation on the student's answers to the last question of a row; arguments as of `distill`."""
         args, rows = self.args_of("on_policy", changes), self.rows_of("on_policy", changes, share)
-        rows = [question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
+        rows = [row_question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
         shared = {k: v for k, v in self.shared(rows).items() if k != "data_collator"}
         with self.timed(name, sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
-            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), name)
+            return self.train(OnPolicyKDTrainer(model, load_float32(self.teacher_dir), args, **shared), name)
 
     def delta(self, model):
         args, rows = self.args_of("delta"), self.rows_of("delta")
         with self.timed("delta", sum(len(r["input_ids"]) for r in rows)):
-            return self.train(DeltaKDTrainer(model, load(self.teacher_dir), args, **self.shared(rows)), "delta")
+            return self.train(DeltaKDTrainer(model, load_float32(self.teacher_dir), args, **self.shared(rows)), "delta")
 
     def experts(self, model):
         """One student per expert from the same start, each with its part of the steps, merged."""
         start, names = self.save(model, self.work / "start", "start", self.teacher_dir), list(self.arm.experts)
-        made = []
+        experts = []
         for number, name in enumerate(names):
             self.seed, seed = self.seed + 1000 * number, self.seed  # experts read rows of their own
             try:
-                expert = load(start)
+                expert = load_float32(start)
                 for stage in self.arm.expert_stages or ("distill",):
                     steps = self.arena.settings(self.arm, stage)[0]["max_steps"] // len(names)
-                    expert = getattr(self, stage)(
-                        expert, f"{stage} {name}", {"max_steps": steps}, self.arm.experts[name].get("recall_share")
-                    )
+                    share = self.arm.experts[name].get("recall_share")
+                    expert = getattr(self, stage)(expert, f"{stage} {name}", {"max_steps": steps}, share)
                     expert = reloaded(expert)
             finally:
                 self.seed = seed
-            made.append(self.save(expert, self.work / name, f"distill:{name}", start))
+            experts.append(self.save(expert, self.work / name, f"distill:{name}", start))
         options = dict(self.arm.merge or {})
         weights = options.pop("weights", None)
         options |= {"base": start} if options.get("method") in NEED_BASE else {}
-        merge(made, self.work / "merged", weights=None if weights is None else [weights[n] for n in names], **options)
-        return load(self.work / "merged")
+        merge(
+            experts, self.work / "merged", weights=None if weights is None else [weights[n] for n in names], **options
+        )
+        return load_float32(self.work / "merged")
 
     def convert(self):
         """The student before training: of a conversion, or another arm's."""
         if self.arm.start is not None:
-            return changed(load(self.starts(self.arm.start)), self.arm.student)
-        made, options = self.work / "converted", self.arena.student_options(self.arm)
-        make = convert if self.arm.kind == "hybrid" else convert_distil
-        seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
-        make(self.teacher_dir, made, overwrite=True, **{"dtype": "float32"} | options | seeded)
+            return changed(load_float32(self.starts(self.arm.start)), self.arm.student)
+        out, options = self.work / "converted", {"dtype": "float32"} | self.arena.student_options(self.arm)
+        if self.arm.kind == "hybrid":
+            convert(self.teacher_dir, out, overwrite=True, **options)
+        else:
+            convert_distil(self.teacher_dir, out, overwrite=True, **options | {"seed": self.seed})
         if self.arm.keep:
-            make(
-                self.teacher_dir,
-                made,
-                overwrite=True,
-                **{"dtype": "float32"} | options | self.chosen_groups(load(made)),
-            )
-        return load(made)
+            convert(self.teacher_dir, out, overwrite=True, **options | self.chosen_groups(load_float32(out)))
+        return load_float32(out)
 
     def chosen_groups(self, student):
         """Options of `convert` that keep the groups which a ranking on rows of their own puts first, or last."""
         by, count = self.arm.keep["by"], self.arm.keep["groups"]
-        test = data.tests("multikey", RANKING["length"], RANKING["rows"], seed_of(self.seed, "ranking"))
+        test = data.tests("multikey", RANKING["length"], RANKING["rows"], seed_for(self.seed, "ranking"))
         answers = torch.zeros_like(test["input_ids"], dtype=torch.bool).scatter(1, test["answer_at"] + 1, True)
         with self.timed("ranking", 0):
             found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
         order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
         keep(student.config, order[-count:] if by == "worst" else order[:count])
-        self.facts["figures"]["ranking"] = {
-            **found,
-            "kept_groups": student.config.kept_groups,
-            "layer_types": student.config.layer_types,
-        }
-        return {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        layout = {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
+        self.facts["figures"]["ranking"] = {**found, **layout}
+        return layout
 
     def save(self, model, folder, stage, parent):
-        with staged(folder, overwrite=True) as made:
-            model.save_pretrained(made)
+        with staged(folder, overwrite=True) as partial:
+            model.save_pretrained(partial)
             figures = self.facts["figures"].get(stage)
-            add_provenance(made, stage, parent=parent, config=self.arena.resolved(self.arm), figures=figures)
-            write_manifest(made)
+            add_provenance(partial, stage, parent=parent, config=self.arena.resolved(self.arm), figures=figures)
+            write_manifest(partial)
         return folder
 
-    def walk(self, out):
+    def run(self, out):
         """Train the student and write it to `out`, facts beside it; returns the facts."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         try:
             torch.manual_seed(self.seed)
             model = self.convert()
-            for stage in self.arm.road:
+            for stage in self.arm.order:
                 model = self.experts(model) if stage == "distill" and self.arm.experts else getattr(self, stage)(model)
                 model = reloaded(model)
             if self.arm.restore:
-                restore(model, load(self.teacher_dir), self.arm.restore)
+                copy_modules(model, load_float32(self.teacher_dir), self.arm.restore)
             self.facts["parameters"] = sum(p.numel() for p in model.parameters())
             with staged(out, overwrite=True) as folder:
                 model.save_pretrained(folder)
-                add_provenance(
-                    folder,
-                    f"arena:{self.arm.name}",
-                    parent=self.teacher_dir,
-                    config=self.arena.resolved(self.arm),
-                    figures=self.facts,
-                )
+                config, stage = self.arena.resolved(self.arm), f"arena:{self.arm.name}"
+                add_provenance(folder, stage, parent=self.teacher_dir, config=config, figures=self.facts)
                 write_json(folder / FACTS, self.facts)
                 write_manifest(folder)
         finally:
@@ -300,13 +257,13 @@ class Road:
 
 def reloaded(model):
     """The same student without what a trainer has attached to it."""
-    made = type(model)(model.config).to(torch.float32)
-    made.load_state_dict(model.state_dict())
-    return made.eval()
+    fresh = type(model)(model.config).to(torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
 
 
 @torch.no_grad()
-def restore(student, teacher, names):
+def copy_modules(student, teacher, names):
     """Give modules of these names, in every layer that has them, the teacher's weights."""
     theirs = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
@@ -314,7 +271,7 @@ def restore(student, teacher, names):
             parameter.copy_(theirs[name])
 
 
-def question(ids, labels, longest):
+def row_question(ids, labels, longest):
     """A row as {"prompt", "completion"}: cut before the answer to its last ASK, or else before its last scored words.
 
     Raises:
@@ -326,19 +283,14 @@ def question(ids, labels, longest):
         raise DataError("a row without a scored word asks nothing: raise its length or its recall_share")
     cut = begins[-1]
     end = next((t for t in range(cut, len(ids)) if labels[t] == IGNORE), len(ids))
-    return {"prompt": spelt(ids[:cut]), "completion": spelt(ids[cut : min(end, cut + longest)])}
-
-
-def spelt(ids):
-    """Ids in the words of the arena's tokenizer."""
-    return " ".join(f"<{j}>" for j in ids)
+    spell = lambda part: " ".join(f"<{j}>" for j in part)  # noqa: E731, in the words of the arena's tokenizer
+    return {"prompt": spell(ids[:cut]), "completion": spell(ids[cut : min(end, cut + longest)])}
 
 
 def teacher_digest(directory):
     """SHA-256 of a teacher's weights."""
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
-        raise ConfigError(
-            f"{Path(directory).name}: expected a teacher's checkpoint with safetensors; make one, or correct the arena's teachers"
-        )
+        expected = "a teacher's checkpoint with safetensors; make one, or correct the arena's teachers"
+        raise ConfigError(f"{Path(directory).name}: expected {expected}")
     return [digest(file) for file in files]

@@ -17,21 +17,8 @@ from xlstm_hybrid.evaluation.significance import interval, resampled_means
 
 # 97.5 % quantile of Student's t by degrees of freedom; above the last one its value stands, which is too wide rather
 # than too narrow
-STUDENT_T = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-    10: 2.228,
-    15: 2.131,
-    20: 2.086,
-    30: 2.042,
-}
+STUDENT_T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), start=1))
+STUDENT_T |= {15: 2.131, 20: 2.086, 30: 2.042}
 MAIN = "main"
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "not decided", "not run"
 LEVER = 0.05  # excess recall at 16 W below which a lever is not worth a GPU
@@ -61,9 +48,11 @@ def stat(values, rows=None):
     return {"mean": mean, "low": low, "high": high, "values": values, "over": over}
 
 
-def verdict(difference):
-    """Of a paired difference, better minus worse."""
-    if difference is None or difference["over"] != "seeds":
+def outcome(difference):
+    """What a paired difference, better minus worse, says."""
+    if difference is None:
+        return NOT_RUN
+    if difference["over"] != "seeds":
         return OPEN
     return HOLDS if difference["low"] > 0 else FAILS if difference["high"] < 0 else OPEN
 
@@ -71,34 +60,36 @@ def verdict(difference):
 # --- one row of the tables ---------------------------------------------------------------------------------------
 
 
-def recall_stats(judged):
+def recall_stats(scores):
     """{kind: {length: {"accuracy", "excess", "beyond": stats, "coverage", "n": answers per seed}}} of one row's results
     per seed.
     """
-    found = {}
-    for kind, cells in judged[0]["recall"].items():
-        found[kind] = {}
+    stats_of = {}
+    for kind, cells in scores[0]["recall"].items():
+        stats_of[kind] = {}
         for length in cells:
-            each = [j["recall"][kind][length] for j in judged]
-            rows = each[0]["rows"] if len(each) == 1 else None
-            c, stats = each[0]["coverage"], {"coverage": each[0]["coverage"], "n": each[0]["n"]}
+            each = [s["recall"][kind][length] for s in scores]
+            rows, c = each[0]["rows"] if len(each) == 1 else None, each[0]["coverage"]
+            stats = {"coverage": c, "n": each[0]["n"]}
             for name in SHARES:
                 exact = {"accuracy": rows, "excess": rows and c < 1 and [(r - c) / (1 - c) for r in rows]}.get(name)
                 stats[name] = stat([e[name] for e in each], exact or None)
-            found[kind][length] = stats
-    return found
+            stats_of[kind][length] = stats
+    return stats_of
 
 
-def distance_stats(judged):
+def distance_stats(scores):
     """{kind: [{"from", "to", "answers", "accuracy"}]}, pooled over lengths and seeds."""
-    found = {}
-    for kind in judged[0]["recall"]:
+    pooled = {}
+    for kind in scores[0]["recall"]:
         sums = {}
-        for part in (p for j in judged for cell in j["recall"][kind].values() for p in cell["by_distance"]):
+        for part in (p for s in scores for cell in s["recall"][kind].values() for p in cell["by_distance"]):
             answers, hits = sums.get((part["from"], part["to"]), (0, 0.0))
             sums[part["from"], part["to"]] = answers + part["answers"], hits + part["answers"] * part["accuracy"]
-        found[kind] = [{"from": a, "to": b, "answers": n, "accuracy": h / n} for (a, b), (n, h) in sorted(sums.items())]
-    return found
+        pooled[kind] = [
+            {"from": a, "to": b, "answers": n, "accuracy": h / n} for (a, b), (n, h) in sorted(sums.items())
+        ]
+    return pooled
 
 
 def row_of(name, arm, row, results, teachers, facts):
@@ -110,40 +101,34 @@ def row_of(name, arm, row, results, teachers, facts):
         teachers: {seed: result} of the teacher, for the win-and-tie rate; without that of a seed, the rate leaves the
             seed out.
     """
-    judged = {seed: r["rows"][row] for seed, r in sorted(results.items()) if row in r["rows"]}
-    each, first = list(judged.values()), next(iter(results.values()))
-    short = {
-        task: stat([j["short"][task] for j in each], each[0]["short_rows"][task] if len(each) == 1 else None)
-        for task in each[0]["short"]
-    }
-    found = {
+    scores = {seed: r["rows"][row] for seed, r in sorted(results.items()) if row in r["rows"]}
+    each, first = list(scores.values()), next(iter(results.values()))
+    hits, means = each[0]["short_rows"] if len(each) == 1 else {}, [sum(s["short"].values()) for s in each]
+    line = {
         "arm": name,
         "row": row,
         "name": name if row == MAIN else f"{name}/{row}",
         "about": arm.about,
         "tier": arm.tier,
-        "seeds": list(judged),
-        "tasks": short,
+        "seeds": list(scores),
+        "tasks": {task: stat([s["short"][task] for s in each], hits.get(task)) for task in each[0]["short"]},
+        # with one seed over the mean hits of the first, the second, ... row of each task
         "short": stat(
-            [sum(j["short"].values()) / len(j["short"]) for j in each], together(each[0]) if len(each) == 1 else None
+            [total / len(s["short"]) for total, s in zip(means, each, strict=True)],
+            [sum(row) / len(row) for row in zip(*hits.values(), strict=True)],
         ),
-        "perplexity": stat([j["perplexity"] for j in each]),
+        "perplexity": stat([s["perplexity"] for s in each]),
         "recall": recall_stats(each),
         "by_distance": distance_stats(each),
-        "cache_bytes": {n: max(j["cache_bytes"][n] for j in each) for n in each[0]["cache_bytes"]},
-        "cached": [j["cached"] for j in each],
+        "cache_bytes": {n: max(s["cache_bytes"][n] for s in each) for n in each[0]["cache_bytes"]},
+        "cached": [s["cached"] for s in each],
     }
     for key in ("tokens", "cpu_seconds", "seconds"):
-        found[key] = stat([sum(sum(f.get(key, {}).values()) for f in line) for line in facts])
-    found["parameters"] = first["facts"].get("parameters")
-    if name != TEACHER and (both := [seed for seed in judged if seed in teachers]):
-        found |= against_teacher([judged[s]["short"] for s in both], [teachers[s]["rows"][MAIN]["short"] for s in both])
-    return found
-
-
-def together(judged):
-    """Mean over the short tasks of the first, the second, ... row of each: rows whose mean is that of the tasks."""
-    return [sum(hits) / len(hits) for hits in zip(*judged["short_rows"].values(), strict=True)]
+        line[key] = stat([sum(sum(f.get(key, {}).values()) for f in of_seed) for of_seed in facts])
+    line["parameters"] = first["facts"].get("parameters")
+    if name != TEACHER and (both := [seed for seed in scores if seed in teachers]):
+        line |= against_teacher([scores[s]["short"] for s in both], [teachers[s]["rows"][MAIN]["short"] for s in both])
+    return line
 
 
 def against_teacher(student, teacher):
@@ -175,55 +160,43 @@ def summarise(arena, out):
                 done.setdefault(job.arm, {})[job.seed] = result
         rows = []
         for name, results in done.items():
-            arm = arm_of(arena, name)
-            facts = [
-                [done[each][seed]["facts"] for each in line_of(arena, name) if seed in done.get(each, {})]
-                for seed in results
-            ]
+            arm, line = arm_of(arena, name), list(line_of(arena, name))
+            facts = [[done[a][seed]["facts"] for a in line if seed in done.get(a, {})] for seed in results]
             rows += [row_of(name, arm, row, results, done.get(TEACHER, {}), facts) for row in (MAIN, *arm.evaluate)]
-        gone = {
-            name: sorted({job.arm for job, (s, _) in states.items() if s == name} - {*done})
-            for name in (STALE, MISSING)
-        }
+        without = {}
+        for what in (STALE, MISSING):
+            without[what] = sorted({job.arm for job, (state, _) in states.items() if state == what} - {*done})
         failed = {str(job): result["error"] for job, (state, result) in states.items() if state == FAILED}
-        shape = shape_of(arena, teacher) if rows else None
-        teachers[teacher] = {
-            "rows": rows,
-            "shape": shape,
-            "results": done,
-            "failed": failed,
-            "stale": gone[STALE],
-            "missing": gone[MISSING],
-        }
-    setting = {
-        name: getattr(arena, name) for name in ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")
-    }
-    found = {
+        content = {"rows": rows, "shape": teacher_shape(arena, teacher) if rows else None, "results": done}
+        teachers[teacher] = content | {"failed": failed, "stale": without[STALE], "missing": without[MISSING]}
+    sections = ("student", "data", "align", "distill", "on_policy", "delta", "evaluate")
+    summary = {
         "format_version": FORMAT_VERSION,
         "name": arena.name,
-        "setting": setting,
+        "setting": {name: getattr(arena, name) for name in sections},
         "window": arena.window,
         "sinks": arena.sinks,
         "lengths": arena.evaluate["lengths"],
         "seeds": arena.seeds,
         "reference": next(iter(arena.arms)),
-        "orderings": [],
-        "levers": [],
-        "goals": [],
+        **{name: [] for name in ("orderings", "levers", "goals")},
     }
     for teacher, content in teachers.items():
         results = content.pop("results")
-        if content["rows"]:
-            found["orderings"] += [
-                ordering(teacher, entry, measure, results) for entry in arena.orderings for measure in entry["measures"]
-            ]
-            found["levers"] += levers(arena, teacher, results)
-            found["goals"] += goals(arena, teacher, content["rows"])
-    found["teachers"] = teachers
-    return found
+        if not content["rows"]:
+            continue
+        for entry in arena.orderings:
+            shown = {key: entry[key] for key in ("claim", "better", "worse", "source")} | {"teacher": teacher}
+            for measure in entry["measures"]:
+                difference = paired(results, entry["better"], entry["worse"], measure)
+                verdict = {"measure": measure, "difference": difference, "verdict": outcome(difference)}
+                summary["orderings"].append(shown | verdict)
+        summary["levers"] += levers(arena, teacher, results)
+        summary["goals"] += goals(arena, teacher, content["rows"])
+    return summary | {"teachers": teachers}
 
 
-def shape_of(arena, teacher):
+def teacher_shape(arena, teacher):
     """Parameters, layers, heads, key/value groups per layer and head dim of a teacher."""
     with open_teacher(arena.teacher_dir(teacher)) as source:
         config, parameters = source.config, sum(math.prod(shape) for shape, _ in source.tensors.values())
@@ -236,16 +209,16 @@ def shape_of(arena, teacher):
     }
 
 
-def measured(judged, measure):
+def figure_of(scores, measure):
     """One number of one row of a result, larger is better: "short" (mean of the tasks), "perplexity" (negated) or
     KIND@LENGTH (accuracy).
     """
     if measure == "short":
-        return sum(judged["short"].values()) / len(judged["short"])
+        return sum(scores["short"].values()) / len(scores["short"])
     if measure == "perplexity":
-        return None if judged["perplexity"] is None else -judged["perplexity"]
+        return None if scores["perplexity"] is None else -scores["perplexity"]
     kind, _, length = measure.partition("@")
-    return judged["recall"][kind][length]["accuracy"]
+    return scores["recall"][kind][length]["accuracy"]
 
 
 def paired(results, better, worse, measure):
@@ -253,28 +226,10 @@ def paired(results, better, worse, measure):
     sides = []
     for side in (better, worse):
         arm, _, row = side.partition("/")
-        sides.append(
-            {
-                s: measured(r["rows"][row or MAIN], measure)
-                for s, r in results.get(arm, {}).items()
-                if (row or MAIN) in r["rows"]
-            }
-        )
-    seeds = [s for s in sorted(sides[0]) if s in sides[1] and None not in (sides[0][s], sides[1][s])]
-    return stat([sides[0][s] - sides[1][s] for s in seeds])
-
-
-def ordering(teacher, entry, measure, results):
-    """A published ordering and what it is here: {..., "teacher", "measure", "difference", "verdict"}."""
-    difference = paired(results, entry["better"], entry["worse"], measure)
-    shown = {key: entry[key] for key in ("claim", "better", "worse", "source")}
-    return {
-        **shown,
-        "teacher": teacher,
-        "measure": measure,
-        "difference": difference,
-        "verdict": NOT_RUN if difference is None else verdict(difference),
-    }
+        scores = {s: r["rows"].get(row or MAIN) for s, r in results.get(arm, {}).items()}
+        sides.append({s: figure_of(found, measure) for s, found in scores.items() if found is not None})
+    pairs = [(sides[0][s], sides[1][s]) for s in sorted(sides[0]) if s in sides[1]]
+    return stat([a - b for a, b in pairs if None not in (a, b)])
 
 
 def levers(arena, teacher, results):
@@ -284,40 +239,27 @@ def levers(arena, teacher, results):
     length, reference = 16 * arena.window, next(iter(arena.arms))
     if length not in arena.evaluate["lengths"] or reference not in results:
         return []
+    rest = 1 - min(1.0, (arena.window + arena.sinks) / length)  # both sides are measured by the reference's window
     found = []
     for name, arm in arena.arms.items():
         for row in (MAIN, *arm.evaluate) if name in results else ():
             shown = name if row == MAIN else f"{name}/{row}"
             if shown == reference:
                 continue
-            gain = {
-                kind: excess_gain(paired(results, shown, reference, f"{kind}@{length}"), arena, length)
-                for kind in ("single", "multikey")
-            }
+            gain = {}
+            for kind in ("single", "multikey"):
+                difference = paired(results, shown, reference, f"{kind}@{length}")
+                gain[kind] = None if difference is None or not rest else scaled_stat(difference, rest)
             best = max((g["mean"] for g in gain.values() if g is not None), default=None)
-            found.append(
-                {
-                    "teacher": teacher,
-                    "name": shown,
-                    "length": length,
-                    **gain,
-                    "worth_a_gpu": best is not None and best >= LEVER,
-                }
-            )
+            worth = best is not None and best >= LEVER
+            found.append({"teacher": teacher, "name": shown, "length": length, **gain, "worth_a_gpu": worth})
     return found
 
 
-def excess_gain(difference, arena, length):
-    """A difference of accuracies as one of excess at the arena's coverage: both sides are judged by the reference's
-    window.
-    """
-    if difference is None:
-        return None
-    rest = 1 - min(1.0, (arena.window + arena.sinks) / length)
-    scaled = (
-        {k: None if difference[k] is None else difference[k] / rest for k in ("mean", "low", "high")} if rest else None
-    )
-    return scaled and {**difference, **scaled, "values": [v / rest for v in difference["values"]]}
+def scaled_stat(found, by):
+    """A stat divided by a number."""
+    ends = {k: None if found[k] is None else found[k] / by for k in ("mean", "low", "high")}
+    return {**found, **ends, "values": [v / by for v in found["values"]]}
 
 
 def goals(arena, teacher, rows):
@@ -328,46 +270,24 @@ def goals(arena, teacher, rows):
     growing: single >= .95 and multi-key >= .60 of the teacher's at 64 W with at most 5 % of its bytes, C_0 >= .5.
     """
     by_name = {row["name"]: row for row in rows}
-    reference, judge = by_name.get(next(iter(arena.arms))), by_name.get(TEACHER)
+    reference, theirs = by_name.get(next(iter(arena.arms))), by_name.get(TEACHER)
+    far, further, last = (str(n) for n in (32 * arena.window, 64 * arena.window, arena.evaluate["lengths"][-1]))
     found = []
     for name, row in by_name.items():
         if name == TEACHER or "c_0" not in row:
             continue
-        far, further, last = (str(n) for n in (32 * arena.window, 64 * arena.window, arena.evaluate["lengths"][-1]))
-        constant = far in row["cache_bytes"] and row["cache_bytes"][far] == row["cache_bytes"].get(last)
+        sizes, c_0, head = row["cache_bytes"], row["c_0"], {"teacher": teacher, "goal": None, "name": name}
+        constant = far in sizes and sizes[far] == sizes.get(last)
         if reference and far in reference["cache_bytes"] and constant:
-            single, share = accuracy(row, "single", far), row["cache_bytes"][far] / reference["cache_bytes"][far]
-            met = single >= 0.95 and share <= 2 and row["c_0"] >= 0.5
-            found.append(
-                {
-                    "teacher": teacher,
-                    "goal": "constant",
-                    "name": name,
-                    "single": single,
-                    "bytes": share,
-                    "c_0": row["c_0"],
-                    "met": met,
-                }
-            )
-        if judge and further in row["cache_bytes"] and further in judge["cache_bytes"]:
-            single, share = (
-                accuracy(row, "single", further),
-                row["cache_bytes"][further] / judge["cache_bytes"][further],
-            )
-            multikey, theirs = accuracy(row, "multikey", further), accuracy(judge, "multikey", further)
-            met = single >= 0.95 and multikey >= 0.6 * theirs and share <= 0.05 and row["c_0"] >= 0.5
-            found.append(
-                {
-                    "teacher": teacher,
-                    "goal": "growing",
-                    "name": name,
-                    "single": single,
-                    "multikey": multikey / theirs if theirs else None,
-                    "bytes": share,
-                    "c_0": row["c_0"],
-                    "met": met,
-                }
-            )
+            single, share = accuracy(row, "single", far), sizes[far] / reference["cache_bytes"][far]
+            met = single >= 0.95 and share <= 2 and c_0 >= 0.5
+            found.append(head | {"goal": "constant", "single": single, "bytes": share, "c_0": c_0, "met": met})
+        if theirs and further in sizes and further in theirs["cache_bytes"]:
+            single, share = accuracy(row, "single", further), sizes[further] / theirs["cache_bytes"][further]
+            multikey, bound = accuracy(row, "multikey", further), accuracy(theirs, "multikey", further)
+            met = single >= 0.95 and multikey >= 0.6 * bound and share <= 0.05 and c_0 >= 0.5
+            figures = {"single": single, "multikey": multikey / bound if bound else None, "bytes": share}
+            found.append(head | {"goal": "growing", **figures, "c_0": c_0, "met": met})
     return found
 
 
@@ -375,12 +295,12 @@ def accuracy(row, kind, length):
     return row["recall"][kind][length]["accuracy"]["mean"]
 
 
-def rounded(value, places=6):
+def rounded_json(value, places=6):
     """The same JSON value with shorter numbers."""
     if isinstance(value, dict):
-        return {key: rounded(v, places) for key, v in value.items()}
+        return {key: rounded_json(v, places) for key, v in value.items()}
     if isinstance(value, list):
-        return [rounded(v, places) for v in value]
+        return [rounded_json(v, places) for v in value]
     return round(value, places) if isinstance(value, float) and abs(value) > 10**-places else value
 
 

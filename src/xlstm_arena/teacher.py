@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from xlstm_arena import data
-from xlstm_arena.judge import hits_of
+from xlstm_arena.scoring import hits_of
 from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
 from xlstm_hybrid.errors import ConfigError
 
@@ -52,7 +52,7 @@ STAGES = (
 CONSTANT, CODE, BEFORE, FOUND = 0, range(1, 33), range(96, 128), range(128, 160)
 
 
-def build(family, seed=0):
+def untrained_teacher(family, seed=0):
     """A fresh model of a family.
 
     Raises:
@@ -159,26 +159,25 @@ def batches(stages, seed):
         rng = np.random.default_rng([seed, number])
         count, length = stage["rows"], stage["length"]
         for _ in range(stage["steps"]):
-            made = [data.document(rng, length, stage["recall_share"]) for _ in range(count)]
-            ids, labels = (torch.tensor([row[j] for row in made]) for j in (0, 1))
+            rows = [data.training_document(rng, length, stage["recall_share"]) for _ in range(count)]
+            ids, labels = (torch.tensor([row[j] for row in rows]) for j in (0, 1))
             yield {"input_ids": ids, "position_ids": jumping_positions(rng, length, count)}, labels
 
 
-def train(family, out, stages=STAGES, seed=0, learning_rate=1.5e-3, progress=print, overwrite=False):
+def train_teacher(family, out, stages=STAGES, seed=0, learning_rate=1.5e-3, progress=print, overwrite=False):
     """Train a teacher and write it as an ordinary checkpoint directory, with its accuracies in the provenance.
 
     Args:
         family: of FAMILIES.
         stages: dicts of length, rows, steps and recall_share, one after the other under one schedule.
     Returns:
-        {kind: {length: accuracy}}, see `measure`.
+        {kind: {length: accuracy}}, see `accuracies`.
     """
-    start, model = time.time(), build(family, seed)
+    start, model = time.time(), untrained_teacher(family, seed)
     steps = sum(stage["steps"] for stage in stages)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=min(0.5, 60 / steps)
-    )
+    warmup = min(0.5, 60 / steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warmup)
     for step, (batch, labels) in enumerate(batches(stages, seed)):
         hidden = model.model(**batch, attention_mask=torch.ones_like(labels), use_cache=False).last_hidden_state[:, :-1]
         scored = labels[:, 1:] != -100
@@ -191,17 +190,15 @@ def train(family, out, stages=STAGES, seed=0, learning_rate=1.5e-3, progress=pri
         schedule.step()
         if step % 20 == 0 or step == steps - 1:
             hit = (logits.argmax(-1) == wanted)[torch.isin(wanted, torch.tensor(data.VALUES))].float().mean()
-            progress(
-                f"{family}: step {step} of {steps}, loss {loss.item():.3f}, recall {hit:.3f}, {time.time() - start:.0f} s"
-            )
-    figures = measure(model.eval())
+            seconds = time.time() - start
+            progress(f"{family}: step {step} of {steps}, loss {loss:.3f}, recall {hit:.3f}, {seconds:.0f} s")
+    figures = accuracies(model.eval())
     with staged(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         config = {"family": family, "stages": list(stages), "learning_rate": learning_rate, "seed": seed}
-        add_provenance(
-            folder, "teacher", config=config, figures={"accuracy": figures}, seconds=round(time.time() - start, 1)
-        )
+        seconds = round(time.time() - start, 1)
+        add_provenance(folder, "teacher", config=config, figures={"accuracy": figures}, seconds=seconds)
         write_manifest(folder)
     return figures
 
@@ -220,15 +217,15 @@ def provide(arena, names, out, make=True):
             continue
         if name in names and not directory.is_dir() and name not in FAMILIES:
             raise ConfigError(
-                f"{arena.path.name}: no teacher at {arena.teachers[name]}, and {name!r} is none of the families that can be trained: "
-                f"expected a checkpoint there, or one of {', '.join(FAMILIES)}"
+                f"{arena.path.name}: no teacher at {arena.teachers[name]}, and {name!r} is none of the families that can "
+                f"be trained: expected a checkpoint there, or one of {', '.join(FAMILIES)}"
             )
         arena.teachers[name] = str(directory)
         if name in names and make and not directory.is_dir():
-            train(name, directory)
+            train_teacher(name, directory)
 
 
-def measure(model, lengths=(64, 128, 256, 512, 1024, 2048), count=64, seed=100):
+def accuracies(model, lengths=(64, 128, 256, 512, 1024, 2048), count=64, seed=100):
     """{kind: {length: accuracy}} of a model on the arena's tests, short kinds under the one length that they have."""
     found = {}
     for kind in (*data.LONG, *data.SHORT):
@@ -245,7 +242,7 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"<{j}>": j for j in range(data.VOCAB)}
-    made = Tokenizer(models.WordLevel(words, unk_token=f"<{data.PAD}>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain = Tokenizer(models.WordLevel(words, unk_token=f"<{data.PAD}>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"bos_token": f"<{data.BOS}>", "eos_token": f"<{data.EOS}>", "pad_token": f"<{data.PAD}>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=plain, **names)

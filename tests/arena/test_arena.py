@@ -14,8 +14,8 @@ import torch
 from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_arena import arms, data, judge, report, runner, students, summary, teacher
-from xlstm_arena.students import Road, changed, load, question
+from xlstm_arena import arms, data, report, runner, scoring, students, summary, teacher
+from xlstm_arena.students import Training, changed, load_float32, row_question
 from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.merging.merge import merge
@@ -92,7 +92,7 @@ def minute(tmp_path_factory):
             "3 steps are not 2 equal parts",
         ),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
-        ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not walk"),
+        ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not run"),
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
         ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
         ({"arms": {"a": {"restore": ["mlp"]}}}, r"restore=\['mlp'\]"),
@@ -138,7 +138,7 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
     )
     # with the arm that it starts from
     whole = {name: sum(arena.tokens(arena.arms[n]) for n in runner.line_of(arena, name)) for name in arena.arms}
-    begun = {arm.start for arm in arena.arms.values()} - {"hybrid"}  # half a road: other arms go on from them
+    begun = {arm.start for arm in arena.arms.values()} - {"hybrid"}  # half a way: other arms go on from them
     others = {name: tokens for name, tokens in whole.items() if tokens != usual and name not in begun}
     extended = {"on-policy", "on-policy-jsd", "off-policy", "experts-on-policy"}
     assert others == {"window-untrained": 0} | dict.fromkeys(extended, usual + more)
@@ -147,17 +147,17 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
 
 def test_all_shipped_settings_are_accepted_by_their_trainers():
     arena = arms.load_arena()
-    runner.check_settings(arena, arena.arms)
+    runner.check_trainer_settings(arena, arena.arms)
     wrong = replace(arena.arms["hybrid"], distill={"kl_weights": 0.5}, align={"loss_form": "cubic"})
     with pytest.raises(ConfigError, match="(?s)loss_form='cubic'.*no setting 'kl_weights'"):
-        runner.check_settings(replace(arena, arms={"hybrid": wrong}), ["hybrid"])
+        runner.check_trainer_settings(replace(arena, arms={"hybrid": wrong}), ["hybrid"])
 
 
 def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(minute):
     arena = arena_of(
         minute, arms={"a": {}, "b": {"student": {"num_sink_tokens": 0}}, "c": {"data": {"recall_share": 0.9}}}
     )
-    rows = lambda arm, seed, stage: Road(arena, arena.arms[arm], "llama", seed, minute / "w", None).rows_of(stage)  # noqa: E731
+    rows = lambda arm, seed, stage: Training(arena, arena.arms[arm], "llama", seed, minute / "w", None).rows_of(stage)  # noqa: E731
     assert rows("a", 0, "distill") == rows("b", 0, "distill") and len(rows("a", 0, "distill")) == 8
     assert rows("a", 0, "distill") != rows("a", 1, "distill") and rows("a", 0, "distill") != rows("a", 0, "align")
     assert rows("a", 0, "distill") != rows("c", 0, "distill")
@@ -167,12 +167,12 @@ def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(min
 
 
 def run(arena, out, only=None, seeds=(0,), **options):
-    return runner.run(
+    return runner.run_jobs(
         arena, runner.choose_jobs(arena, out, only, list(seeds)), workers=0, progress=lambda text: None, **options
     )
 
 
-ROADS = {
+ARMS = {
     "hybrid": {"tier": 1, "about": "the reference", "evaluate": {"memory": {"mixer_branches": "memory"}}},
     "broken": {"student": {"layer_types": ["hybrid_sliding"] * 3}},
     "after-broken": {"start": "broken", "stages": []},
@@ -195,8 +195,8 @@ ROADS = {
 
 @pytest.fixture(scope="module")
 def ran(minute):
-    """`(arena, run directory, {arm: status})` of one seed of all kinds of roads."""
-    arena = arena_of(minute, arms=ROADS)
+    """`(arena, run directory, {arm: status})` of one seed of all kinds of arms."""
+    arena = arena_of(minute, arms=ARMS)
     return arena, minute / "run", {job.arm: state for job, state in run(arena, minute / "run").items()}
 
 
@@ -230,31 +230,31 @@ def test_a_result_says_what_was_read_and_what_came_of_it(ran):
 
 def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_things(ran, minute, monkeypatch):
     arena, out, _ = ran
-    kept = {}
+    experts = {}
 
-    def watched(made, *args, **options):
-        kept.update({folder.name: load(folder).state_dict() for folder in made})
-        merge(made, *args, **options)
+    def watched(folders, *args, **options):
+        experts.update({folder.name: load_float32(folder).state_dict() for folder in folders})
+        merge(folders, *args, **options)
 
-    starts, distill = [], Road.distill
+    starts, distill = [], Training.distill
     monkeypatch.setattr(
-        Road,
+        Training,
         "distill",
-        lambda road, model, *a: (starts.append(copy.deepcopy(model.state_dict())), distill(road, model, *a))[1],
+        lambda training, model, *a: (starts.append(copy.deepcopy(model.state_dict())), distill(training, model, *a))[1],
     )
     monkeypatch.setattr(students, "merge", watched)
-    Road(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).walk(minute / "experts")
-    merged, name = load(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(kept["x"][name], kept["y"][name])
-    torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
+    Training(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).run(minute / "experts")
+    merged, name = load_float32(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(experts["x"][name], experts["y"][name])
+    torch.testing.assert_close(merged[name], 0.75 * experts["x"][name] + 0.25 * experts["y"][name])
     # a run can be had again
-    torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])
+    torch.testing.assert_close(merged[name], load_float32(out / "students/llama/experts/0").state_dict()[name])
 
 
 def test_restored_modules_are_the_teachers_again_and_the_others_what_training_left(ran, minute):
     _, out, _ = ran
-    trained, restored = (load(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
-    teacher = load(minute / "teacher").state_dict()
+    trained, restored = (load_float32(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
+    teacher = load_float32(minute / "teacher").state_dict()
     same = {name for name, x in teacher.items() if torch.equal(x, restored[name]) and not torch.equal(x, trained[name])}
     assert same == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
     assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
@@ -262,7 +262,10 @@ def test_restored_modules_are_the_teachers_again_and_the_others_what_training_le
 
 def test_frozen_modules_are_the_teachers_after_training(ran, minute):
     _, out, _ = ran
-    teacher, frozen = load(minute / "teacher").state_dict(), load(out / "students/llama/frozen/0").state_dict()
+    teacher, frozen = (
+        load_float32(minute / "teacher").state_dict(),
+        load_float32(out / "students/llama/frozen/0").state_dict(),
+    )
     same = {name.split(".")[-2] for name, x in teacher.items() if "proj" in name and torch.equal(x, frozen[name])}
     assert same == {"q_proj", "k_proj"}
 
@@ -271,25 +274,27 @@ def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
     arena, out, _ = ran
     path, student = out / "results/llama/lora/0.json", out / "students/llama/lora/0/model.safetensors"
     before = path.stat().st_mtime_ns, student.stat().st_mtime_ns
-    assert run(arena, out, ["lora"])[runner.Job("llama", "lora", 0, out)] == runner.DONE
+    assert run(arena, out, ["lora"])[runner.ArenaJob("llama", "lora", 0, out)] == runner.DONE
     assert (path.stat().st_mtime_ns, student.stat().st_mtime_ns) == before
     evaluate = {**arena.evaluate, "short_rows": 4}
-    assert run(replace(arena, evaluate=evaluate), out, ["lora"])[runner.Job("llama", "lora", 0, out)] == runner.STALE
+    assert (
+        run(replace(arena, evaluate=evaluate), out, ["lora"])[runner.ArenaJob("llama", "lora", 0, out)] == runner.STALE
+    )
     assert path.stat().st_mtime_ns == before[0]
     states = run(replace(arena, evaluate=evaluate), out, ["lora"], redo=True)
     assert (
         set(states.values()) == {runner.DONE} and len(result_of(out, "lora")["rows"]["main"]["short_rows"]["copy"]) == 4
     )
-    assert student.stat().st_mtime_ns == before[1]  # judged anew, not trained
+    assert student.stat().st_mtime_ns == before[1]  # evaluated anew, not trained
     learned = replace(arena.arms["lora"], distill={"learning_rate": 2e-3})
     other = replace(arena, evaluate=evaluate, arms={**arena.arms, "lora": learned})
-    assert run(other, out, ["lora"], redo=True)[runner.Job("llama", "lora", 0, out)] == runner.DONE
+    assert run(other, out, ["lora"], redo=True)[runner.ArenaJob("llama", "lora", 0, out)] == runner.DONE
     assert student.stat().st_mtime_ns != before[1]
 
 
-def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_believed(ran, tmp_path):
+def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_taken(ran, tmp_path):
     arena, out, _ = ran
-    job = runner.Job("llama", "sparse-free", 0, tmp_path)
+    job = runner.ArenaJob("llama", "sparse-free", 0, tmp_path)
     for folder in ("results", "students"):
         shutil.copytree(out / folder / "llama/sparse-free", tmp_path / folder / "llama/sparse-free")
     found = runner.status_of(arena, job)[1]
@@ -301,7 +306,7 @@ def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_believed(ran, tmp_
 
 def test_a_damaged_result_is_named(ran, tmp_path):
     arena, out, _ = ran
-    job = runner.Job("llama", "hybrid", 0, tmp_path)
+    job = runner.ArenaJob("llama", "hybrid", 0, tmp_path)
     shutil.copytree(out / "results", tmp_path / "results")
     job.result.write_text("{")
     with pytest.raises(EvaluationError, match="llama/hybrid/0.json cannot be read"):
@@ -342,7 +347,7 @@ def test_an_arm_brings_those_that_it_starts_from(ran):
 
 def test_a_job_waits_while_the_arm_that_it_starts_from_runs(ran):
     arena, out, _ = ran
-    first, then = (runner.Job("llama", arm, 7, out) for arm in ("hybrid", "rollouts"))
+    first, then = (runner.ArenaJob("llama", arm, 7, out) for arm in ("hybrid", "rollouts"))
     crew = runner.Crew(arena, {}, [then], 2, None, lambda text: None)
     crew.running[first] = None
     assert crew.next() is None and crew.todo == [then]
@@ -352,15 +357,15 @@ def test_a_job_waits_while_the_arm_that_it_starts_from_runs(ran):
 def test_worker_processes_leave_the_same_results_and_a_killed_one_is_written_down(minute, tmp_path, monkeypatch):
     arena = arena_of(minute, arms={"hybrid": {}, "worse": {"student": {"num_sink_tokens": 0}}})
     jobs = runner.choose_jobs(arena, tmp_path, ["hybrid"], [0])
-    assert set(runner.run(arena, jobs, workers=2, progress=lambda text: None).values()) == {runner.DONE}
+    assert set(runner.run_jobs(arena, jobs, workers=2, progress=lambda text: None).values()) == {runner.DONE}
     run(arena, tmp_path / "here", ["hybrid"])
     there, here = (result_of(folder, "hybrid")["rows"]["main"] for folder in (tmp_path, tmp_path / "here"))
     assert there["short_rows"] == here["short_rows"] and there["recall"] == here["recall"]
     monkeypatch.setattr(runner, "in_process", kill)
-    states = runner.run(
+    states = runner.run_jobs(
         arena, runner.choose_jobs(arena, tmp_path, ["worse"], [0]), workers=2, progress=lambda text: None
     )
-    assert states[runner.Job("llama", "worse", 0, tmp_path)] == runner.FAILED
+    assert states[runner.ArenaJob("llama", "worse", 0, tmp_path)] == runner.FAILED
     assert "exit code -9" in result_of(tmp_path, "worse")["error"]
 
 
@@ -378,10 +383,10 @@ def test_a_question_ends_before_the_answer_to_its_last_ask():
     ids = [data.BOS, 300, data.FACT, 40, 170, data.ASK, 40, 170, data.MAX, 230, 231, 232, data.EQUALS, 232]
     labels = [-100] * 7 + [170] + [-100] * 5 + [232]
     twice, scored = ids[:8] + [data.ASK, 40, 170], labels[:8] + [-100, -100, 170]
-    assert len(question(twice, scored, 4)["prompt"].split()) == 10  # the last of the two
+    assert len(row_question(twice, scored, 4)["prompt"].split()) == 10  # the last of the two
     read = lambda row: {name: tokenizer()(text)["input_ids"] for name, text in row.items()}  # noqa: E731
-    assert read(question(ids, labels, 4)) == {"prompt": ids[:7], "completion": [170]}
-    assert read(question(ids[8:], labels[8:], 4)) == {"prompt": ids[8:13], "completion": [232]}
+    assert read(row_question(ids, labels, 4)) == {"prompt": ids[:7], "completion": [170]}
+    assert read(row_question(ids[8:], labels[8:], 4)) == {"prompt": ids[8:13], "completion": [232]}
 
 
 def test_the_same_weights_under_another_config_say_what_that_config_says():
@@ -398,7 +403,7 @@ def test_the_same_weights_under_another_config_say_what_that_config_says():
         changed(student, {"memory_feature_dim": 32})
 
 
-# --- judge -------------------------------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------------------------
 
 
 class Oracle(torch.nn.Module):
@@ -422,9 +427,9 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("kind", data.LONG)
 def test_recall_of_a_model_that_sees_a_window_is_the_share_of_facts_in_it(kind):
     test = data.tests(kind, 128, 6, seed=3)
-    hits = judge.hits_of(Oracle(32), test, 256)
+    hits = scoring.hits_of(Oracle(32), test, 256)
     assert torch.equal(hits, test["depth"] < 32)
-    cell = judge.recall_cell(hits, test["depth"], 128, (32, 0), 32)
+    cell = scoring.recall_cell(hits, test["depth"], 128, (32, 0), 32)
     assert cell["accuracy"] == (test["depth"] < 32).double().mean() and cell["coverage"] == 0.25 and cell["beyond"] == 0
     assert cell["excess"] == pytest.approx((cell["accuracy"] - 0.25) / 0.75)
     assert [p["accuracy"] for p in cell["by_distance"] if p["to"] <= 32] == [1.0] * ((test["depth"] < 32).any().item())
@@ -436,7 +441,7 @@ def test_recall_of_a_model_that_sees_a_window_is_the_share_of_facts_in_it(kind):
 def test_the_first_distance_beyond_a_window_is_its_width():
     """A token sees W tokens, itself included: a fact W tokens back has just left."""
     hits, depth = torch.tensor([[True, False, True]]), torch.tensor([[31, 32, 64]])
-    cell = judge.recall_cell(hits, depth, 128, (32, 4), 32)
+    cell = scoring.recall_cell(hits, depth, 128, (32, 4), 32)
     assert (cell["beyond"], cell["beyond_n"]) == (0.5, 2)
     assert [(p["from"], p["to"], p["accuracy"]) for p in cell["by_distance"]] == [
         (0, 32, 1.0),
@@ -447,7 +452,7 @@ def test_the_first_distance_beyond_a_window_is_its_width():
 
 def test_a_model_that_remembers_everything_has_an_excess_of_one():
     test = data.tests("multiquery", 128, 4)
-    cell = judge.recall_cell(judge.hits_of(Oracle(10**6), test, 10**6), test["depth"], 128, (32, 4), 32)
+    cell = scoring.recall_cell(scoring.hits_of(Oracle(10**6), test, 10**6), test["depth"], 128, (32, 4), 32)
     assert (cell["accuracy"], cell["excess"], cell["beyond"], cell["beyond_n"]) == (
         1.0,
         1.0,
@@ -458,28 +463,28 @@ def test_a_model_that_remembers_everything_has_an_excess_of_one():
 
 def test_the_window_of_a_row_is_its_own():
     student = tiny_student(torch.float32, vocab_size=data.VOCAB)
-    assert judge.seen_by(student, 32, 4) == (7, 3)
+    assert scoring.seen_by(student, 32, 4) == (7, 3)
     student.config.mixer_branches = "memory"
-    assert judge.seen_by(student, 32, 4) == (0, 0)
-    assert judge.seen_by(Oracle(1), 32, 4) == (32, 4)
+    assert scoring.seen_by(student, 32, 4) == (0, 0)
+    assert scoring.seen_by(Oracle(1), 32, 4) == (32, 4)
 
 
 def test_bytes_are_those_of_the_cache_and_only_full_attention_grows(minute):
-    teacher = load(minute / "teacher")
+    teacher = load_float32(minute / "teacher")
     # one layer, one group, keys and values of 8 floats
-    assert judge.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}
-    found = judge.bytes_at(tiny_student(torch.float32, vocab_size=data.VOCAB), [64, 128])
+    assert scoring.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}
+    found = scoring.bytes_at(tiny_student(torch.float32, vocab_size=data.VOCAB), [64, 128])
     state, window = 4 * (16 * 16 + 16 + 1) * 4, 2 * 2 * (7 + 3) * 16 * 4
     assert found["64"] == found["128"] == 3 * (state + window + 8)  # eight bytes: the count of tokens
 
 
 def test_a_cache_that_tells_something_else_is_found(monkeypatch):
     student = tiny_student(torch.float32, vocab_size=data.VOCAB)
-    good = judge.cached_check(student, 64, 512)
+    good = scoring.cached_check(student, 64, 512)
     assert good["passed"] and good["same"] == 1 and good["answers"] == 8
-    right = judge.prefill
-    monkeypatch.setattr(judge, "prefill", lambda model, ids, **k: right(model, ids.roll(1, 1), **k))
-    assert not judge.cached_check(student, 64, 512)["passed"]
+    right = scoring.prefill
+    monkeypatch.setattr(scoring, "prefill", lambda model, ids, **k: right(model, ids.roll(1, 1), **k))
+    assert not scoring.cached_check(student, 64, 512)["passed"]
 
 
 # --- summary and report ------------------------------------------------------------------------------------------
@@ -498,12 +503,12 @@ def test_intervals_are_student_t_over_seeds_and_bootstrap_over_rows_of_one():
     assert summary.stat([]) is None and summary.stat([0.5])["low"] is None
 
 
-def judged_as(recall, short=0.5, size=1000, window=4):
+def scores_as(recall, short=0.5, size=1000, window=4):
     """A row of results with recall {kind: accuracy} at 64 and 128."""
 
     def cell(length, accuracy):
         depth = torch.tensor([[1], [length - 1]])
-        made = judge.recall_cell(torch.tensor([[True], [False]]), depth, length, (window, 0), window)
+        made = scoring.recall_cell(torch.tensor([[True], [False]]), depth, length, (window, 0), window)
         c = made["coverage"]
         return {**made, "accuracy": accuracy, "excess": (accuracy - c) / (1 - c)}
 
@@ -546,7 +551,7 @@ def constructed(minute, tmp_path):
     )
     for arm, (singles, size) in FIGURES.items():
         for seed, single in enumerate(singles):
-            job = runner.Job("llama", arm, seed, tmp_path)
+            job = runner.ArenaJob("llama", arm, seed, tmp_path)
             job.result.parent.mkdir(parents=True, exist_ok=True)
             facts = (
                 {}
@@ -558,7 +563,7 @@ def constructed(minute, tmp_path):
                 }
             )
             short = 0.8 if arm == "teacher" else 0.9 if arm in ("better", "fat") else 0.6
-            rows = {"main": judged_as({"single": single, "multikey": single / 2}, short, size)}
+            rows = {"main": scores_as({"single": single, "multikey": single / 2}, short, size)}
             job.result.write_text(
                 json.dumps(
                     {
@@ -606,7 +611,7 @@ def test_goals_levers_and_verdicts_follow_from_the_results(constructed):
 def test_a_cache_that_grows_is_no_constant_memory(constructed):
     arena, out = constructed
     for seed in range(3):
-        file = runner.Job("llama", "better", seed, out).result
+        file = runner.ArenaJob("llama", "better", seed, out).result
         found = json.loads(file.read_text())
         found["rows"]["main"]["cache_bytes"] = {"64": 1400, "128": 1500, "256": 1600}
         file.write_text(json.dumps(found))
@@ -625,7 +630,7 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tmp_path):
     arena, out = constructed
-    files = report.write_report(summary.summarise(arena, out), tmp_path / "docs")
+    files = report.write_arena_report(summary.summarise(arena, out), tmp_path / "docs")
     page = (tmp_path / "docs/arena.md").read_text()
     assert "| better | 3 | 1.00 | .000 |" in page and "runnable, not run: later" in page and "$" not in page
     assert f".97 ± {4.303 * 0.01 / math.sqrt(3):.2f}".replace("0.", ".") in page and "Met by better." in page
@@ -641,7 +646,7 @@ def test_the_report_prints_the_figures_and_names_what_is_missing(constructed, tm
     assert {"arena/single.png", "arena/front_32w.png"} <= set(files) and (
         tmp_path / "docs/arena/single.png"
     ).read_bytes()[:4] == b"\x89PNG"
-    again = report.write_report(json.loads(json.dumps(summary.summarise(arena, out))), tmp_path / "again")
+    again = report.write_arena_report(json.loads(json.dumps(summary.summarise(arena, out))), tmp_path / "again")
     assert files == again and page == (tmp_path / "again/arena.md").read_text()
 
 
@@ -658,7 +663,7 @@ def test_another_teacher_gets_its_tables_and_goals(constructed, tmp_path):
         "groups": 1,
         "head_dim": 8,
     }
-    report.write_report(found, tmp_path / "docs")
+    report.write_arena_report(found, tmp_path / "docs")
     page = (tmp_path / "docs/arena.md").read_text()
     others = page[page.index("### other") : page.index("## Not in the tables")]
     assert (
@@ -683,7 +688,7 @@ def test_teachers_of_a_run_directory_are_found_whichever_is_asked_for(minute, tm
     says.
     """
     trained = []
-    monkeypatch.setattr(teacher, "train", lambda name, directory: trained.append((name, directory)))
+    monkeypatch.setattr(teacher, "train_teacher", lambda name, directory: trained.append((name, directory)))
     arena = arena_of(minute, teachers={"llama": "teacher", "qwen3": "nowhere", "own": "elsewhere"})
     shutil.copytree(minute / "teacher", tmp_path / "teachers/qwen3")
     teacher.provide(arena, ["llama"], tmp_path)

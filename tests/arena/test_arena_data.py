@@ -1,4 +1,4 @@
-"""The arena's language says what it claims to, and a fresh teacher holds the lookup that is laid into it."""
+"""The arena's language says what it is said to, and a fresh teacher holds the lookup that is laid into it."""
 
 import numpy as np
 import pytest
@@ -87,12 +87,12 @@ def test_bad_requests_are_refused():
         with pytest.raises(DataError, match="expected"):
             call()
     with pytest.raises(ConfigError, match="expected one of llama"):
-        teacher.build("gpt")
+        teacher.untrained_teacher("gpt")
 
 
 @pytest.mark.parametrize("family", list(teacher.FAMILIES))
 def test_a_fresh_teacher_attends_to_the_word_before_and_to_the_fact_that_is_asked_for(family):
-    model = teacher.build(family)
+    model = teacher.untrained_teacher(family)
     model.config._attn_implementation = "eager"
     test = data.tests("single", 64, 8, seed=1)
     with torch.no_grad():
@@ -118,16 +118,16 @@ def test_training_a_teacher_writes_a_checkpoint_with_its_accuracies(tmp_path, mo
 
     from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 
-    monkeypatch.setattr(teacher, "measure", lambda model: {"single": {64: 0.5}})
+    monkeypatch.setattr(teacher, "accuracies", lambda model: {"single": {64: 0.5}})
     stages = ({"length": 32, "rows": 2, "steps": 3, "recall_share": 0.5},)
-    assert teacher.train("llama", tmp_path / "t", stages, progress=lambda text: None) == {"single": {64: 0.5}}
+    assert teacher.train_teacher("llama", tmp_path / "t", stages, progress=lambda text: None) == {"single": {64: 0.5}}
     verify_files(tmp_path / "t")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "t").config.vocab_size == data.VOCAB
     assert AutoTokenizer.from_pretrained(tmp_path / "t")("<5> <200>")["input_ids"] == [5, 200]
     assert read_provenance(tmp_path / "t")[0]["figures"]["accuracy"]["single"]["64"] == 0.5
 
 
-def test_measure_is_right_about_a_model_that_knows_and_one_that_does_not():
+def test_accuracies_are_right_about_a_model_that_knows_and_one_that_does_not():
     """A stand-in whose likeliest word is the answer itself."""
     tests = {k: data.tests(k, 64 if k in data.LONG else data.SHORT_LENGTH, 8, 100) for k in (*data.LONG, *data.SHORT)}
     known = {}
@@ -148,5 +148,5 @@ def test_measure_is_right_about_a_model_that_knows_and_one_that_does_not():
     for right in (True, False):
         model = Knows()
         model.right = right
-        found = teacher.measure(model, lengths=(64,), count=8)
+        found = teacher.accuracies(model, lengths=(64,), count=8)
         assert {score for scores in found.values() for score in scores.values()} == {float(right)}

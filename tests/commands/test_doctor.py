@@ -341,7 +341,7 @@ def verdicts(machine, monkeypatch):
     monkeypatch.setattr(doctor, "gpus", lambda: ([CPU, CPU], ""))  # two of one kind share their verdicts
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return lambda question, verdict: verified.save_verdict(
-        verified.verdict_file(CPU), question, verdict, verified.environment(CPU)
+        verified.verdict_file(CPU), question, verdict, verified.environment_of(CPU)
     )
 
 

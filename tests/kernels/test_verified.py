@@ -107,8 +107,8 @@ def test_the_check_itself_does_not_ask_again():
 
 def test_other_sources_are_another_environment(monkeypatch):
     before = verdict_file(CPU)
-    changed = {**MODULE.environment(CPU), "sources": "another"}
-    monkeypatch.setattr(MODULE, "environment", lambda device: changed)
+    changed = {**MODULE.environment_of(CPU), "sources": "another"}
+    monkeypatch.setattr(MODULE, "environment_of", lambda device: changed)
     assert verdict_file(CPU) != before
 
 

@@ -48,9 +48,9 @@ def test_a_colour_stands_for_one_thing():
 @pytest.mark.parametrize("teacher", json.loads(SUMMARY.read_text())["teachers"])
 @pytest.mark.parametrize("kind", ["single", "multikey", "multiquery"])
 def test_curves_of_the_arena_have_at_most_six_coloured_lines_each_with_its_name(teacher, kind):
-    from xlstm_arena.report import COLOURS, draw_curves
+    from xlstm_arena.report import COLOURS, draw_recall
 
-    (axes,) = draw_curves(json.loads(SUMMARY.read_text()), teacher, kind).axes
+    (axes,) = draw_recall(json.loads(SUMMARY.read_text()), teacher, kind).axes
     lines = {line.get_color() for line in axes.lines}
     names = {note.get_text() for note in axes.texts} & set(COLOURS)
     assert plots.FAINT in lines and 4 <= len(lines - {plots.FAINT}) <= 6

@@ -5,15 +5,10 @@ import torch
 KERNEL_DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
-def kind_of(x):
-    if x.dtype == torch.bool:
-        return "bool"
-    return "floating" if x.is_floating_point() else "complex" if x.is_complex() else "integer"
-
-
 def expect(name, x, kind="floating", **dims):
     """Raise ValueError unless x has the sizes `dims` and is "floating", "integer" or "bool"."""
-    if tuple(x.shape) != tuple(dims.values()) or kind_of(x) != kind:
+    own = "floating" if x.is_floating_point() else "complex" if x.is_complex() else "integer"
+    if tuple(x.shape) != tuple(dims.values()) or ("bool" if x.dtype == torch.bool else own) != kind:
         raise ValueError(f"{name}: expected {kind} {dims}, got {x.dtype} {list(x.shape)}")
 
 
@@ -28,3 +23,10 @@ def expect_for_kernel(name, x, largest=None):
             f"{name}: the triton backend has tiles for {largest} at most in the last dim, got {x.shape[-1]}; "
             "use another one"
         )
+
+
+def schema(tensors, others="", result="Tensor"):
+    """The schema of an operator: its tensors, `C?` one that may be None, `C!` one that is written; others, result."""
+    marks = {"?": "Tensor?", "!": "Tensor(a{}!)"}
+    parts = [f"{marks.get(n[-1], 'Tensor').format(j)} {n.rstrip('?!')}" for j, n in enumerate(tensors.split())]
+    return f"({', '.join(parts + [others] * bool(others))}) -> {result}"

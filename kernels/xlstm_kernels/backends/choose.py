@@ -22,7 +22,7 @@ class Kernel(NamedTuple):
     check: Callable
 
 
-def resolve(backend, backends, device, choose):
+def resolve_backend(backend, backends, device, choose):
     """Name of the backend to run; `choose` is asked for "auto" only.
 
     Raises:

@@ -117,6 +117,11 @@ def power_of_2(n, least=16):
     return max(least, 1 << (n - 1).bit_length())
 
 
+def strides_of(*tensors):
+    """Strides in batch, token and head of tensors [B, T, H, d], whose last dim has no gaps."""
+    return [n for x in tensors for n in x.stride()[:3]]
+
+
 @contextlib.contextmanager
 def setting(variable, value):
     token = variable.set(value)

@@ -28,7 +28,7 @@ def verified(operation, check, device, dtype, **dims):
 
     Args:
         operation: its name.
-        check: function (device, dtype, **dims) -> {what: error}, made with `draw` and `compare`.
+        check: function (device, dtype, **dims) -> {what: error}, made with `draw_numbers` and `compare_forms`.
         dims: sizes that select another compiled kernel, such as K and V.
     """
     key = operation, device, dtype, tuple(sorted(dims.items()))
@@ -38,15 +38,15 @@ def verified(operation, check, device, dtype, **dims):
         verdict = read_verdicts(path).get(question)
         if verdict is None:
             VERDICTS[key] = False  # the check itself must not ask again
-            verdict = evaluate(check, device, dtype, dims)
-            save_verdict(path, question, verdict, environment(device))
+            verdict = verdict_of(check, device, dtype, dims)
+            save_verdict(path, question, verdict, environment_of(device))
         VERDICTS[key] = verdict["right"]
         if not verdict["right"]:
             warn(question, verdict, path, dtype)
     return VERDICTS[key]
 
 
-def evaluate(check, device, dtype, dims):
+def verdict_of(check, device, dtype, dims):
     """{"right": bool, "errors": {what: error}}; a check that raises is a wrong kernel, with the reason."""
     try:
         errors = check(device, dtype, **dims)
@@ -85,7 +85,7 @@ def digest_of(folder):
 
 
 @cache
-def environment(device):
+def environment_of(device):
     """What a verdict depends on besides the operation: GPU, versions, and our own sources."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     try:
@@ -104,7 +104,7 @@ def file_of(environment, name="verdicts"):
 
 
 def verdict_file(device):
-    return file_of(environment(device))
+    return file_of(environment_of(device))
 
 
 def read_verdicts(path):
@@ -133,13 +133,13 @@ def save_verdict(path, question, verdict, environment):
 # --- what checks are made of -------------------------------------------------------------------------------------
 
 
-def draw(generator, *shape, dtype, device):
+def draw_numbers(generator, *shape, dtype, device):
     """Normal numbers that every machine draws alike, rounded to `dtype`."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
-def compare(kernel, plain, inputs, upstream):
-    """{what: `error`} of outputs and gradients by all inputs of two forms, the plain one in float64."""
+def compare_forms(kernel, plain, inputs, upstream):
+    """{what: `largest_error`} of outputs and gradients by all inputs of two forms, the plain one in float64."""
     results = []
     for form, double in ((kernel, False), (plain, True)):
         x = [(a.double() if double else a).detach().clone().requires_grad_() for a in inputs]
@@ -148,10 +148,10 @@ def compare(kernel, plain, inputs, upstream):
             loss = sum((y.double() * u).sum() for y, u in zip(outputs, upstream, strict=True))
         results.append([y.detach() for y in outputs] + list(torch.autograd.grad(loss, x)))
     names = [f"output {j}" for j in range(len(upstream))] + [f"gradient {j}" for j in range(len(inputs))]
-    return {name: error(a, b) for name, a, b in zip(names, *results, strict=True)}
+    return {name: largest_error(a, b) for name, a, b in zip(names, *results, strict=True)}
 
 
-def error(got, want):
+def largest_error(got, want):
     """Largest difference on the scale of the largest entry; inf if anything is not finite."""
     e = ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-30)).item()
     return e if e == e else float("inf")

@@ -18,7 +18,7 @@ go in and out. They are `MLSTMState`s whose n and m are 0.
 
 import torch
 
-from xlstm_kernels.mlstm.reference import MLSTMState, forget_gate, prepare
+from xlstm_kernels.mlstm.reference import MLSTMState, for_calculation, forget_gate
 
 
 def state_of(C):
@@ -29,7 +29,7 @@ def state_of(C):
 def delta_recurrent(q, k, v, i, f, state=None, chunk_size=None):
     """One token after the other: the definition."""
     out_dtype = v.dtype
-    q, k, v, i, f, (C, *_) = prepare(q, k, v, i, f, state)
+    q, k, v, i, f, (C, *_) = for_calculation(q, k, v, i, f, state)
     logf, starts = forget_gate(f)
     a, b, h = logf.masked_fill(starts, float("-inf")).exp()[..., None, None], torch.sigmoid(i)[..., None, None], []
     for t in range(q.shape[1]):
@@ -51,7 +51,7 @@ def in_chunks(x, L, fill):
 def delta_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
     """Chunks of `chunk_size` tokens: O(T chunk_size) time and memory, and one short step per chunk after the other."""
     out_dtype, T, L = v.dtype, q.shape[1], min(chunk_size, q.shape[1])
-    q, k, v, i, f, (C, *_) = prepare(q, k, v, i, f, state)
+    q, k, v, i, f, (C, *_) = for_calculation(q, k, v, i, f, state)
     logf, starts = forget_gate(f)
     q, k, v, b = (in_chunks(x, L, 0.0) for x in (q, k, v, torch.sigmoid(i)))  # [B, H, N, L, ...]; b = 0 writes nothing
     # Sums of log f cancel in differences: in float64, also for float32 inputs. A difference across a document start

@@ -3,7 +3,7 @@
 import torch
 
 from xlstm_kernels.backends.numerics import calculation_dtype
-from xlstm_kernels.backends.verified import compare, draw
+from xlstm_kernels.backends.verified import compare_forms, draw_numbers
 from xlstm_kernels.head_loss.chunks import chunked
 from xlstm_kernels.head_loss.reference import Rule, Task, dense
 
@@ -13,8 +13,9 @@ def check_kernel(device, dtype, M):
     from xlstm_kernels.head_loss.triton import rows_step  # needs triton
 
     make, (N, D, V) = torch.Generator().manual_seed(M), (48, 64, max(1000, 2 * M))
-    hidden, weight = draw(make, 1, N, D, dtype=dtype, device=device), draw(make, V, D, dtype=dtype, device=device) / 4
-    teacher = draw(make, 1, N, V, dtype=torch.float64, device=device).mul_(3).log_softmax(-1)
+    hidden = draw_numbers(make, 1, N, D, dtype=dtype, device=device)
+    weight = draw_numbers(make, V, D, dtype=dtype, device=device) / 4
+    teacher = draw_numbers(make, 1, N, V, dtype=torch.float64, device=device).mul_(3).log_softmax(-1)
     logp, ids = teacher.topk(M, -1)
     labels = torch.randint(V, (1, N), generator=make).to(device)
     rest = teacher.scatter(-1, ids, float("-inf")).logsumexp(-1)
@@ -28,4 +29,4 @@ def check_kernel(device, dtype, M):
         return loss
 
     upstream = [torch.ones((), dtype=torch.float64, device=device)]
-    return compare(run(chunked(rows_step)), run(dense), (hidden, weight), upstream)
+    return compare_forms(run(chunked(rows_step)), run(dense), (hidden, weight), upstream)

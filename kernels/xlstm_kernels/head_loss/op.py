@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels.backends.arguments import expect
-from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve
+from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve_backend
 from xlstm_kernels.backends.launch import power_of_2
 from xlstm_kernels.backends.numerics import calculation_dtype
 from xlstm_kernels.head_loss.check import check_kernel
@@ -156,7 +156,7 @@ def head_loss(
     check_tensors(hidden, weight, labels, top_ids, top_logp, rest_logp, bias, mask)
     weights = ce_weight, forward_kl_weight, reverse_kl_weight
     check_settings(top_ids, top_logp, rest_logp, weights, outcomes, num_items, logit_scale, softcap, rows)
-    backend = resolve(backend, BACKENDS, hidden.device, lambda: choose_backend(hidden, weight, top_ids))
+    backend = resolve_backend(backend, BACKENDS, hidden.device, lambda: choose_backend(hidden, weight, top_ids))
     teacher = None if top_ids is None else (top_ids, top_logp, rest_logp)
     run = run_backend
     if torch.compiler.is_compiling():  # which rows there are is read from the data: there is nothing to trace

@@ -24,20 +24,13 @@ from xlstm_kernels.head_loss.reference import REST_FLOOR, Rule, Targets, Terms
 
 NOTHING = tl.constexpr(-3.4e38)  # smaller than any logit that means something; finite, for inf - inf is NaN
 
-TILES = {  # width: entries of the teacher
-    (80, 1024, "half"): Tile({"BV": 4096}, 8, 1),
-    (80, 1024, "single"): Tile({"BV": 2048}, 8, 1),
-    (80, 4096, "half"): Tile({"BV": 4096}, 16, 1),
-    (80, 4096, "single"): Tile({"BV": 4096}, 16, 1),
-    (90, 1024, "half"): Tile({"BV": 4096}, 8, 1),
-    (90, 1024, "single"): Tile({"BV": 4096}, 8, 1),
-    (90, 4096, "half"): Tile({"BV": 4096}, 16, 1),
-    (90, 4096, "single"): Tile({"BV": 4096}, 16, 1),
-    (100, 1024, "half"): Tile({"BV": 4096}, 8, 1),
-    (100, 1024, "single"): Tile({"BV": 4096}, 8, 1),
-    (100, 4096, "half"): Tile({"BV": 4096}, 16, 1),
-    (100, 4096, "single"): Tile({"BV": 4096}, 16, 1),
-}
+# by width, the entries of the teacher
+TILES = {
+    (chip, width, kind): Tile({"BV": 4096}, 8 if width == 1024 else 16, 1)
+    for chip in (80, 90, 100)
+    for width in (1024, 4096)
+    for kind in ("half", "single")
+} | {(80, 1024, "single"): Tile({"BV": 2048}, 8, 1)}
 
 
 @triton.jit
@@ -193,24 +186,11 @@ def rows_step(logits, targets, rule, gradient):
     d = logits if gradient in (None, torch.float32) else logits.view(gradient)[:, :V]
     out = [logits.new_empty(R) for _ in range(3)] + [torch.empty(R, dtype=torch.int8, device=logits.device)]
     numbers = V, M, logits.stride(0), d.stride(0), float(rule.logit_scale), float(rule.softcap or 1.0), REST_FLOOR
-    constants = {
-        "SUPPORT": rule.support,
-        "CAPPED": rule.softcap is not None,
-        "GRADIENT": gradient is not None,
-        "NARROW": d.dtype != logits.dtype,
-    }
-    launch(
-        head_loss_rows,
-        (R,),
-        logits,
-        d,
-        *(x.contiguous() for x in targets),
-        *out,
-        *numbers,
-        **constants,
-        BM=power_of_2(M),
-        tile=look_up(TILES, logits.device, M, d.dtype),
-    )  # too many for a line each
+    constants = {"SUPPORT": rule.support, "CAPPED": rule.softcap is not None, "GRADIENT": gradient is not None}
+    constants |= {"NARROW": d.dtype != logits.dtype, "BM": power_of_2(M)}
+    tile = look_up(TILES, logits.device, M, d.dtype)
+    tensors = logits, d, *(x.contiguous() for x in targets), *out
+    launch(head_loss_rows, (R,), *tensors, *numbers, **constants, tile=tile)
     return Terms(*out[:3], out[3].bool()), None if gradient is None else d
 
 
@@ -220,14 +200,12 @@ def aot_cases():
     def case(M, gradient, V=128256, support=False, softcap=None):
         def run():
             row = {"dtype": torch.float32, "device": "meta"}
-            ids = torch.empty(64, M, dtype=torch.int64, device="meta")
-            entries = (
-                ids[:, 0].contiguous(),
-                ids,
-                torch.empty(64, M, **row),
-                *(torch.empty(64, **row) for _ in range(4)),
+            ids, numbers = (
+                torch.empty(64, M, dtype=torch.int64, device="meta"),
+                [torch.empty(64, **row) for _ in range(4)],
             )
-            rows_step(torch.empty(64, V, **row), Targets(*entries), Rule(support, 1.0, softcap), gradient)
+            targets = Targets(ids[:, 0].contiguous(), ids, torch.empty(64, M, **row), *numbers)
+            rows_step(torch.empty(64, V, **row), targets, Rule(support, 1.0, softcap), gradient)
 
         return run
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.backends.arguments import schema
 from xlstm_kernels.backends.numerics import calculation_dtype, finite, wants_gradients
 from xlstm_kernels.backends.scratch import space_of
 from xlstm_kernels.mlstm.reference import FORGET_ALL, MLSTMState, fresh_state
@@ -33,7 +34,7 @@ LARGE = 2**15
 SPREAD = 30.0  # R - M may be as large as this: exp(-SPREAD) is far above the smallest float32
 
 
-class Gates(NamedTuple):
+class ChunkGates(NamedTuple):
     """What the gates say about every chunk, before any key is looked at.
 
     Weights in the dtype of the calculation, exponents in float64:
@@ -133,7 +134,7 @@ def alike(a, R, m_in, document, m, dtype):
     write = intra if document is None else intra * (document == document[..., -1:])
     reads, document = carry.flatten(1).any(1).tolist(), None if document is None else document.flatten(0, 1)
     intra, write, carry = (x.flatten(0, 1)[..., None] for x in (intra, write, carry))
-    return Gates(intra, write, carry, carry[:, -1, 0].view(a.shape[:2]), reads, None, None, document, m)
+    return ChunkGates(intra, write, carry, carry[:, -1, 0].view(a.shape[:2]), reads, None, None, document, m)
 
 
 def different(a, M, m_in, document, m, dtype):
@@ -145,7 +146,7 @@ def different(a, M, m_in, document, m, dtype):
         document = document.flatten(0, 1)
     reads = carry.flatten(1).any(1).tolist()
     write, carry = (x.flatten(0, 1)[..., None] for x in (write.exp().to(dtype), carry))
-    return Gates(
+    return ChunkGates(
         None, write, carry, carry[:, -1, 0].view(a.shape[:2]), reads, a.flatten(0, 1), M.flatten(0, 1), document, m
     )
 
@@ -181,7 +182,7 @@ def cut(space, name, x, segment, weight=None):
         x = x[0, segment.t : segment.t + segment.L]
         x = x if weight is None else torch.mul(x, weight.transpose(0, 1), out=space(name, *x.shape))
         return x.transpose(0, 1)
-    x = chunks_of(x, segment)
+    x = chunk_view(x, segment)
     y = space(name, *x.shape)
     if weight is None:
         y.copy_(x)
@@ -190,7 +191,7 @@ def cut(space, name, x, segment, weight=None):
     return y.flatten(0, 2)
 
 
-def chunks_of(x, segment):
+def chunk_view(x, segment):
     """The segment's part of x [B, T, H, K], seen as [n, B, H, L, K]."""
     t, n, L = segment
     if len(x) == n == 1:
@@ -200,7 +201,7 @@ def chunks_of(x, segment):
 
 def put(x, segment, y, weight=None):
     """Write y [n B H, L, K], times weight [n B H, L, 1], to where `cut` takes it from; y may be lost."""
-    x = chunks_of(x, segment)
+    x = chunk_view(x, segment)
     if weight is None or x.dtype != y.dtype:
         x.copy_((y if weight is None else y.mul_(weight)).view(x.shape))
     else:
@@ -222,7 +223,7 @@ def inverse(den):
     return den.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0, neginf=0.0)
 
 
-class Piece:
+class SegmentProducts:
     """The chunks of one segment as matrices [n B H, ...]: loaded, weighted, multiplied, forward and again backward."""
 
     def __init__(self, q, k, v, gates, segment, L, space):
@@ -341,9 +342,7 @@ class Piece:
         return ((dq, None), (later.add_(own), self.write if self.same else None), (dv, None)), before, per_token
 
 
-def streaming_forward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, keep: bool
-) -> list[Tensor]:
+def streaming_forward(q, k, v, i, f, C, n, m, L, keep):
     """h, the state after (C, n, m), and for the backward: what rounding m was worth, 1 / den, states before."""
     (B, _, H, _), dtype = q.shape, C.dtype
     gates, pieces, space = chunk_gates(i, f, m, L, dtype), segments(q, v, L), space_of("mlstm", dtype, q.device)
@@ -354,7 +353,7 @@ def streaming_forward(
     for j, segment in enumerate(pieces):
         if keep:
             stored_C[j], stored_n[j] = C, n
-        x = Piece(q, k, v, gates, segment, L, space)
+        x = SegmentProducts(q, k, v, gates, segment, L, space)
         num, weight, C, n = x.forward(C, n)
         put(h, segment, num, weight)
         if keep:
@@ -365,7 +364,12 @@ def streaming_forward(
     return [h, *state, rounded, inverse_den, stored_C, stored_n]
 
 
-streaming_op = torch.library.custom_op("xlstm_kernels::mlstm_streaming", streaming_forward, mutates_args=())
+streaming_op = torch.library.custom_op(
+    "xlstm_kernels::mlstm_streaming",
+    streaming_forward,
+    mutates_args=(),
+    schema=schema("q k v i f C n m", "SymInt L, bool keep", "Tensor[]"),
+)
 
 
 @streaming_op.register_fake
@@ -377,23 +381,12 @@ def _(q, k, v, i, f, C, n, m, L, keep):
     return [v.new_empty(v.shape), *(C.new_empty(shape) for shape in shapes)]
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_streaming_backward", mutates_args=())
-def streaming_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    m: Tensor,
-    rounded: Tensor,
-    inverse_den: Tensor,
-    stored_C: Tensor,
-    stored_n: Tensor,
-    dh: Tensor,
-    dC: Tensor,
-    dn: Tensor,
-    L: int,
-) -> list[Tensor]:  # too many for a line each
+@torch.library.custom_op(
+    "xlstm_kernels::mlstm_streaming_backward",
+    mutates_args=(),
+    schema=schema("q k v i f m rounded inverse_den stored_C stored_n dh dC dn", "SymInt L", "Tensor[]"),
+)
+def streaming_backward(q, k, v, i, f, m, rounded, inverse_den, stored_C, stored_n, dh, dC, dn, L):
     """The gradients of q, k, v, i, f, C, n."""
     B, _, H, _ = q.shape
     gates, space = chunk_gates(i, f, m, L, stored_C.dtype), space_of("mlstm", stored_C.dtype, q.device)
@@ -401,7 +394,7 @@ def streaming_backward(
     per_token = [torch.zeros_like(gates.write) for _ in range(3)]
     dC, dn = dC.flatten(0, 1) * rounded[:, None, None], dn.flatten(0, 1) * rounded[:, None]
     for j, segment in reversed(list(enumerate(segments(q, v, L)))):
-        x, size = Piece(q, k, v, gates, segment, L, space), segment[2]
+        x, size = SegmentProducts(q, k, v, gates, segment, L, space), segment[2]
         weight = inverse_den[x.here, :size]
         dnum = cut(space, "dnum", dh, segment, weight)
         grads, (dC, dn), of_tokens = x.backward(dnum, weight, stored_C[j], stored_n[j], dC, dn)

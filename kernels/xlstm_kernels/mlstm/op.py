@@ -3,7 +3,7 @@
 import torch
 
 from xlstm_kernels.backends.arguments import expect
-from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve
+from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve_backend
 from xlstm_kernels.backends.launch import LARGEST_K, LARGEST_V
 from xlstm_kernels.backends.numerics import calculation_dtype, widest, without_autocast
 from xlstm_kernels.mlstm.check import check_kernel
@@ -113,7 +113,7 @@ def mlstm(q, k, v, i, f, *, state=None, chunk_size=64, cu_seqlens=None, backend=
         ValueError: an argument does not fit, with what was expected and what came.
     """
     check_sequence(q, k, v, i, f, state, chunk_size, cu_seqlens)
-    backend = resolve(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v, i, f, state))
+    backend = resolve_backend(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v, i, f, state))
     form, args = BACKENDS[backend], (q, k, v, i, f, state, chunk_size)
     with without_autocast(q.device):
         if cu_seqlens is None:

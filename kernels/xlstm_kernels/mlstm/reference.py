@@ -45,7 +45,7 @@ def fresh_state(q, v, dtype):
     )
 
 
-def prepare(q, k, v, i, f, state):
+def for_calculation(q, k, v, i, f, state):
     """Cast everything to the dtype of the calculation; a missing state is a fresh one."""
     dtype = calculation_dtype(q, k, v, i, f, *(state or ()))
     q, k, v, i, f = (x.to(dtype) for x in (q, k, v, i, f))
@@ -62,7 +62,7 @@ def forget_gate(f):
 def mlstm_recurrent(q, k, v, i, f, state=None, chunk_size=None):
     """One token after the other: O(T) time, T steps in a row. The definition every other form is held to."""
     out_dtype = v.dtype
-    q, k, v, i, f, (C, n, m) = prepare(q, k, v, i, f, state)
+    q, k, v, i, f, (C, n, m) = for_calculation(q, k, v, i, f, state)
     logf, starts = forget_gate(f)
     logf = logf.masked_fill(starts, float("-inf"))
     h = []
@@ -109,7 +109,7 @@ def one_chunk(q, k, v, i, logf, starts, state):
 def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
     """Chunks of `chunk_size` tokens one after the other, the last may be shorter: O(T chunk_size) time and memory."""
     out_dtype = v.dtype
-    q, k, v, i, f, state = prepare(q, k, v, i, f, state)
+    q, k, v, i, f, state = for_calculation(q, k, v, i, f, state)
     logf, starts = forget_gate(f)
     chunks = zip(*(x.transpose(1, 2).split(chunk_size, 2) for x in (q, k, v, i, logf, starts)), strict=True)
     h = []

@@ -22,8 +22,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.backends.arguments import expect_for_kernel
-from xlstm_kernels.backends.launch import LARGEST_K, LARGEST_V, Tile, launch, look_up, power_of_2, unavailable
+from xlstm_kernels.backends.arguments import expect_for_kernel, schema
+from xlstm_kernels.backends.launch import (
+    LARGEST_K,
+    LARGEST_V,
+    Tile,
+    launch,
+    look_up,
+    power_of_2,
+    strides_of,
+    unavailable,
+)
 from xlstm_kernels.backends.numerics import widest
 from xlstm_kernels.mlstm.reference import MLSTMState
 from xlstm_kernels.mlstm.triton_kernels import (
@@ -153,44 +162,14 @@ def gate_pass(i, f, n, m, K, chunks, exact):
     start = torch.empty_like(rows, dtype=torch.int8)
     total, weight = rows.new_empty(chunks.total, H, dtype=torch.float64), rows.new_empty(chunks.total, H)
     per, *packed = chunks.places
-    launch(
-        gate_kernel,
-        (chunks.total * H,),
-        i,
-        f,
-        a,
-        low,
-        own,
-        start,
-        total,
-        weight,
-        T,
-        per,
-        H,
-        *packed,
-        tile=Tile({"BT": chunks.BT}, 8 if chunks.BT > 64 else 4, 1),
-    )  # too many for a line each
+    tile = Tile({"BT": chunks.BT}, 8 if chunks.BT > 64 else 4, 1)
+    written = a, low, own, start, total, weight
+    launch(gate_kernel, (chunks.total * H,), i, f, *written, T, per, H, *packed, tile=tile)
     scales = rows.new_empty(chunks.total, H, 4)
     m_last, ends = rows.new_empty(chunks.sequences, H), rows.new_empty(chunks.sequences, H, 2)
     tile = Tile({"BT": chunks.BT, "BK": power_of_2(K), "BC": min(64, power_of_2(chunks.longest))}, 8, 1)
-    launch(
-        scan_kernel,
-        (chunks.sequences * H,),
-        own,
-        start,
-        total,
-        weight,
-        m,
-        n,
-        scales,
-        m_last,
-        ends,
-        per,
-        H,
-        chunks.first,
-        tile=tile,
-        K=K,
-    )  # too many for a line each
+    tensors = own, start, total, weight, m, n, scales, m_last, ends
+    launch(scan_kernel, (chunks.sequences * H,), *tensors, per, H, chunks.first, tile=tile, K=K)
     return Gates(a, low, own, start, scales), m_last, ends
 
 
@@ -212,64 +191,22 @@ def scan_states(x, y, gates, ends, C, n, chunks, weight=None, delta=None, wanted
     last_n = norms.new_empty(chunks.sequences, H, K) if wanted else None
     reverse = weight is not None
 
-    def start(grid, C, n, states, norms, last_C, last_n, spans, **mode):
+    def start(C, n, *written, **mode):
         per, cu, first, _ = chunks.places
-        launch(
-            state_kernel,
-            (grid * programs,),
-            x,
-            y,
-            gates.a,
-            gates.low,
-            gates.start,
-            gates.scales,
-            weight,
-            delta,
-            C,
-            n,
-            ends,
-            states,
-            norms,
-            last_C,
-            last_n,
-            spans,
-            *x.stride()[:3],
-            *y.stride()[:3],
-            T,
-            per,
-            lanes,
-            H,
-            S,
-            cu,
-            first,
-            tile=tile,
-            K=K,
-            V=V,
-            REVERSE=reverse,
-            **mode,
-        )  # too many for a line each
+        read = x, y, gates.a, gates.low, gates.start, gates.scales, weight, delta, C, n, ends
+        sizes = *strides_of(x, y), T, per, lanes, H, S, cu, first
+        constants = {"K": K, "V": V, "REVERSE": reverse, **mode}
+        launch(state_kernel, (segments * programs,), *read, *written, *sizes, tile=tile, **constants)
 
     if segments > 1:
         parts = [norms.new_empty(segments, lanes, *rest) for rest in ((K, V), (K,), ())]
-        start(segments, None, None, None, None, *parts, LOCAL=True, INNER=False)
+        start(None, None, None, None, *parts, LOCAL=True, INNER=False)
         for part, given in zip(parts, (C, n), strict=False):
-            M, BM = part[0, 0].numel(), 1024
-            tile_1d = Tile({"BM": BM}, 4, 1)
-            launch(
-                join_kernel,
-                (lanes * -(-M // BM),),
-                part,
-                parts[2],
-                given,
-                ends,
-                lanes,
-                segments,
-                M,
-                tile=tile_1d,
-                END=int(reverse),
-            )  # too many for a line each
+            M, join = part[0, 0].numel(), Tile({"BM": 1024}, 4, 1)
+            grid, tensors = (lanes * -(-M // 1024),), (part, parts[2], given, ends)
+            launch(join_kernel, grid, *tensors, lanes, segments, M, tile=join, END=int(reverse))
         C, n = parts[:2]
-    start(segments, C, n, states, norms, last_C, last_n, None, LOCAL=False, INNER=segments > 1)
+    start(C, n, states, norms, last_C, last_n, None, LOCAL=False, INNER=segments > 1)
     return states, norms, last_C, last_n
 
 
@@ -282,28 +219,8 @@ def forward(q, k, v, i, f, C, n, m, chunks):
     tile = tile_of("output", q, v, chunks.BT)
     per, *packed = chunks.places
     programs = chunks.total * H * -(-V // tile.sizes["BV"]) * (chunks.BT // tile.sizes["BR"])
-    launch(
-        output_kernel,
-        (programs,),
-        q,
-        k,
-        v,
-        states,
-        norms,
-        *gates,
-        h,
-        inverse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        T,
-        per,
-        H,
-        *packed,
-        tile=tile,
-        K=K,
-        V=V,
-    )  # too many for a line each
+    tensors = q, k, v, states, norms, *gates, h, inverse
+    launch(output_kernel, (programs,), *tensors, *strides_of(q, k, v), T, per, H, *packed, tile=tile, K=K, V=V)
     return h, C, n, m_last, *gates, ends, inverse
 
 
@@ -314,22 +231,8 @@ def backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks):
     BR = min(chunks.BT, max(16, 2048 // power_of_2(V)))
     delta, weight = torch.empty_like(inverse), torch.empty_like(inverse)
     tile = Tile({"BT": chunks.BT, "BR": BR, "BV": power_of_2(V)}, 4, 1)
-    launch(
-        delta_kernel,
-        (chunks.total * H * (chunks.BT // BR),),
-        h,
-        dh,
-        *gates[2:],
-        inverse,
-        delta,
-        weight,
-        T,
-        per,
-        H,
-        *packed,
-        tile=tile,
-        V=V,
-    )  # too many for a line each
+    tensors, grid = (h, dh, *gates[2:], inverse, delta, weight), (chunks.total * H * (chunks.BT // BR),)
+    launch(delta_kernel, grid, *tensors, T, per, H, *packed, tile=tile, V=V)
     states, norms, _, _ = scan_states(k, v, gates, ends, C, n, chunks, wanted=False)
     dstates, dnorms, dC, dn = scan_states(q, dh, gates, ends, dC, dn, chunks, weight, delta, wanted=C is not None)
     dq, dk, dv, di, df = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, i, f))
@@ -339,71 +242,21 @@ def backward(q, k, v, i, f, C, n, h, gates, ends, inverse, dh, dC, dn, chunks):
         # the addresses of packed sequences take the registers that loads ahead would need
         tile = tile._replace(num_stages=1)
     programs = chunks.total * H * (chunks.BT // tile.sizes["BR"]) * (2 + -(-V // tile.sizes["BV"]))
-    launch(
-        grad_kernel,
-        (programs,),
-        q,
-        k,
-        v,
-        dh,
-        states,
-        norms,
-        dstates,
-        dnorms,
-        *gates,
-        inverse,
-        delta,
-        weight,
-        dq,
-        dk,
-        dv,
-        sums,
-        through,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        T,
-        per,
-        H,
-        *packed,
-        inverse.numel(),
-        tile=tile,
-        K=K,
-        V=V,
-    )  # too many for a line each
-    launch(
-        gate_grad_kernel,
-        (chunks.total * H,),
-        sums,
-        through,
-        f,
-        di,
-        df,
-        T,
-        per,
-        H,
-        inverse.numel(),
-        *packed,
-        tile=Tile({"BT": chunks.BT}, 4, 1),
-    )  # too many for a line each
+    read = q, k, v, dh, states, norms, dstates, dnorms, *gates, inverse, delta, weight
+    sizes = *strides_of(q, k, v), T, per, H, *packed, inverse.numel()
+    launch(grad_kernel, (programs,), *read, dq, dk, dv, sums, through, *sizes, tile=tile, K=K, V=V)
+    tensors, tile = (sums, through, f, di, df), Tile({"BT": chunks.BT}, 4, 1)
+    launch(gate_grad_kernel, (chunks.total * H,), *tensors, T, per, H, inverse.numel(), *packed, tile=tile)
     return dq, dk, dv, di, df, dC, dn
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_chunks", mutates_args=())
-def mlstm_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    m: Tensor | None,
-    cu: Tensor | None,
-    first: Tensor | None,
-    owner: Tensor | None,
-    longest: int,
-) -> list[Tensor]:  # too many for a line each
+CHUNKS_SCHEMA = schema("q k v i f C? n? m? cu? first? owner?", "SymInt longest", "Tensor[]")
+GRADIENTS = "q k v i f C? n? cu? first? owner? h a low own start scales ends inverse dh dC? dn?"
+GRADIENTS_SCHEMA = schema(GRADIENTS, "SymInt longest", "Tensor[]")
+
+
+@torch.library.custom_op("xlstm_kernels::mlstm_chunks", mutates_args=(), schema=CHUNKS_SCHEMA)
+def mlstm_chunks(q, k, v, i, f, C, n, m, cu, first, owner, longest):
     """What `forward` returns; an empty tensor stands for None."""
     if reason := unavailable(q.device):
         raise ValueError(f"backend='triton': {reason}")
@@ -423,31 +276,10 @@ def _(q, k, v, i, f, C, n, m, cu, first, owner, longest):
     return [v.new_empty(v.shape), *state, *gates, like(N, H, 2), like(*rows)]
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_chunks_backward", mutates_args=())
+@torch.library.custom_op("xlstm_kernels::mlstm_chunks_backward", mutates_args=(), schema=GRADIENTS_SCHEMA)
 def mlstm_chunks_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor | None,
-    n: Tensor | None,
-    cu: Tensor | None,
-    first: Tensor | None,
-    owner: Tensor | None,
-    h: Tensor,
-    a: Tensor,
-    low: Tensor,
-    own: Tensor,
-    start: Tensor,
-    scales: Tensor,
-    ends: Tensor,
-    inverse: Tensor,
-    dh: Tensor,
-    dC: Tensor | None,
-    dn: Tensor | None,
-    longest: int,
-) -> list[Tensor]:  # too many for a line each
+    q, k, v, i, f, C, n, cu, first, owner, h, a, low, own, start, scales, ends, inverse, dh, dC, dn, longest
+):
     """What `backward` returns; an empty tensor stands for None."""
     gates = Gates(a, low if low.numel() else None, own, start, scales)
     chunks = chunks_of(q, a.shape[2], longest, cu, first, owner)
@@ -480,11 +312,6 @@ def differentiate(ctx, grads):
 mlstm_chunks.register_autograd(differentiate, setup_context=save)
 
 
-def readable(x):
-    """x as the kernels read it: the last dim without gaps, the rows of a chunk within 32-bit offsets of each other."""
-    return x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous()
-
-
 def mlstm_triton(q, k, v, i, f, state=None, chunk_size=64, cu_seqlens=None):
     """The chunkwise form for a GPU, with its own backward: O(T) time and memory. Arguments and results as in
     `reference`, state in float32.
@@ -506,7 +333,9 @@ def mlstm_triton(q, k, v, i, f, state=None, chunk_size=64, cu_seqlens=None):
     for name, x in zip("ifCnm", (i, f, *(state or ())), strict=False):
         expect_for_kernel(name, x)
     out_dtype, dtype = v.dtype, widest(q, k, v)
-    q, k, v = (readable(x.to(dtype)) for x in (q, k, v))
+    # as the kernels read them: the last dim without gaps, the rows of a chunk within 32-bit offsets of each other
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = (x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in (q, k, v))
     C, n, m = (None, None, None) if state is None else (x.to(torch.float32).contiguous() for x in state)
     i, f, m = i.contiguous(), f.contiguous(), None if m is None else m.detach()
     longest, *packed = 0, None, None, None

@@ -445,8 +445,9 @@ def delta_kernel(
 
 
 @triton.jit
-def weights_of_keys(p_a, p_low, p_own, p_start, p_inverse, at, o_s, o_t, enter):
+def weights_of_keys(gates, at, o_s, o_t, enter):
     """Weight of the keys o_s in the rows o_t, over the rows' denominators [keys, rows]."""
+    p_a, p_low, p_own, p_start, p_inverse = gates
     b_start = tl.load(p_start + at + o_t).to(tl.int32)
     R, _ = row_frames(tl.load(p_own + at + o_t), b_start, enter)
     visible = (o_s[:, None] <= o_t[None, :]) & (o_s[:, None] >= b_start[None, :])
@@ -455,33 +456,10 @@ def weights_of_keys(p_a, p_low, p_own, p_start, p_inverse, at, o_s, o_t, enter):
 
 
 @triton.jit
-def query_grad(
-    p_k,
-    p_v,
-    p_dh,
-    p_states,
-    p_norms,
-    p_a,
-    p_low,
-    p_own,
-    p_start,
-    p_inverse,
-    p_delta,
-    p_weight,
-    at,
-    enter,
-    i_r,
-    k_t,
-    v_t,
-    h_t,
-    left,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):  # too many for a line each
+def query_grad(p_k, p_v, p_dh, p_states, p_norms, p_delta, p_weight, gates, where, k_t, v_t, h_t, K, V, BR, BK, BV):
     """dq [BR, BK] of rows that look back: at the state before the chunk and at the tokens of the chunk."""
+    p_a, p_low, p_own, p_start, p_inverse = gates
+    at, enter, i_r, left = where
     o_r, o_k, o_v = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV)
     o_t = i_r * BR + o_r
     delta = tl.load(p_delta + at + o_t)
@@ -515,38 +493,11 @@ def query_grad(
 
 
 @triton.jit
-def key_grad(
-    p_q,
-    p_k,
-    p_v,
-    p_dh,
-    p_dstates,
-    p_dnorms,
-    p_a,
-    p_low,
-    p_own,
-    p_start,
-    p_inverse,
-    p_delta,
-    p_sums,
-    write,
-    at,
-    size,
-    enter,
-    i_r,
-    q_t,
-    k_t,
-    v_t,
-    h_t,
-    left,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):  # too many for a line each
+def key_grad(read, p_sums, size, gates, where, write, strides, K, V, BT, BR, BK, BV):
     """dk [BR, BK] of tokens, from rows after the chunk, its last state, and in it; <k, dk> goes to `sums`."""
+    p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_delta = read
+    q_t, k_t, v_t, h_t = strides
+    at, enter, i_r, left = where
     o_r, o_k, o_v = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV)
     o_s = i_r * BR + o_r
     b_dn = tl.load(p_dnorms + o_k, mask=o_k < K, other=0.0)
@@ -571,7 +522,7 @@ def key_grad(
                 b_v = load_rows(p_v, o_s, v_t, left, j + o_v, V)
             b_dh = load_rows(p_dh, o_t, h_t, left, j + o_v, V)
             dscores = tl.dot(b_v, tl.trans(b_dh), dscores, input_precision="tf32x3")
-        dscores *= weights_of_keys(p_a, p_low, p_own, p_start, p_inverse, at, o_s, o_t, enter)
+        dscores *= weights_of_keys(gates, at, o_s, o_t, enter)
         b_q = load_rows(p_q, o_t, q_t, left, o_k, K)
         b_dk = tl.dot(dscores.to(b_q.dtype), b_q, b_dk, input_precision="tf32x3")
     b_k = load_rows(p_k, o_s, k_t, left, o_k, K)
@@ -580,32 +531,9 @@ def key_grad(
 
 
 @triton.jit
-def value_grad(
-    p_q,
-    p_k,
-    p_dh,
-    p_dstates,
-    p_a,
-    p_low,
-    p_own,
-    p_start,
-    p_inverse,
-    write,
-    at,
-    enter,
-    i_r,
-    q_t,
-    k_t,
-    h_t,
-    o_v,
-    left,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-):  # too many for a line each
+def value_grad(p_q, p_k, p_dh, p_dstates, gates, where, write, q_t, k_t, h_t, o_v, K, V, BT, BR, BK):
     """dv [BR, columns o_v] of tokens that later rows look at."""
+    at, enter, i_r, left = where
     o_r, o_k = tl.arange(0, BR), tl.arange(0, BK)
     o_s = i_r * BR + o_r
     b_k = load_rows(p_k, o_s, k_t, left, o_k, K)
@@ -614,7 +542,7 @@ def value_grad(
         o_t = i_t * BR + o_r
         b_q = load_rows(p_q, o_t, q_t, left, o_k, K)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision="tf32x3")
-        scores *= weights_of_keys(p_a, p_low, p_own, p_start, p_inverse, at, o_s, o_t, enter)
+        scores *= weights_of_keys(gates, at, o_s, o_t, enter)
         b_dh = load_rows(p_dh, o_t, h_t, left, o_v, V)
         b_dv = tl.dot(scores.to(b_dh.dtype), b_dh, b_dv, input_precision="tf32x3")
     return b_dv
@@ -692,99 +620,23 @@ def grad_kernel(
     p_norms += i_ch * K
     p_dstates += i_ch * K * V
     p_dnorms += i_ch * K
-    enter = tl.load(p_scales + i_ch * 4)
+    gates, where = (p_a, p_low, p_own, p_start, p_inverse), (at, tl.load(p_scales + i_ch * 4), i_r, left)
     o_out = o_t[:, None] * H
     inside = (o_t[:, None] < left) & (o_k[None, :] < K)
     if part == 0:
         b_dq = query_grad(
-            p_k,
-            p_v,
-            p_dh,
-            p_states,
-            p_norms,
-            p_a,
-            p_low,
-            p_own,
-            p_start,
-            p_inverse,
-            p_delta,
-            p_weight,
-            at,
-            enter,
-            i_r,
-            k_t,
-            v_t,
-            H * V,
-            left,
-            K,
-            V,
-            BR,
-            BK,
-            BV,
-        )  # too many for a line each
+            p_k, p_v, p_dh, p_states, p_norms, p_delta, p_weight, gates, where, k_t, v_t, H * V, K, V, BR, BK, BV
+        )
         tl.store(p_dq + place * K + o_out * K + o_k[None, :], b_dq.to(p_dq.dtype.element_ty), mask=inside)
     elif part == 1:
         write = write_weights(p_a, p_low, p_start, p_scales, i_ch, o_t, BT)
-        b_dk = key_grad(
-            p_q,
-            p_k,
-            p_v,
-            p_dh,
-            p_dstates,
-            p_dnorms,
-            p_a,
-            p_low,
-            p_own,
-            p_start,
-            p_inverse,
-            p_delta,
-            p_sums,
-            write,
-            at,
-            size,
-            enter,
-            i_r,
-            q_t,
-            k_t,
-            v_t,
-            H * V,
-            left,
-            K,
-            V,
-            BT,
-            BR,
-            BK,
-            BV,
-        )  # too many for a line each
+        read, strides = (p_q, p_k, p_v, p_dh, p_dstates, p_dnorms, p_delta), (q_t, k_t, v_t, H * V)
+        b_dk = key_grad(read, p_sums, size, gates, where, write, strides, K, V, BT, BR, BK, BV)
         tl.store(p_dk + place * K + o_out * K + o_k[None, :], b_dk.to(p_dk.dtype.element_ty), mask=inside)
     else:
         o_v = (part - 2) * BV + tl.arange(0, BV)
         write = write_weights(p_a, p_low, p_start, p_scales, i_ch, o_t, BT)
-        b_dv = value_grad(
-            p_q,
-            p_k,
-            p_dh,
-            p_dstates,
-            p_a,
-            p_low,
-            p_own,
-            p_start,
-            p_inverse,
-            write,
-            at,
-            enter,
-            i_r,
-            q_t,
-            k_t,
-            H * V,
-            o_v,
-            left,
-            K,
-            V,
-            BT,
-            BR,
-            BK,
-        )  # too many for a line each
+        b_dv = value_grad(p_q, p_k, p_dh, p_dstates, gates, where, write, q_t, k_t, H * V, o_v, K, V, BT, BR, BK)
         mask = (o_t[:, None] < left) & (o_v[None, :] < V)
         tl.store(p_dv + place * V + o_out * V + o_v[None, :], b_dv.to(p_dv.dtype.element_ty), mask=mask)
         if (part == 2) & (i_r == 0):

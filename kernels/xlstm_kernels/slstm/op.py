@@ -3,7 +3,7 @@
 import torch
 
 from xlstm_kernels.backends.arguments import expect
-from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve
+from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve_backend
 from xlstm_kernels.backends.numerics import calculation_dtype, wants_gradients, without_autocast
 from xlstm_kernels.slstm.check import check_kernel
 from xlstm_kernels.slstm.cpu import slstm_fused
@@ -72,7 +72,7 @@ def slstm(x, r, *, real=None, start=None, state=None, forget="sigmoid", backend=
         ValueError: an argument does not fit, with what was expected and what came.
     """
     check_arguments(x, r, real, start, state, forget)
-    backend = resolve(backend, BACKENDS, x.device, lambda: choose_backend(x, r, state))
+    backend = resolve_backend(backend, BACKENDS, x.device, lambda: choose_backend(x, r, state))
     dtype = calculation_dtype(x, r, *(state or ()))
     state = fresh_slstm_state(x, dtype) if state is None else SLSTMState(*(s.to(dtype) for s in state))
     state = state._replace(m=state.m.detach())

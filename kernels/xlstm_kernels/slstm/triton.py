@@ -112,12 +112,8 @@ def forward_kernel(
         o = tl.load(p_a + a_at + 3 * V, mask=inside, other=0.0)
         for k in range(0, V, BK):
             o_k = k + tl.arange(0, BK)
-            # [BB, BK]
-            part = tl.load(
-                p_h + (t * step + row[:, None]) * V + o_k[None, :],
-                mask=(o_b[:, None] < B) & (o_k[None, :] < V),
-                other=0.0,
-            )
+            there = (o_b[:, None] < B) & (o_k[None, :] < V)
+            part = tl.load(p_h + (t * step + row[:, None]) * V + o_k[None, :], mask=there, other=0.0)  # [BB, BK]
             if p_start is not None:
                 part = tl.where(begins, 0.0, part)
             w_at = p_r + i_h * V * V * 4 + o_k[:, None] * (4 * V) + o_v[None, :]  # r [H, V, 4, V]
@@ -215,12 +211,8 @@ def backward_kernel(
         do = total * mean * o * (1 - o)
         if p_real is not None:
             real = tl.load(p_real + t * B + o_b, mask=o_b < B, other=0)[:, None] != 0
-            dz, di, df, do = (
-                tl.where(real, dz, 0.0),
-                tl.where(real, di, 0.0),
-                tl.where(real, df, 0.0),
-                tl.where(real, do, 0.0),
-            )
+            dz, di = tl.where(real, dz, 0.0), tl.where(real, di, 0.0)
+            df, do = tl.where(real, df, 0.0), tl.where(real, do, 0.0)
         tl.store(p_da + a_at, dz, mask=inside)
         tl.store(p_da + a_at + V, di, mask=inside)
         tl.store(p_da + a_at + 2 * V, df, mask=inside)
@@ -229,24 +221,17 @@ def backward_kernel(
         new_h = tl.zeros([BB, BV], tl.float32)
         for k in range(0, 4 * V, BK):
             o_k = k + tl.arange(0, BK)
-            part = tl.load(
-                p_da + (t * step + row[:, None]) * (4 * V) + o_k[None, :],
-                mask=(o_b[:, None] < B) & (o_k[None, :] < 4 * V),
-                other=0.0,
-            )
+            there = (o_b[:, None] < B) & (o_k[None, :] < 4 * V)
+            part = tl.load(p_da + (t * step + row[:, None]) * (4 * V) + o_k[None, :], mask=there, other=0.0)
             w_at = p_r + i_h * V * V * 4 + o_v[None, :] * (4 * V) + o_k[:, None]  # [unit of a, unit of h]
-            new_h = product(
-                part, tl.load(w_at, mask=(o_k[:, None] < 4 * V) & (o_v[None, :] < V), other=0.0), new_h, HALF
-            )
+            known = (o_k[:, None] < 4 * V) & (o_v[None, :] < V)
+            new_h = product(part, tl.load(w_at, mask=known, other=0.0), new_h, HALF)
         here_c, here_n = here_c * keep, here_n * keep
         if p_real is not None:
             new_h, here_c, here_n = tl.where(real, new_h, total), tl.where(real, here_c, dc), tl.where(real, here_n, dn)
         if p_start is not None:
-            new_h, here_c, here_n = (
-                tl.where(begins, 0.0, new_h),
-                tl.where(begins, 0.0, here_c),
-                tl.where(begins, 0.0, here_n),
-            )
+            new_h, here_c = tl.where(begins, 0.0, new_h), tl.where(begins, 0.0, here_c)
+            here_n = tl.where(begins, 0.0, here_n)
         dh, dc, dn = new_h, here_c, here_n
     tl.store(p_dh0 + at, dh, mask=inside)
     tl.store(p_dc0 + at, dc, mask=inside)
@@ -285,21 +270,8 @@ def run_loop_triton(a, weight, real, start, state, forget):
     states = [a.new_empty(T + 1, H, B, V) for _ in range(4)]
     for mine, given in zip(states, state, strict=True):
         mine[0] = given.transpose(0, 1)
-    launch(
-        forward_kernel,
-        grid,
-        a,
-        weight.contiguous(),
-        *states,
-        bytes_of(real),
-        bytes_of(start),
-        T,
-        B,
-        H,
-        V,
-        tile=tile,
-        **constants,
-    )  # too many for a line each
+    tensors = a, weight.contiguous(), *states, bytes_of(real), bytes_of(start)
+    launch(forward_kernel, grid, *tensors, T, B, H, V, tile=tile, **constants)
     return tuple(states)
 
 
@@ -309,24 +281,8 @@ def run_loop_backward_triton(a, weight, real, start, forget, states, gradients):
     tile, grid, constants = start_of(a, weight, forget)
     dh, dc, dn = gradients
     da, first = torch.empty_like(a), [torch.zeros_like(dc), dc.clone(), dn.clone()]
-    launch(
-        backward_kernel,
-        grid,
-        a,
-        weight.contiguous(),
-        *states[1:],
-        bytes_of(real),
-        bytes_of(start),
-        dh,
-        da,
-        *first,
-        T,
-        B,
-        H,
-        V,
-        tile=tile,
-        **constants,
-    )  # too many for a line each
+    read = a, weight.contiguous(), *states[1:], bytes_of(real), bytes_of(start), dh
+    launch(backward_kernel, grid, *read, da, *first, T, B, H, V, tile=tile, **constants)
     return da, tuple(first)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from xlstm_kernels.backends.verified import draw, error
+from xlstm_kernels.backends.verified import draw_numbers, largest_error
 from xlstm_kernels.step.cpu import step_both
 
 
@@ -17,21 +17,18 @@ def check_kernel(device, dtype, K, V, F):
     ours = [x.to(device, torch.float32 if j < 3 else dtype) for j, x in enumerate(memory)]
     truth, errors = [x.to(device, torch.float64) for x in memory], {}
     for t in range(2 * W + S):
-        x = {name: draw(make, B, 1, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        x |= {name: x[name].double().softmax(-1).to(dtype) for name in ("phi_q", "phi_k")} | {
-            "o": x["o"].double().sigmoid().to(dtype)
-        }
+        x = {name: draw_numbers(make, B, 1, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        x |= {name: x[name].double().softmax(-1).to(dtype) for name in ("phi_q", "phi_k")}
+        x["o"] = x["o"].double().sigmoid().to(dtype)
         index = torch.tensor([t, t - 4 if t >= 4 else -1], device=device)
         if t < 4:
             x["i"][1], x["f"][1] = float("-inf"), float("inf")
         got = hybrid_step_triton(*x.values(), *ours, index, sinks=S, scale=K**-0.5)
         want = step_both(*(a.double() for a in x.values()), *truth, index, S, K**-0.5)
         real = (index >= 0).to(device)
-        for name, a, b in (
-            ("h", got[real], want[real]),
-            ("C", ours[0], truth[0]),
-            ("n", ours[1], truth[1]),
-            ("keys", ours[3], truth[3]),
-        ):
-            errors[name] = max(errors.get(name, 0.0), error(a, b))
+        pairs = {"h": (got[real], want[real])} | {
+            name: (ours[j], truth[j]) for j, name in ((0, "C"), (1, "n"), (3, "keys"))
+        }
+        for name, pair in pairs.items():
+            errors[name] = max(errors.get(name, 0.0), largest_error(*pair))
     return errors

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from xlstm_kernels.backends.arguments import schema
 from xlstm_kernels.backends.numerics import calculation_dtype, without_autocast
 from xlstm_kernels.mlstm.reference import FORGET_ALL
 
@@ -27,9 +27,7 @@ def step_memory(q, k, v, i, f, C, n, m):
     return h.transpose(1, 2).to(out_dtype)
 
 
-def step_window(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor, sinks: int, scale: float | None
-) -> Tensor:
+def step_window(q, k, v, keys, values, index, sinks, scale):
     """h [B, 1, H, V] of the window; the new key and value are written into the slots."""
     (B, _, H, K), G, slots = q.shape, k.shape[2], keys.shape[2]
     window, row, oldest = slots - sinks, torch.arange(B, device=q.device), int(index.min())
@@ -46,13 +44,19 @@ def step_window(
             filled = torch.where(slot < sinks, slot <= index[:, None] - window, slot - sinks <= index[:, None])
             mask = filled[:, None, None] if padding is None else filled[:, None, None] | padding
         q = q.reshape(B, G, H // G, K).to(dtype)  # the query heads of a group are its queries: nothing is repeated
-        h = F.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype), attn_mask=mask, scale=scale).reshape(
-            B, 1, H, -1
-        )
+        h = F.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype), attn_mask=mask, scale=scale)
+        h = h.reshape(B, 1, H, -1)
     return (h if padding is None else h.masked_fill(padding, 0.0)).to(v.dtype)
 
 
-window_in_graphs = torch.library.custom_op("xlstm_kernels::window_step", step_window, mutates_args=("keys", "values"))
+NUMBERS = "SymInt sinks, float? scale"
+TENSORS = "q k v phi_q phi_k i f o C! n! m! keys! values! index"
+window_in_graphs = torch.library.custom_op(
+    "xlstm_kernels::window_step",
+    step_window,
+    mutates_args=("keys", "values"),
+    schema=schema("q k v keys! values! index", NUMBERS),
+)
 
 
 @window_in_graphs.register_fake
@@ -60,24 +64,7 @@ def _(q, k, v, keys, values, index, sinks, scale):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
-def step_both(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi_q: Tensor,
-    phi_k: Tensor,
-    i: Tensor,
-    f: Tensor,
-    o: Tensor,
-    C: Tensor,
-    n: Tensor,
-    m: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    sinks: int,
-    scale: float | None,
-) -> Tensor:  # too many for a line each
+def step_both(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale):
     """o * mLSTM + (1 - o) * window. One operation in compiled graphs, as branches depend on the values of `index`."""
     repeats = q.shape[2] // v.shape[2]
     memory = step_memory(phi_q, phi_k, v if repeats == 1 else v.repeat_interleave(repeats, 2), i, f, C, n, m)
@@ -86,7 +73,10 @@ def step_both(
 
 
 step_in_graphs = torch.library.custom_op(
-    "xlstm_kernels::hybrid_step", step_both, mutates_args=("C", "n", "m", "keys", "values")
+    "xlstm_kernels::hybrid_step",
+    step_both,
+    mutates_args=("C", "n", "m", "keys", "values"),
+    schema=schema(TENSORS, NUMBERS),
 )
 
 

@@ -6,7 +6,7 @@ Dims: B batch, H query heads, G key/value heads, K query/key, V value, S sinks, 
 import torch
 
 from xlstm_kernels.backends.arguments import expect
-from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve
+from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve_backend
 from xlstm_kernels.backends.launch import LARGEST_F, LARGEST_K, LARGEST_V
 from xlstm_kernels.backends.numerics import calculation_dtype, wants_gradients
 from xlstm_kernels.mlstm.op import check_sequence
@@ -121,5 +121,5 @@ def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, s
         expect(name, gate, B=B, T=1, H=H)
     expect("state.C", C, B=B, H=H, K=phi_q.shape[3], V=v.shape[3])
     refuse_gradients(q, k, v, phi_q, phi_k, i, f, o, *state)
-    backend = resolve(backend, BACKENDS, q.device, lambda: choose_backend(q, v, C, keys))
+    backend = resolve_backend(backend, BACKENDS, q.device, lambda: choose_backend(q, v, C, keys))
     return BACKENDS[backend](q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale)

@@ -20,12 +20,12 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from xlstm_kernels.backends.arguments import expect_for_kernel
+from xlstm_kernels.backends.arguments import expect_for_kernel, schema
 from xlstm_kernels.backends.launch import LARGEST_F, Tile, launch, look_up, power_of_2
 from xlstm_kernels.backends.numerics import LOG2E
 from xlstm_kernels.mlstm.reference import FORGET_ALL
+from xlstm_kernels.step.cpu import TENSORS
 
 PROGRAMS = 264  # that share the slots, if there are enough of them: two per processor of an H200
 
@@ -59,48 +59,18 @@ def gate_weights(i, f, m, FORGET: tl.constexpr):
 
 
 @triton.jit
-def attend_slots(
-    p_q,
-    p_k,
-    p_v,
-    p_keys,
-    p_values,
-    p_index,
-    p_part,
-    p_weight,
-    q_b,
-    q_h,
-    k_b,
-    k_g,
-    v_b,
-    v_g,
-    H,
-    R,
-    W,
-    P,
-    rate,
-    i,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    EXACT: tl.constexpr,
-    BS: tl.constexpr,
-):  # too many for a line each
+def attend_slots(tensors, strides, H, R, W, P, rate, i, S, K, V, BR, BK, BV, EXACT, BS):
     """Part i_p of the slots, of R heads: sum of weighted values [BR, BV], sum of weights and largest exponent [BR]."""
+    p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight = tensors
+    q_b, q_h, k_b, k_g, v_b, v_g = strides
     i_p, i_bg, G = i % P, (i // P).to(tl.int64), H // R
     i_b, i_g = i_bg // G, i_bg % G
     index = tl.load(p_index + i_b)
     o_r, o_k, o_v, o_s = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BS)
     p_keys, p_values = p_keys + i_bg * (S + W) * K, p_values + i_bg * (S + W) * V
     new = S + index % W  # the slot of this token
-    b_q = tl.load(
-        p_q + i_b * q_b + (i_g * R + o_r)[:, None] * q_h + o_k[None, :],
-        mask=(o_r < R)[:, None] & (o_k < K)[None, :],
-        other=0.0,
-    )
+    inside = (o_r < R)[:, None] & (o_k < K)[None, :]
+    b_q = tl.load(p_q + i_b * q_b + (i_g * R + o_r)[:, None] * q_h + o_k[None, :], mask=inside, other=0.0)
     b_h = tl.zeros([BR, BV], tl.float32)
     b_l = tl.zeros([BR], tl.float32)
     b_m = tl.full([BR], float("-inf"), tl.float32)
@@ -116,8 +86,8 @@ def attend_slots(
         b_l += 1.0
         b_h += b_v.to(tl.float32)[None, :]
     n_tiles = tl.cdiv(S + W, BS)
-    held = tl.where(index < 0, 0, tl.minimum(index + 1, W) + S).to(tl.int32)  # slots from here on are empty
-    for j in range(i_p * n_tiles // P, tl.minimum((i_p + 1) * n_tiles // P, tl.cdiv(held, BS))):
+    filled = tl.where(index < 0, 0, tl.minimum(index + 1, W) + S).to(tl.int32)  # slots from here on are empty
+    for j in range(i_p * n_tiles // P, tl.minimum((i_p + 1) * n_tiles // P, tl.cdiv(filled, BS))):
         s = j * BS + o_s
         valid = tl.where(s < S, s <= index - W, s - S <= index) & (s != new) & (s < S + W)
         b_k = tl.load(p_keys + s[:, None] * K + o_k[None, :], mask=valid[:, None] & (o_k < K)[None, :], other=0.0)
@@ -142,35 +112,10 @@ def attend_slots(
 
 
 @triton.jit
-def update_state(
-    p_phi_q,
-    p_phi_k,
-    p_v,
-    p_i,
-    p_f,
-    p_C,
-    p_m,
-    p_num,
-    phi_q_b,
-    phi_q_h,
-    phi_k_b,
-    phi_k_h,
-    v_b,
-    v_g,
-    i_b_,
-    i_h_,
-    f_b,
-    f_h,
-    H,
-    R,
-    i,
-    F: tl.constexpr,
-    V: tl.constexpr,
-    BF: tl.constexpr,
-    FORGET: tl.constexpr,
-    BC: tl.constexpr,
-):  # too many for a line each
+def update_state(tensors, strides, H, R, i, F, V, BF, FORGET, BC):
     """C of one head, columns i_c BC and on, after the token, and phi_q C of it."""
+    p_phi_q, p_phi_k, p_v, p_i, p_f, p_C, p_m, p_num = tensors
+    phi_q_b, phi_q_h, phi_k_b, phi_k_h, v_b, v_g, i_b_, i_h_, f_b, f_h = strides
     n_c = tl.cdiv(V, BC)
     i_c, i_bh = i % n_c, (i // n_c).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -178,10 +123,8 @@ def update_state(
     in_f, in_v = o_f < F, o_v < V
     p_C += i_bh * F * V + o_f[:, None] * V + o_v[None, :]
     b_C = tl.load(p_C, mask=in_f[:, None] & in_v[None, :], other=0.0)  # [BF, BC]
-    gate_i, gate_f = (
-        tl.load(p_i + i_b * i_b_ + i_h * i_h_).to(tl.float32),
-        tl.load(p_f + i_b * f_b + i_h * f_h).to(tl.float32),
-    )
+    gate_i = tl.load(p_i + i_b * i_b_ + i_h * i_h_).to(tl.float32)
+    gate_f = tl.load(p_f + i_b * f_b + i_h * f_h).to(tl.float32)
     _, decay, write = gate_weights(gate_i, gate_f, tl.load(p_m + i_bh), FORGET)
     b_q = tl.load(p_phi_q + i_b * phi_q_b + i_h * phi_q_h + o_f, mask=in_f, other=0.0).to(tl.float32)
     b_k = tl.load(p_phi_k + i_b * phi_k_b + i_h * phi_k_h + o_f, mask=in_f, other=0.0).to(tl.float32)
@@ -244,65 +187,12 @@ def decode_step(
     """The first n_attend programs read the slots, which takes longest; the others update the state."""
     i = tl.program_id(0)
     if i < n_attend:
-        attend_slots(
-            p_q,
-            p_k,
-            p_v,
-            p_keys,
-            p_values,
-            p_index,
-            p_part,
-            p_weight,
-            q_b,
-            q_h,
-            k_b,
-            k_g,
-            v_b,
-            v_g,
-            H,
-            R,
-            W,
-            P,
-            rate,
-            i,
-            S,
-            K,
-            V,
-            BR,
-            BK,
-            BV,
-            EXACT,
-            BS,
-        )  # too many for a line each
-    else:
-        update_state(
-            p_phi_q,
-            p_phi_k,
-            p_v,
-            p_i,
-            p_f,
-            p_C,
-            p_m,
-            p_num,
-            phi_q_b,
-            phi_q_h,
-            phi_k_b,
-            phi_k_h,
-            v_b,
-            v_g,
-            i_b,
-            i_h,
-            f_b,
-            f_h,
-            H,
-            R,
-            i - n_attend,
-            F,
-            V,
-            BF,
-            FORGET,
-            BC,
-        )  # too many for a line each
+        slots, steps = (p_q, p_k, p_v, p_keys, p_values, p_index, p_part, p_weight), (q_b, q_h, k_b, k_g, v_b, v_g)
+        attend_slots(slots, steps, H, R, W, P, rate, i, S, K, V, BR, BK, BV, EXACT, BS)
+    else:  # other names than above: the compiler wants one type for each name of both branches
+        memory = p_phi_q, p_phi_k, p_v, p_i, p_f, p_C, p_m, p_num
+        strides = phi_q_b, phi_q_h, phi_k_b, phi_k_h, v_b, v_g, i_b, i_h, f_b, f_h
+        update_state(memory, strides, H, R, i - n_attend, F, V, BF, FORGET, BC)
 
 
 @triton.jit
@@ -373,24 +263,7 @@ def parts_of(B, G, slots, size):
     return max(1, min(-(-slots // size), PROGRAMS // (B * G)))
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi_q: Tensor,
-    phi_k: Tensor,
-    i: Tensor,
-    f: Tensor,
-    o: Tensor,
-    C: Tensor,
-    n: Tensor,
-    m: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    sinks: int,
-    scale: float,
-) -> Tensor:  # too many for a line each
+def step_fused(q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale):
     """h [B, 1, H, V]; C, n, m, keys and values are written in place."""
     (B, _, H, K), G, F, V, slots = q.shape, k.shape[2], phi_q.shape[3], v.shape[3], keys.shape[2]
     tensors = q, k, v, phi_q, phi_k
@@ -402,66 +275,22 @@ def step(
     part, weight = C.new_empty(B, H, parts, V), C.new_empty(B, H, parts, 2)
     strides = [n for x in (q, k, v, phi_q, phi_k, i, f, o) for n in (x.stride(0), x.stride(2))]
     widths = {"V": V, "F": F, "BV": power_of_2(V), "BF": power_of_2(F), "FORGET": FORGET_ALL}
-    launch(
-        decode_step,
-        (B * G * parts + B * H * columns,),
-        q,
-        k,
-        v,
-        phi_q,
-        phi_k,
-        i,
-        f,
-        C,
-        m,
-        keys,
-        values,
-        index,
-        part,
-        weight,
-        num,
-        *strides[:14],
-        H,
-        H // G,
-        slots - sinks,
-        parts,
-        B * G * parts,
-        scale * LOG2E,
-        **widths,
-        S=sinks,
-        K=K,
-        BR=power_of_2(H // G),
-        BK=power_of_2(K),
-        EXACT=exact,
-        tile=tile,
-    )  # too many for a line each
-    launch(
-        decode_finish,
-        (B * H,),
-        phi_q,
-        phi_k,
-        i,
-        f,
-        o,
-        n,
-        m,
-        index,
-        part,
-        weight,
-        num,
-        h,
-        *strides[6:],
-        H,
-        parts,
-        **widths,
-        BP=power_of_2(parts, 1),
-        tile=FINISH,
-    )  # too many for a line each
+    tensors = q, k, v, phi_q, phi_k, i, f, C, m, keys, values, index, part, weight, num
+    sizes = H, H // G, slots - sinks, parts, B * G * parts, scale * LOG2E
+    constants = {"S": sinks, "K": K, "BR": power_of_2(H // G), "BK": power_of_2(K), "EXACT": exact, **widths}
+    grid = (B * G * parts + B * H * columns,)
+    launch(decode_step, grid, *tensors, *strides[:14], *sizes, **constants, tile=tile)
+    tensors = phi_q, phi_k, i, f, o, n, m, index, part, weight, num, h
+    constants = {"BP": power_of_2(parts, 1), **widths}
+    launch(decode_finish, (B * H,), *tensors, *strides[6:], H, parts, **constants, tile=FINISH)
     return h
 
 
 hybrid_step_fused = torch.library.custom_op(
-    "xlstm_kernels::hybrid_step_fused", step, mutates_args=("C", "n", "m", "keys", "values")
+    "xlstm_kernels::hybrid_step_fused",
+    step_fused,
+    mutates_args=("C", "n", "m", "keys", "values"),
+    schema=schema(TENSORS, "SymInt sinks, float scale"),
 )
 
 
@@ -518,23 +347,9 @@ def aot_cases():
 
         q, k, v = (empty(B, 1, heads, d, dtype=dtype) for heads, d in ((H, K), (G, K), (G, V)))
         keys, values = (empty(B, G, S + W, d, dtype=dtype) for d in (K, V))
-        gates, index = [empty(B, 1, H) for _ in range(3)], empty(B, dtype=torch.int64)
-        step(
-            q,
-            k,
-            v,
-            empty(B, 1, H, F),
-            empty(B, 1, H, F),
-            *gates,
-            empty(B, H, F, V),
-            empty(B, H, F),
-            empty(B, H),
-            keys,
-            values,
-            index,
-            S,
-            K**-0.5,
-        )
+        features, gates = (empty(B, 1, H, F), empty(B, 1, H, F)), (empty(B, 1, H) for _ in range(3))
+        state, index = (empty(B, H, F, V), empty(B, H, F), empty(B, H)), empty(B, dtype=torch.int64)
+        step_fused(q, k, v, *features, *gates, *state, keys, values, index, S, K**-0.5)
 
     widths = (128, 128, 128), (64, 64, 64), (128, 256, 128), (64, 64, 128), (128, 128, 256)
     settings = [(*width, dtype) for dtype in (torch.bfloat16, torch.float32) for width in widths]

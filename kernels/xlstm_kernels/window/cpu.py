@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from xlstm_kernels.backends.arguments import schema
 from xlstm_kernels.backends.numerics import calculation_dtype, wants_gradients
 from xlstm_kernels.backends.scratch import space_of
-from xlstm_kernels.window.reference import rows_of, visible
+from xlstm_kernels.window.reference import unpadded_rows, visible
 
 # queries per block: a block reads W + rows keys where W are needed, but narrow matrices multiply slowly
 ROWS = {"forward": 128, "backward": 64}
@@ -167,21 +168,12 @@ def lanes_of(block, groups, repeats):
     return [slice(g, min(g + step, groups)) for g in range(0, groups, step)]
 
 
-def banded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int,
-    sinks: int,
-    index: Tensor | None,
-    document: Tensor | None,
-) -> Tensor:  # too many for a line each
+def banded_forward(q, k, v, scale, window, sinks, index, document):
     """Blocks of queries against the band of keys that they reach: O(T (S + W)) time, no T x T tensor."""
     dtype, G, every = calculation_dtype(q, k, v), k.shape[2], slice(None)
     h = v.new_empty(*q.shape[:3], v.shape[3])
     space = space_of("window", dtype, q.device)
-    for b, row in enumerate(rows_of(index, document, q)):
+    for b, row in enumerate(unpadded_rows(index, document, q)):
         queries = Heads(q[b], G, row.place)
         keys, values = Keys(k[b], row.place, space, "k"), Keys(v[b], row.place, space, "v")
         out = h[b] if row.place is None else h.new_empty(len(row.place), *h.shape[2:])
@@ -198,7 +190,10 @@ def banded_forward(
     return h
 
 
-banded_op = torch.library.custom_op("xlstm_kernels::window_banded", banded_forward, mutates_args=())
+RULE = "float scale, SymInt window, SymInt sinks, Tensor? index, Tensor? document"
+banded_op = torch.library.custom_op(
+    "xlstm_kernels::window_banded", banded_forward, mutates_args=(), schema=schema("q k v", RULE)
+)
 
 
 @banded_op.register_fake
@@ -206,24 +201,15 @@ def _(q, k, v, scale, window, sinks, index, document):
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
-@torch.library.custom_op("xlstm_kernels::window_banded_backward", mutates_args=())
-def banded_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    h: Tensor,
-    dh: Tensor,
-    scale: float,
-    window: int,
-    sinks: int,
-    index: Tensor | None,
-    document: Tensor | None,
-) -> list[Tensor]:  # too many for lines
+@torch.library.custom_op(
+    "xlstm_kernels::window_banded_backward", mutates_args=(), schema=schema("q k v h dh", RULE, "Tensor[]")
+)
+def banded_backward(q, k, v, h, dh, scale, window, sinks, index, document):
     """The gradients of q, k, v; the weights are calculated again."""
     dtype, G = calculation_dtype(q, k, v), k.shape[2]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     space = space_of("window", dtype, q.device)
-    for b, row in enumerate(rows_of(index, document, q)):
+    for b, row in enumerate(unpadded_rows(index, document, q)):
         sides = [Heads(x[b], G, row.place) for x in (q, h, dh)]
         keys = [Keys(x[b], row.place, space, name) for x, name in ((k, "k"), (v, "v"))]
         totals = [KeyGradients(x, sinks) for x in keys]

@@ -3,7 +3,7 @@
 import torch
 
 from xlstm_kernels.backends.arguments import expect
-from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve
+from xlstm_kernels.backends.choose import Kernel, kernel_is_right, resolve_backend
 from xlstm_kernels.backends.launch import LARGEST_K, LARGEST_V
 from xlstm_kernels.backends.numerics import calculation_dtype, without_autocast
 from xlstm_kernels.window.check import check_kernel
@@ -28,7 +28,7 @@ def choose_backend(q, k, v):
     return "triton" if right else "banded"
 
 
-def whole(index, document, T):
+def one_document(index, document, T):
     """True if every row is known to be one document without padding; where looking is expensive, nothing is known."""
     given = [x for x in (index, document) if x is not None]
     if not given or torch.compiler.is_compiling() or given[0].device.type != "cpu":
@@ -80,9 +80,9 @@ def window_attention(q, k, v, *, window, sinks, index=None, document=None, scale
         ValueError: an argument does not fit, with what was expected and what came.
     """
     check_arguments(q, k, v, window, sinks, index, document)
-    if whole(index, document, q.shape[1]):
+    if one_document(index, document, q.shape[1]):
         index = document = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = resolve(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v))
+    backend = resolve_backend(backend, BACKENDS, q.device, lambda: choose_backend(q, k, v))
     with without_autocast(q.device):
         return BACKENDS[backend](q, k, v, window=window, sinks=sinks, index=index, document=document, scale=scale)

@@ -22,7 +22,7 @@ def visible(t, s, start, window, sinks):
     return (s <= t) & (s >= start) & ((t - s < window) | (s - start < sinks))
 
 
-class Row(NamedTuple):
+class UnpaddedRow(NamedTuple):
     """One row without its padding.
 
     place [N]: where the real tokens lie, None if all T are real
@@ -33,14 +33,14 @@ class Row(NamedTuple):
     start: Tensor | None
 
 
-def rows_of(index, document, q):
+def unpadded_rows(index, document, q):
     """Take the padding out of every row of q [B, T, ...].
 
     Raises ValueError where `index` does not number documents that lie back to back.
     """
     B, T = q.shape[:2]
     if index is None and document is None:
-        return [Row(None, None)] * B
+        return [UnpaddedRow(None, None)] * B
     position = torch.arange(T, device=q.device)
     rows = []
     for b in range(B):
@@ -52,7 +52,7 @@ def rows_of(index, document, q):
         start = torch.where(new, count, 0).cummax(0).values
         if index is not None:
             check_index(index[b], place, count - start, b)
-        rows.append(Row(None if len(place) == T else place, start if len(start) and start[-1] > 0 else None))
+        rows.append(UnpaddedRow(None if len(place) == T else place, start if len(start) and start[-1] > 0 else None))
     return rows
 
 
@@ -72,7 +72,7 @@ def window_reference(q, k, v, *, window, sinks, index, document, scale):
     """The definition, with a T x T mask: O(T^2) time and memory."""
     dtype, R = calculation_dtype(q, k, v), q.shape[2] // k.shape[2]
     h = []
-    for b, row in enumerate(rows_of(index, document, q)):
+    for b, row in enumerate(unpadded_rows(index, document, q)):
         qb, kb, vb = (x[b].to(dtype).transpose(0, 1) for x in (q, k, v))  # [H|G, T, K|V]
         if row.place is not None:
             qb, kb, vb = (x[:, row.place] for x in (qb, kb, vb))

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.backends.arguments import expect_for_kernel
-from xlstm_kernels.backends.launch import LARGEST_K, LARGEST_V, Tile, launch, look_up, power_of_2
+from xlstm_kernels.backends.arguments import expect_for_kernel, schema
+from xlstm_kernels.backends.launch import LARGEST_K, LARGEST_V, Tile, launch, look_up, power_of_2, strides_of
 from xlstm_kernels.backends.numerics import LOG2E, widest
 from xlstm_kernels.window.triton_kernels import forward_kernel, key_kernel, prepare_kernel, query_kernel, sink_kernel
 
@@ -157,159 +157,74 @@ def call(q, k, v, scale, window, sinks, packed):
     (B, T, H, K), G, V = q.shape, k.shape[2], v.shape[3]
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"  # of float32 products only
     constants = {"K": K, "V": V, "BK": power_of_2(K), "BV": power_of_2(V), "PACKED": packed, "PRECISION": precision}
-    strides, numbers = [n for x in (q, k, v) for n in x.stride()[:3]], (T, H, H // G, min(window, T), scale * LOG2E)
-    return Call((q, k, v), strides, numbers, constants, (B * H, B * G), min(sinks, T) if window < T else 0)
+    numbers = T, H, H // G, min(window, T), scale * LOG2E
+    lanes, sinks = (B * H, B * G), min(sinks, T) if window < T else 0
+    return Call((q, k, v), strides_of(q, k, v), numbers, constants, lanes, sinks)
 
 
 def tiles(T, size):
     return -(-T // size)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    place: Tensor | None,
-    start: Tensor | None,
-    end: Tensor | None,
-    count: Tensor | None,
-    scale: float,
-    window: int,
-    sinks: int,
-) -> tuple[Tensor, Tensor]:  # too many for a line each
+def forward(q, k, v, place, start, end, count, scale, window, sinks):
     """h [B, T, H, V] and lse [B, H, T], tokens as `Layout` counts them: a weight is exp2(rate (q k - lse))."""
     (B, T, H, _), x = q.shape, call(q, k, v, scale, window, sinks, place is not None)
     fresh = torch.empty if place is None else torch.zeros  # what stands behind the real tokens is told to autograd, too
     h, tile = fresh(B, T, H, v.shape[3], dtype=v.dtype, device=v.device), x.tile(FORWARD)
     lse = fresh(B, H, T, dtype=torch.float32, device=q.device)
-    launch(
-        forward_kernel,
-        (tiles(T, tile.sizes["BT"]) * x.lanes[0],),
-        *x.tensors,
-        h,
-        lse,
-        place,
-        start,
-        count,
-        *x.strides,
-        *x.numbers,
-        **x.constants,
-        S=x.sinks,
-        BN=x.sink_tile,
-        tile=tile,
-    )  # too many for a line each
+    grid, sizes = (tiles(T, tile.sizes["BT"]) * x.lanes[0],), (*x.strides, *x.numbers)
+    constants = x.constants | {"S": x.sinks, "BN": x.sink_tile}
+    launch(forward_kernel, grid, *x.tensors, h, lse, place, start, count, *sizes, **constants, tile=tile)
     return h, lse
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    h: Tensor,
-    lse: Tensor,
-    dh: Tensor,
-    place: Tensor | None,
-    start: Tensor | None,
-    end: Tensor | None,
-    count: Tensor | None,
-    scale: float,
-    window: int,
-    sinks: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # too many for a line each
+def backward(q, k, v, h, lse, dh, place, start, end, count, scale, window, sinks):
     """The gradients of q, k, v."""
     T, x = q.shape[1], call(q, k, v, scale, window, sinks, place is not None)
     where, dh = (place, start, end, count), dh.contiguous()
     fresh = torch.empty if place is None else torch.zeros
     dq, dk, dv = (fresh(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
-    delta, far, chunk = prepare(x, h, lse, dh, where)
-    tile = x.tile(KEYS)
-    launch(
-        key_kernel,
-        (tiles(T, tile.sizes["BS"]) * x.lanes[1],),
-        *x.tensors,
-        dh,
-        lse,
-        delta,
-        dk,
-        dv,
-        *where,
-        *x.strides,
-        *x.numbers,
-        scale,
-        **x.constants,
-        tile=tile,
-    )  # too many for a line each
+    delta, far, chunk = prepare_backward(x, h, lse, dh, where)
+    tile, sizes = x.tile(KEYS), (*x.strides, *x.numbers, scale)
+    grid, tensors = (tiles(T, tile.sizes["BS"]) * x.lanes[1],), (*x.tensors, dh, lse, delta)
+    launch(key_kernel, grid, *tensors, dk, dv, *where, *sizes, **x.constants, tile=tile)
     if x.sinks:
         leaders, columns = 1 if place is None else tiles(T, chunk), tiles(far.shape[4], SINKS.sizes["BD"])
-        launch(
-            sink_kernel,
-            (x.lanes[1] * leaders * x.sinks * columns,),
-            far,
-            dk,
-            dv,
-            *where,
-            *x.numbers[:4],
-            scale,
-            chunk,
-            S=x.sinks,
-            K=q.shape[3],
-            V=v.shape[3],
-            PACKED=place is not None,
-            tile=SINKS,
-        )  # too many for a line each
-    tile = x.tile(QUERIES)
-    launch(
-        query_kernel,
-        (tiles(T, tile.sizes["BT"]) * x.lanes[0],),
-        *x.tensors,
-        dh,
-        lse,
-        delta,
-        dq,
-        place,
-        start,
-        count,
-        *x.strides,
-        *x.numbers,
-        scale,
-        **x.constants,
-        S=x.sinks,
-        BN=x.sink_tile,
-        tile=tile,
-    )  # too many for a line each
+        constants = {"S": x.sinks, "K": q.shape[3], "V": v.shape[3], "PACKED": place is not None}
+        grid, numbers = (x.lanes[1] * leaders * x.sinks * columns,), (*x.numbers[:4], scale, chunk)
+        launch(sink_kernel, grid, far, dk, dv, *where, *numbers, **constants, tile=SINKS)
+    tile, constants = x.tile(QUERIES), x.constants | {"S": x.sinks, "BN": x.sink_tile}
+    grid = (tiles(T, tile.sizes["BT"]) * x.lanes[0],)
+    launch(query_kernel, grid, *tensors, dq, place, start, count, *sizes, **constants, tile=tile)
     return dq, dk, dv
 
 
-def prepare(x, h, lse, dh, where):
+def prepare_backward(x, h, lse, dh, where):
     """delta [B, H, T] = <dh, h>, far [B, H, chunks, S, K + V] or None, and the tokens of a chunk."""
     (B, H, T), S, tile = lse.shape, x.sinks, x.tile(PREPARE)
     tile = tile._replace(sizes={"BT": tile.sizes["BT"]})  # one that `using` has set has more sizes
     chunk = min(CHUNK, x.numbers[3]) if S else CHUNK
     far = lse.new_empty(B, H, tiles(T, chunk), S, x.constants["K"] + x.constants["V"]) if S else None
     delta = torch.empty_like(lse)
-    launch(
-        prepare_kernel,
-        (tiles(T, chunk) * B * H * max(1, tiles(S, x.sink_tile)),),
-        *x.tensors,
-        h,
-        dh,
-        lse,
-        delta,
-        far,
-        *where,
-        *x.strides,
-        *x.numbers,
-        chunk,
-        **x.constants,
-        S=S,
-        BN=x.sink_tile,
-        tile=tile,
-    )  # too many for a line each
+    grid, constants = (tiles(T, chunk) * B * H * max(1, tiles(S, x.sink_tile)),), {"S": S, "BN": x.sink_tile}
+    tensors, sizes = (*x.tensors, h, dh, lse, delta, far, *where), (*x.strides, *x.numbers, chunk)
+    launch(prepare_kernel, grid, *tensors, *sizes, **x.constants, **constants, tile=tile)
     return delta, far, chunk
 
 
-window_flash = torch.library.custom_op("xlstm_kernels::window_flash", forward, mutates_args=())
-window_flash_backward = torch.library.custom_op("xlstm_kernels::window_flash_backward", backward, mutates_args=())
+RULE = "float scale, SymInt window, SymInt sinks"
+window_flash = torch.library.custom_op(
+    "xlstm_kernels::window_flash",
+    forward,
+    mutates_args=(),
+    schema=schema("q k v place? start? end? count?", RULE, "(Tensor, Tensor)"),
+)
+window_flash_backward = torch.library.custom_op(
+    "xlstm_kernels::window_flash_backward",
+    backward,
+    mutates_args=(),
+    schema=schema("q k v h lse dh place? start? end? count?", RULE, "(Tensor, Tensor, Tensor)"),
+)
 
 
 @window_flash.register_fake

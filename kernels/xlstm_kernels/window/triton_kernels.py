@@ -14,18 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tokens(
-    p_x,
-    p_place,
-    n0,
-    end,
-    stride,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PACKED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def load_tokens(p_x, p_place, n0, end, stride, D, BN, BD, PACKED, MASKED):
     """Tokens [n0, n0 + BN) of one head [BN, BD]. Columns from D on are 0, and tokens from `end` on if MASKED."""
     n, o_d = n0 + tl.arange(0, BN), tl.arange(0, BD)
     inside = n < end
@@ -43,9 +32,7 @@ def load_tokens(
 
 
 @triton.jit
-def store_tokens(
-    p_x, p_place, n0, end, stride, b_x, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr
-):
+def store_tokens(p_x, p_place, n0, end, stride, b_x, D, BN, BD, PACKED):
     """The inverse of `load_tokens`: writes [BN, BD] in p_x's dtype, tokens before `end` and columns before D only."""
     n, o_d = n0 + tl.arange(0, BN), tl.arange(0, BD)
     inside = n < end
@@ -193,9 +180,7 @@ def forward_kernel(
 
 
 @triton.jit
-def key_step(
-    b_dk, b_dv, b_k, b_v, b_q, b_dh, b_lse, b_delta, rate, weigh, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
+def key_step(b_dk, b_dv, b_k, b_v, b_q, b_dh, b_lse, b_delta, rate, weigh, MASKED, PRECISION):
     """What a tile of queries adds to dk, without the scale, and dv of a tile of keys. Scores are [BS, BT]: no product
     is ever transposed.
 
@@ -381,20 +366,8 @@ def key_kernel(
             t = t0 + tl.arange(0, BT)
             b_q = load_tokens(p_qh, p_place, t0, N, q_t, K, BT, BK, PACKED, False)
             b_dh = load_tokens(p_dhh, p_place, t0, N, H * V, V, BT, BV, PACKED, False)
-            b_dk, b_dv = key_step(
-                b_dk,
-                b_dv,
-                b_k,
-                b_v,
-                b_q,
-                b_dh,
-                tl.load(p_lse + row + t),
-                tl.load(p_delta + row + t),
-                rate,
-                True,
-                False,
-                PRECISION,
-            )
+            b_lse, b_delta = tl.load(p_lse + row + t), tl.load(p_delta + row + t)
+            b_dk, b_dv = key_step(b_dk, b_dv, b_k, b_v, b_q, b_dh, b_lse, b_delta, rate, True, False, PRECISION)
     store_tokens(p_dk, p_place, s0, N, G * K, b_dk * scale, K, BS, BK, PACKED)
     store_tokens(p_dv, p_place, s0, N, G * V, b_dv, V, BS, BV, PACKED)
 

@@ -1,4 +1,4 @@
-"""Judging one student: recall by length and distance with coverage and bytes beside it, short tasks, perplexity, the
+"""The scores of one student: recall by length and distance with coverage and bytes beside it, short tasks, perplexity, the
 cache against one pass.
 
 Dims: n rows, L tokens, q answers per row, W window, S sinks. Every answer is one token: a score is the share of argmax
@@ -27,12 +27,12 @@ SCALE = 1e-3  # how far cached logits may be from those of one pass, as a share 
 @torch.inference_mode()
 def logits_at(model, input_ids, places, batch_tokens):
     """[n, q, V] logits at `places` [n, q] of one forward over `input_ids` [n, L], in batches of about `batch_tokens`."""
-    rows, found = max(1, batch_tokens // input_ids.shape[1]), []
+    rows, batches = max(1, batch_tokens // input_ids.shape[1]), []
     for first in range(0, len(input_ids), rows):
         ids, at = input_ids[first : first + rows].to(model.device), places[first : first + rows].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
-        found.append(logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1])).float().cpu())
-    return torch.cat(found)
+        batches.append(logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1])).float().cpu())
+    return torch.cat(batches)
 
 
 def hits_of(model, test, batch_tokens):
@@ -57,16 +57,15 @@ def distances(hits, depth, window):
     """Accuracy by distance from fact to question, in octaves of the window: [{"from", "to" (tokens), "answers",
     "accuracy"}].
     """
-    edges, found = [0, window], []
+    edges, spans = [0, window], []
     while edges[-1] <= int(depth.max()):
         edges.append(2 * edges[-1])
     for low, high in zip(edges, edges[1:], strict=False):
         inside = (depth >= low) & (depth < high)
         if inside.any():
-            found.append(
-                {"from": low, "to": high, "answers": int(inside.sum()), "accuracy": hits[inside].double().mean().item()}
-            )
-    return found
+            accuracy = hits[inside].double().mean().item()
+            spans.append({"from": low, "to": high, "answers": int(inside.sum()), "accuracy": accuracy})
+    return spans
 
 
 def recall_cell(hits, depth, length, seen, window):
@@ -100,7 +99,7 @@ def bytes_at(model, lengths):
     """{length: bytes that the cache of one sequence keeps alive after so many tokens}; {} for a model that refuses a
     cache.
     """
-    found = {}
+    counts = {}
     for length in lengths:
         try:
             ids = data.tests("single", length, 1)["input_ids"].to(model.device)
@@ -108,8 +107,8 @@ def bytes_at(model, lengths):
             model(input_ids=ids[:, -1:], **named(cache), use_cache=True)
         except CacheError:
             return {}
-        found[str(length)] = cache_bytes(cache)
-    return found
+        counts[str(length)] = cache_bytes(cache)
+    return counts
 
 
 @torch.inference_mode()
@@ -138,14 +137,13 @@ def cached_check(model, length, batch_tokens, seed=0):
     return {"answers": at.numel(), "same": same, "error": error, "passed": error < SCALE}
 
 
-def judge(model, evaluate, seed, window, sinks, cached=True):
+def student_scores(model, evaluate, seed, window, sinks):
     """Everything that the arena says of one set of weights.
 
     Args:
         evaluate: see `arms.Arena`.
         seed: of the tests; the same tests for every arm.
         window, sinks: W and S of the arena.
-        cached: whether bytes and the cache's check are wanted.
     Returns:
         {"recall": {kind: {length: `recall_cell`}}, "short": {task: accuracy}, "short_rows": {task: [hits per row]},
         "perplexity", "cache_bytes", "cached"}
@@ -157,21 +155,16 @@ def judge(model, evaluate, seed, window, sinks, cached=True):
         for length in evaluate["lengths"]:
             rows = min(evaluate["rows"], max(LEAST_ROWS, evaluate["tokens"] // length))
             test = data.tests(kind, length, rows, seed)
-            result["recall"][kind][str(length)] = recall_cell(
-                hits_of(model, test, tokens), test["depth"], length, seen, window
-            )
+            hits = hits_of(model, test, tokens)
+            result["recall"][kind][str(length)] = recall_cell(hits, test["depth"], length, seen, window)
     for kind in data.SHORT:
         hits = hits_of(model, data.tests(kind, data.SHORT_LENGTH, evaluate["short_rows"], seed), tokens).double()
-        result["short"][kind], result["short_rows"][kind] = (
-            hits.mean().item(),
-            [round(x, 4) for x in hits.mean(1).tolist()],
-        )
+        result["short"][kind] = hits.mean().item()
+        result["short_rows"][kind] = [round(x, 4) for x in hits.mean(1).tolist()]
     rows = data.rows(seed, TEXT_LENGTH, evaluate["text_rows"], recall_share=0.0)
-    found = perplexity(
-        model, [(row["input_ids"], row["labels"]) for row in rows], batch_size=max(1, tokens // TEXT_LENGTH)
-    )
-    result["perplexity"] = found if math.isfinite(found) else None
-    if cached:
-        result["cache_bytes"] = bytes_at(model, evaluate["lengths"])
-        result["cached"] = cached_check(model, min(evaluate["lengths"][-1], 4 * window), tokens, seed)
+    pairs = [(row["input_ids"], row["labels"]) for row in rows]
+    value = perplexity(model, pairs, batch_size=max(1, tokens // TEXT_LENGTH))
+    result["perplexity"] = value if math.isfinite(value) else None
+    result["cache_bytes"] = bytes_at(model, evaluate["lengths"])
+    result["cached"] = cached_check(model, min(evaluate["lengths"][-1], 4 * window), tokens, seed)
     return result
