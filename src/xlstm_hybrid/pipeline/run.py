@@ -16,8 +16,8 @@ from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, stage
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
-from xlstm_hybrid.evaluation.comparison import paired_verdict, record
-from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint, wrapping_length
+from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
+from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint, wrapping_length
 from xlstm_hybrid.evaluation.scores import named_contradictions, own_results
 from xlstm_hybrid.model.generation_checks import GENERATION
 from xlstm_hybrid.pipeline.evaluation import (
@@ -41,10 +41,11 @@ from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_polic
 from xlstm_hybrid.recipe.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.recipe.schema import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.reports.card import write_card
-from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, write_efficiency
-from xlstm_hybrid.reports.efficiency import record as record_efficiency
-from xlstm_hybrid.reports.run import as_png, table, write_report
-from xlstm_hybrid.reports.sections import time_table
+from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, record_efficiency, write_efficiency
+from xlstm_hybrid.reports.plots import as_png
+from xlstm_hybrid.reports.run import score_table, write_report
+from xlstm_hybrid.reports.sections import time_rows
+from xlstm_hybrid.reports.text import terminal_table
 
 # What a student passes before anything is scored
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
@@ -282,7 +283,7 @@ class Run(Runner):
         """Whether the student generates what it is; texts of one that does not are never scored."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         results = verify_checkpoint(student, length=wrapping_length, device=device, only=CHECKS)
-        return as_json(results, student=Path(student).name)
+        return checks_as_json(results, student=Path(student).name)
 
     def harness(self, side, out, again, model):
         """One side by lm-eval: what it found, and the part of it that `evaluate` need not measure again. Finished tasks
@@ -410,15 +411,15 @@ class Run(Runner):
                     folder, "evaluate", parent=student, config=config, figures=figures_of(results), seconds=seconds
                 )
             if results.get("comparison"):
-                record(results["comparison"], "student", folder)
+                record_comparison(results["comparison"], "student", folder)
             if results.get("efficiency"):
                 record_efficiency(results["efficiency"], folder)
             write_card(folder, results if results.get("students") else None)
             write_manifest(folder)
         if results.get("win_and_tie"):
-            self.console.print(table(results))
-        if results.get("seconds"):
-            self.console.print(time_table(results))
+            self.console.print(score_table(results))
+        if rows := time_rows(results):
+            self.console.print(terminal_table(rows, "Where the time went"))
         self.console.print(f"report: {self.out / 'report.md'}   student: {out}")
 
 
