@@ -397,7 +397,7 @@ def test_other_documents_or_prompts_are_refused(tmp_path):
     assert "no paired statistics of arc: student and teacher were evaluated on different documents" in found["notes"]
 
 
-# --- judging ---------------------------------------------------------------------------------------------------
+# --- comparing -------------------------------------------------------------------------------------------------
 
 
 def test_scores_verdict_and_paired_statistics_of_a_student(tmp_path):

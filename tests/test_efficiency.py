@@ -319,11 +319,11 @@ def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
         "initializer_range": 0.02 * (3584 / 64) ** 0.5,
     }
     monkeypatch.setitem(efficiency_pairs.SHAPES, "qwen2.5-7b", (kind, fields | small))
-    student, judge = (
+    student, reference = (
         efficiency_pairs.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher")
     )
     smaller = lambda: efficiency_pairs.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)  # noqa: E731
-    results = list(efficiency_checks.checks(student, judge, "dynamic", smaller))
+    results = list(efficiency_checks.checks(student, reference, "dynamic", smaller))
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 

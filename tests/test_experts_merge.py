@@ -161,14 +161,14 @@ def test_statistics_are_measured_on_each_experts_own_rows_and_kept(
 
 
 def test_weights_are_searched_for_and_the_candidates_kept(run_of, tmp_path, monkeypatch):
-    calls, judge = [], merging.domain_scorer(1)[0]
+    calls, score_of = [], merging.domain_scorer(1)[0]
 
     def pointed(count, size):
         """Scores that one expert alone reaches: the best point of the grid is its corner."""
 
         def scored(model, tokenizer):
             calls.append(model)
-            return judge(model, tokenizer) | {
+            return score_of(model, tokenizer) | {
                 "distance": 1 / (1 + (model.model.layers[0].mlp.up_proj.weight - target).square().sum().item())
             }
 
@@ -210,13 +210,13 @@ def test_a_search_by_documents_reads_those_that_nothing_else_reads(made, tmp_pat
         evaluate={"documents": 4, "batch_size": 4},
         data={"sequence_length": 32, "held_out": 0.4, **source},
     )
-    judge, words = merging.scorer_of(recipe, {"documents": 5, "batch_size": 2})
+    score_of, words = merging.scorer_of(recipe, {"documents": 5, "batch_size": 2})
     model, tokenizer = load(made[1] / "aligned")
     from xlstm_hybrid.data import open_streams
 
     (stream,) = open_streams(recipe, tokenizer, "one", test=True)
     documents = [next(stream) for _ in range(9)][4:]
-    scores = judge(model, tokenizer)
+    scores = score_of(model, tokenizer)
     assert set(scores) == {"one/sums", "two/sums"} and scores["one/sums"] == pytest.approx(
         1 / perplexity(model, documents), rel=1e-5
     )

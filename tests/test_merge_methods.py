@@ -203,7 +203,7 @@ def test_dare_without_dropping_is_task_arithmetic_and_with_elected_signs_full_ti
 # --- slerp -----------------------------------------------------------------------------------------------------
 
 
-def test_slerp_walks_along_the_arc():
+def test_slerp_follows_the_arc():
     slerp = MERGES["slerp"]
     x, y = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 5.0], dtype=torch.float64)
     half = slerp([x, y], [0.5, 0.5])

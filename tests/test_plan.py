@@ -387,10 +387,10 @@ def test_the_command_prints_every_stage_and_every_assumption_and_fails_when_some
 
 def test_what_cannot_be_planned_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no configuration"):
-        plan.read_teacher_config(tmp_path)
+        plan.read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UnsupportedTeacherError, match="'gpt2'"):
-        plan.read_teacher_config(tmp_path)
+        plan.read_config(tmp_path)
     with pytest.raises(ConfigError, match="we know the peak of a100"):
         plan.machine_of(1, 1e9, "tpu")
     with pytest.raises(ConfigError, match="0 GPUs"):

@@ -79,7 +79,7 @@ def test_the_best_weights_of_a_bowl_are_found_to_a_sixtieth(target):
     assert best.weights == found.weights and len(found.candidates) < 120
 
 
-def test_a_search_walks_on_while_a_step_helps():
+def test_a_search_goes_on_while_a_step_helps():
     """From (15, 15, 15, 15) sixtieths two moves of three are wanted, which halving steps alone do not make."""
     target = (0.3, 0.3, 0.2, 0.2)
     assert search_weights(bowl(target), 4, TEACHER, parts=1, budget=400).weights == pytest.approx(target, abs=1e-9)

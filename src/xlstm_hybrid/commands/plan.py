@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlstm_hybrid.planning.run import hours, human, machine_of, read_teacher_config, settings_text
+from xlstm_hybrid.planning.run import hours, human, machine_of, read_config, settings_text
 from xlstm_hybrid.planning.run import plan as plan_run
 from xlstm_hybrid.recipe.schema import load_recipe
 
@@ -42,7 +42,7 @@ def plan(
     """
     loaded = load_recipe(recipe) if recipe else None
     machine = machine_of(gpus, memory * 1e9, gpu, tflops and tflops * 1e12, utilisation)
-    found = plan_run(read_teacher_config(teacher, revision), machine, loaded, name=Path(teacher).name)
+    found = plan_run(read_config(teacher, revision), machine, loaded, name=Path(teacher).name)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     for part in shown(found):
         console.print(part)

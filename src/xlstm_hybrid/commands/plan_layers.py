@@ -19,7 +19,7 @@ from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.planning.layers import allocate, rank_groups, retrieval_rows
-from xlstm_hybrid.planning.run import human, read_teacher_config
+from xlstm_hybrid.planning.run import human, read_config
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -112,9 +112,9 @@ def student_of(model, **chosen):
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError):
-        config = None  # `read_teacher_config` says what is wrong
+        config = None  # `read_config` says what is wrong
     if getattr(config, "model_type", None) != "xlstm_hybrid":
-        return student_config(read_teacher_config(model), **chosen), False
+        return student_config(read_config(model), **chosen), False
     for name, value in chosen.items():
         setattr(config, name, value)
     config.check()

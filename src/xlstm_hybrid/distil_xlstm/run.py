@@ -11,7 +11,7 @@ from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.pipeline import evaluate
 from xlstm_hybrid.pipeline.settings import batch_of, is_main, processes, trainer_config
 from xlstm_hybrid.pipeline.stages import finish, load_teacher, place_of, rows_cache, train, workspace
-from xlstm_hybrid.planning.run import read_teacher_config
+from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import Recipe, faults, read_yaml
 
 NEEDED = {"name", "teacher", "out", "student", "data", "delta"}
@@ -189,7 +189,7 @@ def planned(recipe, teacher, rows, overrides=None):
     """What a run is about, from the teacher's config.json alone: blocks, parameters, tokens, steps."""
     settings = recipe.distill | (overrides or {})
     options = {k: v for k, v in recipe.student.items() if k not in ("dtype", "seed")}
-    config = student_config(read_teacher_config(teacher, recipe.revision), **options)
+    config = student_config(read_config(teacher, recipe.revision), **options)
     micro, accumulation = batch_of(settings, "delta")
     per_step, epochs = micro * accumulation * processes(), settings.get("num_train_epochs", 1)
     steps = settings["max_steps"] if settings.get("max_steps", -1) > 0 else -(-rows // per_step) * epochs

@@ -87,17 +87,17 @@ def different_settings(teacher, student, task):
         student.settings.get(task, {}),
         f"{teacher.name} and {student.name}",
     )
-    found = {
+    differences = {
         key: f"{task}: {key} {mine.get(key)!r} for {teacher.name}, {its.get(key)!r} for {student.name}"
         for key in SETTINGS
         if mine.get(key) != its.get(key)
     }
     here, there = teacher.prompts.get(task) or {}, student.prompts.get(task) or {}
     if here and there and (odd := len(set(here) ^ set(there))):
-        found["documents"] = f"{task}: {odd} documents were evaluated for only one of {names}"
+        differences["documents"] = f"{task}: {odd} documents were evaluated for only one of {names}"
     elif odd := sum(here[d] != there[d] for d in here if there):
-        found["prompts"] = f"{task}: the prompts of {odd} of {len(here)} documents differ between {names}"
-    return found
+        differences["prompts"] = f"{task}: the prompts of {odd} of {len(here)} documents differ between {names}"
+    return differences
 
 
 def paired_values(teacher, student, task, metric):
@@ -270,18 +270,18 @@ def read_costs(text, teacher, students):
             sources = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EvaluationError(f"costs {text}: expected a JSON file, FILE:key or field:key ({error})") from error
-    found, wrong = {}, []
+    costs, wrong = {}, []
     for side in [teacher, *students]:
         value = sources.get(side.name) if isinstance(sources, dict) else None
         for key in keys.split(".") if keys else ():
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
-            found[side.name] = value
+            costs[side.name] = value
         elif side is not teacher or value is not None:
             wrong.append(f"{side.name} is {value!r}")
     if wrong:
         raise EvaluationError(f"costs {text}: {'; '.join(wrong)}, expected a finite number of at least 0 per student")
-    return keys.rpartition(".")[2] or Path(text).stem, found
+    return keys.rpartition(".")[2] or Path(text).stem, costs
 
 
 # --- the record ------------------------------------------------------------------------------------------------
@@ -295,15 +295,15 @@ def record_comparison(comparison, student, directory):
         EvaluationError: no such student in the comparison.
         CheckpointError: the directory has no record of stages, or files that are not those of its manifest.
     """
-    found = comparison["students"].get(student)
-    if found is None:
+    verdict = comparison["students"].get(student)
+    if verdict is None:
         raise EvaluationError(
             f"record: {student!r} is not compared, expected one of {', '.join(comparison['students'])}"
         )
     settings = "teacher", "alpha", "metrics", "shots", "differences", "seed", "resamples"
     fields = "scores", "recovery", "c_alpha", "c_0", "alpha_star", "lossless", "wins", "ties", "losses"
-    figures = {key: found[key] for key in fields}
-    figures |= {"teacher_scores": comparison["teacher_scores"], "resampled": found["resampled"]}
+    figures = {key: verdict[key] for key in fields}
+    figures |= {"teacher_scores": comparison["teacher_scores"], "resampled": verdict["resampled"]}
     config = {key: comparison[key] for key in settings}
     append_stage(directory, "compare", config=config, figures=plain_floats(figures))
 

@@ -356,9 +356,9 @@ def with_memory(sides, settings, L, B, vocab_size):
     """A row with its `memory`; a side that ran out of it is in `absent` and is not timed."""
     memory, absent = {}, {}
     for name, side in sides.items():
-        found, reason = attempt(partial(apart, memory_of, side, settings, L, B, vocab_size))
+        figures, reason = attempt(partial(apart, memory_of, side, settings, L, B, vocab_size))
         absent |= {name: reason} if reason else {}
-        memory |= {name: found} if found else {}
+        memory |= {name: figures} if figures else {}
     if len(memory) == len(SIDES):
         teacher, student = (memory[side] for side in SIDES)
         memory["gain"] = {field: teacher[field] / x for field, x in student.items() if teacher[field] and x}
@@ -404,8 +404,8 @@ def measure_pair(student, teacher, settings, checks, report=lambda text: None):
     device = models["student"].device
     vocab_size = min(model.config.vocab_size for model in models.values())  # padded vocabularies differ
     report("checks")
-    found = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
-    found["checks"] = checked(models, checks)
+    pair = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
+    pair["checks"] = checked(models, checks)
     del models
     release()  # a GPU is empty for what is measured apart
     for B, L in product(settings.batches, (*settings.lengths, *settings.contexts)):
@@ -417,4 +417,4 @@ def measure_pair(student, teacher, settings, checks, report=lambda text: None):
             report(f"time, {row['length']} tokens, batch {row['batch']}")
             timed(models, settings, meter, row, vocab_size)
     energy = {"source": meter.source, "absent": meter.absent}
-    return found | {"settings": asdict(settings), "energy": energy, "rows": rows}
+    return pair | {"settings": asdict(settings), "energy": energy, "rows": rows}

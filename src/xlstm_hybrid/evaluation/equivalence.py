@@ -1,6 +1,6 @@
 """Proofs on a checkpoint that the student is one function of its tokens, however they reach it.
 
-Each check computes the same hidden states in two ways, or generates, see `generation`; what counts is the largest
+Each check computes the same hidden states in two ways, or generates, see `generation_checks`; what counts is the largest
 difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound` and
 `low_precision`. A check that raises has failed.
 """
@@ -74,8 +74,8 @@ def run_check(name, pairs, subject, allowed, difference=None, at_least=False):
     """Run one check to its end; only the largest difference counts."""
     begin, worst, note = time.perf_counter(), 0.0, ""
     try:
-        found = [(difference or subject.difference)(got, want) for got, want in pairs()]
-        worst = max(found, key=lambda x: math.inf if math.isnan(x) else x)
+        differences = [(difference or subject.difference)(got, want) for got, want in pairs()]
+        worst = max(differences, key=lambda x: math.inf if math.isnan(x) else x)
     except Exception as error:  # a crash is a verdict too, and the other checks go on
         worst, note = math.inf, f"{type(error).__name__}: {error}"
     return Result(name, worst, allowed, dtype_name(subject.model), time.perf_counter() - begin, note, at_least)

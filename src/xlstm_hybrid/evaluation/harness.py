@@ -22,7 +22,7 @@ from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.scores import contradictions, last_part
 from xlstm_hybrid.model.cache_names import cache_of
-from xlstm_hybrid.model.generation_checks import scoring
+from xlstm_hybrid.model.generation_checks import stock_settings
 from xlstm_hybrid.planning.cache_size import filled_bytes
 from xlstm_hybrid.teacher_store import weights_hash
 
@@ -127,13 +127,9 @@ def run_harness(model, units, out, options=None, report=print):
 
     options, out = options or Options(), Path(out)
     source = local_source(model, options.revision)
-    copied = {key: getattr(options, key) for key in ("dtype", "limit", "chat", "max_length")}
-    shared = {
-        "model": weights_hash(source),
-        "name": options.name or last_part(model),
-        **copied,
-        "lm_eval": lm_eval.__version__,
-    }
+    shared = {"model": weights_hash(source), "name": options.name or last_part(model)}
+    shared |= {key: getattr(options, key) for key in ("dtype", "limit", "chat", "max_length")}
+    shared["lm_eval"] = lm_eval.__version__
     wanted = {
         u: {**shared, "shots": u.shots, "budget": u.budget, **(document_settings(u, options) if u.kind else {})}
         for u in units
@@ -181,7 +177,7 @@ def expand(tasks, lengths=None):
     """
     asked = lengths.split(",") if isinstance(lengths, str) else lengths or ()
     sizes = [tokens_of(size) for size in asked if size] if lengths else LENGTHS
-    found = {}
+    chosen = {}
     for name in [t for t in tasks.split(",") if t] if isinstance(tasks, str) else tasks:
         kind, _, size = name.rpartition("_")
         if name in SUITES:
@@ -191,16 +187,16 @@ def expand(tasks, lengths=None):
         else:
             units = [long_unit(kind, tokens_of(size))] if kind in KINDS else [Unit(name)]
         for unit in units:
-            if (other := found.setdefault(unit.name, unit)) != unit:
+            if (other := chosen.setdefault(unit.name, unit)) != unit:
                 raise EvaluationError(
                     f"tasks {tasks}: {unit.name} with {other.shots} shots and {other.budget} new tokens, and with {unit.shots} and {unit.budget}; "
                     "expected one setting per OUT, run them into two"
                 )
-    if not found:
+    if not chosen:
         raise EvaluationError(
             f"tasks {tasks!r}: no task, expected names such as needle_4k,gsm8k or suites: {', '.join(SUITES)}, long_context"
         )
-    return list(found.values())
+    return list(chosen.values())
 
 
 def tokens_of(text):
@@ -223,9 +219,9 @@ def finished(folder, wanted, redo):
     """
     if not folder.is_dir():
         return False
-    made = read_json(folder / SETTINGS, folder.name)["settings"]
-    keys = [key for key in sorted({*made, *wanted}) if made.get(key) != wanted.get(key)]
-    changed = [f"{key} {made.get(key)!r}, now {wanted.get(key)!r}" for key in keys]
+    before = read_json(folder / SETTINGS, folder.name)["settings"]
+    keys = [key for key in sorted({*before, *wanted}) if before.get(key) != wanted.get(key)]
+    changed = [f"{key} {before.get(key)!r}, now {wanted.get(key)!r}" for key in keys]
     if changed and not redo:
         raise EvaluationError(
             f"{folder.name}: there are results with {'; '.join(changed)}. Choose another OUT, or replace them with --redo"
@@ -260,7 +256,7 @@ def task_manager(units, source, options):
     return manager
 
 
-# --- evaluating ------------------------------------------------------------------------------------------------------
+# --- evaluating ---------------------------------------------------------------------------------------------------
 
 
 def evaluate_unit(unit, loaded, manager, options, settings):
@@ -279,7 +275,7 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
-    with scoring(model):  # a checkpoint's own sampling settings and penalties have no part in a score
+    with stock_settings(model):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=specs,
@@ -372,8 +368,9 @@ def reach(config):
     if hasattr(config, "window_of"):
         pairs = [(config.window_of(j), config.sinks_of(j)) for j in layers]
     else:
-        kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        types = getattr(config, "layer_types", None) or [kind]
+        types = getattr(config, "layer_types", None) or [
+            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        ]
         pairs = [(config.sliding_window if kind == "sliding_attention" else None, 0) for kind in types]
     return (None, 0) if any(window is None for window, _ in pairs) else max(pairs, key=sum)
 
@@ -410,8 +407,8 @@ def write(folder, results, settings, seconds):
             t: {k: v for k, v in entry.items() if "," in k and isinstance(v, int | float)}
             for t, entry in results["results"].items()
         }
-        found = {"long_context": results.get("long_context", {}).get(folder.name), "contradictions": wrong}
-        content = {"settings": settings, "scores": scores, **found, "seconds": round(seconds, 1)}
+        parts = {"long_context": results.get("long_context", {}).get(folder.name), "contradictions": wrong}
+        content = {"settings": settings, "scores": scores, **parts, "seconds": round(seconds, 1)}
         write_json(temporary / SETTINGS, content)
 
 
@@ -421,6 +418,6 @@ def lines(folder):
     for task, scores in result["scores"].items():
         shown = (f"{k.removesuffix(',none')} {v:.4f}" for k, v in scores.items() if "_stderr," not in k)
         yield f"{task:<28} " + "  ".join(shown)
-    if found := result["long_context"]:
-        beyond = "no excess: attention sees all" if found["excess"] is None else f"excess {found['excess']:+.3f}"
-        yield f"{'':<28} coverage {found['coverage']:.3f}  {beyond}  cache {found['cache_bytes'] / 1e6:.3f} MB at {found['length']} tokens"
+    if far := result["long_context"]:
+        beyond = "no excess: attention sees all" if far["excess"] is None else f"excess {far['excess']:+.3f}"
+        yield f"{'':<28} coverage {far['coverage']:.3f}  {beyond}  cache {far['cache_bytes'] / 1e6:.3f} MB at {far['length']} tokens"

@@ -14,7 +14,7 @@ import torch
 from xlstm_hybrid.checkpoint.files import read_object
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.significance import ROUNDING, document_keys, sample_values
-from xlstm_hybrid.model.generation_checks import bound, scoring
+from xlstm_hybrid.model.generation_checks import bound, stock_settings
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
@@ -130,7 +130,7 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
             f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1"
         )
     order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
-    with scoring(model):
+    with stock_settings(model):
         ends = end_tokens(model, tokenizer)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -167,7 +167,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
 
     Without a cache, that is. Greedy generation cannot miss such an answer: where it did, what generates is not what was
     trained and measured, and no score tells of the model. A token counts as the most likely one if it is ahead of all
-    others by more than rounding explains, see `generation.bound`.
+    others by more than rounding explains, see `generation_checks.bound`.
 
     Args:
         samples: those of `exact_match`, generated with room for the answer and its end.
@@ -175,18 +175,18 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     Returns:
         The samples, in their order.
     """
-    missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
+    missed, ends, wrong = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
     encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
     rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
-    with scoring(model):
+    with stock_settings(model):
         for first in range(0, len(spelt) if ends else 0, batch_size):
             chosen = spelt[first : first + batch_size]
             ahead = leads(model, [rows[j] for j in chosen], ends)
-            found += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
-    return found
+            wrong += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
+    return wrong
 
 
 def leads(model, rows, ends):
@@ -197,8 +197,8 @@ def leads(model, rows, ends):
     Returns:
         [standard deviations of the logits]; negative where another token is ahead.
     """
-    whole, found = [[*prompt, *answer] for prompt, answer in rows], []
-    ids, mask = (filled(part, 0, model.device) for part in (whole, [[1] * len(row) for row in whole]))
+    whole, margins = [[*prompt, *answer] for prompt, answer in rows], []
+    ids, mask = (right_padded(part, 0, model.device) for part in (whole, [[1] * len(row) for row in whole]))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     for (prompt, answer), of_row in zip(rows, logits, strict=True):
         scores = of_row[len(prompt) - 1 : len(prompt) + len(answer)].double()  # [tokens of the answer + 1, V]
@@ -206,8 +206,8 @@ def leads(model, rows, ends):
         right[range(len(answer)), answer] = True
         right[-1, ends] = True
         best, other = (scores.masked_fill(~which, float("-inf")).amax(-1) for which in (right, ~right))
-        found.append(((best - other).min() / scores.std()).item())
-    return found
+        margins.append(((best - other).min() / scores.std()).item())
+    return margins
 
 
 def named_contradictions(found):
@@ -249,7 +249,7 @@ def perplexity(model, rows, *, batch_size=32):
             f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
         )
     scored.sort(key=lambda row: len(row[0]))
-    with scoring(model):
+    with stock_settings(model):
         total = sum(
             negative_log_likelihood(model, scored[first : first + batch_size])
             for first in range(0, len(scored), batch_size)
@@ -261,7 +261,7 @@ def perplexity(model, rows, *, batch_size=32):
     return math.exp(total / count) if total / count < 709 else math.inf
 
 
-def filled(rows, value, device):
+def right_padded(rows, value, device):
     """[B, T] of lists of numbers, filled up on the right."""
     length = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], device=device)
@@ -270,8 +270,8 @@ def filled(rows, value, device):
 def negative_log_likelihood(model, batch):
     """Sum over the scored tokens of a batch of (input_ids, labels), nats."""
     rows, labels = zip(*batch, strict=True)
-    ids, mask = (filled(part, 0, model.device) for part in (rows, [[1] * len(row) for row in rows]))
-    labels = filled(labels, NOT_SCORED, model.device)
+    ids, mask = (right_padded(part, 0, model.device) for part in (rows, [[1] * len(row) for row in rows]))
+    labels = right_padded(labels, NOT_SCORED, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     counted = labels[:, 1:] != NOT_SCORED
     logp = logits[counted].float().log_softmax(-1)  # [scored tokens, V]
@@ -364,15 +364,15 @@ def run_results(content, file):
     """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder
     `evaluation`.
     """
-    found = []
+    sides = []
     for name, side in {"teacher": content.get("teacher_scores") or {}, **content["students"]}.items():
         results = Results(name, scores=exact_scores(side.get("exact_match") or {}), fields=side)
         file_of = file.parent / "evaluation" / f"{name}.json"
         if last_part(name) == name and file_of.is_file():
             own = own_results(load_object(file_of), file_of)
             results.samples = own.samples if own.scores == results.scores else {}
-        found.append(results)
-    return found
+        sides.append(results)
+    return sides
 
 
 def exact_scores(shares):
@@ -386,14 +386,16 @@ def own_results(content, file):
         raise EvaluationError(
             f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students"
         )
-    found = Results(file.stem, scores=exact_scores(content["exact_match"]), fields=content)
+    results = Results(file.stem, scores=exact_scores(content["exact_match"]), fields=content)
     for task, samples in (content.get("samples") or {}).items():
         keys = document_keys([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
-        found.samples[task] = {"exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}}
-    return found
+        results.samples[task] = {
+            "exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}
+        }
+    return results
 
 
-def read_harness(found, content, samples):
+def read_harness(results, content, samples):
     """Add what one results file of lm-eval holds."""
     groups, parts = set(content.get("groups") or {}), content.get("group_subtasks") or {}
 
@@ -409,17 +411,20 @@ def read_harness(found, content, samples):
         }
         if not scores:
             continue
-        found.notes += [f"{task}: the later of two results of {found.name} is used"] * (task in found.scores)
+        results.notes += [f"{task}: the later of two results of {results.name} is used"] * (task in results.scores)
         better = (content.get("higher_is_better") or {}).get(task) or {}
-        found.scores[task], found.smaller[task] = scores, [k for k in scores if better.get(k.split(",")[0]) is False]
-        found.settings[task] = shared_settings(content, task, leaves(task))
-        found.samples[task], found.prompts[task] = {}, {}
+        results.scores[task], results.smaller[task] = (
+            scores,
+            [k for k in scores if better.get(k.split(",")[0]) is False],
+        )
+        results.settings[task] = shared_settings(content, task, leaves(task))
+        results.samples[task], results.prompts[task] = {}, {}
         for leaf in leaves(task):
             metrics, prompts = samples.get(leaf, ({}, {}))
             for metric, values in metrics.items():
-                here = found.samples[task].setdefault(metric, {})
+                here = results.samples[task].setdefault(metric, {})
                 here.update({(leaf, *key): value for key, value in values.items()})
-            found.prompts[task].update({(leaf, *key): value for key, value in prompts.items()})
+            results.prompts[task].update({(leaf, *key): value for key, value in prompts.items()})
 
 
 def descendants(group, parts):
@@ -429,7 +434,7 @@ def descendants(group, parts):
 def shared_settings(content, task, leaves):
     """What student and teacher must share to be compared on a task; what the file does not record is left out."""
     configs, run = content.get("configs") or {}, content.get("config") or {}
-    found = {
+    settings = {
         "shots": (content.get("n-shot") or {}).get(task),
         "version": {leaf: (content.get("versions") or {}).get(leaf) for leaf in leaves},
         "documents": sum((content.get("n-samples") or {}).get(leaf, {}).get("effective", 0) for leaf in leaves) or None,
@@ -439,7 +444,7 @@ def shared_settings(content, task, leaves):
         "system_instruction": content.get("system_instruction_sha"),
         "multiturn": content.get("fewshot_as_multiturn"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def harness_samples(file, content):
@@ -448,7 +453,7 @@ def harness_samples(file, content):
     """
     if isinstance(content.get("samples"), dict):
         return {task: sample_values(rows) for task, rows in content["samples"].items()}
-    found = {}
+    samples = {}
     for path in sorted(file.parent.glob(f"samples_*_{stamp(file)}.jsonl")):
         rows = []
         for number, line in enumerate(path.open(encoding="utf-8"), 1):
@@ -458,5 +463,5 @@ def harness_samples(file, content):
                 raise EvaluationError(
                     f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it"
                 ) from error
-        found[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
-    return found
+        samples[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
+    return samples

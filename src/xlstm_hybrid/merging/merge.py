@@ -394,14 +394,16 @@ def carry(expert, folder):
     write_json(folder / "config.json", using_cache(config))
     for name in (GENERATION, *TOKENIZER_FILES):
         file = contained(expert.directory, name)
-        if not file.is_file():
-            continue
-        if name == "tokenizer_config.json":
-            content = read_json(file, expert.name).items()
-            write_json(folder / name, {k: v for k, v in content if k not in NOT_CARRIED and not k.endswith("_file")})
-        elif name == GENERATION:
+        if name == "tokenizer_config.json" and file.is_file():
+            kept = {
+                k: v
+                for k, v in read_json(file, expert.name).items()
+                if k not in NOT_CARRIED and not k.endswith("_file")
+            }
+            write_json(folder / name, kept)
+        elif name == GENERATION and file.is_file():
             write_json(folder / name, using_cache(read_json(file, expert.name)))
-        else:
+        elif file.is_file():
             shutil.copyfile(file, folder / name)
 
 

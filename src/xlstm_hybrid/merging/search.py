@@ -120,7 +120,7 @@ def search_weights(score, count, teacher_scores, *, parts=5, budget=40, known=No
         if point in tried or len(tried) >= budget:
             return
         weights, fresh = [x / PARTS for x in point], point not in known
-        scores = {task: float(score) for task, score in (score(weights) if fresh else known[point]).items()}
+        scores = {task: float(value) for task, value in (score(weights) if fresh else known[point]).items()}
         verdict = win_and_tie(scores, teacher_scores)
         recovered = [min(1.0, r) for r in verdict.recovery.values() if r is not None]
         mean = sum(recovered) / len(recovered) if recovered else 1.0
@@ -135,11 +135,9 @@ def search_weights(score, count, teacher_scores, *, parts=5, budget=40, known=No
         attempt(point)
     step = PARTS // parts
     while step > 1 and len(tried) < budget:
-        step, middle = step // 2, best()
-        for point in neighbours(middle, step):
-            attempt(point)
-        while best() != middle and len(tried) < budget:  # go on while it helps, at this step
-            middle = best()
+        step, middle = step // 2, None
+        while (best_now := best()) != middle and len(tried) < budget:  # go on while it helps, at this step
+            middle = best_now
             for point in neighbours(middle, step):
                 attempt(point)
     return Search(tried[best()].weights, list(tried.values()))
@@ -233,14 +231,14 @@ def read_candidates(table, spec):
             raise MergeError(
                 f"{Path(table).name} holds candidates of other experts, settings or scores; remove it, or name another file"
             )
-        found = {tuple(point): scores for point, scores in content["points"]}
+        candidates = {tuple(point): scores for point, scores in content["points"]}
     except MergeError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise MergeError(
             f"{Path(table).name} is no table of a search ({error}); remove it, or name another file"
         ) from error
-    for point, scores in found.items():
+    for point, scores in candidates.items():
         if sum(point) != PARTS or not all(isinstance(v, int | float) and math.isfinite(v) for v in scores.values()):
             raise MergeError(f"{Path(table).name}: the candidate {point} is damaged; remove the file")
-    return found
+    return candidates

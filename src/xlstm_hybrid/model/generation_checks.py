@@ -2,7 +2,7 @@
 
 `verify` proves them of a checkpoint, `compatibility` of a version of transformers. Each check yields pairs of numbers
 that have to agree, in standard deviations of the logits. No two texts are compared: ways that round differently may
-part where two tokens are equally likely. What was generated is measured by the logits that it had, and by how far each
+part where two tokens are equally likely. What was generated is judged by the logits that it had, and by how far each
 token is behind the best one, in a call that sees the whole text and no cache: if it never is, and none but rounding is
 in the logits, the text is what an argmax loop without a cache writes.
 
@@ -44,7 +44,7 @@ def bound(dtype, layers):
 
 
 @contextmanager
-def scoring(model):
+def stock_settings(model):
     """The model in evaluation mode and with stock generation settings, as it was afterwards."""
     training, settings = model.training, getattr(model, "generation_config", None)
     model.eval()
@@ -81,7 +81,7 @@ def difference(got, want):
 def generate(model, ids, mask=None, **options):
     """What `generate` returns for N tokens after the prompts [B, T], by default the likeliest ones, through a cache."""
     mask = torch.ones_like(ids) if mask is None else mask
-    with scoring(model), quiet():
+    with stock_settings(model), quiet():
         return model.generate(ids, attention_mask=mask, **(SETTINGS | options))
 
 
@@ -118,7 +118,7 @@ def loop(model, ids):
 
 
 def left_padded(model, ids):
-    """A short row beside a long one, each scored alone."""
+    """A short row beside a long one, each judged alone."""
     ids, mask = ids[:2].clone(), torch.ones_like(ids[:2])
     ids[1, :PADDING], mask[1, :PADDING] = ids[0, 0], 0
     out = generate(model, ids, mask)

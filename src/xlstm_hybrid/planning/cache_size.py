@@ -37,8 +37,8 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
             layer = hybrid_layer_bytes(config, j, length, dtype)
         else:
             window = config.kept_window_of(j) if teacher else config.window_of(j)
-            held = columns(length, window if kind == "sliding_attention" else None)
-            layer = {"full": held * pair_bytes(config, dtype) * config.num_key_value_heads}
+            tokens = columns(length, window if kind == "sliding_attention" else None)
+            layer = {"full": tokens * pair_bytes(config, dtype) * config.num_key_value_heads}
         for name, size in layer.items():
             parts[name] += size
     return parts
@@ -63,9 +63,9 @@ def hybrid_layer_bytes(config, j, length, dtype):
     state = 0 if branches == "window" else H * (F * K + F + 1) * exact
     sparse = G * L * (pair_bytes(config, dtype) + exact + INDEX) + G * slots * exact if L else 0
     window = config.kept_window_of(j)
-    held = columns(length, window and max(window, 2))  # the last column stays in any case, see `KeptKeys.trim`
-    kept = held * (E * pair_bytes(config, dtype) + INDEX) if E else 0
-    return {"state": state + INDEX, "window": G * slots * pair_bytes(config, dtype), "sparse": sparse, "kept": kept}
+    tokens = columns(length, window and max(window, 2))  # the last column stays in any case, see `KeptKeys.trim`
+    full = tokens * (E * pair_bytes(config, dtype) + INDEX) if E else 0
+    return {"state": state + INDEX, "window": G * slots * pair_bytes(config, dtype), "sparse": sparse, "kept": full}
 
 
 # --- a cache that is there -------------------------------------------------------------------------------------

@@ -274,9 +274,9 @@ def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows=
     fields = ["sliding_window", "num_sink_tokens", "layer_windows", "layer_sinks", "layer_types", "memory_feature_dim"]
     fields += ["sparse_memory", "sparse_memory_score"] if trial.sparse_memory else []
     student = {name: getattr(trial, name) for name in fields} | {"kept_groups": groups}
-    name, found = str(dtype).removeprefix("torch."), cache_bytes(trial, length, dtype)
+    name, bytes_by_part = str(dtype).removeprefix("torch."), cache_bytes(trial, length, dtype)
     teacher = cache_bytes(config, length, dtype, teacher=True)
-    return Allocation(student, int(budget), length, name, found, teacher, ranking is not None, notes)
+    return Allocation(student, int(budget), length, name, bytes_by_part, teacher, ranking is not None, notes)
 
 
 def largest(most, fits):
@@ -320,22 +320,22 @@ def follow_kinds(config):
 def ranked(config, ranking, notes):
     """Groups of a ranking that help, best first; ConfigError where it is none, or another model's."""
     try:
-        found = [(int(entry["layer"]), int(entry["group"]), float(entry["gain"])) for entry in ranking["groups"]]
+        entries = [(int(entry["layer"]), int(entry["group"]), float(entry["gain"])) for entry in ranking["groups"]]
         shape = ranking["layers"], ranking["key_value_heads"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"ranking: not a file of plan-layers --measure ({error!r}); make one for this model"
         ) from error
     hybrid, expected = set(groups_of(config)), (config.num_hidden_layers, config.num_key_value_heads)
-    if shape != expected or {(j, g) for j, g, _ in found} != hybrid or len(found) != len(hybrid):
+    if shape != expected or {(j, g) for j, g, _ in entries} != hybrid or len(entries) != len(hybrid):
         raise ConfigError(
-            f"ranking of {len(found)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
+            f"ranking of {len(entries)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
             f"groups of {config.num_hidden_layers} layers with {config.num_key_value_heads}; measure this model"
         )
-    helpful = [(j, g) for j, g, gain in found if gain > 0 and math.isfinite(gain)]
-    if len(helpful) < len(found):
+    helpful = [(j, g) for j, g, gain in entries if gain > 0 and math.isfinite(gain)]
+    if len(helpful) < len(entries):
         notes.append(
-            f"{len(found) - len(helpful)} of {len(found)} groups brought nothing in the measurement and are not kept"
+            f"{len(entries) - len(helpful)} of {len(entries)} groups brought nothing in the measurement and are not kept"
         )
     return helpful
 

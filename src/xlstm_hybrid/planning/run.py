@@ -151,7 +151,7 @@ def machine_of(gpus, memory, gpu="h100", flops=None, utilisation=0.35):
 # --- sizes -----------------------------------------------------------------------------------------------------
 
 
-def read_teacher_config(teacher, revision=None):
+def read_config(teacher, revision=None):
     """The configuration of a teacher, of a directory or of the Hub; its weights need not be there.
 
     Raises:
@@ -264,13 +264,13 @@ def choose(shape, job, machine):
     Raises:
         ConfigError: no setting gives this number of rows per step on so many GPUs.
     """
-    found = [estimate(shape, job, s, machine) for s in settings_for(job, machine)]
-    if not found:
+    estimates = [estimate(shape, job, s, machine) for s in settings_for(job, machine)]
+    if not estimates:
         raise ConfigError(
             f"{job.kind}: {job.sequences} rows per step cannot be shared by {machine.gpus} GPUs; choose a number of GPUs that divides it"
         )
-    fitting = [e for e in found if e.fits]
-    return max(fitting, key=lambda e: e.tokens_per_second) if fitting else min(found, key=lambda e: e.peak)
+    fitting = [e for e in estimates if e.fits]
+    return max(fitting, key=lambda e: e.tokens_per_second) if fitting else min(estimates, key=lambda e: e.peak)
 
 
 def jobs_of(recipe=None):

@@ -35,8 +35,8 @@ def layer_activations(shape, job):
     """
     widths = {"D": shape.D, "F": shape.F, "HK": shape.H * shape.K}
     features = FEATURES[job.bf16] + FP32 * shape.K / shape.chunk
-    kept = sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items())
-    return kept + features * more_features(shape)
+    stored = sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items())
+    return stored + features * more_features(shape)
 
 
 def more_features(shape):
@@ -62,8 +62,8 @@ def training_bytes(shape, job, setting, machine):
     shard = machine.gpus if setting.strategy == "FSDP2" else 1
     tokens, trained = setting.micro * job.length, shape.new if job.kind == "align" else shape.student
     widths = {"HK": shape.H * shape.K, "HE": more_features(shape)}
-    held = in_buffers(shape, job, setting) if machine.device == "cpu" else tokens
-    buffers = held * sum(BUFFERS[name] * width for name, width in widths.items())
+    in_use = in_buffers(shape, job, setting) if machine.device == "cpu" else tokens
+    buffers = in_use * sum(BUFFERS[name] * width for name, width in widths.items())
     parts = {"weights": FP32 * shape.student, "gradients": FP32 * trained, "Adam": ADAM * trained}
     parts = {name: size / shard for name, size in parts.items()}
     if setting.strategy == "DDP":

@@ -148,15 +148,15 @@ def data_sets(stages):
 
 def model_index(stages, scored, compared):
     """The scores of the checkpoint's own evaluations as the Hub reads them."""
-    found = {}
+    scores_of = {}
     for kind in ("exact_match", "perplexity"):
         for domain, score in part(scored, kind).items():
-            found.setdefault(domain, []).append((kind, kind.replace("_", " "), score))
+            scores_of.setdefault(domain, []).append((kind, kind.replace("_", " "), score))
     for task, score in part(part(compared, "figures"), "scores").items():
         metric = part(part(compared, "config"), "metrics").get(task, "score")
-        found.setdefault(task, []).append((metric.split(",")[0], metric, score))
+        scores_of.setdefault(task, []).append((metric.split(",")[0], metric, score))
     results, task = [], {"type": "text-generation"}
-    for domain, scores in found.items():
+    for domain, scores in scores_of.items():
         metrics = [{"type": kind, "name": name, "value": score} for kind, name, score in scores if score is not None]
         if metrics:
             results.append({"task": task, "dataset": {"name": domain, "type": domain}, "metrics": metrics})
@@ -208,20 +208,21 @@ def summary(stages):
 
 def recorded_comparison(compared):
     """Scores of the last recorded comparison with the teacher; [] where there is none."""
-    config, found = part(compared, "config"), part(compared, "figures")
+    config, figures = part(compared, "config"), part(compared, "figures")
     metrics, shots, teacher, recovery = (
         part(of, key)
-        for of, key in ((config, "metrics"), (config, "shots"), (found, "teacher_scores"), (found, "recovery"))
+        for of, key in ((config, "metrics"), (config, "shots"), (figures, "teacher_scores"), (figures, "recovery"))
     )
     rows = [
         [t, metrics.get(t) or NONE, *map(number, (shots.get(t), score, teacher.get(t))), percent(recovery.get(t))]
-        for t, score in part(found, "scores").items()
+        for t, score in part(figures, "scores").items()
     ]
     if not rows:
         return []
+    verdict = c_0_and_alpha(figures) + (RESAMPLED if figures.get("resampled") else "")
     text = (
-        f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost; {c_0_and_alpha(found)}{RESAMPLED if found.get('resampled') else ''}; "
-        f"at α = {config['alpha']:g} it is {'' if found['lossless'] else 'not '}lossless (C_α = {found['c_alpha']:.3f}, the bar is 0.5)."
+        f"{figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost; {verdict}; at α = {config['alpha']:g} it is "
+        f"{'' if figures['lossless'] else 'not '}lossless (C_α = {figures['c_alpha']:.3f}, the bar is 0.5)."
     )
     head = ["benchmark", "metric", "shots", "score", config.get("teacher", "teacher"), "recovery"]
     title = "Benchmarks, teacher and student alike:"
@@ -276,10 +277,10 @@ def recorded_costs(stage):
     table = [["figure", "tokens", "batch", "teacher", "student", "gain"]]
     for what, key, factor in COSTS:
         for row in rows:
-            found = [
+            values = [
                 (row.get(f"{side}_{key}"), k) for side, k in (("teacher", factor), ("student", factor), ("gain", 1))
             ]
-            cells = (NONE if x is None else number(float(x * scale)) for x, scale in found)
+            cells = (NONE if x is None else number(float(x * scale)) for x, scale in values)
             table.append([what, number(row["tokens"]), row["batch"], *cells])
     return f"## Cost beside the teacher\n\n{text}\n\n{markdown_table(table)}"
 
@@ -347,17 +348,17 @@ def time_and_energy(stages, results):
 
 def recorded_value(stage, key):
     """An entry of a stage's figures or settings; None where there is none."""
-    found = [part(stage, name).get(key) for name in ("figures", "config")]
-    return next((x for x in found if isinstance(x, int | float | str) and not isinstance(x, bool)), None)
+    values = [part(stage, name).get(key) for name in ("figures", "config")]
+    return next((x for x in values if isinstance(x, int | float | str) and not isinstance(x, bool)), None)
 
 
 def version_lines(stages):
     """Versions of what ran, one line per set of them."""
-    made = {}
+    stages_of = {}
     for stage in stages:
         if text := ", ".join(f"{name} {v}" for name, v in part(stage, "versions").items()):
-            made.setdefault(text, []).append(stage["stage"])
-    return "\n".join(f"Made with {escaped(text)}: {escaped(', '.join(names))}." for text, names in made.items())
+            stages_of.setdefault(text, []).append(stage["stage"])
+    return "\n".join(f"Made with {escaped(text)}: {escaped(', '.join(names))}." for text, names in stages_of.items())
 
 
 def limits(stages, scored, compared):

@@ -141,7 +141,7 @@ def draw_tasks(comparison):
 def draw_recovery(comparison):
     """Student score over teacher score, students down and benchmarks across; blank where the teacher scored 0."""
     rows = [[s["recovery"][task] for task in comparison["teacher_scores"]] for s in comparison["students"].values()]
-    made, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
+    picture, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
     filled = [[math.nan if r is None else r for r in row] for row in rows]
     image = axes.imshow(filled, vmin=0.5, vmax=1.5, cmap="PuOr", aspect="auto")
     for j, row in enumerate(rows):
@@ -152,15 +152,15 @@ def draw_recovery(comparison):
     axes.set_yticks(range(len(rows)), comparison["students"])
     axes.set(title=f"Recovery: score in % of that of {comparison['teacher']}")
     axes.grid(visible=False)
-    made.colorbar(image, ax=axes, label="recovery", extend="both")
-    return made
+    picture.colorbar(image, ax=axes, label="recovery", extend="both")
+    return picture
 
 
 def draw_quality(comparison):
     """Mean recovery against cost; students on the Pareto front are filled and joined."""
     if not (students := {name: s for name, s in comparison["students"].items() if s["pareto"] is not None}):
         return None
-    made, (axes,) = figure()
+    picture, (axes,) = figure()
     points = [
         (name, (s["cost"], s["mean_recovery"]), FINAL if s["pareto"] else "white", FINAL)
         for name, s in students.items()
@@ -177,7 +177,7 @@ def draw_quality(comparison):
         axes.set_xscale("log")
     axes.set(xlabel=comparison["cost"], ylabel="mean recovery")
     axes.set(title="Quality against cost (filled: on the Pareto front)")
-    return made
+    return picture
 
 
 def comparison_pictures(comparison):

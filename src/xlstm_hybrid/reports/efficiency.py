@@ -54,8 +54,8 @@ def tables(pair):
     for title, (part, field, factor) in FIGURES.items():
         scales, lines = {"teacher": factor, "student": factor, "gain": 1}, []
         for row in pair["rows"]:
-            found = [(value_of(row, part, side, field), scale) for side, scale in scales.items()]
-            lines.append([row["length"], row["batch"], *(number(None if x is None else x * k) for x, k in found)])
+            values = [(value_of(row, part, side, field), scale) for side, scale in scales.items()]
+            lines.append([row["length"], row["batch"], *(number(None if x is None else x * k) for x, k in values)])
         if any(cell != NONE for line in lines for cell in line[2:]):
             yield title, [["tokens", "batch", *scales], *lines]
 
@@ -120,7 +120,7 @@ def draw_pair(pair):
     if not shown:
         return None
     count = math.ceil(len(shown) / 2)
-    drawn, panels = figure(columns=2, width=11, height=3.6 * count, rows=count)
+    picture, panels = figure(columns=2, width=11, height=3.6 * count, rows=count)
     for axes in panels[len(shown) :]:
         axes.remove()
     for axes, (title, part, field, factor) in zip(panels, shown, strict=False):
@@ -137,8 +137,8 @@ def draw_pair(pair):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
-    drawn.axes[0].legend(fontsize=8)
-    return drawn
+    picture.axes[0].legend(fontsize=8)
+    return picture
 
 
 def draw_efficiency(results):
@@ -172,7 +172,7 @@ def record_efficiency(results, directory):
         "checks_passed": len(pair["checks"]),
     }
     rows = [{"tokens": row["length"], "batch": row["batch"]} for row in pair["rows"]]
-    for found, row in zip(rows, pair["rows"], strict=True):
+    for flat, row in zip(rows, pair["rows"], strict=True):
         for name, part, field in RECORDED:
-            found |= {f"{side}_{name}": value_of(row, part, side, field) for side in (*SIDES, "gain")}
+            flat |= {f"{side}_{name}": value_of(row, part, side, field) for side in (*SIDES, "gain")}
     append_stage(directory, "efficiency", config=config, figures={"rows": rows})

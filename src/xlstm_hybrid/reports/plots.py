@@ -41,8 +41,8 @@ def figure(columns=1, width=7.2, height=3.8, rows=1):
     """A figure without global state, and its axes in one list."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    return made, list(made.subplots(rows, columns, squeeze=False).flat)
+    picture = Figure(figsize=(width, height), layout="constrained")
+    return picture, list(picture.subplots(rows, columns, squeeze=False).flat)
 
 
 def as_png(draw, results):

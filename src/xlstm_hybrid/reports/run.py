@@ -78,15 +78,12 @@ def draw_win_and_tie(results):
     verdicts = {name: v for name, v in (results.get("win_and_tie") or {}).items() if name in students}
     if not verdicts:
         return None
-    made, (axes,) = figure()
+    picture, (axes,) = figure()
     done = 0
     for j, (name, v) in enumerate(verdicts.items()):
         colour, line, steps = colours(results)[name], name == last, list(zip(v["alphas"], v["curve"], strict=True))
-        look = (
-            {"linestyle": "-", "linewidth": 3.2, "zorder": 2}
-            if line
-            else {"linestyle": DASHES[j % len(DASHES)], "zorder": 3}
-        )
+        dashes = "-" if line else DASHES[j % len(DASHES)]
+        look = {"linestyle": dashes, "linewidth": 3.2 if line else 1.8, "zorder": 2 if line else 3}
         label = f"{name}: α* = {v['alpha_star']:.3f}"
         axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", label=label, color=colour, **look)
         height = next((c for a, c in steps if a >= v["alpha_star"]), v["curve"][-1])
@@ -97,8 +94,8 @@ def draw_win_and_tie(results):
     axes.set(xlabel="relative tolerance α", ylabel="share of domains won or tied, $C_α$")
     axes.set(title="Win-and-tie rate against the teacher (dots: α*)")
     axes.set(ylim=(-0.03, 1.05), xlim=(-0.01, min(1, done * 1.1 + 0.02)))
-    made.legend(loc="outside right center")
-    return made
+    picture.legend(loc="outside right center")
+    return picture
 
 
 def draw_domains(results, title="Exact match per domain", label="exact match, %"):
@@ -109,7 +106,7 @@ def draw_domains(results, title="Exact match per domain", label="exact match, %"
     if not bars:
         return None
     domains = list(dict.fromkeys(d for scores in bars.values() for d in scores))
-    made, (axes,) = figure(width=min(24, max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1))))
+    picture, (axes,) = figure(width=min(24, max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1))))
     colour, width = {"teacher": TEACHER, **(colours(results) if students else {})}, 0.84 / len(bars)
     for j, (name, scores) in enumerate(bars.items()):
         places = [n + (j - (len(bars) - 1) / 2) * width for n, d in enumerate(domains) if d in scores]
@@ -122,8 +119,8 @@ def draw_domains(results, title="Exact match per domain", label="exact match, %"
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_yticks(range(0, 101, 20))
-    made.legend(loc="outside lower center", ncols=min(6, len(bars)))
-    return made
+    picture.legend(loc="outside lower center", ncols=min(6, len(bars)))
+    return picture
 
 
 def draw_alignment(results):
@@ -134,7 +131,7 @@ def draw_alignment(results):
     if not layers and not curve:
         return None
     both, height = bool(layers) + bool(curve), max(3.8, 0.24 * len(layers))
-    made, panels = figure(columns=both, width=9 if both == 2 else 6, height=height)
+    picture, panels = figure(columns=both, width=9 if both == 2 else 6, height=height)
     names = [str(entry.get("layer", n)) for n, entry in enumerate(layers)]
     if layers:
         axes, before, after = panels[0], [e["before"] for e in layers], [e["after"] for e in layers]
@@ -155,7 +152,7 @@ def draw_alignment(results):
         axes.set_title("Alignment error in training")
         scale_steps(axes, [v for entry in curve for v in entry["error"]])
         axes.legend(title="layer", ncols=1 + (count - 1) // 8, fontsize=8)
-    return made
+    return picture
 
 
 def scale_steps(axes, values):
@@ -182,7 +179,7 @@ def draw_losses(results):
     terms = [term for term in titles if any(term in entry for log in logs.values() for entry in log)]
     if not terms:
         return None
-    made, panels = figure(columns=len(terms), width=max(5, 3.3 * len(terms)), height=3.4)
+    picture, panels = figure(columns=len(terms), width=max(5, 3.3 * len(terms)), height=3.4)
     for axes, term in zip(panels, terms, strict=True):
         for j, (name, log) in enumerate(logs.items()):
             points = [(e["step"], e[term]) for e in log if term in e]
@@ -191,8 +188,8 @@ def draw_losses(results):
         axes.set_title(titles[term])
         scale_steps(axes, [e[term] for log in logs.values() for e in log if term in e])
     panels[0].set_ylabel("nats per token" if terms != ["loss"] else "loss")
-    made.legend(loc="outside lower center", ncols=len(logs), title="expert")
-    return made
+    picture.legend(loc="outside lower center", ncols=len(logs), title="expert")
+    return picture
 
 
 def draw_gates(results):
@@ -200,7 +197,7 @@ def draw_gates(results):
     if not (gates := results.get("gates")):
         return None
     heads, layers = max(map(len, gates)), len(gates)
-    made, (axes,) = figure(width=min(12, 3.2 + 0.5 * heads), height=min(10, 1.6 + 0.42 * layers))
+    picture, (axes,) = figure(width=min(12, 3.2 + 0.5 * heads), height=min(10, 1.6 + 0.42 * layers))
     filled = [row + [math.nan] * (heads - len(row)) for row in gates]
     image = axes.imshow(filled, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for n, row in enumerate(gates if heads * layers <= 128 else ()):
@@ -211,8 +208,8 @@ def draw_gates(results):
     axes.set_xticks(range(0, heads, 1 + heads // 24))
     axes.set_yticks(range(0, layers, 1 + layers // 24))
     axes.grid(visible=False)
-    made.colorbar(image, ax=axes, label="0: window    1: mLSTM", ticks=[0, 0.25, 0.5, 0.75, 1])
-    return made
+    picture.colorbar(image, ax=axes, label="0: window    1: mLSTM", ticks=[0, 0.25, 0.5, 0.75, 1])
+    return picture
 
 
 PICTURES = {  # file: (drawing, caption)
@@ -242,7 +239,7 @@ def write_report(results, run_dir):
 
     Args:
         results: any of these parts; what is missing is left out of the report. "title": text.  "teacher": its name.
-            "contradictions": {model: {domain: samples}}, see `evaluation.contradictions`: the scores are none.
+            "contradictions": {model: {domain: samples}}, see `scores.contradictions`: the scores are none.
             "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}. "students": {name: the
             same form}, in the order of the stages, the final student last. "win_and_tie": {student:
             `dataclasses.asdict` of a `WinAndTie`}. "alignment": {"layers": [{"layer", "before", "after"}], "curve":

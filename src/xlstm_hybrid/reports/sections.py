@@ -22,19 +22,19 @@ EXPLAINED = "Coverage: the share of the context that window and sinks see; exces
 
 def comparison_parts(results):
     """The comparison of the final student with its teacher, benchmark by benchmark."""
-    if not (found := results.get("comparison")):
+    if not (comparison := results.get("comparison")):
         return []
-    name, student = next(reversed(found["students"].items()))
+    name, student = next(reversed(comparison["students"].items()))
     alpha = f"{student['alpha_star']:.3f}"
     if sure := student["resampled"]:
-        alpha += f" ({between(sure['alpha_star'])} in {percent(found['level'])} of resamples of the documents)"
+        alpha += f" ({between(sure['alpha_star'])} in {percent(comparison['level'])} of resamples of the documents)"
     text = (
-        f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {found['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
+        f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {comparison['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
         f"α\\* = {alpha}; {student['wins']} won, {student['ties']} tied, {student['losses']} lost."
     )
     more = "More in [comparison/comparison.html](comparison/comparison.html) and [comparison/comparison.md](comparison/comparison.md)."
-    title = f"## {escaped(name)} against {escaped(found['teacher'])}"
-    return [title, text, markdown_table(task_rows(found, student)), *map(escaped, found["notes"]), more]
+    title = f"## {escaped(name)} against {escaped(comparison['teacher'])}"
+    return [title, text, markdown_table(task_rows(comparison, student)), *map(escaped, comparison["notes"]), more]
 
 
 def task_rows(comparison, student):
@@ -71,9 +71,9 @@ def long_context_parts(results):
 
 def cost_parts(results):
     """What the student costs beside its teacher."""
-    if not (found := results.get("efficiency")):
+    if not (report := results.get("efficiency")):
         return []
-    pair, machine = found["pairs"][0], found["machine"]
+    pair, machine = report["pairs"][0], report["machine"]
     return [
         "## Cost beside the teacher",
         f"{escaped(machine.get('gpu') or machine['cpu'])}; times are {machine['clock']}.",
