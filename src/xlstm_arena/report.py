@@ -8,8 +8,7 @@ from string import Template
 from xlstm_arena.arms import TEACHER
 from xlstm_arena.summary import MAIN, accuracy, pareto, rounded_json
 from xlstm_hybrid.checkpoint.files import markdown_table, write_file
-from xlstm_hybrid.reports.plots import FAINT, GREY, INK, MEANING, PALETTE, label_ends, legible
-from xlstm_hybrid.reports.run import as_png, figure
+from xlstm_hybrid.reports.plots import FAINT, GREY, INK, MEANING, PALETTE, as_png, figure, label_ends, legible
 
 FOLDER, PAGE, NUMBERS = "arena", "arena.md", "results.json"
 NONE = "–"

@@ -13,9 +13,9 @@ from transformers import DynamicCache
 from xlstm_arena import data
 from xlstm_hybrid.data.long_context import coverage, excess
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.evaluation.efficiency import cache_bytes
 from xlstm_hybrid.evaluation.scores import perplexity
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.planning.cache_size import allocated_bytes
 from xlstm_hybrid.state import prefill
 
 LEAST_ROWS = 8  # of a recall test, however long its rows are
@@ -107,7 +107,7 @@ def bytes_at(model, lengths):
             model(input_ids=ids[:, -1:], **named(cache), use_cache=True)
         except CacheError:
             return {}
-        counts[str(length)] = cache_bytes(cache)
+        counts[str(length)] = allocated_bytes(cache)
     return counts
 
 

@@ -24,7 +24,7 @@ from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.merging.merge import merge
 from xlstm_hybrid.model.adapters import lora_config
 from xlstm_hybrid.pipeline.settings import batch_of, trainer_config
-from xlstm_hybrid.planning.layers import keep, keep_groups, rank_groups
+from xlstm_hybrid.planning.layers import keep_groups, rank_groups, set_kept_groups
 from xlstm_hybrid.recipe.merge_settings import NEED_BASE
 from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
@@ -218,7 +218,7 @@ class Training:
         with self.timed("ranking", 0):
             found = rank_groups(student, test["input_ids"], answers, method="ablate" if by == "worst" else by)
         order = [(entry["layer"], entry["group"]) for entry in found["groups"]]
-        keep(student.config, order[-count:] if by == "worst" else order[:count])
+        set_kept_groups(student.config, order[-count:] if by == "worst" else order[:count])
         layout = {"kept_groups": student.config.kept_groups, "layer_types": student.config.layer_types}
         self.facts["figures"]["ranking"] = {**found, **layout}
         return layout

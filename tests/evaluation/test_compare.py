@@ -1,4 +1,4 @@
-"""Results of lm-eval and our own are read, refused where they cannot be compared, and judged by the published measure."""
+"""Results of lm-eval and our own are read, refused where they cannot be compared, and scored by the published measure."""
 
 import json
 import math
@@ -16,18 +16,20 @@ from xlstm_hybrid.errors import CheckpointError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import (
     choose_metric,
     compare,
-    html_page,
     mark_front,
-    markdown,
     open_sides,
     read_costs,
-    record,
-    scaled_scores,
-    write_comparison,
+    record_comparison,
 )
 from xlstm_hybrid.evaluation.scores import Results, read_results
 from xlstm_hybrid.reports.card import write_card
-from xlstm_hybrid.reports.run import comparison_pictures
+from xlstm_hybrid.reports.comparison import (
+    comparison_markdown,
+    comparison_pictures,
+    html_page,
+    scaled_scores,
+    write_comparison,
+)
 
 DATE = "2026-01-02T03-04-05.678901"
 ANSWERS = {  # benchmark: answers of teacher and student, document by document
@@ -97,7 +99,7 @@ def student_of(tmp_path, name="student", **changes):
     return harness(tmp_path / name, name, {t: a for t, (_, a) in ANSWERS.items()}, **changes)
 
 
-def judged(teacher, *students, **settings):
+def compared(teacher, *students, **settings):
     return compare(*open_sides(teacher, [str(s) for s in students]), resamples=500, **settings)
 
 
@@ -154,7 +156,7 @@ def test_a_group_with_a_score_is_one_benchmark_over_the_samples_of_its_parts(tmp
     assert list(found.scores) == ["mmlu"] and found.settings["mmlu"]["documents"] == 40
     values = found.samples["mmlu"]["acc,none"]
     assert len(values) == 8 and sum(values.values()) / 8 == found.scores["mmlu"]["acc,none"]
-    assert judged(folder, f"again={folder}")["students"]["again"]["paired"]["mmlu"]["documents"] == 8
+    assert compared(folder, f"again={folder}")["students"]["again"]["paired"]["mmlu"]["documents"] == 8
 
 
 def test_equal_documents_and_several_filters_are_kept_apart(tmp_path):
@@ -187,7 +189,7 @@ def own(score, correct):
 
 def test_a_runs_results_stand_for_its_teacher_and_all_of_its_students(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RUN))
-    found = judged(tmp_path / "results.json", tmp_path)
+    found = compared(tmp_path / "results.json", tmp_path)
     assert list(found["students"]) == ["converted", "student"] and found["teacher"] == "teacher"
     assert [s["lossless"] for s in found["students"].values()] == [False, True]
     assert found["students"]["student"]["paired"] == {} and found["students"]["student"]["resampled"] is None
@@ -206,7 +208,7 @@ def test_the_samples_of_a_run_lie_beside_its_results(tmp_path):
         ("older", own(0.25, [1, 0, 0, 0])),
     ):
         (tmp_path / "evaluation" / f"{name}.json").write_text(json.dumps({"result": content}))
-    found = judged(tmp_path, tmp_path)
+    found = compared(tmp_path, tmp_path)
     assert found["students"]["student"]["paired"]["recall"]["lost"] == 1
     assert found["students"]["older"]["paired"] == {}  # its file is of another evaluation: other scores
 
@@ -214,7 +216,7 @@ def test_the_samples_of_a_run_lie_beside_its_results(tmp_path):
 def test_our_own_evaluations_are_paired_by_prompt_and_answer(tmp_path):
     (tmp_path / "teacher.json").write_text(json.dumps({"spec": {}, "result": own(0.75, [True, True, True, False])}))
     (tmp_path / "student.json").write_text(json.dumps(own(0.5, [True, False, True, False])))
-    found = judged(tmp_path / "teacher.json", tmp_path / "student.json")["students"]["student"]
+    found = compared(tmp_path / "teacher.json", tmp_path / "student.json")["students"]["student"]
     assert (found["paired"]["recall"]["gained"], found["paired"]["recall"]["lost"]) == (0, 1) and found["recovery"] == {
         "recall": pytest.approx(2 / 3)
     }
@@ -277,10 +279,10 @@ def test_the_metric_is_one_that_all_sides_have_and_of_which_more_is_better():
 
 
 def test_only_the_benchmarks_that_were_asked_for_are_compared(tmp_path):
-    found = judged(teacher_of(tmp_path), student_of(tmp_path), tasks=["code", "arc"])
+    found = compared(teacher_of(tmp_path), student_of(tmp_path), tasks=["code", "arc"])
     assert list(found["metrics"]) == ["code", "arc"]
     with pytest.raises(EvaluationError, match="mmlu has no score of teacher and student"):
-        judged(tmp_path / "t", tmp_path / "student", tasks=["mmlu"])
+        compared(tmp_path / "t", tmp_path / "student", tasks=["mmlu"])
 
 
 def changed(file_of, **changes):
@@ -302,7 +304,7 @@ def test_every_reason_against_a_comparison_is_listed_at_once(tmp_path):
         | {"n-shot": {"arc": 0, "gsm8k": 5}, "versions": {"arc": 2.0, "gsm8k": 1.0}, "chat_template_sha": "abc"},
     )
     with pytest.raises(EvaluationError) as raised:
-        judged(teacher, student)
+        compared(teacher, student)
     for reason in (
         "7 reasons why",
         "code has no score of student",
@@ -312,7 +314,7 @@ def test_every_reason_against_a_comparison_is_listed_at_once(tmp_path):
         "gsm8k: chat_template",
         "gsm8k (exact_match,strict-match) is nan for student, expected a finite score of at least 0",
         "gsm8k: generation",
-        "Judge student and teacher with the same tasks, shots and budget",
+        "Evaluate student and teacher with the same tasks, shots and budget",
     ):
         assert reason in str(raised.value), reason
 
@@ -320,26 +322,26 @@ def test_every_reason_against_a_comparison_is_listed_at_once(tmp_path):
 def test_what_differs_may_be_allowed_by_name_and_is_noted(tmp_path):
     teacher, student = teacher_of(tmp_path), changed(student_of(tmp_path), **{"versions": dict.fromkeys(ANSWERS, 2.0)})
     with pytest.raises(EvaluationError, match="3 reasons .*version"):
-        judged(teacher, student)
-    found = judged(teacher, student, allow=["version"])
+        compared(teacher, student)
+    found = compared(teacher, student, allow=["version"])
     assert (
         sum("version {'arc': 1.0} for teacher" in note for note in found["notes"]) == 1
         and len(found["differences"]) == 3
     )
     with pytest.raises(EvaluationError, match=r"allow=\['weather'\]; expected"):
-        judged(teacher, student, allow=["weather"])
+        compared(teacher, student, allow=["weather"])
 
 
 def test_a_task_that_one_side_lacks_is_refused_or_left_out_by_choice(tmp_path):
     teacher = teacher_of(tmp_path)
     student = harness(tmp_path / "s", "s", {"arc": ANSWERS["arc"][1]})
     with pytest.raises(EvaluationError, match="2 reasons .* gsm8k has no score of s; code has no score of s"):
-        judged(teacher, student)
-    found = judged(teacher, student, common=True)
+        compared(teacher, student)
+    found = compared(teacher, student, common=True)
     assert list(found["metrics"]) == ["arc"] and "left out: code has no score of s" in found["notes"]
     other = harness(tmp_path / "o", "o", {"gsm8k": [1, 0]})
     with pytest.raises(EvaluationError, match="no benchmark that all sides have"):
-        judged(student, other, common=True)
+        compared(student, other, common=True)
 
 
 def test_a_task_that_only_the_student_has_is_refused_too(tmp_path):
@@ -347,7 +349,7 @@ def test_a_task_that_only_the_student_has_is_refused_too(tmp_path):
     with pytest.raises(
         EvaluationError, match="2 reasons .* gsm8k has no score of teacher; code has no score of teacher"
     ):
-        judged(teacher, student_of(tmp_path))
+        compared(teacher, student_of(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1])
@@ -358,12 +360,12 @@ def test_a_score_of_the_teacher_that_is_none_is_refused(tmp_path, wrong):
         EvaluationError,
         match=rf"1 reasons .* arc \(acc_norm,none\) is {wrong} for teacher, expected a finite score of at least 0",
     ):
-        judged(changed(tmp_path / "t", **content), student_of(tmp_path))
+        compared(changed(tmp_path / "t", **content), student_of(tmp_path))
 
 
 def test_results_without_samples_have_a_verdict_but_no_paired_statistics(tmp_path):
     teacher = teacher_of(tmp_path)
-    full, bare = (judged(teacher, student_of(tmp_path, name, samples=name == "full")) for name in ("full", "bare"))
+    full, bare = (compared(teacher, student_of(tmp_path, name, samples=name == "full")) for name in ("full", "bare"))
     mine, its = bare["students"]["bare"], full["students"]["full"]
     assert all(mine[key] == its[key] for key in ("scores", "c_0", "alpha_star", "lossless", "wins"))
     assert (
@@ -371,7 +373,7 @@ def test_results_without_samples_have_a_verdict_but_no_paired_statistics(tmp_pat
     )
     assert "no paired statistics of arc, gsm8k, code: bare came without samples" in bare["notes"]
     (tmp_path / "full" / f"samples_arc_{DATE}.jsonl").unlink()
-    part = judged(teacher, tmp_path / "full")["students"]["full"]
+    part = compared(teacher, tmp_path / "full")["students"]["full"]
     # an interval of alpha* needs every benchmark
     assert set(part["paired"]) == {"gsm8k", "code"} and part["resampled"] is None
 
@@ -385,21 +387,21 @@ def test_other_documents_or_prompts_are_refused(tmp_path):
     with pytest.raises(
         EvaluationError, match="1 reasons .* arc: the prompts of 3 of 20 documents differ between teacher and student"
     ):
-        judged(teacher, student)
+        compared(teacher, student)
     rows = [sample(j + 5, {"acc_norm": float(a)}) for j, a in enumerate(ANSWERS["arc"][1])]
     (student / f"samples_arc_{DATE}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(EvaluationError, match="arc: 10 documents were judged for only one of teacher and student"):
-        judged(teacher, student)
-    found = judged(teacher, student, allow=["documents"])
+    with pytest.raises(EvaluationError, match="arc: 10 documents were evaluated for only one of teacher and student"):
+        compared(teacher, student)
+    found = compared(teacher, student, allow=["documents"])
     assert "arc" not in found["students"]["student"]["paired"]
-    assert "no paired statistics of arc: student and teacher were judged on different documents" in found["notes"]
+    assert "no paired statistics of arc: student and teacher were evaluated on different documents" in found["notes"]
 
 
-# --- judging ---------------------------------------------------------------------------------------------------
+# --- comparing -------------------------------------------------------------------------------------------------
 
 
 def test_scores_verdict_and_paired_statistics_of_a_student(tmp_path):
-    found = judged(teacher_of(tmp_path), student_of(tmp_path))
+    found = compared(teacher_of(tmp_path), student_of(tmp_path))
     student = found["students"]["student"]
     assert found["teacher_scores"] == {"arc": 0.4, "gsm8k": 0.5, "code": 0.8} and student["scores"] == {
         "arc": 0.45,
@@ -436,7 +438,7 @@ def test_a_score_that_is_no_mean_of_its_samples_has_no_paired_statistics(tmp_pat
     teacher, student = teacher_of(tmp_path), student_of(tmp_path)
     content = json.loads(next(student.glob("results_*.json")).read_text())
     content["results"]["arc"]["acc_norm,none"] = 0.44
-    found = judged(teacher, changed(student, **content))
+    found = compared(teacher, changed(student, **content))
     assert set(found["students"]["student"]["paired"]) == {"gsm8k", "code"}
     assert "no paired statistics of arc: the score of student is not the mean of its samples" in found["notes"]
 
@@ -447,7 +449,7 @@ def test_a_teacher_that_scores_nothing_is_never_lost_to_and_has_no_recovery(tmp_
     assert (
         found["students"]["s"]["recovery"] == {"a": 0.5, "b": None} and found["students"]["s"]["mean_recovery"] == 0.5
     )
-    assert "| b | acc,none | – | 0 | 0 | – |" in markdown(found)
+    assert "| b | acc,none | – | 0 | 0 | – |" in comparison_markdown(found)
 
 
 def test_the_front_holds_whom_nobody_beats_at_their_cost():
@@ -620,7 +622,7 @@ def checkpoint(tmp_path):
 
 
 def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comparison, checkpoint):
-    record(comparison, "s<1>", checkpoint)
+    record_comparison(comparison, "s<1>", checkpoint)
     verify_files(checkpoint)
     stage = read_provenance(checkpoint)[-1]
     assert stage["stage"] == "compare" and stage["figures"]["scores"] == {"arc": 0.45, "gsm8k": 0.5, "code": 0.4}
@@ -640,7 +642,7 @@ def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comp
         and "nothing is known" not in text
     )
     assert "Benchmarks, teacher and student alike:" in text
-    record(comparison | {"differences": ["arc: version 1 for t, 2 for s"]}, "s<1>", checkpoint)
+    record_comparison(comparison | {"differences": ["arc: version 1 for t, 2 for s"]}, "s<1>", checkpoint)
     assert "what differed: arc: version 1 for t, 2 for s." in write_card(checkpoint).read_text()
     index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert {r["dataset"]["name"]: r["metrics"][0]["value"] for r in index} == {"arc": 0.45, "gsm8k": 0.5, "code": 0.4}
@@ -648,12 +650,12 @@ def test_a_comparison_becomes_a_stage_of_the_student_and_stands_on_its_card(comp
 
 def test_only_a_known_student_is_recorded_and_only_in_an_undamaged_checkpoint(comparison, checkpoint, tmp_path):
     with pytest.raises(EvaluationError, match="record: 'y' is not compared, expected one of s<1>, x"):
-        record(comparison, "y", checkpoint)
+        record_comparison(comparison, "y", checkpoint)
     with pytest.raises(CheckpointError, match="no record of stages"):
-        record(comparison, "x", tmp_path)
+        record_comparison(comparison, "x", tmp_path)
     (checkpoint / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="config.json has SHA-256"):
-        record(comparison, "x", checkpoint)
+        record_comparison(comparison, "x", checkpoint)
     assert len(read_provenance(checkpoint)) == 1
 
 
@@ -732,7 +734,7 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
         json.loads(f.read_text())["model_name"].rpartition("/")[2]: f.parent
         for f in (tmp_path / "out").rglob("results_*.json")
     }
-    found = judged(folders["teacher"], folders["student"], alpha=0.4)
+    found = compared(folders["teacher"], folders["student"], alpha=0.4)
     assert (
         found["metrics"] == {"pair": "exact_match,strict-match"}
         and found["shots"] == {"pair": 0}
@@ -754,20 +756,20 @@ def test_what_lm_eval_writes_is_what_we_read(tmp_path, monkeypatch):
 def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
     from xlstm_hybrid.pipeline.run import report_scores
 
-    def judged(*answers):
+    def compared(*answers):
         samples = [
             {"prompt": f"p{n}", "answer": "a", "output": "", "correct": bool(right)} for n, right in enumerate(answers)
         ]
         return {"exact_match": {"code": sum(answers) / len(answers)}, "perplexity": {}, "samples": {"code": samples}}
 
-    found = report_scores({"teacher": judged(1, 1, 1, 0), "same": judged(1, 1, 1, 0), "worse": judged(0, 0, 0, 0)})[
-        "win_and_tie"
-    ]
+    found = report_scores(
+        {"teacher": compared(1, 1, 1, 0), "same": compared(1, 1, 1, 0), "worse": compared(0, 0, 0, 0)}
+    )["win_and_tie"]
     assert (
         found["same"]["c_0"] == 1
         and found["same"]["resampled"]["c_0"] == [1, 1]
         and found["same"]["resampled"]["alpha_star"] == [0, 0]
     )
     assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
-    unpaired = {"teacher": judged(1, 0), "student": judged(1, 0) | {"samples": {}}}
+    unpaired = {"teacher": compared(1, 0), "student": compared(1, 0) | {"samples": {}}}
     assert report_scores(unpaired)["win_and_tie"]["student"]["resampled"] is None

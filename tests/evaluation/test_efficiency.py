@@ -23,16 +23,16 @@ from xlstm_hybrid.evaluation.efficiency import (
     Peak,
     Settings,
     Side,
-    cache_bytes,
     filled,
-    measure,
+    measure_pair,
+    medians_and_gain,
     new_cache,
-    summary,
     take_turns,
 )
 from xlstm_hybrid.evaluation.equivalence import Result, bound
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.planning.cache_size import allocated_bytes
 from xlstm_hybrid.reports import efficiency as efficiency_report
 from xlstm_hybrid.reports.card import write_card
 
@@ -77,14 +77,14 @@ def ids(rows, length):
 
 def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
     red = Result("token by token = parallel", 0.5, 1e-4, "float64", 0.1)
-    monkeypatch.setattr(efficiency, "weighed", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(efficiency, "with_memory", lambda *_: pytest.fail("measured all the same"))
     with pytest.raises(
         EvaluationError,
         match=r"no figures, because 1 of 2 checks failed: token by token = parallel \(5.00e-01, allowed 1.00e-04\)",
     ):
-        measure(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [GREEN, red])
+        measure_pair(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [GREEN, red])
     with pytest.raises(EvaluationError, match="expected at least one result"):
-        measure(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [])
+        measure_pair(Side("s", lambda: student), Side("t", lambda: llama), Settings(), lambda *_: [])
 
 
 @pytest.mark.parametrize("cache", efficiency.CACHES)
@@ -103,7 +103,7 @@ def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state
 
 def test_models_of_two_dtypes_are_not_compared(llama, student):
     with pytest.raises(EvaluationError, match="dtype: the student's is torch.float32, the teacher's torch.float64"):
-        measure(
+        measure_pair(
             Side("s", lambda: student),
             Side("t", lambda: teacher("llama", tied=False).double()),
             Settings(),
@@ -120,14 +120,14 @@ def test_the_teachers_cache_grows_with_every_token_and_the_students_does_not(lla
     with torch.no_grad():
         grown, _ = filled(llama, ids(B, L), "dynamic", 4)
         fixed, _ = filled(student, ids(B, L), "dynamic", 4)
-    assert cache_bytes(grown) == layers * B * 2 * L * G * K * item
-    assert cache_bytes(fixed) == layers * B * (2 * (SINKS + WINDOW) * G * K * item + H * (K * K + K + 1) * 4 + 8)
+    assert allocated_bytes(grown) == layers * B * 2 * L * G * K * item
+    assert allocated_bytes(fixed) == layers * B * (2 * (SINKS + WINDOW) * G * K * item + H * (K * K + K + 1) * 4 + 8)
 
 
 def test_a_static_cache_counts_whole_however_little_is_in_it(llama):
     with torch.no_grad():
         cache, _ = filled(llama, ids(2, 9), "static", 21)
-    assert cache_bytes(cache) == pytest.approx(3 * 2 * 2 * 30 * 2 * 10 * 4, rel=0.01)
+    assert allocated_bytes(cache) == pytest.approx(3 * 2 * 2 * 30 * 2 * 10 * 4, rel=0.01)
 
 
 @pytest.mark.parametrize("cache", efficiency.CACHES)
@@ -145,12 +145,12 @@ def test_a_context_read_in_pieces_goes_on_like_the_whole_in_every_row(llama, stu
 
 def test_the_gain_is_the_median_of_the_rounds_ratios_not_the_ratio_of_medians():
     costs = {"teacher": [(4.0, 8.0), (9.0, 8.0), (10.0, 8.0)], "student": [(2.0, 2.0), (3.0, 2.0), (1.0, 2.0)]}
-    part = summary(costs, 18, per_second=True)
+    part = medians_and_gain(costs, 18, per_second=True)
     assert part["gain"] == {"tokens_per_second": 3.0, "joules_per_token": 4.0}
     assert part["teacher"]["tokens_per_second"] == 2.0 and part["student"]["tokens_per_second"] == 9.0
     assert part["teacher"]["joules_per_token"] == pytest.approx(8 / 18)
-    assert summary(costs, 18, per_second=False)["gain"]["seconds"] == 3.0
-    assert "gain" not in summary({"student": costs["student"]}, 18, per_second=True)
+    assert medians_and_gain(costs, 18, per_second=False)["gain"]["seconds"] == 3.0
+    assert "gain" not in medians_and_gain({"student": costs["student"]}, 18, per_second=True)
 
 
 def test_teacher_and_student_take_turns_and_who_begins_alternates():
@@ -181,7 +181,7 @@ def test_a_side_that_had_no_memory_apart_is_not_timed(llama, student, monkeypatc
 
     monkeypatch.setattr(efficiency, "apart", apart)
     settings = Settings(lengths=(12,), rounds=1, steps=1)
-    row = measure(Side("s", lambda: student), Side("t", lambda: llama), settings, lambda *_: [GREEN])["rows"][0]
+    row = measure_pair(Side("s", lambda: student), Side("t", lambda: llama), settings, lambda *_: [GREEN])["rows"][0]
     assert row["absent"] == {"teacher": "out of memory"}
     assert all(set(row[part]) == {"student"} for part in ("memory", "prefill", "decode"))
 
@@ -319,11 +319,11 @@ def test_random_weights_pass_the_checks_that_figures_need(monkeypatch):
         "initializer_range": 0.02 * (3584 / 64) ** 0.5,
     }
     monkeypatch.setitem(efficiency_pairs.SHAPES, "qwen2.5-7b", (kind, fields | small))
-    student, judge = (
+    student, reference = (
         efficiency_pairs.random_model("qwen2.5-7b", role, "float32", "cpu") for role in ("student", "teacher")
     )
     smaller = lambda: efficiency_pairs.random_model("qwen2.5-7b", "student", "float32", "cpu", layers=2)  # noqa: E731
-    results = list(efficiency_checks.checks(student, judge, "dynamic", smaller))
+    results = list(efficiency_checks.checks(student, reference, "dynamic", smaller))
     assert len(results) > 15 and [r.name for r in results if not r.passed] == []
 
 
@@ -364,7 +364,7 @@ def test_the_command_writes_tables_a_picture_and_every_figure(saved, tmp_path):
 @pytest.mark.parametrize("cache", efficiency.CACHES)
 def test_the_report_says_what_is_missing_and_why(llama, student, here, cache):
     settings = Settings(lengths=(12,), contexts=(80,), rounds=1, steps=1, cache=cache)
-    pair = measure(Side("small", lambda: student), Side("big", lambda: llama), settings, lambda *_: [GREEN])
+    pair = measure_pair(Side("small", lambda: student), Side("big", lambda: llama), settings, lambda *_: [GREEN])
     prompt, context = pair["rows"]
     assert (
         "prefill" not in context and context["memory"]["student"]["prefill_peak_bytes"] is None and "prefill" in prompt
@@ -372,7 +372,7 @@ def test_the_report_says_what_is_missing_and_why(llama, student, here, cache):
     assert context["memory"]["gain"]["cache_bytes"] > prompt["memory"]["gain"]["cache_bytes"]
     prompt["absent"]["teacher, decoding"] = "out of memory"
     pair["energy"] = {"source": None, "absent": "NVML reports no energy"}
-    text = "\n".join(efficiency_report.notes(pair))
+    text = "\n".join(efficiency_report.efficiency_notes(pair))
     assert (
         "12 tokens, batch 1, teacher, decoding: out of memory." in text
         and "Energy: no figure. NVML reports no energy." in text

@@ -269,7 +269,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_over_scored_tokens(count
         assert perplexity(counter[0], ROWS, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_hybrid_student_is_judged_like_any_model():
+def test_a_hybrid_student_is_scored_like_any_model():
     student = tiny_student(torch.float32)
     rows = [(ids, [-100, *ids[1:]]) for ids in (token_ids(1, n, seed=n)[0].tolist() for n in (5, 23, 11, 2))]
     expected = by_hand(student, rows)

@@ -18,9 +18,10 @@ from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
-from xlstm_hybrid.evaluation.harness import SUITES, Unit, cache_bytes, expand, reach
+from xlstm_hybrid.evaluation.harness import SUITES, Unit, expand, reach
 from xlstm_hybrid.evaluation.scores import exact_match, read_results
 from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.planning.cache_size import filled_bytes
 
 pytest.importorskip("lm_eval")
 TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
@@ -53,7 +54,7 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judged(student, tmp_path_factory):
+def evaluated(student, tmp_path_factory):
     """Folders of results of the tiny teacher and of its student."""
     folder = tmp_path_factory.mktemp("results")
     run(TINY, folder / "teacher")
@@ -61,35 +62,35 @@ def judged(student, tmp_path_factory):
     return folder
 
 
-def test_the_score_of_a_domain_is_that_of_the_command_evaluate(judged):
+def test_the_score_of_a_domain_is_that_of_the_command_evaluate(evaluated):
     model, tokenizer = load(TINY, device="cpu")
     wanted = exact_match(model, tokenizer, tasks.test_examples("arithmetic", 200)[:6])
-    found = read_results(judged / "teacher")[0]
+    found = read_results(evaluated / "teacher")[0]
     assert found.scores["domain_arithmetic"]["exact_match,none"] == pytest.approx(wanted.score) and wanted.score > 0.5
     assert sorted(found.samples["domain_arithmetic"]["exact_match,none"].values()) == sorted(
         float(s["correct"]) for s in wanted.samples
     )
 
 
-def test_compare_reads_what_the_harness_wrote(judged):
-    found = compare(*open_sides(str(judged / "teacher"), [str(judged / "student")]))
+def test_compare_reads_what_the_harness_wrote(evaluated):
+    found = compare(*open_sides(str(evaluated / "teacher"), [str(evaluated / "student")]))
     assert found["metrics"] == dict.fromkeys(("domain_arithmetic", "needle_400", "recall_500"), "exact_match,none")
     assert (found["teacher"], list(found["students"])) == ("tiny-llama", ["student"]) and not found["differences"]
     # the samples of both sides belong together
     assert set(found["students"]["student"]["paired"]) == set(found["metrics"])
 
 
-def test_nothing_of_a_long_prompt_is_cut_off(judged):
+def test_nothing_of_a_long_prompt_is_cut_off(evaluated):
     """The student ran with a longest input of 64 tokens; a needle's context is read whole all the same."""
-    rows = [json.loads(line) for line in next(judged.glob("student/needle_400/*/samples_*.jsonl")).open()]
-    results = read_json(next(judged.glob("student/needle_400/*/results_*.json")), "")
+    rows = [json.loads(line) for line in next(evaluated.glob("student/needle_400/*/samples_*.jsonl")).open()]
+    results = read_json(next(evaluated.glob("student/needle_400/*/results_*.json")), "")
     assert len(rows) == 6 and results["max_length"] == 400 + 16
     assert {row["doc"]["length"] for row in rows} == {400}
 
 
-def test_recall_comes_with_coverage_excess_and_bytes(judged):
+def test_recall_comes_with_coverage_excess_and_bytes(evaluated):
     student, teacher = (
-        read_json(judged / side / "needle_400" / "harness.json", side) for side in ("student", "teacher")
+        read_json(evaluated / side / "needle_400" / "harness.json", side) for side in ("student", "teacher")
     )
     found, score = student["long_context"], student["scores"]["needle_400"]["recall,none"]
     assert (found["window"], found["sinks"], found["coverage"]) == (32, 4, 36 / 400)
@@ -100,7 +101,7 @@ def test_recall_comes_with_coverage_excess_and_bytes(judged):
     full = teacher["long_context"]
     assert full["coverage"] == 1 and full["excess"] is None
     assert full["cache_bytes"] == 4 * 2 * 2 * 64 * 400 * 4  # layers, K and V, heads, width, tokens, float32
-    longer = read_json(judged / "student" / "recall_500" / "harness.json", "")["long_context"]
+    longer = read_json(evaluated / "student" / "recall_500" / "harness.json", "")["long_context"]
     assert longer["cache_bytes"] == found["cache_bytes"]
 
 
@@ -108,21 +109,24 @@ def test_a_cache_of_a_student_counts_ring_sinks_and_state(student):
     model, _ = load(student, device="cpu")
     layers, heads, groups, width, slots = 4, 4, 2, 64, 32 + 4
     ring, state, count = 2 * groups * slots * width * 4, heads * (width * width + width + 1) * 4, 8
-    assert cache_bytes(model, torch.arange(3, 90)[None]) == layers * (ring + state + count)
+    cache = cache_of(model(torch.arange(3, 90)[None], use_cache=True))
+    assert filled_bytes(cache) == layers * (ring + state + count)
     assert reach(model.config) == (32, 4) and isinstance(
         cache_of(model(torch.ones(1, 1, dtype=torch.long))), DynamicCache
     )
 
 
-def test_the_files_name_no_folder_of_this_machine(judged, student):
-    for file in judged.rglob("*.json*"):
+def test_the_files_name_no_folder_of_this_machine(evaluated, student):
+    for file in evaluated.rglob("*.json*"):
         text = file.read_text()
-        assert str(TINY.parent) not in text and str(student.parent) not in text and str(judged) not in text, file.name
+        assert str(TINY.parent) not in text and str(student.parent) not in text and str(evaluated) not in text, (
+            file.name
+        )
         assert "pretty_env_info" not in text
 
 
-def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(judged, tmp_path, monkeypatch, capsys):
-    out = shutil.copytree(judged / "teacher", tmp_path / "teacher")
+def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(evaluated, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(evaluated / "teacher", tmp_path / "teacher")
     monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: pytest.fail("the model was loaded"))
     run(TINY, out)
     printed = capsys.readouterr().out
@@ -136,11 +140,11 @@ def test_finished_tasks_are_not_run_again_and_other_settings_are_refused(judged,
     shutil.rmtree(out / "needle_400")
     before = next(out.glob("recall_500/*/results_*.json")).name
     run(TINY, out)
-    kept = [read_json(folder / "needle_400/harness.json", "")["scores"] for folder in (judged / "teacher", out)]
+    kept = [read_json(folder / "needle_400/harness.json", "")["scores"] for folder in (evaluated / "teacher", out)]
     assert kept[0] == kept[1] and next(out.glob("recall_500/*/results_*.json")).name == before
 
 
-def test_a_kill_before_the_end_leaves_no_results(judged, tmp_path, monkeypatch):
+def test_a_kill_before_the_end_leaves_no_results(evaluated, tmp_path, monkeypatch):
     from lm_eval.loggers import EvaluationTracker
 
     # lm-eval goes on when a disk is full
@@ -150,14 +154,14 @@ def test_a_kill_before_the_end_leaves_no_results(judged, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_sampling_settings_and_penalties_of_a_checkpoint_have_no_part_in_a_score(judged, tmp_path):
+def test_sampling_settings_and_penalties_of_a_checkpoint_have_no_part_in_a_score(evaluated, tmp_path):
     model = shutil.copytree(TINY, tmp_path / "model")
     (model / "generation_config.json").write_text(
         json.dumps({"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "eos_token_id": 2})
     )
     run(model, tmp_path / "out", tasks="domain_arithmetic")
     files = (
-        next((judged / "teacher").rglob("samples_domain_*.jsonl")),
+        next((evaluated / "teacher").rglob("samples_domain_*.jsonl")),
         next((tmp_path / "out").rglob("samples_domain_*.jsonl")),
     )
     plain, other = ([json.loads(line)["resps"] for line in file.open()] for file in files)

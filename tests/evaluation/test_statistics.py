@@ -11,7 +11,7 @@ from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.evaluation.significance import (
     compare_pairs,
-    documents,
+    document_keys,
     holm,
     interval,
     mcnemar,
@@ -160,7 +160,7 @@ def test_scores_between_right_and_wrong_have_no_mcnemar_test():
 
 
 def test_equal_documents_are_told_apart_by_their_number():
-    assert list(documents(["x", "y", "x"])) == [("x", 1), ("y", 1), ("x", 2)]
+    assert list(document_keys(["x", "y", "x"])) == [("x", 1), ("y", 1), ("x", 2)]
 
 
 def test_samples_are_read_filter_by_filter_in_the_order_of_their_documents():

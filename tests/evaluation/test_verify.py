@@ -21,10 +21,10 @@ from xlstm_hybrid.evaluation.equivalence import (
     LOW,
     MEMORY,
     Result,
-    as_json,
     bound,
+    checks_as_json,
     default_length,
-    rounded,
+    rounded_copy,
     verify,
     verify_checkpoint,
     wrapping_length,
@@ -97,8 +97,8 @@ def test_the_checks_hold_in_lower_precision_too(small, dtype):
     assert any(r.difference > 0 for r in results if r.name in CACHED)
 
 
-def test_a_bfloat16_checkpoint_is_judged_on_its_own_weights():
-    model = rounded(tiny_student(torch.float32, gain=1.5, **SMALL), torch.bfloat16)
+def test_a_bfloat16_checkpoint_is_checked_on_its_own_weights():
+    model = rounded_copy(tiny_student(torch.float32, gain=1.5, **SMALL), torch.bfloat16)
     results = verify(model, length=26, only={*FILES, PACKED, LOW})
     assert not failures(results), results
     assert [r.dtype for r in results][-4:] == ["bfloat16"] * 4 and model.dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def test_a_float16_checkpoint_with_sharp_feature_maps_is_as_exact_as_its_roundin
         for name, x in model.named_parameters():
             if name.endswith(("q_map", "k_map")):
                 x.mul_(sharp)
-    results = verify(rounded(model, torch.float16), length=26, only={*FILES, PACKED, MEMORY, LOW})
+    results = verify(rounded_copy(model, torch.float16), length=26, only={*FILES, PACKED, MEMORY, LOW})
     assert not failures(results), results
     assert [r.dtype for r in results][-2:] == ["float16"] * 2
 
@@ -448,7 +448,7 @@ def test_results_become_json_whatever_they_hold():
         Result("b", float("nan"), 0.1, "float32", 1.0),
     ]
     assert not any(r.passed for r in results)
-    value = json.loads(json.dumps(as_json(results, model="m"), allow_nan=False))
+    value = json.loads(json.dumps(checks_as_json(results, model="m"), allow_nan=False))
     assert (
         value["passed"] is False
         and value["model"] == "m"

@@ -17,7 +17,7 @@ from xlstm_hybrid.merging.methods import (
     gram_matrices,
     measure_statistics,
     threshold,
-    weights_digest,
+    weight_files_digest,
 )
 from xlstm_hybrid.recipe.merge_settings import METHODS, NEED_KEYS, NEED_STATISTICS, OPTIONS
 
@@ -203,7 +203,7 @@ def test_dare_without_dropping_is_task_arithmetic_and_with_elected_signs_full_ti
 # --- slerp -----------------------------------------------------------------------------------------------------
 
 
-def test_slerp_walks_along_the_arc():
+def test_slerp_follows_the_arc():
     slerp = MERGES["slerp"]
     x, y = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 5.0], dtype=torch.float64)
     half = slerp([x, y], [0.5, 0.5])
@@ -320,12 +320,12 @@ def test_gram_matrices_are_mean_outer_products_of_real_tokens_inputs(small):
 
 def test_statistics_know_to_which_weights_they_belong(small, tmp_path):
     small.save_pretrained(tmp_path / "a")
-    before = weights_digest(tmp_path / "a")
+    before = weight_files_digest(tmp_path / "a")
     write_manifest(tmp_path / "a")
-    assert weights_digest(tmp_path / "a") == before  # read from the manifest now
+    assert weight_files_digest(tmp_path / "a") == before  # read from the manifest now
     save_file({"w": torch.ones(1)}, tmp_path / "a" / "model.safetensors")
     write_manifest(tmp_path / "a")
-    assert weights_digest(tmp_path / "a") != before
+    assert weight_files_digest(tmp_path / "a") != before
 
 
 @pytest.mark.parametrize(("kind", "where"), [("fisher", "a/f.safetensors"), ("hessian", "f.safetensors")])

@@ -31,11 +31,11 @@ TEACHER = {"math": 0.8, "code": 0.6, "chat": 0.5}
 def bowl(target):
     """Scores that fall off with the distance from `target`, the same for all benchmarks but for their teacher."""
 
-    def judge(weights):
+    def score(weights):
         distance = sum((w - t) ** 2 for w, t in zip(weights, target, strict=True))
         return {task: score * (1 - distance / 2) for task, score in TEACHER.items()}
 
-    return judge
+    return score
 
 
 # --- points ----------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_the_best_weights_of_a_bowl_are_found_to_a_sixtieth(target):
     assert best.weights == found.weights and len(found.candidates) < 120
 
 
-def test_a_search_walks_on_while_a_step_helps():
+def test_a_search_goes_on_while_a_step_helps():
     """From (15, 15, 15, 15) sixtieths two moves of three are wanted, which halving steps alone do not make."""
     target = (0.3, 0.3, 0.2, 0.2)
     assert search_weights(bowl(target), 4, TEACHER, parts=1, budget=400).weights == pytest.approx(target, abs=1e-9)
@@ -88,11 +88,11 @@ def test_a_search_walks_on_while_a_step_helps():
 def test_the_verdict_of_each_candidate_is_the_measures_and_equal_ones_prefer_even_weights():
     seen = []
 
-    def judge(weights):
+    def score(weights):
         seen.append(tuple(weights))
         return {"math": 0.9, "code": 0.3, "chat": 0.4 if weights[0] else 0.1}
 
-    found = search_weights(judge, 2, TEACHER, parts=2, budget=50)
+    found = search_weights(score, 2, TEACHER, parts=2, budget=50)
     assert len(seen) == len(set(seen)) and found.weights == [0.5, 0.5]
     verdict = win_and_tie({"math": 0.9, "code": 0.3, "chat": 0.4}, TEACHER)
     assert (found.candidates[0].alpha_star, found.candidates[0].c_0) == (verdict.alpha_star, verdict.c_0)
@@ -135,13 +135,13 @@ def experts(tmp_path):
     return folders
 
 
-def judge(folder):
+def score(folder):
     """The merged tensor holds the weights themselves: math, code, chat."""
     return bowl((0.5, 0.3, 0.2))(load_file(folder / "model.safetensors")["w"].tolist())
 
 
 def test_the_best_merge_is_written_with_every_candidate_in_its_record(experts, tmp_path):
-    found = search_merge(experts, tmp_path / "out", judge, TEACHER, calibration="12 prompts", budget=32)
+    found = search_merge(experts, tmp_path / "out", score, TEACHER, calibration="12 prompts", budget=32)
     assert found.experts == ["math", "code", "chat"] and found.weights == pytest.approx((0.5, 0.3, 0.2), abs=0.02)
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["w"], torch.tensor(found.weights))
     verify_files(tmp_path / "out")
@@ -165,7 +165,7 @@ def test_the_best_merge_is_written_with_every_candidate_in_its_record(experts, t
 def test_the_order_of_the_experts_changes_neither_candidates_nor_result(experts, tmp_path):
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        found = search_merge([experts[j] for j in order], tmp_path / "out", judge, TEACHER, budget=8, overwrite=True)
+        found = search_merge([experts[j] for j in order], tmp_path / "out", score, TEACHER, budget=8, overwrite=True)
         results.append(
             (
                 dict(zip(found.experts, found.weights, strict=True)),
@@ -183,26 +183,26 @@ def test_an_interrupted_search_goes_on_and_another_one_does_not(experts, tmp_pat
         if len(calls) == 4:
             raise KeyboardInterrupt
         calls.append(1)
-        return judge(folder)
+        return score(folder)
 
     with pytest.raises(KeyboardInterrupt):
         search_merge(experts, tmp_path / "out", failing, TEACHER, budget=7, table=table)
     assert not (tmp_path / "out").exists() and len(json.loads(table.read_text())["points"]) == 4
     rest = []
     found = search_merge(
-        experts, tmp_path / "out", lambda f: rest.append(1) or judge(f), TEACHER, budget=7, table=str(table)
+        experts, tmp_path / "out", lambda f: rest.append(1) or score(f), TEACHER, budget=7, table=str(table)
     )
     assert len(rest) == 3 and len(found.candidates) == 7
-    whole = search_merge(experts, tmp_path / "again", judge, TEACHER, budget=7)
+    whole = search_merge(experts, tmp_path / "again", score, TEACHER, budget=7)
     assert whole.weights == found.weights and [c.weights for c in whole.candidates] == [
         c.weights for c in found.candidates
     ]
     with pytest.raises(MergeError, match="search.json holds candidates of other experts, settings or scores"):
-        search_merge(experts[:2], tmp_path / "more", judge, TEACHER, table=table)
+        search_merge(experts[:2], tmp_path / "more", score, TEACHER, table=table)
     with pytest.raises(MergeError, match="search.json holds candidates of other experts"):
-        search_merge(experts, tmp_path / "more", judge, TEACHER, table=table, calibration="other prompts")
+        search_merge(experts, tmp_path / "more", score, TEACHER, table=table, calibration="other prompts")
     with pytest.raises(MergeError, match="search.json holds candidates of other experts, settings or scores"):
-        search_merge(experts, tmp_path / "more", judge, TEACHER | {"math": 0.9}, table=table)
+        search_merge(experts, tmp_path / "more", score, TEACHER | {"math": 0.9}, table=table)
 
 
 def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
         return merge(ordered, out, **settings)
 
     monkeypatch.setattr("xlstm_hybrid.merging.search.merge", spy)
-    search_merge(experts, tmp_path / "out", judge, TEACHER, budget=2, statistics=files)
+    search_merge(experts, tmp_path / "out", score, TEACHER, budget=2, statistics=files)
     # two candidates and the result
     assert len(seen) == 3 and all(expert == measured for pairs in seen for expert, measured in pairs)
 
@@ -225,12 +225,12 @@ def test_statistics_stay_with_their_experts(experts, tmp_path, monkeypatch):
 def test_a_damaged_table_is_named(content, experts, tmp_path):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(MergeError, match="t.json"):
-        search_merge(experts, tmp_path / "out", judge, TEACHER, table=tmp_path / "t.json")
+        search_merge(experts, tmp_path / "out", score, TEACHER, table=tmp_path / "t.json")
 
 
 def test_weights_are_found_not_given_and_candidates_leave_nothing_behind(experts, tmp_path):
     with pytest.raises(MergeError, match="it finds the weights"):
-        search_merge(experts, tmp_path / "out", judge, TEACHER, weights=[1, 0, 0])
+        search_merge(experts, tmp_path / "out", score, TEACHER, weights=[1, 0, 0])
     (tmp_path / "work").mkdir()
     seen = []
     search_merge(

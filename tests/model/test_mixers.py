@@ -21,7 +21,7 @@ from xlstm_hybrid.model.configuration import MIXER
 from xlstm_hybrid.model.experimental.cells import DeltaMixer
 from xlstm_hybrid.model.experimental.norm import normed
 from xlstm_hybrid.model.mixer import MLSTMMixer
-from xlstm_hybrid.planning.run import shape_of
+from xlstm_hybrid.planning.run import student_shape
 from xlstm_hybrid.state import behaviour, prefill
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
@@ -148,8 +148,11 @@ def test_conversion_takes_the_choices_and_writes_them(tmp_path):
 
 def test_a_plan_counts_feature_maps_and_refuses_what_was_never_measured():
     config = teacher_config("llama")
-    plain, wide = shape_of(config), shape_of(config, memory_feature_map="softmax_signed", memory_feature_dim=25)
-    assert shape_of(config, memory_cell="linear").new < plain.new
+    plain, wide = (
+        student_shape(config),
+        student_shape(config, memory_feature_map="softmax_signed", memory_feature_dim=25),
+    )
+    assert student_shape(config, memory_cell="linear").new < plain.new
     # layers, heads, maps, head dim
     assert (wide.columns, wide.features) == (25, 50) and wide.new - plain.new == 3 * 6 * 2 * 10 * (25 - 10)
     for choice, reason in (
@@ -158,7 +161,7 @@ def test_a_plan_counts_feature_maps_and_refuses_what_was_never_measured():
         ({"memory_cell": "linear", "mixer_combine": "joint"}, "mixer_combine='joint'"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            shape_of(config, **choice)
+            student_shape(config, **choice)
 
 
 # --- branches ----------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_what_lm_eval_and_the_run_both_call_exact_match_stands_once_on_a_card(fi
     evaluated = content["stages"][1]["figures"]
     assert (
         "| recall |" in (out / "student" / "README.md").read_text()
-    )  # a domain that lm-eval did not judge keeps the table
+    )  # a domain that lm-eval did not evaluate keeps the table
     for key in ("exact_match", "teacher_exact_match", "recovery"):
         evaluated[key] = {k: v for k, v in evaluated[key].items() if f"domain_{k}" in UNITS}
     path.write_text(json.dumps(content))
@@ -181,7 +181,7 @@ def test_the_student_can_be_shared_as_it_is(finished):
 def test_a_second_run_evaluates_nothing_again_and_a_task_that_is_gone_alone(finished, quick, monkeypatch):
     out, results = finished
     monkeypatch.setattr(engine, "load", never)
-    monkeypatch.setattr(efficiency, "weighed", never)
+    monkeypatch.setattr(efficiency, "with_memory", never)
     again = run(out).run()
     assert {k: again[k] for k in ("students", "comparison", "long_context", "efficiency")} == {
         k: json.loads(json.dumps(results[k])) for k in ("students", "comparison", "long_context", "efficiency")
@@ -190,10 +190,12 @@ def test_a_second_run_evaluates_nothing_again_and_a_task_that_is_gone_alone(fini
     assert {k: again["seconds"][k] for k in stages} == {k: results["seconds"][k] for k in stages}
     monkeypatch.undo()
     shutil.rmtree(out / "evaluation" / "harness" / "student" / "domain_code")
-    judged, judge = [], engine.judge
-    monkeypatch.setattr(engine, "judge", lambda unit, *rest: judged.append(unit.name) or judge(unit, *rest))
+    evaluated, evaluate = [], engine.evaluate_unit
+    monkeypatch.setattr(
+        engine, "evaluate_unit", lambda unit, *rest: evaluated.append(unit.name) or evaluate(unit, *rest)
+    )
     run(out).run()
-    assert judged == ["domain_code"]
+    assert evaluated == ["domain_code"]
 
 
 def test_other_settings_are_refused_without_redo_and_made_again_with_it(finished, quick, monkeypatch):
@@ -203,11 +205,13 @@ def test_other_settings_are_refused_without_redo_and_made_again_with_it(finished
         run(out, **far).run()
     with pytest.raises(ConfigError, match="efficiency was made with other settings: pass --redo"):
         run(out, efficiency={"lengths": [16], "rounds": 1, "steps": 1}).run()
-    judged, judge = [], engine.judge
-    monkeypatch.setattr(engine, "judge", lambda unit, *rest: judged.append(unit.name) or judge(unit, *rest))
+    evaluated, evaluate = [], engine.evaluate_unit
+    monkeypatch.setattr(
+        engine, "evaluate_unit", lambda unit, *rest: evaluated.append(unit.name) or evaluate(unit, *rest)
+    )
     found = run(out, redo=True, efficiency={"lengths": [16], "rounds": 1, "steps": 1}, **far).run()
     assert (
-        judged == ["needle_256", "needle_256"] and found["long_context"][0]["documents"] == 1
+        evaluated == ["needle_256", "needle_256"] and found["long_context"][0]["documents"] == 1
     )  # both sides; what is unchanged stays
     assert [row["length"] for row in found["efficiency"]["pairs"][0]["rows"]] == [16]
 

@@ -38,7 +38,7 @@ H100S = plan.machine_of(8, 80e9)
 
 
 def llama_8b(**changes):
-    return plan.shape_of(LlamaConfig(**LLAMA_8B | changes))
+    return plan.student_shape(LlamaConfig(**LLAMA_8B | changes))
 
 
 # --- counts ----------------------------------------------------------------------------------------------------
@@ -55,14 +55,14 @@ def test_parameters_are_those_that_the_papers_models_have():
         num_key_value_heads=4,
         tie_word_embeddings=False,
     )
-    shape = plan.shape_of(qwen)
+    shape = plan.student_shape(qwen)
     assert shape.teacher == 7_615_616_512 and (shape.L, shape.H, shape.K) == (28, 28, 128)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted_as_its_model_has_it(family):
     config = teacher_config(family)
-    shape, student = plan.shape_of(config), XLSTMHybridForCausalLM(student_config(config))
+    shape, student = plan.student_shape(config), XLSTMHybridForCausalLM(student_config(config))
     parameters = dict(student.named_parameters())
     assert shape.student == sum(p.numel() for p in parameters.values())
     assert shape.new == sum(p.numel() for n, p in parameters.items() if ".mlstm." in n) == shape.student - shape.teacher
@@ -74,16 +74,16 @@ def test_every_family_is_counted_as_its_model_has_it(family):
 
 def test_a_layer_that_keeps_attention_costs_no_mixer():
     kinds = ["full_attention"] * 31 + ["hybrid_sliding"]
-    mixed, job = plan.shape_of(LlamaConfig(**LLAMA_8B), layer_types=kinds), plan.jobs_of()["align"]
+    mixed, job = plan.student_shape(LlamaConfig(**LLAMA_8B), layer_types=kinds), plan.jobs_of()["align"]
     assert mixed.hybrid == 1 and mixed.new * 32 == llama_8b().new
     setting = plan.Setting(1, 8, False, "DDP")
-    whole = plan.memory_of(llama_8b(), job, setting, H100S)["activations"]
-    assert plan.memory_of(mixed, job, setting, H100S)["activations"] * 32 == pytest.approx(whole)
+    whole = plan.training_bytes(llama_8b(), job, setting, H100S)["activations"]
+    assert plan.training_bytes(mixed, job, setting, H100S)["activations"] * 32 == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(("window", "length"), [(5, 12), (12, 12), (40, 12), (1, 12)])
 def test_the_mean_number_of_visible_keys_is_counted_by_hand(window, length):
-    assert plan.visible(window, length) == pytest.approx(sum(min(t + 1, window) for t in range(length)) / length)
+    assert plan.mean_visible(window, length) == pytest.approx(sum(min(t + 1, window) for t in range(length)) / length)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
     job = plan.Job(kind, 2, 2 * rows, length, top_k=32, bf16=bf16)
     setting, machine = plan.Setting(rows, 2, checkpointing, "one GPU"), plan.Machine(1, 1e12, device="cpu")
     return measured, sum(
-        plan.memory_of(plan.shape_of(config, sliding_window=64, **mixer), job, setting, machine).values()
+        plan.training_bytes(plan.student_shape(config, sliding_window=64, **mixer), job, setting, machine).values()
     )
 
 
@@ -230,14 +230,14 @@ def test_what_more_features_keep_for_the_backward_is_counted_to_two_percent(bf16
     # as many features as the head dim, 64, and three times as many
     mixers = [SIGNED | {"memory_feature_dim": columns} for columns in (32, 96)]
     plain, wide = (kept_for_the_backward(config, bf16, mixer) for mixer in mixers)
-    predicted = [512 * layer_activations(plan.shape_of(config, **mixer), job) for mixer in mixers]
+    predicted = [512 * layer_activations(plan.student_shape(config, **mixer), job) for mixer in mixers]
     assert predicted[1] - predicted[0] == pytest.approx(wide - plain, rel=0.02)
 
 
 def test_sharding_divides_what_is_sharded_and_nothing_else():
     shape_, job = llama_8b(), plan.jobs_of()["distill"]
-    one = plan.memory_of(shape_, job, plan.Setting(1, 64, True, "one GPU"), plan.machine_of(1, 80e9))
-    eight = plan.memory_of(shape_, job, plan.Setting(1, 8, True, "FSDP2"), H100S)
+    one = plan.training_bytes(shape_, job, plan.Setting(1, 64, True, "one GPU"), plan.machine_of(1, 80e9))
+    eight = plan.training_bytes(shape_, job, plan.Setting(1, 8, True, "FSDP2"), H100S)
     for name in ("weights", "gradients", "Adam", "teacher"):
         assert eight[name] * 8 == one[name]
     assert (
@@ -291,7 +291,7 @@ def test_time_is_flops_over_what_the_gpus_give():
 def test_more_features_cost_their_products_by_hand():
     config, length, L = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1}), 4096, 64
     plain, wide, signed = (
-        plan.shape_of(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED)
+        plan.student_shape(config, **m) for m in ({}, {"memory_feature_dim": 256}, {"memory_feature_dim": 128} | SIGNED)
     )
 
     def products(P, F):  # maps; scores and values of half a chunk; state, two
@@ -306,14 +306,14 @@ def test_more_features_cost_their_products_by_hand():
 
 def test_a_plan_warns_of_what_has_no_kernel_for_so_many_features():
     small, large = (LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K}) for K in (64, 128))
-    assert not plan.slow_paths(plan.shape_of(small, memory_feature_dim=128)) and not plan.slow_paths(
-        plan.shape_of(large)
+    assert not plan.slow_paths(plan.student_shape(small, memory_feature_dim=128)) and not plan.slow_paths(
+        plan.student_shape(large)
     )
-    (long,) = plan.slow_paths(plan.shape_of(large, **SIGNED))
+    (long,) = plan.slow_paths(plan.student_shape(large, **SIGNED))
     assert "training and prompts" in long and "up to 128 features per head, this student has 256" in long
-    long, step = plan.slow_paths(plan.shape_of(large, memory_feature_dim=384))
+    long, step = plan.slow_paths(plan.student_shape(large, memory_feature_dim=384))
     assert "fused step" in step and "up to 256 features per head, this student has 384" in step
-    assert not plan.slow_paths(plan.shape_of(large, layer_types=["full_attention"], **SIGNED))
+    assert not plan.slow_paths(plan.student_shape(large, layer_types=["full_attention"], **SIGNED))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_the_kernels_are_chosen_as_the_warnings_say(monkeypatch, K, F, kernels):
     found["hybrid_step"] = step.choose_backend(q, v, torch.zeros(1, 2, F, K), torch.zeros(1, 2, 5, K))
     assert {name for name, backend in found.items() if backend == "triton"} == kernels
     config = LlamaConfig(**LLAMA_8B | {"num_hidden_layers": 1, "head_dim": K})
-    assert len(plan.slow_paths(plan.shape_of(config, memory_feature_dim=F))) == 2 - len(kernels)
+    assert len(plan.slow_paths(plan.student_shape(config, memory_feature_dim=F))) == 2 - len(kernels)
 
 
 def test_checkpointing_costs_one_more_forward_of_the_student():

@@ -18,9 +18,8 @@ from xlstm_hybrid.cli import app
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation import efficiency, harness
 from xlstm_hybrid.planning import layers as allocation
-from xlstm_hybrid.planning.cache_size import cache_bytes
+from xlstm_hybrid.planning.cache_size import allocated_bytes, cache_bytes, filled_bytes
 from xlstm_hybrid.planning.layers import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
 from xlstm_hybrid.planning.run import machine_of, plan
 from xlstm_hybrid.reports.card import summary
@@ -61,7 +60,7 @@ def test_bytes_from_the_config_are_the_bytes_of_the_tensors(name, dtype):
         assert sum(cache_bytes(model.config, length, dtype).values()) == held, length
         # what slid out of a prompt's keys is freed with the next token
         if "teacher_sliding_window" not in LAYOUTS[name]:
-            assert efficiency.cache_bytes(cache) == harness.cache_bytes(model, token_ids(1, length)) == held
+            assert allocated_bytes(cache) == filled_bytes(cache) == held
 
 
 def test_the_plan_of_a_run_names_the_cache():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import xlstm_hybrid.reports.card
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files, write_manifest
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.reports.card import flat, listed, write_card
+from xlstm_hybrid.reports.card import flattened, listed, write_card
 
 CONVERT = {
     "parent": "meta-llama/Llama-3.2-1B",
@@ -235,7 +235,7 @@ def test_every_stage_is_told_in_order_with_settings_and_figures(tmp_path):
 
 
 def test_the_limits_name_what_was_lost_and_what_was_not_measured(tmp_path):
-    text = card(record(tmp_path / "judged"))[1]["Limits"]
+    text = card(record(tmp_path / "scored"))[1]["Limits"]
     assert (
         "- It scores below its teacher on: recall.\n" in text
         and "further back than 16 tokens" in text
@@ -403,7 +403,7 @@ def test_long_and_repeated_lists_are_told_in_few_words():
 
 
 def test_nested_settings_become_dotted_names():
-    rows, tables = flat(
+    rows, tables = flattened(
         {
             "a": {"b": 1.0, "c": {"d": True, "e": None}},
             "f": {"g": [{"x": 1}, {"x": 2}]},

@@ -36,7 +36,7 @@ def test_a_dark_colour_is_its_own_letters_colour():
 
 
 def test_names_that_would_overlap_move_apart_and_keep_their_order():
-    placed = plots.spread([1.0, 0.99, 0.2, 0.98], 0.1, 0.0, 1.0)
+    placed = plots.moved_apart([1.0, 0.99, 0.2, 0.98], 0.1, 0.0, 1.0)
     assert placed[0] > placed[1] > placed[3] > placed[2] == 0.2
     assert placed[0] - placed[1] >= 0.099 and placed[1] - placed[3] >= 0.099 and max(placed) <= 1.0
 

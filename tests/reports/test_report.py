@@ -9,9 +9,12 @@ import sys
 import pytest
 
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.reports import comparison
 from xlstm_hybrid.reports import run as report
-from xlstm_hybrid.reports.run import markdown, table, write_report
-from xlstm_hybrid.reports.sections import time_rows, time_table
+from xlstm_hybrid.reports.run import report_markdown as markdown
+from xlstm_hybrid.reports.run import score_table, write_report
+from xlstm_hybrid.reports.sections import time_rows
+from xlstm_hybrid.reports.text import terminal_table
 
 DOMAINS = ("arithmetic", "recall", "code", "strings")
 
@@ -114,12 +117,12 @@ def test_each_part_may_be_missing_or_empty(part):
         full, partial = (
             markdown(r, {name: name for name in shown}) for r, shown in ((RESULTS, NEEDS), (results, drawn))
         )
-        assert partial != full and table(results).columns
+        assert partial != full and score_table(results).columns
 
 
 def test_an_empty_run_has_an_empty_report(tmp_path):
     assert write_report({}, tmp_path) == ["report.md"] and (tmp_path / "report.md").read_text() == "# Report\n"
-    assert table({}).row_count == 0
+    assert score_table({}).row_count == 0
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
@@ -182,7 +185,7 @@ def test_the_terminal_sees_the_same_table_within_80_columns():
     from rich.console import Console
 
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(RESULTS))
+    console.print(score_table(RESULTS))
     rows = [line.split() for line in console.export_text().splitlines()]
     assert ["domain", "teacher", "converted", "expert", "[a]", "student", "recovery"] in rows
     assert ["arithmetic", "80.0", "40.0", "80.0", "90.0", "112.5"] in rows and [
@@ -230,7 +233,7 @@ def test_the_stages_are_shown_with_their_share_of_the_time():
         ["everything else", "20.0 s", "10.0 %"],
         ["whole run", "3.3 min", "100.0 %"],
     ]
-    assert time_rows({}) == [] and time_table(results).row_count == 5 and time_table({}).row_count == 0
+    assert time_rows({}) == [] and terminal_table(time_rows(results), "Time").row_count == 5
     assert "| align | 59.0 s | 29.5 % |" in markdown(results)
 
 
@@ -312,7 +315,7 @@ COMPARISON = {
 
 
 def test_recovery_is_a_map_of_students_and_benchmarks_with_a_blank_where_the_teacher_scored_nothing():
-    axes = report.draw_recovery(COMPARISON).axes[0]
+    axes = comparison.draw_recovery(COMPARISON).axes[0]
     assert [t.get_text() for t in axes.texts] == ["50", "–", "80", "100", "–", "100"]
     assert math.isnan(axes.images[0].get_array().filled(math.nan)[0, 1]) and axes.images[0].get_clim() == (0.5, 1.5)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "mt"] and [
@@ -321,7 +324,7 @@ def test_recovery_is_a_map_of_students_and_benchmarks_with_a_blank_where_the_tea
 
 
 def test_bars_of_benchmarks_share_an_axis_whatever_their_scale():
-    axes = report.draw_tasks(COMPARISON).axes[0]
+    axes = comparison.draw_tasks(COMPARISON).axes[0]
     assert [[round(bar.get_height()) for bar in group] for group in axes.containers] == [
         [50, 0, 100],
         [25, 10, 80],
@@ -331,7 +334,7 @@ def test_bars_of_benchmarks_share_an_axis_whatever_their_scale():
 
 
 def test_the_front_joins_the_students_that_nobody_beats():
-    axes = report.draw_front(COMPARISON).axes[0]
+    axes = comparison.draw_quality(COMPARISON).axes[0]
     assert (
         list(map(list, axes.lines[0].get_xydata())) == [[10, 0.65], [300, 1.0]]
         and axes.get_xlabel() == "cache bytes"
@@ -342,7 +345,7 @@ def test_the_front_joins_the_students_that_nobody_beats():
         "students": {n: s | {"pareto": None, "cost": None} for n, s in COMPARISON["students"].items()},
         "cost": None,
     }
-    assert report.draw_front(without) is None and set(report.comparison_pictures(without)) == {
+    assert comparison.draw_quality(without) is None and set(comparison.comparison_pictures(without)) == {
         "curve.png",
         "tasks.png",
         "recovery.png",
@@ -350,7 +353,7 @@ def test_the_front_joins_the_students_that_nobody_beats():
 
 
 def test_pictures_tell_nothing_of_the_program_that_drew_them():
-    image = report.comparison_pictures(COMPARISON)["curve.png"][0]
+    image = comparison.comparison_pictures(COMPARISON)["curve.png"][0]
     assert image[:8] == b"\x89PNG\r\n\x1a\n" and b"tEXt" not in image
 
 

@@ -281,7 +281,7 @@ def measured(monkeypatch):
         calls.append((student, teacher, settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xlstm_hybrid.commands.efficiency.measure", measure)
+    monkeypatch.setattr("xlstm_hybrid.commands.efficiency.measure_pair", measure)
     return calls
 
 

@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare as compare_results
-from xlstm_hybrid.evaluation.comparison import open_sides, read_costs, sections, write_comparison
-from xlstm_hybrid.evaluation.comparison import record as add_to_record
-from xlstm_hybrid.reports.run import comparison_pictures
+from xlstm_hybrid.evaluation.comparison import open_sides, read_costs, record_comparison
+from xlstm_hybrid.reports.comparison import comparison_pictures, sections, write_comparison
+from xlstm_hybrid.reports.text import terminal_table
 
 
 def compare(
@@ -57,7 +55,7 @@ def compare(
         console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
     for entry in record or ():
         name, _, directory = entry.partition("=")
-        add_to_record(found, name, directory)
+        record_comparison(found, name, directory)
         done = f"{name}: in the record of {directory}; write its card again with `xlstm-hybrid card {directory}`"
         console.print(done, markup=False, soft_wrap=True)
     if not all(s["lossless"] for s in found["students"].values()):
@@ -67,12 +65,7 @@ def compare(
 def print_section(console, kind, content):
     """One section of a comparison on the terminal."""
     if kind == "table":
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for j, column in enumerate(content[0]):
-            table.add_column(Text(str(column)), justify="right" if j else "left")
-        for row in content[1:]:
-            table.add_row(*(Text(str(value)) for value in row))
-        console.print(table)
+        console.print(terminal_table(content))
     elif kind in ("title", "text"):
         console.print(Text(content, style="bold" if kind == "title" else ""))
     elif kind == "list":

@@ -12,12 +12,19 @@ from xlstm_hybrid.commands.compare import print_section
 from xlstm_hybrid.commands.options import Teacher
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, EvaluationError
-from xlstm_hybrid.evaluation.efficiency import measure
-from xlstm_hybrid.evaluation.efficiency_pairs import SHAPES, pairs_of
+from xlstm_hybrid.evaluation.efficiency import measure_pair
+from xlstm_hybrid.evaluation.efficiency_pairs import SHAPES, planned_pairs
 from xlstm_hybrid.evaluation.equivalence import DTYPES
-from xlstm_hybrid.reports.efficiency import notes, picture, picture_name, surroundings, tables, write_efficiency
-from xlstm_hybrid.reports.efficiency import record as add_to_record
-from xlstm_hybrid.reports.run import as_png
+from xlstm_hybrid.reports.efficiency import (
+    draw_pair,
+    efficiency_notes,
+    machine_and_versions,
+    picture_name,
+    record_efficiency,
+    tables,
+    write_efficiency,
+)
+from xlstm_hybrid.reports.plots import as_png
 
 
 def efficiency(
@@ -59,22 +66,22 @@ def efficiency(
     asked |= {"contexts": whole_numbers(contexts, "contexts"), "rounds": rounds, "steps": steps}
     console = Console(width=None if Console().is_terminal else 120, emoji=False, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
-    plans = pairs_of(teacher, student, chosen, dtype, device, cache, asked, say)
-    results, images = surroundings(torch.device(device)) | {"pairs": []}, {}
+    plans = planned_pairs(teacher, student, chosen, dtype, device, cache, asked, say)
+    results, images = machine_and_versions(torch.device(device)) | {"pairs": []}, {}
     for j, (*sides, settings, proofs) in enumerate(plans):
         with Console(stderr=True).status("loading") as status:
-            pair = measure(*sides, settings, proofs, report=status.update)
+            pair = measure_pair(*sides, settings, proofs, report=status.update)
         results["pairs"].append(pair)
-        if pictures and (image := as_png(picture, pair)):
+        if pictures and (image := as_png(draw_pair, pair)):
             images[picture_name(j)] = image
         files = write_efficiency(results, out, images)  # after each pair: a long run leaves what it has
         for title, rows in tables(pair):
             print_section(console, "title", title)
             print_section(console, "table", rows)
-        print_section(console, "list", notes(pair))
+        print_section(console, "list", efficiency_notes(pair))
     console.print(f"wrote {', '.join(files)}", markup=False, soft_wrap=True)
     if record:
-        add_to_record(results, student)
+        record_efficiency(results, student)
 
 
 def whole_numbers(text, name):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint
+from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint
 
 
 def verify(
@@ -41,6 +41,6 @@ def verify(
         if r.note:
             console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
-        out.write_text(json.dumps(as_json(results, model=Path(model).name, device=device), indent=1))
+        out.write_text(json.dumps(checks_as_json(results, model=Path(model).name, device=device), indent=1))
     if not all(r.passed for r in results):
         raise typer.Exit(1)

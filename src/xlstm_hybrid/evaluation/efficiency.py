@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers import DynamicCache, StaticCache
 
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.planning.cache_size import tensors_in
+from xlstm_hybrid.planning.cache_size import allocated_bytes, storage_bytes
 
 CACHES = ("dynamic", "static")
 SIDES = ("teacher", "student")
@@ -85,11 +86,8 @@ def token_rows(settings, L, B, vocab_size, device):
 
 
 def new_cache(model, kind, length):
-    return (
-        DynamicCache(config=model.config)
-        if kind == "dynamic"
-        else StaticCache(config=model.config, max_cache_len=length)
-    )
+    config = model.config
+    return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=length)
 
 
 def first_token(model, ids, cache):
@@ -116,16 +114,15 @@ def filled(model, ids, kind, room):
     return cache, token.expand(len(ids), -1)
 
 
-class Decoder:
-    """A call decodes `steps` tokens after a context [B, L], which the first call reads."""
+def decoder(model, ids, settings):
+    """A function that decodes `steps` tokens after a context [B, L], which its first call reads."""
+    state = []
 
-    def __init__(self, model, ids, settings):
-        self.model, self.ids, self.settings, self.cache = model, ids, settings, None
+    def decode():
+        cache, token = state or filled(model, ids, settings.cache, settings.room)
+        state[:] = cache, next_tokens(model, token, cache, settings.steps)
 
-    def __call__(self):
-        if self.cache is None:
-            self.cache, self.token = filled(self.model, self.ids, self.settings.cache, self.settings.room)
-        self.token = next_tokens(self.model, self.token, self.cache, self.settings.steps)
+    return decode
 
 
 # --- clocks and counters -------------------------------------------------------------------------------------------
@@ -176,11 +173,7 @@ def nvml(device):
 
 def rapl():
     """The same of the CPU packages' counters of microjoules, which wrap around."""
-    zones = [
-        zone
-        for zone in sorted(POWERCAP.glob("*-rapl:*"))
-        if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")
-    ]
+    zones = [file.parent for file in sorted(POWERCAP.glob("*-rapl:*/name")) if file.read_text().startswith("package")]
     if not zones:
         raise OSError("RAPL: this machine shows no counters of its CPU's energy")
     try:
@@ -233,15 +226,6 @@ class Peak:
         return self.now("VmHWM", torch.cuda.max_memory_allocated) - self.base if self.counts else None
 
 
-def storages(tensors):
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
-
-
-def cache_bytes(cache):
-    """Bytes of the memory that a cache keeps alive; memory that two tensors share counts once."""
-    return storages(tensors_in(cache.layers))
-
-
 def about(model):
     """What a reader has to know of a model: its size, dtype and attention."""
     config, parameters = model.config, list(model.parameters())
@@ -249,7 +233,7 @@ def about(model):
         "model_type": config.model_type,
         "parameters": sum(x.numel() for x in parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "weight_bytes": storages([*parameters, *model.buffers()]),
+        "weight_bytes": storage_bytes([*parameters, *model.buffers()]),
         "attention": config._attn_implementation,
         "max_position_embeddings": config.max_position_embeddings,
     }
@@ -265,8 +249,8 @@ def memory_of(side, settings, L, B, vocab_size):
     model = side.load()
     with one_thread(model.device):
         ids, kind = token_rows(settings, L, B, vocab_size, model.device), settings.cache
-        # loads weights and kernels
-        next_tokens(model, first_token(model, ids[:1, :8], cache := new_cache(model, kind, 16)), cache, 2)
+        cache = new_cache(model, kind, 16)
+        next_tokens(model, first_token(model, ids[:1, :8], cache), cache, 2)  # loads weights and kernels
         del cache
         peak, prompt = Peak(model.device), None
         if L in settings.lengths:
@@ -277,20 +261,10 @@ def memory_of(side, settings, L, B, vocab_size):
             cache, token = filled(model, ids, kind, settings.steps)
         peak.restart()
         next_tokens(model, token, cache, settings.steps)
-        return {"prefill_peak_bytes": prompt, "decode_peak_bytes": peak.read(), "cache_bytes": cache_bytes(cache)}
+        return {"prefill_peak_bytes": prompt, "decode_peak_bytes": peak.read(), "cache_bytes": allocated_bytes(cache)}
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
-
-
-def reason_of(error):
-    """Why there is no figure, if it is for want of memory; None for every other error."""
-    if isinstance(error, BrokenProcessPool):
-        return "its process was ended from outside, most likely for want of memory"
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-    return "out of memory" if full else None
 
 
 def release():
@@ -309,9 +283,14 @@ def attempt(run):
     """`(result, None)`, or `(None, reason)` where memory ran out; any other error is raised."""
     try:
         return run(), None
-    except Exception as error:
-        if (reason := reason_of(error)) is None:
+    except BrokenProcessPool:
+        reason = "its process was ended from outside, most likely for want of memory"
+    except (torch.OutOfMemoryError, MemoryError):
+        reason = "out of memory"
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
             raise
+        reason = "out of memory"
     release()  # outside of the handler, whose traceback holds what was allocated
     return None, reason
 
@@ -332,7 +311,7 @@ def take_turns(runs, rounds, meter):
     return costs, absent
 
 
-def summary(costs, tokens, per_second):
+def medians_and_gain(costs, tokens, per_second):
     """Medians of each side, and the student's gain: the median over the rounds of teacher / student."""
     part = {}
     for side, pairs in costs.items():
@@ -343,13 +322,11 @@ def summary(costs, tokens, per_second):
         if None not in joules:
             part[side]["joules_per_token"] = statistics.median(joules) / tokens
     if len(costs) == len(SIDES):
-        gain = statistics.median(
-            teacher[0] / student[0] for teacher, student in zip(costs["teacher"], costs["student"], strict=True)
-        )
-        part["gain"] = {"tokens_per_second" if per_second else "seconds": gain}
-        joules = [part[side].get("joules_per_token") for side in SIDES]
-        if None not in joules and joules[1] > 0:
-            part["gain"]["joules_per_token"] = joules[0] / joules[1]
+        ratios = (t[0] / s[0] for t, s in zip(costs["teacher"], costs["student"], strict=True))
+        part["gain"] = {"tokens_per_second" if per_second else "seconds": statistics.median(ratios)}
+        teacher, student = (part[side].get("joules_per_token") for side in SIDES)
+        if teacher is not None and student is not None and student > 0:
+            part["gain"]["joules_per_token"] = teacher / student
     return part
 
 
@@ -359,33 +336,33 @@ def timed(models, settings, meter, row, vocab_size):
     L, B, device = row["length"], row["batch"], meter.device
     ids = token_rows(settings, L, B, vocab_size, device)
     able = {side: model for side, model in models.items() if side in row["memory"]}
-    runs = {
-        side: partial(lambda model: first_token(model, ids, new_cache(model, settings.cache, L)), model)
-        for side, model in able.items()
-    }
-    if L in settings.lengths:
+
+    def read(model):
+        first_token(model, ids, new_cache(model, settings.cache, L))
+
+    def rounds(part, runs, tokens, name, **how):
         costs, absent = take_turns(runs, settings.rounds, meter)
-        row["prefill"] = summary(costs, B * L, per_second=False)
-        row["absent"] |= {f"{side}, prompt": reason for side, reason in absent.items()}
-    costs, absent = take_turns(
-        {side: Decoder(model, ids, settings) for side, model in able.items()}, settings.rounds, meter
-    )
-    row["decode"] = summary(costs, B * settings.steps, per_second=True)
-    row["absent"] |= {f"{side}, decoding": reason for side, reason in absent.items()}
+        row[part] = medians_and_gain(costs, tokens, **how)
+        row["absent"] |= {f"{side}, {name}": reason for side, reason in absent.items()}
+
+    if L in settings.lengths:
+        runs = {side: partial(read, model) for side, model in able.items()}
+        rounds("prefill", runs, B * L, "prompt", per_second=False)
+    runs = {side: decoder(model, ids, settings) for side, model in able.items()}
+    rounds("decode", runs, B * settings.steps, "decoding", per_second=True)
 
 
-def weighed(sides, settings, L, B, vocab_size):
+def with_memory(sides, settings, L, B, vocab_size):
     """A row with its `memory`; a side that ran out of it is in `absent` and is not timed."""
-    row = {"length": L, "batch": B, "memory": {}, "absent": {}}
+    memory, absent = {}, {}
     for name, side in sides.items():
-        found, reason = attempt(partial(apart, memory_of, side, settings, L, B, vocab_size))
-        row["absent"] |= {name: reason} if reason else {}
-        row["memory"] |= {name: found} if found else {}
-    memory = row["memory"]
+        figures, reason = attempt(partial(apart, memory_of, side, settings, L, B, vocab_size))
+        absent |= {name: reason} if reason else {}
+        memory |= {name: figures} if figures else {}
     if len(memory) == len(SIDES):
-        fields = [field for field in memory["student"] if memory["teacher"][field] and memory["student"][field]]
-        memory["gain"] = {field: memory["teacher"][field] / memory["student"][field] for field in fields}
-    return row
+        teacher, student = (memory[side] for side in SIDES)
+        memory["gain"] = {field: teacher[field] / x for field, x in student.items() if teacher[field] and x}
+    return {"length": L, "batch": B, "memory": memory, "absent": absent}
 
 
 def checked(models, checks):
@@ -405,13 +382,10 @@ def checked(models, checks):
         raise EvaluationError(
             f"no figures, because {len(red)} of {len(results)} checks failed: {names}; run xlstm-hybrid verify on the student"
         )
-    return [
-        {"name": r.name, "dtype": r.dtype, "difference": r.difference, "allowed": r.allowed, "passed": True}
-        for r in results
-    ]
+    return [{key: getattr(r, key) for key in ("name", "dtype", "difference", "allowed", "passed")} for r in results]
 
 
-def measure(student, teacher, settings, checks, report=lambda text: None):
+def measure_pair(student, teacher, settings, checks, report=lambda text: None):
     """Measure a student beside its teacher.
 
     Args:
@@ -425,26 +399,22 @@ def measure(student, teacher, settings, checks, report=lambda text: None):
     Raises:
         EvaluationError: a red check, or models that cannot be compared.
     """
-    sides = {"teacher": teacher, "student": student}
+    sides, rows = {"teacher": teacher, "student": student}, []
     models = {name: side.load() for name, side in sides.items()}
-    device, rows = models["student"].device, []
+    device = models["student"].device
     vocab_size = min(model.config.vocab_size for model in models.values())  # padded vocabularies differ
     report("checks")
-    found = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
-    found["checks"] = checked(models, checks)
+    pair = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
+    pair["checks"] = checked(models, checks)
     del models
     release()  # a GPU is empty for what is measured apart
-    for B in settings.batches:
-        for L in (*settings.lengths, *settings.contexts):
-            report(f"memory, {L} tokens, batch {B}")
-            rows.append(weighed(sides, settings, L, B, vocab_size))
+    for B, L in product(settings.batches, (*settings.lengths, *settings.contexts)):
+        report(f"memory, {L} tokens, batch {B}")
+        rows.append(with_memory(sides, settings, L, B, vocab_size))
     meter, models = Meter(device), {name: side.load() for name, side in sides.items()}
     with one_thread(device):
         for row in rows:
             report(f"time, {row['length']} tokens, batch {row['batch']}")
             timed(models, settings, meter, row, vocab_size)
-    return found | {
-        "settings": asdict(settings),
-        "energy": {"source": meter.source, "absent": meter.absent},
-        "rows": rows,
-    }
+    energy = {"source": meter.source, "absent": meter.absent}
+    return pair | {"settings": asdict(settings), "energy": energy, "rows": rows}

@@ -1,4 +1,4 @@
-"""Teacher and student as `efficiency.measure` takes them: how they are loaded, and what has to be green before anything
+"""Teacher and student as `efficiency.measure_pair` takes them: how they are loaded, and what has to be green before anything
 is timed.
 """
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.evaluation.efficiency import Side, measure, new_cache
+from xlstm_hybrid.evaluation.efficiency import Side, measure_pair, new_cache
 from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound, default_length, verify
 from xlstm_hybrid.model.cache_names import named
 
@@ -42,14 +42,13 @@ def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
 
     What is timed: a prompt of `length` tokens, then `steps` tokens one by one, two rows.
     """
-    ids = torch.randint(model.config.vocab_size, (2, length + steps), generator=torch.Generator().manual_seed(seed)).to(
-        model.device
-    )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (2, length + steps), generator=generator).to(model.device)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits[:, length - 1 :].double()
-        held = new_cache(model, cache, length + steps)
-        got = [model(ids[:, :length], **named(held), use_cache=True, logits_to_keep=1).logits]
-        got += [model(ids[:, t : t + 1], **named(held), use_cache=True).logits for t in range(length, length + steps)]
+        how = {**named(new_cache(model, cache, length + steps)), "use_cache": True}
+        got = [model(ids[:, :length], **how, logits_to_keep=1).logits]
+        got += [model(ids[:, t : t + 1], **how).logits for t in range(length, length + steps)]
     return ((torch.cat(got, 1).double() - want).abs().max() / want.std()).item()
 
 
@@ -95,17 +94,15 @@ def checks(student, teacher, cache, proof=None):
 def measure_checkpoints(
     teacher, student, settings, device, *, names=("student", "teacher"), dtype="float32", report=lambda text: None
 ):
-    """What `efficiency.measure` returns for two checkpoints.
+    """What `efficiency.measure_pair` returns for two checkpoints.
 
     Args:
         teacher, student: directories or hub ids.
         settings: `efficiency.Settings`.
         names: of student and teacher in the report.
     Raises:
-        CheckpointError, EvaluationError: see `load_checkpoint` and `efficiency.measure`.
+        CheckpointError, EvaluationError: see `load_checkpoint` and `efficiency.measure_pair`.
     """
-    sides = [
-        Side(name, partial(load_checkpoint, str(path), dtype, device))
-        for name, path in zip(names, (student, teacher), strict=True)
-    ]
-    return measure(*sides, settings, partial(checks, cache=settings.cache), report=report)
+    paths = zip(names, (student, teacher), strict=True)
+    sides = [Side(name, partial(load_checkpoint, str(path), dtype, device)) for name, path in paths]
+    return measure_pair(*sides, settings, partial(checks, cache=settings.cache), report=report)

@@ -15,60 +15,25 @@ from xlstm_hybrid.evaluation.efficiency import Settings, Side
 from xlstm_hybrid.evaluation.efficiency_checks import checks, load_checkpoint
 from xlstm_hybrid.evaluation.equivalence import DTYPES
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FIELDS += ("num_key_value_heads", "rms_norm_eps", "rope_parameters")
+BOTH = {"max_position_embeddings": 131072, "tie_word_embeddings": False}
+ROWS = {  # model type, values of FIELDS
+    "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 1e-5, LLAMA3),
+    "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 1e-6, {"rope_type": "default", "rope_theta": 1e6}),
 }
 SHAPES = {  # published configurations: (model type, fields)
-    "llama-3.1-8b": (
-        "llama",
-        {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-            "rope_parameters": LLAMA3,
-        },
-    ),
-    "qwen2.5-7b": (
-        "qwen2",
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-    ),
+    name: (kind, dict(zip(FIELDS, values, strict=True)) | BOTH) for name, (kind, *values) in ROWS.items()
 }
-SMALL = {
-    "lengths": (1024, 4096, 16384),
-    "contexts": (),
-    "batches": (1,),
-}  # of the checkpoints, where nothing is asked for
+SHAPES["llama-3.1-8b"][1]["head_dim"] = 128
+# of the checkpoints, where nothing is asked for; and of the shapes, as the paper has them
+SMALL = {"lengths": (1024, 4096, 16384), "contexts": (), "batches": (1,)}
+LONG = {"lengths": (16384, 32768, 65536), "contexts": (131072,), "batches": (1, 8)}
 ON_CPU = (512, 1024, 2048, 4096, 8192, 16384)  # lengths from which a CPU measures as many as `BUDGET` allows
 BUDGET = 300  # seconds of a CPU core for all prompts, where no length is asked for
 REACHED = 0.5  # share of a product's rate at which a CPU reads prompts: 0.9 in float32 and 0.5 in bfloat16, measured
-LONG = {
-    "lengths": (16384, 32768, 65536),
-    "contexts": (131072,),
-    "batches": (1, 8),
-}  # of the shapes, as the paper has them
 
 
 # --- random weights in published shapes ------------------------------------------------------------------------------
@@ -110,7 +75,7 @@ def affordable(config, rounds, batches, rate):
     return tuple(chosen), line
 
 
-def pairs_of(teacher, student, shapes, dtype, device, cache, asked, say):
+def planned_pairs(teacher, student, shapes, dtype, device, cache, asked, say):
     """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each
     shape.
 
@@ -127,30 +92,25 @@ def pairs_of(teacher, student, shapes, dtype, device, cache, asked, say):
             f"{Path(student).name}: no configuration ({error}); expected a checkpoint directory or hub id"
         ) from error
     if config.model_type != "xlstm_hybrid":
-        kind = config.model_type
         raise ConfigError(
-            f"{Path(student).name}: a {kind} model, expected xlstm_hybrid as STUDENT; TEACHER comes first"
+            f"{Path(student).name}: a {config.model_type} model, expected xlstm_hybrid as STUDENT; TEACHER comes first"
         )
 
     def settings(default):
-        return Settings(
-            **{name: default.get(name) if value is None else value for name, value in asked.items()}, cache=cache
-        )
+        chosen = {name: default.get(name) if value is None else value for name, value in asked.items()}
+        return Settings(**chosen, cache=cache)
 
     small = SMALL
     if torch.device(device).type == "cpu" and asked["lengths"] is None:
         lengths, line = affordable(config, asked["rounds"], asked["batches"] or SMALL["batches"], rate(device, dtype))
         small = SMALL | {"lengths": tuple(L for L in lengths if L not in (asked["contexts"] or ()))}
         say(line)
-    sides = [
-        Side(Path(path).resolve().name, partial(load_checkpoint, path, dtype, device)) for path in (student, teacher)
-    ]
+    load = partial(load_checkpoint, dtype=dtype, device=device)
+    sides = [Side(Path(path).resolve().name, partial(load, path)) for path in (student, teacher)]
     plans = [(*sides, settings(small), partial(checks, cache=cache))]
     for shape in shapes:
-        sides = [
-            Side(f"{shape} {role}, random weights", partial(random_model, shape, role, dtype, device))
-            for role in ("student", "teacher")
-        ]
-        proof = partial(random_model, shape, "student", dtype, device, layers=2)
+        load = partial(random_model, shape, dtype=dtype, device=device)
+        sides = [Side(f"{shape} {role}, random weights", partial(load, role)) for role in ("student", "teacher")]
+        proof = partial(load, "student", layers=2)
         plans.append((*sides, settings(LONG), partial(checks, cache=cache, proof=proof)))
     return plans

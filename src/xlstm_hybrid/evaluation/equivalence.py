@@ -1,6 +1,6 @@
 """Proofs on a checkpoint that the student is one function of its tokens, however they reach it.
 
-Each check computes the same hidden states in two ways, or generates, see `generation`; what counts is the largest
+Each check computes the same hidden states in two ways, or generates, see `generation_checks`; what counts is the largest
 difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound` and
 `low_precision`. A check that raises has failed.
 """
@@ -9,7 +9,6 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,10 @@ MEMORY, LOW = "the mLSTM's memory matters", "low precision"
 DOUBLE_BYTES = 2**32  # a model whose float64 copy is smaller is checked in float64 on a CPU
 POWER = 10  # a model whose logits change by less than this many bounds without its memory proves nothing
 LOW_FACTOR = 4  # see `low_precision`
+
+
+def dtype_name(model):
+    return str(model.dtype).removeprefix("torch.")
 
 
 @dataclass
@@ -55,14 +58,14 @@ class Result:
         return self.difference >= self.allowed if self.at_least else self.difference <= self.allowed  # NaN is neither
 
 
-def rounded(model, dtype):
+def rounded_copy(model, dtype):
     """A copy whose parameters went through `dtype` as `from_pretrained(dtype=)` does it: gates (in float16 feature
     maps, too) stay in float32, buffers as they are.
     """
     model = copy.deepcopy(model)
-    kept = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
+    wide = [re.compile(rf"(^|\.){pattern}(\.|$)") for pattern in model._get_dtype_plan(dtype)]
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in kept) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if any(pattern.search(name) for pattern in wide) else dtype)
     return model.eval()
 
 
@@ -71,12 +74,11 @@ def run_check(name, pairs, subject, allowed, difference=None, at_least=False):
     """Run one check to its end; only the largest difference counts."""
     begin, worst, note = time.perf_counter(), 0.0, ""
     try:
-        found = [(difference or subject.difference)(got, want) for got, want in pairs()]
-        worst = max(found, key=lambda x: math.inf if math.isnan(x) else x)
+        differences = [(difference or subject.difference)(got, want) for got, want in pairs()]
+        worst = max(differences, key=lambda x: math.inf if math.isnan(x) else x)
     except Exception as error:  # a crash is a verdict too, and the other checks go on
         worst, note = math.inf, f"{type(error).__name__}: {error}"
-    dtype = str(subject.model.dtype).removeprefix("torch.")
-    return Result(name, worst, allowed, dtype, time.perf_counter() - begin, note, at_least)
+    return Result(name, worst, allowed, dtype_name(subject.model), time.perf_counter() - begin, note, at_least)
 
 
 @contextmanager
@@ -90,12 +92,10 @@ def rounding(model, dtype):
 
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        linear, norm = isinstance(module, torch.nn.Linear), "norm" in name.rpartition(".")[2]
+        if linear:
             hooks.append(module.register_forward_pre_hook(lambda _, args: tuple(map(narrow, args))))
-        if (
-            isinstance(module, torch.nn.Linear | torch.nn.Embedding | HybridDecoderLayer)
-            or "norm" in name.rpartition(".")[2]
-        ):
+        if linear or norm or isinstance(module, torch.nn.Embedding | HybridDecoderLayer):
             hooks.append(module.register_forward_hook(lambda _, args, out: narrow(out)))
     try:
         yield
@@ -123,7 +123,7 @@ def low_precision(low, exact):
     def steps():
         yield low.in_pieces(low.ids[:2], [low.T // 2, *[1] * low.T]), want
 
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(low.model)
     return [(f"{name}, one forward = exact", forward, allowed), (f"{name}, cached decoding = exact", steps, allowed)]
 
 
@@ -137,9 +137,7 @@ def default_length(config):
     return max(wrapping_length(config), 2 * config.mlstm_chunk_size + 3)
 
 
-def verify(
-    model, *, length=None, dtype=None, seed=0, only=None, report: Callable[[Result], None] = lambda result: None
-):
+def verify(model, *, length=None, dtype=None, seed=0, only=None, report=lambda result: None):
     """Run every check on a model. Returns a list of `Result`; the model itself is not changed.
 
     Args:
@@ -162,41 +160,41 @@ def verify(
     elif dtype not in DTYPES.values():
         raise ConfigError(f"dtype={dtype}: expected one of {list(DTYPES)}")
     training, results = model.training, []
-    for name, *arguments in plan(model.eval(), length, dtype, seed, only):
+    for name, *arguments in planned_checks(model.eval(), length, dtype, seed, only):
         results.append(run_check(name, *arguments))
         report(results[-1])
     model.train(training)
     return results
 
 
-def plan(model, length, dtype, seed, only):
+def planned_checks(model, length, dtype, seed, only):
     """Arguments of `run_check`, one check after the other; copies of the model are made when they are needed."""
     config, layers = model.config, model.config.num_hidden_layers
     own = subject = Subject(model, length, seed)
     if any(p.dtype != dtype for p in model.parameters()):
-        subject = Subject(rounded(model, dtype), length, seed)
+        subject = Subject(rounded_copy(model, dtype), length, seed)
+    allowed = bound(dtype, layers)
+
+    def asked(name):
+        return only is None or name in only
+
     for name, check in CHECKS.items():
         # transformers' windows count padding
-        stock_windows = "inside" in name and "sliding_attention" in config.layer_types
-        if (only is None or name in only) and not stock_windows:
-            yield name, partial(check, subject), subject, bound(dtype, layers)
+        if asked(name) and not ("inside" in name and "sliding_attention" in config.layer_types):
+            yield name, partial(check, subject), subject, allowed
     for name, check in GENERATION.items():
-        if only is None or name in only:
-            yield name, partial(check, subject.model, subject.ids), subject, bound(dtype, layers), difference
-    if (
-        (only is None or MEMORY in only)
-        and "hybrid_sliding" in config.layer_types
-        and config.mixer_branches != "window"
-    ):
-        yield MEMORY, partial(memory_lost, subject), subject, POWER * bound(dtype, layers), None, True
+        if asked(name):
+            yield name, partial(check, subject.model, subject.ids), subject, allowed, difference
+    if asked(MEMORY) and "hybrid_sliding" in config.layer_types and config.mixer_branches != "window":
+        yield MEMORY, partial(memory_lost, subject), subject, POWER * allowed, None, True
     for name, check in FILES.items():
-        if only is None or name in only:
+        if asked(name):
             yield name, partial(check, own), own, 0.0
-    if only is None or LOW in only:
-        low = Subject(rounded(model, model.dtype if model.dtype.itemsize < 4 else torch.bfloat16), length, seed)
-        exact = Subject(rounded(low.model, dtype if dtype.itemsize >= 4 else torch.float32), length, seed)
-        for name, pairs, allowed in low_precision(low, exact):
-            yield name, pairs, low, allowed, exact.difference
+    if asked(LOW):
+        low = Subject(rounded_copy(model, model.dtype if model.dtype.itemsize < 4 else torch.bfloat16), length, seed)
+        exact = Subject(rounded_copy(low.model, dtype if dtype.itemsize >= 4 else torch.float32), length, seed)
+        for name, pairs, limit in low_precision(low, exact):
+            yield name, pairs, low, limit, exact.difference
 
 
 def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, only=None, report=lambda result: None):
@@ -218,24 +216,18 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
                 f"{Path(path).name}: a {config.model_type} model, expected xlstm_hybrid; convert it first (xlstm-hybrid convert)"
             )
         model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise CheckpointError(f"{Path(path).name}: cannot be loaded ({error})") from error
-    wrong = [
-        f"{key}: {sorted(map(str, info[key]))[0]}"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(key)
-    ]
-    count = sum(len(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    loaded = Result(
-        "every tensor loaded",
-        float(count),
-        0.0,
-        str(model.dtype).removeprefix("torch."),
-        time.perf_counter() - begin,
-        "; ".join(wrong),
+    wrong = {
+        key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    count, note = (
+        sum(map(len, wrong.values())),
+        "; ".join(f"{key}: {names[0]}" for key, names in wrong.items() if names),
     )
+    loaded = Result("every tensor loaded", float(count), 0.0, dtype_name(model), time.perf_counter() - begin, note)
     report(loaded)
     warn_if_slow(device, dtype, "--dtype")
     length = length(model.config) if callable(length) else length
@@ -243,12 +235,11 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
     return [loaded, *verify(model.to(device), **settings)]
 
 
-def as_json(results, **about):
+def checks_as_json(results, **about):
     """What `--json` writes: the verdict, whatever the caller tells about the run, and each result; an infinite
     difference is null.
     """
-    checks = [
-        asdict(r) | {"difference": r.difference if math.isfinite(r.difference) else None, "passed": r.passed}
-        for r in results
-    ]
+    checks = [asdict(r) | {"passed": r.passed} for r in results]
+    for check in checks:
+        check["difference"] = check["difference"] if math.isfinite(check["difference"]) else None
     return {"passed": all(r.passed for r in results), **about, "checks": checks}

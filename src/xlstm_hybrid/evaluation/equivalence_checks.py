@@ -7,7 +7,6 @@ Dims: B rows, T tokens, D hidden size.
 import copy
 import itertools
 import tempfile
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,25 +66,15 @@ class Subject:
         return ((got - want).abs().max() / want.std()).item()
 
 
-@contextmanager
-def chunk_size_of(config, size):
-    before, config.mlstm_chunk_size = config.mlstm_chunk_size, size
-    try:
-        yield
-    finally:
-        config.mlstm_chunk_size = before
-
-
 def chunkwise(s):
     """One chunk holds all tokens: the parallel form."""
-    want = s.read(s.ids[:2])
-    for size in (s.T, 16, 5):
-        with chunk_size_of(s.config, size):
+    want, before = s.read(s.ids[:2]), s.config.mlstm_chunk_size
+    try:
+        for size in (s.T, 16, 5):
+            s.config.mlstm_chunk_size = size
             yield s.read(s.ids[:2]), want
-
-
-def token_by_token(s):
-    yield s.in_pieces(s.ids[:2], [1] * s.T), s.read(s.ids[:2])
+    finally:
+        s.config.mlstm_chunk_size = before
 
 
 def chunked_prefill(s):
@@ -132,11 +121,8 @@ def packed(s):
     want = torch.cat([s.read(row[:, a:b]) for a, b in itertools.pairwise(ends)], 1)
     restarts = torch.cat([torch.arange(n) for n in lengths])[None].to(row.device)
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(row.device)
-    told = (
-        {"position_ids": restarts},
-        {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32, device=row.device)},
-        {"seq_idx": number},
-    )
+    ends = torch.tensor(ends, dtype=torch.int32, device=row.device)
+    told = {"position_ids": restarts}, {"cu_seq_lens_q": ends}, {"seq_idx": number}
     for how, use_cache in itertools.product(told, (False, True)):
         yield s.read(row, use_cache=use_cache, **how), want
     yield s.read(row.expand(2, -1), position_ids=restarts.expand(2, -1)), want.expand(2, -1, -1)
@@ -150,10 +136,7 @@ def reordered(s):
     cache.reorder_cache(order)
     chosen = torch.cat([s.ids[order][:, :begin], s.ids[:, begin:]], 1)
     want = s.read(chosen)[:, begin:]
-    yield (
-        torch.cat([s.read(chosen[:, begin : begin + 1], cache=cache), s.read(chosen[:, begin + 1 :], cache=cache)], 1),
-        want,
-    )
+    yield s.in_pieces(chosen[:, begin:], [1, s.T], cache=cache), want
 
 
 def forked(s):
@@ -171,7 +154,7 @@ def rolled_back(s):
     want = s.read(row)[:, begin:]
     for sizes in ([1, 1, 1, 1], [4], [3, 1]):
         cache = remember(s.cache(), 8)
-        s.read(torch.cat([row[:, : begin - 3]], 1), cache=cache)
+        s.read(row[:, : begin - 3], cache=cache)
         s.read(row[:, begin - 3 : begin], cache=cache)
         s.in_pieces(other[:, begin : begin + 4], sizes, cache=cache)
         yield s.in_pieces(row[:, begin:], [1, s.T], cache=rollback(cache, 4)), want
@@ -220,7 +203,7 @@ def state_file(s):
 
 CHECKS = {
     "chunkwise = parallel": chunkwise,
-    "token by token = parallel": token_by_token,
+    "token by token = parallel": lambda s: [(s.in_pieces(s.ids[:2], [1] * s.T), s.read(s.ids[:2]))],
     "chunked prefill = full": chunked_prefill,
     "cached decoding = uncached": cached,
     "packed documents = separate": packed,

@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a student or its teacher, task by task, with our long-context tasks and the paper's suites.
 
-A unit is a task or group that is judged and kept by itself, in a folder with lm-eval's own files: what is finished is
-not judged again.
+A unit is a task or group that is evaluated by itself, in a folder with lm-eval's own files: what is finished is not
+evaluated again.
 """
 
 import logging
@@ -22,8 +22,8 @@ from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.scores import contradictions, last_part
 from xlstm_hybrid.model.cache_names import cache_of
-from xlstm_hybrid.model.generation_checks import judged
-from xlstm_hybrid.planning.cache_size import tensors_in
+from xlstm_hybrid.model.generation_checks import stock_settings
+from xlstm_hybrid.planning.cache_size import filled_bytes
 from xlstm_hybrid.teacher_store import weights_hash
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
@@ -33,7 +33,7 @@ CODE = ("HF_ALLOW_CODE_EVAL", "1")  # what lm-eval's metric wants beside its own
 
 @dataclass(frozen=True)
 class Unit:
-    """A task that is judged and kept by itself. shots, budget (max new tokens): None leaves the task's own. kind,
+    """A task that is evaluated by itself, with a folder of its own. shots, budget (max new tokens): None leaves the task's own. kind,
     length: of a long-context task.
     """
 
@@ -83,10 +83,10 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Options:
-    """How units are judged.
+    """How units are evaluated.
 
     name: of the model in the results; its last name if None.  limit: first documents of each task only.
-    samples, depths, seed: of long-context documents, see `longcontext.documents`.
+    samples, depths, seed: of long-context documents, see `data.long_context.documents`.
     max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task
     needs, if None.
     include: folder with further task files.  chat: apply the chat template.
@@ -111,14 +111,14 @@ class Options:
 
 
 def run_harness(model, units, out, options=None, report=print):
-    """Judge a model by lm-eval: greedy, batched, through the cache.
+    """Evaluate a model by lm-eval: greedy, batched, through the cache.
 
     Args:
         model: checkpoint directory or hub id.  units: see `expand`.  out: directory of the results, a folder per unit.
         report: called with each line about a finished unit.
     Returns:
         {unit's name: {"settings", "scores" {task: {metric: score}}, "long_context" (see there) or None, "seconds",
-        "contradictions" (of a procedural domain, see `evaluation.contradictions`)}}
+        "contradictions" (of a procedural domain, see `scores.contradictions`)}}
     Raises:
         EvaluationError: unknown tasks, data that cannot be read, code that may not run, results that other settings
             made.
@@ -127,16 +127,13 @@ def run_harness(model, units, out, options=None, report=print):
 
     options, out = options or Options(), Path(out)
     source = local_source(model, options.revision)
-    shared = {
-        "model": weights_hash(source),
-        "name": options.name or last_part(model),
-        "dtype": options.dtype,
-        "limit": options.limit,
-        "chat": options.chat,
-        "max_length": options.max_length,
-        "lm_eval": lm_eval.__version__,
+    shared = {"model": weights_hash(source), "name": options.name or last_part(model)}
+    shared |= {key: getattr(options, key) for key in ("dtype", "limit", "chat", "max_length")}
+    shared["lm_eval"] = lm_eval.__version__
+    wanted = {
+        u: {**shared, "shots": u.shots, "budget": u.budget, **(document_settings(u, options) if u.kind else {})}
+        for u in units
     }
-    wanted = {u: settings_of(u, shared, options) for u in units}
     out.mkdir(parents=True, exist_ok=True)
     clean_abandoned(out)
     open_units = [u for u in units if not finished(out / u.name, wanted[u], options.redo)]
@@ -146,8 +143,8 @@ def run_harness(model, units, out, options=None, report=print):
     for unit in units:
         if unit in open_units:
             start = time.time()
-            with quiet():
-                results = judge(unit, loaded, manager(unit), options, wanted[unit])
+            with lm_eval_errors_only():
+                results = evaluate_unit(unit, loaded, manager(unit), options, wanted[unit])
             write(out / unit.name, results, wanted[unit], time.time() - start)
         for line in lines(out / unit.name):
             report(line)
@@ -155,8 +152,8 @@ def run_harness(model, units, out, options=None, report=print):
 
 
 @contextmanager
-def quiet():
-    """Without lm-eval's remarks on how it is called; its errors are shown."""
+def lm_eval_errors_only():
+    """Without lm-eval's remarks on how it is called."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -178,12 +175,9 @@ def expand(tasks, lengths=None):
     Raises:
         EvaluationError: no task, a length that is no number, or one task twice with other shots or budgets.
     """
-    sizes = (
-        [tokens_of(x) for x in (lengths.split(",") if isinstance(lengths, str) else lengths) if x]
-        if lengths
-        else LENGTHS
-    )
-    found = {}
+    asked = lengths.split(",") if isinstance(lengths, str) else lengths or ()
+    sizes = [tokens_of(size) for size in asked if size] if lengths else LENGTHS
+    chosen = {}
     for name in [t for t in tasks.split(",") if t] if isinstance(tasks, str) else tasks:
         kind, _, size = name.rpartition("_")
         if name in SUITES:
@@ -193,16 +187,16 @@ def expand(tasks, lengths=None):
         else:
             units = [long_unit(kind, tokens_of(size))] if kind in KINDS else [Unit(name)]
         for unit in units:
-            if (other := found.setdefault(unit.name, unit)) != unit:
+            if (other := chosen.setdefault(unit.name, unit)) != unit:
                 raise EvaluationError(
                     f"tasks {tasks}: {unit.name} with {other.shots} shots and {other.budget} new tokens, and with {unit.shots} and {unit.budget}; "
                     "expected one setting per OUT, run them into two"
                 )
-    if not found:
+    if not chosen:
         raise EvaluationError(
             f"tasks {tasks!r}: no task, expected names such as needle_4k,gsm8k or suites: {', '.join(SUITES)}, long_context"
         )
-    return list(found.values())
+    return list(chosen.values())
 
 
 def tokens_of(text):
@@ -215,12 +209,7 @@ def long_unit(kind, length):
     return Unit(f"{kind}_{f'{length // 1024}k' if length % 1024 == 0 else length}", kind=kind, length=length)
 
 
-def settings_of(unit, shared, options):
-    """What the results of a unit depend on."""
-    return {**shared, "shots": unit.shots, "budget": unit.budget, **(documents_of(unit, options) if unit.kind else {})}
-
-
-def documents_of(unit, options):
+def document_settings(unit, options):
     return {"samples": options.samples, "depths": options.depths, "seed": options.seed, "length": unit.length}
 
 
@@ -230,12 +219,9 @@ def finished(folder, wanted, redo):
     """
     if not folder.is_dir():
         return False
-    made = read_json(folder / SETTINGS, folder.name)["settings"]
-    changed = [
-        f"{key} {made.get(key)!r}, now {wanted.get(key)!r}"
-        for key in sorted({*made, *wanted})
-        if made.get(key) != wanted.get(key)
-    ]
+    before = read_json(folder / SETTINGS, folder.name)["settings"]
+    keys = [key for key in sorted({*before, *wanted}) if before.get(key) != wanted.get(key)]
+    changed = [f"{key} {before.get(key)!r}, now {wanted.get(key)!r}" for key in keys]
     if changed and not redo:
         raise EvaluationError(
             f"{folder.name}: there are results with {'; '.join(changed)}. Choose another OUT, or replace them with --redo"
@@ -264,30 +250,32 @@ def task_manager(units, source, options):
     def manager(unit):
         if not unit.kind:
             return every
-        return TaskManager(
-            include_path=paths,
-            include_defaults=False,
-            metadata={**documents_of(unit, options), "tokenizer": str(source)},
-        )
+        told = {**document_settings(unit, options), "tokenizer": str(source)}
+        return TaskManager(include_path=paths, include_defaults=False, metadata=told)
 
     return manager
 
 
-# --- judging ------------------------------------------------------------------------------------------------------
+# --- evaluating ---------------------------------------------------------------------------------------------------
 
 
-def judge(unit, loaded, manager, options, settings):
-    """lm-eval's results of one unit, samples inside, and for a long-context task what `long_context` adds."""
+def evaluate_unit(unit, loaded, manager, options, settings):
+    """lm-eval's results of one unit, samples inside, and for a long-context task what `long_context_result` adds."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     (model, tokenizer), specs = loaded, load_tasks(unit, manager, options.allow_code)
-    room = settings["max_length"] or own_length(model)
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    room = settings["max_length"] or own
     if unit.kind:
-        around = template_tokens(tokenizer) if settings["chat"] else 0  # nothing of a needle's context may be cut off
+        around = 0
+        if settings["chat"]:  # nothing of a needle's context may be cut off
+            message = [{"role": "user", "content": ""}]
+            template = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
-    with judged(model):  # a checkpoint's own sampling settings and penalties have no part in a score
+    with stock_settings(model):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=specs,
@@ -302,7 +290,7 @@ def judge(unit, loaded, manager, options, settings):
         )
         results["chat_template_text"] = lm.chat_template(True) if settings["chat"] else None
         if unit.kind:
-            results["long_context"] = {unit.name: long_context(results, unit, model, tokenizer)}
+            results["long_context"] = {unit.name: long_context_result(results, unit, model, tokenizer)}
         if unit.name in domains():
             rows = results["samples"][unit.name]
             samples = [sample_of(row) | {"prompt": row["arguments"][0][0]} for row in rows]  # a chat template included
@@ -316,8 +304,8 @@ def domains():
 
 def sample_of(row):
     """lm-eval's sample of a procedural domain as `exact_match` has it."""
-    found = {"output": row["filtered_resps"][0], "correct": bool(row["exact_match"])}
-    return {key: row["doc"][key] for key in ("prompt", "answer")} | found
+    document, output, right = row["doc"], row["filtered_resps"][0], bool(row["exact_match"])
+    return {"prompt": document["prompt"], "answer": document["answer"], "output": output, "correct": right}
 
 
 def load_tasks(unit, manager, allow_code):
@@ -341,7 +329,7 @@ def load_tasks(unit, manager, allow_code):
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
             raise EvaluationError(
-                f"{name} runs code that the model writes: start the verb in a sandbox with --allow-code, or leave the task out"
+                f"{name} runs code that the model writes: start the command in a sandbox with --allow-code, or leave the task out"
             )
         if unit.shots is not None:
             task.set_config(key="num_fewshot", value=unit.shots)
@@ -350,25 +338,7 @@ def load_tasks(unit, manager, allow_code):
     return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
 
 
-def template_tokens(tokenizer):
-    """Tokens that the chat template puts around a text, and a few that may be split in another way."""
-    return (
-        len(
-            tokenizer(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False
-                )
-            )["input_ids"]
-        )
-        + 8
-    )
-
-
-def own_length(model):
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-
-def long_context(results, unit, model, tokenizer):
+def long_context_result(results, unit, model, tokenizer):
     """{"length", "window", "sinks", "coverage", "score", "recall", "excess" of recall, "cache_bytes" of one sequence of
     that length, "by_depth"}
     """
@@ -376,6 +346,8 @@ def long_context(results, unit, model, tokenizer):
     window, sinks = reach(model.config)
     covered, recall = coverage(unit.length, window, sinks), scores["recall,none"]
     ids = tokenizer(samples[0]["doc"]["prompt"], return_tensors="pt", verbose=False)["input_ids"]
+    with torch.inference_mode():
+        cache = cache_of(model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1))
     return {
         "length": unit.length,
         "window": window,
@@ -384,7 +356,7 @@ def long_context(results, unit, model, tokenizer):
         "score": scores["exact_match,none"],
         "recall": recall,
         "excess": excess(recall, covered),
-        "cache_bytes": cache_bytes(model, ids),
+        "cache_bytes": filled_bytes(cache),
         "by_depth": by_depth(samples),
     }
 
@@ -403,13 +375,6 @@ def reach(config):
     return (None, 0) if any(window is None for window, _ in pairs) else max(pairs, key=sum)
 
 
-def cache_bytes(model, ids):
-    """Bytes of the cache after a prompt [1, L], measured."""
-    with torch.inference_mode():
-        cache = cache_of(model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1))
-    return sum(x.numel() * x.element_size() for x in tensors_in(cache.layers))
-
-
 # --- files and lines ----------------------------------------------------------------------------------------------
 
 
@@ -419,7 +384,12 @@ def write(folder, results, settings, seconds):
 
     samples, template = results.pop("samples"), results.pop("chat_template_text")
     wrong = results.pop("contradictions", [])
-    without_places(results, settings["name"])
+    # lm-eval writes its whole environment and the places of task files: what tells of this machine is taken out
+    results.pop("pretty_env_info", None)
+    results["config"]["model"] = settings["name"]
+    for config in results["configs"].values():
+        metadata = config.get("metadata") or {}
+        metadata.update({key: last_part(metadata[key]) for key in ("tokenizer", "config_source") if key in metadata})
     with staged(folder, overwrite=True) as temporary:
         tracker = EvaluationTracker(output_path=str(temporary))
         arguments = {"pretrained": settings["name"]}
@@ -433,31 +403,21 @@ def write(folder, results, settings, seconds):
                 f"{folder.name}: lm-eval wrote {written[0]} files of results and {written[1]} of samples, expected 1 and "
                 f"{len(samples)}; make room or choose another directory"
             )
-        summary = results.get("long_context", {}).get(folder.name)
         scores = {
             t: {k: v for k, v in entry.items() if "," in k and isinstance(v, int | float)}
             for t, entry in results["results"].items()
         }
-        kept = {"settings": settings, "scores": scores, "long_context": summary, "contradictions": wrong}
-        write_json(temporary / SETTINGS, kept | {"seconds": round(seconds, 1)})
-
-
-def without_places(results, name):
-    """Take out what tells of this machine: lm-eval writes its whole environment and the places of task files."""
-    results.pop("pretty_env_info", None)
-    results["config"]["model"] = name
-    for config in results["configs"].values():
-        metadata = config.get("metadata") or {}
-        metadata.update({key: last_part(metadata[key]) for key in ("tokenizer", "config_source") if key in metadata})
+        parts = {"long_context": results.get("long_context", {}).get(folder.name), "contradictions": wrong}
+        content = {"settings": settings, "scores": scores, **parts, "seconds": round(seconds, 1)}
+        write_json(temporary / SETTINGS, content)
 
 
 def lines(folder):
     """What is printed of a finished unit."""
-    kept = read_json(folder / SETTINGS, folder.name)
-    for task, scores in kept["scores"].items():
-        yield f"{task:<28} " + "  ".join(
-            f"{k.removesuffix(',none')} {v:.4f}" for k, v in scores.items() if "_stderr," not in k
-        )
-    if found := kept["long_context"]:
-        beyond = "no excess: attention sees all" if found["excess"] is None else f"excess {found['excess']:+.3f}"
-        yield f"{'':<28} coverage {found['coverage']:.3f}  {beyond}  cache {found['cache_bytes'] / 1e6:.3f} MB at {found['length']} tokens"
+    result = read_json(folder / SETTINGS, folder.name)
+    for task, scores in result["scores"].items():
+        shown = (f"{k.removesuffix(',none')} {v:.4f}" for k, v in scores.items() if "_stderr," not in k)
+        yield f"{task:<28} " + "  ".join(shown)
+    if far := result["long_context"]:
+        beyond = "no excess: attention sees all" if far["excess"] is None else f"excess {far['excess']:+.3f}"
+        yield f"{'':<28} coverage {far['coverage']:.3f}  {beyond}  cache {far['cache_bytes'] / 1e6:.3f} MB at {far['length']} tokens"

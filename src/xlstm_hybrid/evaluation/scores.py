@@ -1,4 +1,4 @@
-"""Judging a student: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and scores
+"""A student's scores: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and those
 that others measured.
 """
 
@@ -13,11 +13,12 @@ import torch
 
 from xlstm_hybrid.checkpoint.files import read_object
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation.significance import ROUNDING, documents, sample_values
-from xlstm_hybrid.model.generation_checks import bound, judged
+from xlstm_hybrid.evaluation.significance import ROUNDING, document_keys, sample_values
+from xlstm_hybrid.model.generation_checks import bound, stock_settings
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
+NOT_READ = ("doc", "arguments", "resps", "filtered_resps", "target")  # large parts of lm-eval's samples
 MAX_BYTES = 2**28  # of a results file, samples inside included
 
 
@@ -58,7 +59,21 @@ def win_and_tie(student, teacher, alphas=None):
             off [0, 1]; all are named.
     """
     alphas = list(ALPHAS if alphas is None else alphas)
-    check_scores(student, teacher, alphas)
+    sides = (("student", student), ("teacher", teacher))
+    wrong = [
+        f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})
+    ]
+    wrong += [
+        f"{b} is {s} for the {side}, expected a finite score of at least 0"
+        for side, scores in sides
+        for b, s in scores.items()
+        if not 0 <= s < math.inf
+    ]
+    wrong += [f"alpha is {a}, expected a share between 0 and 1" for a in alphas if not 0 <= a <= 1]
+    if not student and not teacher:
+        wrong.append("no benchmark, expected at least one")
+    if wrong:
+        raise EvaluationError(f"win_and_tie: {'; '.join(wrong)}. Evaluate student and teacher on the same tasks")
     ratio = {b: student[b] / teacher[b] if teacher[b] else math.inf if student[b] else 1.0 for b in teacher}
     shortfall = {b: 0.0 if r >= 1 - ROUNDING else 1 - r for b, r in ratio.items()}
 
@@ -76,24 +91,6 @@ def win_and_tie(student, teacher, alphas=None):
         ties=len(ratio) - wins - losses,
         losses=losses,
     )
-
-
-def check_scores(student, teacher, alphas):
-    sides = (("student", student), ("teacher", teacher))
-    wrong = [
-        f"{b} has no score of the {side}" for side, scores in sides for b in sorted({*student, *teacher} - {*scores})
-    ]
-    wrong += [
-        f"{b} is {s} for the {side}, expected a finite score of at least 0"
-        for side, scores in sides
-        for b, s in scores.items()
-        if not 0 <= s < math.inf
-    ]
-    wrong += [f"alpha is {a}, expected a share between 0 and 1" for a in alphas if not 0 <= a <= 1]
-    if not student and not teacher:
-        wrong.append("no benchmark, expected at least one")
-    if wrong:
-        raise EvaluationError(f"win_and_tie: {'; '.join(wrong)}. Judge student and teacher on the same tasks")
 
 
 # --- a model's own scores --------------------------------------------------------------------------------------
@@ -133,19 +130,14 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
             f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1"
         )
     order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
-    with judged(model):
+    with stock_settings(model):
         ends = end_tokens(model, tokenizer)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             outputs = continuations(model, [prompts[j] for j in chosen], ends, max_new_tokens)
             for j, text in zip(chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
-                e = examples[j]
-                samples[j] = {
-                    "prompt": e.prompt,
-                    "answer": e.answer,
-                    "output": text,
-                    "correct": text.strip() == e.answer.strip(),
-                }
+                e, right = examples[j], text.strip() == examples[j].answer.strip()
+                samples[j] = {"prompt": e.prompt, "answer": e.answer, "output": text, "correct": right}
             if progress:
                 progress(first + len(chosen), len(order))
     return ExactMatch(sum(s["correct"] for s in samples) / len(samples), samples)
@@ -163,15 +155,8 @@ def continuations(model, prompts, ends, max_new_tokens):
     length, pad = max(map(len, prompts)), ends[0] if ends else 0  # padding is masked, whatever token it is
     ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-    )
+    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=ends or None, pad_token_id=pad, **how)
     rows = output[:, length:].tolist()
     return [row[: next((j for j, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
@@ -182,7 +167,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
 
     Without a cache, that is. Greedy generation cannot miss such an answer: where it did, what generates is not what was
     trained and measured, and no score tells of the model. A token counts as the most likely one if it is ahead of all
-    others by more than rounding explains, see `generation.bound`.
+    others by more than rounding explains, see `generation_checks.bound`.
 
     Args:
         samples: those of `exact_match`, generated with room for the answer and its end.
@@ -190,18 +175,18 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     Returns:
         The samples, in their order.
     """
-    missed, ends, found = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
+    missed, ends, wrong = [s for s in samples if not s["correct"]], end_tokens(model, tokenizer), []
     encode = encode or (lambda prompt: tokenizer(prompt)["input_ids"])
     rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
-    with judged(model):
+    with stock_settings(model):
         for first in range(0, len(spelt) if ends else 0, batch_size):
             chosen = spelt[first : first + batch_size]
             ahead = leads(model, [rows[j] for j in chosen], ends)
-            found += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
-    return found
+            wrong += [missed[j] for j, lead in zip(chosen, ahead, strict=True) if lead > allowed]
+    return wrong
 
 
 def leads(model, rows, ends):
@@ -212,10 +197,8 @@ def leads(model, rows, ends):
     Returns:
         [standard deviations of the logits]; negative where another token is ahead.
     """
-    whole, found = [[*prompt, *answer] for prompt, answer in rows], []
-    length = max(map(len, whole))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in whole], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in whole], device=model.device)
+    whole, margins = [[*prompt, *answer] for prompt, answer in rows], []
+    ids, mask = (right_padded(part, 0, model.device) for part in (whole, [[1] * len(row) for row in whole]))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     for (prompt, answer), of_row in zip(rows, logits, strict=True):
         scores = of_row[len(prompt) - 1 : len(prompt) + len(answer)].double()  # [tokens of the answer + 1, V]
@@ -223,8 +206,8 @@ def leads(model, rows, ends):
         right[range(len(answer)), answer] = True
         right[-1, ends] = True
         best, other = (scores.masked_fill(~which, float("-inf")).amax(-1) for which in (right, ~right))
-        found.append(((best - other).min() / scores.std()).item())
-    return found
+        margins.append(((best - other).min() / scores.std()).item())
+    return margins
 
 
 def named_contradictions(found):
@@ -266,10 +249,11 @@ def perplexity(model, rows, *, batch_size=32):
             f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
         )
     scored.sort(key=lambda row: len(row[0]))
-    total = 0.0
-    with judged(model):
-        for first in range(0, len(scored), batch_size):
-            total += negative_log_likelihood(model, scored[first : first + batch_size])
+    with stock_settings(model):
+        total = sum(
+            negative_log_likelihood(model, scored[first : first + batch_size])
+            for first in range(0, len(scored), batch_size)
+        )
     if math.isnan(total):
         raise EvaluationError(
             "perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint"
@@ -277,17 +261,17 @@ def perplexity(model, rows, *, batch_size=32):
     return math.exp(total / count) if total / count < 709 else math.inf
 
 
+def right_padded(rows, value, device):
+    """[B, T] of lists of numbers, filled up on the right."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], device=device)
+
+
 def negative_log_likelihood(model, batch):
     """Sum over the scored tokens of a batch of (input_ids, labels), nats."""
-    length = max(len(ids) for ids, _ in batch)
-    ids, labels, mask = (
-        torch.tensor(x, device=model.device)
-        for x in (
-            [list(i) + [0] * (length - len(i)) for i, _ in batch],
-            [list(l) + [NOT_SCORED] * (length - len(l)) for _, l in batch],
-            [[1] * len(i) + [0] * (length - len(i)) for i, _ in batch],
-        )
-    )
+    rows, labels = zip(*batch, strict=True)
+    ids, mask = (right_padded(part, 0, model.device) for part in (rows, [[1] * len(row) for row in rows]))
+    labels = right_padded(labels, NOT_SCORED, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     counted = labels[:, 1:] != NOT_SCORED
     logp = logits[counted].float().log_softmax(-1)  # [scored tokens, V]
@@ -339,9 +323,9 @@ def read_results(path):
     contents = [load_object(file) for file in files]
     if len(files) == 1 and "students" in contents[0]:
         return run_results(contents[0], files[0])
-    if len(files) == 1 and not is_harness(contents[0]):
+    if len(files) == 1 and not of_lm_eval(contents[0]):
         return [own_results(contents[0], files[0])]
-    if other := [f.name for f, c in zip(files, contents, strict=True) if not is_harness(c)]:
+    if other := [f.name for f, c in zip(files, contents, strict=True) if not of_lm_eval(c)]:
         raise EvaluationError(
             f"{path.name}: {', '.join(other)} holds neither results of lm-eval nor of this package; name files that do"
         )
@@ -365,6 +349,10 @@ def last_part(name):
     return re.split(r"[\\/]", str(name).rstrip("\\/"))[-1]
 
 
+def of_lm_eval(content):
+    return isinstance(content.get("results"), dict) and bool({"configs", "versions", "n-shot"} & set(content))
+
+
 def load_object(file):
     advice = "name a results file of lm-eval or of this package, or its folder"
     return read_object(
@@ -372,45 +360,42 @@ def load_object(file):
     )
 
 
-def is_harness(content):
-    return isinstance(content.get("results"), dict) and bool({"configs", "versions", "n-shot"} & set(content))
-
-
 def run_results(content, file):
     """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder
     `evaluation`.
     """
-    found = []
+    sides = []
     for name, side in {"teacher": content.get("teacher_scores") or {}, **content["students"]}.items():
-        scores, kept = (
-            {task: {"exact_match": s} for task, s in (side.get("exact_match") or {}).items()},
-            file.parent / "evaluation" / f"{name}.json",
-        )
-        judged = own_results(load_object(kept), kept) if last_part(name) == name and kept.is_file() else None
-        samples = judged.samples if judged and judged.scores == scores else {}
-        found.append(Results(name, scores=scores, samples=samples, fields=side))
-    return found
+        results = Results(name, scores=exact_scores(side.get("exact_match") or {}), fields=side)
+        file_of = file.parent / "evaluation" / f"{name}.json"
+        if last_part(name) == name and file_of.is_file():
+            own = own_results(load_object(file_of), file_of)
+            results.samples = own.samples if own.scores == results.scores else {}
+        sides.append(results)
+    return sides
+
+
+def exact_scores(shares):
+    return {task: {"exact_match": share} for task, share in shares.items()}
 
 
 def own_results(content, file):
-    """One model's results of the verb `evaluate`, or of the folder `evaluation` of a run."""
+    """One model's results of the command `evaluate`, or of the folder `evaluation` of a run."""
     content = content["result"] if isinstance(content.get("result"), dict) else content
     if not isinstance(content.get("exact_match"), dict):
         raise EvaluationError(
             f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students"
         )
-    found = Results(
-        file.stem,
-        scores={task: {"exact_match": score} for task, score in content["exact_match"].items()},
-        fields=content,
-    )
+    results = Results(file.stem, scores=exact_scores(content["exact_match"]), fields=content)
     for task, samples in (content.get("samples") or {}).items():
-        keys = documents([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
-        found.samples[task] = {"exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}}
-    return found
+        keys = document_keys([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
+        results.samples[task] = {
+            "exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}
+        }
+    return results
 
 
-def read_harness(found, content, samples):
+def read_harness(results, content, samples):
     """Add what one results file of lm-eval holds."""
     groups, parts = set(content.get("groups") or {}), content.get("group_subtasks") or {}
 
@@ -419,35 +404,37 @@ def read_harness(found, content, samples):
 
     hidden = {name for group in groups for name in descendants(group, parts)}
     for task in [t for t in content["results"] if t not in hidden and (t in groups or not parts.get(t))]:
-        entries = content["results"][task].items()
         scores = {
             k: v
-            for k, v in entries
+            for k, v in content["results"][task].items()
             if "," in k and "_stderr," not in k and isinstance(v, int | float) and not isinstance(v, bool)
         }
         if not scores:
             continue
-        found.notes += [f"{task}: the later of two results of {found.name} is used"] * (task in found.scores)
+        results.notes += [f"{task}: the later of two results of {results.name} is used"] * (task in results.scores)
         better = (content.get("higher_is_better") or {}).get(task) or {}
-        found.scores[task], found.smaller[task] = scores, [k for k in scores if better.get(k.split(",")[0]) is False]
-        found.settings[task] = settings_of(content, task, leaves(task))
-        found.samples[task], found.prompts[task] = {}, {}
+        results.scores[task], results.smaller[task] = (
+            scores,
+            [k for k in scores if better.get(k.split(",")[0]) is False],
+        )
+        results.settings[task] = shared_settings(content, task, leaves(task))
+        results.samples[task], results.prompts[task] = {}, {}
         for leaf in leaves(task):
-            for metric, values in samples.get(leaf, ({}, {}))[0].items():
-                found.samples[task].setdefault(metric, {}).update(
-                    {(leaf, *key): value for key, value in values.items()}
-                )
-            found.prompts[task].update({(leaf, *key): value for key, value in samples.get(leaf, ({}, {}))[1].items()})
+            metrics, prompts = samples.get(leaf, ({}, {}))
+            for metric, values in metrics.items():
+                here = results.samples[task].setdefault(metric, {})
+                here.update({(leaf, *key): value for key, value in values.items()})
+            results.prompts[task].update({(leaf, *key): value for key, value in prompts.items()})
 
 
 def descendants(group, parts):
     return {name for part in parts.get(group) or () for name in (part, *descendants(part, parts))}
 
 
-def settings_of(content, task, leaves):
+def shared_settings(content, task, leaves):
     """What student and teacher must share to be compared on a task; what the file does not record is left out."""
     configs, run = content.get("configs") or {}, content.get("config") or {}
-    found = {
+    settings = {
         "shots": (content.get("n-shot") or {}).get(task),
         "version": {leaf: (content.get("versions") or {}).get(leaf) for leaf in leaves},
         "documents": sum((content.get("n-samples") or {}).get(leaf, {}).get("effective", 0) for leaf in leaves) or None,
@@ -457,7 +444,7 @@ def settings_of(content, task, leaves):
         "system_instruction": content.get("system_instruction_sha"),
         "multiturn": content.get("fewshot_as_multiturn"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def harness_samples(file, content):
@@ -466,21 +453,15 @@ def harness_samples(file, content):
     """
     if isinstance(content.get("samples"), dict):
         return {task: sample_values(rows) for task, rows in content["samples"].items()}
-    found = {}
+    samples = {}
     for path in sorted(file.parent.glob(f"samples_*_{stamp(file)}.jsonl")):
         rows = []
         for number, line in enumerate(path.open(encoding="utf-8"), 1):
             try:
-                rows.append(
-                    {
-                        k: v
-                        for k, v in json.loads(line).items()
-                        if k not in ("doc", "arguments", "resps", "filtered_resps", "target")
-                    }
-                )
+                rows.append({k: v for k, v in json.loads(line).items() if k not in NOT_READ})
             except (ValueError, AttributeError) as error:
                 raise EvaluationError(
                     f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it"
                 ) from error
-        found[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
-    return found
+        samples[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
+    return samples

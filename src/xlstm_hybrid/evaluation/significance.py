@@ -1,4 +1,4 @@
-"""Paired statistics: two models judged on the same documents. Dims: N documents, U distinct pairs of values, R
+"""Paired statistics: two models evaluated on the same documents. Dims: N documents, U distinct pairs of values, R
 resamples, B benchmarks.
 
 Everything random is drawn from a seed and the name of the benchmark: results do not depend on the order of benchmarks.
@@ -21,7 +21,7 @@ FEW = 64  # distinct pairs of values that are counted instead of drawn one by on
 # --- documents -------------------------------------------------------------------------------------------------
 
 
-def documents(hashes):
+def document_keys(hashes):
     """Documents by the hash of their content; equal ones are told apart by their number."""
     seen = Counter()
     for value in hashes:
@@ -36,7 +36,7 @@ def sample_values(rows):
         chosen = sorted(
             (r for r in rows if r.get("filter", "none") == kind and r.get("doc_hash")), key=lambda r: r.get("doc_id", 0)
         )
-        for key, row in zip(documents([r["doc_hash"] for r in chosen]), chosen, strict=True):
+        for key, row in zip(document_keys([r["doc_hash"] for r in chosen]), chosen, strict=True):
             prompts[key] = row.get("prompt_hash")
             for metric in row.get("metrics") or ():
                 name, value = f"{metric},{kind}", row.get(metric)
@@ -55,15 +55,11 @@ def stream(seed, name):
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]))
 
 
-def pair(student, teacher):
+def paired_arrays(student, teacher):
     """Two sequences as float64 arrays [N]; EvaluationError unless they have one length of at least 1 and finite values."""
     student, teacher = (np.asarray(x, dtype=np.float64) for x in (student, teacher))
-    if (
-        student.shape != teacher.shape
-        or student.ndim != 1
-        or not student.size
-        or not np.isfinite([student, teacher]).all()
-    ):
+    fits = student.shape == teacher.shape and student.ndim == 1 and student.size
+    if not fits or not np.isfinite([student, teacher]).all():
         raise EvaluationError(
             f"paired statistics: {list(student.shape)} values of the student and {list(teacher.shape)} of the teacher, expected "
             "as many finite ones of both, and at least one; pair the samples of one set of documents"
@@ -82,7 +78,7 @@ def mcnemar(student, teacher):
     Returns:
         `(documents that only the student solves, that only the teacher solves, p)`; p is 1 where they never differ.
     """
-    student, teacher = pair(student, teacher)
+    student, teacher = paired_arrays(student, teacher)
     if not is_binary(student, teacher):
         raise EvaluationError("mcnemar: expected values of 0 and 1 only; compare other scores with `sign_flip`")
     gained, lost = int((student > teacher).sum()), int((student < teacher).sum())
@@ -97,7 +93,7 @@ def sign_flip(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
     """Two-sided p of the mean difference if student and teacher could be exchanged on every document: random signs,
     Fisher 1935.
     """
-    student, teacher = pair(student, teacher)
+    student, teacher = paired_arrays(student, teacher)
     difference = student - teacher
     difference, observed, random = difference[difference != 0], abs(difference.sum()), stream(seed, f"flip {name}")
     if not difference.size:
@@ -115,7 +111,7 @@ def resampled_means(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
     """Means of student and teacher over R draws of N documents with replacement, the two together: `([R], [R])`. Efron
     1979.
     """
-    student, teacher = pair(student, teacher)
+    student, teacher = paired_arrays(student, teacher)
     values, counts = np.unique(np.stack([student, teacher]), axis=1, return_counts=True)  # [2, U]
     n, random = student.size, stream(seed, f"bootstrap {name}")
     if counts.size <= FEW:  # right and wrong have four pairs: how often each is drawn says all
@@ -151,7 +147,7 @@ def compare_pairs(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
         "difference", "recovery": paired bootstrap intervals of A_S - A_T and A_S / A_T; None where a resampled teacher
             scores 0.
     """
-    student, teacher = pair(student, teacher)
+    student, teacher = paired_arrays(student, teacher)
     settings = {"resamples": resamples, "seed": seed, "name": name}
     s, t = resampled_means(student, teacher, **settings)
     with np.errstate(divide="ignore", invalid="ignore"):

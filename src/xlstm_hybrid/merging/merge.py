@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,18 +47,9 @@ from xlstm_hybrid.recipe.merge_settings import (
 NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 # config keys in which experts may differ
 INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # by safetensors' names
+# by safetensors' names
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "BOOL": torch.bool}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 SHOWN = 3  # tokens of a vocabulary that are named
 
 
@@ -74,14 +66,9 @@ class Checkpoint:
     """
 
     def __init__(self, directory, stack, weight=None, shares=None):
-        self.directory, self.name, self.weight, self.stack, self.files = (
-            Path(directory),
-            Path(directory).resolve().name,
-            weight,
-            stack,
-            {},
-        )
-        self.shares, self.key, self.statistics = shares or {}, self.name, None
+        self.directory, self.name = Path(directory), Path(directory).resolve().name
+        self.weight, self.shares, self.stack, self.files = weight, shares or {}, stack, {}
+        self.key, self.statistics = self.name, None
         if (self.directory / MANIFEST).is_file():
             verify_files(self.directory)
         self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
@@ -151,13 +138,6 @@ def check_weights(weights, count):
     return weights
 
 
-def check_groups(group_weights, count):
-    """Weights of module groups, each on the simplex; MergeError for a group that does not exist."""
-    if unknown := sorted(set(group_weights) - set(GROUPS)):
-        raise MergeError(f"group_weights: {unknown} are no module groups, expected some of {list(GROUPS)}")
-    return {group: check_weights(weights, count) for group, weights in group_weights.items()}
-
-
 def check_request(experts, out, method, base, options, statistics):
     """Raise MergeError for arguments that describe no merge, CheckpointWriteError where the result would replace what
     it is made of.
@@ -166,9 +146,9 @@ def check_request(experts, out, method, base, options, statistics):
         raise MergeError(f"method={method!r}: expected one of {sorted(MERGES)}")
     if (base is None) == (method in NEED_BASE):
         step = (
-            "needs base: name the checkpoint that all experts started from"
-            if base is None
-            else "takes no base: leave it out"
+            "takes no base: leave it out"
+            if base is not None
+            else "needs base: name the checkpoint that all experts started from"
         )
         raise MergeError(f"method={method!r} {step}")
     check_options(method, options)
@@ -192,11 +172,13 @@ def mismatches(experts, base=None, unrecorded=False):
     """Every reason why checkpoints cannot be merged, one text each; all are compared with the first."""
     first, wrong = experts[0], []
     for other in [*experts[1:], *([base] if base else [])]:
-        wrong += [
-            *different_configs(first, other),
-            *different_starts(first, other, other is base),
-            *different_vocabularies(first, other),
-        ]
+        wrong += different_configs(first, other)
+        wrong += different_starts(first, other, other is base)
+        mine, its = first.vocabulary(), other.vocabulary()
+        if mine is not None and its is not None and mine != its:
+            odd = sorted(t for t in {*mine, *its} if mine.get(t) != its.get(t))
+            some = ", ".join(map(repr, odd[:SHOWN]))
+            wrong.append(f"vocabulary: {len(odd)} tokens differ between {first.name} and {other.name}, such as {some}")
         for name in sorted(set(first.headers) | set(other.headers)):
             mine, its = first.headers.get(name), other.headers.get(name)
             if mine is None or its is None:
@@ -241,19 +223,6 @@ def different_starts(first, other, is_base):
         yield f"start: {pair} do not come from the same checkpoint (manifest {parent[:12]}... and {its_parent[:12]}...)"
 
 
-def different_vocabularies(first, other):
-    mine, its = first.vocabulary(), other.vocabulary()
-    if mine is not None and its is not None and mine != its:
-        odd = sorted(t for t in {*mine, *its} if mine.get(t) != its.get(t))
-        yield f"vocabulary: {len(odd)} tokens differ between {first.name} and {other.name}, such as {', '.join(map(repr, odd[:SHOWN]))}"
-
-
-def not_finite(checkpoints):
-    """Every tensor of the checkpoints that holds a value that is not finite, in words."""
-    found = [(c.name, n) for c in checkpoints for n in c.headers if not torch.isfinite(c.tensor(n)).all()]
-    return "; ".join(f"{name}: tensor {tensor} holds values that are not finite" for name, tensor in found)
-
-
 # --- merging ---------------------------------------------------------------------------------------------------
 
 
@@ -281,12 +250,12 @@ def merge(
     Args:
         experts: checkpoint directories; config, tokenizer and chat template are taken from the first.
         weights: shares on the simplex, in the order of `experts`; uniform if None.
-        method: a key of `merge_methods.MERGES`.
+        method: a key of `methods.MERGES`.
         base: directory of the common start, for methods that need it.
         overwrite: replace what is at `out`.
         shard_bytes: largest file of weights, unless one tensor is larger.
         group_weights: {key of `GROUPS`: shares as in `weights`} for module groups that are weighted otherwise.
-        options: of the method, see `merge_methods`.
+        options: of the method, see `methods`.
         statistics: files of `measure_statistics`, in the order of `experts`, for "fisher" (every parameter) and
             "regmean" (weights of linear layers); tensors that they do not cover are merged linearly.
         unrecorded: merge experts of which none has a record of its stages.
@@ -294,11 +263,14 @@ def merge(
     Raises:
         MergeError: everything that does not fit, listed at once; an unknown method or option; weights off the simplex;
             tensors that are not finite.
-        CheckpointError, CheckpointWriteError: an expert's files are missing or damaged; see `artifacts.staged`.
+        CheckpointError, CheckpointWriteError: an expert's files are missing or damaged; see `checkpoint.files.staged`.
     """
     options, statistics, began = dict(options or {}), list(statistics or []), time.monotonic()
     check_request(experts, out, method, base, options, statistics)
-    weights, groups = check_weights(weights, len(experts)), check_groups(group_weights or {}, len(experts))
+    weights, groups = check_weights(weights, len(experts)), group_weights or {}
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        raise MergeError(f"group_weights: {unknown} are no module groups, expected some of {list(GROUPS)}")
+    groups = {group: check_weights(shares, len(experts)) for group, shares in groups.items()}
     with ExitStack() as stack:
         given = [
             Checkpoint(d, stack, w, {g: s[j] for g, s in groups.items()})
@@ -306,48 +278,45 @@ def merge(
         ]
         start = Checkpoint(base, stack) if base is not None else None
         for expert, path in zip(given if statistics else [], statistics, strict=True):
-            expert.statistics = Statistics(
-                path, NEED_STATISTICS[method], expert.name, expert.directory, expert.headers, stack
-            )
+            kind = NEED_STATISTICS[method]
+            expert.statistics = Statistics(path, kind, expert.name, expert.directory, expert.headers, stack)
         if wrong := mismatches(given, start, unrecorded):
             raise MergeError(
                 f"{len(wrong)} mismatches: {'; '.join(wrong)}. Merge checkpoints of one start and one shape only"
             )
         check_space(out, sum(file.stat().st_size for file in given[0].files))
         with staged(out, overwrite=overwrite) as folder:
-            made = Counter()
-            stream_weights(
-                folder,
-                given[0].headers,
-                lambda name: merged(name, in_order(given), start, method, options, made),
-                shard_bytes,
-            )
+            ordered, counts = in_order(given), Counter()
+            make = partial(merged, ordered, start, method, options, counts)
+            stream_weights(folder, given[0].headers, make, shard_bytes)
             carry(given[0], folder)
-            record = recorded(given, start, method, options, groups, made)
+            record = merge_settings(given, start, method, options, groups, counts)
+            # the stages that all experts share, then those of each
+            stages = [*given[0].start()[0], *(s for e in given if e.stages for s in e.stages[-e.own_stages() :])]
             seconds = round(time.monotonic() - began, 1)
-            add_provenance(
-                folder, "merge", stages=shared_stages(given), config=record, figures=figures, seconds=seconds
-            )
+            add_provenance(folder, "merge", stages=stages, config=record, figures=figures, seconds=seconds)
             write_manifest(folder)
 
 
 def in_order(experts):
     """Experts in an order that their arguments do not decide; those of one name get distinct keys."""
-    ordered, seen = (
-        sorted(experts, key=lambda c: (c.weight, sorted(c.shares.items()), c.name, str(c.directory))),
-        Counter(),
-    )
+    ordered = sorted(experts, key=lambda c: (c.weight, sorted(c.shares.items()), c.name, str(c.directory)))
+    seen = Counter()
     for expert in ordered:
         seen[expert.name] += 1
         expert.key = expert.name if seen[expert.name] == 1 else f"{expert.name}#{seen[expert.name]}"
     return ordered
 
 
-def merged(name, experts, base, method, options, made):
-    """One tensor of the result; `made` counts by which method."""
+def merged(experts, base, method, options, counts, name):
+    """One tensor of the result; `counts` says by which method."""
     tensors, start = [expert.tensor(name) for expert in experts], base and base.tensor(name)
-    if not all(torch.isfinite(x).all() for x in [*tensors, *([start] if base else [])]):
-        raise MergeError(f"{not_finite([*experts, *([base] if base else [])])}; train these checkpoints again")
+    parts = [*tensors, *([start] if base else [])]
+    if not all(torch.isfinite(x).all() for x in parts):
+        everything = [(c, n) for c in [*experts, *([base] if base else [])] for n in c.headers]
+        odd = [f"{c.name}: tensor {n}" for c, n in everything if not torch.isfinite(c.tensor(n)).all()]
+        texts = "; ".join(f"{tensor} holds values that are not finite" for tensor in odd)
+        raise MergeError(f"{texts}; train these checkpoints again")
     if not tensors[0].is_floating_point():
         if any(not torch.equal(tensors[0], t) for t in tensors[1:]):
             raise MergeError(
@@ -361,7 +330,7 @@ def merged(name, experts, base, method, options, made):
             extra = {"statistics": [expert.statistics.tensor(name) for expert in experts]}
         else:
             function, options = linear, {}
-    made[function.__name__] += 1
+    counts[function.__name__] += 1
     result = function(tensors, [expert.share(name) for expert in experts], start, **options, **extra)
     if not torch.isfinite(result).all():
         raise MergeError(f"tensor {name}: the result leaves the range of {result.dtype}; merge in a wider dtype")
@@ -377,11 +346,9 @@ def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
     """
     sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in headers.items()}
     shards = plan_shards(sizes, shard_bytes)
-    files = (
-        [f"model-{j:05}-of-{len(shards):05}.safetensors" for j in range(1, len(shards) + 1)]
-        if len(shards) > 1
-        else [SINGLE]
-    )
+    files, count = [SINGLE], len(shards)
+    if count > 1:
+        files = [f"model-{j:05}-of-{count:05}.safetensors" for j in range(1, count + 1)]
     for file, names in zip(files, shards, strict=True):
         # as safetensors writes them: every tensor lies aligned
         names = sorted(names, key=lambda n: (-DTYPES[headers[n][0]].itemsize, n))
@@ -390,9 +357,8 @@ def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
             n: {"dtype": headers[n][0], "shape": list(headers[n][1]), "data_offsets": [end - sizes[n], end]}
             for n, end in zip(names, ends, strict=True)
         }
-        head = json.dumps(
-            {"__metadata__": {"format": "pt"}, **parts}, separators=(",", ":"), ensure_ascii=False
-        ).encode()
+        content = {"__metadata__": {"format": "pt"}, **parts}
+        head = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % 8)
         with open(folder / file, "wb") as stream:
             stream.write(len(head).to_bytes(8, "little") + head)
@@ -402,30 +368,24 @@ def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
                 stream.write(value.contiguous().flatten().view(torch.uint8).numpy())
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = {
-            "total_size": sum(sizes.values()),
-            "total_parameters": sum(math.prod(shape) for _, shape in headers.values()),
-        }
+        count = sum(math.prod(shape) for _, shape in headers.values())
+        total = {"total_size": sum(sizes.values()), "total_parameters": count}
         write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 # --- what comes along ------------------------------------------------------------------------------------------
 
 
-def recorded(experts, base, method, options, groups, made):
+def merge_settings(experts, base, method, options, groups, counts):
     """Settings of a merge for its record; what was left at its default is left out."""
     record = {"method": method, "experts": [{"name": e.name, "weight": e.weight} for e in experts]}
-    record |= {"base": base.name} if base else {}
-    record |= {"options": options} if options else {}
-    record |= (
-        {"group_weights": {group: [float(s) for s in shares] for group, shares in groups.items()}} if groups else {}
-    )
-    return record | ({"tensors": dict(made)} if method in NEED_STATISTICS else {})
-
-
-def shared_stages(experts):
-    """Provenance of a merge: the stages that all experts share, then those of each."""
-    return [*experts[0].start()[0], *(stage for e in experts if e.stages for stage in e.stages[-e.own_stages() :])]
+    if base:
+        record["base"] = base.name
+    if options:
+        record["options"] = options
+    if groups:
+        record["group_weights"] = groups
+    return record | ({"tensors": dict(counts)} if method in NEED_STATISTICS else {})
 
 
 def carry(expert, folder):
@@ -463,21 +423,18 @@ def mergekit_architecture(checkpoint):
         templates[template] += template != name
 
     def entry(name, optional=False):
-        made = {"name": name} | ({"optional": True} if optional else {})
-        return made | {"gates": {"force_dtype": "float32"}, "embeddings": {"vocabulary_axis": 0}}.get(
-            group_of(name), {}
-        )
+        more = {"gates": {"force_dtype": "float32"}, "embeddings": {"vocabulary_axis": 0}}.get(group_of(name), {})
+        return {"name": name, **({"optional": True} if optional else {}), **more}
 
     head = {**entry("lm_head.weight", optional=True), "tied_names": ["model.embed_tokens.weight"]}
     first = [entry(n) for n in other if n.startswith("model.embed_tokens")]
     last = [entry(n) for n in other if not n.startswith(("model.embed_tokens", "lm_head.weight"))]
+    weights = [entry(n, optional=count < layers) for n, count in sorted(templates.items()) if count]
     return {
         "model_type": given.config["model_type"],
         "architectures": given.config["architectures"],
         "pre_weights": first,
         "num_layers_config_key": "num_hidden_layers",
-        "layer_templates": {
-            "weights": [entry(n, optional=count < layers) for n, count in sorted(templates.items()) if count]
-        },
+        "layer_templates": {"weights": weights},
         "post_weights": [*last, head],
     }

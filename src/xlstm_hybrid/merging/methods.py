@@ -132,26 +132,22 @@ def ties(experts, weights, base, *, density=0.2, scale=1.0):
     return blockwise(block, [base, *experts])
 
 
-def drop_stream(key):
-    """The random bits of one expert's tensor. The same on every machine: numpy keeps the streams of its bit generators."""
+def drop_and_join(experts, weights, base, keys, drop, seed, scale, join):
+    """base + scale * join of task vectors without a random share `drop` of their elements, the rest divided by
+    1 - drop. The random bits of a tensor of an expert follow from its key, the same on every machine: numpy keeps the
+    streams of its bit generators. A stream goes on from block to block.
+    """
     from numpy.random import Philox
 
-    return Philox(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16]))
+    digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
+    streams = [Philox(int.from_bytes(digest[:16])) for digest in digests]
 
-
-def dropped(delta, drop, stream):
-    """A block without a random share `drop` of its elements, the rest divided by 1 - drop; `stream` goes on from block
-    to block.
-    """
-    kept = torch.from_numpy(stream.random_raw(delta.numel()) >= round(drop * 2**64))
-    return torch.where(kept.view(delta.shape), delta / (1 - drop), 0.0)
-
-
-def drop_and_join(experts, weights, base, keys, drop, seed, scale, join):
-    streams = [drop_stream(f"{seed}/{key}") for key in keys]
+    def dropped(delta, stream):
+        stays = torch.from_numpy(stream.random_raw(delta.numel()) >= round(drop * 2**64))
+        return torch.where(stays.view(delta.shape), delta / (1 - drop), 0.0)
 
     def block(start, *xs):
-        deltas = [dropped(x - start, drop, stream) for x, stream in zip(xs, streams, strict=True)]
+        deltas = [dropped(x - start, stream) for x, stream in zip(xs, streams, strict=True)]
         return start + scale * join(deltas, weights)
 
     return blockwise(block, [base, *experts])
@@ -216,29 +212,19 @@ def regmean(experts, weights, base=None, *, statistics, alpha=0.9):
     return torch.cholesky_solve((left + ridge * mean).T, factor).T.contiguous().to(experts[0].dtype)
 
 
-MERGES = {
-    "linear": linear,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "dare": dare,
-    "dare_ties": dare_ties,
-    "slerp": slerp,
-    "fisher": fisher,
-    "regmean": regmean,
-}
+MERGES = {f.__name__: f for f in (linear, task_arithmetic, ties, dare, dare_ties, slerp, fisher, regmean)}
 
 
 def check_options(method, options):
     """Raise MergeError for options that `method` does not have or that are out of range, all of them named."""
-    wrong = option_faults(method, options)
-    if wrong:
+    if wrong := option_faults(method, options):
         raise MergeError(f"method={method!r} with options {sorted(options)}: {'; '.join(wrong)}")
 
 
 # --- statistics of a model -------------------------------------------------------------------------------------
 
 
-def rows_of(batches):
+def single_rows(batches):
     """`(row, counted)`: single rows [1, T] of batches of tensors [B, T], and which of the T - 1 last tokens count:
     those that the mask keeps and, where there are labels, that they score. A packed document's first token is not
     scored: nothing in the row predicts it.
@@ -269,20 +255,14 @@ def fisher_diagonals(model, batches, *, labels="model", seed=0):
     generator, rows = torch.Generator().manual_seed(seed), 0
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     squares = {name: torch.zeros_like(p, dtype=torch.float32, device="cpu") for name, p in parameters.items()}
-    for row, counted in rows_of(batches):
-        # [T - 1, V]
-        logp = (
-            model(**{k: v.to(model.device) for k, v in row.items()}, use_cache=False)
-            .logits[0, :-1]
-            .float()
-            .log_softmax(-1)
-        )
+    for row, counted in single_rows(batches):
+        inputs = {key: x.to(model.device) for key, x in row.items()}
+        logp = model(**inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]
         drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator)[:, 0]
         target = (row["input_ids"][0, 1:] if labels == "data" else drawn).to(logp.device)
         likelihood = logp.gather(-1, target[:, None])[:, 0][counted.to(logp.device)].sum()
-        for name, gradient in zip(
-            parameters, torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True), strict=True
-        ):
+        gradients = torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 squares[name] += gradient.float().square().cpu()
         rows += 1
@@ -326,7 +306,7 @@ def gram_matrices(model, batches):
     return {name: (gram / max(1, tokens)).float() for name, gram in grams.items()}, shared, tokens
 
 
-def weights_digest(directory):
+def weight_files_digest(directory):
     """SHA-256 over names and hashes of a checkpoint's files of weights: to which weights statistics belong."""
     directory = Path(directory)
     listed = read_versioned(directory / MANIFEST, directory.name)["files"] if (directory / MANIFEST).is_file() else {}
@@ -361,15 +341,11 @@ def measure_statistics(checkpoint, batches, out, kind, device="cpu", **options):
     tensors, *shared, items = measures[kind](model.eval().to(device), batches, **options)
     if not items:
         raise MergeError(f"{out.name}: no tokens to measure {kind} statistics on; give at least one batch")
-    notes = {
-        "kind": kind,
-        "items": str(items),
-        "weights": weights_digest(checkpoint),
-        "shared": json.dumps(shared[0] if shared else {}),
-    }
+    notes = {"format": "pt", "kind": kind, "items": str(items), "weights": weight_files_digest(checkpoint)}
+    notes["shared"] = json.dumps(shared[0] if shared else {})
     temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata={"format": "pt", **notes})
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata=notes)
         os.replace(temporary, out)
     except OSError as error:
         raise CheckpointWriteError(
@@ -393,26 +369,24 @@ class Statistics:
             raise CheckpointError(
                 f"statistics {self.path.name} of {name} cannot be read ({error}); measure them again"
             ) from error
-        names = self.file.keys()
-        self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in names}
+        self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
+        where = f"statistics {self.path.name} of {name}"
         if notes.get("kind") != kind:
-            self.wrong.append(f"statistics {self.path.name} of {name}: kind {notes.get('kind')!r}, expected {kind!r}")
-        elif notes.get("weights") != weights_digest(directory):
-            self.wrong.append(f"statistics {self.path.name} of {name}: measured on other weights")
+            self.wrong.append(f"{where}: kind {notes.get('kind')!r}, expected {kind!r}")
+        elif notes.get("weights") != weight_files_digest(directory):
+            self.wrong.append(f"{where}: measured on other weights")
         else:
             for tensor, (_, shape) in headers.items():
                 key = self.key(tensor)
                 expected = shape if kind == "fisher" else (shape[-1],) * 2 if shape else ()
                 if key is not None and self.shapes[key] != expected:
-                    self.wrong.append(
-                        f"statistics {self.path.name} of {name}: {key} is {list(self.shapes[key])}, expected {list(expected)}"
-                    )
+                    self.wrong.append(f"{where}: {key} is {list(self.shapes[key])}, expected {list(expected)}")
 
     def key(self, tensor):
         """The entry that belongs to a tensor of the model; None where there is none."""
-        name = (
-            tensor if self.kind == "fisher" else tensor.removesuffix(".weight") if tensor.endswith(".weight") else None
-        )
+        name = tensor
+        if self.kind != "fisher":
+            name = tensor.removesuffix(".weight") if tensor.endswith(".weight") else None
         name = self.shared.get(name, name)
         return name if name in self.shapes else None
 

@@ -14,7 +14,7 @@ from xlstm_hybrid.checkpoint.files import MANIFEST, digest, escaped, markdown_ta
 from xlstm_hybrid.errors import MergeError
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.merging.merge import merge
-from xlstm_hybrid.merging.methods import weights_digest
+from xlstm_hybrid.merging.methods import weight_files_digest
 from xlstm_hybrid.recipe.merge_settings import PARTS
 
 DECIMALS = 9  # objectives that differ by less are equal: rounding must not choose
@@ -48,35 +48,19 @@ class Search:
 
     def rows(self):
         """The table of candidates, best first: weights, alpha*, C_0, recovery, scores."""
-        tasks = list(self.candidates[0].scores)
-        head = [*self.experts, "alpha*", "C_0", "recovery", *tasks]
-        ranked = sorted(self.candidates, key=lambda c: (c.objective(), c.weights))
-        return [
-            head,
-            *(
-                [
-                    *(f"{w:.3f}" for w in c.weights),
-                    f"{c.alpha_star:.4f}",
-                    f"{c.c_0:.3f}",
-                    f"{c.recovery:.4f}",
-                    *(f"{c.scores[t]:.4g}" for t in tasks),
-                ]
-                for c in ranked
-            ),
-        ]
+        tasks, rows = list(self.candidates[0].scores), []
+        for c in sorted(self.candidates, key=lambda c: (c.objective(), c.weights)):
+            figures = [f"{c.alpha_star:.4f}", f"{c.c_0:.3f}", f"{c.recovery:.4f}"]
+            rows.append([*(f"{w:.3f}" for w in c.weights), *figures, *(f"{c.scores[t]:.4g}" for t in tasks)])
+        return [[*self.experts, "alpha*", "C_0", "recovery", *tasks], *rows]
 
     def as_dict(self):
         """Plain values; one flat record per candidate, so that a card can print them as a table."""
-        rows = [
-            {
-                **{f"weight of {name}": w for name, w in zip(self.experts, c.weights, strict=True)},
-                "alpha_star": c.alpha_star,
-                "c_0": c.c_0,
-                "mean_recovery": c.recovery,
-                **c.scores,
-            }
-            for c in self.candidates
-        ]
+        rows = []
+        for c in self.candidates:
+            weights = {f"weight of {name}": w for name, w in zip(self.experts, c.weights, strict=True)}
+            figures = {"alpha_star": c.alpha_star, "c_0": c.c_0, "mean_recovery": c.recovery}
+            rows.append({**weights, **figures, **c.scores})
         return {"experts": self.experts, "weights": self.weights, "candidates": rows}
 
     def markdown(self):
@@ -95,10 +79,8 @@ def first_points(count, parts, budget):
     them.
     """
     even = [PARTS // count + (j < PARTS % count) for j in range(count)]
-    grid = sorted(
-        (tuple(PARTS // parts * n for n in point) for point in simplex(count, parts)),
-        key=lambda p: (sum(x * x for x in p), p),
-    )
+    grid = [tuple(PARTS // parts * n for n in point) for point in simplex(count, parts)]
+    grid.sort(key=lambda p: (sum(x * x for x in p), p))
     corners = [tuple(PARTS * (j == k) for j in range(count)) for k in range(count)]
     return list(dict.fromkeys([tuple(even), *corners, *grid]))[:budget]
 
@@ -106,21 +88,20 @@ def first_points(count, parts, budget):
 def neighbours(point, step):
     """Points that move `step` sixtieths, or all that there is, from one expert to another."""
     for j, k in itertools.permutations(range(len(point)), 2):
-        moved = min(step, point[j])
-        if moved:
+        if moved := min(step, point[j]):
             yield tuple(x - moved * (n == j) + moved * (n == k) for n, x in enumerate(point))
 
 
-def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=None, progress=None):
+def search_weights(score, count, teacher_scores, *, parts=5, budget=40, known=None, progress=None):
     """Minimise alpha* of a merge over the simplex: a grid, then moves between pairs of experts around the best point
     with halving steps.
 
     Args:
-        judge: weights (a list of `count` shares) -> {benchmark: score} of their merge on the calibration set; called
+        score: weights (a list of `count` shares) -> {benchmark: score} of their merge on the calibration set; called
             once per point.
         teacher_scores: {benchmark: score} of the teacher on the same set.
         parts: steps of the grid along an edge; a divisor of `PARTS`.
-        budget: candidates at most, kept ones included.
+        budget: candidates at most, known ones included.
         known: {point in sixtieths: scores} of an earlier search that was interrupted.
         progress: called with every new Candidate and its point.
     Returns:
@@ -139,7 +120,7 @@ def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=No
         if point in tried or len(tried) >= budget:
             return
         weights, fresh = [x / PARTS for x in point], point not in known
-        scores = {task: float(score) for task, score in (judge(weights) if fresh else known[point]).items()}
+        scores = {task: float(value) for task, value in (score(weights) if fresh else known[point]).items()}
         verdict = win_and_tie(scores, teacher_scores)
         recovered = [min(1.0, r) for r in verdict.recovery.values() if r is not None]
         mean = sum(recovered) / len(recovered) if recovered else 1.0
@@ -154,11 +135,9 @@ def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=No
         attempt(point)
     step = PARTS // parts
     while step > 1 and len(tried) < budget:
-        step, middle = step // 2, best()
-        for point in neighbours(middle, step):
-            attempt(point)
-        while best() != middle and len(tried) < budget:  # walk on while it helps, at this step
-            middle = best()
+        step, middle = step // 2, None
+        while (best_now := best()) != middle and len(tried) < budget:  # go on while it helps, at this step
+            middle = best_now
             for point in neighbours(middle, step):
                 attempt(point)
     return Search(tried[best()].weights, list(tried.values()))
@@ -167,7 +146,7 @@ def search_weights(judge, count, teacher_scores, *, parts=5, budget=40, known=No
 def search_merge(
     experts,
     out,
-    judge,
+    score,
     teacher_scores,
     *,
     calibration="",
@@ -185,13 +164,13 @@ def search_merge(
     Experts are searched in the order of their names, so that their order changes neither the candidates nor the result.
 
     Args:
-        judge: directory of a merged candidate -> {benchmark: score} on the calibration set.
+        score: directory of a merged candidate -> {benchmark: score} on the calibration set.
         calibration: what the calibration set is, in words or JSON values; kept in the record.
-        table: JSON file that keeps every candidate as it is judged; a search with the same experts, settings,
+        table: JSON file that keeps every candidate as it is scored; a search with the same experts, settings,
             calibration set and teacher scores goes on from it.
         work: folder for the candidates, one at a time; a temporary one by default.
         progress: called with every new Candidate.
-        settings: of `merging.merge` (method, base, options, statistics, ...), without weights.
+        settings: of `merge` (method, base, options, statistics, ...), without weights.
     Returns:
         Search, its weights in the order of `experts`.
     """
@@ -201,17 +180,15 @@ def search_merge(
     ordered = [experts[j] for j in order]
     if settings.get("statistics"):
         settings["statistics"] = [settings["statistics"][j] for j in order]
-    spec, names = (
-        specification(ordered, teacher_scores, calibration, settings),
-        [Path(e).resolve().name for e in ordered],
-    )
-    known = kept(table, spec)
+    names = [Path(e).resolve().name for e in ordered]
+    spec = specification(ordered, teacher_scores, calibration, settings)
+    known = read_candidates(table, spec)
     rows = dict(known)
 
-    def judged(weights):
+    def score_of(weights):
         with tempfile.TemporaryDirectory(dir=work) as folder:
             merge(ordered, Path(folder) / "candidate", weights=weights, **settings)
-            return judge(Path(folder) / "candidate")
+            return score(Path(folder) / "candidate")
 
     def note(candidate, point):
         rows[point] = candidate.scores
@@ -220,7 +197,9 @@ def search_merge(
         if progress:
             progress(candidate)
 
-    found = search_weights(judged, len(ordered), teacher_scores, parts=parts, budget=budget, known=known, progress=note)
+    found = search_weights(
+        score_of, len(ordered), teacher_scores, parts=parts, budget=budget, known=known, progress=note
+    )
     found.experts = names
     figures = {"search": {**found.as_dict(), "teacher_scores": teacher_scores, "calibration": calibration}}
     merge(ordered, out, weights=found.weights, overwrite=overwrite, figures=figures, **settings)
@@ -235,15 +214,14 @@ def specification(experts, teacher_scores, calibration, settings):
     """SHA-256 of what the scores of a candidate depend on."""
     base = settings.get("base")
     said = {k: v for k, v in settings.items() if k not in ("base", "statistics", "shard_bytes")}
-    parts = [[weights_digest(e) for e in experts], teacher_scores, calibration, said]
-    parts += [
-        digest(Path(base) / MANIFEST) if base and (Path(base) / MANIFEST).is_file() else str(base and Path(base).name)
-    ]
+    parts = [[weight_files_digest(e) for e in experts], teacher_scores, calibration, said]
+    listed = base and (Path(base) / MANIFEST).is_file()
+    parts.append(digest(Path(base) / MANIFEST) if listed else str(base and Path(base).name))
     parts += [[digest(path) for path in settings.get("statistics") or ()]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def kept(table, spec):
+def read_candidates(table, spec):
     """`{point: scores}` of an interrupted search; MergeError where the table is damaged or of another search."""
     if table is None or not Path(table).is_file():
         return {}
@@ -253,18 +231,14 @@ def kept(table, spec):
             raise MergeError(
                 f"{Path(table).name} holds candidates of other experts, settings or scores; remove it, or name another file"
             )
-        found = {tuple(point): scores for point, scores in content["points"]}
+        candidates = {tuple(point): scores for point, scores in content["points"]}
+    except MergeError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, MergeError):
-            raise
         raise MergeError(
             f"{Path(table).name} is no table of a search ({error}); remove it, or name another file"
         ) from error
-    wrong = [
-        p
-        for p, s in found.items()
-        if sum(p) != PARTS or not all(isinstance(v, int | float) and math.isfinite(v) for v in s.values())
-    ]
-    if wrong:
-        raise MergeError(f"{Path(table).name}: the candidate {wrong[0]} is damaged; remove the file")
-    return found
+    for point, scores in candidates.items():
+        if sum(point) != PARTS or not all(isinstance(v, int | float) and math.isfinite(v) for v in scores.values()):
+            raise MergeError(f"{Path(table).name}: the candidate {point} is damaged; remove the file")
+    return candidates

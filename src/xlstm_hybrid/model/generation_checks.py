@@ -44,7 +44,7 @@ def bound(dtype, layers):
 
 
 @contextmanager
-def judged(model):
+def stock_settings(model):
     """The model in evaluation mode and with stock generation settings, as it was afterwards."""
     training, settings = model.training, getattr(model, "generation_config", None)
     model.eval()
@@ -81,7 +81,7 @@ def difference(got, want):
 def generate(model, ids, mask=None, **options):
     """What `generate` returns for N tokens after the prompts [B, T], by default the likeliest ones, through a cache."""
     mask = torch.ones_like(ids) if mask is None else mask
-    with judged(model), quiet():
+    with stock_settings(model), quiet():
         return model.generate(ids, attention_mask=mask, **(SETTINGS | options))
 
 

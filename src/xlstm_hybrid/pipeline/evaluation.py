@@ -17,13 +17,13 @@ from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.long_context import KINDS
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation.comparison import compare, plain_floats, write_comparison
+from xlstm_hybrid.evaluation.comparison import compare, plain_floats
 from xlstm_hybrid.evaluation.efficiency import Settings
 from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
 from xlstm_hybrid.evaluation.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
 from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, last_part, perplexity, read_results
-from xlstm_hybrid.reports.efficiency import surroundings
-from xlstm_hybrid.reports.run import comparison_pictures
+from xlstm_hybrid.reports.comparison import comparison_pictures, write_comparison
+from xlstm_hybrid.reports.efficiency import machine_and_versions
 
 MISSING = (
     "lm-eval is not installed (pip install 'xlstm-hybrid[eval]'): this package's own exact match stands for it, its other "
@@ -255,4 +255,4 @@ def measure_efficiency(recipe, teacher, student, report=lambda text: None):
     sides, names = (source_of(recipe, teacher), student), ("student", last_part(teacher))
     how = {"names": names, "dtype": recipe.teacher_dtype, "report": report}
     pair = measure_checkpoints(*sides, efficiency_settings(recipe.evaluate), device.type, **how)
-    return surroundings(device) | {"pairs": [pair]}
+    return machine_and_versions(device) | {"pairs": [pair]}

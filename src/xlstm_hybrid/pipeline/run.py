@@ -12,13 +12,19 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, verify_files, write_json, write_manifest
+from xlstm_hybrid.checkpoint.files import (
+    add_provenance,
+    read_provenance,
+    staged,
+    verify_files,
+    write_json,
+    write_manifest,
+)
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
-from xlstm_hybrid.evaluation.comparison import paired_verdict
-from xlstm_hybrid.evaluation.comparison import record as record_comparison
-from xlstm_hybrid.evaluation.equivalence import as_json, verify_checkpoint, wrapping_length
+from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
+from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint, wrapping_length
 from xlstm_hybrid.evaluation.scores import named_contradictions, own_results
 from xlstm_hybrid.model.generation_checks import GENERATION
 from xlstm_hybrid.pipeline.evaluation import (
@@ -42,10 +48,11 @@ from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_polic
 from xlstm_hybrid.recipe.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.recipe.schema import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.reports.card import write_card
-from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, write_efficiency
-from xlstm_hybrid.reports.efficiency import record as record_efficiency
-from xlstm_hybrid.reports.run import as_png, table, write_report
-from xlstm_hybrid.reports.sections import time_table
+from xlstm_hybrid.reports.efficiency import draw_efficiency, picture_name, record_efficiency, write_efficiency
+from xlstm_hybrid.reports.plots import as_png
+from xlstm_hybrid.reports.run import score_table, write_report
+from xlstm_hybrid.reports.sections import time_rows
+from xlstm_hybrid.reports.text import terminal_table
 
 # What a student passes before anything is scored
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
@@ -108,7 +115,10 @@ class Run(Runner):
         recipe, teacher, stages, models = self.recipe, self.teacher, [], {"teacher": self.teacher}
 
         def add(name, inputs, build, settings, folder):
-            note, intact = f"stages/{name.replace(':', '-')}.json", lambda folder, note: verify_files(folder, level="size")
+            note, intact = (
+                f"stages/{name.replace(':', '-')}.json",
+                lambda folder, note: verify_files(folder, level="size"),
+            )
             stages.append(Stage(name, inputs, build, settings, folder, note, intact))
             return stages[-1]
 
@@ -224,7 +234,7 @@ class Run(Runner):
         """Whether the student generates what it is; texts of one that does not are never scored."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         results = verify_checkpoint(student, length=wrapping_length, device=device, only=CHECKS)
-        return as_json(results, student=Path(student).name)
+        return checks_as_json(results, student=Path(student).name)
 
     def harness(self, side, out, again, model):
         """One side by lm-eval: its results, and the part of them that `evaluate` need not measure again. Finished tasks
@@ -343,9 +353,9 @@ class Run(Runner):
             write_card(folder, results if results.get("students") else None)
             write_manifest(folder)
         if results.get("win_and_tie"):
-            self.console.print(table(results))
-        if results.get("seconds"):
-            self.console.print(time_table(results))
+            self.console.print(score_table(results))
+        if rows := time_rows(results):
+            self.console.print(terminal_table(rows, "Where the time went"))
         self.console.print(f"report: {self.out / 'report.md'}   student: {out}")
 
 

@@ -1,4 +1,4 @@
-"""Which memories a student is to have: groups given back by measurement, and a layout for a budget of bytes.
+"""Ranking of key/value groups by measurement, and a layout of a student's memories for a budget of cache bytes.
 
 Dims: B rows, T tokens, H query heads, G key/value heads of a layer.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from xlstm_kernels.backends.launch import LARGEST_K
 
 from xlstm_hybrid.errors import ConfigError
@@ -38,16 +38,16 @@ def keep_groups(student, kept_groups):
     Raises:
         ConfigError: groups that no such student has, or ones to mix again, for which there are no mixers.
     """
-    made = copy.deepcopy(student, {id(x): x for x in (*student.parameters(), *student.buffers())})
-    config, before = made.config, student.config
-    config.kept_groups = [sorted(kept) for kept in kept_groups]
+    changed = copy.deepcopy(student, {id(x): x for x in (*student.parameters(), *student.buffers())})
+    config, before = changed.config, student.config
+    config.kept_groups = [sorted(groups) for groups in kept_groups]
     config.check()
     for j in range(config.num_hidden_layers):
         if lost := sorted(set(before.kept_of(j)) - set(config.kept_of(j))):
             raise ConfigError(
                 f"kept_groups of layer {j}: groups {lost} have no mixer to go back to; keep them, or convert the teacher again"
             )
-    for layer in made.get_decoder().layers:
+    for layer in changed.get_decoder().layers:
         attention, j = layer.self_attn, layer.self_attn.layer_idx
         if config.kept_of(j) == before.kept_of(j):
             continue
@@ -56,7 +56,7 @@ def keep_groups(student, kept_groups):
         for mixer in (m for m in attention.modules() if isinstance(m, MLSTMMixer)):
             for name, x in list(mixer.named_parameters(recurse=False)):
                 setattr(mixer, name, nn.Parameter(x.detach()[rows].clone(), requires_grad=x.requires_grad))
-    return made
+    return changed
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -67,14 +67,11 @@ def restored(student, groups):
     """Meanwhile the `groups` {(layer, group)} of hybrid layers have full attention, in passes without a cache; nothing
     else changes.
     """
-    layers = [
-        layer.self_attn for layer in student.get_decoder().layers if layer.self_attn.layer_type == "hybrid_sliding"
-    ]
+    G, layers = student.config.num_key_value_heads, [layer.self_attn for layer in student.get_decoder().layers]
+    layers = [attention for attention in layers if attention.layer_type == "hybrid_sliding"]
     try:
         for attention in layers:
-            chosen = torch.tensor(
-                [(attention.layer_idx, g) in groups for g in range(student.config.num_key_value_heads)]
-            )
+            chosen = torch.tensor([(attention.layer_idx, g) in groups for g in range(G)])
             if chosen.any():
                 attention.restored = chosen.repeat_interleave(attention.num_key_value_groups)[:, None]  # [H, 1]
         yield
@@ -84,14 +81,13 @@ def restored(student, groups):
 
 
 def retrieval_rows(tokenizer, documents):
-    """`(rows [N, T], answer_mask [N, T])` for `rank_groups` of `longcontext.documents`: prompt and answer, padded on
+    """`(rows [N, T], answer_mask [N, T])` for `rank_groups` of `data.long_context.documents`: prompt and answer, padded on
     the right.
     """
     ids, answers = [], []
     for doc in documents:
-        prompt, whole = (
-            tokenizer(text, verbose=False)["input_ids"] for text in (doc["prompt"], doc["prompt"] + doc["answer"])
-        )
+        texts = doc["prompt"], doc["prompt"] + doc["answer"]
+        prompt, whole = (tokenizer(text, verbose=False)["input_ids"] for text in texts)
         if whole[: len(prompt)] != prompt:  # the tokenizer joins the answer to the prompt's end
             whole = prompt + tokenizer(doc["answer"], add_special_tokens=False)["input_ids"]
         ids.append(torch.tensor(whole))
@@ -106,10 +102,8 @@ def answers_of(model, rows, answer_mask, batch_size=8):
     """
     nll, right, rows_right = [], [], []
     for ids, wanted in zip(rows.split(batch_size), answer_mask.split(batch_size), strict=True):
-        before = torch.nn.functional.pad(wanted[:, 1:], (0, 1))  # the position that predicts each answer token
-        logits = (
-            model(ids.to(model.device), use_cache=False, logits_to_keep=before.to(model.device)).logits.float().cpu()
-        )
+        before = pad(wanted[:, 1:], (0, 1)).to(model.device)  # the position that predicts each answer token
+        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=before).logits.float().cpu()
         target = ids[wanted]
         nll.append(cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(-1) == target)
@@ -146,12 +140,8 @@ def rank_groups(
     config, groups = student.config, groups_of(student.config)
     if method not in METHODS or (steps is not None and steps < 1):
         raise ConfigError(f"method={method!r}, steps={steps}: expected one of {list(METHODS)}, and at least 1 step")
-    if (
-        rows.shape != answer_mask.shape
-        or answer_mask.dtype != torch.bool
-        or not answer_mask.any(-1).all()
-        or answer_mask[:, 0].any()
-    ):
+    fits = rows.shape == answer_mask.shape and answer_mask.dtype == torch.bool
+    if not fits or not answer_mask.any(-1).all() or answer_mask[:, 0].any():
         raise ConfigError(
             f"rows {list(rows.shape)}, answer_mask {list(answer_mask.shape)} ({answer_mask.dtype}): expected [N, T] ids and bools, "
             "with an answer in every row, after its first token"
@@ -172,10 +162,14 @@ def rank_groups(
 
     try:
         none, every = measure(), measure(*groups)
-        if method == "greedy":
-            found = greedily(measure, none, groups, steps or len(groups))
-        else:
-            found = []
+        before, rest, found = none, list(groups), []
+        while method == "greedy" and rest:  # each the best beside those before it; the last round ranks the rest
+            chosen = [one for one, _, _ in found]
+            tried = sorted(((one, measure(*chosen, one)) for one in rest), key=lambda entry: entry[1]["nll"])
+            taken = tried if len(found) + 1 >= (steps or len(groups)) else tried[:1]
+            found += [(one, before["nll"] - figures["nll"], figures) for one, figures in taken]
+            before, rest = taken[0][1], [one for one in rest if one not in [entry[0] for entry in taken]]
+        if method != "greedy":
             for one in groups:
                 figures = measure(one) if method == "add" else measure(*(g for g in groups if g != one))
                 gain = none["nll"] - figures["nll"] if method == "add" else figures["nll"] - every["nll"]
@@ -200,21 +194,6 @@ def groups_of(config):
     """Every (layer, group) of the hybrid layers."""
     kinds = enumerate(config.layer_types)
     return [(j, g) for j, kind in kinds if kind == "hybrid_sliding" for g in range(config.num_key_value_heads)]
-
-
-def greedily(measure, before, groups, steps):
-    """[((layer, group), gain, figures)] in the order in which they help most, each beside those before it; the last
-    round ranks the rest.
-    """
-    found, rest = [], list(groups)
-    while rest:
-        chosen = [one for one, _, _ in found]
-        tried = sorted(((one, measure(*chosen, one)) for one in rest), key=lambda entry: entry[1]["nll"])
-        taken = tried if len(found) + 1 >= steps else tried[:1]
-        found += [(one, before["nll"] - figures["nll"], figures) for one, figures in taken]
-        before = taken[0][1]
-        rest = [one for one in rest if one not in [entry[0] for entry in taken]]
-    return found
 
 
 # --- choosing ----------------------------------------------------------------------------------------------------
@@ -287,27 +266,26 @@ def allocate(config, budget, length, *, ranking=None, dtype="bfloat16", windows=
         add_features(trial, limit, size, notes)
     if sparse_share:
         add_sparse(trial, budget, length, size)
-    kept = trial.kept_groups if any(trial.kept_groups or ()) else None
-    if ranking is None and (kept or trial.layer_types != config.layer_types):
+    groups = trial.kept_groups if any(trial.kept_groups or ()) else None
+    if ranking is None and (groups or trial.layer_types != config.layer_types):
         notes.append(
             "no ranking was given: which groups are kept is not measured, they are spread evenly; measure with plan-layers --measure"
         )
-    sparse = ("sparse_memory", "sparse_memory_score") if trial.sparse_memory else ()
-    fields = (
-        "sliding_window",
-        "num_sink_tokens",
-        "layer_windows",
-        "layer_sinks",
-        "layer_types",
-        "memory_feature_dim",
-        *sparse,
-    )
-    student = {name: getattr(trial, name) for name in fields} | {"kept_groups": kept}
-    name = str(dtype).removeprefix("torch.")
+    fields = ["sliding_window", "num_sink_tokens", "layer_windows", "layer_sinks", "layer_types", "memory_feature_dim"]
+    fields += ["sparse_memory", "sparse_memory_score"] if trial.sparse_memory else []
+    student = {name: getattr(trial, name) for name in fields} | {"kept_groups": groups}
+    name, bytes_by_part = str(dtype).removeprefix("torch."), cache_bytes(trial, length, dtype)
     teacher = cache_bytes(config, length, dtype, teacher=True)
-    return Allocation(
-        student, int(budget), length, name, cache_bytes(trial, length, dtype), teacher, ranking is not None, notes
-    )
+    return Allocation(student, int(budget), length, name, bytes_by_part, teacher, ranking is not None, notes)
+
+
+def largest(most, fits):
+    """The largest number from 0 to `most` that `fits`, by bisection; 0 fits."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def fit_windows(config, windows, budget, length, size, notes):
@@ -340,32 +318,24 @@ def follow_kinds(config):
 
 
 def ranked(config, ranking, notes):
-    """Groups of a ranking that help, best first.
-
-    Raises:
-        ConfigError: it is no ranking, or another model's.
-    """
+    """Groups of a ranking that help, best first; ConfigError where it is none, or another model's."""
     try:
-        found = [(int(entry["layer"]), int(entry["group"]), float(entry["gain"])) for entry in ranking["groups"]]
+        entries = [(int(entry["layer"]), int(entry["group"]), float(entry["gain"])) for entry in ranking["groups"]]
         shape = ranking["layers"], ranking["key_value_heads"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"ranking: not a file of plan-layers --measure ({error!r}); make one for this model"
         ) from error
-    hybrid = set(groups_of(config))
-    if (
-        shape != (config.num_hidden_layers, config.num_key_value_heads)
-        or {(j, g) for j, g, _ in found} != hybrid
-        or len(found) != len(hybrid)
-    ):
+    hybrid, expected = set(groups_of(config)), (config.num_hidden_layers, config.num_key_value_heads)
+    if shape != expected or {(j, g) for j, g, _ in entries} != hybrid or len(entries) != len(hybrid):
         raise ConfigError(
-            f"ranking of {len(found)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
+            f"ranking of {len(entries)} groups, {shape[0]} layers with {shape[1]} key/value heads; expected one of the {len(hybrid)} "
             f"groups of {config.num_hidden_layers} layers with {config.num_key_value_heads}; measure this model"
         )
-    helpful = [(j, g) for j, g, gain in found if gain > 0 and math.isfinite(gain)]
-    if len(helpful) < len(found):
+    helpful = [(j, g) for j, g, gain in entries if gain > 0 and math.isfinite(gain)]
+    if len(helpful) < len(entries):
         notes.append(
-            f"{len(found) - len(helpful)} of {len(found)} groups brought nothing in the measurement and are not kept"
+            f"{len(entries) - len(helpful)} of {len(entries)} groups brought nothing in the measurement and are not kept"
         )
     return helpful
 
@@ -383,48 +353,38 @@ def evenly(config, count):
     return taken
 
 
-def keep(config, groups):
-    """Set kept groups; a layer whose groups are all kept becomes the teacher's own."""
-    kept, kinds = [[] for _ in config.layer_types], list(config.layer_types)
+def set_kept_groups(config, groups):
+    """Keep the full attention of `groups`; a layer whose groups are all kept becomes the teacher's own."""
+    per_layer, kinds = [[] for _ in config.layer_types], list(config.layer_types)
     for j, g in groups:
-        kept[j].append(g)
-    for j, mine in enumerate(kept):
+        per_layer[j].append(g)
+    for j, mine in enumerate(per_layer):
         if len(mine) == config.num_key_value_heads:
-            kinds[j], kept[j] = config.teacher_layer_types[j], []
-    config.layer_types, config.kept_groups = kinds, [sorted(mine) for mine in kept]
+            kinds[j], per_layer[j] = config.teacher_layer_types[j], []
+    config.layer_types, config.kept_groups = kinds, [sorted(mine) for mine in per_layer]
     follow_kinds(config)
 
 
 def fill_groups(config, order, budget, size):
     """Keep as many groups as fit: those of `order`, the best first, or evenly spread ones."""
     names = ("layer_types", "layer_windows", "layer_sinks")
-    before, most = (
-        {name: copy.copy(getattr(config, name)) for name in names},
-        len(groups_of(config)) if order is None else len(order),
-    )
+    before = {name: copy.copy(getattr(config, name)) for name in names}
 
     def take(count):
         config.kept_groups = None
         for name in names:
             setattr(config, name, copy.copy(before[name]))
-        keep(config, evenly(config, count) if order is None else order[:count])
+        set_kept_groups(config, evenly(config, count) if order is None else order[:count])
+        return size() <= budget
 
     # every group more costs something beyond a short context, so that bisection finds the last that fits
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        take(middle)
-        low, high = (middle, high) if size() <= budget else (low, middle - 1)
-    take(low)
+    take(largest(len(groups_of(config)) if order is None else len(order), take))
 
 
 def add_features(config, budget, size, notes):
     """The widest features that fit, at most twice head_dim and no wider than there are kernels for."""
-    if (
-        "hybrid_sliding" not in config.layer_types
-        or config.mixer_branches == "window"
-        or config.mixer_combine == "joint"
-    ):
+    without = "hybrid_sliding" not in config.layer_types or config.mixer_branches == "window"
+    if without or config.mixer_combine == "joint":
         return
     before = config.memory_feature_dim
     start, most = before or config.head_dim, 2 * config.head_dim
@@ -445,9 +405,9 @@ def add_sparse(config, budget, length, size):
     if "hybrid_sliding" not in config.layer_types or config.mixer_branches != "both":
         return
     most = max(length - (config.sliding_window or 0) - config.num_sink_tokens, 0) // STEP
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        config.sparse_memory = STEP * middle
-        low, high = (middle, high) if size() <= budget else (low, middle - 1)
-    config.sparse_memory = STEP * low
+
+    def take(count):
+        config.sparse_memory = STEP * count
+        return size() <= budget
+
+    take(largest(most, take))

@@ -20,7 +20,7 @@ from xlstm_hybrid.conversion.families import family_of, student_config
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.modeling import MLSTMMixer
 from xlstm_hybrid.planning.cache_size import cache_bytes
-from xlstm_hybrid.planning.training_memory import BF16, ERROR, FP32, memory_of
+from xlstm_hybrid.planning.training_memory import BF16, ERROR, FP32, training_bytes
 from xlstm_hybrid.teacher_store import store_bytes
 
 # peak dense bfloat16 FLOP/s, from the vendor's data sheets
@@ -177,7 +177,7 @@ def config_of(teacher_config, student):
     return student_config(teacher_config, **{k: v for k, v in student.items() if k not in ("dtype", "shard_bytes")})
 
 
-def shape_of(teacher_config, name="teacher", **student):
+def student_shape(teacher_config, name="teacher", **student):
     """`Shape` of a teacher's student; arguments of `student_config`.
 
     Raises:
@@ -194,40 +194,18 @@ def shape_of(teacher_config, name="teacher", **student):
             f"memory_cell={config.memory_cell!r}, mixer_combine={config.mixer_combine!r}: bytes were measured for the mLSTM and linear "
             "attention beside a gate; plan without these choices, and measure one step of the run"
         )
-    model = empty_student(config)
+    model, c = empty_student(config), config
     count = {n: p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys}
     new = sum(p.numel() for m in model.modules() if isinstance(m, MLSTMMixer) for p in m.parameters(recurse=False))
-    total, head = sum(count.values()), config.vocab_size * config.hidden_size
     layer = sum(n for key, n in count.items() if key.startswith("model.layers.0."))
-    matmul = sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if n.startswith("model.layers.") and p.ndim == 2 and ".mlstm." not in n
-    )
-    hybrid = config.layer_types.count("hybrid_sliding")
-    window = (config.sliding_window or 0) + config.num_sink_tokens
-    return Shape(
-        name,
-        config.num_hidden_layers,
-        hybrid,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.vocab_size,
-        window,
-        config.mlstm_chunk_size,
-        total - new,
-        total,
-        new,
-        layer,
-        head,
-        matmul,
-        config.tie_word_embeddings,
-        config.memory_feature_dim or config.head_dim,
-        config.memory_features,
-    )
+    inside = [(n, p) for n, p in model.named_parameters() if n.startswith("model.layers.")]
+    matmul = sum(p.numel() for n, p in inside if p.ndim == 2 and ".mlstm." not in n)
+    total, window = sum(count.values()), (c.sliding_window or 0) + c.num_sink_tokens
+    layers = c.num_hidden_layers, c.layer_types.count("hybrid_sliding"), c.hidden_size, c.intermediate_size
+    heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, window, c.mlstm_chunk_size
+    sizes = total - new, total, new, layer, c.vocab_size * c.hidden_size, matmul
+    features = c.memory_feature_dim or c.head_dim, c.memory_features
+    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------
@@ -237,10 +215,10 @@ def mixer_flops(shape, length):
     """Forward FLOPs per token of one hybrid layer's mixers: feature maps, mLSTM (chunkwise), window attention."""
     F = shape.features
     maps, inside, state = 4 * shape.K * shape.columns, 2 * (F + shape.K) * shape.chunk / 2, 4 * F * shape.K
-    return shape.H * (maps + inside + state + 4 * shape.K * visible(shape.window, length))
+    return shape.H * (maps + inside + state + 4 * shape.K * mean_visible(shape.window, length))
 
 
-def visible(window, length):
+def mean_visible(window, length):
     """Mean number of keys that a token of a row sees through a window."""
     w = min(window, length)
     return w - w * (w - 1) / (2 * length)
@@ -260,17 +238,12 @@ def flops_per_token(shape, job, checkpointing=False):
     return student + (0 if job.stored else linear + head + full)
 
 
-def teacher_flops(shape, length):
-    """Forward FLOPs per token of the teacher alone, to fill a store."""
-    return 2 * shape.matmul + 2 * shape.head + 4 * shape.H * shape.K * (length + 1) / 2 * shape.L
-
-
 # --- choosing --------------------------------------------------------------------------------------------------
 
 
 def estimate(shape, job, setting, machine):
     """`Estimate` of a stage with one setting."""
-    memory = memory_of(shape, job, setting, machine)
+    memory = training_bytes(shape, job, setting, machine)
     rate = machine.gpus * machine.flops * machine.utilisation / flops_per_token(shape, job, setting.checkpointing)
     return Estimate(setting, memory, rate, job.experts * job.tokens / rate, sum(memory.values()) <= machine.room)
 
@@ -291,13 +264,13 @@ def choose(shape, job, machine):
     Raises:
         ConfigError: no setting gives this number of rows per step on so many GPUs.
     """
-    found = [estimate(shape, job, s, machine) for s in settings_for(job, machine)]
-    if not found:
+    estimates = [estimate(shape, job, s, machine) for s in settings_for(job, machine)]
+    if not estimates:
         raise ConfigError(
             f"{job.kind}: {job.sequences} rows per step cannot be shared by {machine.gpus} GPUs; choose a number of GPUs that divides it"
         )
-    fitting = [e for e in found if e.fits]
-    return max(fitting, key=lambda e: e.tokens_per_second) if fitting else min(found, key=lambda e: e.peak)
+    fitting = [e for e in estimates if e.fits]
+    return max(fitting, key=lambda e: e.tokens_per_second) if fitting else min(estimates, key=lambda e: e.peak)
 
 
 def jobs_of(recipe=None):
@@ -308,10 +281,8 @@ def jobs_of(recipe=None):
     teacher = FP32 if recipe.teacher_dtype == "float32" else BF16
     jobs = {}
     for kind, section in (("align", recipe.align), ("distill", recipe.distill)):
-        sequences = section.get("sequences_per_step")
-        sequences = sequences or section.get("per_device_train_batch_size", 8) * section.get(
-            "gradient_accumulation_steps", 1
-        )
+        batch, steps = section.get("per_device_train_batch_size", 8), section.get("gradient_accumulation_steps", 1)
+        sequences = section.get("sequences_per_step") or batch * steps
         jobs[kind] = Job(
             kind,
             section["max_steps"],
@@ -359,47 +330,35 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
     Raises:
         ConfigError: see `choose` and `student_config`.  UnsupportedTeacherError: see `family_of`.
     """
-    shape = shape_of(teacher_config, name, **(recipe.student if recipe else {}))
-    jobs = jobs_of(recipe)
-    if not jobs["distill"].stored:
-        jobs[STORE] = replace(jobs["distill"], stored=True)
+    student = recipe.student if recipe else {}
+    shape, jobs = student_shape(teacher_config, name, **student), jobs_of(recipe)
+    job = jobs["distill"]
+    if not job.stored:
+        jobs[STORE] = replace(job, stored=True)
     stages = {kind: choose(shape, job, machine) for kind, job in jobs.items()}
-    config, length = config_of(teacher_config, recipe.student if recipe else {}), jobs["distill"].length
-    cache = {
-        "length": length,
-        "student": cache_bytes(config, length),
-        "teacher": cache_bytes(config, length, teacher=True),
-    }
-    store = store_costs(shape, jobs["distill"], machine)
-    return Plan(
-        shape,
-        machine,
-        jobs,
-        stages,
-        disk_of(shape, jobs["distill"]),
-        store,
-        cache,
-        assumptions(machine),
-        slow_paths(shape),
-    )
+    config = config_of(teacher_config, student)
+    cache = {side: cache_bytes(config, job.length, teacher=side == "teacher") for side in ("student", "teacher")}
+    cache = {"length": job.length, **cache}
+    disk, store = disk_of(shape, job), store_costs(shape, job, machine)
+    return Plan(shape, machine, jobs, stages, disk, store, cache, assumptions(machine), slow_paths(shape))
 
 
 def slow_paths(shape):
     """What a GPU runs as torch operations because no Triton kernel takes so many features (the choice of its
     operations).
     """
-    found, F = [], shape.features
-    if shape.hybrid and F > LARGEST_K:
-        found.append(
-            f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has {F}: a GPU "
-            "runs the torch form, chunk after chunk, and takes longer than the times above"
+    lines = []
+    if shape.hybrid and shape.features > LARGEST_K:
+        lines.append(
+            f"training and prompts: the Triton kernel of the mLSTM takes up to {LARGEST_K} features per head, this student has "
+            f"{shape.features}: a GPU runs the torch form, chunk after chunk, and takes longer than the times above"
         )
-    if shape.hybrid and F > LARGEST_F:
-        found.append(
-            f"generation: the fused step takes up to {LARGEST_F} features per head, this student has {F}: a step runs as separate torch "
-            "operations"
+    if shape.hybrid and shape.features > LARGEST_F:
+        lines.append(
+            f"generation: the fused step takes up to {LARGEST_F} features per head, this student has {shape.features}: a step runs as "
+            "separate torch operations"
         )
-    return found
+    return lines
 
 
 def disk_of(shape, job):
@@ -418,7 +377,10 @@ def store_costs(shape, job, machine):
     bytes}.
     """
     tokens, rate = job.experts * job.tokens, machine.gpus * machine.flops * machine.utilisation
-    seconds = tokens * teacher_flops(shape, job.length) / rate
+    forward = (
+        2 * shape.matmul + 2 * shape.head + 4 * shape.H * shape.K * (job.length + 1) / 2 * shape.L
+    )  # of the teacher
+    seconds = tokens * forward / rate
     entries = sorted({16, 64, min(job.top_k, shape.V)})
     return {"online_seconds": seconds, "stores": {k: store_bytes(tokens, k) for k in entries}, "fill_seconds": seconds}
 
@@ -450,11 +412,8 @@ def hours(seconds):
 
 def settings_text(job, setting):
     """A setting as the fields of a trainer's config and of accelerate that give it."""
-    words = [
-        f"per_device_train_batch_size {setting.micro}",
-        f"gradient_accumulation_steps {setting.accumulation}",
-        setting.strategy,
-    ]
+    words = [f"per_device_train_batch_size {setting.micro}", f"gradient_accumulation_steps {setting.accumulation}"]
+    words.append(setting.strategy)
     words += ["gradient_checkpointing"] * setting.checkpointing
     words += [f"teacher {'from a store' if job.stored else 'online'}"] * (job.kind == "distill")
     return ", ".join(words)

@@ -35,9 +35,8 @@ def layer_activations(shape, job):
     """
     widths = {"D": shape.D, "F": shape.F, "HK": shape.H * shape.K}
     features = FEATURES[job.bf16] + FP32 * shape.K / shape.chunk
-    return sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items()) + features * more_features(
-        shape
-    )
+    stored = sum(c * widths[name] for name, c in ACTIVATIONS[job.kind, job.bf16].items())
+    return stored + features * more_features(shape)
 
 
 def more_features(shape):
@@ -47,16 +46,14 @@ def more_features(shape):
 
 def in_buffers(shape, job, setting):
     """Tokens that the mLSTM's form for a CPU works on at once, and has in its buffers."""
-    q, v = (
-        torch.empty(setting.micro, job.length, shape.H, width, device="meta")
-        for width in (max(shape.features, shape.K), shape.K)
-    )
+    widths = max(shape.features, shape.K), shape.K
+    q, v = (torch.empty(setting.micro, job.length, shape.H, width, device="meta") for width in widths)
     L = min(shape.chunk, job.length)
     rows = min(setting.micro, rows_at_once(q, v, L))
     return rows * max(piece.n * piece.L for piece in segments(q[:rows], v[:rows], L))
 
 
-def memory_of(shape, job, setting, machine):
+def training_bytes(shape, job, setting, machine):
     """`{part: bytes}` of one process at its peak.
 
     Args:
@@ -64,16 +61,11 @@ def memory_of(shape, job, setting, machine):
     """
     shard = machine.gpus if setting.strategy == "FSDP2" else 1
     tokens, trained = setting.micro * job.length, shape.new if job.kind == "align" else shape.student
-    widths, held = (
-        {"HK": shape.H * shape.K, "HE": more_features(shape)},
-        in_buffers(shape, job, setting) if machine.device == "cpu" else tokens,
-    )
-    buffers = held * sum(BUFFERS[name] * width for name, width in widths.items())
-    parts = {
-        "weights": FP32 * shape.student / shard,
-        "gradients": FP32 * trained / shard,
-        "Adam": ADAM * trained / shard,
-    }
+    widths = {"HK": shape.H * shape.K, "HE": more_features(shape)}
+    in_use = in_buffers(shape, job, setting) if machine.device == "cpu" else tokens
+    buffers = in_use * sum(BUFFERS[name] * width for name, width in widths.items())
+    parts = {"weights": FP32 * shape.student, "gradients": FP32 * trained, "Adam": ADAM * trained}
+    parts = {name: size / shard for name, size in parts.items()}
     if setting.strategy == "DDP":
         parts["DDP buckets"] = FP32 * trained
     if setting.strategy == "FSDP2":  # two layers gathered at a time, and the root (embedding and head) throughout
@@ -89,18 +81,12 @@ def memory_of(shape, job, setting, machine):
         parts["teacher"] = job.teacher_bytes * shape.teacher / shard
     if machine.device == "cpu":  # the window's buffers, too
         parts["kept buffers"] = tokens * WORK["HK"] * widths["HK"] + buffers
-    one, head = tokens * layer_activations(shape, job), head_memory(shape, job, tokens, machine)
+    # of the LM head's loss in chunks of rows (`xlstm_kernels.head_loss`): workspace, gradients of weight and hidden
+    # states, kept targets
+    workspace = min(WORKSPACE[machine.device], (FP32 + BF16) * tokens * shape.V)
+    head = workspace + FP32 * shape.head + 2 * FP32 * tokens * shape.D + tokens * job.top_k * (8 + FP32)
+    one = tokens * layer_activations(shape, job)
     if not setting.checkpointing:
         return parts | {"activations": one * shape.L, "LM head and targets": head}
-    return parts | {
-        "layer inputs": tokens * FP32 * shape.D * shape.L,
-        "one layer, or LM head and targets": max(one, head),
-    }
-
-
-def head_memory(shape, job, tokens, machine):
-    """Bytes of the LM head's loss in chunks of rows (`xlstm_kernels.head_loss`): workspace, gradients of weight and
-    hidden states, kept targets.
-    """
-    workspace = min(WORKSPACE[machine.device], (FP32 + BF16) * tokens * shape.V)
-    return workspace + FP32 * shape.head + 2 * FP32 * tokens * shape.D + tokens * job.top_k * (8 + FP32)
+    parts["layer inputs"] = tokens * FP32 * shape.D * shape.L
+    return parts | {"one layer, or LM head and targets": max(one, head)}

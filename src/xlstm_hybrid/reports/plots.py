@@ -4,6 +4,10 @@ The colours are Okabe and Ito's, told apart with every kind of colour vision. At
 them; the rest is grey.
 """
 
+import io
+
+from xlstm_hybrid.errors import ConfigError
+
 INK, GREY, FAINT = "#555555", "#999999", "#cfcfcf"
 BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)  # in the order in which a picture takes them
@@ -16,6 +20,49 @@ MEANING = {  # the same colour for the same thing in every picture
     "memory": VERMILION,  # the mLSTM alone
     "unaligned": SKY,  # without stage I
 }
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": 130,
+}
+
+
+def figure(columns=1, width=7.2, height=3.8, rows=1):
+    """A figure without global state, and its axes in one list."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(width, height), layout="constrained")
+    return picture, list(picture.subplots(rows, columns, squeeze=False).flat)
+
+
+def as_png(draw, results):
+    """The bytes of the figure that `draw(results)` returns, in our style; None where there is nothing to draw.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ConfigError(
+            "the report's pictures need matplotlib, found none; pip install 'xlstm-hybrid[train]'"
+        ) from error
+    with rc_context(STYLE):
+        drawn, buffer = draw(results), io.BytesIO()
+        if drawn is None:
+            return None
+        drawn.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def legible(colour):
@@ -26,7 +73,7 @@ def legible(colour):
     return "#" + "".join(f"{round(255 * darker * part):02x}" for part in parts)
 
 
-def spread(heights, gap, low, high):
+def moved_apart(heights, gap, low, high):
     """Heights in the range from low to high that are moved apart to about `gap`, in the same order, each as near to
     where it was as that allows.
     """
@@ -50,22 +97,16 @@ def label_ends(axes, ends, gap=0.06, letters=legible):
     """
     low, high = axes.get_ylim()
     apart = gap * (high - low)
-    for (height, name, colour), place in zip(ends, spread([end[0] for end in ends], apart, low, high), strict=True):
-        moved = abs(place - height) > apart / 4
-        look = (
-            {"arrowprops": {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}}
-            if moved
-            else {}
-        )
-        axes.annotate(
-            name,
-            (1, height),
-            xytext=(1.03, place),
-            xycoords=("axes fraction", "data"),
-            textcoords=("axes fraction", "data"),
-            color=letters(colour) if letters else colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            **look,
-        )
+    for (height, name, colour), place in zip(
+        ends, moved_apart([end[0] for end in ends], apart, low, high), strict=True
+    ):
+        look = {
+            "color": letters(colour) if letters else colour,
+            "fontsize": 9,
+            "va": "center",
+            "annotation_clip": False,
+        }
+        if abs(place - height) > apart / 4:
+            look["arrowprops"] = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+        where = ("axes fraction", "data")
+        axes.annotate(name, (1, height), xytext=(1.03, place), xycoords=where, textcoords=where, **look)

@@ -2,36 +2,19 @@
 left out.
 """
 
-import io
 import math
 from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import escaped, markdown_table, write_file
-from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.evaluation.comparison import NONE, between, c_0_and_alpha, number, percent, scaled_scores
 from xlstm_hybrid.evaluation.scores import named_contradictions
 from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.efficiency import draw_efficiency
-from xlstm_hybrid.reports.sections import benchmarks, costs, fenced, long_context, time_rows
+from xlstm_hybrid.reports.plots import BLUE, GREY, INK, PALETTE, as_png, figure
+from xlstm_hybrid.reports.sections import comparison_parts, cost_parts, long_context_parts, time_rows
+from xlstm_hybrid.reports.text import between, c_0_and_alpha, fenced, number, percent, terminal_table
 
-# Okabe and Ito's palette, told apart with every kind of colour vision; the teacher is grey, the final student blue.
-TEACHER, FINAL, OTHERS = "#555555", "#0072B2", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
+TEACHER, FINAL, OTHERS = INK, BLUE, PALETTE[1:]  # the final student has a colour of its own
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "figure.dpi": 130,
-}
 
 
 def final(results):
@@ -41,24 +24,15 @@ def final(results):
 
 def score_rows(results, kind, show):
     """Header and one row per domain: teacher, each student, and for exact match the final student's recovery."""
-    teacher, students = (results.get("teacher_scores") or {}).get(kind) or {}, results.get("students") or {}
-    columns = ({"teacher": teacher} if teacher else {}) | {
-        name: scores.get(kind) or {} for name, scores in students.items()
-    }
-    columns = {name: scores for name, scores in columns.items() if scores}
-    recovery = (
-        ((results.get("win_and_tie") or {}).get(final(results)) or {}).get("recovery")
-        if kind == "exact_match"
-        else None
-    )
-    domains = list(dict.fromkeys(domain for scores in columns.values() for domain in scores))
-    head = ["domain", *columns, *(["recovery"] if recovery else [])]
+    sides = {"teacher": results.get("teacher_scores") or {}} | (results.get("students") or {})
+    columns = [(name, scores[kind]) for name, scores in sides.items() if scores.get(kind)]
+    domains = list(dict.fromkeys(domain for _, scores in columns for domain in scores))
+    verdict = (results.get("win_and_tie") or {}).get(final(results)) or {}
+    if kind == "exact_match" and verdict.get("recovery"):
+        columns.append(("recovery", verdict["recovery"]))
     return [
-        head,
-        *(
-            [d, *(show(scores.get(d)) for scores in columns.values()), *([show(recovery.get(d))] if recovery else [])]
-            for d in domains
-        ),
+        ["domain", *(name for name, _ in columns)],
+        *([d, *(show(scores.get(d)) for _, scores in columns)] for d in domains),
     ]
 
 
@@ -70,47 +44,27 @@ def verdict_rows(results):
         rows.append([label, *(form.format(verdicts[c][key]) if c in verdicts else "" for c in columns)])
         sure = {name: (v.get("resampled") or {}).get(key) for name, v in verdicts.items()}
         if any(sure.values()):
-            rows.append(
-                [f"in {LEVEL:.0%}".replace("%", " %"), *(between(sure[c], form) if c in sure else "" for c in columns)]
-            )
+            cells = (between(sure[c], form) if c in sure else "" for c in columns)
+            rows.append([f"in {LEVEL:.0%}".replace("%", " %"), *cells])
     return rows
 
 
-def table(results):
+def score_table(results):
     """A `rich` table for the terminal, 80 columns wide: domains down, teacher, student stages and recovery across; then
     C_0 and alpha*.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    head, *rows = score_rows(results, "exact_match", lambda share: percent(share).removesuffix(" %"))
-    title = Text(f"Exact match in %: {results.get('title', '')}")
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for first, column in zip([True, *[False] * len(head)], head, strict=False):
-        made.add_column(
-            Text(column),
-            justify="left" if first else "right",
-            no_wrap=first,
-            style="bold" if column == final(results) else None,
-        )
-    for row in rows:
-        made.add_row(*map(Text, row))
-    made.add_section()
+    rows = score_rows(results, "exact_match", lambda share: percent(share).removesuffix(" %"))
+    table = terminal_table(rows, f"Exact match in %: {results.get('title', '')}")
+    table.columns[0].no_wrap = True
+    for name, column in zip(rows[0], table.columns, strict=True):
+        column.style = "bold" if name == final(results) else column.style
+    table.add_section()
     for row in verdict_rows(results):
-        made.add_row(*map(Text, row))
-    return made
+        table.add_row(*row)
+    return table
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
-
-
-def figure(columns=1, width=7.2, height=3.8, rows=1):
-    """A figure without global state, and its axes in one list."""
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), layout="constrained")
-    return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
 def colours(results):
@@ -118,66 +72,41 @@ def colours(results):
     return {name: FINAL if name == names[-1] else OTHERS[j % len(OTHERS)] for j, name in enumerate(names)}
 
 
-def ordered_colours(count):
-    """Colours for things that have an order, dark to light."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.9 * j / max(1, count - 1)) for j in range(count)]
-
-
 def draw_win_and_tie(results):
     """C_alpha of every student, with a dot at alpha*."""
-    verdicts = {
-        name: v for name, v in (results.get("win_and_tie") or {}).items() if name in (results.get("students") or {})
-    }
+    students, last = results.get("students") or {}, final(results)
+    verdicts = {name: v for name, v in (results.get("win_and_tie") or {}).items() if name in students}
     if not verdicts:
         return None
-    made, (axes,) = figure()
-    done = max(
-        next((a for a, c in zip(v["alphas"], v["curve"], strict=True) if c >= max(v["curve"])), 1)
-        for v in verdicts.values()
-    )
+    picture, (axes,) = figure()
+    done = 0
     for j, (name, v) in enumerate(verdicts.items()):
-        colour, dashes = colours(results)[name], "-" if name == final(results) else DASHES[j % len(DASHES)]
-        look = {
-            "color": colour,
-            "linestyle": dashes,
-            "linewidth": 3.2 if dashes == "-" else 1.8,
-            "zorder": 2 if dashes == "-" else 3,
-        }
-        axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", label=f"{name}: α* = {v['alpha_star']:.3f}", **look)
-        height = next((c for a, c in zip(v["alphas"], v["curve"], strict=True) if a >= v["alpha_star"]), v["curve"][-1])
-        axes.plot(
-            [v["alpha_star"]],
-            [height],
-            "o",
-            color=colour,
-            markeredgecolor="white",
-            markersize=8,
-            zorder=4 + j,
-            clip_on=False,
-        )
-    axes.axhline(0.5, color="#999999", linewidth=1, zorder=1)
-    axes.set(
-        xlabel="relative tolerance α",
-        ylabel="share of domains won or tied, $C_α$",
-        title="Win-and-tie rate against the teacher (dots: α*)",
-    )
+        colour, line, steps = colours(results)[name], name == last, list(zip(v["alphas"], v["curve"], strict=True))
+        dashes = "-" if line else DASHES[j % len(DASHES)]
+        look = {"linestyle": dashes, "linewidth": 3.2 if line else 1.8, "zorder": 2 if line else 3}
+        label = f"{name}: α* = {v['alpha_star']:.3f}"
+        axes.plot(v["alphas"], v["curve"], drawstyle="steps-post", label=label, color=colour, **look)
+        height = next((c for a, c in steps if a >= v["alpha_star"]), v["curve"][-1])
+        dot = {"color": colour, "markeredgecolor": "white", "markersize": 8, "zorder": 4 + j, "clip_on": False}
+        axes.plot([v["alpha_star"]], [height], "o", **dot)
+        done = max(done, next((a for a, c in steps if c >= max(v["curve"])), 1))
+    axes.axhline(0.5, color=GREY, linewidth=1, zorder=1)
+    axes.set(xlabel="relative tolerance α", ylabel="share of domains won or tied, $C_α$")
+    axes.set(title="Win-and-tie rate against the teacher (dots: α*)")
     axes.set(ylim=(-0.03, 1.05), xlim=(-0.01, min(1, done * 1.1 + 0.02)))
-    made.legend(loc="outside right center")
-    return made
+    picture.legend(loc="outside right center")
+    return picture
 
 
 def draw_domains(results, title="Exact match per domain", label="exact match, %"):
     """Scores per domain: one bar for the teacher and one per student."""
-    teacher, students = (results.get("teacher_scores") or {}).get("exact_match") or {}, results.get("students") or {}
-    bars = ({"teacher": teacher} if teacher else {}) | {
-        n: s["exact_match"] for n, s in students.items() if s.get("exact_match")
-    }
+    students = results.get("students") or {}
+    sides = {"teacher": results.get("teacher_scores") or {}} | students
+    bars = {name: side["exact_match"] for name, side in sides.items() if side.get("exact_match")}
     if not bars:
         return None
     domains = list(dict.fromkeys(d for scores in bars.values() for d in scores))
-    made, (axes,) = figure(width=min(24, max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1))))
+    picture, (axes,) = figure(width=min(24, max(7.2, 1.5 + 0.32 * len(domains) * (len(bars) + 1))))
     colour, width = {"teacher": TEACHER, **(colours(results) if students else {})}, 0.84 / len(bars)
     for j, (name, scores) in enumerate(bars.items()):
         places = [n + (j - (len(bars) - 1) / 2) * width for n, d in enumerate(domains) if d in scores]
@@ -190,47 +119,40 @@ def draw_domains(results, title="Exact match per domain", label="exact match, %"
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_yticks(range(0, 101, 20))
-    made.legend(loc="outside lower center", ncols=min(6, len(bars)))
-    return made
+    picture.legend(loc="outside lower center", ncols=min(6, len(bars)))
+    return picture
 
 
 def draw_alignment(results):
-    """Relative alignment error of each layer before and after, and over the steps."""
+    """Relative alignment error of each layer: a line from the error before to that after, and curves over the steps."""
+    from matplotlib import colormaps
+
     layers, curve = ((results.get("alignment") or {}).get(key) or [] for key in ("layers", "curve"))
     if not layers and not curve:
         return None
-    made, axes = figure(
-        columns=bool(layers) + bool(curve), width=9 if layers and curve else 6, height=max(3.8, 0.24 * len(layers))
-    )
+    both, height = bool(layers) + bool(curve), max(3.8, 0.24 * len(layers))
+    picture, panels = figure(columns=both, width=9 if both == 2 else 6, height=height)
     names = [str(entry.get("layer", n)) for n, entry in enumerate(layers)]
     if layers:
-        draw_before_and_after(axes[0], names, [e["before"] for e in layers], [e["after"] for e in layers])
+        axes, before, after = panels[0], [e["before"] for e in layers], [e["after"] for e in layers]
+        for n, ends in enumerate(zip(before, after, strict=True)):
+            axes.plot(ends, [n, n], color="#bbbbbb", linewidth=2, zorder=1)
+        axes.scatter(before, range(len(names)), s=48, color=OTHERS[0], label="before", zorder=2)
+        axes.scatter(after, range(len(names)), s=48, color=FINAL, marker="D", label="after", zorder=3)
+        axes.set(xlabel="squared error / squared target", ylabel="layer", title="Alignment error per layer")
+        axes.set(xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+        axes.set_yticks(range(len(names)), names)
+        axes.legend()
     if curve:
-        draw_curves(axes[-1], names, curve)
-    return made
-
-
-def draw_before_and_after(axes, names, before, after):
-    """A line per layer from the error before to that after."""
-    for n, ends in enumerate(zip(before, after, strict=True)):
-        axes.plot(ends, [n, n], color="#bbbbbb", linewidth=2, zorder=1)
-    axes.scatter(before, range(len(names)), s=48, color=OTHERS[0], label="before", zorder=2)
-    axes.scatter(after, range(len(names)), s=48, color=FINAL, marker="D", label="after", zorder=3)
-    axes.set(xlabel="squared error / squared target", ylabel="layer", title="Alignment error per layer")
-    axes.set(xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
-    axes.set_yticks(range(len(names)), names)
-    axes.legend()
-
-
-def draw_curves(axes, names, curve):
-    """One line per layer."""
-    count, values = max(len(entry["error"]) for entry in curve), [v for entry in curve for v in entry["error"]]
-    for n, colour in enumerate(ordered_colours(count)):
-        points = [(entry["step"], entry["error"][n]) for entry in curve if n < len(entry["error"])]
-        axes.plot(*zip(*points, strict=True), color=colour, label=names[n] if n < len(names) else str(n))
-    axes.set_title("Alignment error in training")
-    scale_steps(axes, values)
-    axes.legend(title="layer", ncols=1 + (count - 1) // 8, fontsize=8)
+        axes, count = panels[-1], max(len(entry["error"]) for entry in curve)
+        for n in range(count):
+            points = [(entry["step"], entry["error"][n]) for entry in curve if n < len(entry["error"])]
+            colour = colormaps["viridis"](0.9 * n / max(1, count - 1))  # layers have an order: dark to light
+            axes.plot(*zip(*points, strict=True), color=colour, label=names[n] if n < len(names) else str(n))
+        axes.set_title("Alignment error in training")
+        scale_steps(axes, [v for entry in curve for v in entry["error"]])
+        axes.legend(title="layer", ncols=1 + (count - 1) // 8, fontsize=8)
+    return picture
 
 
 def scale_steps(axes, values):
@@ -257,127 +179,37 @@ def draw_losses(results):
     terms = [term for term in titles if any(term in entry for log in logs.values() for entry in log)]
     if not terms:
         return None
-    made, panels = figure(columns=len(terms), width=max(5, 3.3 * len(terms)), height=3.4)
+    picture, panels = figure(columns=len(terms), width=max(5, 3.3 * len(terms)), height=3.4)
     for axes, term in zip(panels, terms, strict=True):
         for j, (name, log) in enumerate(logs.items()):
             points = [(e["step"], e[term]) for e in log if term in e]
-            look = {
-                "color": OTHERS[(j + 2) % len(OTHERS)],
-                "linestyle": "-" if j == 0 else DASHES[(j - 1) % len(DASHES)],
-            }
+            look = {"color": OTHERS[(j + 2) % len(OTHERS)], "linestyle": DASHES[(j - 1) % len(DASHES)] if j else "-"}
             axes.plot(*zip(*points, strict=True), label=name if axes is panels[0] else None, **look)
         axes.set_title(titles[term])
         scale_steps(axes, [e[term] for log in logs.values() for e in log if term in e])
     panels[0].set_ylabel("nats per token" if terms != ["loss"] else "loss")
-    made.legend(loc="outside lower center", ncols=len(logs), title="expert")
-    return made
+    picture.legend(loc="outside lower center", ncols=len(logs), title="expert")
+    return picture
 
 
 def draw_gates(results):
     """Mean output gate of each head, layers down."""
-    gates = results.get("gates")
-    if not gates:
+    if not (gates := results.get("gates")):
         return None
     heads, layers = max(map(len, gates)), len(gates)
-    made, (axes,) = figure(width=min(12, 3.2 + 0.5 * heads), height=min(10, 1.6 + 0.42 * layers))
-    image = axes.imshow(
-        [row + [math.nan] * (heads - len(row)) for row in gates], vmin=0, vmax=1, cmap="cividis", aspect="auto"
-    )
-    if heads * layers <= 128:
-        for n, row in enumerate(gates):
-            for h, gate in enumerate(row):
-                axes.text(
-                    h, n, f"{gate:.2f}", ha="center", va="center", fontsize=8, color="white" if gate < 0.55 else "black"
-                )
+    picture, (axes,) = figure(width=min(12, 3.2 + 0.5 * heads), height=min(10, 1.6 + 0.42 * layers))
+    filled = [row + [math.nan] * (heads - len(row)) for row in gates]
+    image = axes.imshow(filled, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for n, row in enumerate(gates if heads * layers <= 128 else ()):
+        for h, gate in enumerate(row):
+            look = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if gate < 0.55 else "black"}
+            axes.text(h, n, f"{gate:.2f}", **look)
     axes.set(xlabel="head", ylabel="hybrid layer", title="Mean output gate")
     axes.set_xticks(range(0, heads, 1 + heads // 24))
     axes.set_yticks(range(0, layers, 1 + layers // 24))
     axes.grid(visible=False)
-    made.colorbar(image, ax=axes, label="0: window    1: mLSTM", ticks=[0, 0.25, 0.5, 0.75, 1])
-    return made
-
-
-# --- comparisons -----------------------------------------------------------------------------------------------
-
-
-def draw_tasks(comparison):
-    """Scores per benchmark, teacher and students."""
-    teacher, *students = ({"exact_match": scores} for scores in scaled_scores(comparison).values())
-    students = dict(zip(comparison["students"], students, strict=True))
-    return draw_domains(
-        {"teacher_scores": teacher, "students": students}, title="Score per benchmark", label="score, %"
-    )
-
-
-def draw_recovery(comparison):
-    """Student score over teacher score, students down and benchmarks across; blank where the teacher scored 0."""
-    rows = [[s["recovery"][task] for task in comparison["teacher_scores"]] for s in comparison["students"].values()]
-    made, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
-    image = axes.imshow(
-        [[math.nan if r is None else r for r in row] for row in rows], vmin=0.5, vmax=1.5, cmap="PuOr", aspect="auto"
-    )
-    for j, row in enumerate(rows):
-        for n, r in enumerate(row):
-            axes.text(
-                n,
-                j,
-                NONE if r is None else f"{100 * r:.0f}",
-                ha="center",
-                va="center",
-                color="black" if r and 0.6 < r < 1.4 else "#888888",
-            )
-    axes.set_xticks(range(len(rows[0])), comparison["teacher_scores"], rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), comparison["students"])
-    axes.set(title=f"Recovery: score in % of that of {comparison['teacher']}")
-    axes.grid(visible=False)
-    made.colorbar(image, ax=axes, label="recovery", extend="both")
-    return made
-
-
-def draw_front(comparison):
-    """Mean recovery against cost; students on the Pareto front are filled and joined."""
-    if not (students := {name: s for name, s in comparison["students"].items() if s["pareto"] is not None}):
-        return None
-    made, (axes,) = figure()
-    points = [
-        (name, (s["cost"], s["mean_recovery"]), FINAL if s["pareto"] else "white", FINAL)
-        for name, s in students.items()
-    ]
-    front = sorted(point for _, point, fill, _ in points if fill == FINAL)
-    axes.plot([c for c, _ in front], [r for _, r in front], color=FINAL, drawstyle="steps-post", zorder=1)
-    if comparison["teacher_cost"] is not None:
-        points.append((comparison["teacher"], (comparison["teacher_cost"], 1.0), TEACHER, TEACHER))
-    for name, point, fill, edge in points:
-        axes.scatter(*point, s=64, facecolor=fill, edgecolor=edge, zorder=2)
-        axes.annotate(name, point, xytext=(7, -11), textcoords="offset points")
-    costs = [cost for _, (cost, _), _, _ in points]
-    if 0 < 20 * min(costs) < max(costs):
-        axes.set_xscale("log")
-    axes.set(
-        xlabel=comparison["cost"], ylabel="mean recovery", title="Quality against cost (filled: on the Pareto front)"
-    )
-    return made
-
-
-def comparison_pictures(comparison):
-    """`{file name: (bytes of a PNG, caption)}` of what `compare.compare` returns.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    curves = {"students": comparison["students"], "win_and_tie": comparison["students"]}
-    drawings = {
-        "curve.png": (
-            draw_win_and_tie,
-            curves,
-            "Share of benchmarks won or tied against the relative tolerance α; the dots are at α*.",
-        ),
-        "tasks.png": (draw_tasks, comparison, "Score per benchmark, teacher and students."),
-        "recovery.png": (draw_recovery, comparison, "Recovery per benchmark: student score over teacher score."),
-        "front.png": (draw_front, comparison, "Mean recovery against cost."),
-    }
-    drawn = {name: (as_png(draw, content), caption) for name, (draw, content, caption) in drawings.items()}
-    return {name: (image, caption) for name, (image, caption) in drawn.items() if image is not None}
+    picture.colorbar(image, ax=axes, label="0: window    1: mLSTM", ticks=[0, 0.25, 0.5, 0.75, 1])
+    return picture
 
 
 PICTURES = {  # file: (drawing, caption)
@@ -399,41 +231,6 @@ PICTURES = {  # file: (drawing, caption)
 }
 
 
-def write_pictures(results, folder):
-    """Draw what the results have; returns `{file name: caption}`. A picture that an earlier report left and this one
-    lacks is removed.
-    """
-    written = {}
-    for name, (draw, caption) in PICTURES.items():
-        image = as_png(draw, results)
-        if image is None:
-            (folder / name).unlink(missing_ok=True)
-        else:
-            write_file(folder / name, image)
-            written[name] = caption
-    return written
-
-
-def as_png(draw, results):
-    """The bytes of a picture, None where there is nothing to draw."""
-    with styled():
-        drawn, buffer = draw(results), io.BytesIO()
-        if drawn is None:
-            return None
-        drawn.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def styled():
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise ConfigError(
-            "the report's pictures need matplotlib, found none; pip install 'xlstm-hybrid[train]'"
-        ) from error
-    return rc_context(STYLE)
-
-
 # --- Markdown --------------------------------------------------------------------------------------------------
 
 
@@ -442,14 +239,14 @@ def write_report(results, run_dir):
 
     Args:
         results: any of these parts; what is missing is left out of the report. "title": text.  "teacher": its name.
-            "contradictions": {model: {domain: samples}}, see `evaluation.contradictions`: the scores are none.
+            "contradictions": {model: {domain: samples}}, see `scores.contradictions`: the scores are none.
             "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}. "students": {name: the
             same form}, in the order of the stages, the final student last. "win_and_tie": {student:
             `dataclasses.asdict` of a `WinAndTie`}. "alignment": {"layers": [{"layer", "before", "after"}], "curve":
             [{"step", "error": [per layer]}]}, relative squared errors. "distillation": {expert: [{"step", "loss", "ce",
             "kl"}]}, nats per token. "gates": [[mean output gate per head] per hybrid layer]. "comparison":
-            `compare.plain_floats` of `compare.compare`.  "efficiency": what `efficiency_report.write_efficiency` takes.
-            "long_context": rows of `report_sections.HEAD`, with "task".  "notes": sentences on how it was judged.
+            `plain_floats` of `evaluation.comparison.compare`.  "efficiency": what `write_efficiency` takes.
+            "long_context": rows of `sections.HEAD`, with "task".  "notes": sentences on how it was evaluated.
             "sample": {"prompt", "output"}.  "seconds": {stage: seconds}.  "peak_memory_mib": number.
     Raises:
         ConfigError: matplotlib is not installed.
@@ -457,34 +254,39 @@ def write_report(results, run_dir):
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = write_pictures(results, folder)
-    write_file(folder / "report.md", (markdown(results, pictures) + "\n").encode())
+    pictures = {}
+    for name, (draw, caption) in PICTURES.items():
+        if (image := as_png(draw, results)) is None:
+            (folder / name).unlink(missing_ok=True)  # an earlier report's
+        else:
+            write_file(folder / name, image)
+            pictures[name] = caption
+    write_file(folder / "report.md", (report_markdown(results, pictures) + "\n").encode())
     return ["report.md", *pictures]
 
 
-def markdown(results, pictures=()):
+def report_markdown(results, pictures=()):
     """The report's text; `pictures` is {file name: caption}."""
 
     def shown(*names):
         return [f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures]
 
-    parts = [f"# {escaped(results.get('title', 'Report'))}", *contradiction(results), *verdict(results)]
-    parts += map(escaped, results.get("notes") or [])
+    parts = [f"# {escaped(results.get('title', 'Report'))}"]
+    if wrong := results.get("contradictions"):
+        parts += ["## A contradiction, not a score", escaped(named_contradictions(wrong)) + "."]
+    parts += [*verdict_text(results), *map(escaped, results.get("notes") or [])]
     scores, perplexities = score_rows(results, "exact_match", percent), score_rows(results, "perplexity", number)
     if len(scores) > 1:
-        parts += [
-            "## Exact match",
-            markdown_table([*scores, *verdict_rows(results)]),
-            *shown("domains.png", "win_and_tie.png"),
-        ]
+        parts += ["## Exact match", markdown_table([*scores, *verdict_rows(results)])]
+        parts += shown("domains.png", "win_and_tie.png")
     if len(perplexities) > 1:
         parts += ["## Perplexity", markdown_table(perplexities)]
-    parts += [*benchmarks(results), *long_context(results)]
+    parts += [*comparison_parts(results), *long_context_parts(results)]
     for title, name in (("Alignment", "alignment.png"), ("Distillation", "losses.png"), ("Output gates", "gates.png")):
         parts += [f"## {title}", *shown(name)] if name in pictures else []
     if sample := results.get("sample"):
         parts += ["## A sample", "Prompt:", fenced(sample["prompt"]), "Greedy continuation:", fenced(sample["output"])]
-    parts += [*costs(results), *shown("efficiency.png")]
+    parts += [*cost_parts(results), *shown("efficiency.png")]
     if rows := time_rows(results):
         parts += ["## Time and memory", markdown_table(rows)]
     if "peak_memory_mib" in results:
@@ -492,17 +294,10 @@ def markdown(results, pictures=()):
     return "\n\n".join(parts)
 
 
-def contradiction(results):
-    """Why the scores are none, where what was generated contradicts the model."""
-    found = results.get("contradictions")
-    return ["## A contradiction, not a score", escaped(named_contradictions(found)) + "."] if found else []
-
-
-def verdict(results):
-    """What came out, in one paragraph."""
+def verdict_text(results):
+    """What came out, as [one paragraph]; [] where nothing was compared."""
     name = final(results)
-    v = (results.get("win_and_tie") or {}).get(name)
-    if not v:
+    if not (v := (results.get("win_and_tie") or {}).get(name)):
         return []
     against = f" {escaped(results['teacher'])}" if results.get("teacher") else ""
     text = (

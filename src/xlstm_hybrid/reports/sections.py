@@ -2,11 +2,9 @@
 rows; [] where it has none.
 """
 
-import re
-
 from xlstm_hybrid.checkpoint.files import escaped, markdown_table
-from xlstm_hybrid.evaluation.comparison import NONE, between, duration, number, percent, task_rows
-from xlstm_hybrid.reports.efficiency import notes, tables
+from xlstm_hybrid.reports.efficiency import efficiency_notes, tables
+from xlstm_hybrid.reports.text import NONE, between, duration, number, percent
 
 LONG_CONTEXT = "long_context"
 HEAD = {  # column of a long-context row: what it is called, how it is shown
@@ -22,32 +20,37 @@ HEAD = {  # column of a long-context row: what it is called, how it is shown
 EXPLAINED = "Coverage: the share of the context that window and sinks see; excess: recall beyond it, (recall - coverage) / (1 - coverage)."
 
 
-def benchmarks(results):
+def comparison_parts(results):
     """The comparison of the final student with its teacher, benchmark by benchmark."""
-    if not (found := results.get("comparison")):
+    if not (comparison := results.get("comparison")):
         return []
-    name = next(reversed(found["students"]))
-    student = found["students"][name]
-    sure = student["resampled"]
+    name, student = next(reversed(comparison["students"].items()))
+    alpha = f"{student['alpha_star']:.3f}"
+    if sure := student["resampled"]:
+        alpha += f" ({between(sure['alpha_star'])} in {percent(comparison['level'])} of resamples of the documents)"
     text = (
-        f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {found['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
-        f"α\\* = {student['alpha_star']:.3f}"
-        + (
-            f" ({between(sure['alpha_star'])} in {percent(found['level'])} of resamples of the documents)"
-            if sure
-            else ""
-        )
-        + f"; {student['wins']} won, {student['ties']} tied, {student['losses']} lost."
+        f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {comparison['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
+        f"α\\* = {alpha}; {student['wins']} won, {student['ties']} tied, {student['losses']} lost."
     )
-    rules = [escaped(note) for note in found["notes"]]
     more = "More in [comparison/comparison.html](comparison/comparison.html) and [comparison/comparison.md](comparison/comparison.md)."
-    return [
-        f"## {escaped(name)} against {escaped(found['teacher'])}",
-        text,
-        markdown_table(task_rows(found, student)),
-        *rules,
-        more,
-    ]
+    title = f"## {escaped(name)} against {escaped(comparison['teacher'])}"
+    return [title, text, markdown_table(task_rows(comparison, student)), *map(escaped, comparison["notes"]), more]
+
+
+def task_rows(comparison, student):
+    """Header, and one row per benchmark: scores, recovery and what the pairs of documents say."""
+    head = ["benchmark", "metric", "shots", "teacher", "student", "recovery"]
+    rows = [[*head, "difference, interval", "documents", "gained", "lost", "p", "p (Holm)"]]
+    for task, metric in comparison["metrics"].items():
+        paired, shots = student["paired"].get(task), comparison["shots"][task]
+        told = [NONE] * 6
+        if paired:
+            counts = [paired[key] for key in ("documents", "gained", "lost")]
+            told = [between(paired["difference"], "{:+.3f}"), *counts, f"{paired['p']:.3g}", f"{paired['p_holm']:.3g}"]
+        scores = [f"{side[task]:.4g}" for side in (comparison["teacher_scores"], student["scores"])]
+        shots = NONE if shots is None else shots
+        rows.append([task, metric, shots, *scores, percent(student["recovery"][task]), *told])
+    return rows
 
 
 def long_context_table(rows):
@@ -56,29 +59,27 @@ def long_context_table(rows):
     return markdown_table([["task", *(label for label, _ in HEAD.values())], *shown])
 
 
-def long_context(results):
+def long_context_parts(results):
     """Recall of what lies far back, beside the coverage of window and sinks."""
-    rows = results.get(LONG_CONTEXT)
-    if not rows:
+    if not (rows := results.get(LONG_CONTEXT)):
         return []
-    zero = [row["task"] for row in rows if not row["teacher_recall"]]
-    said = (
-        [f"The teacher recalls nothing on {', '.join(map(escaped, zero))}: nothing can be lost there."] if zero else []
-    )
-    return ["## Long context", long_context_table(rows), EXPLAINED, *said]
+    parts = ["## Long context", long_context_table(rows), EXPLAINED]
+    if zero := [escaped(row["task"]) for row in rows if not row["teacher_recall"]]:
+        parts.append(f"The teacher recalls nothing on {', '.join(zero)}: nothing can be lost there.")
+    return parts
 
 
-def costs(results):
+def cost_parts(results):
     """What the student costs beside its teacher."""
-    if not (found := results.get("efficiency")):
+    if not (report := results.get("efficiency")):
         return []
-    pair, machine = found["pairs"][0], found["machine"]
-    parts = [
+    pair, machine = report["pairs"][0], report["machine"]
+    return [
         "## Cost beside the teacher",
         f"{escaped(machine.get('gpu') or machine['cpu'])}; times are {machine['clock']}.",
+        *(f"### {title}\n\n{markdown_table(rows)}" for title, rows in tables(pair)),
+        "\n".join(f"* {escaped(note)}" for note in efficiency_notes(pair)),
     ]
-    parts += [f"### {title}\n\n{markdown_table(rows)}" for title, rows in tables(pair)]
-    return [*parts, "\n".join(f"* {escaped(note)}" for note in notes(pair))]
 
 
 def time_rows(results):
@@ -87,26 +88,3 @@ def time_rows(results):
     whole = seconds.get("whole run") or sum(seconds.values())
     rows = [[stage, duration(s), percent(s / whole) if whole else NONE] for stage, s in seconds.items()]
     return [["stage", "time", "share"], *rows] if rows else []
-
-
-def time_table(results):
-    """A `rich` table for the terminal: where the time went."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(
-        title=Text("Where the time went"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
-    head, *rows = time_rows(results) or [["stage", "time", "share"]]
-    for column in head:
-        made.add_column(Text(column), justify="left" if column == "stage" else "right")
-    for row in rows:
-        made.add_row(*map(Text, row))
-    return made
-
-
-def fenced(text):
-    """A code block that its text cannot end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
