@@ -4,7 +4,6 @@ A label is the token itself, or -100 where it is not scored; the first token of 
 it.
 """
 
-import hashlib
 import json
 
 from xlstm_hybrid.errors import DataError
@@ -32,7 +31,7 @@ def encode_chat(tokenizer, messages, score="assistant"):
     """A conversation as the tokenizer's chat template writes it; what the assistant says is scored, end-of-turn token
     included.
 
-    A template that marks the assistant's words ({% generation %}) is believed. Otherwise a turn is what it adds to the
+    A template that marks the assistant's words ({% generation %}) decides. Otherwise a turn is what it adds to the
     conversation before it, and a template that writes earlier turns in another way when later ones follow is refused.
 
     Args:
@@ -46,21 +45,22 @@ def encode_chat(tokenizer, messages, score="assistant"):
     if not turns:
         raise DataError("no message has the role 'assistant': nothing could be scored")
     messages, turns = messages[: turns[-1] + 1], turns[-1:] if score == "last" else turns
-    if "{% generation" in template_of(tokenizer).replace("{%-", "{%"):
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise DataError(
+            "the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages"
+        )
+    template = template if isinstance(template, str) else "".join(template.values())
+    if "{% generation" in template.replace("{%-", "{%"):
         return marked_chat(tokenizer, messages, score)
     ids = render(tokenizer, messages)
     labels = [IGNORE] * len(ids)
     for n in turns:
-        before, after = (
-            render(tokenizer, messages[:n], add_generation_prompt=True),
-            render(tokenizer, messages[: n + 1]),
-        )
+        before = render(tokenizer, messages[:n], add_generation_prompt=True)
+        after = render(tokenizer, messages[: n + 1])
         if ids[: len(after)] != after or after[: len(before)] != before:
-            step = (
-                "set score: last"
-                if score != "last"
-                else "take a template that marks the assistant's words with {% generation %}"
-            )
+            marks = "take a template that marks the assistant's words with {% generation %}"
+            step = "set score: last" if score != "last" else marks
             raise DataError(
                 f"the chat template does not write turn {n} as it wrote it without the turns that follow it, or without its answer: {step}"
             )
@@ -77,15 +77,6 @@ def marked_chat(tokenizer, messages, score):
         begin = max((n for n in range(end) if not mask[n]), default=-1)
         mask = [m and n > begin for n, m in enumerate(mask)]
     return ids, [IGNORE, *(i if m else IGNORE for i, m in zip(ids[1:], mask[1:], strict=True))]
-
-
-def template_of(tokenizer):
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise DataError(
-            "the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages"
-        )
-    return template if isinstance(template, str) else "".join(template.values())
 
 
 def render(tokenizer, messages, **options):
@@ -107,15 +98,13 @@ def conversation(row, source):
         messages = row[source.messages]
     else:
         question, answer = row[source.prompt], row[source.completion]
-        question = (
-            [{"role": "user", "content": question}] if isinstance(question, str) and question.strip() else question
-        )
+        if isinstance(question, str) and question.strip():
+            question = [{"role": "user", "content": question}]
         messages = [*question, {"role": "assistant", "content": answer}] if question and answer else None
     if not messages:
         return None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else [None]
+    if not all(isinstance(role, str) for role in roles):
         raise DataError(f"expected a list of messages with role and content, got {str(messages)[:80]!r}")
     return [{k: v for k, v in m.items() if v is not None} for m in messages]
 
@@ -129,8 +118,3 @@ def content_of(row, source):
     if text is not None and not isinstance(text, str):
         raise DataError(f"column {source.text!r} holds a {type(text).__name__}, expected text")
     return (text, text) if text and text.strip() else None
-
-
-def is_held_out(text, share):
-    """Whether a document belongs to the held-out split: a property of its content alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < share * 2**64

@@ -17,108 +17,32 @@ from xlstm_hybrid.errors import DataError, EvaluationError
 LENGTHS = tuple(1024 * 2**j for j in range(8))  # 1k to 128k
 # what fills the last few tokens: the first that adds them one by one
 PADS = (" and", " so", " the", " .", ".", "\n", " a", "a")
-CITIES = (
-    "Accra",
-    "Athens",
-    "Bergen",
-    "Bogota",
-    "Cairo",
-    "Dakar",
-    "Delhi",
-    "Dublin",
-    "Geneva",
-    "Hanoi",
-    "Havana",
-    "Jakarta",
-    "Kyiv",
-    "Lagos",
-    "Lima",
-    "Lisbon",
-    "London",
-    "Madrid",
-    "Manila",
-    "Nairobi",
-    "Oslo",
-    "Paris",
-    "Prague",
-    "Quito",
-    "Riga",
-    "Rome",
-    "Seoul",
-    "Sofia",
-    "Tokyo",
-    "Tunis",
-    "Vienna",
-    "Warsaw",
+CITIES, SUBJECTS, VERBS, OBJECTS, PLACES = (
+    line.split(", ")
+    for line in (
+        "Accra, Athens, Bergen, Bogota, Cairo, Dakar, Delhi, Dublin, Geneva, Hanoi, Havana, Jakarta, Kyiv, Lagos, Lima, "
+        "Lisbon, London, Madrid, Manila, Nairobi, Oslo, Paris, Prague, Quito, Riga, Rome, Seoul, Sofia, Tokyo, Tunis, "
+        "Vienna, Warsaw",
+        "the baker, a farmer, the old sailor, her neighbour, the young clerk, a quiet child, the gardener, his teacher",
+        "looks for, forgets, carries, paints, remembers, finds, sells, borrows, washes, waits for",
+        "the green door, a wooden box, the last train, some warm bread, the empty garden, a paper boat, the broken clock, two birds",
+        "near the river, after the rain, before noon, in the market, behind the house, on the hill, at the bridge, every morning",
+    )
 )
-SUBJECTS = (
-    "the baker",
-    "a farmer",
-    "the old sailor",
-    "her neighbour",
-    "the young clerk",
-    "a quiet child",
-    "the gardener",
-    "his teacher",
-)
-VERBS = ("looks for", "forgets", "carries", "paints", "remembers", "finds", "sells", "borrows", "washes", "waits for")
-OBJECTS = (
-    "the green door",
-    "a wooden box",
-    "the last train",
-    "some warm bread",
-    "the empty garden",
-    "a paper boat",
-    "the broken clock",
-    "two birds",
-)
-PLACES = (
-    "near the river",
-    "after the rain",
-    "before noon",
-    "in the market",
-    "behind the house",
-    "on the hill",
-    "at the bridge",
-    "every morning",
-)
-
-
-# --- haystacks: lines without end, each a function of the generator ---------------------------------------------
-
-
-def sentences(rng):
-    """Plain sentences without a number or a capital beyond the first letter: nothing in them looks like an answer."""
-    while True:
-        yield f" {rng.choice(SUBJECTS).capitalize()} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(PLACES)}."
-
-
-def pairs(rng):
-    """(key, value), keys distinct: three syllables and a number of four digits."""
-    seen = set()
-    while True:
-        key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
-        if key not in seen:
-            seen.add(key)
-            yield key, str(rng.randrange(1000, 10000))
 
 
 # --- kinds: each gives `layout(n)` -> (lines, number of the line of each answer, question, answers) --------------
 
 
-def strata(rng, count):
-    """`count` depths, one drawn from each of as many equal parts of the context: together they are uniform."""
-    return [(j + rng.random()) / count for j in range(count)]
-
-
 def haystack(rng, facts, of_answers, question, answers):
-    """Sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
-    source, lines = sentences(rng), []
+    """Plain sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
+    lines = []
     order = sorted(range(len(facts)), key=lambda j: facts[j][0])
 
     def layout(n):
-        while len(lines) < n:
-            lines.append(next(source))
+        while len(lines) < n:  # no number, no capital but the first: nothing in them looks like an answer
+            subject, verb, thing, place = (rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, PLACES))
+            lines.append(f" {subject.capitalize()} {verb} {thing} {place}.")
         mixed, where, last = [], {}, 0
         for j in order:
             place = round(facts[j][0] * n)
@@ -138,13 +62,8 @@ def needle(rng, depth, others=0):
         (depth if not j else rng.random(), f" The pass key of {c} is {k}.")
         for j, (c, k) in enumerate(zip(cities, keys, strict=True))
     ]
-    return haystack(
-        rng,
-        facts,
-        [0],
-        f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is",
-        keys[:1],
-    )
+    question = f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is"
+    return haystack(rng, facts, [0], question, keys[:1])
 
 
 def multikey(rng, depth):
@@ -157,22 +76,20 @@ def recall(rng, depth, queries=4):
     it are asked for.
     """
     del depth  # queries come from all depths
-    source, lines, within = pairs(rng), [], [rng.random() for _ in range(queries)]
+    lines, within = {}, [rng.random() for _ in range(queries)]  # keys of three syllables, numbers of four digits
     order = rng.sample(range(queries), queries)  # not the order of the context
 
     def layout(n):
         while len(lines) < n:
-            lines.append(next(source))
+            key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+            if key not in lines:
+                lines[key] = str(rng.randrange(1000, 10000))
+        pairs = list(lines.items())[:n]
         edges = [n * j // queries for j in range(queries + 1)]  # one key of each quarter
         places = [edges[j] + int(within[j] * (edges[j + 1] - edges[j])) for j in order]
-        keys = ", ".join(lines[p][0] for p in places)
-        text = [f"\n{key} = {value}" for key, value in lines[:n]]
-        return (
-            text,
-            places,
-            f"\nQuestion: what are the values of {keys}?\nAnswer: In this order, they are",
-            [lines[p][1] for p in places],
-        )
+        keys = ", ".join(pairs[p][0] for p in places)
+        question = f"\nQuestion: what are the values of {keys}?\nAnswer: In this order, they are"
+        return [f"\n{key} = {value}" for key, value in pairs], places, question, [pairs[p][1] for p in places]
 
     return layout
 
@@ -187,19 +104,16 @@ def variables(rng, depth, hops=4):
     values = rng.sample(range(10**4, 10**5), 2)
     facts = []
     for chain, value in zip((names[: hops + 1], names[hops + 1 :]), values, strict=True):
-        held = [str(value), *(f"VAR {name}" for name in chain)]
-        facts += [
-            (d, f" VAR {name} = {held[j]}.")
-            for j, (d, name) in enumerate(zip(strata(rng, hops + 1), chain, strict=True))
-        ]
+        assigned = [str(value), *(f"VAR {name}" for name in chain)]
+        for j, name in enumerate(chain):  # a depth from each of as many equal parts: together they are uniform
+            facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
     question = f"\nQuestion: which variables hold the value {values[0]}?\nAnswer: The {hops + 1} variables are"
     return haystack(rng, facts, range(hops + 1), question, names[: hops + 1])
 
 
 KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
 OPENINGS = {
-    "needle": "Pass keys are hidden in the text. Remember them.\n",
-    "multikey": "Pass keys are hidden in the text. Remember them.\n",
+    **dict.fromkeys(("needle", "multikey"), "Pass keys are hidden in the text. Remember them.\n"),
     "recall": "Remember the value of every key.\n",
     "variables": "Assignments of variables are hidden in the text. Remember them.\n",
 }
@@ -227,14 +141,13 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
         DataError: no such kind, numbers below 1, a depth off [0, 1], a length below what the question needs or that the
             tokenizer cannot hit.
     """
-    grid = spread(depths) if isinstance(depths, int) else list(depths)
-    if (
-        kind not in KINDS
-        or samples < 1
-        or length < 1
-        or not grid
-        or (not isinstance(depths, int) and not all(0 <= d <= 1 for d in grid))
-    ):
+    if isinstance(depths, int):  # in steps of about the golden section: the first few of them lie far apart
+        steps = (s for s in range(1, depths + 1) if math.gcd(s, depths) == 1)
+        step = min(steps, key=lambda s: abs(s - 0.618 * depths), default=1)
+        grid = [j * step % depths for j in range(depths)]
+    else:
+        grid = list(depths) if all(0 <= d <= 1 for d in depths) else []
+    if kind not in KINDS or samples < 1 or length < 1 or not grid:
         raise DataError(
             f"kind={kind!r}, length={length}, samples={samples}, depths={depths!r}: expected one of {', '.join(KINDS)}, numbers of at "
             "least 1, and a number of depths or depths between 0 and 1"
@@ -246,14 +159,6 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
         depth = (depth + rng.random()) / len(grid) if isinstance(depths, int) else depth
         rows.append({**document(tokenizer, kind, length, KINDS[kind](rng, depth)), "number": number})
     return rows
-
-
-def spread(parts):
-    """The numbers below `parts` in steps of about the golden section: the first few of them lie far apart."""
-    step = min(
-        (s for s in range(1, parts + 1) if math.gcd(s, parts) == 1), key=lambda s: abs(s - 0.618 * parts), default=1
-    )
-    return [j * step % parts for j in range(parts)]
 
 
 def document(tokenizer, kind, length, layout):
@@ -268,15 +173,8 @@ def document(tokenizer, kind, length, layout):
     lines, places, _, answers = layout(n)
     before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
     distances = [length - count(part) for part in before]
-    answer = " " + ", ".join(answers)
-    return {
-        "prompt": text(n, pad),
-        "answers": answers,
-        "answer": answer,
-        "distances": distances,
-        "kind": kind,
-        "length": length,
-    }
+    row = {"prompt": text(n, pad), "answers": answers, "answer": " " + ", ".join(answers)}
+    return row | {"distances": distances, "kind": kind, "length": length}
 
 
 def fit(count, length, text, kind, least=4):
@@ -319,9 +217,8 @@ def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrai
         raise DataError(
             f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
         )
-    return {
-        "test": Dataset.from_list(documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed))
-    }
+    rows = documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed)
+    return {"test": Dataset.from_list(rows)}
 
 
 # --- scores ------------------------------------------------------------------------------------------------------

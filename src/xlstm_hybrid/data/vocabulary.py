@@ -32,13 +32,13 @@ def real_ids(tokenizer):
     return max(token_ids(tokenizer).values()) + 1
 
 
-def digest(value):
+def json_digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def vocabulary_hash(tokenizer):
     """SHA-256 of what each id means, and of nothing else."""
-    return digest(sorted(token_ids(tokenizer).items()))
+    return json_digest(sorted(token_ids(tokenizer).items()))
 
 
 def tokenizer_hash(tokenizer):
@@ -51,13 +51,13 @@ def tokenizer_hash(tokenizer):
         # set by whoever called it last
         rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
     special = {role: str(token) for role, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return digest([sorted(token_ids(tokenizer).items()), special, rules])
+    return json_digest([sorted(token_ids(tokenizer).items()), special, rules])
 
 
 def template_hash(tokenizer):
     """SHA-256 of the chat template, None where there is none."""
     template = getattr(tokenizer, "chat_template", None)
-    return None if template is None else digest(template)
+    return None if template is None else json_digest(template)
 
 
 def first_difference(student, teacher):

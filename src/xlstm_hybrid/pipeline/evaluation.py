@@ -60,12 +60,12 @@ def evaluate_domains(model, tokenizer, settings, progress, known):
             wrong = contradictions(model, tokenizer, match.samples)
         result["contradictions"] |= {domain: wrong} if wrong else {}
         result["exact_match"][domain], result["samples"][domain] = match.score, match.samples
-        result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
+        result["perplexity"][domain] = perplexity(model, [tasks.encode_example(tokenizer, e) for e in examples])
         if progress:
             progress(domain, f"{match.score:6.1%}")
     chunks = tasks.text_chunks("test", size=300)
     rows = [
-        tasks.encode_text(tokenizer, c)
+        tasks.encode_chunk(tokenizer, c)
         for c in chunks[:: max(1, len(chunks) // settings["text_chunks"])][: settings["text_chunks"]]
     ]
     result["perplexity"]["text"] = perplexity(model, rows)
