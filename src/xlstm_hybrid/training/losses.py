@@ -36,7 +36,7 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def expect(name, x, shape):
+def expect_shape(name, x, shape):
     if x.shape != shape:
         raise DataError(
             f"{name}: expected shape {list(shape)}, got {list(x.shape)}; logits, targets and mask are aligned by one `shift`"
@@ -70,13 +70,11 @@ def cross_entropy(logits, labels, num_items=None):
     Raises:
         DataError: labels of another shape.
     """
-    expect("labels", labels, logits.shape[:-1])
+    expect_shape("labels", labels, logits.shape[:-1])
     mask = labels != IGNORE
     logits = torch.where(mask[..., None], at_least_float32(logits), 0.0)
-    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none").view(
-        labels.shape
-    )
-    return counted_mean(nll, mask, num_items)
+    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return counted_mean(nll.view(labels.shape), mask, num_items)
 
 
 def sparse_kl(logits, top_ids, top_logp, rest_logp, mask, num_items=None):
@@ -203,13 +201,10 @@ def sampled_targets(teacher_logits, k, generator=None):
 
 
 def expect_targets(logits, top_ids, top_logp, rest_logp, mask):
-    expect("top_logp", top_logp, (*logits.shape[:-1], top_logp.shape[-1]))
-    for name, x, shape in (
-        ("top_ids", top_ids, top_logp.shape),
-        ("rest_logp", rest_logp, logits.shape[:-1]),
-        ("mask", mask, logits.shape[:-1]),
-    ):
-        expect(name, x, shape)
+    expect_shape("top_logp", top_logp, (*logits.shape[:-1], top_logp.shape[-1]))
+    expect_shape("top_ids", top_ids, top_logp.shape)
+    expect_shape("rest_logp", rest_logp, logits.shape[:-1])
+    expect_shape("mask", mask, logits.shape[:-1])
 
 
 def tail_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0):
@@ -234,10 +229,8 @@ def tail_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0)
     p_rest = torch.where(mask, rest_logp.to(logq.dtype), 0.0)[..., None]
     p = torch.cat([p, p_rest], -1)
     if rest_floor > 0:
-        low = ~empty & (p_rest < math.log(rest_floor))
-        p = torch.where(
-            low, torch.cat([p[..., :-1], torch.full_like(p_rest, math.log(rest_floor))], -1).log_softmax(-1), p
-        )
+        raised = torch.cat([p[..., :-1], torch.full_like(p_rest, math.log(rest_floor))], -1).log_softmax(-1)
+        p = torch.where(~empty & (p_rest < math.log(rest_floor)), raised, p)
     return torch.cat([q, q_rest], -1), p
 
 
@@ -268,8 +261,8 @@ def renormalised_outcomes(logits, top_ids, top_logp, rest_logp, mask):
 
 def dense_outcomes(logits, teacher_logits, mask):
     """Log-probabilities `(student, teacher)` of every token, [B, T, V]: the outcomes of a teacher that is at hand."""
-    expect("teacher_logits", teacher_logits, logits.shape)
-    expect("mask", mask, logits.shape[:-1])
+    expect_shape("teacher_logits", teacher_logits, logits.shape)
+    expect_shape("mask", mask, logits.shape[:-1])
     return counted_logp(logits, mask), counted_logp(teacher_logits, mask)
 
 
@@ -286,8 +279,7 @@ FLOORED = {"tail", "gemma"}  # those with a rest bucket, which may be empty
 # --- divergences of log-probabilities [B, T, outcomes], per position ---------------------------------------------
 #
 # An outcome that both sides exclude (-inf) contributes 0, to the value and to the gradient: 0 * inf and inf - inf,
-# which are
-# NaN, are masked where no gradient passes them.
+# which are NaN, are masked where no gradient passes them.
 
 
 class TimesLogRatio(torch.autograd.Function):
@@ -327,11 +319,11 @@ class LogMixture(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         *sides, mixture = ctx.saved_tensors
-        found = [None, None, None]
+        gradients = [None, None, None]
         for n, (side, share) in enumerate(zip(sides, ctx.shares, strict=True)):
             if ctx.needs_input_grad[n]:
-                found[n] = (side - mixture).add_(share).exp_().mul_(grad).masked_fill_(side == NEVER, 0.0)
-        return tuple(found)
+                gradients[n] = (side - mixture).add_(share).exp_().mul_(grad).masked_fill_(side == NEVER, 0.0)
+        return tuple(gradients)
 
 
 times_log_ratio, log_mixture = TimesLogRatio.apply, LogMixture.apply
@@ -438,14 +430,7 @@ class ConcreteScore(torch.autograd.Function):
 concrete_score = ConcreteScore.apply
 
 # name: function(student_logp, teacher_logp, **options) -> [B, T]
-DIVERGENCES = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "skewed_kl": skewed_kl,
-    "jsd": jsd,
-    "tvd": tvd,
-    "csd": csd,
-}
+DIVERGENCES = {function.__name__: function for function in (forward_kl, reverse_kl, skewed_kl, jsd, tvd, csd)}
 # where the teacher excludes an outcome (jsd at its end, csd by leaving it out)
 INFINITE_AT_ZERO = {"reverse_kl", "jsd", "csd"}
 
@@ -459,11 +444,9 @@ def choose_divergence(name, **options):
     if name not in DIVERGENCES:
         raise ConfigError(f"divergence={name!r} is not one of {sorted(DIVERGENCES)}")
     accepts = {key: set(list(inspect.signature(function).parameters)[2:]) for key, function in DIVERGENCES.items()}
-    unknown = set(options) - set().union(*accepts.values())
-    if unknown:
-        raise ConfigError(
-            f"{sorted(unknown)[0]}: no divergence has this option; expected some of {sorted(set().union(*accepts.values()))}"
-        )
+    known = set().union(*accepts.values())
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"{unknown[0]}: no divergence has this option; expected some of {sorted(known)}")
     own = {key: value for key, value in options.items() if key in accepts[name]}
     DIVERGENCES[name](*torch.zeros(2, 1), **own)  # a value out of range is refused here and not at the first step
     return lambda student_logp, teacher_logp: DIVERGENCES[name](student_logp, teacher_logp, **own)

@@ -2,8 +2,7 @@
 prompts.
 
 Dims: B rows, T tokens, n completions per prompt. Everything random here is drawn from seeds of its own and leaves the
-global state alone, so
-that a resumed run draws what the uninterrupted one did.
+global state alone, so that a resumed run draws what the uninterrupted one did.
 """
 
 import contextlib
@@ -40,13 +39,12 @@ def seeded(seed, device):
 def pad(rows, value, left=False, width=0):
     """[B, T] of lists, filled with `value`; T is `width` or what the longest needs."""
     width = max(width, *map(len, rows))
-    return torch.tensor(
-        [[value] * (width - len(row)) + row if left else row + [value] * (width - len(row)) for row in rows]
-    )
+    filling = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([fill + row if left else row + fill for fill, row in zip(filling, rows, strict=True)])
 
 
 @torch.no_grad()
-def sample(model, prompts, n, generation_config, seed, piece=None, width=0, synced=False):
+def sample_completions(model, prompts, n, generation_config, seed, piece=None, width=0, synced=False):
     """n completions of each prompt, in order: each prompt is read once and its state forked n ways.
 
     The model writes in eval mode, without dropout and gradient checkpointing; the global random state is left as it
@@ -72,13 +70,8 @@ def sample(model, prompts, n, generation_config, seed, piece=None, width=0, sync
         if ids.shape[1] > 1:  # the last token is left to `generate`, which needs its logits
             cache = fork(prefill(model, ids[:, :-1], mask[:, :-1], piece=piece, position_ids=positions[:, :-1]), n)
         with seeded(seed, device):
-            out = model.generate(
-                ids.repeat_interleave(n, 0),
-                attention_mask=mask.repeat_interleave(n, 0),
-                **named(cache),
-                generation_config=generation_config,
-                synced_gpus=synced,
-            )
+            inputs = {"input_ids": ids.repeat_interleave(n, 0), "attention_mask": mask.repeat_interleave(n, 0)}
+            out = model.generate(**inputs, **named(cache), generation_config=generation_config, synced_gpus=synced)
     finally:
         model.train(training)
     return [until_eos(row, generation_config.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
@@ -92,7 +85,7 @@ def until_eos(ids, eos):
 
 
 class ReplayBuffer(TrainerCallback, ExportableState):
-    """The last `size` completions of the student, over all processes. It is kept in `trainer_state.json`, so that a
+    """The last `size` completions of the student, over all processes. It is stored in `trainer_state.json`, so that a
     resumed run draws the same.
     """
 
