@@ -10,7 +10,7 @@ import torch
 from conftest import enlarge, tiny_student
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.training.rollouts import PromptSampler, sample_completions, seed_of, until_eos
+from xlstm_hybrid.training.rollouts import PromptSampler, sample_completions, seed_from, until_eos
 
 VOCAB, EOS = 61, 2
 
@@ -118,7 +118,7 @@ def test_the_order_of_prompts_depends_on_the_epoch_and_not_on_what_was_read_befo
     for indices in epochs:
         # twice the same step, each prompt twice in it
         assert len(indices) == 24 and indices[:6] == indices[6:12] and indices[0] == indices[1]
-    assert seed_of(5, 1) != seed_of(51) and 0 <= seed_of("a") < 2**63
+    assert seed_from(5, 1) != seed_from(51) and 0 <= seed_from("a") < 2**63
 
 
 # --- many processes ----------------------------------------------------------------------------------------------

@@ -538,7 +538,7 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads_and_we_accept(nam
         trainer = type(
             "Trainer", (), {"is_deepspeed_enabled": False, "accelerator": type("Accelerator", (), {"state": state})}
         )
-        scale.prepare(trainer)
+        scale.prepare_fsdp(trainer)
         assert plugin.mixed_precision_policy.param_dtype is None and plugin.mixed_precision_policy.reduce_dtype is None
         for field, value, said in [
             ("fsdp_version", 1, "expected 2"),
@@ -546,5 +546,5 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads_and_we_accept(nam
         ]:
             setattr(plugin, field, value)
             with pytest.raises(ConfigError, match=said):
-                scale.prepare(trainer)
+                scale.prepare_fsdp(trainer)
             setattr(plugin, field, 2 if field == "fsdp_version" else "FULL_STATE_DICT")

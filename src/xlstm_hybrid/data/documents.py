@@ -12,8 +12,7 @@ IGNORE = -100
 
 
 def encode_text(tokenizer, text):
-    """A document of plain text between the begin token (where the tokenizer has one) and the end token; every token is
-    scored but the first.
+    """Plain text between the begin token (where there is one) and the end token; all but the first token are scored.
 
     Raises:
         DataError: the tokenizer has no end token.
@@ -28,8 +27,7 @@ def encode_text(tokenizer, text):
 
 
 def encode_chat(tokenizer, messages, score="assistant"):
-    """A conversation as the tokenizer's chat template writes it; what the assistant says is scored, end-of-turn token
-    included.
+    """A conversation in the tokenizer's chat template; the assistant's words and end-of-turn tokens are scored.
 
     A template that marks the assistant's words ({% generation %}) decides. Otherwise a turn is what it adds to the
     conversation before it, and a template that writes earlier turns in another way when later ones follow is refused.
@@ -70,8 +68,8 @@ def encode_chat(tokenizer, messages, score="assistant"):
 
 def marked_chat(tokenizer, messages, score):
     """`encode_chat` where the template marks the assistant's words."""
-    found = render(tokenizer, messages, return_assistant_tokens_mask=True)
-    ids, mask = found["input_ids"], list(found["assistant_masks"])
+    encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    ids, mask = encoded["input_ids"], list(encoded["assistant_masks"])
     if score == "last":
         end = max((n for n, m in enumerate(mask) if m), default=-1)
         begin = max((n for n in range(end) if not mask[n]), default=-1)
@@ -84,12 +82,12 @@ def render(tokenizer, messages, **options):
     from jinja2 import TemplateError
 
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise DataError(
             f"the chat template refuses these messages ({' '.join(str(error).split())}): correct the rows, or leave them out"
         ) from error
-    return found if "return_assistant_tokens_mask" in options else list(found["input_ids"])
+    return encoded if "return_assistant_tokens_mask" in options else list(encoded["input_ids"])
 
 
 def conversation(row, source):

@@ -72,9 +72,7 @@ def multikey(rng, depth):
 
 
 def recall(rng, depth, queries=4):
-    """Multi-query associative recall: the context is nothing but keys and values, and values of keys from every part of
-    it are asked for.
-    """
+    """Multi-query associative recall: nothing but keys and values, and values from every part are asked for."""
     del depth  # queries come from all depths
     lines, within = {}, [rng.random() for _ in range(queries)]  # keys of three syllables, numbers of four digits
     order = rng.sample(range(queries), queries)  # not the order of the context
@@ -178,9 +176,7 @@ def document(tokenizer, kind, length, layout):
 
 
 def fit(count, length, text, kind, least=4):
-    """`(n, pad)` such that `text(n, pad)` has exactly `length` tokens: whole lines first, then single tokens before the
-    question.
-    """
+    """`(n, pad)` with which `text(n, pad)` has exactly `length` tokens: whole lines, then single tokens."""
     base, average = count(text(least)), max(1.0, (count(text(least + 64)) - count(text(least))) / 64)
     if base > length:
         raise DataError(
@@ -204,8 +200,7 @@ def fit(count, length, text, kind, least=4):
 
 
 def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrained=None, **_):
-    """The documents as a task file of lm-eval reads them: `{"test": Dataset}`; the tokenizer comes by its name, as
-    lm-eval's own RULER has it.
+    """The documents for a task file of lm-eval: `{"test": Dataset}`; as for its RULER a tokenizer is a name.
 
     Raises:
         DataError: neither `tokenizer` nor `pretrained`; and see `documents`.
@@ -224,33 +219,26 @@ def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrai
 # --- scores ------------------------------------------------------------------------------------------------------
 
 
-def found(output, answers):
-    """Of each answer, whether it is among as many numbers (or names) as were asked for, the first ones of the output:
-    listing all earns nothing.
-    """
+def hits_of(output, answers):
+    """Whether each answer is among the first numbers (or names) of the output, of as many as were asked for."""
     pattern = r"\d+" if answers[0].isdigit() else r"\b[A-Z]{5}\b"
     said = re.findall(pattern, output)[: len(answers)]
     return [answer in said for answer in answers]
 
 
 def process_results(doc, results):
-    """Scores of one document, as lm-eval asks for them: recall, the share of the answers; exact_match, 1 if it is all
-    of them.
-    """
-    hits = found(results[0], doc["answers"])
+    """Scores of one document for lm-eval: recall, the share of the answers; exact_match, 1 if it is all of them."""
+    hits = hits_of(results[0], doc["answers"])
     return {"recall": sum(hits) / len(hits), "exact_match": float(all(hits))}
 
 
 def coverage(length, window, sinks=0):
-    """c = (W + S) / L, at most 1: the share of a uniform needle's places that window and sinks see. `window` None: all
-    of them.
-    """
+    """c = (W + S) / L, at most 1: share of a needle's places that window and sinks see. `window` None: all."""
     return 1.0 if window is None else min(1.0, (window + sinks) / length)
 
 
 def excess(score, covered):
-    """(score - c) / (1 - c): recall of what window and sinks do not see, 0 for a model that sees nothing else; None
-    where they see all.
+    """(score - c) / (1 - c): recall of what window and sinks do not see, 0 if nothing else is seen; None for c = 1.
 
     Raises:
         EvaluationError: a score or coverage off [0, 1].
@@ -267,7 +255,7 @@ def by_depth(samples, parts=10):
     hits = [[] for _ in range(parts)]
     for sample in samples:
         doc = sample["doc"]
-        for hit, distance in zip(found(sample["filtered_resps"][0], doc["answers"]), doc["distances"], strict=True):
+        for hit, distance in zip(hits_of(sample["filtered_resps"][0], doc["answers"]), doc["distances"], strict=True):
             depth = 1 - distance / doc["length"]
             hits[min(int(depth * parts), parts - 1)].append(hit)
     return [

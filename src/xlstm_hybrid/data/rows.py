@@ -1,6 +1,4 @@
-"""Packed rows of T tokens each, from a mix of sources or from the tiny domains, and the data sets that the trainers
-read.
-"""
+"""Packed rows of T tokens, of a mix of sources or of the tiny domains, and the data sets that the trainers read."""
 
 import copy
 import hashlib
@@ -19,8 +17,7 @@ ROW = ("input_ids", "labels", "position_ids")
 
 
 class Rows:
-    """Packed rows of `length` tokens from several streams, without end: `{"input_ids", "labels", "position_ids"}`,
-    lists of ints.
+    """Packed rows of `length` tokens from several streams, without end: a list of ints for each name of `ROW`.
 
     The source furthest below its share of tokens comes next. Positions restart with each document, and with each piece
     of one that goes on in the next row. Rows with nothing to score are left out. `state_dict()` is plain JSON data;
@@ -74,8 +71,7 @@ class Rows:
 
 
 def open_streams(recipe, tokenizer, expert=None, test=False):
-    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of the documents that nothing trains
-    on.
+    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of documents not trained on.
 
     Raises:
         DataError: see `open_source`.
@@ -161,20 +157,19 @@ def prompts(recipe, tokenizer, count, expert):
         raise ConfigError(
             f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages"
         )
-    streams, spent, found = open_streams(recipe, tokenizer, expert), {}, []
+    streams, spent, rows = open_streams(recipe, tokenizer, expert), {}, []
     for stream in streams:
         stream.encode = lambda messages: (question(messages), [0])  # in the place of token ids; nothing is scored here
         spent[stream.name] = 0
-    while len(found) < count:
+    while len(rows) < count:
         stream = min(streams, key=lambda s: spent[s.name] / s.source.weight)
         spent[stream.name] += 1
-        found.append(next(stream)[0])
-    return Dataset.from_list(found)
+        rows.append(next(stream)[0])
+    return Dataset.from_list(rows)
 
 
 def joint_prompts(recipe, tokenizer, count, shares):
-    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" that names whose they
-    are.
+    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" for the expert.
 
     Args:
         shares: {name of an expert: share}; counts are those nearest to them whose sum is `count`.

@@ -38,28 +38,27 @@ def open_source(source, recipe):
         where, files = FORMATS[local.suffix], str(local)
     try:
         if local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            found = load_from_disk(local)
-            found = found[source.split] if isinstance(found, dict) else found
+            dataset = load_from_disk(local)
+            dataset = dataset[source.split] if isinstance(dataset, dict) else dataset
         else:
             options = {"data_files": files} | ({"revision": source.revision} if local is None else {})
-            found = load_dataset(str(where), source.name, split=source.split, streaming=streaming, **options)
+            dataset = load_dataset(str(where), source.name, split=source.split, streaming=streaming, **options)
     except Exception as error:  # datasets, its readers and the Hub raise a dozen kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{source.path}: cannot be opened ({type(error).__name__}: {reason}); check its name, split ({source.split!r}), your access "
             "to it, and HF_HUB_OFFLINE"
         ) from error
-    columns = found.column_names or list(next(iter(found), {}))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
     if missing := [c for c in source.columns if c not in columns]:
         raise DataError(
             f"{source.path}, split {source.split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe"
         )
-    return found
+    return dataset
 
 
 class Stream:
-    """Documents of one source without end, pass after pass, each in another order; `state` says where it stands, and
-    `resume` goes back there.
+    """Documents of one source, pass after pass, each in another order; `state` and `resume` go on where it stood.
 
     A pass is read in blocks: the whole data set, or `buffer` rows of a stream, whose files are shuffled as well. Each
     block has an order of its own, from the seed, the pass and the block's number, so that a stream goes on exactly:
@@ -138,10 +137,10 @@ class Stream:
                 return None
         self.state["seen"] += 1
         try:
-            found = content_of(row, self.source)  # the split follows from the content alone
-            if found is not None and (whole_number(found[1], 2**64) < self.held_out * 2**64) != self.test:
+            content = content_of(row, self.source)  # the split follows from the content alone
+            if content is not None and (whole_number(content[1], 2**64) < self.held_out * 2**64) != self.test:
                 return None
-            document = found and self.encode(found[0])
+            document = content and self.encode(content[0])
         except DataError as error:
             raise DataError(f"{self.name}, row {n} of block {self.state['block']}: {error}") from error
         if document is None or all(label == IGNORE for label in document[1]):

@@ -139,18 +139,16 @@ def examples(domain, seed, split="train", **options):
 
 def test_examples(domain, count, seed=0):
     """`count` distinct held-out examples, always the same ones for a seed."""
-    found = {}
+    by_prompt = {}
     for example in itertools.islice(examples(domain, seed, "test"), 20 * count):
-        found.setdefault(example.prompt, example)
-        if len(found) == count:
-            return list(found.values())
-    raise DataError(f"{domain}: only {len(found)} distinct held-out prompts exist, {count} were asked for")
+        by_prompt.setdefault(example.prompt, example)
+        if len(by_prompt) == count:
+            return list(by_prompt.values())
+    raise DataError(f"{domain}: only {len(by_prompt)} distinct held-out prompts exist, {count} were asked for")
 
 
 def dataset(domain, examples=200, **_):
-    """Held-out examples of a domain as a task file of lm-eval reads them: `{"test": Dataset}`; those that `evaluate`
-    takes.
-    """
+    """Held-out examples of a domain for a task file of lm-eval: `{"test": Dataset}`; those that `evaluate` takes."""
     from datasets import Dataset
 
     rows = [{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)]
@@ -166,8 +164,7 @@ def process_results(doc, results):
 
 
 def text_chunks(split="train", size=600):
-    """Prose (the language reference in `pydoc_data`) and code (the standard library's sources), in pieces of `size`
-    characters.
+    """Prose (`pydoc_data`) and code (the standard library's sources), in pieces of `size` characters.
 
     Raises:
         DataError: the running Python was installed without its library's sources.
@@ -234,9 +231,7 @@ def training_documents(rng, tokenizer, mixture, pairs=(8, 32), queries=12, text_
 
 
 def packed_row(documents, length):
-    """`length` tokens of whole documents, the last one cut: {"input_ids", "labels", "position_ids"}; positions restart
-    with each document.
-    """
+    """A row of `length` tokens of whole documents, the last one cut; positions restart with each document."""
     ids, labels, positions = [], [], []
     while len(ids) < length:
         i, l = next(documents)

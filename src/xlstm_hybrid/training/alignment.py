@@ -24,9 +24,7 @@ TRUNK_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", 
 
 @dataclass
 class AlignmentConfig(SFTConfig):
-    """Arguments of `AlignmentTrainer`. Defaults follow the paper: AdamW with weight decay, 1e-2 decaying by a cosine,
-    no gradient clipping.
-    """
+    """Arguments of `AlignmentTrainer`; as in the paper: AdamW, 1e-2 decaying by a cosine, no gradient clipping."""
 
     learning_rate: float = option(1e-2, "Peak learning rate of the new parameters.")
     lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warm-up.")
@@ -153,9 +151,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
 
     @torch.no_grad()
     def target_scales(self, out):
-        """[L] mean squared norm of each layer's target per token, of the run's first micro-batch; 1 where there is
-        none.
-        """
+        """[L] mean squared norm of a target per token, of the run's first micro-batch; 1 where there is none."""
         if self.scales is None:
             target, count = self.over_processes(out.target.detach().clone()), self.over_processes(out.num_items.float())
             scales = target / count.clamp_min(1)
@@ -192,9 +188,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def end_window(self):
-        """After each `stop_window` steps, stop the layers that are good enough or have stopped improving (from the next
-        step on).
-        """
+        """After each `stop_window` steps, stop the layers that are good enough or no longer improve."""
         asked = self.args.stop_error or self.args.stop_patience
         if not asked or (self.state.global_step + 1) % self.args.stop_window:
             return

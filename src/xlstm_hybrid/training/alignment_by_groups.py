@@ -46,7 +46,7 @@ from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
-from xlstm_hybrid.training.run_spec import check_run_spec, digest_of, run_spec
+from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
 PROGRESS = "streaming.json"
 log = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ def read_tensor(files, name, dtype=None):
 
 
 class Spool:
-    """Micro-batches and the hidden states that enter a layer: `batches/<n>.safetensors`, and `hidden-<layer>.bin`, read
-    through a memory map.
+    """Micro-batches (`batches/<n>.safetensors`) and hidden states that enter a layer (`hidden-<layer>.bin`, mapped).
 
     shapes: [B, T, D] of each micro-batch.  offsets: where each begins, in elements.
     """
@@ -128,9 +127,7 @@ class Spool:
 
 
 class Progress:
-    """`streaming.json`: what the run is, and its finished groups. Written after each step forward, so that a killed run
-    goes on from there.
-    """
+    """`streaming.json`: what the run is, and its finished groups, so that a killed run goes on from there."""
 
     def __init__(self, folder, spec, allowed=()):
         self.path = Path(folder) / PROGRESS
@@ -179,10 +176,10 @@ class Streaming:
             )
         manifest = Path(checkpoint) / MANIFEST
         facts = {
-            "checkpoint": digest(manifest) if manifest.is_file() else digest_of(sorted(self.files)),
+            "checkpoint": digest(manifest) if manifest.is_file() else short_digest(sorted(self.files)),
             "dtype": str(dtype),
             "model": None,
-            "held_out": digest_of([batch["input_ids"].tolist() for batch in self.held_out]),
+            "held_out": short_digest([batch["input_ids"].tolist() for batch in self.held_out]),
         }
         self.work.mkdir(parents=True, exist_ok=True)
         self.spool = Spool(self.work)

@@ -152,8 +152,7 @@ def not_finite_parameters(trainer, parameters):
 
 
 def save_checkpoint(trainer, model, trial=None):
-    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is there complete or not at
-    all.
+    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is complete or not there.
 
     Raises:
         CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are
@@ -243,9 +242,7 @@ def remaining(run):
 
 
 def rotate(newest, limit, best=None):
-    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays,
-    too.
-    """
+    """Delete all but the last `limit` checkpoints and the best one, once the newest one has been read back."""
     spared = {newest.name, *([] if best is None else [Path(best).name])}
     others = [path for path in checkpoints_by_step(newest.parent) if path.name not in spared]
     if not limit or limit < 1 or len(others) < limit:
@@ -273,8 +270,7 @@ def read_resume(checkpoint):
 
 @torch.no_grad()
 def load_weights(trainer, checkpoint, model=None):
-    """`Trainer._load_from_checkpoint`: every tensor of the model, or of its trained part if it has adapters; one at a
-    time.
+    """`Trainer._load_from_checkpoint`: every tensor of the model, with adapters of its trained part.
 
     Raises:
         CheckpointError: a tensor that is missing, unexpected or of another shape.
@@ -356,8 +352,7 @@ def load_optimizer(trainer, checkpoint):
 
 
 def load_rng(trainer, checkpoint):
-    """`Trainer._load_rng_state`. A checkpoint of another number of processes has no state for each: then all start from
-    a seed of the step.
+    """`Trainer._load_rng_state`. With another number of processes all generators start from a seed of the step.
 
     Raises:
         CheckpointError: no `rng.json`, or one of another number of processes without `allow_changes` naming world_size.

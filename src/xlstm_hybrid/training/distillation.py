@@ -402,8 +402,7 @@ def check_documents_stay_apart(model, name, keys, length=8):
 
 
 def document_dataset(rows, max_length=None):
-    """Rows for the trainer, padded or packed (`packing=True`): exactly the tokens with a label other than -100 are
-    scored.
+    """Rows for the trainer, padded or packed: exactly the tokens with a label other than -100 are scored.
 
     Documents without a scored token train nothing; they are left out, with a warning that counts them. (TRL itself
     reads a `labels` column as it is, cuts it like `input_ids` at `max_length`, and drops the label of each document's

@@ -24,7 +24,7 @@ def fsdp_plugin(trainer):
     return getattr(trainer.accelerator.state, "fsdp_plugin", None)
 
 
-def prepare(trainer):
+def prepare_fsdp(trainer):
     """Before training: refuse what would go wrong, and keep FSDP2's parameters and reductions in float32.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare_teacher(trainer, teacher):
     teacher = teacher.requires_grad_(False).eval()
     if fsdp_plugin(trainer) is None:
         return teacher.to(trainer.accelerator.device)
-    prepare(trainer)
+    prepare_fsdp(trainer)
     if not isinstance(teacher, FSDPModule):
         mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
         if mesh is not None:

@@ -34,9 +34,7 @@ TENSORS_PER_LOGIT = 6
 
 
 class LMHead(NamedTuple):
-    """z = softcap tanh(scale u / softcap), u = h W^T + b; no tanh if softcap is None. weight: [V, D]; bias: [V] or
-    None.
-    """
+    """z = softcap tanh(scale u / softcap), u = h W^T + b; softcap None: no tanh. weight: [V, D]; bias: [V] or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -70,8 +68,7 @@ def head_of(model, size=None):
 
 
 def attach(model):
-    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for a causal LM of
-    any family.
+    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for any family.
 
     Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only
     inside of `forward`, and no hook of a module can return something else than its own forward without having made the
@@ -96,9 +93,7 @@ def attach(model):
 
 @torch.no_grad()
 def check_head(model, name, length=8):
-    """Refuse a model whose logits are not what `LMHead` says, within sqrt(eps) of their scale: another loss than asked
-    for would be trained.
-    """
+    """Refuse a model whose logits are not those of its `LMHead`, within sqrt(eps): the loss would be another one."""
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
@@ -152,9 +147,7 @@ class Selection:
 
 
 def logit_chunks(x, head, rows=None):
-    """Logits [R, V] of the hidden states x [N, D], the way `head_loss` multiplies them; what one chunk holds is gone
-    with the next.
-    """
+    """Logits [R, V] of chunks of x [N, D], multiplied as in `head_loss`; a chunk is gone when the next one comes."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32))
         half = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 and x.device.type != "cpu"
@@ -169,8 +162,7 @@ def logit_chunks(x, head, rows=None):
 
 
 class TeacherTargets:
-    """The targets of rows for `build_store`, by a causal LM in memory, which is frozen. Rows are padded on the
-    right, behind what counts.
+    """The targets of rows for `build_store`, by a causal LM in memory, which is frozen; padded on the right.
 
     Raises:
         ConfigError: the model makes logits in a way of its own.
@@ -208,9 +200,7 @@ class TeacherTargets:
 
 
 class ObjectiveTerms(NamedTuple):
-    """loss: weighted sum, differentiable; ce, kl: sums over the scored tokens; agreement: of those, how many have the
-    teacher's first choice.
-    """
+    """loss: weighted sum; ce, kl: sums over scored tokens; agreement: how many have the teacher's first choice."""
 
     loss: Tensor
     ce: Tensor

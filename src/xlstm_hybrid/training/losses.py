@@ -26,9 +26,7 @@ REST_FLOOR = 1e-6  # least teacher mass of the rest, for the divergences that ar
 
 
 def shift(logits, labels):
-    """`(logits [B, T-1, V], labels [B, T-1])`: the logits at t belong to the label at t + 1. The one place where that
-    is said.
-    """
+    """`(logits [B, T-1, V], labels [B, T-1])`: the logits at t belong to the label at t + 1. Said here only."""
     return logits[:, :-1], labels[:, 1:]
 
 
@@ -49,9 +47,7 @@ def counted_logp(logits, mask):
 
 
 def counted_mean(values, mask, num_items):
-    """Sum of `values` [B, T] where `mask`, over the number of counted tokens or over `num_items`; 0 if nothing is
-    counted.
-    """
+    """Sum of `values` [B, T] where `mask`, over the counted tokens or `num_items`; 0 if nothing is counted."""
     items = mask.sum() if num_items is None else torch.as_tensor(num_items)
     return torch.where(mask, values, 0.0).sum() / items.clamp_min(1)
 
@@ -97,17 +93,14 @@ def sparse_kl(logits, top_ids, top_logp, rest_logp, mask, num_items=None):
 
 
 def dense_kl(student_logits, teacher_logits, mask, num_items=None):
-    """Forward KL(teacher || student) over the whole vocabulary: the definition that `sparse_kl` with M = V equals.
-    Logits are [B, T, V].
-    """
+    """Forward KL(teacher || student) of logits [B, T, V]: the definition that `sparse_kl` with M = V equals."""
     return counted_mean(forward_kl(*dense_outcomes(student_logits, teacher_logits, mask)), mask, num_items)
 
 
 def distillation_loss(
     logits, targets, mask, num_items=None, *, outcomes="tail", divergence="forward_kl", temperature=1.0, **options
 ):
-    """Any divergence on any outcomes, times temperature squared. This is the one place where that factor is: callers do
-    not apply it.
+    """Any divergence on any outcomes, times temperature squared, a factor that stands here and nowhere else.
 
     The factor keeps KL's gradient on its scale when both sides are softened (Hinton et al. 2015, section 2.1).
 
@@ -140,8 +133,7 @@ def distillation_loss(
 
 
 def in_row_chunks(loss, rows, chunk):
-    """Sum of `loss(*part)` over parts of at most `chunk` rows of the tensors `rows` [N, ...]; each part is calculated
-    again in the backward.
+    """Sum of `loss(*part)` over parts of at most `chunk` of the `rows` [N, ...], made again in the backward.
 
     What a part makes on its way, [chunk, V] for instance, exists once and not N / chunk times. `loss` returns a scalar,
     or a tensor of sums.
@@ -175,8 +167,7 @@ def top_k_targets(teacher_logits, k):
 
 @torch.no_grad()
 def sampled_targets(teacher_logits, k, generator=None):
-    """k draws with replacement from the teacher, stored as counts / k: their mean over draws is the teacher's
-    distribution.
+    """k draws with replacement from the teacher, as counts / k, whose mean is the teacher's distribution.
 
     Returns:
         top_ids, top_logp: [..., k], most frequent first; fewer than k distinct ids are padded with id 0 at -inf.
@@ -235,8 +226,7 @@ def tail_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0)
 
 
 def gemma_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0):
-    """`tail_outcomes` with the teacher renormalised on its support and the student left over the full vocabulary (Gemma
-    3 report, 2025).
+    """`tail_outcomes` with the teacher renormalised on its support, the student not (Gemma 3 report, 2025).
 
     The teacher's rest is 0, whatever `rest_logp` says, so that the student learns to leave the rest empty.
     """
@@ -246,8 +236,7 @@ def gemma_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0
 
 
 def renormalised_outcomes(logits, top_ids, top_logp, rest_logp, mask):
-    """Log-probabilities `(student, teacher)` [B, T, M] of the stored ids alone, each side renormalised on them; -inf
-    for padding entries.
+    """Log-probabilities `(student, teacher)` [B, T, M], renormalised on the stored ids; -inf for padding entries.
 
     Says nothing about the student's mass outside the support. A counted row without a stored id is NaN.
     """
@@ -283,9 +272,7 @@ FLOORED = {"tail", "gemma"}  # those with a rest bucket, which may be empty
 
 
 class TimesLogRatio(torch.autograd.Function):
-    """Sum over outcomes of p (log p - log q), with 0 for p = 0. Keeps its two inputs for the backward; autograd would
-    keep three times as much.
-    """
+    """Sum over outcomes of p (log p - log q), 0 for p = 0. Stores its two inputs, a third of autograd's memory."""
 
     @staticmethod
     def forward(ctx, logp, logq):
@@ -304,9 +291,7 @@ class TimesLogRatio(torch.autograd.Function):
 
 
 class LogMixture(torch.autograd.Function):
-    """log(share * p + (1 - share) * q) for 0 < share < 1; -inf where both are. Keeps its inputs and its result for the
-    backward.
-    """
+    """log(share * p + (1 - share) * q), 0 < share < 1; -inf where both are. Stores its inputs and its result."""
 
     @staticmethod
     def forward(ctx, logp, logq, share):
@@ -340,9 +325,7 @@ def reverse_kl(student_logp, teacher_logp):
 
 
 def skewed_kl(student_logp, teacher_logp, *, skew=0.1):
-    """KL(teacher || skew * teacher + (1 - skew) * student), [B, T]; Ko et al. 2024 (DistiLLM), equation 3. `skew` 0 is
-    `forward_kl`.
-    """
+    """KL(teacher || skew teacher + (1 - skew) student), [B, T]; Ko et al. 2024 (DistiLLM), equation 3."""
     if not 0 <= skew < 1:
         raise ConfigError(f"skew={skew}: expected a share of at least 0 and below 1")
     mixture = log_mixture(teacher_logp, student_logp, skew) if skew else student_logp
@@ -410,9 +393,7 @@ def csd(student_logp, teacher_logp, *, csd_weights="us", csd_temperature=1.5):
 
 
 class ConcreteScore(torch.autograd.Function):
-    """1/4 sum_x sum_y w1(y) w2(x) (d_x - d_y)^2 in O(outcomes), [B, T]; both weights sum to one and get no gradient.
-    Keeps the gradient alone.
-    """
+    """1/4 sum_x sum_y w1(y) w2(x) (d_x - d_y)^2, [B, T]; weights sum to one, without gradient. Stores its gradient."""
 
     @staticmethod
     def forward(ctx, d, w1, w2):

@@ -170,9 +170,7 @@ def evaluations(log):
 
 
 def layer_grids(log):
-    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of metrics that are logged per layer, nan where one is
-    missing.
-    """
+    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of what is logged per layer, nan where it is missing."""
     values = defaultdict(dict)
     for entry in log:
         for name, value in entry.items():
@@ -180,14 +178,13 @@ def layer_grids(log):
                 values[match[2]].setdefault(int(match[1]), {})[entry["step"]] = as_float(value)
     grids = {}
     for metric, by_layer in values.items():
-        layers, steps = sorted(by_layer), sorted({step for found in by_layer.values() for step in found})
+        layers, steps = sorted(by_layer), sorted({step for logged in by_layer.values() for step in logged})
         grids[metric] = steps, layers, [[by_layer[n].get(step, math.nan) for step in steps] for n in layers]
     return grids
 
 
 def write_plots(directory, log):
-    """Draw a trainer's `log_history`: `curves.png` with a curve per metric, `layers_<metric>.png` with a heat map and a
-    curve per layer.
+    """Draw a trainer's `log_history`: `curves.png`, and `layers_<metric>.png` with a heat map and a curve per layer.
 
     Returns:
         Names of the files; none for an empty log.

@@ -29,7 +29,7 @@ from xlstm_hybrid.training.rollouts import (
     ReplayBuffer,
     pad,
     sample_completions,
-    seed_of,
+    seed_from,
     seeded,
     until_eos,
 )
@@ -41,9 +41,7 @@ PATIENCE = 10  # generation batches in a row with too many empty completions, af
 
 @dataclass
 class OnPolicyKDConfig(DistillationConfig):
-    """Arguments of `OnPolicyKDTrainer`. `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p` and
-    `generation_kwargs` are of sampling.
-    """
+    """Arguments of `OnPolicyKDTrainer`; lengths, temperature, `top_p`, `top_k`, `min_p` are those of sampling."""
 
     divergence: str = option("reverse_kl", "Key of losses.DIVERGENCES, over the whole vocabulary.")
     jsd_beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 reverse KL, as in GKD.")
@@ -139,11 +137,11 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind.
     Every token of a completion, its EOS included, weighs the same; prompts are not scored. Once per step each prompt is
-    read once and answered n times (`sample`); what is drawn depends on seed, step and rank only. Evaluation lets the
+    read once and answered n times; what is drawn depends on seed, step and rank only. Evaluation lets the
     student answer each prompt once.
 
     Several teachers: the column `teacher` of a row names the one that scores it (and, with seq_kd, answers it); no
-    other sees it. All of them are held, on the device, or with `teacher_offload` in main memory, from where one at a
+    other sees it. All of them stay on the device, or with `teacher_offload` in main memory, from where one at a
     time comes to score its rows of a whole step. Logs `divergence` and `top1_agreement` of each as well, under its
     name. Logs `divergence` (nats, times loss_temperature squared), `top1_agreement`, `nll` of the completions under the
     student (with ce_weight: `ce`, of those that are not its own), `completions/*` and `source/*`.
@@ -183,10 +181,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                 raise ConfigError(str(error) if name is None else f"teacher {name}: {error}") from error
             self.size = min(self.size, shared)
         check_prompts(kwargs.get("train_dataset"), args, self.names)
-        for name, network in {
-            "student": model,
-            **{f"teacher {n or ''}".rstrip(): t for n, t in teachers.items()},
-        }.items():
+        networks = {"student": model} | {f"teacher {n or ''}".rstrip(): t for n, t in teachers.items()}
+        for name, network in networks.items():
             attach(network.get_base_model() if hasattr(network, "get_base_model") else network)
             check_head(network, name)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
@@ -285,7 +281,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             raise DataError(f"prompt {empty!r} has no token: a completion needs something to follow; drop such rows")
         buffer = next((c for c in self.callback_handler.callbacks if isinstance(c, ReplayBuffer)), None)
         when = (args.seed, self.state.global_step) if training else (args.seed, prompts)
-        draw = random.Random(seed_of(*when))  # not by rank: all ranks generate together
+        draw = random.Random(seed_from(*when))  # not by rank: all ranks generate together
         sources = [self.choose(draw, buffer) if training else "student" for _ in heads]
         rank, groups, numbers = self.accelerator.process_index, {}, [self.teacher_of(row) for row in heads]
         for number, model in [(None, self.model_wrapped), *enumerate(self.teachers)]:
@@ -296,10 +292,10 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             if not places:
                 continue
             with contextlib.nullcontext(model) if number is None else self.at_work(model) as writer:
-                written = self.write(writer, [prompts[j] for j in places], n, seed_of(*when, source, rank, *drawn))
+                written = self.write(writer, [prompts[j] for j in places], n, seed_from(*when, source, rank, *drawn))
             for k, j in enumerate(places):
                 groups[j] = [(prompts[j], ids, numbers[j]) for ids in written[k * n : k * n + n]]
-        own = random.Random(seed_of(*when, "replay", rank))
+        own = random.Random(seed_from(*when, "replay", rank))
         for j, source in enumerate(sources):
             if source == "replay":
                 groups[j] = buffer.draw(own, n)
@@ -313,25 +309,19 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         return [list(p) for p in prompts], [list(c) for c in completions], sources, list(numbers)
 
     def choose(self, draw, buffer):
-        """One of SOURCES. Both numbers are drawn whatever they decide, so that a source does not depend on those before
-        it.
-        """
+        """One of SOURCES. Both numbers are always drawn, so that a source does not depend on those before it."""
         share, replay = draw.random(), draw.random()
         if share >= self.args.lmbda:
             return "teacher" if self.args.seq_kd else "data"
         return "replay" if buffer is not None and buffer.rows and replay < self.args.replay_share else "student"
 
     def _prepare_inputs(self, rows):
-        """TRL's, which shuffles the rows of a step: by a seed of the step, or an evaluation in between would change the
-        order.
-        """
-        with seeded(seed_of(self.args.seed, self.state.global_step, "order"), self.accelerator.device):
+        """TRL's shuffles the rows of a step: here by a seed of the step, whatever evaluations draw in between."""
+        with seeded(seed_from(self.args.seed, self.state.global_step, "order"), self.accelerator.device):
             return super()._prepare_inputs(rows)
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's hook, once per optimizer step: the rows of all its micro-batches, prompts and completions joined and
-        padded on the right.
-        """
+        """TRL's hook, once per optimizer step: the rows of all its micro-batches, padded on the right."""
         if any(t.training or any(p.requires_grad for p in t.parameters()) for t in self.teachers):
             raise ConfigError(
                 "the teacher is in training mode or requires gradients: leave it frozen, it is not part of the run"
@@ -355,9 +345,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     @torch.no_grad()
     def states_ahead(self, batch):
-        """Hidden states of each row's teacher [B, T, D], in main memory, where only one teacher at a time is on the
-        device.
-        """
+        """Hidden states of each row's teacher [B, T, D], in main memory; one teacher at a time is on the device."""
         targets, size = None, self.args.per_device_train_batch_size
         for number, teacher in enumerate(self.teachers):
             places = (batch["teacher"] == number).nonzero()[:, 0]
@@ -415,9 +403,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     # --- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Per-token divergence over the completions, divided by their tokens in the whole step; of each row from its
-        own teacher.
-        """
+        """Divergence of each row from its own teacher, per completion token of the whole step."""
         self.scored_inputs = {name: x for name, x in inputs.items() if name != "targets"}
         forward = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         # [B, T]: the token that each position predicts
@@ -448,9 +434,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     @torch.no_grad()
     def targets_of(self, number, rows, scored, forward, ahead):
-        """`(place [N], targets, LMHead)` of the rows that one teacher scores, by a forward of their own or from what it
-        said ahead.
-        """
+        """`(place [N], targets, LMHead)` of one teacher's rows, from its forward or from the states that it left."""
         place, device = scored.flatten().nonzero()[:, 0], self.accelerator.device
         select = Selection("dense", size=self.size)
         if ahead is not None:
@@ -468,9 +452,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     @torch.no_grad()
     def record_loss(self, numbers, terms, labels):
-        """Metrics of a micro-batch, over all ranks: of all its tokens, and where there are several teachers of each
-        one's.
-        """
+        """Metrics of a micro-batch over all ranks, and where there are several teachers of each one's tokens."""
         sums = torch.zeros(len(self.teachers), 5, device=self.accelerator.device)
         for number, term, label in zip(numbers, terms, labels, strict=True):
             parts = (term.kl, term.agreement, term.ce, (label != IGNORE).sum(), torch.full_like(term.kl, len(label)))

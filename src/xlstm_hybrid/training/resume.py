@@ -190,9 +190,7 @@ def find_checkpoint(trainer, wanted):
 
 
 class Resumable:
-    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no
-    pickle, writes no card and calls nobody.
-    """
+    """Saving, loading and watching, in front of TRL's class. It leaves no pickle, writes no card and calls nobody."""
 
     _save_checkpoint, _load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
     _load_optimizer_and_scheduler, _load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
@@ -217,7 +215,7 @@ class Resumable:
             raise ConfigError(
                 "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
             )
-        scale.prepare(self)
+        scale.prepare_fsdp(self)
         scale.check_precision(self)
         if self.args.should_save:
             clean_abandoned(self.args.output_dir)
@@ -265,7 +263,7 @@ class Resumable:
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()
         if self.is_fsdp_enabled:
-            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare`
+            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare_fsdp`
         return stack
 
     def create_model_card(self, *args, **kwargs):

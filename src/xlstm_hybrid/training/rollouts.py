@@ -19,7 +19,7 @@ from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.state import fork, prefill
 
 
-def seed_of(*parts):
+def seed_from(*parts):
     """A seed from anything that prints the same in another process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
@@ -85,9 +85,7 @@ def until_eos(ids, eos):
 
 
 class ReplayBuffer(TrainerCallback, ExportableState):
-    """The last `size` completions of the student, over all processes. It is stored in `trainer_state.json`, so that a
-    resumed run draws the same.
-    """
+    """The student's last `size` completions, of all processes. `trainer_state.json` has them for a resumed run."""
 
     def __init__(self, size):
         self.rows, self.saved = deque(maxlen=size), []
@@ -110,10 +108,8 @@ class ReplayBuffer(TrainerCallback, ExportableState):
 
 
 class PromptSampler(RepeatSampler):
-    """Order of the prompts, by seed and epoch: TRL's is by the number of epochs that this process has begun, and
-    restarts in a resumed run.
-    """
+    """Order of the prompts by seed and epoch: TRL's counts epochs of this process, anew in a resumed run."""
 
     def set_epoch(self, epoch):
         if self.shuffle:
-            self.generator.manual_seed(seed_of(self.seed, epoch))
+            self.generator.manual_seed(seed_from(self.seed, epoch))

@@ -25,7 +25,7 @@ def allowed_changes(args):
     return tuple(getattr(args, "allow_changes", None) or ())
 
 
-def digest_of(value):
+def short_digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -41,7 +41,7 @@ def run_spec(trainer):
     if getattr(args, "bf16_by_machine", False):
         del spec["bf16"]  # nobody asked for it: the run may go on where another precision is quicker
     spec |= {"world_size": args.world_size, "trainer": type(trainer).__name__}
-    spec |= {"data": data_digest(trainer.train_dataset), "model": digest_of(model_facts(trainer.model))}
+    spec |= {"data": data_digest(trainer.train_dataset), "model": short_digest(model_facts(trainer.model))}
     if hasattr(trainer, "run_facts"):
         spec |= json.loads(json.dumps(trainer.run_facts(), default=str))
     return spec
@@ -69,7 +69,7 @@ def data_digest(dataset):
         [n * (count - 1) // (SAMPLED_ROWS - 1) for n in range(SAMPLED_ROWS)] if count > SAMPLED_ROWS else range(count)
     )
     rows = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in dataset[n].items()} for n in places]
-    return f"{count} rows, {digest_of(rows)}"
+    return f"{count} rows, {short_digest(rows)}"
 
 
 def check_run_spec(before, now, allowed, checkpoint):
