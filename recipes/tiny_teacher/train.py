@@ -118,7 +118,7 @@ def main():
     print(f"{model.num_parameters():,} parameters, {len(plan)} steps; {why}", flush=True)
     for step, (phase, j) in enumerate(plan):
         if j == 0:
-            documents = phase["kind"] == "tasks" and tasks.documents(
+            documents = phase["kind"] == "tasks" and tasks.training_documents(
                 rng, tokenizer, config["mixture"], tuple(phase["pairs"])
             )
         length = phase["sequence_length"]

@@ -42,7 +42,7 @@ def test_heads_of_different_size_are_compared_on_the_real_ids_and_equal_ones_as_
     assert shared_size(*sizes, tokenizer(), WORDS) == wanted
 
 
-def test_without_tokenizers_only_equal_sizes_are_believed():
+def test_without_tokenizers_only_equal_sizes_are_accepted():
     assert shared_size(64, 64) == 64
     with pytest.raises(
         ConfigError, match="the student's vocabulary has 50 tokens, the teacher's 64: pass teacher_tokenizer"

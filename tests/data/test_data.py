@@ -248,7 +248,7 @@ def pieces(row):
 def test_rows_are_full_and_hold_their_documents_apart(tmp_path):
     tokenizer = letters()
     for row in islice(data.open_rows(two_sources(tmp_path), tokenizer), 30):
-        assert {key: len(value) for key, value in row.items()} == dict.fromkeys(data.ROW, 32)
+        assert {key: len(value) for key, value in row.items()} == dict.fromkeys(data.rows.ROW, 32)
         assert row["position_ids"][0] == 0
         for ids, labels in pieces(row):
             assert labels[0] == -100 and all(l in (-100, i) for i, l in zip(ids, labels, strict=True))
@@ -316,7 +316,7 @@ def test_a_data_set_on_disk_and_a_streaming_one_hold_the_same_kind_of_rows(tmp_p
     streamed = data.train_dataset(two_sources(tmp_path, streaming=True), tokenizer, 12)
     assert isinstance(streamed, IterableDataset) and len(list(streamed)) == 12 == len(list(streamed))
     batch = data.collate(list(streamed)[:3])
-    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(data.ROW, (3, 32))
+    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(data.rows.ROW, (3, 32))
 
 
 def test_an_error_inside_the_data_keeps_its_name(tmp_path):

@@ -9,7 +9,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from xlstm_hybrid.data.long_context import KINDS, by_depth, coverage, dataset, documents, excess, found, process_results
+from xlstm_hybrid.data.long_context import (
+    KINDS,
+    by_depth,
+    coverage,
+    dataset,
+    documents,
+    excess,
+    hits_of,
+    process_results,
+)
 from xlstm_hybrid.errors import DataError, EvaluationError
 
 TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
@@ -113,10 +122,10 @@ def test_excess_of_the_published_scores_is_what_the_arithmetic_says():
 
 
 def test_only_as_many_answers_count_as_were_asked_for():
-    assert found(" 1111, 2222.", ["2222", "3333"]) == [True, False]
-    assert found(" 4444, 5555, 2222, 3333", ["2222", "3333"]) == [False, False]  # listing everything earns nothing
-    assert found(" 11112222", ["1111"]) == [False] == found("", ["1111"])
-    assert found(" VAR ABCDE, and FGHIJ", ["FGHIJ", "ABCDE"]) == [True, True]
+    assert hits_of(" 1111, 2222.", ["2222", "3333"]) == [True, False]
+    assert hits_of(" 4444, 5555, 2222, 3333", ["2222", "3333"]) == [False, False]  # listing everything earns nothing
+    assert hits_of(" 11112222", ["1111"]) == [False] == hits_of("", ["1111"])
+    assert hits_of(" VAR ABCDE, and FGHIJ", ["FGHIJ", "ABCDE"]) == [True, True]
     assert process_results({"answers": ["12", "34"]}, [" 34, 56"]) == {"recall": 0.5, "exact_match": 0.0}
     assert process_results({"answers": ["12", "34"]}, [" 34, 12"]) == {"recall": 1.0, "exact_match": 1.0}
 

@@ -79,14 +79,14 @@ class Letters:
 
 
 def test_only_answers_and_the_end_are_scored():
-    ids, labels = tasks.encode(Letters(), tasks.Example((("1+1=", "2"), (" 3", "4"))))
+    ids, labels = tasks.encode_example(Letters(), tasks.Example((("1+1=", "2"), (" 3", "4"))))
     assert len(ids) == len(labels) == 10
     assert [l for l in labels if l != -100] == [ord("2") + 3, ord("4") + 3, 2]
     assert all(l in (-100, i) for i, l in zip(ids, labels, strict=True))
 
 
 def test_packed_rows_restart_their_positions_and_follow_the_mixture():
-    stream = tasks.documents(random.Random(0), Letters(), {"arithmetic": 0.5, "text": 0.5})
+    stream = tasks.training_documents(random.Random(0), Letters(), {"arithmetic": 0.5, "text": 0.5})
     rows = [tasks.packed_row(stream, 256) for _ in range(40)]
     text = 0
     for row in rows:
@@ -103,6 +103,6 @@ def test_bad_requests_are_named():
     with pytest.raises(DataError, match="domain='poetry'"):
         next(tasks.examples("poetry", 0))
     with pytest.raises(DataError, match="mixture"):
-        next(tasks.documents(random.Random(0), Letters(), {"poetry": 1.0}))
+        next(tasks.training_documents(random.Random(0), Letters(), {"poetry": 1.0}))
     with pytest.raises(DataError, match="only .* distinct held-out prompts exist"):
         tasks.test_examples("arithmetic", 1900)

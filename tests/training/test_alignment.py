@@ -152,7 +152,7 @@ def test_bad_input_is_named(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=f"{field}="):
             AlignmentConfig(**settings, **{field: value})
-    with pytest.raises(ConfigError, match="layers_at_a_time=2: call streaming.align_streamed"):
+    with pytest.raises(ConfigError, match="layers_at_a_time=2: call alignment_by_groups.align_streamed"):
         align(student(), tmp_path, max_steps=1, layers_at_a_time=2)
 
 

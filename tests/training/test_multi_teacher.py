@@ -169,7 +169,7 @@ def test_a_replayed_completion_keeps_its_teacher(build):
     trainer.train()
     assert len(batches) == 5 and sources.count("replay") >= 3
     for batch in batches:
-        assert [trainer.names[number] for number in batch["judge"].tolist()] == named(trainer, batch)
+        assert [trainer.names[number] for number in batch["teacher"].tolist()] == named(trainer, batch)
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_rows_without_a_teacher_and_teachers_of_other_vocabularies_are_refused(b
         build(rows=unnamed | {"teacher": ["chat"] * 8})
     with pytest.raises(DataError, match="teacher='chat' beside the prompt"):
         trainer = build()
-        trainer.judge_of({"prompt": "w3", "teacher": "chat"})
+        trainer.teacher_of({"prompt": "w3", "teacher": "chat"})
     with pytest.raises(ConfigError, match="teacher code: the student's vocabulary has 61 tokens, the teacher's 70"):
         build(teachers={"math": llama(2), "code": llama(3, vocab=70)})
     words = word_tokenizer().get_vocab()

@@ -319,9 +319,9 @@ def test_replayed_rows_are_earlier_completions_with_their_own_prompts(build):
 def test_evaluation_lets_the_student_answer_each_prompt_once_and_leaves_training_alone(build):
     held_out = Dataset.from_dict({"prompt": PROMPTS[2:7]})
     plain = build(hybrid(), where="plain", max_steps=3, num_generations=2, lmbda=0.5)
-    judged = build(
+    offloaded = build(
         hybrid(),
-        where="judged",
+        where="offloaded",
         max_steps=3,
         num_generations=2,
         lmbda=0.5,
@@ -330,9 +330,9 @@ def test_evaluation_lets_the_student_answer_each_prompt_once_and_leaves_training
         eval_steps=1,
     )
     plain.train()
-    judged.train()
-    close(weights(judged), weights(plain), rtol=0, atol=0)
-    first, second = (judged.evaluate() for _ in range(2))
+    offloaded.train()
+    close(weights(offloaded), weights(plain), rtol=0, atol=0)
+    first, second = (offloaded.evaluate() for _ in range(2))
     assert first["eval_divergence"] == second["eval_divergence"] > 0 and first["eval_source/student"] == 1
     close(first["eval_loss"], second["eval_loss"])
 

@@ -10,7 +10,7 @@ import torch
 from conftest import enlarge, tiny_student
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from xlstm_hybrid.training.rollouts import PromptSampler, sample, seed_of, until_eos
+from xlstm_hybrid.training.rollouts import PromptSampler, sample_completions, seed_from, until_eos
 
 VOCAB, EOS = 61, 2
 
@@ -49,7 +49,7 @@ IDS = [[5, 9], list(range(7, 27)), [11], [40, 3, 8, 51, 22, 9, 17]]
 def test_greedy_completions_are_those_of_each_prompt_alone(kind):
     """Prompts of different length, read once in pieces, forked three ways."""
     model = hybrid(gain=2.5) if kind == "hybrid" else llama(1)
-    got = sample(model, IDS, 3, config(do_sample=False), seed=0, piece=4)
+    got = sample_completions(model, IDS, 3, config(do_sample=False), seed=0, piece=4)
     wanted = [
         model.generate(torch.tensor([ids]), generation_config=config(do_sample=False), use_cache=False)[
             0, len(ids) :
@@ -65,26 +65,30 @@ def test_each_prompt_is_read_once_however_many_completions_it_gets():
     student.model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    completions = sample(student, IDS, 5, config(eos_token_id=None), seed=1)
+    completions = sample_completions(student, IDS, 5, config(eos_token_id=None), seed=1)
     assert [len(ids) for ids in completions] == [12] * 20
     assert read == [4 * 19] + [20] * 12  # the prompts but for their last tokens, then one token per completion and step
 
 
 def test_a_seed_decides_the_completions_and_nothing_else_is_touched():
     student = tiny_student(torch.float32, gain=1.0, num_hidden_layers=2, attention_dropout=0.5)
-    wanted = sample(student, IDS, 4, config(), seed=1)
+    wanted = sample_completions(student, IDS, 4, config(), seed=1)
     student.gradient_checkpointing_enable()
     student.train()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = sample(student, IDS, 4, config(), seed=1)
+    first = sample_completions(student, IDS, 4, config(), seed=1)
     assert first == wanted  # no dropout while it writes
     torch.rand(3)
-    assert sample(student, IDS, 4, config(), seed=1) == first != sample(student, IDS, 4, config(), seed=2)
+    assert (
+        sample_completions(student, IDS, 4, config(), seed=1)
+        == first
+        != sample_completions(student, IDS, 4, config(), seed=2)
+    )
     assert len({tuple(ids) for ids in first[4:8]}) > 1  # the copies of a state go ways of their own
     torch.manual_seed(7)
     assert torch.equal(torch.get_rng_state(), before) and student.training and student.is_gradient_checkpointing
-    sample(student, IDS, 4, config(), seed=1)
+    sample_completions(student, IDS, 4, config(), seed=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -92,7 +96,7 @@ def test_samples_follow_the_students_distribution():
     """4,000 first tokens of one prompt, temperature 0.7: counts within five standard deviations of the softmax."""
     student, n = hybrid(), 4000
     got = torch.tensor(
-        [ids[0] for ids in sample(student, IDS[3:], n, config(max_new_tokens=1, temperature=0.7), seed=3)]
+        [ids[0] for ids in sample_completions(student, IDS[3:], n, config(max_new_tokens=1, temperature=0.7), seed=3)]
     ).bincount(minlength=VOCAB)
     p = (student(torch.tensor(IDS[3:])).logits[0, -1] / 0.7).softmax(-1)
     assert ((got - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
@@ -114,7 +118,7 @@ def test_the_order_of_prompts_depends_on_the_epoch_and_not_on_what_was_read_befo
     for indices in epochs:
         # twice the same step, each prompt twice in it
         assert len(indices) == 24 and indices[:6] == indices[6:12] and indices[0] == indices[1]
-    assert seed_of(5, 1) != seed_of(51) and 0 <= seed_of("a") < 2**63
+    assert seed_from(5, 1) != seed_from(51) and 0 <= seed_from("a") < 2**63
 
 
 # --- many processes ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify_files
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training import checkpoints
 from xlstm_hybrid.training import distributed as scale
-from xlstm_hybrid.training.resume import Interrupted, Resumable, notes
+from xlstm_hybrid.training.resume import Interrupted, Resumable
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 24
@@ -224,7 +224,7 @@ def steps(kind, folder, count=3, resume=False, poison=None, stop=None, **setting
         if not gradients:
             gradients.update(
                 {
-                    n: checkpoints.whole(p.grad).clone()
+                    n: checkpoints.unsharded(p.grad).clone()
                     for n, p in checkpoints.named_parameters(trainer).items()
                     if p.grad is not None
                 }
@@ -250,7 +250,7 @@ def steps(kind, folder, count=3, resume=False, poison=None, stop=None, **setting
     ]
     if hasattr(trainer, "resume_state"):
         trainer.resume_state()  # every process has to ask
-    weights = {name: checkpoints.whole(p.detach()).clone() for name, p in parameters.items()}
+    weights = {name: checkpoints.unsharded(p.detach()).clone() for name, p in parameters.items()}
     return {
         "log": log,
         "gradients": gradients,
@@ -336,7 +336,7 @@ def stops(folder, **settings):
     trainer.train()
     return {
         "stopped": trainer.stopped,
-        "weights": {n: checkpoints.whole(p.detach()).clone() for n, p in trainer.model.named_parameters()},
+        "weights": {n: checkpoints.unsharded(p.detach()).clone() for n, p in trainer.model.named_parameters()},
     }
 
 
@@ -461,10 +461,8 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_all(way, tmp_path):
     assert [rank["skipped"] for rank in found] == [1, 1]
     assert all(torch.isfinite(x).all() for x in found[0]["weights"].values())
     near(found[0], found[1], ("weights", "optimizer"))
-    assert [[b["loss"] for b in note["batches"]] for note in notes(tmp_path / "run" / "non_finite" / "step-1")][1] == [
-        "nan",
-        "nan",
-    ]
+    note = json.loads((tmp_path / "run" / "non_finite" / "step-1" / "process-1.json").read_text())
+    assert [batch["loss"] for batch in note["batches"]] == ["nan", "nan"]
 
 
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
@@ -540,7 +538,7 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads_and_we_accept(nam
         trainer = type(
             "Trainer", (), {"is_deepspeed_enabled": False, "accelerator": type("Accelerator", (), {"state": state})}
         )
-        scale.prepare(trainer)
+        scale.prepare_fsdp(trainer)
         assert plugin.mixed_precision_policy.param_dtype is None and plugin.mixed_precision_policy.reduce_dtype is None
         for field, value, said in [
             ("fsdp_version", 1, "expected 2"),
@@ -548,5 +546,5 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads_and_we_accept(nam
         ]:
             setattr(plugin, field, value)
             with pytest.raises(ConfigError, match=said):
-                scale.prepare(trainer)
+                scale.prepare_fsdp(trainer)
             setattr(plugin, field, 2 if field == "fsdp_version" else "FULL_STATE_DICT")

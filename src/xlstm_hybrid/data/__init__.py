@@ -1,34 +1,19 @@
-"""What the trainers read: data sets, or the tiny domains of `tasks`, as packed rows of one length.
+"""What the trainers read: data sets, or the tiny domains of `toy_domains`, as packed rows of one length.
 
 source -> documents (token ids and labels) -> mix by shares of tokens -> rows. Everything is seeded, and a stream goes
 on from its state.
 """
 
 from xlstm_hybrid.data.documents import IGNORE, encode_chat, encode_text
-from xlstm_hybrid.data.rows import (
-    ROW,
-    Rows,
-    collate,
-    joint_prompts,
-    open_rows,
-    open_streams,
-    packed_rows,
-    prompts,
-    train_dataset,
-)
-from xlstm_hybrid.data.streams import Stream, open_source
+from xlstm_hybrid.data.rows import collate, joint_prompts, open_rows, open_streams, packed_rows, prompts, train_dataset
 
 __all__ = [
     "IGNORE",
-    "ROW",
-    "Rows",
-    "Stream",
     "collate",
     "encode_chat",
     "encode_text",
     "joint_prompts",
     "open_rows",
-    "open_source",
     "open_streams",
     "packed_rows",
     "prompts",

@@ -4,7 +4,6 @@ A label is the token itself, or -100 where it is not scored; the first token of 
 it.
 """
 
-import hashlib
 import json
 
 from xlstm_hybrid.errors import DataError
@@ -13,8 +12,7 @@ IGNORE = -100
 
 
 def encode_text(tokenizer, text):
-    """A document of plain text between the begin token (where the tokenizer has one) and the end token; every token is
-    scored but the first.
+    """Plain text between the begin token (where there is one) and the end token; all but the first token are scored.
 
     Raises:
         DataError: the tokenizer has no end token.
@@ -29,10 +27,9 @@ def encode_text(tokenizer, text):
 
 
 def encode_chat(tokenizer, messages, score="assistant"):
-    """A conversation as the tokenizer's chat template writes it; what the assistant says is scored, end-of-turn token
-    included.
+    """A conversation in the tokenizer's chat template; the assistant's words and end-of-turn tokens are scored.
 
-    A template that marks the assistant's words ({% generation %}) is believed. Otherwise a turn is what it adds to the
+    A template that marks the assistant's words ({% generation %}) decides. Otherwise a turn is what it adds to the
     conversation before it, and a template that writes earlier turns in another way when later ones follow is refused.
 
     Args:
@@ -46,21 +43,22 @@ def encode_chat(tokenizer, messages, score="assistant"):
     if not turns:
         raise DataError("no message has the role 'assistant': nothing could be scored")
     messages, turns = messages[: turns[-1] + 1], turns[-1:] if score == "last" else turns
-    if "{% generation" in template_of(tokenizer).replace("{%-", "{%"):
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise DataError(
+            "the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages"
+        )
+    template = template if isinstance(template, str) else "".join(template.values())
+    if "{% generation" in template.replace("{%-", "{%"):
         return marked_chat(tokenizer, messages, score)
     ids = render(tokenizer, messages)
     labels = [IGNORE] * len(ids)
     for n in turns:
-        before, after = (
-            render(tokenizer, messages[:n], add_generation_prompt=True),
-            render(tokenizer, messages[: n + 1]),
-        )
+        before = render(tokenizer, messages[:n], add_generation_prompt=True)
+        after = render(tokenizer, messages[: n + 1])
         if ids[: len(after)] != after or after[: len(before)] != before:
-            step = (
-                "set score: last"
-                if score != "last"
-                else "take a template that marks the assistant's words with {% generation %}"
-            )
+            marks = "take a template that marks the assistant's words with {% generation %}"
+            step = "set score: last" if score != "last" else marks
             raise DataError(
                 f"the chat template does not write turn {n} as it wrote it without the turns that follow it, or without its answer: {step}"
             )
@@ -70,8 +68,8 @@ def encode_chat(tokenizer, messages, score="assistant"):
 
 def marked_chat(tokenizer, messages, score):
     """`encode_chat` where the template marks the assistant's words."""
-    found = render(tokenizer, messages, return_assistant_tokens_mask=True)
-    ids, mask = found["input_ids"], list(found["assistant_masks"])
+    encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    ids, mask = encoded["input_ids"], list(encoded["assistant_masks"])
     if score == "last":
         end = max((n for n, m in enumerate(mask) if m), default=-1)
         begin = max((n for n in range(end) if not mask[n]), default=-1)
@@ -79,26 +77,17 @@ def marked_chat(tokenizer, messages, score):
     return ids, [IGNORE, *(i if m else IGNORE for i, m in zip(ids[1:], mask[1:], strict=True))]
 
 
-def template_of(tokenizer):
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise DataError(
-            "the tokenizer has no chat template: take the instruct model's tokenizer, or a text column instead of messages"
-        )
-    return template if isinstance(template, str) else "".join(template.values())
-
-
 def render(tokenizer, messages, **options):
     """Token ids of messages; with `return_assistant_tokens_mask` a dict that also holds the mask."""
     from jinja2 import TemplateError
 
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise DataError(
             f"the chat template refuses these messages ({' '.join(str(error).split())}): correct the rows, or leave them out"
         ) from error
-    return found if "return_assistant_tokens_mask" in options else list(found["input_ids"])
+    return encoded if "return_assistant_tokens_mask" in options else list(encoded["input_ids"])
 
 
 def conversation(row, source):
@@ -107,15 +96,13 @@ def conversation(row, source):
         messages = row[source.messages]
     else:
         question, answer = row[source.prompt], row[source.completion]
-        question = (
-            [{"role": "user", "content": question}] if isinstance(question, str) and question.strip() else question
-        )
+        if isinstance(question, str) and question.strip():
+            question = [{"role": "user", "content": question}]
         messages = [*question, {"role": "assistant", "content": answer}] if question and answer else None
     if not messages:
         return None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else [None]
+    if not all(isinstance(role, str) for role in roles):
         raise DataError(f"expected a list of messages with role and content, got {str(messages)[:80]!r}")
     return [{k: v for k, v in m.items() if v is not None} for m in messages]
 
@@ -129,8 +116,3 @@ def content_of(row, source):
     if text is not None and not isinstance(text, str):
         raise DataError(f"column {source.text!r} holds a {type(text).__name__}, expected text")
     return (text, text) if text and text.strip() else None
-
-
-def is_held_out(text, share):
-    """Whether a document belongs to the held-out split: a property of its content alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < share * 2**64

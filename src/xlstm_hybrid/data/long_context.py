@@ -17,108 +17,32 @@ from xlstm_hybrid.errors import DataError, EvaluationError
 LENGTHS = tuple(1024 * 2**j for j in range(8))  # 1k to 128k
 # what fills the last few tokens: the first that adds them one by one
 PADS = (" and", " so", " the", " .", ".", "\n", " a", "a")
-CITIES = (
-    "Accra",
-    "Athens",
-    "Bergen",
-    "Bogota",
-    "Cairo",
-    "Dakar",
-    "Delhi",
-    "Dublin",
-    "Geneva",
-    "Hanoi",
-    "Havana",
-    "Jakarta",
-    "Kyiv",
-    "Lagos",
-    "Lima",
-    "Lisbon",
-    "London",
-    "Madrid",
-    "Manila",
-    "Nairobi",
-    "Oslo",
-    "Paris",
-    "Prague",
-    "Quito",
-    "Riga",
-    "Rome",
-    "Seoul",
-    "Sofia",
-    "Tokyo",
-    "Tunis",
-    "Vienna",
-    "Warsaw",
+CITIES, SUBJECTS, VERBS, OBJECTS, PLACES = (
+    line.split(", ")
+    for line in (
+        "Accra, Athens, Bergen, Bogota, Cairo, Dakar, Delhi, Dublin, Geneva, Hanoi, Havana, Jakarta, Kyiv, Lagos, Lima, "
+        "Lisbon, London, Madrid, Manila, Nairobi, Oslo, Paris, Prague, Quito, Riga, Rome, Seoul, Sofia, Tokyo, Tunis, "
+        "Vienna, Warsaw",
+        "the baker, a farmer, the old sailor, her neighbour, the young clerk, a quiet child, the gardener, his teacher",
+        "looks for, forgets, carries, paints, remembers, finds, sells, borrows, washes, waits for",
+        "the green door, a wooden box, the last train, some warm bread, the empty garden, a paper boat, the broken clock, two birds",
+        "near the river, after the rain, before noon, in the market, behind the house, on the hill, at the bridge, every morning",
+    )
 )
-SUBJECTS = (
-    "the baker",
-    "a farmer",
-    "the old sailor",
-    "her neighbour",
-    "the young clerk",
-    "a quiet child",
-    "the gardener",
-    "his teacher",
-)
-VERBS = ("looks for", "forgets", "carries", "paints", "remembers", "finds", "sells", "borrows", "washes", "waits for")
-OBJECTS = (
-    "the green door",
-    "a wooden box",
-    "the last train",
-    "some warm bread",
-    "the empty garden",
-    "a paper boat",
-    "the broken clock",
-    "two birds",
-)
-PLACES = (
-    "near the river",
-    "after the rain",
-    "before noon",
-    "in the market",
-    "behind the house",
-    "on the hill",
-    "at the bridge",
-    "every morning",
-)
-
-
-# --- haystacks: lines without end, each a function of the generator ---------------------------------------------
-
-
-def sentences(rng):
-    """Plain sentences without a number or a capital beyond the first letter: nothing in them looks like an answer."""
-    while True:
-        yield f" {rng.choice(SUBJECTS).capitalize()} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(PLACES)}."
-
-
-def pairs(rng):
-    """(key, value), keys distinct: three syllables and a number of four digits."""
-    seen = set()
-    while True:
-        key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
-        if key not in seen:
-            seen.add(key)
-            yield key, str(rng.randrange(1000, 10000))
 
 
 # --- kinds: each gives `layout(n)` -> (lines, number of the line of each answer, question, answers) --------------
 
 
-def strata(rng, count):
-    """`count` depths, one drawn from each of as many equal parts of the context: together they are uniform."""
-    return [(j + rng.random()) / count for j in range(count)]
-
-
 def haystack(rng, facts, of_answers, question, answers):
-    """Sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
-    source, lines = sentences(rng), []
+    """Plain sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
+    lines = []
     order = sorted(range(len(facts)), key=lambda j: facts[j][0])
 
     def layout(n):
-        while len(lines) < n:
-            lines.append(next(source))
+        while len(lines) < n:  # no number, no capital but the first: nothing in them looks like an answer
+            subject, verb, thing, place = (rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, PLACES))
+            lines.append(f" {subject.capitalize()} {verb} {thing} {place}.")
         mixed, where, last = [], {}, 0
         for j in order:
             place = round(facts[j][0] * n)
@@ -138,13 +62,8 @@ def needle(rng, depth, others=0):
         (depth if not j else rng.random(), f" The pass key of {c} is {k}.")
         for j, (c, k) in enumerate(zip(cities, keys, strict=True))
     ]
-    return haystack(
-        rng,
-        facts,
-        [0],
-        f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is",
-        keys[:1],
-    )
+    question = f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is"
+    return haystack(rng, facts, [0], question, keys[:1])
 
 
 def multikey(rng, depth):
@@ -153,26 +72,22 @@ def multikey(rng, depth):
 
 
 def recall(rng, depth, queries=4):
-    """Multi-query associative recall: the context is nothing but keys and values, and values of keys from every part of
-    it are asked for.
-    """
+    """Multi-query associative recall: nothing but keys and values, and values from every part are asked for."""
     del depth  # queries come from all depths
-    source, lines, within = pairs(rng), [], [rng.random() for _ in range(queries)]
+    lines, within = {}, [rng.random() for _ in range(queries)]  # keys of three syllables, numbers of four digits
     order = rng.sample(range(queries), queries)  # not the order of the context
 
     def layout(n):
         while len(lines) < n:
-            lines.append(next(source))
+            key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+            if key not in lines:
+                lines[key] = str(rng.randrange(1000, 10000))
+        pairs = list(lines.items())[:n]
         edges = [n * j // queries for j in range(queries + 1)]  # one key of each quarter
         places = [edges[j] + int(within[j] * (edges[j + 1] - edges[j])) for j in order]
-        keys = ", ".join(lines[p][0] for p in places)
-        text = [f"\n{key} = {value}" for key, value in lines[:n]]
-        return (
-            text,
-            places,
-            f"\nQuestion: what are the values of {keys}?\nAnswer: In this order, they are",
-            [lines[p][1] for p in places],
-        )
+        keys = ", ".join(pairs[p][0] for p in places)
+        question = f"\nQuestion: what are the values of {keys}?\nAnswer: In this order, they are"
+        return [f"\n{key} = {value}" for key, value in pairs], places, question, [pairs[p][1] for p in places]
 
     return layout
 
@@ -187,19 +102,16 @@ def variables(rng, depth, hops=4):
     values = rng.sample(range(10**4, 10**5), 2)
     facts = []
     for chain, value in zip((names[: hops + 1], names[hops + 1 :]), values, strict=True):
-        held = [str(value), *(f"VAR {name}" for name in chain)]
-        facts += [
-            (d, f" VAR {name} = {held[j]}.")
-            for j, (d, name) in enumerate(zip(strata(rng, hops + 1), chain, strict=True))
-        ]
+        assigned = [str(value), *(f"VAR {name}" for name in chain)]
+        for j, name in enumerate(chain):  # a depth from each of as many equal parts: together they are uniform
+            facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
     question = f"\nQuestion: which variables hold the value {values[0]}?\nAnswer: The {hops + 1} variables are"
     return haystack(rng, facts, range(hops + 1), question, names[: hops + 1])
 
 
 KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
 OPENINGS = {
-    "needle": "Pass keys are hidden in the text. Remember them.\n",
-    "multikey": "Pass keys are hidden in the text. Remember them.\n",
+    **dict.fromkeys(("needle", "multikey"), "Pass keys are hidden in the text. Remember them.\n"),
     "recall": "Remember the value of every key.\n",
     "variables": "Assignments of variables are hidden in the text. Remember them.\n",
 }
@@ -227,14 +139,13 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
         DataError: no such kind, numbers below 1, a depth off [0, 1], a length below what the question needs or that the
             tokenizer cannot hit.
     """
-    grid = spread(depths) if isinstance(depths, int) else list(depths)
-    if (
-        kind not in KINDS
-        or samples < 1
-        or length < 1
-        or not grid
-        or (not isinstance(depths, int) and not all(0 <= d <= 1 for d in grid))
-    ):
+    if isinstance(depths, int):  # in steps of about the golden section: the first few of them lie far apart
+        steps = (s for s in range(1, depths + 1) if math.gcd(s, depths) == 1)
+        step = min(steps, key=lambda s: abs(s - 0.618 * depths), default=1)
+        grid = [j * step % depths for j in range(depths)]
+    else:
+        grid = list(depths) if all(0 <= d <= 1 for d in depths) else []
+    if kind not in KINDS or samples < 1 or length < 1 or not grid:
         raise DataError(
             f"kind={kind!r}, length={length}, samples={samples}, depths={depths!r}: expected one of {', '.join(KINDS)}, numbers of at "
             "least 1, and a number of depths or depths between 0 and 1"
@@ -246,14 +157,6 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
         depth = (depth + rng.random()) / len(grid) if isinstance(depths, int) else depth
         rows.append({**document(tokenizer, kind, length, KINDS[kind](rng, depth)), "number": number})
     return rows
-
-
-def spread(parts):
-    """The numbers below `parts` in steps of about the golden section: the first few of them lie far apart."""
-    step = min(
-        (s for s in range(1, parts + 1) if math.gcd(s, parts) == 1), key=lambda s: abs(s - 0.618 * parts), default=1
-    )
-    return [j * step % parts for j in range(parts)]
 
 
 def document(tokenizer, kind, length, layout):
@@ -268,21 +171,12 @@ def document(tokenizer, kind, length, layout):
     lines, places, _, answers = layout(n)
     before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
     distances = [length - count(part) for part in before]
-    answer = " " + ", ".join(answers)
-    return {
-        "prompt": text(n, pad),
-        "answers": answers,
-        "answer": answer,
-        "distances": distances,
-        "kind": kind,
-        "length": length,
-    }
+    row = {"prompt": text(n, pad), "answers": answers, "answer": " " + ", ".join(answers)}
+    return row | {"distances": distances, "kind": kind, "length": length}
 
 
 def fit(count, length, text, kind, least=4):
-    """`(n, pad)` such that `text(n, pad)` has exactly `length` tokens: whole lines first, then single tokens before the
-    question.
-    """
+    """`(n, pad)` with which `text(n, pad)` has exactly `length` tokens: whole lines, then single tokens."""
     base, average = count(text(least)), max(1.0, (count(text(least + 64)) - count(text(least))) / 64)
     if base > length:
         raise DataError(
@@ -306,8 +200,7 @@ def fit(count, length, text, kind, least=4):
 
 
 def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrained=None, **_):
-    """The documents as a task file of lm-eval reads them: `{"test": Dataset}`; the tokenizer comes by its name, as
-    lm-eval's own RULER has it.
+    """The documents for a task file of lm-eval: `{"test": Dataset}`; as for its RULER a tokenizer is a name.
 
     Raises:
         DataError: neither `tokenizer` nor `pretrained`; and see `documents`.
@@ -319,41 +212,33 @@ def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrai
         raise DataError(
             f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
         )
-    return {
-        "test": Dataset.from_list(documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed))
-    }
+    rows = documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed)
+    return {"test": Dataset.from_list(rows)}
 
 
 # --- scores ------------------------------------------------------------------------------------------------------
 
 
-def found(output, answers):
-    """Of each answer, whether it is among as many numbers (or names) as were asked for, the first ones of the output:
-    listing all earns nothing.
-    """
+def hits_of(output, answers):
+    """Whether each answer is among the first numbers (or names) of the output, of as many as were asked for."""
     pattern = r"\d+" if answers[0].isdigit() else r"\b[A-Z]{5}\b"
     said = re.findall(pattern, output)[: len(answers)]
     return [answer in said for answer in answers]
 
 
 def process_results(doc, results):
-    """Scores of one document, as lm-eval asks for them: recall, the share of the answers; exact_match, 1 if it is all
-    of them.
-    """
-    hits = found(results[0], doc["answers"])
+    """Scores of one document for lm-eval: recall, the share of the answers; exact_match, 1 if it is all of them."""
+    hits = hits_of(results[0], doc["answers"])
     return {"recall": sum(hits) / len(hits), "exact_match": float(all(hits))}
 
 
 def coverage(length, window, sinks=0):
-    """c = (W + S) / L, at most 1: the share of a uniform needle's places that window and sinks see. `window` None: all
-    of them.
-    """
+    """c = (W + S) / L, at most 1: share of a needle's places that window and sinks see. `window` None: all."""
     return 1.0 if window is None else min(1.0, (window + sinks) / length)
 
 
 def excess(score, covered):
-    """(score - c) / (1 - c): recall of what window and sinks do not see, 0 for a model that sees nothing else; None
-    where they see all.
+    """(score - c) / (1 - c): recall of what window and sinks do not see, 0 if nothing else is seen; None for c = 1.
 
     Raises:
         EvaluationError: a score or coverage off [0, 1].
@@ -370,7 +255,7 @@ def by_depth(samples, parts=10):
     hits = [[] for _ in range(parts)]
     for sample in samples:
         doc = sample["doc"]
-        for hit, distance in zip(found(sample["filtered_resps"][0], doc["answers"]), doc["distances"], strict=True):
+        for hit, distance in zip(hits_of(sample["filtered_resps"][0], doc["answers"]), doc["distances"], strict=True):
             depth = 1 - distance / doc["length"]
             hits[min(int(depth * parts), parts - 1)].append(hit)
     return [

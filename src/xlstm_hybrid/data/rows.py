@@ -1,6 +1,4 @@
-"""Packed rows of T tokens each, from a mix of sources or from the tiny domains, and the data sets that the trainers
-read.
-"""
+"""Packed rows of T tokens, of a mix of sources or of the tiny domains, and the data sets that the trainers read."""
 
 import copy
 import hashlib
@@ -19,8 +17,7 @@ ROW = ("input_ids", "labels", "position_ids")
 
 
 class Rows:
-    """Packed rows of `length` tokens from several streams, without end: `{"input_ids", "labels", "position_ids"}`,
-    lists of ints.
+    """Packed rows of `length` tokens from several streams, without end: a list of ints for each name of `ROW`.
 
     The source furthest below its share of tokens comes next. Positions restart with each document, and with each piece
     of one that goes on in the next row. Rows with nothing to score are left out. `state_dict()` is plain JSON data;
@@ -45,29 +42,21 @@ class Rows:
 
     def fill(self, row):
         """Put the next document, or as much of it as there is room for, into the row."""
-        ids, labels, splits = self.rest or self.next_document()
+        if self.rest is None:
+            name = min(self.streams, key=lambda n: self.spent[n] / self.streams[n].source.weight)
+            source, (ids, labels) = self.streams[name].source, next(self.streams[name])
+            self.spent[name] += len(ids)
+            self.rest = ids, labels, (source.overlong or ("cut" if source.is_chat else "split")) == "split"
+        ids, labels, splits = self.rest
         room = self.length - len(row["input_ids"])
         row["input_ids"] += ids[:room]
         row["labels"] += [IGNORE, *labels[1:room]]  # nothing predicts a first token, that of a continued piece neither
         row["position_ids"] += range(min(room, len(ids)))
         self.rest = (ids[room:], labels[room:], splits) if splits and len(ids) > room else None
 
-    def next_document(self):
-        name = min(self.streams, key=lambda n: self.spent[n] / self.streams[n].source.weight)
-        source = self.streams[name].source
-        ids, labels = next(self.streams[name])
-        self.spent[name] += len(ids)
-        return list(ids), list(labels), (source.overlong or ("cut" if source.is_chat else "split")) == "split"
-
     def state_dict(self):
-        return copy.deepcopy(
-            {
-                "spent": self.spent,
-                "rest": self.rest,
-                "count": self.count,
-                "streams": {n: s.state for n, s in self.streams.items()},
-            }
-        )
+        state = {"spent": self.spent, "rest": self.rest, "count": self.count}
+        return copy.deepcopy(state | {"streams": {name: stream.state for name, stream in self.streams.items()}})
 
     def load_state_dict(self, state):
         """Raises DataError for a state of other sources."""
@@ -82,22 +71,16 @@ class Rows:
 
 
 def open_streams(recipe, tokenizer, expert=None, test=False):
-    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of the documents that nothing trains
-    on.
+    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of documents not trained on.
 
     Raises:
         DataError: see `open_source`.
     """
     data, name = recipe.data, "align" if expert is None else expert
-    options = {
-        "buffer": data.get("shuffle_buffer", SHUFFLE_BUFFER),
-        "held_out": data.get("held_out", HELD_OUT),
-        "test": test,
-    }
-    sources = recipe.mix(expert)["sources"]
+    rest = data.get("shuffle_buffer", SHUFFLE_BUFFER), data.get("held_out", HELD_OUT), test
     return [
-        Stream(n, s, open_source(s, recipe), tokenizer, seed=f"{recipe.seed}-{name}", **options)
-        for n, s in sources.items()
+        Stream(n, source, open_source(source, recipe), tokenizer, f"{recipe.seed}-{name}", *rest)
+        for n, source in recipe.mix(expert)["sources"].items()
     ]
 
 
@@ -112,7 +95,7 @@ def packed_rows(recipe, tokenizer, count, expert=None, test=False):
     if "sources" in mix:
         return list(islice(open_rows(recipe, tokenizer, expert, test), count))
     seed = recipe.seed + HELD_OUT_SEED if test else recipe.seed if expert is None else f"{recipe.seed}-{expert}"
-    stream = tasks.documents(random.Random(seed), tokenizer, mix["mixture"])
+    stream = tasks.training_documents(random.Random(seed), tokenizer, mix["mixture"])
     return [tasks.packed_row(stream, recipe.length) for _ in range(count)]
 
 
@@ -132,15 +115,17 @@ def train_dataset(recipe, tokenizer, count, expert=None, cache=None):
     if "mixture" in mix:
         return Dataset.from_list(packed_rows(recipe, tokenizer, count, expert))
     features = Features({key: Sequence(Value("int32")) for key in ROW})
+
+    def rows():
+        return islice(open_rows(recipe, tokenizer, expert), count)
+
     if any(not s.whole for s in open_streams(recipe, tokenizer, expert)):
-        return IterableDataset.from_generator(
-            lambda: islice(open_rows(recipe, tokenizer, expert), count), features=features
-        )
+        return IterableDataset.from_generator(rows, features=features)
+    # everything in the recipe that the rows depend on
+    what = [recipe.data, recipe.experts.get(expert), recipe.seed, str(expert), count, recipe.teacher]
+    name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
     try:
-        named = fingerprint(recipe, expert, count)
-        return Dataset.from_generator(
-            lambda: islice(open_rows(recipe, tokenizer, expert), count), features, cache_dir=cache, fingerprint=named
-        )
+        return Dataset.from_generator(rows, features, cache_dir=cache, fingerprint=name)
     except DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, XLSTMHybridError) else error from None
 
@@ -149,7 +134,8 @@ def prompts(recipe, tokenizer, count, expert):
     """`count` questions of one expert for on-policy distillation: a `datasets.Dataset` with the columns "prompt" and
     "completion".
 
-    Of a conversation the prompt is all but its last answer; both columns hold messages, for the tiny domains text.
+    Of a conversation the prompt is all but its last answer; both columns hold messages. Of the tiny domains, in the
+    shares of their mixture, they hold text; `text` itself asks nothing and is left out.
 
     Raises:
         ConfigError: the expert reads plain text, which asks nothing.
@@ -159,25 +145,31 @@ def prompts(recipe, tokenizer, count, expert):
 
     mix = recipe.mix(expert)
     if "mixture" in mix:
-        return Dataset.from_list(list(domain_questions(mix["mixture"], f"{recipe.seed}-{expert}-prompts", count)))
+        shares = {name: share for name, share in mix["mixture"].items() if name != "text"}
+        if not shares:
+            raise ConfigError("the mixture holds text only, which asks nothing; on-policy distillation needs prompts")
+        seed = f"{recipe.seed}-{expert}-prompts"
+        rng, streams = random.Random(seed), {name: tasks.examples(name, seed) for name in shares}
+        names = [rng.choices(list(shares), list(shares.values()))[0] for _ in range(count)]
+        asked = (next(streams[name]) for name in names)
+        return Dataset.from_list([{"prompt": example.prompt, "completion": example.answer} for example in asked])
     if plain := sorted(n for n, s in mix["sources"].items() if not s.is_chat):
         raise ConfigError(
             f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages"
         )
-    streams, spent, found = open_streams(recipe, tokenizer, expert), {}, []
+    streams, spent, rows = open_streams(recipe, tokenizer, expert), {}, []
     for stream in streams:
         stream.encode = lambda messages: (question(messages), [0])  # in the place of token ids; nothing is scored here
         spent[stream.name] = 0
-    while len(found) < count:
+    while len(rows) < count:
         stream = min(streams, key=lambda s: spent[s.name] / s.source.weight)
         spent[stream.name] += 1
-        found.append(next(stream)[0])
-    return Dataset.from_list(found)
+        rows.append(next(stream)[0])
+    return Dataset.from_list(rows)
 
 
 def joint_prompts(recipe, tokenizer, count, shares):
-    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" that names whose they
-    are.
+    """`count` questions of several experts in their shares: `prompts`, with a column "teacher" for the expert.
 
     Args:
         shares: {name of an expert: share}; counts are those nearest to them whose sum is `count`.
@@ -206,23 +198,6 @@ def question(messages):
     if not turns or not turns[-1]:
         raise DataError("no message before the assistant's last one: nothing is asked")
     return {"prompt": messages[: turns[-1]], "completion": messages[turns[-1] : turns[-1] + 1]}
-
-
-def domain_questions(mixture, seed, count):
-    """Questions of the tiny domains in the shares of a mixture; text asks nothing and is left out."""
-    shares = {name: share for name, share in mixture.items() if name != "text"}
-    if not shares:
-        raise ConfigError("the mixture holds text only, which asks nothing; on-policy distillation needs prompts")
-    rng, streams = random.Random(seed), {name: tasks.examples(name, seed) for name in shares}
-    for _ in range(count):
-        example = next(streams[rng.choices(list(shares), list(shares.values()))[0]])
-        yield {"prompt": example.prompt, "completion": example.answer}
-
-
-def fingerprint(recipe, expert, count):
-    """A name for rows, of everything in the recipe that they depend on."""
-    what = [recipe.data, recipe.experts.get(expert), recipe.seed, str(expert), count, recipe.teacher]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def collate(rows):

@@ -5,13 +5,16 @@ import hashlib
 import warnings
 from itertools import islice
 
-from xlstm_hybrid.data.documents import IGNORE, content_of, encode_chat, encode_text, is_held_out
+import numpy
+
+from xlstm_hybrid.data.documents import IGNORE, content_of, encode_chat, encode_text
 from xlstm_hybrid.errors import DataError
 from xlstm_hybrid.recipe.schema import HUB_ID, resolve_path
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
-EMPTY_SHARE, EMPTY_FLOOR = 0.5, 200  # of rows that may be empty, judged after so many
+EMPTY_SHARE, EMPTY_FLOOR = 0.5, 200  # of rows that may be empty, checked after so many
+START = {"pass": 0, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0}
 
 
 def open_source(source, recipe):
@@ -28,41 +31,34 @@ def open_source(source, recipe):
             f"{source.path}: no such file or folder beside {recipe.path.name}, and not a Hub id; check the path"
         )
     streaming = source.streaming if source.streaming is not None else local is None
-    where, files = (
-        (local, source.data_files) if local is not None and local.is_dir() else (source.path, source.data_files)
-    )
+    where, files = local if local is not None and local.is_dir() else source.path, source.data_files
     if local is not None and local.is_file():
         if local.suffix not in FORMATS:
             raise DataError(f"{local.name}: expected a file of one of {sorted(FORMATS)}")
         where, files = FORMATS[local.suffix], str(local)
     try:
         if local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            found = load_from_disk(local)
-            found = found[source.split] if isinstance(found, dict) else found
+            dataset = load_from_disk(local)
+            dataset = dataset[source.split] if isinstance(dataset, dict) else dataset
         else:
             options = {"data_files": files} | ({"revision": source.revision} if local is None else {})
-            found = load_dataset(str(where), source.name, split=source.split, streaming=streaming, **options)
+            dataset = load_dataset(str(where), source.name, split=source.split, streaming=streaming, **options)
     except Exception as error:  # datasets, its readers and the Hub raise a dozen kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{source.path}: cannot be opened ({type(error).__name__}: {reason}); check its name, split ({source.split!r}), your access "
             "to it, and HF_HUB_OFFLINE"
         ) from error
-    check_columns(found, source)
-    return found
-
-
-def check_columns(found, source):
-    columns = found.column_names or list(next(iter(found), {}))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
     if missing := [c for c in source.columns if c not in columns]:
         raise DataError(
             f"{source.path}, split {source.split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe"
         )
+    return dataset
 
 
 class Stream:
-    """Documents of one source without end, pass after pass, each in another order; `state` says where it stands, and
-    `resume` goes back there.
+    """Documents of one source, pass after pass, each in another order; `state` and `resume` go on where it stood.
 
     A pass is read in blocks: the whole data set, or `buffer` rows of a stream, whose files are shuffled as well. Each
     block has an order of its own, from the seed, the pass and the block's number, so that a stream goes on exactly:
@@ -78,7 +74,7 @@ class Stream:
         self.name, self.source, self.dataset, self.tokenizer = name, source, dataset, tokenizer
         self.seed, self.buffer, self.held_out, self.test = seed, buffer, held_out, test
         self.whole = hasattr(dataset, "__len__")
-        self.resume({"pass": 0, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0})
+        self.resume(START)
 
     def resume(self, state):
         """Go on where a stream of the same source, seed and buffer had this `state`."""
@@ -98,7 +94,10 @@ class Stream:
                 if document is not None:
                     self.state["given"] += 1
                     return document
-            self.next_block()
+            ended = self.whole or len(self.block) < self.buffer
+            self.block, self.state = None, self.state | {"block": self.state["block"] + 1, "position": 0}
+            if ended:
+                self.end_pass()
 
     def load_block(self):
         """The block that the state names, and its order."""
@@ -107,20 +106,15 @@ class Stream:
         else:
             if self.rows is None:
                 # an epoch above 0 shuffles the files
-                self.dataset.set_epoch(number(f"{self.seed}-{self.name}-{self.state['pass']}", 2**31) + 1)
+                self.dataset.set_epoch(whole_number(f"{self.seed}-{self.name}-{self.state['pass']}", 2**31) + 1)
                 if self.state["dataset"] is not None:
                     self.dataset.load_state_dict(self.state["dataset"])
                 self.rows = iter(self.dataset)
             elif self.state["block"]:
                 self.state["dataset"] = copy.deepcopy(self.dataset.state_dict())
             self.block = list(islice(self.rows, self.buffer))
-        self.order = permutation(len(self.block), f"{self.seed}-{self.name}-{self.state['pass']}-{self.state['block']}")
-
-    def next_block(self):
-        ended = self.whole or len(self.block) < self.buffer
-        self.block, self.state = None, self.state | {"block": self.state["block"] + 1, "position": 0}
-        if ended:
-            self.end_pass()
+        seed = whole_number(f"{self.seed}-{self.name}-{self.state['pass']}-{self.state['block']}", 2**63)
+        self.order = numpy.random.default_rng(seed).permutation(len(self.block))
 
     def end_pass(self):
         s = self.state
@@ -134,9 +128,7 @@ class Stream:
                 f"{self.name}: {s['empty']} of {s['seen']} rows are empty or have nothing to score, and were left out",
                 stacklevel=2,
             )
-        self.resume(
-            {"pass": s["pass"] + 1, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0}
-        )
+        self.resume(START | {"pass": s["pass"] + 1})
 
     def document(self, row, n):
         """One row as a document; None where it is empty, filtered out, of the other split, or has nothing to score."""
@@ -145,10 +137,10 @@ class Stream:
                 return None
         self.state["seen"] += 1
         try:
-            found = content_of(row, self.source)
-            if found is not None and is_held_out(found[1], self.held_out) != self.test:
+            content = content_of(row, self.source)  # the split follows from the content alone
+            if content is not None and (whole_number(content[1], 2**64) < self.held_out * 2**64) != self.test:
                 return None
-            document = found and self.encode(found[0])
+            document = content and self.encode(content[0])
         except DataError as error:
             raise DataError(f"{self.name}, row {n} of block {self.state['block']}: {error}") from error
         if document is None or all(label == IGNORE for label in document[1]):
@@ -166,12 +158,6 @@ class Stream:
         return encode_text(self.tokenizer, content)
 
 
-def number(text, below):
+def whole_number(text, below):
     """A whole number from a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % below
-
-
-def permutation(length, seed):
-    import numpy
-
-    return numpy.random.default_rng(number(seed, 2**63)).permutation(length)

@@ -34,6 +34,10 @@ class Example:
         return self.turns[0][1]
 
 
+def single(question, answer):
+    return Example(((question, str(answer)),))
+
+
 def held_out(text):
     """Whether a prompt or text chunk belongs to the test split: a property of its bytes alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") % TEST_SHARE == 0
@@ -46,12 +50,12 @@ def arithmetic(rng):
     """Sums and differences below 100, and three-term sums of digits."""
     kind, a, b = rng.choice("+-s"), rng.randrange(100), rng.randrange(100)
     if kind == "+":
-        return Example(((f"{a}+{b}=", str(a + b)),))
+        return single(f"{a}+{b}=", a + b)
     if kind == "-":
         a, b = max(a, b), min(a, b)
-        return Example(((f"{a}-{b}=", str(a - b)),))
+        return single(f"{a}-{b}=", a - b)
     a, b, c = (rng.randrange(10) for _ in range(3))
-    return Example(((f"{a}+{b}+{c}=", str(a + b + c)),))
+    return single(f"{a}+{b}+{c}=", a + b + c)
 
 
 def recall(rng, pairs=(8, 32), queries=1):
@@ -65,51 +69,29 @@ def recall(rng, pairs=(8, 32), queries=1):
     return Example(((body + turns[0][0], turns[0][1]), *turns[1:]))
 
 
-def _digits(rng, low, high):
-    return [rng.randrange(10) for _ in range(rng.randint(low, high))]
-
-
-def _listing(xs):
-    return "[" + ",".join(map(str, xs)) + "]"
-
-
 def code(rng):
-    """Python expressions at a prompt and three-line programs, with what Python prints."""
-    xs = _digits(rng, 2, 4)
-    a, b = rng.randrange(10), rng.randrange(10)
-    kind = rng.randrange(8)
+    """Python expressions at a prompt and three-line programs, with what Python prints (lists without blanks)."""
+    xs = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
+    a, b, kind, listing = rng.randrange(10), rng.randrange(10), rng.randrange(8), str(xs).replace(" ", "")
     if kind == 0:
         op = rng.choice("+-")
-        result = a + b if op == "+" else a - b
-        return Example(((f"x={a}\ny=x{op}{b}\nprint(y)\n# ", str(result)),))
+        return single(f"x={a}\ny=x{op}{b}\nprint(y)\n# ", a + b if op == "+" else a - b)
     if kind == 1:
-        return Example(
-            (
-                (
-                    f">>> {(name := rng.choice(['max', 'min']))}({_listing(xs)})\n",
-                    str(max(xs) if name == "max" else min(xs)),
-                ),
-            )
-        )
+        name = rng.choice(["max", "min"])
+        return single(f">>> {name}({listing})\n", max(xs) if name == "max" else min(xs))
     if kind == 2:
-        return Example(((f">>> sorted({_listing(xs)})\n", _listing(sorted(xs))),))
+        return single(f">>> sorted({listing})\n", str(sorted(xs)).replace(" ", ""))
     if kind == 3:
         j = rng.randrange(len(xs))
-        return Example(((f">>> {_listing(xs)}[{j}]\n", str(xs[j])),))
+        return single(f">>> {listing}[{j}]\n", xs[j])
     if kind == 4:
-        return Example(((f">>> {a} in {_listing(xs)}\n", str(a in xs)),))
+        return single(f">>> {a} in {listing}\n", a in xs)
     if kind == 5:
-        return Example(((f">>> [x+1 for x in {_listing(xs)}]\n", _listing([x + 1 for x in xs])),))
+        return single(f">>> [x+1 for x in {listing}]\n", str([x + 1 for x in xs]).replace(" ", ""))
     if kind == 6:
-        return Example(((f">>> {_listing(xs)}[::-1]\n", _listing(xs[::-1])),))
-    return Example(
-        (
-            (
-                f"def f(x):\n    if x>{a}:\n        return {b}\n    return x\nprint(f({xs[0]}))\n# ",
-                str(b if xs[0] > a else xs[0]),
-            ),
-        )
-    )
+        return single(f">>> {listing}[::-1]\n", str(xs[::-1]).replace(" ", ""))
+    program = f"def f(x):\n    if x>{a}:\n        return {b}\n    return x\nprint(f({xs[0]}))\n# "
+    return single(program, b if xs[0] > a else xs[0])
 
 
 STRING_OPERATIONS = {
@@ -129,7 +111,7 @@ def strings(rng):
     instruction = rng.choice(list(STRING_OPERATIONS))
     xs = rng.sample(string.ascii_lowercase, rng.randint(3, 6))
     result = STRING_OPERATIONS[instruction](xs)
-    return Example(((f"Instruction: {instruction}\nInput: {' '.join(xs)}\nOutput:", "".join(f" {x}" for x in result)),))
+    return single(f"Instruction: {instruction}\nInput: {' '.join(xs)}\nOutput:", "".join(f" {x}" for x in result))
 
 
 DOMAINS = {"arithmetic": arithmetic, "recall": recall, "code": code, "strings": strings}
@@ -157,23 +139,20 @@ def examples(domain, seed, split="train", **options):
 
 def test_examples(domain, count, seed=0):
     """`count` distinct held-out examples, always the same ones for a seed."""
-    found = {}
+    by_prompt = {}
     for example in itertools.islice(examples(domain, seed, "test"), 20 * count):
-        found.setdefault(example.prompt, example)
-        if len(found) == count:
-            return list(found.values())
-    raise DataError(f"{domain}: only {len(found)} distinct held-out prompts exist, {count} were asked for")
+        by_prompt.setdefault(example.prompt, example)
+        if len(by_prompt) == count:
+            return list(by_prompt.values())
+    raise DataError(f"{domain}: only {len(by_prompt)} distinct held-out prompts exist, {count} were asked for")
 
 
 def dataset(domain, examples=200, **_):
-    """Held-out examples of a domain as a task file of lm-eval reads them: `{"test": Dataset}`; those that `evaluate`
-    takes.
-    """
+    """Held-out examples of a domain for a task file of lm-eval: `{"test": Dataset}`; those that `evaluate` takes."""
     from datasets import Dataset
 
-    return {
-        "test": Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)])
-    }
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in test_examples(domain, examples)]
+    return {"test": Dataset.from_list(rows)}
 
 
 def process_results(doc, results):
@@ -185,18 +164,14 @@ def process_results(doc, results):
 
 
 def text_chunks(split="train", size=600):
-    """Prose (the language reference in `pydoc_data`) and code (the standard library's sources), in pieces of `size`
-    characters.
+    """Prose (`pydoc_data`) and code (the standard library's sources), in pieces of `size` characters.
 
     Raises:
         DataError: the running Python was installed without its library's sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    texts = [
-        p.read_text(encoding="utf-8", errors="replace")
-        for folder in (".", "json", "asyncio")
-        for p in sorted((root / folder).glob("*.py"))
-    ]
+    paths = [path for folder in (".", "json", "asyncio") for path in sorted((root / folder).glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     if not texts:
         raise DataError(
             f"no Python sources under {root}: text is read from the standard library; use a Python installed with its sources"
@@ -211,7 +186,7 @@ def text_chunks(split="train", size=600):
 # --- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer, example):
+def encode_example(tokenizer, example):
     """`(input_ids, labels)` of one example: begin token, turns, end token; questions are labelled -100."""
     ids, labels = [tokenizer.bos_token_id], [-100]
     for question, answer in example.turns:
@@ -222,13 +197,13 @@ def encode(tokenizer, example):
     return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
-def encode_text(tokenizer, chunk):
+def encode_chunk(tokenizer, chunk):
     """`(input_ids, labels)` of a piece of text, every token scored."""
     ids = [tokenizer.bos_token_id, *tokenizer(chunk, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return ids, [-100, *ids[1:]]
 
 
-def documents(rng, tokenizer, mixture, pairs=(8, 32), queries=12, text_tokens=(32, 160)):
+def training_documents(rng, tokenizer, mixture, pairs=(8, 32), queries=12, text_tokens=(32, 160)):
     """Endless stream of training documents `(input_ids, labels)`.
 
     Args:
@@ -248,17 +223,15 @@ def documents(rng, tokenizer, mixture, pairs=(8, 32), queries=12, text_tokens=(3
         name = min(spent, key=lambda n: spent[n] / mixture[n] + rng.random() * 500)
         if name == "text":
             n = rng.randint(*text_tokens)
-            ids, labels = (x[:n] for x in encode_text(tokenizer, rng.choice(text)))
+            ids, labels = (x[:n] for x in encode_chunk(tokenizer, rng.choice(text)))
         else:
-            ids, labels = encode(tokenizer, next(streams[name]))
+            ids, labels = encode_example(tokenizer, next(streams[name]))
         spent[name] += len(ids)
         yield ids, labels
 
 
 def packed_row(documents, length):
-    """`length` tokens of whole documents, the last one cut: {"input_ids", "labels", "position_ids"}; positions restart
-    with each document.
-    """
+    """A row of `length` tokens of whole documents, the last one cut; positions restart with each document."""
     ids, labels, positions = [], [], []
     while len(ids) < length:
         i, l = next(documents)

@@ -26,9 +26,7 @@ def meanings(tokenizer):
 
 
 def real_ids(tokenizer):
-    """Number of ids that have a token, counting the holes below the last: rows of an embedding from there on are
-    padding.
-    """
+    """Number of ids up to the last one with a token: rows of an embedding from there on are padding."""
     return max(token_ids(tokenizer).values()) + 1
 
 
@@ -42,9 +40,7 @@ def vocabulary_hash(tokenizer):
 
 
 def tokenizer_hash(tokenizer):
-    """SHA-256 of how text becomes ids: tokens, special tokens and, where the tokenizer is a fast one, its rules for
-    cutting text.
-    """
+    """SHA-256 of how text becomes ids: tokens, special tokens and a fast tokenizer's rules for cutting text."""
     rules = None
     if hasattr(tokenizer, "backend_tokenizer"):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -61,17 +57,14 @@ def template_hash(tokenizer):
 
 
 def first_difference(student, teacher):
-    """`(id, student's token, teacher's token)` of the lowest id that the two do not share, None for no token there;
-    None if they agree.
-    """
+    """`(id, student's token, teacher's token)` of the lowest id that differs, None for no token; None if they agree."""
     student, teacher = meanings(student), meanings(teacher)
     wrong = min((id for id in student.keys() | teacher.keys() if student.get(id) != teacher.get(id)), default=None)
     return None if wrong is None else (wrong, student.get(wrong), teacher.get(wrong))
 
 
 def shared_size(student_size, teacher_size, student_tokenizer=None, teacher_tokenizer=None):
-    """V on which student and teacher are compared: what both have if the sizes agree, else the real ids of their common
-    tokenizer.
+    """V on which student and teacher are compared: their size if it is the same, else the real ids of both.
 
     Args:
         student_size, teacher_size: rows of the two LM heads.

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.training.losses import at_least_float32, expect
+from xlstm_hybrid.training.losses import at_least_float32, expect_shape
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def frobenius(student_hidden, teacher_hidden, mask):
         Scalar; 0 with a zero gradient where the two are equal or nothing counts. It is a root of a mean, hence it does
         not add up over parts of a batch.
     """
-    expect("teacher_hidden", teacher_hidden, student_hidden.shape)
-    expect("mask", mask, student_hidden.shape[:-1])
+    expect_shape("teacher_hidden", teacher_hidden, student_hidden.shape)
+    expect_shape("mask", mask, student_hidden.shape[:-1])
     difference = at_least_float32(teacher_hidden) - at_least_float32(student_hidden)
     square = torch.where(mask[..., None], difference, 0.0).square().sum()
     square = square / (mask.sum().clamp_min(1) * student_hidden.shape[-1])

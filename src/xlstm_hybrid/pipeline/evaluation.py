@@ -63,11 +63,11 @@ def evaluate_domains(model, tokenizer, settings, progress, known):
             wrong = contradictions(model, tokenizer, match.samples)
         result["contradictions"] |= {domain: wrong} if wrong else {}
         result["exact_match"][domain], result["samples"][domain] = match.score, match.samples
-        result["perplexity"][domain] = perplexity(model, [tasks.encode(tokenizer, e) for e in examples])
+        result["perplexity"][domain] = perplexity(model, [tasks.encode_example(tokenizer, e) for e in examples])
         if progress:
             progress(domain, f"{match.score:6.1%}")
     chunks, count = tasks.text_chunks("test", size=300), settings["text_chunks"]
-    rows = [tasks.encode_text(tokenizer, chunk) for chunk in chunks[:: max(1, len(chunks) // count)][:count]]
+    rows = [tasks.encode_chunk(tokenizer, chunk) for chunk in chunks[:: max(1, len(chunks) // count)][:count]]
     result["perplexity"]["text"] = perplexity(model, rows)
     return result
 

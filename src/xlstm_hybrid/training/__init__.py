@@ -1,5 +1,12 @@
 """Trainers, one file each; they need the extra `train` (trl, datasets)."""
 
+from dataclasses import field
+
+
+def option(default, help):
+    """A field of a trainer's config, and what the command line and the documents say of it."""
+    return field(default=default, metadata={"help": help})
+
 
 def save_weights(trainer, output_dir=None, state_dict=None):
     """Weights and tokenizer of a trainer. Not `training_args.bin`: a pickle that holds the Hub token in plain text."""

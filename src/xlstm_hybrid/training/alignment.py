@@ -7,7 +7,6 @@ are trained.
 Dims: B batch, T tokens, D hidden size, H heads, V value dim, L layers, N counted tokens.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -17,61 +16,42 @@ from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import HybridDecoderLayer
+from xlstm_hybrid.training import option
 from xlstm_hybrid.training.resume import Resumable
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
+TRUNK_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
 
 
 @dataclass
 class AlignmentConfig(SFTConfig):
-    """Arguments of `AlignmentTrainer`. Defaults follow the paper: AdamW with weight decay, 1e-2 decaying by a cosine,
-    no gradient clipping.
-    """
+    """Arguments of `AlignmentTrainer`; as in the paper: AdamW, 1e-2 decaying by a cosine, no gradient clipping."""
 
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the new parameters."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule after the warm-up."})
+    learning_rate: float = option(1e-2, "Peak learning rate of the new parameters.")
+    lr_scheduler_type: str = option("cosine_with_min_lr", "Schedule after the warm-up.")
     lr_scheduler_kwargs: dict | str | None = field(
         default_factory=lambda: {"min_lr": 1e-5}, metadata={"help": "The floor of the cosine."}
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "Of AdamW."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: a global clip would couple the layers."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Of no use here: the trunk keeps no activations."}
+    weight_decay: float = option(0.1, "Of AdamW.")
+    max_grad_norm: float = option(0.0, "Must stay 0: a global clip would couple the layers.")
+    gradient_checkpointing: bool = option(False, "Of no use here: the trunk keeps no activations.")
+    loss_form: str = option(
+        "sum",
+        "'sum': squared error per token, summed over layers; 'relative': each layer's error over the mean squared norm "
+        "of its target, measured once on the first micro-batch.",
     )
-    loss_form: str = field(
-        default="sum",
-        metadata={
-            "help": "'sum': squared error per token, summed over layers; 'relative': each layer's error over the mean squared norm of its "
-            "target, measured once on the first micro-batch."
-        },
+    cosine_weight: float = option(
+        0.0, "Weight of 1 - cosine of the attention outputs (after W_o), per token and layer."
     )
-    cosine_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of 1 - cosine of the attention outputs (after W_o), per token and layer."},
+    frobenius_weight: float = option(
+        0.0, "Weight of the norm of the attention outputs' difference over sqrt(D), per token and layer."
     )
-    frobenius_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the norm of the attention outputs' difference over sqrt(D), per token and layer."},
-    )
-    stop_error: float = field(
-        default=0.0, metadata={"help": "A layer stops when its relative error over a window is below this; 0: never."}
-    )
-    stop_patience: int = field(
-        default=0, metadata={"help": "A layer stops after so many windows without a gain of stop_gain; 0: never."}
-    )
-    stop_gain: float = field(
-        default=0.01, metadata={"help": "Share by which a window's relative error must beat the best one before."}
-    )
-    stop_window: int = field(default=25, metadata={"help": "Steps per window of early stopping."})
-    layers_at_a_time: int = field(
-        default=0, metadata={"help": "Layers per group of `streaming.align_streamed`; 0: all at once, in memory."}
-    )
-    max_skipped_steps: int = field(
-        default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."}
-    )
-    allow_changes: list[str] | None = field(
-        default=None, metadata={"help": "Fields of the run spec that may differ at resume."}
-    )
+    stop_error: float = option(0.0, "A layer stops when its relative error over a window is below this; 0: never.")
+    stop_patience: int = option(0, "A layer stops after so many windows without a gain of stop_gain; 0: never.")
+    stop_gain: float = option(0.01, "Share by which a window's relative error must beat the best one before.")
+    stop_window: int = option(25, "Steps per window of early stopping.")
+    layers_at_a_time: int = option(0, "Layers per group of `align_streamed`; 0: all at once, in memory.")
+    max_skipped_steps: int = option(3, "Steps in a row that are not finite, after which the run ends.")
+    allow_changes: list[str] | None = option(None, "Fields of the run spec that may differ at resume.")
 
     def __post_init__(self):
         settle_bf16(self)
@@ -82,14 +62,8 @@ class AlignmentConfig(SFTConfig):
             )
         if self.loss_form not in ("sum", "relative"):
             raise ConfigError(f"loss_form={self.loss_form!r}: expected 'sum' or 'relative'")
-        for name in (
-            "cosine_weight",
-            "frobenius_weight",
-            "stop_error",
-            "stop_patience",
-            "stop_gain",
-            "layers_at_a_time",
-        ):
+        least_0 = "cosine_weight", "frobenius_weight", "stop_error", "stop_patience", "stop_gain", "layers_at_a_time"
+        for name in least_0:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if self.stop_window < 1:
@@ -114,7 +88,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     `stop_patience`) keeps its last error in the log, and the others do not notice.
 
     Raises:
-        ConfigError: the model has no hybrid layer, or `layers_at_a_time` asks for `streaming.align_streamed`.
+        ConfigError: the model has no hybrid layer, or `layers_at_a_time` asks for `alignment_by_groups.align_streamed`.
     """
 
     _tag_names = ["xlstm-hybrid", "alignment"]
@@ -122,7 +96,8 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     loss_is_scaled_for_ga = True  # divided by the counted tokens of the whole step
 
     def __init__(self, model, args=None, **kwargs):
-        if not new_parameters(model):
+        trained = new_parameters(model)
+        if not trained:
             raise ConfigError(
                 "nothing to align: no layer of the model is hybrid_sliding; convert the teacher with hybrid layers"
             )
@@ -132,26 +107,25 @@ class AlignmentTrainer(Resumable, SFTTrainer):
             )
         if getattr(args, "layers_at_a_time", 0) and not hasattr(model, "streamed_layers"):
             raise ConfigError(
-                f"layers_at_a_time={args.layers_at_a_time}: call streaming.align_streamed(checkpoint, ...), which loads so many at a time"
+                f"layers_at_a_time={args.layers_at_a_time}: call alignment_by_groups.align_streamed(checkpoint, ...), which loads so many at a time"
             )
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in new_parameters(model).values():
+        model.requires_grad_(False)
+        for parameter in trained.values():
             parameter.requires_grad_(True)
         super().__init__(model=model, args=args, **kwargs)
         vars(model).pop("forward", None)  # TRL's fused LM head: stage I has no use for logits
-        self.layers = {
-            n: layer
-            for n, layer in enumerate(model.model.layers)
-            if isinstance(layer, HybridDecoderLayer) and hasattr(layer.self_attn, "mlstm")
-        }
+        layers = enumerate(model.model.layers)
+        self.layers = {n: x for n, x in layers if isinstance(x, HybridDecoderLayer) and hasattr(x.self_attn, "mlstm")}
         self.scales, self.sums, self.window, self.best, self.waited, self.stopped = None, {}, None, {}, {}, {}
 
     # --- loss --------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Counted tokens of the step, over micro-batches and processes."""
-        count = sum(counted_tokens(batch) for batch in batch_samples)
+        """Counted tokens of the step, over micro-batches and processes: those that `teacher_forced` counts."""
+        count = 0
+        for batch in batch_samples:
+            mask = batch.get("attention_mask")
+            count += batch["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
         return self.over_processes(torch.tensor(float(count), device=device))
 
     def over_processes(self, x):
@@ -162,7 +136,9 @@ class AlignmentTrainer(Resumable, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        out = model(**{k: v for k, v in inputs.items() if k in INPUTS}, teacher_forced=True, terms=terms, onward=False)
+        out = model(
+            **{k: v for k, v in inputs.items() if k in TRUNK_INPUTS}, teacher_forced=True, terms=terms, onward=False
+        )
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":
@@ -175,9 +151,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
 
     @torch.no_grad()
     def target_scales(self, out):
-        """[L] mean squared norm of each layer's target per token, of the run's first micro-batch; 1 where there is
-        none.
-        """
+        """[L] mean squared norm of a target per token, of the run's first micro-batch; 1 where there is none."""
         if self.scales is None:
             target, count = self.over_processes(out.target.detach().clone()), self.over_processes(out.num_items.float())
             scales = target / count.clamp_min(1)
@@ -189,22 +163,18 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     @torch.no_grad()
     def record(self, out):
         """Add the layers' sums to those of the mode and of the window; nothing waits for the device."""
-        mode = "train" if self.model.training else "eval"
-        self.sums[mode] = (
-            self.sums[mode] + out.sums.detach().double() if mode in self.sums else out.sums.detach().double()
-        )
+        mode, sums = "train" if self.model.training else "eval", out.sums.detach().double()
+        self.sums[mode] = self.sums[mode] + sums if mode in self.sums else sums
         if mode == "train":
-            self.window = (
-                out.sums.detach().double() if self.window is None else self.window + out.sums.detach().double()
-            )
+            self.window = sums if self.window is None else self.window + sums
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         sums = self.sums.pop(mode, None)
         if sums is not None:
             sums = self.over_processes(sums).tolist()
-            found = {n: sums[n][0] / sums[n][1] for n in self.layers if sums[n][1] > 0} | self.stopped
-            for n, value in sorted(found.items()):
+            errors = {n: sums[n][0] / sums[n][1] for n in self.layers if sums[n][1] > 0} | self.stopped
+            for n, value in sorted(errors.items()):
                 self._metrics[mode][f"layer_{n}/relative_error"].append(value)
             self._metrics[mode]["layers_stopped"].append(float(len(self.stopped)))
         super().log(logs, start_time)
@@ -218,13 +188,9 @@ class AlignmentTrainer(Resumable, SFTTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def end_window(self):
-        """After each `stop_window` steps, stop the layers that are good enough or have stopped improving (from the next
-        step on).
-        """
-        if (
-            not (self.args.stop_error or self.args.stop_patience)
-            or (self.state.global_step + 1) % self.args.stop_window
-        ):
+        """After each `stop_window` steps, stop the layers that are good enough or no longer improve."""
+        asked = self.args.stop_error or self.args.stop_patience
+        if not asked or (self.state.global_step + 1) % self.args.stop_window:
             return
         sums, self.window = self.over_processes(self.window.clone()).tolist(), None
         for n in self.layers:
@@ -252,34 +218,20 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     def load_resume_state(self, saved):
         device, first = self.args.device, self.args.process_index == 0
         dtype = torch.promote_types(next(iter(new_parameters(self.model).values())).dtype, torch.float32)
-        self.scales = None if saved["scales"] is None else torch.tensor(saved["scales"], device=device, dtype=dtype)
-        self.window = (
-            None
-            if saved["window"] is None
-            else torch.tensor(saved["window"], device=device, dtype=torch.float64) * first
-        )
-        self.best, self.waited, stopped = (
-            {int(n): x for n, x in saved[name].items()} for name in ("best", "waited", "stopped")
-        )
+        scales, window = saved["scales"], saved["window"]
+        self.scales = None if scales is None else torch.tensor(scales, device=device, dtype=dtype)
+        self.window = None if window is None else torch.tensor(window, device=device, dtype=torch.float64) * first
+        by_layer = ({int(n): x for n, x in saved[name].items()} for name in ("best", "waited", "stopped"))
+        self.best, self.waited, stopped = by_layer
         for n, error in stopped.items():
             self.stop(n, error)
-
-    # --- saving ------------------------------------------------------------------------------------------------
-
-
-def counted_tokens(batch):
-    """Real tokens of a batch: those that `XLSTMHybridModel.teacher_forced` counts."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
 
 
 @torch.no_grad()
 def measure_alignment(model, batches):
     """Relative error per hybrid layer over `batches` of model inputs; `{layer: error}`, in the order of the layers."""
-    error, target = defaultdict(float), defaultdict(float)
+    error = target = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
     for batch in batches:
         out = model(**{k: v.to(model.device) for k, v in batch.items()}, teacher_forced=True)
-        for n, (e, t) in enumerate(zip(out.error.tolist(), out.target.tolist(), strict=True)):
-            error[n] += e
-            target[n] += t
-    return {n: error[n] / target[n] for n in error if target[n] > 0}
+        error, target = error + out.error.cpu().double(), target + out.target.cpu().double()
+    return {n: (e / t).item() for n, (e, t) in enumerate(zip(error, target, strict=True)) if t > 0}

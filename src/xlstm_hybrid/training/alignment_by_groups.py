@@ -16,8 +16,10 @@ import shutil
 import time
 from itertools import accumulate, chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -43,35 +45,11 @@ from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
-from xlstm_hybrid.training.alignment import INPUTS, AlignmentTrainer, new_parameters
-from xlstm_hybrid.training.run_spec import check_run_spec, digest_of, run_spec
+from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
+from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
 PROGRESS = "streaming.json"
 log = logging.getLogger(__name__)
-
-
-# --- a group of layers -----------------------------------------------------------------------------------------
-
-
-def group_model(config, files, layers, dtype=None):
-    """A student that has the given layers only, read from the checkpoint's safetensors; the rest of its modules are
-    `Identity`.
-
-    Args:
-        files: `{tensor: file}`, see `weight_files`.
-        dtype: of the floating-point weights; gates stay in float32 at least; None: as stored.
-    """
-    model = empty_student(config)
-    trunk, kinds = model.model, config.teacher_layer_types
-    trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
-    trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
-    trunk.rotary_emb = nn.ModuleDict(
-        {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
-    )
-    state = {name: read_tensor(files, name, dtype) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    model.streamed_layers = sorted(layers)
-    return model.eval()
 
 
 def read_tensor(files, name, dtype=None):
@@ -89,8 +67,7 @@ def read_tensor(files, name, dtype=None):
 
 
 class Spool:
-    """Micro-batches and the hidden states that enter a layer: `batches/<n>.safetensors`, and `hidden-<layer>.bin`, read
-    through a memory map.
+    """Micro-batches (`batches/<n>.safetensors`) and hidden states that enter a layer (`hidden-<layer>.bin`, mapped).
 
     shapes: [B, T, D] of each micro-batch.  offsets: where each begins, in elements.
     """
@@ -106,7 +83,7 @@ class Spool:
         return load_file(self.folder / "batches" / f"{n:07}.safetensors")
 
     def add_batch(self, n, batch):
-        tensors = {name: batch[name].cpu().contiguous() for name in INPUTS if torch.is_tensor(batch.get(name))}
+        tensors = {name: batch[name].cpu().contiguous() for name in TRUNK_INPUTS if torch.is_tensor(batch.get(name))}
         write_file(self.folder / "batches" / f"{n:07}.safetensors", save(tensors))
 
     def write(self, layer, states):
@@ -150,9 +127,7 @@ class Spool:
 
 
 class Progress:
-    """`streaming.json`: what the run is, and its finished groups. Written after each step forward, so that a killed run
-    goes on from there.
-    """
+    """`streaming.json`: what the run is, and its finished groups, so that a killed run goes on from there."""
 
     def __init__(self, folder, spec, allowed=()):
         self.path = Path(folder) / PROGRESS
@@ -190,9 +165,8 @@ class Streaming:
         self.files, self.work, self.held_out = weight_files(checkpoint), Path(work), list(held_out)
         n, L = args.layers_at_a_time, self.config.num_hidden_layers
         self.groups = [range(j, min(j + n, L)) for j in range(0, L, n)]
-        joint = self.trainer(
-            self.model_of(next(g for g in self.groups if self.aligned(g))), args, train_dataset, data_collator
-        )
+        first = next(layers for layers in self.groups if self.aligned(layers))
+        joint = self.trainer(self.model_of(first), args, train_dataset, data_collator)
         self.loader = joint.get_train_dataloader()
         self.epochs, per_epoch, _, _, _, _, self.steps = joint.set_initial_training_values(args, self.loader)
         if self.epochs > 1 and self.steps > per_epoch and len(self.loader) % args.gradient_accumulation_steps:
@@ -202,53 +176,54 @@ class Streaming:
             )
         manifest = Path(checkpoint) / MANIFEST
         facts = {
-            "checkpoint": digest(manifest) if manifest.is_file() else digest_of(sorted(self.files)),
+            "checkpoint": digest(manifest) if manifest.is_file() else short_digest(sorted(self.files)),
             "dtype": str(dtype),
             "model": None,
-            "held_out": digest_of([batch["input_ids"].tolist() for batch in self.held_out]),
+            "held_out": short_digest([batch["input_ids"].tolist() for batch in self.held_out]),
         }
         self.work.mkdir(parents=True, exist_ok=True)
-        self.spool, self.progress = (
-            Spool(self.work),
-            Progress(self.work, run_spec(joint) | facts, tuple(args.allow_changes or ())),
-        )
+        self.spool = Spool(self.work)
+        self.progress = Progress(self.work, run_spec(joint) | facts, tuple(args.allow_changes or ()))
         self.entered = self.progress.restore(self.spool)
 
     def aligned(self, layers):
         return any(self.config.layer_types[n] == "hybrid_sliding" for n in layers)
 
     def model_of(self, layers):
-        return group_model(self.config, self.files, layers, self.dtype)
+        """A student that has the given layers only, read from the checkpoint; the rest of its modules are `Identity`."""
+        model = empty_student(self.config)
+        trunk, kinds = model.model, sorted(set(self.config.teacher_layer_types))
+        trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
+        trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
+        rotaries = {kind: XLSTMHybridRotaryEmbedding(self.config, layer_type=kind) for kind in kinds}
+        trunk.rotary_emb = nn.ModuleDict(rotaries)
+        state = {name: read_tensor(self.files, name, self.dtype) for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+        model.streamed_layers = sorted(layers)
+        return model.eval()
 
     def trainer(self, model, args, dataset, collator):
-        trainer = AlignmentTrainer(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            data_collator=collator,
-            processing_class=self.processing_class,
-        )
+        given = {"train_dataset": dataset, "data_collator": collator, "processing_class": self.processing_class}
+        trainer = AlignmentTrainer(model=model, args=args, **given)
         if trainer.args.world_size > 1:
             raise ConfigError(
                 f"world_size={trainer.args.world_size}: a streamed run has one process; align all layers at once with FSDP2 instead"
             )
         return trainer
 
-    def joint_batches(self):
-        """The micro-batches of the joint run, in its order."""
-        for epoch in range(self.epochs):
-            if hasattr(self.loader, "set_epoch"):
-                self.loader.set_epoch(epoch)
-            yield from self.loader
-
     def embed(self):
-        """Store the micro-batches and what enters the first layer."""
+        """Store the micro-batches, in the order of the joint run, and what enters the first layer."""
         table = read_tensor(self.files, "model.embed_tokens.weight", self.dtype)
         count = self.steps * self.args.gradient_accumulation_steps
 
+        def joint_batches():
+            for epoch in range(self.epochs):
+                if hasattr(self.loader, "set_epoch"):
+                    self.loader.set_epoch(epoch)
+                yield from self.loader
+
         def states():
-            stream = chain(islice(self.joint_batches(), count), self.held_out)
-            for n, batch in enumerate(stream):
+            for n, batch in enumerate(chain(islice(joint_batches(), count), self.held_out)):
                 if n == 0:
                     size = batch["input_ids"].numel() * table.shape[1] * table.element_size()
                     # what enters a group, and what leaves it
@@ -271,29 +246,18 @@ class Streaming:
                 yield trainer.model.model.teacher_forced(**batch)["hidden_states"]
 
     def train_group(self, layers):
-        """Train the layers over the spooled data; `(new tensors, log, trainer, measured)`."""
+        """Train the layers over the spooled data; `(trainer, their errors before and after)`."""
         args, first = copy.copy(self.args), layers[0]
-        args.output_dir, args.max_steps, args.per_device_train_batch_size = (
-            str(self.work / f"group-{first:04}"),
-            self.steps,
-            1,
-        )
+        args.output_dir, args.max_steps = str(self.work / f"group-{first:04}"), self.steps
+        args.per_device_train_batch_size = 1
         args.train_sampling_strategy, args.dataloader_num_workers, args.num_train_epochs = "sequential", 0, 1
-        count = len(self.spool.shapes) - len(self.held_out)
-        rows = Dataset.from_dict({"micro_batch": list(range(count))})
-        trainer = self.trainer(
-            self.model_of(layers), args, rows, lambda picked: self.inputs(first, picked[0]["micro_batch"])
-        )
+        rows = Dataset.from_dict({"micro_batch": list(range(len(self.spool.shapes) - len(self.held_out)))})
+        model = self.model_of(layers)
+        trainer = self.trainer(model, args, rows, lambda picked: self.inputs(first, picked[0]["micro_batch"]))
         before = self.measure(trainer, layers)
         trainer.train(resume_from_checkpoint=True)
         after = self.measure(trainer, layers)
-        measured = [{"layer": n, "before": before[n], "after": after[n]} for n in after]
-        return (
-            {name: p.detach().cpu() for name, p in new_parameters(trainer.model).items()},
-            trainer.state.log_history,
-            trainer,
-            measured,
-        )
+        return trainer, [{"layer": n, "before": before[n], "after": after[n]} for n in after]
 
     @torch.no_grad()
     def measure(self, trainer, layers):
@@ -303,23 +267,21 @@ class Streaming:
             batch = {name: x.to(trainer.args.device) for name, x in self.inputs(layers[0], n).items()}
             out = trainer.model.model.teacher_forced(**batch)
             error, target = error + out.error.double().cpu(), target + out.target.double().cpu()
-        return {
-            n: (error[n] / target[n]).item()
-            for n in layers
-            if target[n] > 0 and self.config.layer_types[n] == "hybrid_sliding"
-        }
+        return {n: (error[n] / target[n]).item() for n in layers if target[n] > 0 and self.aligned([n])}
 
     def run_group(self, layers):
-        """Train a group if there is anything to train, keep its tensors, and spool what enters the next one."""
+        """Train a group if there is anything to train, store its tensors, and spool what enters the next one."""
         first, entry = layers[0], {"layers": list(layers), "file": None, "log": None, "relative_error": []}
         if self.aligned(layers):
-            tensors, logged, trainer, entry["relative_error"] = self.train_group(layers)
+            trainer, entry["relative_error"] = self.train_group(layers)
+            tensors = {name: p.detach().cpu() for name, p in new_parameters(trainer.model).items()}
             entry["file"], entry["log"] = f"group-{first:04}.safetensors", f"group-{first:04}.json"
-            write_json(self.work / entry["log"], {"log": logged})
+            write_json(self.work / entry["log"], {"log": trainer.state.log_history})
             write_file(self.work / entry["file"], save(tensors))
             entry["sha256"] = digest(self.work / entry["file"])
-        else:
-            trainer = self.trainer_of_trunk(layers)
+        else:  # without a hybrid layer there is nothing to train: what `forward` needs of a trainer
+            model, accelerator = self.model_of(layers), Accelerator(mixed_precision=self.args.mixed_precision)
+            trainer = SimpleNamespace(model=model.to(self.args.device), args=self.args, accelerator=accelerator)
         following = layers[-1] + 1
         if following < self.config.num_hidden_layers:
             for n in layers:
@@ -332,24 +294,6 @@ class Streaming:
         shutil.rmtree(self.work / f"group-{first:04}", ignore_errors=True)
         log.warning("layers %d to %d of %d are aligned", first, following - 1, self.config.num_hidden_layers)
 
-    def trainer_of_trunk(self, layers):
-        """For a group without a hybrid layer: something with a model, arguments and an accelerator."""
-        from accelerate import Accelerator
-
-        model = self.model_of(layers).to(self.args.device)
-        return type(
-            "Trunk",
-            (),
-            {"model": model, "args": self.args, "accelerator": Accelerator(mixed_precision=self.args.mixed_precision)},
-        )
-
-    def walk(self):
-        if self.entered is None:
-            self.embed()
-        for layers in self.groups[len(self.progress.value["groups"]) :]:
-            self.run_group(layers)
-        return self.progress.value["groups"]
-
 
 def merged_log(work, groups):
     """One log of all groups, as a joint run writes it: entries of the same step are one, losses add up."""
@@ -358,10 +302,9 @@ def merged_log(work, groups):
         for entry in read_json(work / group["log"], work.name)["log"] if group["log"] else ():
             if "loss" not in entry:
                 continue
-            found = steps.setdefault(entry["step"], {})
-            loss = found.get("loss", 0.0) + float(entry["loss"])
-            found.update(entry, loss=loss)
-            found.pop("grad_norm", None)
+            merged = steps.setdefault(entry["step"], {})
+            merged.update(entry, loss=merged.get("loss", 0.0) + float(entry["loss"]))
+            merged.pop("grad_norm", None)
     return [steps[step] for step in sorted(steps)]
 
 
@@ -401,24 +344,20 @@ def align_streamed(
     started, out = time.time(), Path(out)
     work = Path(work or out.with_name(f"{out.name}.streaming"))
     run = Streaming(checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out)
-    groups = run.walk()
-    figures = {
-        "relative_error": [entry for group in groups for entry in group["relative_error"]],
-        "log": merged_log(work, groups),
-    }
+    if run.entered is None:
+        run.embed()
+    groups = run.progress.value["groups"]
+    for layers in run.groups[len(groups) :]:
+        run.run_group(layers)
+    errors = [entry for group in groups for entry in group["relative_error"]]
+    figures = {"relative_error": errors, "log": merged_log(work, groups)}
     with staged(out, overwrite=overwrite) as folder:
         write_aligned(Path(checkpoint), folder, work, groups)
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
-        kept = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
-        settings = {name: value for name, value in args.to_dict().items() if name in kept}
-        add_provenance(
-            folder,
-            "align",
-            parent=checkpoint,
-            config=settings,
-            figures={"relative_error": figures["relative_error"]},
-            seconds=round(time.time() - started, 1),
-        )
+        recorded = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
+        settings = {name: value for name, value in args.to_dict().items() if name in recorded}
+        seconds, shown = round(time.time() - started, 1), {"relative_error": errors}
+        add_provenance(folder, "align", parent=checkpoint, config=settings, figures=shown, seconds=seconds)
         write_manifest(folder)
     shutil.rmtree(work, ignore_errors=True)
     return figures
@@ -446,8 +385,9 @@ def write_aligned(checkpoint, folder, work, groups):
         return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
 
     write_weights(folder, shapes, sizes.__getitem__, make)
-    for name in ("config.json", GENERATION, *TOKENIZER_FILES):
-        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
-        elif (checkpoint / name).is_file():
+    for name in "config.json", GENERATION:
+        if (checkpoint / name).is_file():
             write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))

@@ -37,13 +37,8 @@ from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigErr
 from xlstm_hybrid.training.distributed import plain_name
 from xlstm_hybrid.training.run_spec import allowed_changes, run_spec
 
-RESUME, RNG, OPTIMIZER, TRAINABLE, STATE = (
-    "resume.json",
-    "rng.json",
-    "optimizer.safetensors",
-    "trainable.safetensors",
-    "trainer_state.json",
-)
+RESUME, RNG, STATE = "resume.json", "rng.json", "trainer_state.json"
+OPTIMIZER, TRAINABLE = "optimizer.safetensors", "trainable.safetensors"
 ATTEMPTS = 2  # a full disk may be emptied by the removal of our own half-written directory
 log = logging.getLogger(__name__)
 
@@ -51,7 +46,7 @@ log = logging.getLogger(__name__)
 # --- tensors of all processes ----------------------------------------------------------------------------------
 
 
-def whole(x):
+def unsharded(x):
     """The full tensor of a sharded one; every process has to ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -88,18 +83,11 @@ def collect_weights(trainer):
         return None, size
     state, tied = {}, getattr(trainer.model, "all_tied_weights_keys", None) or {}
     for name, value in trainer.model.state_dict().items():
-        full = whole(value)
+        full = unsharded(value)
         if trainer.args.should_save and plain_name(name) not in tied:
             state[plain_name(name)] = full.cpu()
         del full
     return state, size
-
-
-def collect_trainable(trainer, parameters):
-    """The trained tensors of a model with adapters, by name; {} otherwise."""
-    if not is_adapter(trainer.model):
-        return {}
-    return {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items() if p.requires_grad}
 
 
 def collect_optimizer(trainer, parameters):
@@ -107,26 +95,25 @@ def collect_optimizer(trainer, parameters):
     optimizer, names = trainer.optimizer, {id(p): name for name, p in parameters.items()}
     tensors, scalars, groups = {}, {}, []
     for group in optimizer.param_groups:
-        groups.append(
-            {key: value for key, value in group.items() if key != "params"}
-            | {"params": [names[id(p)] for p in group["params"]]}
-        )
+        rest = {key: value for key, value in group.items() if key != "params"}
+        groups.append(rest | {"params": [names[id(p)] for p in group["params"]]})
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
+                name = f"{key}/{names[id(p)]}"
                 if torch.is_tensor(value):
-                    tensors[f"{key}/{names[id(p)]}"] = whole(value).detach().cpu().contiguous()
+                    tensors[name] = unsharded(value).detach().cpu().contiguous()
                 else:
-                    scalars[f"{key}/{names[id(p)]}"] = value
+                    scalars[name] = value
     return tensors, {"groups": groups, "scalars": scalars}
 
 
 def rng_state(trainer):
     """The generators of this process, as JSON."""
     kind, keys, *rest = np.random.get_state()
-    found = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": encoded(torch.get_rng_state())}
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": encoded(torch.get_rng_state())}
     if trainer.args.device.type == "cuda":
-        found["cuda"] = encoded(torch.cuda.get_rng_state(trainer.args.device))
-    return found
+        state["cuda"] = encoded(torch.cuda.get_rng_state(trainer.args.device))
+    return state
 
 
 def encoded(x):
@@ -151,7 +138,7 @@ def shared(trainer, value):
     return gather_objects(trainer, value)[0]
 
 
-def not_finite(trainer, parameters):
+def not_finite_parameters(trainer, parameters):
     """Names of trained tensors, on any process, that hold NaN or infinity."""
     local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters.items() if p.requires_grad}
     if not local:
@@ -165,24 +152,21 @@ def not_finite(trainer, parameters):
 
 
 def save_checkpoint(trainer, model, trial=None):
-    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is there complete or not at
-    all.
+    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is complete or not there.
 
     Raises:
         CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are
             untouched.
     """
-    assert trainer.accelerator.sync_gradients, (
-        "a checkpoint in the middle of an accumulation would lose half of a gradient"
-    )
+    assert trainer.accelerator.sync_gradients, "in the middle of an accumulation half of a gradient would be lost"
     run = Path(trainer._get_output_dir(trial=trial))
     target = run / f"checkpoint-{trainer.state.global_step}"
     trainer.store_flos()
     parameters = named_parameters(trainer)
-    if bad := not_finite(trainer, parameters):
+    if bad := not_finite_parameters(trainer, parameters):
         raise CheckpointWriteError(
             f"{target.name}: {len(bad)} trained tensors are not finite, the first is {bad[0]}; it is not written, "
-            f"{kept(run)}: lower learning_rate, or look at the data of the last steps"
+            f"{remaining(run)}: lower learning_rate, or look at the data of the last steps"
         )
     contents = gather_contents(trainer, parameters)
     error = write_checkpoint(trainer, target, contents) if trainer.args.should_save else None
@@ -193,10 +177,11 @@ def save_checkpoint(trainer, model, trial=None):
 def gather_contents(trainer, parameters):
     """Everything that goes into a checkpoint; all processes take part."""
     weights, size = collect_weights(trainer)
-    contents = {"weights": weights, "trainable": collect_trainable(trainer, parameters)}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad} if is_adapter(trainer.model) else {}
+    contents = {"weights": weights}
+    contents["trainable"] = {name: unsharded(p.detach()).cpu().contiguous() for name, p in trained.items()}
     if not trainer.args.save_only_model:
         tensors, settings = collect_optimizer(trainer, parameters)
-        extra = trainer.resume_state() if hasattr(trainer, "resume_state") else {}
         contents |= {"optimizer": tensors, "rng": gather_objects(trainer, rng_state(trainer))}
         contents["resume"] = {
             "format_version": FORMAT_VERSION,
@@ -205,7 +190,7 @@ def gather_contents(trainer, parameters):
             "optimizer": settings,
             "scheduler": trainer.lr_scheduler.state_dict(),
             "skipped_steps": trainer.guard.skipped if hasattr(trainer, "guard") else 0,
-            "extra": extra,
+            "extra": trainer.resume_state() if hasattr(trainer, "resume_state") else {},
         }
         size += sum(x.numel() * x.element_size() for x in tensors.values())
     return contents | {"bytes": size}
@@ -222,7 +207,7 @@ def write_checkpoint(trainer, target, contents):
             break
         except (CheckpointWriteError, CheckpointError) as error:
             if attempt == ATTEMPTS:
-                return f"{error}; {kept(target.parent)}"
+                return f"{error}; {remaining(target.parent)}"
             log.warning("%s; trying once more", error)
     rotate(target, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     return None
@@ -242,33 +227,24 @@ def write_contents(trainer, folder, contents):
             raise ConfigError(
                 f"the optimiser or its schedule keeps a state that JSON has not ({error}): choose another optim"
             ) from error
-    record_callbacks(trainer)
+    states = {}  # of stateful callbacks, as the Trainer stores them
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    trainer.state.stateful_callbacks = {name: of if len(of) > 1 else of[0] for name, of in states.items()}
     trainer.state.save_to_json(str(folder / STATE))
 
 
-def record_callbacks(trainer):
-    """Put the state of stateful callbacks into the trainer's, as the Trainer does."""
-    found = {}
-    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-        if isinstance(callback, ExportableState):
-            found.setdefault(type(callback).__name__, []).append(callback.state())
-    trainer.state.stateful_callbacks = {
-        name: states if len(states) > 1 else states[0] for name, states in found.items()
-    }
-
-
-def kept(run):
+def remaining(run):
     """Words for what an unhappy run still has."""
     names = [path.name for path in checkpoints_by_step(run)]
     return f"{names[-1]} is kept" if names else "there is no earlier checkpoint"
 
 
 def rotate(newest, limit, best=None):
-    """Delete all but the last `limit` checkpoints by step, once the newest one has been read back; the best one stays,
-    too.
-    """
-    others = [path for path in checkpoints_by_step(newest.parent) if path != newest]
-    others = [path for path in others if best is None or path.name != Path(best).name]
+    """Delete all but the last `limit` checkpoints and the best one, once the newest one has been read back."""
+    spared = {newest.name, *([] if best is None else [Path(best).name])}
+    others = [path for path in checkpoints_by_step(newest.parent) if path.name not in spared]
     if not limit or limit < 1 or len(others) < limit:
         return
     try:
@@ -294,8 +270,7 @@ def read_resume(checkpoint):
 
 @torch.no_grad()
 def load_weights(trainer, checkpoint, model=None):
-    """`Trainer._load_from_checkpoint`: every tensor of the model, or of its trained part if it has adapters; one at a
-    time.
+    """`Trainer._load_from_checkpoint`: every tensor of the model, with adapters of its trained part.
 
     Raises:
         CheckpointError: a tensor that is missing, unexpected or of another shape.
@@ -305,10 +280,13 @@ def load_weights(trainer, checkpoint, model=None):
     state = {plain_name(name): x for name, x in (model.named_parameters() if adapter else model.state_dict().items())}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     wanted = {name for name, x in state.items() if (x.requires_grad if adapter else name not in tied)}
-    files = tensors_of(checkpoint / TRAINABLE) if adapter else weight_files(checkpoint)
-    wrong = [f"{name} is missing" for name in sorted(wanted - set(files))] + [
-        f"{name} is unknown" for name in sorted(set(files) - set(state))
-    ]
+    if adapter:
+        with safe_open(checkpoint / TRAINABLE, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), checkpoint / TRAINABLE)
+    else:
+        files = weight_files(checkpoint)
+    wrong = [f"{name} is missing" for name in sorted(wanted - set(files))]
+    wrong += [f"{name} is unknown" for name in sorted(set(files) - set(state))]
     if wrong:
         raise CheckpointError(
             f"{checkpoint.name}: {len(wrong)} tensors do not fit the model, the first: {wrong[0]}; resume with the same model"
@@ -326,14 +304,9 @@ def load_weights(trainer, checkpoint, model=None):
 
 
 def load_best(trainer):
-    """`Trainer._load_best_model`: the weights of the checkpoint that evaluation liked best, once it is verified."""
+    """`Trainer._load_best_model`: the weights of the checkpoint that evaluated best, once it is verified."""
     verify_files(trainer.state.best_model_checkpoint, "full")
     load_weights(trainer, trainer.state.best_model_checkpoint)
-
-
-def tensors_of(path):
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
 
 
 def load_optimizer(trainer, checkpoint):
@@ -362,9 +335,8 @@ def load_optimizer(trainer, checkpoint):
         for key in file.keys():  # noqa: SIM118
             kind, _, name = key.partition("/")
             value = file.get_tensor(key)
-            state.setdefault(index[name], {})[kind] = (
-                value if kind == "step" else placed(value, parameters[index[name]])
-            )
+            value = value if kind == "step" else placed(value, parameters[index[name]])
+            state.setdefault(index[name], {})[kind] = value
     for key, value in settings["scalars"].items():
         kind, _, name = key.partition("/")
         state.setdefault(index[name], {})[kind] = value
@@ -380,30 +352,24 @@ def load_optimizer(trainer, checkpoint):
 
 
 def load_rng(trainer, checkpoint):
-    """`Trainer._load_rng_state`. A checkpoint of another number of processes has no state for each: then all start from
-    a seed of the step.
+    """`Trainer._load_rng_state`. With another number of processes all generators start from a seed of the step.
 
     Raises:
         CheckpointError: no `rng.json`, or one of another number of processes without `allow_changes` naming world_size.
     """
     if checkpoint is None:
         return
-    name, rank = Path(checkpoint).name, trainer.args.process_index
+    name, rank, count = Path(checkpoint).name, trainer.args.process_index, trainer.args.world_size
     states = read_versioned(Path(checkpoint) / RNG, name)["processes"]
-    if len(states) != trainer.args.world_size:
+    if len(states) != count:
         if "world_size" not in allowed_changes(trainer.args):
             raise CheckpointError(
-                f"{name}: {RNG} has generators of {len(states)} processes, this run has {trainer.args.world_size}; "
+                f"{name}: {RNG} has generators of {len(states)} processes, this run has {count}; "
                 "start as many, or add world_size to allow_changes"
             )
         seed = trainer.args.seed + 1_000_003 * trainer.state.global_step + rank
-        log.warning(
-            "%s was written by %d processes, now %d: generators start from seed %d",
-            name,
-            len(states),
-            trainer.args.world_size,
-            seed,
-        )
+        text = "%s was written by %d processes, now %d: generators start from seed %d"
+        log.warning(text, name, len(states), count, seed)
         set_seed(seed)
         return
     state = states[rank]

@@ -4,7 +4,7 @@ the rest (Hauzenberger et al. 2026).
 
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -19,83 +19,48 @@ from xlstm_hybrid.errors import ConfigError, DataError, StoreError
 from xlstm_hybrid.state import weights_digest
 from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, number_rows
 from xlstm_hybrid.teacher_store.reader import NUMBER
-from xlstm_hybrid.training import distributed as scale
+from xlstm_hybrid.training import option
+from xlstm_hybrid.training.distributed import prepare_teacher
 from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
 from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
-# What a batch may bring for the forward of both models; the rest of the names is how padding-free batches mark
-# documents.
-INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-)
+# What a batch may bring for the forward of both models; BOUNDARIES: how padding-free batches mark documents.
+BOUNDARIES = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"
+INPUTS = "input_ids", "attention_mask", "position_ids", *BOUNDARIES
 STORED = ("teacher_ids", "teacher_logp", "teacher_rest")  # what a batch brings of a teacher store
 LOW_MASS = 0.9  # share of the teacher's probability below which the kept tokens are too few
-# what a parameter's name holds if it is trained
+# what a parameter's name contains if it is trained
 TRAINED = {"all": "", "attention": ".self_attn.", "mixer": ".self_attn.mlstm."}
-TARGETS = ("topk", "sampled")
+TARGETS = "topk", "sampled"
+SAMPLED = ("forward_kl", "tail"), ("forward_kl", "gemma")  # divergence and outcomes that draws serve
 
 
 @dataclass
 class SparseKDConfig(SFTConfig):
     """Arguments of `SparseKDTrainer`; the defaults are the paper's."""
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate after the warm-up."})
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Schedule: re-warmed, then constant."}
-    )
-    ce_weight: float = field(default=0.9, metadata={"help": "Weight of cross-entropy on the labels (gamma)."})
-    kl_weight: float = field(default=0.1, metadata={"help": "Weight of the divergence from the teacher (beta)."})
-    teacher: str = field(
-        default="online", metadata={"help": "'online', a model in memory, or the directory of a teacher store."}
-    )
-    top_k: int = field(
-        default=256,
-        metadata={"help": "Teacher tokens kept per position; the rest is one bucket. Unused by dense outcomes."},
-    )
-    targets: str = field(
-        default="topk", metadata={"help": "'topk', or 'sampled': top_k draws from the teacher, with replacement."}
-    )
-    divergence: str = field(
-        default="forward_kl", metadata={"help": "forward_kl, reverse_kl, skewed_kl, jsd, tvd or csd."}
-    )
-    outcomes: str = field(
-        default="tail", metadata={"help": "tail, renormalise, gemma, or dense: every token, online only."}
-    )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Of both sides of the divergence, which is multiplied by its square."}
-    )
-    skew: float = field(default=0.1, metadata={"help": "Share of the teacher in the mixture of skewed_kl."})
-    jsd_beta: float = field(default=0.5, metadata={"help": "Share of the teacher in the mixture of jsd."})
-    csd_weights: str = field(default="us", metadata={"help": "Weights of csd: ss, us, ts, tt or uu."})
-    csd_temperature: float = field(default=1.5, metadata={"help": "Of the student's weights in csd."})
-    train: str = field(
-        default="all",
-        metadata={"help": "all; attention: projections and mixers; mixer: what conversion added. PEFT: all."},
-    )
-    head_rows: int | None = field(
-        default=None, metadata={"help": "Tokens whose logits exist at once; by default what a fixed workspace holds."}
-    )
-    window_dropout: float | None = field(
-        default=None, metadata={"help": "Share of rows that do without their window; None: the student's own."}
-    )
-    window_dropout_end: float | None = field(
-        default=None, metadata={"help": "What it comes to, on a line, in the run's last step."}
-    )
-    max_skipped_steps: int = field(
-        default=3, metadata={"help": "Steps in a row that are not finite, after which the run ends."}
-    )
-    allow_changes: list[str] | None = field(
-        default=None, metadata={"help": "Fields of the run spec that may differ at resume."}
-    )
+    learning_rate: float = option(1e-5, "Learning rate after the warm-up.")
+    lr_scheduler_type: str = option("constant_with_warmup", "Schedule: re-warmed, then constant.")
+    ce_weight: float = option(0.9, "Weight of cross-entropy on the labels (gamma).")
+    kl_weight: float = option(0.1, "Weight of the divergence from the teacher (beta).")
+    teacher: str = option("online", "'online', a model in memory, or the directory of a teacher store.")
+    top_k: int = option(256, "Teacher tokens kept per position; the rest is one bucket. Unused by dense outcomes.")
+    targets: str = option("topk", "'topk', or 'sampled': top_k draws from the teacher, with replacement.")
+    divergence: str = option("forward_kl", "forward_kl, reverse_kl, skewed_kl, jsd, tvd or csd.")
+    outcomes: str = option("tail", "tail, renormalise, gemma, or dense: every token, online only.")
+    temperature: float = option(1.0, "Of both sides of the divergence, which is multiplied by its square.")
+    skew: float = option(0.1, "Share of the teacher in the mixture of skewed_kl.")
+    jsd_beta: float = option(0.5, "Share of the teacher in the mixture of jsd.")
+    csd_weights: str = option("us", "Weights of csd: ss, us, ts, tt or uu.")
+    csd_temperature: float = option(1.5, "Of the student's weights in csd.")
+    train: str = option("all", "all; attention: projections and mixers; mixer: what conversion added. PEFT: all.")
+    head_rows: int | None = option(None, "Tokens whose logits exist at once; by default what a fixed workspace holds.")
+    window_dropout: float | None = option(None, "Share of rows that do without their window; None: the student's own.")
+    window_dropout_end: float | None = option(None, "What it comes to, on a line, in the run's last step.")
+    max_skipped_steps: int = option(3, "Steps in a row that are not finite, after which the run ends.")
+    allow_changes: list[str] | None = option(None, "Fields of the run spec that may differ at resume.")
 
     def __post_init__(self):
         settle_bf16(self)
@@ -106,12 +71,8 @@ class SparseKDConfig(SFTConfig):
             )
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: expected at least 1 teacher token per position")
-        for name, choices in {
-            "outcomes": OUTCOMES,
-            "divergence": DIVERGENCES,
-            "train": TRAINED,
-            "targets": TARGETS,
-        }.items():
+        tables = {"outcomes": OUTCOMES, "divergence": DIVERGENCES, "train": TRAINED, "targets": TARGETS}
+        for name, choices in tables.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
         if not 0 < self.temperature < float("inf"):
@@ -176,15 +137,12 @@ class SparseKDConfig(SFTConfig):
         return {name: getattr(self, name) for name in ("skew", "jsd_beta", "csd_weights", "csd_temperature")}
 
 
-SAMPLED = {("forward_kl", "tail"), ("forward_kl", "gemma")}
-
-
 class SparseKDTrainer(Resumable, SFTTrainer):
     """Distils a teacher, online or from a store, into `model`.
 
     Rows need `input_ids` and `labels` (-100 where a token is not scored, see `document_dataset`); CE and KL run over
     the same positions. An online teacher gets what the student gets. Neither model's logits exist for all tokens at
-    once, see `heads.Objective`, unless the caller asks for outputs. Logs `ce`, `kl` (nats; the divergence that was
+    once, see `lm_head.Objective`, unless the caller asks for outputs. Logs `ce`, `kl` (nats; the divergence that was
     chosen), `top1_agreement` and `kept_mass` (of the teacher, but for dense outcomes and draws), each a mean per scored
     token of a micro-batch, averaged over the micro-batches between two logs.
 
@@ -213,7 +171,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
     def __init__(self, model, teacher=None, args=None, teacher_tokenizer=None, **kwargs):
         if teacher is None and isinstance(args, SparseKDConfig) and args.teacher != "online":
             teacher = TeacherStore(args.teacher)
-        check_pair(model, teacher)
+        check_pair(model, *([] if isinstance(teacher, TeacherStore) else [teacher]))
         if isinstance(args, SparseKDConfig) and args.teacher != "online" and not isinstance(teacher, TeacherStore):
             raise ConfigError(
                 f"args.teacher={args.teacher!r} names a store and a model was passed as well: pass teacher=None, or set it to 'online'"
@@ -228,12 +186,8 @@ class SparseKDTrainer(Resumable, SFTTrainer):
             self.size = check_store(self.store, model, args, tokenizer)
             kwargs["train_dataset"] = number_rows(kwargs.get("train_dataset"), self.store)
         else:
-            self.size = shared_size(
-                vocabulary(model),
-                vocabulary(teacher),
-                tokenizer if teacher_tokenizer is not None else None,
-                teacher_tokenizer,
-            )
+            ours = tokenizer if teacher_tokenizer is not None else None
+            self.size = shared_size(vocabulary(model), vocabulary(teacher), ours, teacher_tokenizer)
         choose_trained(model, args.train, kwargs.get("peft_config"))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         own_forward = vars(base).get("forward")
@@ -252,30 +206,22 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         )
         if args.window_schedule is not None:
             self.add_callback(args.window_schedule)
-        self.teacher = None
-        self.teacher_facts = self.store.spec if self.store is not None else weights_digest(teacher)
-        if self.store is None:
-            self.prepare_teacher(teacher)
-        else:
+        if self.store is not None:
+            self.teacher, self.teacher_facts = None, self.store.spec
             self.data_collator = StoreCollator(self.store, self.data_collator)
-        self.check_packing()
-
-    def prepare_teacher(self, teacher):
-        args = self.args
-        attach(teacher)
-        self.teacher = scale.prepare_teacher(self, teacher)
-        check_head(self.teacher, "teacher")
-        kind = "dense" if args.outcomes == "dense" else args.targets
-        self.select = Selection(kind, args.top_k, args.temperature, self.size, args.seed, args.head_rows)
-
-    def check_packing(self):
+        else:
+            self.teacher_facts = weights_digest(teacher)
+            attach(teacher)
+            self.teacher = prepare_teacher(self, teacher)
+            check_head(self.teacher, "teacher")
+            kind = "dense" if args.outcomes == "dense" else args.targets
+            self.select = Selection(kind, args.top_k, args.temperature, self.size, args.seed, args.head_rows)
         batch = self.data_collator(list(islice(self.train_dataset, 1)))
-        if "position_ids" in batch and (
-            "attention_mask" not in batch or bool((batch["position_ids"].diff() < 0).any())
-        ):
-            models = {"student": self.model} | ({} if self.store is not None else {"teacher": self.teacher})
-            for name, network in models.items():
-                check_documents_stay_apart(network, name, [key for key in INPUTS if key in batch])
+        positions = batch.get("position_ids")
+        if positions is not None and ("attention_mask" not in batch or bool((positions.diff() < 0).any())):  # packed
+            for name, network in ("student", self.model), ("teacher", self.teacher):
+                if network is not None:
+                    check_documents_stay_apart(network, name, [key for key in INPUTS if key in batch])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -288,45 +234,40 @@ class SparseKDTrainer(Resumable, SFTTrainer):
 
     @torch.no_grad()
     def teacher_targets(self, inputs, place):
-        """Targets of the flat positions `place` [N], see `heads.Selection`; online in the precision that the student
+        """Targets of the flat positions `place` [N], see `lm_head.Selection`; online in the precision that the student
         runs in, so that equal models have a divergence of zero.
         """
         if self.store is not None:
             ids, logp, rest = (inputs[name].flatten(0, 1)[place] for name in STORED)
-            return keep(ids, logp, rest, self.args.top_k) if self.store.kind == "topk" else (ids, logp, rest)
+            k = self.args.top_k
+            if self.store.kind == "topk" and k < ids.shape[-1]:  # most likely first; the others join the rest
+                ids, logp, rest = ids[:, :k], logp[:, :k], torch.logaddexp(rest, logp[:, k:].logsumexp(-1))
+            return ids, logp, rest
         # With a cache stock models let packed documents see each other. A seed by content: a resumed run draws what the
         # first one drew.
         seed = zlib.crc32(inputs["input_ids"].cpu().numpy().tobytes()) if self.select.kind == "sampled" else 0
         forward = {key: inputs[key] for key in INPUTS if key in inputs}
+        select = partial(self.select, place=place, seed=seed)
         with self.accelerator.autocast():
-            return self.teacher.eval()(
-                **forward, use_cache=False, with_head=partial(self.select, place=place, seed=seed)
-            )
+            return self.teacher.eval()(**forward, use_cache=False, with_head=select)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The student's forward makes hidden states and hands them, with its LM head, to the objective."""
         forward, labels = {key: inputs[key] for key in INPUTS if key in inputs}, inputs["labels"]
         self.check_targets(labels[:, 1:], forward, num_items_in_batch)
-        scored = torch.zeros_like(labels, dtype=torch.bool)
-        scored[:, :-1] = labels[:, 1:] != IGNORE
+        scored = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
         place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
         targets, labels = self.teacher_targets(inputs, place), labels.flatten()[place + 1]
-        items = (
-            labels.new_tensor(max(len(place), 1)) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        )
-        dense = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None
-        scorer = partial(
-            self.objective,
-            place=place,
-            labels=labels,
-            targets=targets,
-            items=items,
-            size=self.size,
-            teacher_head=dense,
-            rows=self.args.head_rows,
-        )
-        terms = model(**forward, use_cache=False, with_head=scorer)
-        loss = terms.loss
+        teacher_head = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None
+        items = labels.new_tensor(max(len(place), 1)) if num_items_in_batch is None else num_items_in_batch
+        rest = targets, torch.as_tensor(items), self.size, teacher_head, self.args.head_rows
+
+        def objective(hidden, student):
+            return self.objective(hidden, student, place, labels, *rest)
+
+        terms = model(**forward, use_cache=False, with_head=objective)
         self.record(terms, targets, len(place))
+        loss = terms.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the count is of all ranks, gradients are averaged over them
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -354,14 +295,12 @@ class SparseKDTrainer(Resumable, SFTTrainer):
     @torch.no_grad()
     def record(self, terms, targets, count):
         """Metrics of this micro-batch over all ranks; `terms` are sums over its `count` scored tokens."""
-        names = ["ce", "kl", "top1_agreement"]
-        sums = [terms.ce, terms.kl, terms.agreement]
+        sums = {"ce": terms.ce, "kl": terms.kl, "top1_agreement": terms.agreement}
         if self.args.outcomes != "dense" and self.args.targets == "topk":
-            names.append("kept_mass")
-            sums.append(targets[1].exp().sum())
-        sums = torch.stack([*(x.detach().float() for x in sums), terms.ce.new_tensor(count).float()])
-        *sums, count = self.accelerator.gather(sums).view(-1, len(sums)).sum(0).tolist()
-        values = dict(zip(names, (x / max(count, 1) for x in sums), strict=True))
+            sums["kept_mass"] = targets[1].exp().sum()
+        stacked = torch.stack([x.detach().float() for x in (*sums.values(), terms.ce.new_tensor(count))])
+        *totals, count = self.accelerator.gather(stacked).view(-1, len(stacked)).sum(0).tolist()
+        values = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=True)}
         if count and values.get("kept_mass", 1) < LOW_MASS:
             warnings.warn(
                 f"top_k={self.args.top_k} keeps less than {LOW_MASS:.0%} of the teacher's probability: raise it",
@@ -371,13 +310,6 @@ class SparseKDTrainer(Resumable, SFTTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
-def keep(ids, logp, rest, k):
-    """The first k of stored entries, most likely first; the others join the rest."""
-    if k >= ids.shape[-1]:
-        return ids, logp, rest
-    return ids[:, :k], logp[:, :k], torch.logaddexp(rest, logp[:, k:].logsumexp(-1))
-
-
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
@@ -385,21 +317,19 @@ def vocabulary(model):
     return model.config.get_text_config().vocab_size
 
 
-def check_pair(student, teacher):
-    """Refuse a pair that cannot be compared, or whose teacher would move with the student."""
-    for name, model in ("model", student), ("teacher", teacher):
-        if not isinstance(model, torch.nn.Module) and not (name == "teacher" and isinstance(model, TeacherStore)):
+def check_pair(student, *teachers):
+    """Refuse what is no model in memory, or a teacher whose weights would move with the student."""
+    for name, model in ("model", student), *(("teacher", t) for t in teachers):
+        if not isinstance(model, torch.nn.Module):
             raise ConfigError(
                 f"{name}: expected a model in memory, got {type(model).__name__}; load it with from_pretrained"
             )
-    if isinstance(teacher, TeacherStore):
-        return
     places = {p.data_ptr() for p in student.parameters()} - {0}  # 0: a parameter without storage, on the meta device
-    shared = next((name for name, p in teacher.named_parameters() if p.data_ptr() in places), None)
-    if shared:
-        raise ConfigError(
-            f"student and teacher share the weight {shared!r}: the teacher would change with the student; load it a second time"
-        )
+    for name, parameter in (pair for teacher in teachers for pair in teacher.named_parameters()):
+        if parameter.data_ptr() in places:
+            raise ConfigError(
+                f"student and teacher share the weight {name!r}: the teacher would change with the student; load it a second time"
+            )
 
 
 def check_store(store, student, args, tokenizer):
@@ -450,7 +380,7 @@ def check_documents_stay_apart(model, name, keys, length=8):
     The probe has the format of the run's batches (`keys` of INPUTS). It sees a leak above sqrt(eps) of the logits'
     scale, eps of the model's dtype.
     """
-    V, device, training = model.config.get_text_config().vocab_size, next(model.parameters()).device, model.training
+    V, device, training = vocabulary(model), next(model.parameters()).device, model.training
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     logits = []
     for start in (0, 1):
@@ -472,8 +402,7 @@ def check_documents_stay_apart(model, name, keys, length=8):
 
 
 def document_dataset(rows, max_length=None):
-    """Rows for the trainer, padded or packed (`packing=True`): exactly the tokens with a label other than -100 are
-    scored.
+    """Rows for the trainer, padded or packed: exactly the tokens with a label other than -100 are scored.
 
     Documents without a scored token train nothing; they are left out, with a warning that counts them. (TRL itself
     reads a `labels` column as it is, cuts it like `input_ids` at `max_length`, and drops the label of each document's
@@ -489,7 +418,7 @@ def document_dataset(rows, max_length=None):
         DataError: lengths that differ, a label that is neither the token nor -100, a document that is too long, or
             nothing to score.
     """
-    kept, empty = {"input_ids": [], "labels": []}, 0
+    columns, empty = {"input_ids": [], "labels": []}, 0
     for n, (ids, labels) in enumerate(rows):
         ids, labels = list(ids), list(labels)
         if len(ids) != len(labels):
@@ -498,22 +427,19 @@ def document_dataset(rows, max_length=None):
             raise DataError(
                 f"document {n} has {len(ids)} tokens, max_length is {max_length}: raise it, or split the document"
             )
-        wrong = next(
-            (t for t, (i, label) in enumerate(zip(ids, labels, strict=True)) if label not in (IGNORE, i)), None
-        )
-        if wrong is not None:
-            raise DataError(
-                f"document {n}, token {wrong}: label {labels[wrong]} is neither {IGNORE} nor {ids[wrong]}, the token; labels are not shifted here"
-            )
+        for t, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in (IGNORE, token):
+                raise DataError(
+                    f"document {n}, token {t}: label {label} is neither {IGNORE} nor {token}, the token; labels are not shifted here"
+                )
         if all(label == IGNORE for label in labels[1:]):
             empty += 1
             continue
-        kept["input_ids"].append(ids)
-        kept["labels"].append(labels)
-    if not kept["labels"]:
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+    if not columns["labels"]:
         raise DataError(f"none of {empty} documents has a scored token: every label is {IGNORE}")
     if empty:
-        warnings.warn(
-            f"{empty} of {empty + len(kept['labels'])} documents have no scored token and are left out", stacklevel=2
-        )
-    return Dataset.from_dict(kept)
+        count = empty + len(columns["labels"])
+        warnings.warn(f"{empty} of {count} documents have no scored token and are left out", stacklevel=2)
+    return Dataset.from_dict(columns)

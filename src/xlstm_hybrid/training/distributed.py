@@ -24,7 +24,7 @@ def fsdp_plugin(trainer):
     return getattr(trainer.accelerator.state, "fsdp_plugin", None)
 
 
-def prepare(trainer):
+def prepare_fsdp(trainer):
     """Before training: refuse what would go wrong, and keep FSDP2's parameters and reductions in float32.
 
     Raises:
@@ -34,9 +34,8 @@ def prepare(trainer):
         raise ConfigError("DeepSpeed: checkpoints of ours know DDP and FSDP2; use recipes/accelerate/eight_gpus.yaml")
     plugin = fsdp_plugin(trainer)
     if plugin is None:
-        if trainer.args.world_size > 1 and (
-            trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        ):
+        asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and trainer.args.world_size > 1:
             raise ConfigError(
                 "FSDP was asked for, and accelerate has not switched it on (it does so on GPUs only): leave it out for DDP"
             )
@@ -80,13 +79,12 @@ def prepare_teacher(trainer, teacher):
     teacher = teacher.requires_grad_(False).eval()
     if fsdp_plugin(trainer) is None:
         return teacher.to(trainer.accelerator.device)
-    prepare(trainer)
+    prepare_fsdp(trainer)
     if not isinstance(teacher, FSDPModule):
         mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
+        if mesh is not None:
+            mesh = mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)]
         layers = [module for module in teacher.modules() if type(module).__name__ in (teacher._no_split_modules or ())]
         for module in [*layers, teacher]:
-            fully_shard(
-                module,
-                mesh=mesh if mesh is None else mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)],
-            )
+            fully_shard(module, mesh=mesh)
     return teacher

@@ -12,6 +12,7 @@ import inspect
 import types
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,7 @@ TENSORS_PER_LOGIT = 6
 
 
 class LMHead(NamedTuple):
-    """z = softcap tanh(scale u / softcap), u = h W^T + b; no tanh if softcap is None. weight: [V, D]; bias: [V] or
-    None.
-    """
+    """z = softcap tanh(scale u / softcap), u = h W^T + b; softcap None: no tanh. weight: [V, D]; bias: [V] or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -69,8 +68,7 @@ def head_of(model, size=None):
 
 
 def attach(model):
-    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for a causal LM of
-    any family.
+    """Let `model(..., with_head=f)` return `f(hidden_states [B, T, D], model)` in place of logits, for any family.
 
     Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only
     inside of `forward`, and no hook of a module can return something else than its own forward without having made the
@@ -95,9 +93,7 @@ def attach(model):
 
 @torch.no_grad()
 def check_head(model, name, length=8):
-    """Refuse a model whose logits are not what `LMHead` says, within sqrt(eps) of their scale: another loss than asked
-    for would be trained.
-    """
+    """Refuse a model whose logits are not those of its `LMHead`, within sqrt(eps): the loss would be another one."""
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
@@ -144,26 +140,18 @@ class Selection:
         generator = None
         if self.kind == "sampled":
             generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{self.seed}-{seed}".encode()))
-        parts = [self.keep(logits, generator) for logits in logit_chunks(x, head_of(model, self.size), self.rows)]
+        choose = partial(sampled_targets, generator=generator) if self.kind == "sampled" else top_k_targets
+        chunks = logit_chunks(x, head_of(model, self.size), self.rows)
+        parts = [choose(u.div_(self.temperature) if self.temperature != 1 else u, self.k) for u in chunks]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def keep(self, logits, generator):
-        logits = logits.div_(self.temperature) if self.temperature != 1 else logits
-        return top_k_targets(logits, self.k) if self.kind == "topk" else sampled_targets(logits, self.k, generator)
 
 
 def logit_chunks(x, head, rows=None):
-    """Logits [R, V] of the hidden states x [N, D], the way `head_loss` multiplies them; what one chunk holds is gone
-    with the next.
-    """
+    """Logits [R, V] of chunks of x [N, D], multiplied as in `head_loss`; a chunk is gone when the next one comes."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32))
-        half = (
-            x.dtype
-            if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-            else None
-        )
-        half = half if half and mixed_products(x.device, half) else None
+        half = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 and x.device.type != "cpu"
+        half = x.dtype if half and mixed_products(x.device, x.dtype) else None
         product, V = Head(head.weight, head.bias, dtype, half), len(head.weight)
         # logits, their log-softmax, and the copy without the kept ids
         R = rows or chunk_rows(len(x), 3 * V * dtype.itemsize, x.device)
@@ -174,8 +162,7 @@ def logit_chunks(x, head, rows=None):
 
 
 class TeacherTargets:
-    """The targets of rows for `store.build_store`, by a causal LM in memory, which is frozen. Rows are padded on the
-    right, behind what counts.
+    """The targets of rows for `build_store`, by a causal LM in memory, which is frozen; padded on the right.
 
     Raises:
         ConfigError: the model makes logits in a way of its own.
@@ -196,29 +183,24 @@ class TeacherTargets:
     def together(self, rows, seed=0):
         device, T = next(self.model.parameters()).device, max(len(row.input_ids) for row in rows)
         ids, positions = torch.zeros(2, len(rows), T, dtype=torch.int64)
-        for b, row in enumerate(rows):
-            found, length = torch.from_numpy(row.position_ids()), len(row.input_ids)
-            ids[b, :length] = torch.from_numpy(row.input_ids)
-            # padding goes on as the document does
-            positions[b, :length], positions[b, length:] = found, found[-1] + 1 + torch.arange(T - length)
         stored = torch.zeros(len(rows), T, dtype=torch.bool)
         for b, row in enumerate(rows):
-            stored[b, : len(row.stored)] = torch.from_numpy(row.stored)
-        scorer = functools.partial(self.selection, place=stored.flatten().nonzero()[:, 0].to(device), seed=seed)
-        kept = self.model(
-            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False, with_head=scorer
-        )
-        parts = zip(*(x.cpu().split(stored.sum(1).tolist()) for x in kept), strict=True)
+            own, length = torch.from_numpy(row.position_ids()), len(row.input_ids)
+            ids[b, :length], stored[b, : len(row.stored)] = map(torch.from_numpy, (row.input_ids, row.stored))
+            # padding goes on as the document does
+            positions[b, :length], positions[b, length:] = own, own[-1] + 1 + torch.arange(T - length)
+        select = partial(self.selection, place=stored.flatten().nonzero()[:, 0].to(device), seed=seed)
+        inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+        targets = self.model(**inputs, use_cache=False, with_head=select)
+        parts = zip(*(x.cpu().split(stored.sum(1).tolist()) for x in targets), strict=True)
         return [tuple(x.numpy() for x in part) for part in parts]
 
 
 # --- the student -------------------------------------------------------------------------------------------------
 
 
-class Terms(NamedTuple):
-    """loss: weighted sum, differentiable; ce, kl: sums over the scored tokens; agreement: of those, how many have the
-    teacher's first choice.
-    """
+class ObjectiveTerms(NamedTuple):
+    """loss: weighted sum; ce, kl: sums over scored tokens; agreement: how many have the teacher's first choice."""
 
     loss: Tensor
     ce: Tensor
@@ -244,15 +226,11 @@ class Objective:
 
     @property
     def fused(self):
-        return (
-            self.divergence in FUSED_DIVERGENCES
-            and self.outcomes in FUSED_OUTCOMES
-            and self.temperature == 1
-            and (self.divergence, self.outcomes) != ("reverse_kl", "gemma")
-        )
+        known = self.divergence in FUSED_DIVERGENCES and self.outcomes in FUSED_OUTCOMES
+        return known and self.temperature == 1 and (self.divergence, self.outcomes) != ("reverse_kl", "gemma")
 
     def __call__(self, hidden, model, place, labels, targets, items, size=None, teacher_head=None, rows=None):
-        """Terms of the flat positions `place` [N] of hidden states [B, T, D]; the form that `attach` calls.
+        """`ObjectiveTerms` of the flat positions `place` [N] of hidden states [B, T, D]; the form that `attach` calls.
 
         Args:
             labels: [N], the token that each position predicts.
@@ -270,36 +248,23 @@ class Objective:
 
     def by_kernel(self, x, head, labels, targets, items, rows):
         ids, logp, rest = targets
+        rest = rest[None] if self.outcomes == "tail" else None
         weights = {f"{name}_weight": self.kl_weight if name == self.divergence else 0.0 for name in FUSED_DIVERGENCES}
-        out = head_loss(
-            x[None],
-            head.weight,
-            labels[None],
-            ids[None],
-            logp[None],
-            rest[None] if self.outcomes == "tail" else None,
-            bias=head.bias,
-            ce_weight=self.ce_weight,
-            **weights,
-            outcomes=self.outcomes,
-            num_items=items,
-            shift=False,
-            logit_scale=head.scale,
-            softcap=head.softcap,
-            rows=rows,
-        )
+        weights |= {"ce_weight": self.ce_weight, "outcomes": self.outcomes, "num_items": items, "rows": rows}
+        bend = {"bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap}
+        out = head_loss(x[None], head.weight, labels[None], ids[None], logp[None], rest, shift=False, **bend, **weights)
         kl = out.forward_kl if self.divergence == "forward_kl" else out.reverse_kl
-        return Terms(out.loss, out.ce * items, kl * items, out.agreement * len(labels))
+        return ObjectiveTerms(out.loss, out.ce * items, kl * items, out.agreement * len(labels))
 
     def by_chunks(self, x, head, labels, targets, items, teacher_head, rows):
         V = len(head.weight)
         R = rows or chunk_rows(len(x), TENSORS_PER_LOGIT * V * 4, x.device)
-        whole = head._replace(
-            weight=head.weight.to(torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32)))
-        )
+        dtype = torch.promote_types(x.dtype, torch.promote_types(head.weight.dtype, torch.float32))
+        head = head._replace(weight=head.weight.to(dtype))  # once, and not for each chunk
+        how = {"outcomes": self.outcomes, "divergence": self.divergence, "temperature": self.temperature}
 
         def sums(x, labels, *targets):
-            logits = whole.logits(x)
+            logits = head.logits(x)
             if teacher_head is not None:
                 with torch.no_grad():
                     targets = (teacher_head.logits(*targets),)
@@ -309,18 +274,9 @@ class Objective:
                 targets, first = (ids.long(), logp, rest), ids[:, 0]
             ce = cross_entropy(logits, labels, num_items=1)
             mask = torch.ones_like(labels, dtype=torch.bool)
-            kl = distillation_loss(
-                logits,
-                targets,
-                mask,
-                1,
-                outcomes=self.outcomes,
-                divergence=self.divergence,
-                temperature=self.temperature,
-                **self.options,
-            )
+            kl = distillation_loss(logits, targets, mask, 1, **how, **self.options)
             return torch.stack([ce, kl, (logits.detach().argmax(-1) == first).sum().to(ce.dtype)])
 
         ce, kl, agreement = in_row_chunks(sums, (x, labels, *targets), R)
         loss = (self.ce_weight * ce + self.kl_weight * kl) / items
-        return Terms(loss, ce.detach(), kl.detach(), agreement.detach())
+        return ObjectiveTerms(loss, ce.detach(), kl.detach(), agreement.detach())

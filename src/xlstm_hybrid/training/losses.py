@@ -26,9 +26,7 @@ REST_FLOOR = 1e-6  # least teacher mass of the rest, for the divergences that ar
 
 
 def shift(logits, labels):
-    """`(logits [B, T-1, V], labels [B, T-1])`: the logits at t belong to the label at t + 1. The one place where that
-    is said.
-    """
+    """`(logits [B, T-1, V], labels [B, T-1])`: the logits at t belong to the label at t + 1. Said here only."""
     return logits[:, :-1], labels[:, 1:]
 
 
@@ -36,7 +34,7 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def expect(name, x, shape):
+def expect_shape(name, x, shape):
     if x.shape != shape:
         raise DataError(
             f"{name}: expected shape {list(shape)}, got {list(x.shape)}; logits, targets and mask are aligned by one `shift`"
@@ -49,9 +47,7 @@ def counted_logp(logits, mask):
 
 
 def counted_mean(values, mask, num_items):
-    """Sum of `values` [B, T] where `mask`, over the number of counted tokens or over `num_items`; 0 if nothing is
-    counted.
-    """
+    """Sum of `values` [B, T] where `mask`, over the counted tokens or `num_items`; 0 if nothing is counted."""
     items = mask.sum() if num_items is None else torch.as_tensor(num_items)
     return torch.where(mask, values, 0.0).sum() / items.clamp_min(1)
 
@@ -70,13 +66,11 @@ def cross_entropy(logits, labels, num_items=None):
     Raises:
         DataError: labels of another shape.
     """
-    expect("labels", labels, logits.shape[:-1])
+    expect_shape("labels", labels, logits.shape[:-1])
     mask = labels != IGNORE
     logits = torch.where(mask[..., None], at_least_float32(logits), 0.0)
-    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none").view(
-        labels.shape
-    )
-    return counted_mean(nll, mask, num_items)
+    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return counted_mean(nll.view(labels.shape), mask, num_items)
 
 
 def sparse_kl(logits, top_ids, top_logp, rest_logp, mask, num_items=None):
@@ -99,17 +93,14 @@ def sparse_kl(logits, top_ids, top_logp, rest_logp, mask, num_items=None):
 
 
 def dense_kl(student_logits, teacher_logits, mask, num_items=None):
-    """Forward KL(teacher || student) over the whole vocabulary: the definition that `sparse_kl` with M = V equals.
-    Logits are [B, T, V].
-    """
+    """Forward KL(teacher || student) of logits [B, T, V]: the definition that `sparse_kl` with M = V equals."""
     return counted_mean(forward_kl(*dense_outcomes(student_logits, teacher_logits, mask)), mask, num_items)
 
 
 def distillation_loss(
     logits, targets, mask, num_items=None, *, outcomes="tail", divergence="forward_kl", temperature=1.0, **options
 ):
-    """Any divergence on any outcomes, times temperature squared. This is the one place where that factor is: callers do
-    not apply it.
+    """Any divergence on any outcomes, times temperature squared, a factor that stands here and nowhere else.
 
     The factor keeps KL's gradient on its scale when both sides are softened (Hinton et al. 2015, section 2.1).
 
@@ -142,8 +133,7 @@ def distillation_loss(
 
 
 def in_row_chunks(loss, rows, chunk):
-    """Sum of `loss(*part)` over parts of at most `chunk` rows of the tensors `rows` [N, ...]; each part is calculated
-    again in the backward.
+    """Sum of `loss(*part)` over parts of at most `chunk` of the `rows` [N, ...], made again in the backward.
 
     What a part makes on its way, [chunk, V] for instance, exists once and not N / chunk times. `loss` returns a scalar,
     or a tensor of sums.
@@ -177,8 +167,7 @@ def top_k_targets(teacher_logits, k):
 
 @torch.no_grad()
 def sampled_targets(teacher_logits, k, generator=None):
-    """k draws with replacement from the teacher, stored as counts / k: their mean over draws is the teacher's
-    distribution.
+    """k draws with replacement from the teacher, as counts / k, whose mean is the teacher's distribution.
 
     Returns:
         top_ids, top_logp: [..., k], most frequent first; fewer than k distinct ids are padded with id 0 at -inf.
@@ -203,13 +192,10 @@ def sampled_targets(teacher_logits, k, generator=None):
 
 
 def expect_targets(logits, top_ids, top_logp, rest_logp, mask):
-    expect("top_logp", top_logp, (*logits.shape[:-1], top_logp.shape[-1]))
-    for name, x, shape in (
-        ("top_ids", top_ids, top_logp.shape),
-        ("rest_logp", rest_logp, logits.shape[:-1]),
-        ("mask", mask, logits.shape[:-1]),
-    ):
-        expect(name, x, shape)
+    expect_shape("top_logp", top_logp, (*logits.shape[:-1], top_logp.shape[-1]))
+    expect_shape("top_ids", top_ids, top_logp.shape)
+    expect_shape("rest_logp", rest_logp, logits.shape[:-1])
+    expect_shape("mask", mask, logits.shape[:-1])
 
 
 def tail_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0):
@@ -234,16 +220,13 @@ def tail_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0)
     p_rest = torch.where(mask, rest_logp.to(logq.dtype), 0.0)[..., None]
     p = torch.cat([p, p_rest], -1)
     if rest_floor > 0:
-        low = ~empty & (p_rest < math.log(rest_floor))
-        p = torch.where(
-            low, torch.cat([p[..., :-1], torch.full_like(p_rest, math.log(rest_floor))], -1).log_softmax(-1), p
-        )
+        raised = torch.cat([p[..., :-1], torch.full_like(p_rest, math.log(rest_floor))], -1).log_softmax(-1)
+        p = torch.where(~empty & (p_rest < math.log(rest_floor)), raised, p)
     return torch.cat([q, q_rest], -1), p
 
 
 def gemma_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0):
-    """`tail_outcomes` with the teacher renormalised on its support and the student left over the full vocabulary (Gemma
-    3 report, 2025).
+    """`tail_outcomes` with the teacher renormalised on its support, the student not (Gemma 3 report, 2025).
 
     The teacher's rest is 0, whatever `rest_logp` says, so that the student learns to leave the rest empty.
     """
@@ -253,8 +236,7 @@ def gemma_outcomes(logits, top_ids, top_logp, rest_logp, mask, *, rest_floor=0.0
 
 
 def renormalised_outcomes(logits, top_ids, top_logp, rest_logp, mask):
-    """Log-probabilities `(student, teacher)` [B, T, M] of the stored ids alone, each side renormalised on them; -inf
-    for padding entries.
+    """Log-probabilities `(student, teacher)` [B, T, M], renormalised on the stored ids; -inf for padding entries.
 
     Says nothing about the student's mass outside the support. A counted row without a stored id is NaN.
     """
@@ -268,8 +250,8 @@ def renormalised_outcomes(logits, top_ids, top_logp, rest_logp, mask):
 
 def dense_outcomes(logits, teacher_logits, mask):
     """Log-probabilities `(student, teacher)` of every token, [B, T, V]: the outcomes of a teacher that is at hand."""
-    expect("teacher_logits", teacher_logits, logits.shape)
-    expect("mask", mask, logits.shape[:-1])
+    expect_shape("teacher_logits", teacher_logits, logits.shape)
+    expect_shape("mask", mask, logits.shape[:-1])
     return counted_logp(logits, mask), counted_logp(teacher_logits, mask)
 
 
@@ -286,14 +268,11 @@ FLOORED = {"tail", "gemma"}  # those with a rest bucket, which may be empty
 # --- divergences of log-probabilities [B, T, outcomes], per position ---------------------------------------------
 #
 # An outcome that both sides exclude (-inf) contributes 0, to the value and to the gradient: 0 * inf and inf - inf,
-# which are
-# NaN, are masked where no gradient passes them.
+# which are NaN, are masked where no gradient passes them.
 
 
 class TimesLogRatio(torch.autograd.Function):
-    """Sum over outcomes of p (log p - log q), with 0 for p = 0. Keeps its two inputs for the backward; autograd would
-    keep three times as much.
-    """
+    """Sum over outcomes of p (log p - log q), 0 for p = 0. Stores its two inputs, a third of autograd's memory."""
 
     @staticmethod
     def forward(ctx, logp, logq):
@@ -312,9 +291,7 @@ class TimesLogRatio(torch.autograd.Function):
 
 
 class LogMixture(torch.autograd.Function):
-    """log(share * p + (1 - share) * q) for 0 < share < 1; -inf where both are. Keeps its inputs and its result for the
-    backward.
-    """
+    """log(share * p + (1 - share) * q), 0 < share < 1; -inf where both are. Stores its inputs and its result."""
 
     @staticmethod
     def forward(ctx, logp, logq, share):
@@ -327,11 +304,11 @@ class LogMixture(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         *sides, mixture = ctx.saved_tensors
-        found = [None, None, None]
+        gradients = [None, None, None]
         for n, (side, share) in enumerate(zip(sides, ctx.shares, strict=True)):
             if ctx.needs_input_grad[n]:
-                found[n] = (side - mixture).add_(share).exp_().mul_(grad).masked_fill_(side == NEVER, 0.0)
-        return tuple(found)
+                gradients[n] = (side - mixture).add_(share).exp_().mul_(grad).masked_fill_(side == NEVER, 0.0)
+        return tuple(gradients)
 
 
 times_log_ratio, log_mixture = TimesLogRatio.apply, LogMixture.apply
@@ -348,9 +325,7 @@ def reverse_kl(student_logp, teacher_logp):
 
 
 def skewed_kl(student_logp, teacher_logp, *, skew=0.1):
-    """KL(teacher || skew * teacher + (1 - skew) * student), [B, T]; Ko et al. 2024 (DistiLLM), equation 3. `skew` 0 is
-    `forward_kl`.
-    """
+    """KL(teacher || skew teacher + (1 - skew) student), [B, T]; Ko et al. 2024 (DistiLLM), equation 3."""
     if not 0 <= skew < 1:
         raise ConfigError(f"skew={skew}: expected a share of at least 0 and below 1")
     mixture = log_mixture(teacher_logp, student_logp, skew) if skew else student_logp
@@ -418,9 +393,7 @@ def csd(student_logp, teacher_logp, *, csd_weights="us", csd_temperature=1.5):
 
 
 class ConcreteScore(torch.autograd.Function):
-    """1/4 sum_x sum_y w1(y) w2(x) (d_x - d_y)^2 in O(outcomes), [B, T]; both weights sum to one and get no gradient.
-    Keeps the gradient alone.
-    """
+    """1/4 sum_x sum_y w1(y) w2(x) (d_x - d_y)^2, [B, T]; weights sum to one, without gradient. Stores its gradient."""
 
     @staticmethod
     def forward(ctx, d, w1, w2):
@@ -438,14 +411,7 @@ class ConcreteScore(torch.autograd.Function):
 concrete_score = ConcreteScore.apply
 
 # name: function(student_logp, teacher_logp, **options) -> [B, T]
-DIVERGENCES = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "skewed_kl": skewed_kl,
-    "jsd": jsd,
-    "tvd": tvd,
-    "csd": csd,
-}
+DIVERGENCES = {function.__name__: function for function in (forward_kl, reverse_kl, skewed_kl, jsd, tvd, csd)}
 # where the teacher excludes an outcome (jsd at its end, csd by leaving it out)
 INFINITE_AT_ZERO = {"reverse_kl", "jsd", "csd"}
 
@@ -459,11 +425,9 @@ def choose_divergence(name, **options):
     if name not in DIVERGENCES:
         raise ConfigError(f"divergence={name!r} is not one of {sorted(DIVERGENCES)}")
     accepts = {key: set(list(inspect.signature(function).parameters)[2:]) for key, function in DIVERGENCES.items()}
-    unknown = set(options) - set().union(*accepts.values())
-    if unknown:
-        raise ConfigError(
-            f"{sorted(unknown)[0]}: no divergence has this option; expected some of {sorted(set().union(*accepts.values()))}"
-        )
+    known = set().union(*accepts.values())
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"{unknown[0]}: no divergence has this option; expected some of {sorted(known)}")
     own = {key: value for key, value in options.items() if key in accepts[name]}
     DIVERGENCES[name](*torch.zeros(2, 1), **own)  # a value out of range is refused here and not at the first step
     return lambda student_logp, teacher_logp: DIVERGENCES[name](student_logp, teacher_logp, **own)

@@ -9,12 +9,14 @@ that was logged into `plots/`.
 Dims: B batch, T tokens, H heads.
 """
 
+import io
 import math
 import re
 import resource
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,22 +24,15 @@ from transformers import TrainerCallback
 
 from xlstm_hybrid.checkpoint.files import write_file
 from xlstm_hybrid.model.mixer import MLSTMMixer
-from xlstm_hybrid.training.checkpoints import whole
+from xlstm_hybrid.training.checkpoints import unsharded
 from xlstm_hybrid.training.distributed import plain_name
 
 PLOTS = "plots"
 FEW, BETWEEN = 10, 60.0  # entries below which there is no curve to look at; seconds between two drawings while training
 LAYER = re.compile(r"(?:eval_)?layer_(\d+)/(\w+)")
-NOT_CURVES = {
-    "step",
-    "epoch",
-    "total_flos",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    "train_loss",
-}
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"  # Okabe and Ito's, told apart with every kind of colour vision
+COSTS = "runtime", "samples_per_second", "steps_per_second"  # of training and of an evaluation
+NOT_CURVES = ("step", "epoch", "total_flos", "train_loss", *(f"train_{cost}" for cost in COSTS))
+BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito's, told apart with every kind of colour vision
 HEAT = {  # metric of layers -> title, colours, logarithmic, limits
     "relative_error": ("Relative squared error", "viridis", True, None),
     "output_gate": ("Mean output gate: 1 mLSTM, 0 window attention", "cividis", False, (0, 1)),
@@ -46,13 +41,6 @@ HEAT = {  # metric of layers -> title, colours, logarithmic, limits
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------
-
-
-def peak_memory(device):
-    """Gigabytes (1e9 bytes): the allocator's peak on a GPU, the process's otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Insight(TrainerCallback):
@@ -109,34 +97,32 @@ class Insight(TrainerCallback):
         for layer, norm in self.gradient_norms().items():
             metrics[f"layer_{layer}/grad_norm"].append(norm)
         for layer, (total, count) in sorted(self.gates.items()):
-            metrics[f"layer_{layer}/output_gate"].append(self.mean(total, count))
+            both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(args.device)
+            if args.world_size > 1:
+                torch.distributed.all_reduce(both)
+            metrics[f"layer_{layer}/output_gate"].append((both[0] / both[1].clamp_min(1)).item())
         self.gates.clear()
-
-    def mean(self, total, count):
-        """Of all processes."""
-        both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(
-            self.trainer.args.device
-        )
-        if self.trainer.args.world_size > 1:
-            torch.distributed.all_reduce(both)
-        return (both[0] / both[1].clamp_min(1)).item()
 
     @torch.no_grad()
     def gradient_norms(self):
         """`{layer: norm}` of the gradients of a layer's trained parameters."""
         squares = defaultdict(list)
         for name, parameter in self.trainer.model.named_parameters():
-            found = re.search(r"\blayers\.(\d+)\.", plain_name(name))
-            if found and parameter.grad is not None:
-                squares[int(found[1])].append(whole(parameter.grad.norm()).double().square())
-        return {layer: torch.stack(found).sum().sqrt().item() for layer, found in sorted(squares.items())}
+            match = re.search(r"\blayers\.(\d+)\.", plain_name(name))
+            if match and parameter.grad is not None:
+                squares[int(match[1])].append(unsharded(parameter.grad.norm()).double().square())
+        return {layer: torch.stack(parts).sum().sqrt().item() for layer, parts in sorted(squares.items())}
 
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_log:
             return
         metrics, now = self.trainer._metrics["train"], time.monotonic()
         metrics["tokens_per_second"].append(self.tokens * args.world_size / max(now - self.since, 1e-9))
-        metrics["memory_gb"].append(peak_memory(args.device))
+        if args.device.type == "cuda":  # the allocator's peak, otherwise the process's
+            peak = torch.cuda.max_memory_allocated(args.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        metrics["memory_gb"].append(peak / 1e9)
         metrics["skipped_steps"].append(float(self.trainer.guard.skipped if hasattr(self.trainer, "guard") else 0))
         self.tokens, self.since = 0, now
 
@@ -157,7 +143,7 @@ class Insight(TrainerCallback):
 # --- pictures --------------------------------------------------------------------------------------------------
 
 
-def number(value):
+def as_float(value):
     """A logged value as a float; nan where it is none."""
     try:
         return float(value)
@@ -167,62 +153,38 @@ def number(value):
 
 def curves(log):
     """`{metric: ([steps], [values])}` of everything logged but what belongs to one layer."""
-    found = defaultdict(lambda: ([], []))
+    series = defaultdict(lambda: ([], []))
     for entry in log:
         for name, value in entry.items():
-            if (
-                name not in NOT_CURVES
-                and not LAYER.fullmatch(name)
-                and not name.startswith("eval_")
-                and not math.isnan(number(value))
-            ):
-                found[name][0].append(entry["step"])
-                found[name][1].append(number(value))
-    return {name: series for name, series in found.items() if series[0]}
+            left_out = name in NOT_CURVES or LAYER.fullmatch(name) or name.startswith("eval_")
+            if not left_out and not math.isnan(as_float(value)):
+                series[name][0].append(entry["step"])
+                series[name][1].append(as_float(value))
+    return dict(series)
 
 
 def evaluations(log):
     """`{metric: ([steps], [values])}` of `eval_<metric>`, without what it cost."""
-    found = curves(
-        [
-            {
-                name.removeprefix("eval_"): value
-                for name, value in entry.items()
-                if name.startswith("eval_") or name == "step"
-            }
-            for entry in log
-        ]
-    )
-    return {
-        name: series
-        for name, series in found.items()
-        if name not in ("runtime", "samples_per_second", "steps_per_second")
-    }
+    own = [{n.removeprefix("eval_"): x for n, x in entry.items() if n[:5] == "eval_" or n == "step"} for entry in log]
+    return {name: series for name, series in curves(own).items() if name not in COSTS}
 
 
 def layer_grids(log):
-    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of metrics that are logged per layer, nan where one is
-    missing.
-    """
-    found = defaultdict(dict)
+    """`{metric: ([steps], [layers], rows)}`: rows[layer, step] of what is logged per layer, nan where it is missing."""
+    values = defaultdict(dict)
     for entry in log:
         for name, value in entry.items():
             if (match := LAYER.fullmatch(name)) and not name.startswith("eval_"):
-                found[match[2]].setdefault(int(match[1]), {})[entry["step"]] = number(value)
+                values[match[2]].setdefault(int(match[1]), {})[entry["step"]] = as_float(value)
     grids = {}
-    for metric, layers in found.items():
-        steps = sorted({step for values in layers.values() for step in values})
-        grids[metric] = (
-            steps,
-            sorted(layers),
-            [[layers[n].get(step, math.nan) for step in steps] for n in sorted(layers)],
-        )
+    for metric, by_layer in values.items():
+        layers, steps = sorted(by_layer), sorted({step for logged in by_layer.values() for step in logged})
+        grids[metric] = steps, layers, [[by_layer[n].get(step, math.nan) for step in steps] for n in layers]
     return grids
 
 
 def write_plots(directory, log):
-    """Draw a trainer's `log_history`: `curves.png` with a curve per metric, `layers_<metric>.png` with a heat map and a
-    curve per layer.
+    """Draw a trainer's `log_history`: `curves.png`, and `layers_<metric>.png` with a heat map and a curve per layer.
 
     Returns:
         Names of the files; none for an empty log.
@@ -230,20 +192,13 @@ def write_plots(directory, log):
         CheckpointWriteError: the disk refused.
     """
     series, measured, pictures = curves(log), evaluations(log), {}
-    if series or measured:
-        pictures["curves"] = picture(
-            [
-                lambda axes, name=name: draw_curve(axes, name, series.get(name), measured.get(name))
-                for name in sorted({*series, *measured})
-            ],
-            columns=3,
-        )
-    for metric, grid in layer_grids(log).items():
-        draws = [
-            lambda axes, metric=metric, grid=grid, draw=draw: draw(axes, metric, *grid)
-            for draw in (draw_heat, draw_layers)
-        ]
-        pictures[f"layers_{metric}"] = picture(draws, columns=2, width=6)
+    if names := sorted({*series, *measured}):
+        draws = [partial(draw_curve, name=n, series=series.get(n), measured=measured.get(n)) for n in names]
+        pictures["curves"] = png_of(draws, columns=3)
+    for metric, (steps, layers, rows) in layer_grids(log).items():
+        grid = {"metric": metric, "steps": steps, "layers": layers, "rows": rows}
+        draws = [partial(draw_heat, **grid), partial(draw_layers, **grid)]
+        pictures[f"layers_{metric}"] = png_of(draws, columns=2, width=6)
     if pictures:
         Path(directory).mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
@@ -251,25 +206,17 @@ def write_plots(directory, log):
     return sorted(f"{name}.png" for name in pictures)
 
 
-def picture(draws, columns, width=4.2, height=2.8):
+def png_of(draws, columns, width=4.2, height=2.8):
     """PNG bytes of a figure with one pair of axes per function; without a display, and without touching pyplot's state."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(columns, len(draws))
     rows = -(-len(draws) // columns)
-    figure = Figure(figsize=(columns * width, rows * height), dpi=100)
+    x, y = columns * width, rows * height  # inches
+    figure = Figure(figsize=(x, y), dpi=100)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(
-        0.6 / (columns * width),
-        0.5 / (rows * height),
-        1 - 0.2 / (columns * width),
-        1 - 0.35 / (rows * height),
-        0.22,
-        0.42,
-    )
+    figure.subplots_adjust(0.6 / x, 0.5 / y, 1 - 0.2 / x, 1 - 0.35 / y, 0.22, 0.42)
     for n, draw in enumerate(draws):
         draw(figure.add_subplot(rows, columns, n + 1))
     content = io.BytesIO()
@@ -277,25 +224,24 @@ def picture(draws, columns, width=4.2, height=2.8):
     return content.getvalue()
 
 
-def draw_curve(axes, name, series, measured):
-    for points, label, colour, marker in ((series, "training", BLUE, None), (measured, "evaluation", ORANGE, "o")):
-        if points:
-            axes.plot(
-                *points,
-                label=label,
-                color=colour,
-                marker=marker or ("o" if len(points[0]) < 3 else None),
-                linewidth=1.6,
-            )
-    axes.set_title(name.replace("_", " "), loc="left", fontweight="bold", fontsize=10)
+def over_steps(axes, title):
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("step")
     axes.grid(color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curve(axes, name, series, measured):
+    for points, label, colour, marker in ((series, "training", BLUE, None), (measured, "evaluation", ORANGE, "o")):
+        if points:
+            marker = marker or ("o" if len(points[0]) < 3 else None)
+            axes.plot(*points, label=label, color=colour, marker=marker, linewidth=1.6)
+    over_steps(axes, name.replace("_", " "))
     if series and measured:
         axes.legend(frameon=False)
 
 
-def described(metric):
+def look_of(metric):
     return HEAT.get(metric, (metric.replace("_", " "), "viridis", False, None))
 
 
@@ -307,24 +253,17 @@ def draw_heat(axes, metric, steps, layers, rows):
     """Layers over steps; a colour bar says what the colours mean, missing values are grey."""
     from matplotlib.colors import LogNorm, Normalize
 
-    title, colours, logarithmic, limits = described(metric)
-    found = positive(rows)
-    norm = (
-        LogNorm(min(found), max(found))
-        if logarithmic and found and min(found) < max(found)
-        else Normalize(*(limits or (None, None)))
-    )
-    masked = [
-        [value if math.isfinite(value) and (not logarithmic or value > 0) else math.nan for value in row]
-        for row in rows
-    ]
+    title, colours, logarithmic, limits = look_of(metric)
+    norm, values = Normalize(*(limits or (None, None))), positive(rows)
+    if logarithmic and values and min(values) < max(values):
+        norm = LogNorm(min(values), max(values))
+    masked = [[x if math.isfinite(x) and (not logarithmic or x > 0) else math.nan for x in row] for row in rows]
     edges = [n - 0.5 for n in range(len(steps) + 1)]
     mesh = axes.pcolormesh(edges, [n - 0.5 for n in range(len(layers) + 1)], masked, cmap=colours, norm=norm)
     axes.set_facecolor("#cccccc")
-    shown = range(0, len(steps), max(1, len(steps) // 8))
-    axes.set_xticks(list(shown), [str(steps[n]) for n in shown])
-    shown = range(0, len(layers), max(1, len(layers) // 12))
-    axes.set_yticks(list(shown), [str(layers[n]) for n in shown])
+    for ticks, names, most in (axes.set_xticks, steps, 8), (axes.set_yticks, layers, 12):
+        shown = range(0, len(names), max(1, len(names) // most))
+        ticks(list(shown), [str(names[n]) for n in shown])
     axes.set(xlabel="step", ylabel="layer")
     axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
     axes.figure.colorbar(mesh, ax=axes)
@@ -334,23 +273,14 @@ def draw_layers(axes, metric, steps, layers, rows):
     """One curve per layer, from dark (the first) to light."""
     from matplotlib import colormaps
 
-    title, colours, logarithmic, limits = described(metric)
+    title, colours, logarithmic, limits = look_of(metric)
     for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
-        axes.plot(
-            steps,
-            row,
-            color=colormaps[colours](0.05 + 0.8 * n / max(len(layers) - 1, 1)),
-            label=f"layer {layer}",
-            linewidth=1.4,
-            marker="o" if len(steps) < 3 else None,
-        )
+        colour, marker = colormaps[colours](0.05 + 0.8 * n / max(len(layers) - 1, 1)), "o" if len(steps) < 3 else None
+        axes.plot(steps, row, color=colour, label=f"layer {layer}", linewidth=1.4, marker=marker)
     if logarithmic and positive(rows):
         axes.set_yscale("log")
     if limits:
         axes.set_ylim(*limits)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
-    axes.set_xlabel("step")
-    axes.grid(color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
+    over_steps(axes, title)
     if len(layers) <= 8:
         axes.legend(frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes, a teacher judges each of its tokens (Agarwal et al. 2024, GKD).
+"""On-policy distillation: the student writes, a teacher scores each of its tokens (Agarwal et al. 2024, GKD).
 
 Dims: B rows, T tokens, n completions per prompt, D hidden size, V vocabulary. No gradient goes through sampling.
 """
@@ -6,22 +6,33 @@ Dims: B rows, T tokens, n completions per prompt, D hidden size, V vocabulary. N
 import contextlib
 import random
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from trl import DistillationConfig, DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from xlstm_hybrid.data.vocabulary import shared_size
 from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.state import weights_digest
+from xlstm_hybrid.training import option
+from xlstm_hybrid.training.distillation import SparseKDConfig, check_pair
 from xlstm_hybrid.training.distributed import prepare_teacher
 from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
 from xlstm_hybrid.training.losses import IGNORE, choose_divergence
-from xlstm_hybrid.training.on_policy_checks import check_models, check_prompts, size_with
 from xlstm_hybrid.training.resume import Resumable
-from xlstm_hybrid.training.rollouts import PromptSampler, ReplayBuffer, pad, sample, seed_of, seeded, until_eos
+from xlstm_hybrid.training.rollouts import (
+    PromptSampler,
+    ReplayBuffer,
+    pad,
+    sample_completions,
+    seed_from,
+    seeded,
+    until_eos,
+)
 
 SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
 OWN = SOURCES[:2]  # the student itself, now or before
@@ -30,52 +41,27 @@ PATIENCE = 10  # generation batches in a row with too many empty completions, af
 
 @dataclass
 class OnPolicyKDConfig(DistillationConfig):
-    """Arguments of `OnPolicyKDTrainer`. `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p` and
-    `generation_kwargs` are of sampling.
-    """
+    """Arguments of `OnPolicyKDTrainer`; lengths, temperature, `top_p`, `top_k`, `min_p` are those of sampling."""
 
-    divergence: str = field(
-        default="reverse_kl", metadata={"help": "Key of losses.DIVERGENCES, over the whole vocabulary."}
+    divergence: str = option("reverse_kl", "Key of losses.DIVERGENCES, over the whole vocabulary.")
+    jsd_beta: float = option(0.5, "Of jsd: 0 is forward KL, 1 reverse KL, as in GKD.")
+    skew: float = option(0.1, "Of skewed_kl.")
+    csd_weights: str = option("us", "Of csd, see losses.CSD_WEIGHTS.")
+    csd_temperature: float = option(1.5, "Of csd: softens the student's weights.")
+    loss_temperature: float = option(1.0, "Softens both sides of the divergence; `temperature` is that of sampling.")
+    num_generations: int = option(1, "Completions per prompt (n). The prompt is read once for all of them.")
+    lmbda: float = option(1.0, "Share of prompts that the student answers; the rest has the data's completions.")
+    seq_kd: bool = option(False, "The rest is answered by the teacher instead of the data.")
+    ce_weight: float = option(0.0, "Weight of cross-entropy beside the divergence, never on the student's own words.")
+    replay_size: int = option(0, "Completions of earlier steps that are kept; 0 keeps none.")
+    replay_share: float = option(
+        0.0, "Share of the student's prompts that is taken from those instead of written anew."
     )
-    jsd_beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward KL, 1 reverse KL, as in GKD."})
-    skew: float = field(default=0.1, metadata={"help": "Of skewed_kl."})
-    csd_weights: str = field(default="us", metadata={"help": "Of csd, see losses.CSD_WEIGHTS."})
-    csd_temperature: float = field(default=1.5, metadata={"help": "Of csd: softens the student's weights."})
-    loss_temperature: float = field(
-        default=1.0, metadata={"help": "Softens both sides of the divergence; `temperature` is that of sampling."}
-    )
-    num_generations: int = field(
-        default=1, metadata={"help": "Completions per prompt (n). The prompt is read once for all of them."}
-    )
-    lmbda: float = field(
-        default=1.0,
-        metadata={"help": "Share of prompts that the student answers; the rest has the data's completions."},
-    )
-    seq_kd: bool = field(default=False, metadata={"help": "The rest is answered by the teacher instead of the data."})
-    ce_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of cross-entropy beside the divergence, never on the student's own words."},
-    )
-    replay_size: int = field(default=0, metadata={"help": "Completions of earlier steps that are kept; 0 keeps none."})
-    replay_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the student's prompts that is taken from those instead of written anew."},
-    )
-    prefill_piece: int | None = field(
-        default=None, metadata={"help": "Tokens per forward while a prompt is read, None for all at once."}
-    )
-    teacher_offload: bool = field(
-        default=False, metadata={"help": "Teachers wait in main memory, and one at a time judges a step's rows."}
-    )
-    max_empty_share: float = field(
-        default=0.9, metadata={"help": "Above this share of empty completions, again and again, training stops."}
-    )
-    log_completions: bool = field(
-        default=True, metadata={"help": "Tables of prompts and completions at each log, in completions/ of the run."}
-    )
-    num_completions_to_print: int | None = field(
-        default=2, metadata={"help": "Of those, how many go to the screen; None for all."}
-    )
+    prefill_piece: int | None = option(None, "Tokens per forward while a prompt is read, None for all at once.")
+    teacher_offload: bool = option(False, "Teachers wait in main memory, and one at a time scores a step's rows.")
+    max_empty_share: float = option(0.9, "Above this share of empty completions, again and again, training stops.")
+    log_completions: bool = option(True, "Tables of prompts and completions at each log, in completions/ of the run.")
+    num_completions_to_print: int | None = option(2, "Of those, how many go to the screen; None for all.")
 
     def __post_init__(self):
         settle_bf16(self)
@@ -105,23 +91,42 @@ class OnPolicyKDConfig(DistillationConfig):
                 f"num_generations={self.num_generations} does not divide the {local} completions that a device trains on per step "
                 "(per_device_train_batch_size * gradient_accumulation_steps)"
             )
-        unused = {
-            "beta": 1.0,
-            "use_vllm": False,
-            "cache_implementation": None,
-            "pad_to_multiple_of": None,
-            "push_to_hub": False,
-            "teacher_model_name_or_path": None,
-        }
+        unused = {"beta": 1.0, "use_vllm": False, "push_to_hub": False}
+        unused |= dict.fromkeys(("cache_implementation", "pad_to_multiple_of", "teacher_model_name_or_path"))
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no effect here: leave it at {neutral!r} (beta: see divergence, jsd_beta)"
                 )
 
-    @property
-    def divergence_options(self):
-        return {name: getattr(self, name) for name in ("jsd_beta", "skew", "csd_weights", "csd_temperature")}
+    divergence_options = SparseKDConfig.divergence_options
+
+
+def check_prompts(dataset, args, names=(None,)):
+    """Refuse data that lacks a column which the run needs, names no teacher of it, or is too small for one step."""
+    columns, several = getattr(dataset, "column_names", None), names[0] is not None
+    needed = {"prompt": True, "completion": args.lmbda < 1 and not args.seq_kd, "teacher": several}
+    for name in (name for name, is_needed in needed.items() if is_needed):
+        if columns is not None and name not in columns:
+            options = f"lmbda={args.lmbda}, seq_kd={args.seq_kd}" + (f", teachers {names}" if several else "")
+            raise ConfigError(f"train_dataset has no column {name!r}, only {columns}; {options} need it")
+    if isinstance(dataset, IterableDataset):
+        if args.num_generations > 1:
+            raise ConfigError(
+                f"num_generations={args.num_generations} with a streamed dataset: load the prompts, or set it to 1"
+            )
+        return
+    if several and dataset is not None and (unknown := sorted(map(str, {*dataset["teacher"]} - {*names}))):
+        raise ConfigError(
+            f"train_dataset names the teachers {unknown}, expected some of {names}: pass those as well, or leave their rows out"
+        )
+    local = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    prompts = local * args.world_size // args.num_generations
+    if dataset is not None and len(dataset) < prompts:
+        raise ConfigError(
+            f"train_dataset has {len(dataset)} prompts, one step takes {prompts}: lower per_device_train_batch_size or "
+            "gradient_accumulation_steps"
+        )
 
 
 # --- trainer -----------------------------------------------------------------------------------------------------
@@ -132,12 +137,12 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind.
     Every token of a completion, its EOS included, weighs the same; prompts are not scored. Once per step each prompt is
-    read once and answered n times (`sample`); what is drawn depends on seed, step and rank only. Evaluation lets the
+    read once and answered n times; what is drawn depends on seed, step and rank only. Evaluation lets the
     student answer each prompt once.
 
-    Several teachers: the column `teacher` of a row names the one that judges it (and, with seq_kd, answers it); no
-    other sees it. All of them are held, on the device, or with `teacher_offload` in main memory, from where one at a
-    time comes to judge its rows of a whole step. Logs `divergence` and `top1_agreement` of each as well, under its
+    Several teachers: the column `teacher` of a row names the one that scores it (and, with seq_kd, answers it); no
+    other sees it. All of them stay on the device, or with `teacher_offload` in main memory, from where one at a
+    time comes to score its rows of a whole step. Logs `divergence` and `top1_agreement` of each as well, under its
     name. Logs `divergence` (nats, times loss_temperature squared), `top1_agreement`, `nll` of the completions under the
     student (with ce_weight: `ce`, of those that are not its own), `completions/*` and `source/*`.
 
@@ -162,22 +167,22 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     def __init__(self, model, teacher, args=None, teacher_tokenizer=None, processing_class=None, **kwargs):
         if not isinstance(args, OnPolicyKDConfig):
             raise ConfigError(f"args={type(args).__name__}: expected an OnPolicyKDConfig")
-        self.names = list(teacher) if isinstance(teacher, dict) else [None]  # None: one teacher, of all rows
-        teachers = list(teacher.values()) if isinstance(teacher, dict) else [teacher]
-        tokenizers = (
-            teacher_tokenizer if isinstance(teacher_tokenizer, dict) else dict.fromkeys(self.names, teacher_tokenizer)
-        )
-        check_models(model, *teachers)
-        sizes = [len(m.get_output_embeddings().weight) for m in (model, *teachers)]
-        self.size = min(
-            size_with(name, sizes[0], size, processing_class, tokenizers.get(name))
-            for name, size in zip(self.names, sizes[1:], strict=True)
-        )
+        teachers = teacher if isinstance(teacher, dict) else {None: teacher}  # None: one teacher, of all rows
+        self.names = list(teachers)
+        if not isinstance(teacher_tokenizer, dict):
+            teacher_tokenizer = dict.fromkeys(teachers, teacher_tokenizer)
+        check_pair(model, *teachers.values())
+        sizes = [len(m.get_output_embeddings().weight) for m in (model, *teachers.values())]
+        self.size = min(sizes)
+        for name, size in zip(teachers, sizes[1:], strict=True):
+            try:
+                shared = shared_size(sizes[0], size, processing_class, teacher_tokenizer.get(name))
+            except ConfigError as error:
+                raise ConfigError(str(error) if name is None else f"teacher {name}: {error}") from error
+            self.size = min(self.size, shared)
         check_prompts(kwargs.get("train_dataset"), args, self.names)
-        for name, network in (
-            ("student", model),
-            *((f"teacher {n or ''}".rstrip(), t) for n, t in zip(self.names, teachers, strict=True)),
-        ):
+        networks = {"student": model} | {f"teacher {n or ''}".rstrip(): t for n, t in teachers.items()}
+        for name, network in networks.items():
             attach(network.get_base_model() if hasattr(network, "get_base_model") else network)
             check_head(network, name)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
@@ -185,12 +190,11 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             raise ConfigError(
                 "several teachers, or teacher_offload, under FSDP: processes would gather other teachers at other times; use DDP"
             )
-        self.teacher_digest = (
-            weights_digest(teacher) if self.names == [None] else {n: weights_digest(t) for n, t in teacher.items()}
-        )
+        digests = {n: weights_digest(t) for n, t in teachers.items()}
+        self.teacher_digest = digests[None] if self.names == [None] else digests
         self.teachers = [
             t.requires_grad_(False).eval().to("cpu") if args.teacher_offload else prepare_teacher(self, t)
-            for t in teachers
+            for t in teachers.values()
         ]
         self.teacher_model = self.teachers[0]
         if self.size < max(sizes):
@@ -205,18 +209,11 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     # --- prompts -------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset=None):
-        args, n = self.args, self.args.num_generations
-        prompts = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes // n
-        )
-        return PromptSampler(
-            self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=n,
-            batch_size=prompts,
-            repeat_count=args.gradient_accumulation_steps,
-            shuffle=self.shuffle_dataset,
-            seed=args.seed,
-        )
+        args, n, steps = self.args, self.args.num_generations, self.args.gradient_accumulation_steps
+        prompts = args.per_device_train_batch_size * steps * self.accelerator.num_processes // n
+        order = {"shuffle": self.shuffle_dataset, "seed": args.seed}
+        dataset = self.train_dataset if dataset is None else dataset
+        return PromptSampler(dataset, mini_repeat_count=n, batch_size=prompts, repeat_count=steps, **order)
 
     def completion_ids(self, row, prompt_ids):
         """Ids of the data's completion, cut at `max_completion_length`; an EOS ends it where the data does not."""
@@ -245,18 +242,17 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     # --- completions ---------------------------------------------------------------------------------------------
 
     def write(self, model, prompts, n, seed):
-        """`sample` from a model that may be wrapped for training, on all ranks together."""
-        longest = torch.tensor([max(map(len, prompts))], device=self.accelerator.device)
-        together = (
-            {"width": self.accelerator.gather(longest).max().item(), "synced": True} if self.is_fsdp_enabled else {}
-        )
-        with unwrap_model_for_generation(
-            model, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
-        ) as writer:
-            return sample(writer, prompts, n, self.generation_config, seed, self.args.prefill_piece, **together)
+        """`sample_completions` from a model that may be wrapped for training, on all ranks together."""
+        together, kwargs = {}, self.args.gradient_checkpointing_kwargs
+        if self.is_fsdp_enabled:
+            longest = torch.tensor([max(map(len, prompts))], device=self.accelerator.device)
+            together = {"width": self.accelerator.gather(longest).max().item(), "synced": True}
+        with unwrap_model_for_generation(model, self.accelerator, gradient_checkpointing_kwargs=kwargs) as writer:
+            how = self.generation_config, seed, self.args.prefill_piece
+            return sample_completions(writer, prompts, n, *how, **together)
 
-    def judge_of(self, row):
-        """Number of the teacher that judges a row."""
+    def teacher_of(self, row):
+        """Number of the teacher that scores a row."""
         if self.names == [None]:
             return 0
         if row.get("teacher") not in self.names:
@@ -275,7 +271,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                 teacher.to("cpu")
 
     def complete(self, rows):
-        """`(prompts, completions, sources, judges)`, lists of B, for rows in which each prompt stands n times."""
+        """`(prompts, completions, sources, numbers)`, lists of B, for rows in which each prompt stands n times."""
         training, args = self.model.training, self.args
         n = args.num_generations if training else 1
         heads = rows[::n]
@@ -285,65 +281,52 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             raise DataError(f"prompt {empty!r} has no token: a completion needs something to follow; drop such rows")
         buffer = next((c for c in self.callback_handler.callbacks if isinstance(c, ReplayBuffer)), None)
         when = (args.seed, self.state.global_step) if training else (args.seed, prompts)
-        draw = random.Random(seed_of(*when))  # not by rank: all ranks generate together
+        draw = random.Random(seed_from(*when))  # not by rank: all ranks generate together
         sources = [self.choose(draw, buffer) if training else "student" for _ in heads]
-        rank, groups, judges = self.accelerator.process_index, {}, [self.judge_of(row) for row in heads]
+        rank, groups, numbers = self.accelerator.process_index, {}, [self.teacher_of(row) for row in heads]
         for number, model in [(None, self.model_wrapped), *enumerate(self.teachers)]:
-            source, drawn = (
-                ("student", ())
-                if number is None
-                else ("teacher", [self.names[number]] * (self.names[number] is not None))
-            )
-            places = [j for j, chosen in enumerate(sources) if chosen == source and number in (None, judges[j])]
+            source, drawn = "student", ()
+            if number is not None:
+                source, drawn = "teacher", [self.names[number]] * (self.names[number] is not None)
+            places = [j for j, chosen in enumerate(sources) if chosen == source and number in (None, numbers[j])]
             if not places:
                 continue
             with contextlib.nullcontext(model) if number is None else self.at_work(model) as writer:
-                written = self.write(writer, [prompts[j] for j in places], n, seed_of(*when, source, rank, *drawn))
-            groups |= {
-                j: [(prompts[j], ids, judges[j]) for ids in written[k * n : k * n + n]] for k, j in enumerate(places)
-            }
-        own = random.Random(seed_of(*when, "replay", rank))
+                written = self.write(writer, [prompts[j] for j in places], n, seed_from(*when, source, rank, *drawn))
+            for k, j in enumerate(places):
+                groups[j] = [(prompts[j], ids, numbers[j]) for ids in written[k * n : k * n + n]]
+        own = random.Random(seed_from(*when, "replay", rank))
         for j, source in enumerate(sources):
             if source == "replay":
                 groups[j] = buffer.draw(own, n)
             elif source == "data":
-                groups[j] = [(prompts[j], self.completion_ids(heads[j], prompts[j]), judges[j])] * n
+                groups[j] = [(prompts[j], self.completion_ids(heads[j], prompts[j]), numbers[j])] * n
         if buffer is not None and training:
             buffer.add([row for j, source in enumerate(sources) if source == "student" for row in groups[j]])
         written = [row for j in range(len(heads)) for row in groups[j]]
-        prompts, completions, judges = zip(*written, strict=True)
-        return (
-            [list(p) for p in prompts],
-            [list(c) for c in completions],
-            [source for source in sources for _ in range(n)],
-            list(judges),
-        )
+        prompts, completions, numbers = zip(*written, strict=True)
+        sources = [source for source in sources for _ in range(n)]
+        return [list(p) for p in prompts], [list(c) for c in completions], sources, list(numbers)
 
     def choose(self, draw, buffer):
-        """One of SOURCES. Both numbers are drawn whatever they decide, so that a source does not depend on those before
-        it.
-        """
+        """One of SOURCES. Both numbers are always drawn, so that a source does not depend on those before it."""
         share, replay = draw.random(), draw.random()
         if share >= self.args.lmbda:
             return "teacher" if self.args.seq_kd else "data"
         return "replay" if buffer is not None and buffer.rows and replay < self.args.replay_share else "student"
 
     def _prepare_inputs(self, rows):
-        """TRL's, which shuffles the rows of a step: by a seed of the step, or an evaluation in between would change the
-        order.
-        """
-        with seeded(seed_of(self.args.seed, self.state.global_step, "order"), self.accelerator.device):
+        """TRL's shuffles the rows of a step: here by a seed of the step, whatever evaluations draw in between."""
+        with seeded(seed_from(self.args.seed, self.state.global_step, "order"), self.accelerator.device):
             return super()._prepare_inputs(rows)
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's hook, once per optimizer step: the rows of all its micro-batches, prompts and completions joined and
-        padded on the right.
-        """
+        """TRL's hook, once per optimizer step: the rows of all its micro-batches, padded on the right."""
         if any(t.training or any(p.requires_grad for p in t.parameters()) for t in self.teachers):
             raise ConfigError(
                 "the teacher is in training mode or requires gradients: leave it frozen, it is not part of the run"
             )
-        prompts, completions, sources, judges = self.complete(inputs)
+        prompts, completions, sources, numbers = self.complete(inputs)
         self.record_completions(prompts, completions, sources)
         rows = [p + c for p, c in zip(prompts, completions, strict=True)]
         labels = pad([[IGNORE] * len(p) + c for p, c in zip(prompts, completions, strict=True)], IGNORE)
@@ -353,31 +336,27 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
             "labels": labels,
             "own": torch.tensor([source in OWN for source in sources]),
-            "judge": torch.tensor(judges),
+            "teacher": torch.tensor(numbers),
         }
         batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
         if self.args.teacher_offload:
-            batch["targets"] = self.judged_ahead(batch)
+            batch["targets"] = self.states_ahead(batch)
         return {**batch, "num_items_in_batch": self.accelerator.gather(scored).sum()}
 
     @torch.no_grad()
-    def judged_ahead(self, batch):
-        """Hidden states of each row's teacher [B, T, D], in main memory, where only one teacher at a time is on the
-        device.
-        """
+    def states_ahead(self, batch):
+        """Hidden states of each row's teacher [B, T, D], in main memory; one teacher at a time is on the device."""
         targets, size = None, self.args.per_device_train_batch_size
         for number, teacher in enumerate(self.teachers):
-            places = (batch["judge"] == number).nonzero()[:, 0]
+            places = (batch["teacher"] == number).nonzero()[:, 0]
             if not len(places):
                 continue
-            with self.at_work(teacher) as judge, self.accelerator.autocast():
+            with self.at_work(teacher) as network, self.accelerator.autocast():
                 for rows in places.split(size):
-                    forward = {name: batch[name][rows] for name in ("input_ids", "attention_mask")} | {
-                        "use_cache": False
-                    }
-                    hidden = judge(**forward, with_head=lambda hidden, teacher: hidden).cpu()
+                    forward = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
+                    hidden = network(**forward, use_cache=False, with_head=lambda hidden, teacher: hidden).cpu()
                     if targets is None:
-                        targets = hidden.new_zeros(len(batch["judge"]), *hidden.shape[1:])
+                        targets = hidden.new_zeros(len(batch["teacher"]), *hidden.shape[1:])
                     if hidden.shape[2] != targets.shape[2]:
                         raise ConfigError(
                             f"teacher_offload: teachers of hidden sizes {targets.shape[2]} and {hidden.shape[2]}; expected one size"
@@ -387,34 +366,18 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     def record_completions(self, prompts, completions, sources):
         """Metrics and tables of a generation batch, over all ranks; what is odd about it is said here."""
-        metrics, mode = (
-            self._metrics["train" if self.model.training else "eval"],
-            "train" if self.model.training else "eval",
-        )
-        ends = set(self.eos_token_ids)
-        facts = [
-            [
-                len(p),
-                len(c),
-                c[-1] in ends,
-                len(c) == 1 and c[0] in ends and s in OWN,
-                s in OWN,
-                *(s == name for name in SOURCES),
-            ]
-            for p, c, s in zip(prompts, completions, sources, strict=True)
-        ]
+        mode = "train" if self.model.training else "eval"
+        metrics, ends, facts = self._metrics[mode], set(self.eos_token_ids), []
+        for p, c, s in zip(prompts, completions, sources, strict=True):
+            empty = len(c) == 1 and c[0] in ends and s in OWN
+            facts.append([len(p), len(c), c[-1] in ends, empty, s in OWN, *(s == name for name in SOURCES)])
         facts = self.accelerator.gather(torch.tensor(facts, dtype=torch.float32, device=self.accelerator.device))
         before, length, ended, empty, own, *written = facts.T
         if mode == "train":
             self.state.num_input_tokens_seen += int((before + length).sum().item())
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        values = {
-            "mean_length": length.mean(),
-            "min_length": length.min(),
-            "max_length": length.max(),
-            "clipped_ratio": 1 - ended.mean(),
-            "empty_ratio": empty.sum() / own.sum().clamp_min(1),
-        }
+        values = {"mean_length": length.mean(), "min_length": length.min(), "max_length": length.max()}
+        values |= {"clipped_ratio": 1 - ended.mean(), "empty_ratio": empty.sum() / own.sum().clamp_min(1)}
         for name, value in values.items():
             metrics[f"completions/{name}"].append(value.item())
         for name, chosen in zip(SOURCES, written, strict=True):
@@ -423,9 +386,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             self.check_empty(values["empty_ratio"].item())
         if self.log_completions:
             for name, ids in ("prompt", prompts), ("completion", completions):
-                self._logs[name].extend(
-                    gather_object(self.processing_class.batch_decode(ids, skip_special_tokens=True))
-                )
+                texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+                self._logs[name].extend(gather_object(texts))
 
     def check_empty(self, share):
         """Warn of completions that end at once, and stop when next to nothing else comes, batch after batch."""
@@ -441,9 +403,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     # --- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Per-token divergence over the completions, divided by their tokens in the whole step; of each row from its
-        own teacher.
-        """
+        """Divergence of each row from its own teacher, per completion token of the whole step."""
         self.scored_inputs = {name: x for name, x in inputs.items() if name != "targets"}
         forward = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         # [B, T]: the token that each position predicts
@@ -453,56 +413,50 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         items = max(int(scored.sum()), 1)
         if self.model.training:  # gradients are averaged over ranks
             items = inputs["num_items_in_batch"].clamp_min(1) / self.accelerator.num_processes
-        groups = [(number, (inputs["judge"] == number).nonzero()[:, 0]) for number in inputs["judge"].unique().tolist()]
-        judged = [
-            self.targets_of(number, rows, scored[rows], forward, inputs.get("targets")) for number, rows in groups
+        numbers = inputs["teacher"].unique().tolist()
+        groups = [(inputs["teacher"] == number).nonzero()[:, 0] for number in numbers]  # rows of each teacher
+        ahead = inputs.get("targets")
+        targets = [
+            self.targets_of(n, rows, scored[rows], forward, ahead) for n, rows in zip(numbers, groups, strict=True)
         ]
-
-        named = [labels[rows].flatten()[place] for (_, rows), (place, *_) in zip(groups, judged, strict=True)]
+        named = [labels[rows].flatten()[place] for rows, (place, *_) in zip(groups, targets, strict=True)]
 
         def objective(hidden, student):
-            parts = zip(groups, named, judged, strict=True)
             return [
-                self.objective(hidden[rows], student, place, label, targets, items, self.size, head)
-                for (_, rows), label, (place, targets, head) in parts
+                self.objective(hidden[rows], student, place, label, target, items, self.size, head)
+                for rows, label, (place, target, head) in zip(groups, named, targets, strict=True)
             ]
 
         terms = model(**forward, with_head=objective)
-        self.record_loss([number for number, _ in groups], terms, named)
+        self.record_loss(numbers, terms, named)
         loss = sum(term.loss for term in terms)
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
     def targets_of(self, number, rows, scored, forward, ahead):
-        """`(place [N], targets, LMHead)` of the rows that one teacher judges, by a forward of their own or from what it
-        said ahead.
-        """
+        """`(place [N], targets, LMHead)` of one teacher's rows, from its forward or from the states that it left."""
         place, device = scored.flatten().nonzero()[:, 0], self.accelerator.device
         select = Selection("dense", size=self.size)
         if ahead is not None:
             head = head_of(self.teachers[number], self.size)
-            head = head._replace(
-                weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device)
-            )
+            bias = None if head.bias is None else head.bias.to(device)
+            head = head._replace(weight=head.weight.to(device), bias=bias)
             return place, select(ahead[rows.cpu()].to(device), None, place), head
 
-        def judge(hidden, teacher):
+        def states(hidden, teacher):
             return place, select(hidden, teacher, place), head_of(teacher, self.size)
 
+        own = {k: x[rows] if torch.is_tensor(x) else x for k, x in forward.items()}
         with self.accelerator.autocast():
-            return self.teachers[number](
-                **{k: x[rows] if torch.is_tensor(x) else x for k, x in forward.items()}, with_head=judge
-            )
+            return self.teachers[number](**own, with_head=states)
 
     @torch.no_grad()
     def record_loss(self, numbers, terms, labels):
-        """Metrics of a micro-batch, over all ranks: of all its tokens, and where there are several teachers of each
-        one's.
-        """
+        """Metrics of a micro-batch over all ranks, and where there are several teachers of each one's tokens."""
         sums = torch.zeros(len(self.teachers), 5, device=self.accelerator.device)
         for number, term, label in zip(numbers, terms, labels, strict=True):
-            found = (term.kl, term.agreement, term.ce, (label != IGNORE).sum(), torch.full_like(term.kl, len(label)))
-            sums[number] = torch.stack([x.detach().float() for x in found])
+            parts = (term.kl, term.agreement, term.ce, (label != IGNORE).sum(), torch.full_like(term.kl, len(label)))
+            sums[number] = torch.stack([x.detach().float() for x in parts])
         sums = self.accelerator.gather(sums[None]).sum(0)
         metrics = self._metrics["train" if self.model.training else "eval"]
         kl, agreement, ce, labelled, count = sums.sum(0).tolist()

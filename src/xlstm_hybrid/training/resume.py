@@ -11,7 +11,6 @@ dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from xlstm_hybrid.checkpoint.files import (
@@ -67,25 +66,19 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = state.global_step
 
-    def saw(self, inputs, loss):
+    def add(self, inputs, loss):
         """Remember one micro-batch of the step and whether its loss was finite, without waiting for the device."""
         bad = ~torch.isfinite(loss).all()
         self.bad_loss = bad if self.bad_loss is None else self.bad_loss | bad
         self.window.append((inputs, loss))
 
-    def agreed(self):
-        """`(bad, stop)`: whether any process has a loss or gradient that is not finite, or was asked to stop. One small
-        reduction per step.
-        """
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         bad = bool(self.bad_loss) if self.bad_loss is not None else False
         bad |= self.norm is not None and not math.isfinite(self.norm)
-        flags = torch.tensor([float(bad), float(self.requested)], device=self.trainer.args.device)
-        if self.trainer.args.world_size > 1:
+        flags = torch.tensor([float(bad), float(self.requested)], device=args.device)
+        if args.world_size > 1:  # of any process: one small reduction per step
             torch.distributed.all_reduce(flags)
-        return tuple(flags.gt(0).tolist())
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        bad, self.stopping = self.agreed()
+        bad, self.stopping = flags.gt(0).tolist()
         if bad:
             self.skip(args, state)
         else:
@@ -101,17 +94,17 @@ class Guard(TrainerCallback):
             for parameter in self.trainer.model.parameters():
                 parameter.grad = None
         limit = getattr(args, "max_skipped_steps", SKIPS)
-        what = f"loss or gradient is not finite at step {state.global_step} (losses {self.losses()}, gradient norm {self.norm})"
+        losses = [round(float(loss), 6) for _, loss in self.window]
+        what = (
+            f"loss or gradient is not finite at step {state.global_step} (losses {losses}, gradient norm {self.norm})"
+        )
         if self.in_a_row >= limit:
             last = checkpoints_by_step(args.output_dir)
             raise DataError(
-                f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.kept(Path(args.output_dir))}: "
+                f"{what}, as in the {limit} steps up to it; their batches are in {DUMPS}/, {checkpoints.remaining(Path(args.output_dir))}: "
                 f"lower learning_rate or look at these batches{', then resume' if last else ''}"
             )
         log.warning("%s: no update (%d skipped so far), the batches are in %s", what, self.skipped, where)
-
-    def losses(self):
-        return [round(float(loss), 6) for _, loss in self.window]
 
     def dump(self, args, state):
         """Write the step's micro-batches, to be looked at and run again; returns the folder's name."""
@@ -123,22 +116,11 @@ class Guard(TrainerCallback):
             if tensors:
                 save_file(tensors, folder / f"process-{rank}-batch-{n}.safetensors")
             ids = tensors.get("input_ids", torch.zeros(0))
-            batches.append(
-                {
-                    "loss": repr(float(loss)),
-                    "shape": list(ids.shape),
-                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-                }
-            )
+            digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            batches.append({"loss": repr(float(loss)), "shape": list(ids.shape), "sha256": digest})
         micro = state.global_step * args.gradient_accumulation_steps
-        note = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "micro_batches": [micro, micro + len(batches)],
-            "process": rank,
-            "gradient_norm": repr(self.norm),
-            "batches": batches,
-        }
+        note = {"step": state.global_step, "epoch": state.epoch, "micro_batches": [micro, micro + len(batches)]}
+        note |= {"process": rank, "gradient_norm": repr(self.norm), "batches": batches}
         write_json(folder / f"process-{rank}.json", note)
         return f"{DUMPS}/{folder.name}"
 
@@ -177,18 +159,18 @@ def choose_checkpoint(trainer, wanted):
     """
     if not wanted:
         return None
-    found = None
+    chosen = None
     if trainer.args.should_save:
         try:
-            found = str(find_checkpoint(trainer, wanted) or "")
+            chosen = str(find_checkpoint(trainer, wanted) or "")
         except (CheckpointError, ConfigError) as error:
-            found = error
-    found = checkpoints.shared(trainer, found)
-    if isinstance(found, Exception):
-        raise found
-    if not found:
+            chosen = error
+    chosen = checkpoints.shared(trainer, chosen)
+    if isinstance(chosen, Exception):
+        raise chosen
+    if not chosen:
         log.warning("%s holds no checkpoint: the run starts from the beginning", Path(trainer.args.output_dir).name)
-    return found or None
+    return chosen or None
 
 
 def find_checkpoint(trainer, wanted):
@@ -199,12 +181,12 @@ def find_checkpoint(trainer, wanted):
         path, skipped = newest_verified(trainer.args.output_dir)
         for reason in skipped.values():
             log.warning("passed over: %s", reason)
+        if path is None and skipped:
+            raise CheckpointError(
+                f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
+                f"{next(iter(skipped.values()))}; remove them to start from the beginning"
+            )
         if path is None:
-            if skipped:
-                raise CheckpointError(
-                    f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
-                    f"{next(iter(skipped.values()))}; remove them to start from the beginning"
-                )
             return None
     allowed = allowed_changes(trainer.args)
     changed = check_run_spec(checkpoints.read_resume(path)["spec"], run_spec(trainer), allowed, path)
@@ -214,9 +196,7 @@ def find_checkpoint(trainer, wanted):
 
 
 class Resumable:
-    """What a trainer inherits in front of TRL's class: saving, loading and watching of this module. It leaves no
-    pickle, writes no card and calls nobody.
-    """
+    """Saving, loading and watching, in front of TRL's class. It leaves no pickle, writes no card and calls nobody."""
 
     _save_checkpoint, _load_from_checkpoint = checkpoints.save_checkpoint, checkpoints.load_weights
     _load_optimizer_and_scheduler, _load_rng_state = checkpoints.load_optimizer, checkpoints.load_rng
@@ -241,7 +221,7 @@ class Resumable:
             raise ConfigError(
                 "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
             )
-        scale.prepare(self)
+        scale.prepare_fsdp(self)
         scale.check_precision(self)
         if self.args.should_save:
             clean_abandoned(self.args.output_dir)
@@ -266,17 +246,17 @@ class Resumable:
         return result
 
     def training_step(self, model, inputs, *args, **kwargs):
-        seen = dict(inputs) if isinstance(inputs, dict) or hasattr(inputs, "keys") else {}
+        seen = dict(inputs) if hasattr(inputs, "keys") else {}
         loss = super().training_step(model, inputs, *args, **kwargs)
         seen = getattr(self, "scored_inputs", seen)  # of a trainer whose batches are prompts
         if hasattr(self, "guard"):
-            self.guard.saw(seen, loss.detach())
+            self.guard.add(seen, loss.detach())
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if hasattr(self, "guard"):
-            self.guard.norm = None if norm is None else float(checkpoints.whole(norm))
+            self.guard.norm = None if norm is None else float(checkpoints.unsharded(norm))
         return norm
 
     def _run_epoch(self, *args, **kwargs):
@@ -289,7 +269,7 @@ class Resumable:
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()
         if self.is_fsdp_enabled:
-            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare`
+            stack.enter_context(self.accelerator.autocast())  # parameters stay float32, see `distributed.prepare_fsdp`
         return stack
 
     def create_model_card(self, *args, **kwargs):
@@ -301,11 +281,4 @@ class Resumable:
 
 def reproduce(folder):
     """The micro-batches of a skipped step, `[{name: tensor}]`, from its folder in `non_finite/`."""
-    from safetensors.torch import load_file
-
     return [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-
-
-def notes(folder):
-    """What is known of a skipped step, one entry per process."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("process-*.json"))]

@@ -2,8 +2,7 @@
 prompts.
 
 Dims: B rows, T tokens, n completions per prompt. Everything random here is drawn from seeds of its own and leaves the
-global state alone, so
-that a resumed run draws what the uninterrupted one did.
+global state alone, so that a resumed run draws what the uninterrupted one did.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.state import fork, prefill
 
 
-def seed_of(*parts):
+def seed_from(*parts):
     """A seed from anything that prints the same in another process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
@@ -40,13 +39,12 @@ def seeded(seed, device):
 def pad(rows, value, left=False, width=0):
     """[B, T] of lists, filled with `value`; T is `width` or what the longest needs."""
     width = max(width, *map(len, rows))
-    return torch.tensor(
-        [[value] * (width - len(row)) + row if left else row + [value] * (width - len(row)) for row in rows]
-    )
+    filling = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([fill + row if left else row + fill for fill, row in zip(filling, rows, strict=True)])
 
 
 @torch.no_grad()
-def sample(model, prompts, n, generation_config, seed, piece=None, width=0, synced=False):
+def sample_completions(model, prompts, n, generation_config, seed, piece=None, width=0, synced=False):
     """n completions of each prompt, in order: each prompt is read once and its state forked n ways.
 
     The model writes in eval mode, without dropout and gradient checkpointing; the global random state is left as it
@@ -72,13 +70,8 @@ def sample(model, prompts, n, generation_config, seed, piece=None, width=0, sync
         if ids.shape[1] > 1:  # the last token is left to `generate`, which needs its logits
             cache = fork(prefill(model, ids[:, :-1], mask[:, :-1], piece=piece, position_ids=positions[:, :-1]), n)
         with seeded(seed, device):
-            out = model.generate(
-                ids.repeat_interleave(n, 0),
-                attention_mask=mask.repeat_interleave(n, 0),
-                **named(cache),
-                generation_config=generation_config,
-                synced_gpus=synced,
-            )
+            inputs = {"input_ids": ids.repeat_interleave(n, 0), "attention_mask": mask.repeat_interleave(n, 0)}
+            out = model.generate(**inputs, **named(cache), generation_config=generation_config, synced_gpus=synced)
     finally:
         model.train(training)
     return [until_eos(row, generation_config.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
@@ -92,9 +85,7 @@ def until_eos(ids, eos):
 
 
 class ReplayBuffer(TrainerCallback, ExportableState):
-    """The last `size` completions of the student, over all processes. It is kept in `trainer_state.json`, so that a
-    resumed run draws the same.
-    """
+    """The student's last `size` completions, of all processes. `trainer_state.json` has them for a resumed run."""
 
     def __init__(self, size):
         self.rows, self.saved = deque(maxlen=size), []
@@ -117,10 +108,8 @@ class ReplayBuffer(TrainerCallback, ExportableState):
 
 
 class PromptSampler(RepeatSampler):
-    """Order of the prompts, by seed and epoch: TRL's is by the number of epochs that this process has begun, and
-    restarts in a resumed run.
-    """
+    """Order of the prompts by seed and epoch: TRL's counts epochs of this process, anew in a resumed run."""
 
     def set_epoch(self, epoch):
         if self.shuffle:
-            self.generator.manual_seed(seed_of(self.seed, epoch))
+            self.generator.manual_seed(seed_from(self.seed, epoch))

@@ -17,7 +17,7 @@ NEUTRAL = re.compile(
     r"|torch_empty_cache.*|skip_memory.*|batch_eval_.*|prediction_loss_only|per_device_eval.*|auto_find.*|gradient_checkpointing.*|activation_.*"
     r"|torch_compile.*|jit_.*|enable_jit.*|allow_changes|max_skipped_steps|plots|insight_.*|.*_kwargs_for_.*|model_init_kwargs|dataset_num_proc)$"
 )
-SAMPLED = 64  # rows whose content is part of the fingerprint
+SAMPLED_ROWS = 64  # rows whose content is part of the fingerprint
 
 
 def allowed_changes(args):
@@ -25,7 +25,7 @@ def allowed_changes(args):
     return tuple(getattr(args, "allow_changes", None) or ())
 
 
-def digest_of(value):
+def short_digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -36,19 +36,12 @@ def run_spec(trainer):
     its own in `run_facts()`.
     """
     args = trainer.args
-    spec = {
-        name: value
-        for name, value in json.loads(json.dumps(args.to_dict(), default=str)).items()
-        if not NEUTRAL.fullmatch(name)
-    }
+    fields = json.loads(json.dumps(args.to_dict(), default=str))
+    spec = {name: value for name, value in fields.items() if not NEUTRAL.fullmatch(name)}
     if getattr(args, "bf16_by_machine", False):
         del spec["bf16"]  # nobody asked for it: the run may go on where another precision is quicker
-    spec |= {
-        "world_size": args.world_size,
-        "trainer": type(trainer).__name__,
-        "data": data_digest(trainer.train_dataset),
-    }
-    spec["model"] = digest_of(model_facts(trainer.model))
+    spec |= {"world_size": args.world_size, "trainer": type(trainer).__name__}
+    spec |= {"data": data_digest(trainer.train_dataset), "model": short_digest(model_facts(trainer.model))}
     if hasattr(trainer, "run_facts"):
         spec |= json.loads(json.dumps(trainer.run_facts(), default=str))
     return spec
@@ -72,12 +65,11 @@ def data_digest(dataset):
         count = len(dataset)
     except TypeError:
         return "stream"
-    rows = (
-        [dataset[n * (count - 1) // max(SAMPLED - 1, 1)] for n in range(SAMPLED)]
-        if count > SAMPLED
-        else [dataset[n] for n in range(count)]
+    places = (
+        [n * (count - 1) // (SAMPLED_ROWS - 1) for n in range(SAMPLED_ROWS)] if count > SAMPLED_ROWS else range(count)
     )
-    return f"{count} rows, {digest_of([{k: v.tolist() if hasattr(v, 'tolist') else v for k, v in row.items()} for row in rows])}"
+    rows = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in dataset[n].items()} for n in places]
+    return f"{count} rows, {short_digest(rows)}"
 
 
 def check_run_spec(before, now, allowed, checkpoint):
@@ -90,9 +82,8 @@ def check_run_spec(before, now, allowed, checkpoint):
     Raises:
         ConfigError: it lists every field that changed, with both values.
     """
-    changed = {
-        name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
-    }
+    both = sorted(before.keys() & now.keys())
+    changed = {name: (before[name], now[name]) for name in both if before[name] != now[name]}
     refused = {name: values for name, values in changed.items() if name not in allowed}
     if refused:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())

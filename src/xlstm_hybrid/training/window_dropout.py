@@ -51,11 +51,10 @@ class WindowDropoutSchedule(TrainerCallback):
         for student in students:
             student.window_dropout = p
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.assign(model, self.at(state.global_step, state.max_steps))
-
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.assign(model, self.at(state.global_step, state.max_steps))
+
+    on_train_begin = on_step_begin
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.assign(model, None)
