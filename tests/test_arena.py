@@ -15,7 +15,7 @@ from conftest import tiny_student
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_arena import arms, data, judge, report, runner, students, summary, teacher
-from xlstm_arena.students import Road, changed, load, question
+from xlstm_arena.students import Road, changed, load_on_cpu, question
 from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.merging.merge import merge
@@ -233,7 +233,7 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
     kept = {}
 
     def watched(made, *args, **options):
-        kept.update({folder.name: load(folder).state_dict() for folder in made})
+        kept.update({folder.name: load_on_cpu(folder).state_dict() for folder in made})
         merge(made, *args, **options)
 
     starts, distill = [], Road.distill
@@ -244,17 +244,17 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
     )
     monkeypatch.setattr(students, "merge", watched)
     Road(arena, arena.arms["experts"], "llama", 0, minute / "w", None, lambda text: None).walk(minute / "experts")
-    merged, name = load(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
+    merged, name = load_on_cpu(minute / "experts").state_dict(), "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(starts[0][name], starts[1][name]) and not torch.equal(kept["x"][name], kept["y"][name])
     torch.testing.assert_close(merged[name], 0.75 * kept["x"][name] + 0.25 * kept["y"][name])
     # a run can be had again
-    torch.testing.assert_close(merged[name], load(out / "students/llama/experts/0").state_dict()[name])
+    torch.testing.assert_close(merged[name], load_on_cpu(out / "students/llama/experts/0").state_dict()[name])
 
 
 def test_restored_modules_are_the_teachers_again_and_the_others_what_training_left(ran, minute):
     _, out, _ = ran
-    trained, restored = (load(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
-    teacher = load(minute / "teacher").state_dict()
+    trained, restored = (load_on_cpu(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
+    teacher = load_on_cpu(minute / "teacher").state_dict()
     same = {name for name, x in teacher.items() if torch.equal(x, restored[name]) and not torch.equal(x, trained[name])}
     assert same == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
     assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
@@ -262,7 +262,10 @@ def test_restored_modules_are_the_teachers_again_and_the_others_what_training_le
 
 def test_frozen_modules_are_the_teachers_after_training(ran, minute):
     _, out, _ = ran
-    teacher, frozen = load(minute / "teacher").state_dict(), load(out / "students/llama/frozen/0").state_dict()
+    teacher, frozen = (
+        load_on_cpu(minute / "teacher").state_dict(),
+        load_on_cpu(out / "students/llama/frozen/0").state_dict(),
+    )
     same = {name.split(".")[-2] for name, x in teacher.items() if "proj" in name and torch.equal(x, frozen[name])}
     assert same == {"q_proj", "k_proj"}
 
@@ -465,7 +468,7 @@ def test_the_window_of_a_row_is_its_own():
 
 
 def test_bytes_are_those_of_the_cache_and_only_full_attention_grows(minute):
-    teacher = load(minute / "teacher")
+    teacher = load_on_cpu(minute / "teacher")
     # one layer, one group, keys and values of 8 floats
     assert judge.bytes_at(teacher, [64, 128]) == {"64": 64 * 2 * 8 * 4, "128": 128 * 2 * 8 * 4}
     found = judge.bytes_at(tiny_student(torch.float32, vocab_size=data.VOCAB), [64, 128])

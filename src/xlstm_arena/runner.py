@@ -284,9 +284,9 @@ def trained(arena, job, mark, say):
 def judged(arena, job, say):
     """{"main": the student as it is, and one entry per row of `evaluate`}."""
     from xlstm_arena.judge import judge
-    from xlstm_arena.students import changed, load, seed_of
+    from xlstm_arena.students import changed, load_on_cpu, seed_of
 
-    model = load(arena.teacher_dir(job.teacher) if job.arm == TEACHER else job.student)
+    model = load_on_cpu(arena.teacher_dir(job.teacher) if job.arm == TEACHER else job.student)
     rows = {"main": {}, **arm_of(arena, job.arm).evaluate}
     found = {}
     for name, changes in rows.items():

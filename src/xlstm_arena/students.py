@@ -8,15 +8,17 @@ import contextlib
 import shutil
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import PrinterCallback
 
 from xlstm_arena import data
 from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.checkpoint.files import add_provenance, digest, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.data import IGNORE, collate
 from xlstm_hybrid.distil_xlstm import convert as convert_distil
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
@@ -57,15 +59,11 @@ LOGGED = (
 )
 
 
+load_on_cpu = partial(load_model, device="cpu")  # trainers move it
+
+
 def seed_of(seed, what):
     return 10 * seed + SEEDS[what]
-
-
-def load(directory):
-    """A checkpoint in float32 and eval mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
 
 
 def changed(model, changes):
@@ -184,7 +182,7 @@ class Road:
         args, rows = self.args_of("distill", changes), self.rows_of("distill", changes, share)
         peft = None if self.arm.lora is None else lora_config(model, **self.arm.lora)
         with self.timed(name, sum(len(r["input_ids"]) for r in rows)):
-            trainer = SparseKDTrainer(model, load(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
+            trainer = SparseKDTrainer(model, load_on_cpu(self.teacher_dir), args, peft_config=peft, **self.shared(rows))
             for parameter in (
                 p for n, p in trainer.model.named_parameters() if n.split(".")[-2] in (self.arm.freeze or ())
             ):
@@ -198,12 +196,12 @@ class Road:
         rows = [question(row["input_ids"], row["labels"], args.max_completion_length) for row in rows]
         shared = {k: v for k, v in self.shared(rows).items() if k != "data_collator"}
         with self.timed(name, sum(len(r["prompt"].split()) + args.max_completion_length for r in rows)):
-            return self.train(OnPolicyKDTrainer(model, load(self.teacher_dir), args, **shared), name)
+            return self.train(OnPolicyKDTrainer(model, load_on_cpu(self.teacher_dir), args, **shared), name)
 
     def delta(self, model):
         args, rows = self.args_of("delta"), self.rows_of("delta")
         with self.timed("delta", sum(len(r["input_ids"]) for r in rows)):
-            return self.train(DeltaKDTrainer(model, load(self.teacher_dir), args, **self.shared(rows)), "delta")
+            return self.train(DeltaKDTrainer(model, load_on_cpu(self.teacher_dir), args, **self.shared(rows)), "delta")
 
     def experts(self, model):
         """One student per expert from the same start, each with its part of the steps, merged."""
@@ -212,7 +210,7 @@ class Road:
         for number, name in enumerate(names):
             self.seed, seed = self.seed + 1000 * number, self.seed  # experts read rows of their own
             try:
-                expert = load(start)
+                expert = load_on_cpu(start)
                 for stage in self.arm.expert_stages or ("distill",):
                     steps = self.arena.settings(self.arm, stage)[0]["max_steps"] // len(names)
                     expert = getattr(self, stage)(
@@ -226,12 +224,12 @@ class Road:
         weights = options.pop("weights", None)
         options |= {"base": start} if options.get("method") in NEED_BASE else {}
         merge(made, self.work / "merged", weights=None if weights is None else [weights[n] for n in names], **options)
-        return load(self.work / "merged")
+        return load_on_cpu(self.work / "merged")
 
     def convert(self):
         """The student before training: of a conversion, or another arm's."""
         if self.arm.start is not None:
-            return changed(load(self.starts(self.arm.start)), self.arm.student)
+            return changed(load_on_cpu(self.starts(self.arm.start)), self.arm.student)
         made, options = self.work / "converted", self.arena.student_options(self.arm)
         make = convert if self.arm.kind == "hybrid" else convert_distil
         seeded = {} if self.arm.kind == "hybrid" else {"seed": self.seed}
@@ -241,9 +239,9 @@ class Road:
                 self.teacher_dir,
                 made,
                 overwrite=True,
-                **{"dtype": "float32"} | options | self.chosen_groups(load(made)),
+                **{"dtype": "float32"} | options | self.chosen_groups(load_on_cpu(made)),
             )
-        return load(made)
+        return load_on_cpu(made)
 
     def chosen_groups(self, student):
         """Options of `convert` that keep the groups which a ranking on rows of their own puts first, or last."""
@@ -280,7 +278,7 @@ class Road:
                 model = self.experts(model) if stage == "distill" and self.arm.experts else getattr(self, stage)(model)
                 model = reloaded(model)
             if self.arm.restore:
-                restore(model, load(self.teacher_dir), self.arm.restore)
+                restore(model, load_on_cpu(self.teacher_dir), self.arm.restore)
             self.facts["parameters"] = sum(p.numel() for p in model.parameters())
             with staged(out, overwrite=True) as folder:
                 model.save_pretrained(folder)

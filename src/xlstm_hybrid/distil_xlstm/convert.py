@@ -12,8 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import initialization as init
 
 from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
-from xlstm_hybrid.conversion.convert import DTYPES, TensorReport
+from xlstm_hybrid.conversion.convert import TensorReport
 from xlstm_hybrid.conversion.families import family_of
+from xlstm_hybrid.conversion.load import dtype_named
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
@@ -161,10 +162,7 @@ def check_embeddings(source, config):
 def build(cls, source, dtype, seed, config):
     """The student in memory; new parameters are drawn with `seed` and leave the global generator as it was."""
     stored = source.tensors[EMBEDDING][1]
-    config.dtype = stored if dtype is None else DTYPES.get(str(dtype).removeprefix("torch."))
-    if config.dtype is None:
-        raise ConfigError(f"dtype={dtype!r}: expected None for the teacher's own, or one of {', '.join(DTYPES)}")
-    config.architectures = [cls.__name__]
+    config.dtype, config.architectures = dtype_named(dtype, stored), [cls.__name__]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = cls(config)
@@ -186,10 +184,10 @@ def build(cls, source, dtype, seed, config):
 
 def report_of(source, student):
     """`DistilReport` of a student that was just built."""
-    fate = dict.fromkeys(source.tensors, "left out")
-    fate |= {name: "copied" for name in (EMBEDDING, HEAD) if name in fate}
-    if source.config.tie_word_embeddings and HEAD in fate:
-        fate[HEAD] = f"duplicate of the tied {EMBEDDING}"
+    placement = dict.fromkeys(source.tensors, "left out")
+    placement |= {name: "copied" for name in (EMBEDDING, HEAD) if name in placement}
+    if source.config.tie_word_embeddings and HEAD in placement:
+        placement[HEAD] = f"duplicate of the tied {EMBEDDING}"
     kind = {name: "copied" if name in (EMBEDDING, HEAD) else "new" for name, _ in student.named_parameters()}
     made = {
         name: f"{kind[name]}, {'trainable' if p.requires_grad else 'frozen'}" for name, p in student.named_parameters()
@@ -200,7 +198,7 @@ def report_of(source, student):
         source.config.model_type,
         dtype,
         list(student.config.block_types),
-        fate,
+        placement,
         made,
         parameters_of(student),
     )
@@ -257,7 +255,7 @@ def convert(teacher, out, *, dtype=None, revision=None, seed=0, overwrite=False,
             add_provenance(
                 directory,
                 "distil-convert",
-                parent=source.identity(),
+                parent=source.path,
                 config=chosen,
                 figures=report.summary(),
                 seconds=round(time.monotonic() - started, 3),

@@ -14,7 +14,7 @@ import torch
 from xlstm_hybrid.checkpoint.files import read_object
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.significance import ROUNDING, documents, sample_values
-from xlstm_hybrid.model.generation_checks import bound, judged
+from xlstm_hybrid.model.generation_checks import bound, stock_settings
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
@@ -133,7 +133,7 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
             f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1"
         )
     order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
-    with judged(model):
+    with stock_settings(model):
         ends = end_tokens(model, tokenizer)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -196,7 +196,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
-    with judged(model):
+    with stock_settings(model):
         for first in range(0, len(spelt) if ends else 0, batch_size):
             chosen = spelt[first : first + batch_size]
             ahead = leads(model, [rows[j] for j in chosen], ends)
@@ -267,7 +267,7 @@ def perplexity(model, rows, *, batch_size=32):
         )
     scored.sort(key=lambda row: len(row[0]))
     total = 0.0
-    with judged(model):
+    with stock_settings(model):
         for first in range(0, len(scored), batch_size):
             total += negative_log_likelihood(model, scored[first : first + batch_size])
     if math.isnan(total):

@@ -34,7 +34,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, copy_settings, using_cache
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
@@ -260,17 +260,6 @@ def travelling(checkpoint):
     return [name for name in (*weights, *index, *texts, *others) if contained(checkpoint, name).is_file()]
 
 
-def write_tokenizer_config(checkpoint, directory):
-    """tokenizer_config.json without what names code, or files of another machine."""
-    values = read_json(contained(checkpoint, "tokenizer_config.json"), checkpoint.name)
-    kept = {
-        key: value
-        for key, value in values.items()
-        if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
-    }
-    write_json(directory / "tokenizer_config.json", kept)
-
-
 def write_loading(directory, count):
     """Say in the card how to load it, and take back what is no longer so."""
     path = directory / "README.md"
@@ -313,10 +302,7 @@ def export(checkpoint, out, overwrite=False):
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
-        if GENERATION in names:
-            write_json(directory / GENERATION, using_cache(read_json(checkpoint / GENERATION, checkpoint.name)))
-        if (checkpoint / "tokenizer_config.json").is_file():
-            write_tokenizer_config(checkpoint, directory)
+        copy_settings(checkpoint, directory, checkpoint.name)
         files = write_code(directory)
         write_json(directory / "config.json", using_cache(config) | {"auto_map": AUTO_MAP})
         write_loading(directory, len(files))

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
@@ -100,9 +101,9 @@ def describe(source, teacher, revision, tokenizer, dtype):
 
 def build(rank, world, source, data, out, settings, spec, dtype, device, seed):
     """Load the teacher and write what is missing of the store."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
+    model = load_model(source, dtype, device=device)
     if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
-        check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
+        check_documents_stay_apart(model, "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
     with Console(stderr=True).status("reading") as status:
         build_store(

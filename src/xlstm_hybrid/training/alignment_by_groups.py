@@ -38,7 +38,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
+from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
@@ -446,8 +446,5 @@ def write_aligned(checkpoint, folder, work, groups):
         return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
 
     write_weights(folder, shapes, sizes.__getitem__, make)
-    for name in ("config.json", GENERATION, *TOKENIZER_FILES):
-        if (checkpoint / name).is_file() and name in TOKENIZER_FILES:
-            shutil.copyfile(checkpoint / name, folder / name)
-        elif (checkpoint / name).is_file():
-            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
+    write_json(folder / "config.json", using_cache(read_json(checkpoint / "config.json", checkpoint.name)))
+    copy_settings(checkpoint, folder, checkpoint.name)
