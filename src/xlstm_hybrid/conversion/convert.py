@@ -19,7 +19,7 @@ from transformers import initialization as init
 from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
-from xlstm_hybrid.conversion.load import dtype_named
+from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.mixer import MLSTMMixer
@@ -130,6 +130,7 @@ class Transfer:
         self.place()
         # by default that in which the teacher's embedding is stored
         self.dtype = dtype_named(dtype, self.teacher.tensors[self.sources["model.embed_tokens.weight"]][1])
+        self.dtypes = {name: parameter_dtype(name, self.dtype, XLSTMHybridForCausalLM) for name in self.expected}
         self.config.dtype, self.config.architectures = self.dtype, [XLSTMHybridForCausalLM.__name__]
 
     def place(self):
@@ -172,11 +173,6 @@ class Transfer:
                 "compare the two, or download the checkpoint again"
             )
 
-    def dtype_of(self, name):
-        """Gates are kept in float32 at least, whatever the student's dtype."""
-        gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
-        return torch.promote_types(self.dtype, torch.float32) if gate else self.dtype
-
     def tensor(self, name):
         """One tensor of the student; the caller owns nothing that the teacher's memory or files hold.
 
@@ -190,7 +186,7 @@ class Transfer:
             value = getattr(module, leaf)
         else:
             value = self.teacher.load(self.sources[name])
-        value, stored = value.detach().to("cpu", self.dtype_of(name), copy=True).contiguous(), value.dtype
+        value, stored = value.detach().to("cpu", self.dtypes[name], copy=True).contiguous(), value.dtype
         if not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{self.teacher.name}: {self.sources[name]} ({stored}) holds values that are not finite in {self.dtype}; "
@@ -215,15 +211,10 @@ class Transfer:
         }
         student |= {name: f"derived: tied to {source}" for name, source in self.ties.items()}
         total, new = sum(count.values()), sum(count[name] for name in self.new)
-        return TransferReport(
-            self.teacher.name,
-            self.teacher.config.model_type,
-            str(self.dtype).removeprefix("torch."),
-            list(self.config.layer_types),
-            self.placement,
-            student,
-            {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new},
-        )
+        parameters = {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new}
+        shape = str(self.dtype).removeprefix("torch."), list(self.config.layer_types)
+        teacher = self.teacher.name, self.teacher.config.model_type
+        return TransferReport(*teacher, *shape, self.placement, student, parameters)
 
 
 def convert(
@@ -267,7 +258,7 @@ def convert(
         transfer = Transfer(source, dtype, **chosen, **overrides)
         transfer.check_ties()
         report, shapes = transfer.report(), transfer.expected
-        bytes_per_element = {name: transfer.dtype_of(name).itemsize for name in shapes}
+        bytes_per_element = {name: dtype.itemsize for name, dtype in transfer.dtypes.items()}
         check_space(out, sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items()))
         chosen |= {"layer_types": report.layer_types, "dtype": report.dtype, "teacher": source.name}
         chosen |= {"revision": source.revision, **overrides}

@@ -18,6 +18,14 @@ def dtype_named(dtype, own):
     return chosen
 
 
+def parameter_dtype(name, dtype, cls):
+    """What parameter `name` of a model of class `cls` is stored in, where the model's dtype is `dtype`: gates are float32
+    at least.
+    """
+    gate = name.rsplit(".", 1)[-1] in cls._keep_in_fp32_modules_strict
+    return torch.promote_types(dtype, torch.float32) if gate else dtype
+
+
 def load_model(checkpoint, dtype="float32", revision=None, device=None):
     """A causal language model in eval mode on `device`, by default the GPU where there is one; safetensors only, and no
     code from the checkpoint.

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
 from xlstm_hybrid.conversion.convert import TensorReport
 from xlstm_hybrid.conversion.families import family_of
-from xlstm_hybrid.conversion.load import dtype_named
+from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
@@ -167,8 +167,7 @@ def build(cls, source, dtype, seed, config):
         torch.manual_seed(seed)
         student = cls(config)
     for name, parameter in student.named_parameters():
-        gate = name.rsplit(".", 1)[-1] in cls._keep_in_fp32_modules_strict
-        parameter.data = parameter.data.to(torch.promote_types(config.dtype, torch.float32) if gate else config.dtype)
+        parameter.data = parameter.data.to(parameter_dtype(name, config.dtype, cls))
     names = {EMBEDDING: student.model.embed_tokens} | ({} if config.tie_word_embeddings else {HEAD: student.lm_head})
     for name, module in names.items():
         value = source.load(name if name in source.tensors and not source.config.tie_word_embeddings else EMBEDDING)

@@ -132,7 +132,7 @@ class Rollback:
 
     @torch.compiler.disable  # the record is a list that grows: a compiled step calls it as it is
     def note(self, call):
-        """Record a `Step` or `RecordedCall` before it changes the layer; what is older than `depth` tokens goes into the base."""
+        """Record a `Step` or `RecordedCall` before it changes the layer; what is older than `depth` goes into the base."""
         if torch.is_grad_enabled():
             call = call.map(torch.Tensor.detach)
         if self.base is None:

@@ -40,6 +40,7 @@ from xlstm_hybrid.checkpoint.files import (
 )
 from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
+from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
@@ -79,10 +80,7 @@ def read_tensor(files, name, dtype=None):
         raise CheckpointError(f"the checkpoint lacks {name}: convert the teacher again")
     with safe_open(files[name], framework="pt") as file:
         value = file.get_tensor(name)
-    if dtype is None:
-        return value
-    gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
-    return value.to(torch.promote_types(dtype, torch.float32) if gate else dtype)
+    return value if dtype is None else value.to(parameter_dtype(name, dtype, XLSTMHybridForCausalLM))
 
 
 # --- what lies on disk -----------------------------------------------------------------------------------------

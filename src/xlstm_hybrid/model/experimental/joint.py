@@ -40,11 +40,8 @@ class JointMixer(LinearMixer):
         new, n, state, near = (key, value), query.shape[1] // key.shape[1], None, tokens.visible(window, sinks)
         far, key, value = tokens.visible(T, 0) & ~near, repeat_kv(key, n), repeat_kv(value, n)
         if layer is not None and layer.is_initialized:
-            key, value = (
-                torch.cat([repeat_kv(layer.keys, n), key], 2),
-                torch.cat([repeat_kv(layer.values, n), value], 2),
-            )
-            state = layer.state
+            key, state = torch.cat([repeat_kv(layer.keys, n), key], 2), layer.state
+            value = torch.cat([repeat_kv(layer.values, n), value], 2)
             near, far = torch.cat([layer.visible(tokens), near], -1), torch.cat([layer.left(tokens), far], -1)
         h, weights, share = self.softmax(query, key, value, near[:, None], far[:, None], state, tokens, scale)
         if layer is not None:
