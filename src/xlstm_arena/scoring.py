@@ -15,6 +15,7 @@ from xlstm_hybrid.data.long_context import coverage, excess
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.evaluation.scores import perplexity
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.planning.cache_size import allocated_bytes
 from xlstm_hybrid.state import prefill
 
@@ -49,8 +50,7 @@ def seen_by(model, window, sinks):
         return 0, 0
     if config.model_type != "xlstm_hybrid" or "hybrid_sliding" not in config.layer_types:
         return window, sinks
-    layers = [j for j, kind in enumerate(config.layer_types) if kind == "hybrid_sliding"]
-    return max(config.window_of(j) for j in layers), max(config.sinks_of(j) for j in layers)
+    return attention_reach(config, kinds=("hybrid_sliding",))
 
 
 def distances(hits, depth, window):

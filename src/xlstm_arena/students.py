@@ -8,15 +8,17 @@ import contextlib
 import shutil
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import PrinterCallback
 
 from xlstm_arena import data
 from xlstm_arena.teacher import tokenizer
 from xlstm_hybrid.checkpoint.files import add_provenance, digest, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.data import IGNORE, collate
 from xlstm_hybrid.distil_xlstm import convert as convert_distil
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer
@@ -41,15 +43,11 @@ LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement"
 LOGGED = (*LOGGED, "completions/mean_length")
 
 
+load_float32 = partial(load_model, device="cpu")  # trainers move it
+
+
 def seed_for(seed, what):
     return 10 * seed + SEEDS[what]
-
-
-def load_float32(directory):
-    """A checkpoint in float32 and eval mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
 
 
 def changed(model, changes):

@@ -27,23 +27,9 @@ from xlstm_hybrid.model.kept_groups import DOCUMENT
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
 # Fields of a config in which a state's writer and its reader may differ
 INDIFFERENT = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "mlstm_chunk_size",
-    "attention_dropout",
-    "initializer_range",
-    "mlstm_output_gate_bias",
-    "mlstm_context",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "quantization_config",
-    "window_dropout",
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
 }
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
@@ -126,17 +112,13 @@ def remember(cache, tokens):
 
 def recorded(cache):
     """Number of last tokens that `rollback` can take back now."""
-    found = []
     for j, layer in enumerate(cache.layers):
-        if isinstance(layer, HybridCacheLayer | SlidingLayer):
-            found.append(layer.recorded)
-        elif type(layer) is DynamicLayer:
-            found.append(layer.get_seq_length())
-        else:
+        if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
             raise CacheError(
                 f"layer {j} is a {type(layer).__name__}, which cannot take tokens back; use a DynamicCache"
             )
-    return min(found, default=0)
+    counts = [x.get_seq_length() if type(x) is DynamicLayer else x.recorded for x in cache.layers]
+    return min(counts, default=0)
 
 
 def rollback(cache, tokens):
@@ -148,9 +130,9 @@ def rollback(cache, tokens):
     Raises:
         CacheError: the record does not reach that far; nothing has changed.
     """
-    if not 0 <= tokens <= (found := recorded(cache)):
+    if not 0 <= tokens <= (count := recorded(cache)):
         raise CacheError(
-            f"cannot take {tokens} tokens back: {found} are recorded; call remember(cache, {max(tokens, 1)}) before they come, "
+            f"cannot take {tokens} tokens back: {count} are recorded; call remember(cache, {max(tokens, 1)}) before they come, "
             "or keep a snapshot(cache)"
         )
     for layer in cache.layers:
@@ -163,10 +145,9 @@ def rollback(cache, tokens):
 
 def behaviour(config):
     """The fields of a config that decide what a state means, as JSON has them."""
-    # older states lack those
+    # older states lack fields of the mixer, which then have the values of MIXER
     fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in MIXER and v == MIXER[k])}
-    fields = json.loads(json.dumps(fields))
-    return dict(sorted(fields.items()))
+    return json.loads(json.dumps(dict(sorted(fields.items()))))
 
 
 @torch.no_grad()
@@ -196,11 +177,9 @@ def refuse_parts(model, name):
         )
 
 
-def tensors_of(layer):
+def layer_tensors(layer):
     """`{name: tensor}` of a filled layer."""
-    return (
-        layer.named_tensors() if isinstance(layer, HybridCacheLayer) else {"keys": layer.keys, "values": layer.values}
-    )
+    return layer.named_tensors() if hasattr(layer, "named_tensors") else {"keys": layer.keys, "values": layer.values}
 
 
 def save_state(cache, path, model):
@@ -227,13 +206,10 @@ def save_state(cache, path, model):
             raise CacheError(
                 f"layer {j} of the cache is empty: there is nothing to save; read something first (prefill)"
             )
-        tensors |= {
-            f"layers.{j}.{name}": x.detach().cpu().contiguous().clone() for name, x in tensors_of(layer).items()
-        }
-        if type(layer) is SlidingLayer and layer.cumulative_length >= layer.sliding_window:
-            for name in ("keys", "values"):  # what a record holds beyond the window stays here
-                held = tensors[f"layers.{j}.{name}"]
-                tensors[f"layers.{j}.{name}"] = held[:, :, held.shape[2] - layer.sliding_window + 1 :].contiguous()
+        for name, x in layer_tensors(layer).items():
+            if type(layer) is SlidingLayer and layer.cumulative_length >= layer.sliding_window:
+                x = x[:, :, x.shape[2] - layer.sliding_window + 1 :]  # what a record holds beyond the window stays here
+            tensors[f"layers.{j}.{name}"] = x.detach().cpu().contiguous().clone()
     if not tensors:
         raise CacheError("the cache has no layers: there is nothing to save; read something first (prefill)")
     header = {
@@ -260,48 +236,39 @@ def load_state(path, model):
     refuse_parts(model, name)
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            check_header(header, model, name)
+            seen = check_header(file.metadata() or {}, model, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no dict)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{name}: cannot be read as a state ({error}); make it again with save_state") from error
-    try:
-        seen = int(header["seen_tokens"])
-    except (KeyError, ValueError) as error:
-        raise CacheError(
-            f"{name}: the header has no number of tokens, it is damaged; make it again with save_state"
-        ) from error
     cache = adopt_cache(DynamicCache(config=model.config), model.config)
     layers, rows = model.get_decoder().layers, set()
     for j, layer in enumerate(cache.layers):
-        found = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
-        check_tensors(found, layer, j, model.config, seen, name)
-        rows.add(found["keys"].shape[0])
+        parts = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
+        check_layer_tensors(parts, layer, j, model.config, seen, name)
+        rows.add(parts["keys"].shape[0])
         device = next(layers[j].parameters()).device
         # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on
         # that
-        found = {key: x.to(device, copy=True) for key, x in found.items()}
+        parts = {key: x.to(device, copy=True) for key, x in parts.items()}
         if isinstance(layer, HybridCacheLayer):
-            layer.fill(found, seen)
+            layer.fill(parts, seen)
             continue
-        layer.lazy_initialization(found["keys"], found["values"])
-        layer.keys, layer.values = found["keys"], found["values"]
+        layer.lazy_initialization(parts["keys"], parts["values"])
+        layer.keys, layer.values = parts["keys"], parts["values"]
         if isinstance(layer, SlidingLayer):
             layer.cumulative_length = seen
     if tensors or len(rows) != 1:
-        raise CacheError(
-            f"{name}: {f'holds {sorted(tensors)[0]} that no layer has' if tensors else f'layers have {sorted(rows)} rows'}, it is "
-            "damaged; make it again with save_state"
-        )
+        what = f"holds {sorted(tensors)[0]} that no layer has" if tensors else f"layers have {sorted(rows)} rows"
+        raise CacheError(f"{name}: {what}, it is damaged; make it again with save_state")
     return cache
 
 
 def check_header(header, model, name):
-    """Raise CacheError unless the header was written for this model."""
+    """The number of tokens in the header; CacheError unless it was written for this model."""
     if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
-        found = f"{header.get('format')} version {header.get('format_version')}"
+        given = f"{header.get('format')} version {header.get('format_version')}"
         raise CacheError(
-            f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; make it again with this version's save_state"
+            f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {given}; make it again with this version's save_state"
         )
     try:
         theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
@@ -318,11 +285,17 @@ def check_header(header, model, name):
             f"{name}: a model of this shape with other weights (or in another dtype) wrote this state; load the one that wrote it, "
             "or read the text again"
         )
+    try:
+        return int(header["seen_tokens"])
+    except (KeyError, ValueError) as error:
+        raise CacheError(
+            f"{name}: the header has no number of tokens, it is damaged; make it again with save_state"
+        ) from error
 
 
-def check_tensors(tensors, layer, j, config, seen, name):
+def check_layer_tensors(tensors, layer, j, config, seen, name):
     """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
-    B, slots = tensors["keys"].shape[0] if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
+    B, slots = len(tensors["keys"]) if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
     H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
     G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
@@ -338,26 +311,22 @@ def check_tensors(tensors, layer, j, config, seen, name):
     if E:
         columns = tensors["kept_place"].shape[-1] if "kept_place" in tensors else 0
         expected |= {"kept_keys": (B, E, columns, K), "kept_values": (B, E, columns, K), "kept_place": (B, columns)}
-    found = {key: tuple(x.shape) for key, x in tensors.items()}
-    if B < 1 or found != expected:
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    if B < 1 or shapes != expected:
         raise CacheError(
-            f"{name}: layer {j} holds {found}, expected {expected}, it is damaged; make it again with save_state"
+            f"{name}: layer {j} holds {shapes}, expected {expected}, it is damaged; make it again with save_state"
         )
     if hybrid:
         states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in memory)
-        count = tensors["count"]
+        count, wrong = tensors["count"], None
         if not states or count.dtype != torch.long or not bool(((count >= 0) & (count <= seen)).all()):
-            raise CacheError(
-                f"{name}: layer {j} has a state below float32, or a count that is not in 0..{seen}; make it again with save_state"
-            )
-        if "sparse_index" in tensors and not bool((tensors["sparse_index"] < count[:, None, None]).all()):
-            raise CacheError(
-                f"{name}: layer {j} has chosen tokens beyond its {seen}, it is damaged; make it again with save_state"
-            )
-        if E and not fits(tensors["kept_place"], count, seen):
-            raise CacheError(
-                f"{name}: layer {j} keeps columns that are not those of its {seen} tokens, it is damaged; make it again with save_state"
-            )
+            wrong = f"has a state below float32, or a count that is not in 0..{seen}"
+        elif "sparse_index" in tensors and not bool((tensors["sparse_index"] < count[:, None, None]).all()):
+            wrong = f"has chosen tokens beyond its {seen}, it is damaged"
+        elif E and not fits(tensors["kept_place"], count, seen):
+            wrong = f"keeps columns that are not those of its {seen} tokens, it is damaged"
+        if wrong:
+            raise CacheError(f"{name}: layer {j} {wrong}; make it again with save_state")
 
 
 def fits(place, count, seen):

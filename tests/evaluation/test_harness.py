@@ -18,9 +18,10 @@ from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
-from xlstm_hybrid.evaluation.harness import SUITES, Unit, expand, reach
+from xlstm_hybrid.evaluation.harness import SUITES, Unit, expand
 from xlstm_hybrid.evaluation.scores import exact_match, read_results
 from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.planning.cache_size import filled_bytes
 
 pytest.importorskip("lm_eval")
@@ -111,7 +112,7 @@ def test_a_cache_of_a_student_counts_ring_sinks_and_state(student):
     ring, state, count = 2 * groups * slots * width * 4, heads * (width * width + width + 1) * 4, 8
     cache = cache_of(model(torch.arange(3, 90)[None], use_cache=True))
     assert filled_bytes(cache) == layers * (ring + state + count)
-    assert reach(model.config) == (32, 4) and isinstance(
+    assert attention_reach(model.config) == (32, 4) and isinstance(
         cache_of(model(torch.ones(1, 1, dtype=torch.long))), DynamicCache
     )
 
@@ -253,7 +254,7 @@ def test_a_model_that_remembers_all_scores_one_on_every_kind(with_oracle, tmp_pa
 
 def test_a_model_that_reads_a_window_only_scores_its_coverage(with_oracle, tmp_path, monkeypatch):
     with_oracle(800)
-    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.reach", lambda config: (800, 0))
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.attention_reach", lambda config: (800, 0))
     run(TINY, tmp_path, tasks="needle_1600", limit=None, samples=20)
     found = read_json(tmp_path / "needle_1600" / "harness.json", "")["long_context"]
     assert found["coverage"] == 0.5 and abs(found["excess"]) < 0.2

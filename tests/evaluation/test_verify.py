@@ -265,9 +265,9 @@ def test_a_name_that_is_refused_fails_with_its_reason(small, rename_cache):
 
 
 def static_slots_left_empty(original):
-    def put(self, **tensors):
-        if not self.is_compileable:
-            original(self, **tensors)
+    def put(self, keys, values, count, state):
+        slots = (self.keys, self.values, self.count) if self.is_compileable else (keys, values, count)
+        original(self, *slots, state)
 
     return put
 

@@ -23,7 +23,14 @@ from xlstm_hybrid.hub.export import export
 from xlstm_hybrid.model import compatibility
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import CACHE
-from xlstm_hybrid.model.compatibility import ALLOWED, NEWEST_TRANSFORMERS, SWITCH, TINY, ensure_compatible, self_check
+from xlstm_hybrid.model.compatibility import (
+    ALLOWED,
+    NEWEST_TRANSFORMERS,
+    SWITCH,
+    TINY,
+    check_tiny_model,
+    ensure_compatible,
+)
 from xlstm_hybrid.model.generation_checks import EVERY_MODEL
 from xlstm_hybrid.model.tokens import Tokens
 
@@ -53,7 +60,7 @@ def checks(monkeypatch, verdict=RIGHT):
         asked.append(kind)
         return verdict
 
-    monkeypatch.setattr(compatibility, "self_check", check)
+    monkeypatch.setattr(compatibility, "check_tiny_model", check)
     return asked
 
 
@@ -72,7 +79,7 @@ def test_the_newest_tested_version_is_not_older_than_the_installed_one():
 
 @kinds
 def test_the_installed_transformers_runs_our_models_right(kind):
-    verdict = self_check(CLASSES[kind], kind)
+    verdict = check_tiny_model(CLASSES[kind], kind)
     assert verdict["right"] and set(verdict["errors"]) == set(EVERY_MODEL)
     assert all(0 < error < ALLOWED / 5 for error in verdict["errors"].values())  # ways that differ were compared
 
@@ -87,7 +94,7 @@ def test_the_tiny_models_have_every_kind_of_layer():
 @kinds
 def test_a_cache_under_a_name_that_is_swallowed_makes_every_way_of_generating_wrong(kind, rename_cache):
     rename_cache(swallowed=True)
-    verdict = self_check(CLASSES[kind], kind)
+    verdict = check_tiny_model(CLASSES[kind], kind)
     assert not verdict["right"] and min(verdict["errors"].values()) > 0.05
 
 
@@ -133,7 +140,7 @@ def only_the_last_token_read(monkeypatch):
 )
 def test_what_goes_wrong_in_one_way_of_generating_is_told_by_its_name(defect, red, monkeypatch):
     defect(monkeypatch)
-    errors = self_check(XLSTMHybridForCausalLM, "xlstm_hybrid")["errors"]
+    errors = check_tiny_model(XLSTMHybridForCausalLM, "xlstm_hybrid")["errors"]
     assert {name for name, error in errors.items() if not error <= ALLOWED} == {red} and errors[red] > 0.05
 
 
@@ -195,10 +202,10 @@ def test_a_right_verdict_is_remembered_on_disk_for_the_versions(fresh, monkeypat
 
 
 def test_other_sources_are_another_question(monkeypatch, tmp_path):
-    before = compatibility.surroundings()["sources"]
+    before = compatibility.dependencies()["sources"]
     (tmp_path / "another.py").write_text("")
     monkeypatch.setattr(compatibility, "SOURCES", tmp_path)
-    assert compatibility.surroundings()["sources"] != before
+    assert compatibility.dependencies()["sources"] != before
 
 
 def test_a_wrong_verdict_stops_every_load_and_says_what_differs_and_what_to_install(fresh, monkeypatch, tmp_path):
@@ -261,7 +268,7 @@ def test_a_second_thread_waits_for_the_verdict(fresh, monkeypatch):
         except CompatibilityError:
             found.append("stopped")
 
-    monkeypatch.setattr(compatibility, "self_check", check)
+    monkeypatch.setattr(compatibility, "check_tiny_model", check)
     threads = [threading.Thread(target=ask) for _ in range(2)]
     threads[0].start()
     assert started.wait(60)
@@ -341,7 +348,7 @@ SURROUNDINGS = {
 
 @functools.cache
 def alone(kind):
-    return self_check(CLASSES[kind], kind)
+    return check_tiny_model(CLASSES[kind], kind)
 
 
 @kinds

@@ -8,18 +8,18 @@ from conftest import assert_same_model, tiny_student, token_ids
 from test_modeling import LENGTHS, PACKINGS, in_pieces
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
+from xlstm_kernels import mlstm
 
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, Subject
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.experimental import sparse
 from xlstm_hybrid.model.kept_groups import DOCUMENT, KeptKeys
-from xlstm_hybrid.model.modeling import mask_key
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.layers import keep_groups
 from xlstm_hybrid.state import load_state, prefill, remember, rollback, save_state, snapshot
 
-GOLDEN = [13656260, 12150260, 3947708]  # of `spread`: states on disk hold such scores
+GOLDEN = [13656260, 12150260, 3947708]  # of `index_hash`: states on disk hold such scores
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}  # float64: any real difference shows
 # mixed heads on both sides of kept ones, and none
 KEPT = {"kept_groups": [[1], [], [0]], "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -128,12 +128,12 @@ def test_kept_groups_are_the_teachers_attention_and_the_others_do_not_notice():
     seen = {}
     hidden = torch.sin(torch.arange(2 * 40 * 48.0, dtype=torch.float64)).view(2, 40, 48)
     for name, model in (("plain", plain), ("full", full), ("kept", kept)):
-        tokens, masks, rope, _ = model.model.prepare(hidden, None, None, None)
+        _, where, _ = model.model.prepare(hidden, None, None, None)
         for j, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.register_forward_pre_hook(
                 lambda _, x, key=(name, j): seen.__setitem__(key, x[0].unflatten(-1, (4, 16)))
             )
-            layer.self_attn(hidden, rope["full_attention"], tokens, masks[mask_key(model.config, j)])
+            layer.self_attn(hidden, **where[j])
     for j, group in enumerate((0, 1, 0)):
         heads, others = [2 * group, 2 * group + 1], [2 - 2 * group, 3 - 2 * group]
         torch.testing.assert_close(seen["kept", j][:, :, heads], seen["full", j][:, :, heads], **TOLERANCE)
@@ -164,10 +164,9 @@ def test_without_positions_attention_follows_its_definition():
         model.model.layers[0].self_attn,
         torch.sin(torch.arange(30 * 48.0, dtype=torch.float64)).view(1, 30, 48),
     )
-    tokens, masks, rope, _ = model.model.prepare(hidden, None, None, None)
-    h, _ = attention.mix(
-        hidden, attention.project(hidden, rope["full_attention"]), tokens, masks["hybrid_sliding", 7, 3]
-    )
+    tokens, (where,), _ = model.model.prepare(hidden, None, None, None)
+    projected = attention.project(hidden, where["position_embeddings"])
+    h, _ = attention.mix(hidden, projected, tokens, where["mask"])
     q, k, v = (
         m(hidden)[0].unflatten(-1, (-1, 16)).transpose(0, 1)
         for m in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -362,11 +361,13 @@ def test_a_residual_is_what_the_state_answers_to_a_tokens_own_key():
         answer = (k[:, t, :, None] @ C)[:, :, 0] / (k[:, t] * n).sum(-1, keepdim=True)
         residual[:, t] = (v[:, t] - answer).square().sum(-1)
     key = torch.zeros(B, 2, T, K).double()
-    whole = sparse.scores_of("residual", tokens, key, ((k, v, i, f), 8))
+    whole = sparse.token_scores("residual", tokens, key, 0, mlstm, (k, v, i, f), None, 8)
     torch.testing.assert_close(whole, residual.view(B, T, 2, 2).mean(-1).transpose(1, 2), **TOLERANCE)
     share = i.exp() / (i.exp() + f.sigmoid())
     want = (residual * share).view(B, T, 2, 2).mean(-1).transpose(1, 2)
-    torch.testing.assert_close(sparse.scores_of("weighted", tokens, key, ((k, v, i, f), 8)), want, **TOLERANCE)
+    torch.testing.assert_close(
+        sparse.token_scores("weighted", tokens, key, 0, mlstm, (k, v, i, f), None, 8), want, **TOLERANCE
+    )
     assert residual[:, 0].max() < 1e-25 and residual[:, 1:].min() > 0  # alone, a token is given back as it is
 
 
@@ -399,7 +400,7 @@ def test_the_sparse_memory_is_as_large_at_any_context_and_empty_slots_are_empty(
 
 def test_random_scores_differ_between_layers_and_tokens_and_never_change():
     index = torch.arange(4000)[None]
-    a, b = (sparse.spread(index, j)[0] for j in (0, 100))
+    a, b = (sparse.index_hash(index, j)[0] for j in (0, 100))
     assert len(a.unique()) > 3990 and int(a.min()) >= 0 and int(a.max()) < 2**24 and (a == b).sum() < 5
     assert (
         abs(float(a.double().mean()) / 2**23 - 1) < 0.03

@@ -18,8 +18,7 @@ from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.evaluation.equivalence import MEMORY, verify
 from xlstm_hybrid.model.configuration import MIXER
-from xlstm_hybrid.model.experimental.cells import DeltaMixer
-from xlstm_hybrid.model.experimental.norm import normed
+from xlstm_hybrid.model.experimental.cells import DeltaMixer, normed
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.planning.run import student_shape
 from xlstm_hybrid.state import behaviour, prefill

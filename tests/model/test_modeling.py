@@ -305,8 +305,8 @@ def test_teacher_forcing_measures_the_distance_to_the_attention_that_was_replace
             )
     hidden = teacher(ids, use_cache=False, output_hidden_states=True).hidden_states
     for n, layer in enumerate(model.model.layers):
-        tokens, masks, rope, _ = model.model.prepare(hidden[n], None, None, None)
-        layer.self_attn(layer.attention_input(hidden[n]), rope["full_attention"], tokens, masks["hybrid_sliding", 7, 3])
+        _, where, _ = model.model.prepare(hidden[n], None, None, None)
+        layer.self_attn(layer.attention_input(hidden[n]), **where[n])
         target = before_o["teacher", n]
         torch.testing.assert_close(out.error[n], ((before_o["hybrid", n] - target) ** 2).sum(), rtol=1e-5, atol=0)
         torch.testing.assert_close(out.target[n], (target**2).sum(), rtol=1e-5, atol=0)

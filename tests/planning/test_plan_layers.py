@@ -23,7 +23,7 @@ from xlstm_hybrid.planning.cache_size import allocated_bytes, cache_bytes, fille
 from xlstm_hybrid.planning.layers import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
 from xlstm_hybrid.planning.run import machine_of, plan
 from xlstm_hybrid.reports.card import summary
-from xlstm_hybrid.state import prefill, tensors_of
+from xlstm_hybrid.state import layer_tensors, prefill
 
 # --- bytes -------------------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def test_bytes_from_the_config_are_the_bytes_of_the_tensors(name, dtype):
             x.data = x.data.to(torch.float32 if any(part in kept for part in key.split(".")) else dtype)
     for length in (2, 30):
         cache = prefill(model, token_ids(1, length))
-        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in tensors_of(layer).values())
+        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in layer_tensors(layer).values())
         assert sum(cache_bytes(model.config, length, dtype).values()) == held, length
         # what slid out of a prompt's keys is freed with the next token
         if "teacher_sliding_window" not in LAYOUTS[name]:

@@ -3,10 +3,11 @@ the settings beside them.
 """
 
 import math
+import shutil
 
 from safetensors.torch import save_file
 
-from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, write_json
+from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, contained, read_json, write_json
 
 SHARD_BYTES = 4 * 2**30
 GENERATION = "generation_config.json"
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (  # plain text and JSON: a student directory holds no pickles
     "chat_template.jinja",
     "chat_template.json",
 )
+NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 
 
 def using_cache(settings):
@@ -29,6 +31,23 @@ def using_cache(settings):
     in generation.
     """
     return {key: value for key, value in settings.items() if not (key == "use_cache" and value is False)}
+
+
+def copy_settings(source, directory, what):
+    """Copy generation config, tokenizer and chat template of checkpoint `what`, without keys that name code or a path
+    of another machine; returns the names of the files.
+    """
+    names = [name for name in (GENERATION, *TOKENIZER_FILES) if contained(source, name).is_file()]
+    for name in names:
+        if name == GENERATION:
+            write_json(directory / name, using_cache(read_json(source / name, what)))
+        elif name == "tokenizer_config.json":
+            settings = read_json(source / name, what).items()
+            settings = {key: x for key, x in settings if key not in NOT_CARRIED and not key.endswith("_file")}
+            write_json(directory / name, settings)
+        else:
+            shutil.copyfile(source / name, directory / name)
+    return names
 
 
 def plan_shards(sizes, shard_bytes):

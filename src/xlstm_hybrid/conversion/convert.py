@@ -19,11 +19,12 @@ from transformers import initialization as init
 from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
+from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.model.modeling import MLSTMMixer, XLSTMHybridForCausalLM
+from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INITS = {  # in words, what `_init_weights` does with each new parameter
     "q_map": "identity",  # repeated or cut for other numbers of features
     "k_map": "identity",
@@ -39,8 +40,8 @@ SHOWN = 3  # names per kind of mistake in an error
 
 
 class TensorReport:
-    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name ->
-    fate) and `parameters`.
+    """What reports of a transfer share, whatever the student: fields `teacher_tensors`, `student_tensors` (name -> what
+    became of it, or where it comes from) and `parameters`.
     """
 
     def as_dict(self):
@@ -54,10 +55,8 @@ class TensorReport:
     def tensor_lines(self, of_teacher, of_student):
         """Two tables, layers counted together; the arguments head their last columns."""
         lines = []
-        for title, heading, tensors in (
-            ("teacher tensor", of_teacher, self.teacher_tensors),
-            ("student tensor", of_student, self.student_tensors),
-        ):
+        teacher = "teacher tensor", of_teacher, self.teacher_tensors
+        for title, heading, tensors in (teacher, ("student tensor", of_student, self.student_tensors)):
             rows = Counter((layerless(name), what) for name, what in tensors.items())
             width = max([len(title), *(len(name) for name, _ in rows)])
             lines += ["", f"{title:{width}}  number  {heading}"]
@@ -85,17 +84,13 @@ class TransferReport(TensorReport):
 
     def __str__(self):
         layers = ", ".join(f"{number} {kind}" for kind, number in Counter(self.layer_types).items())
-        lines = [
-            f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"
-        ]
-        lines += self.tensor_lines("what became of it", "where it comes from")
-        share = 100 * self.parameters["new"] / self.parameters["student"]
-        lines += [
-            "",
-            f"parameters: teacher {self.parameters['teacher']:,}, student {self.parameters['student']:,}, of these new "
-            f"{self.parameters['new']:,} ({share:.2f} %), all of them and nothing else trainable in stage I",
-        ]
-        return "\n".join(lines)
+        head = f"Transfer from {self.teacher} ({self.family}, {self.dtype}): {len(self.layer_types)} layers, {layers}"
+        teacher, student, new = (self.parameters[name] for name in ("teacher", "student", "new"))
+        foot = (
+            f"parameters: teacher {teacher:,}, student {student:,}, of these new {new:,} ({100 * new / student:.2f} %)"
+        )
+        lines = [head, *self.tensor_lines("what became of it", "where it comes from"), "", foot]
+        return "\n".join(lines) + ", all of them and nothing else trainable in stage I"
 
 
 def layerless(name):
@@ -131,69 +126,52 @@ class Transfer:
         self.expected = {name: list(x.shape) for name, x in self.student.state_dict().items() if name not in self.ties}
         mixers = tuple(f"{name}." for name, module in self.student.named_modules() if isinstance(module, MLSTMMixer))
         self.new = [name for name in self.expected if name.startswith(mixers)]
-        self.sources, self.fate = {}, {}
+        self.sources, self.placement = {}, {}  # student tensor -> teacher tensor -> what became of it
         self.place()
-        self.dtype = self.choose_dtype(dtype)
+        # by default that in which the teacher's embedding is stored
+        self.dtype = dtype_named(dtype, self.teacher.tensors[self.sources["model.embed_tokens.weight"]][1])
+        self.dtypes = {name: parameter_dtype(name, self.dtype, XLSTMHybridForCausalLM) for name in self.expected}
         self.config.dtype, self.config.architectures = self.dtype, [XLSTMHybridForCausalLM.__name__]
 
     def place(self):
-        """Fill `sources` (student tensor -> teacher tensor) and `fate` (teacher tensor -> what became of it)."""
-        homeless, misshaped, odd = [], [], []
+        """Fill `sources` and `placement`, or raise an error that names all tensors that do not fit."""
+        unplaced, misshaped, odd = [], [], []
         for name, (shape, dtype) in self.teacher.tensors.items():
             layer = re.search(r"\.(\d+)\.", name)
             targets = self.family.tensors.get(layerless(name), ())
             if targets is None:
-                self.fate[name] = "recomputed"
+                self.placement[name] = "recomputed"
                 continue
             if dtype is None:
                 odd.append(name)
             targets = [target.format(n=layer and layer[1]) for target in targets]
             if targets and all(target in self.ties for target in targets):
-                self.fate[name] = f"duplicate of the tied {self.ties[targets[0]]}"
+                self.placement[name] = f"duplicate of the tied {self.ties[targets[0]]}"
                 continue
             if not targets or any(target not in self.expected for target in targets):
-                homeless.append(name)
+                unplaced.append(name)
             for target in targets:
                 if shape != self.expected.get(target, shape):
                     misshaped.append(f"{name} is {shape}, expected {self.expected[target]}")
                 self.sources[target] = name
-            self.fate[name] = "copied"
+            self.placement[name] = "copied"
         if odd:
             raise UnsupportedTeacherError(
                 f"{self.teacher.name}: {len(odd)} tensors are not of a plain float type, the first {odd[0]}: "
                 "a quantised teacher; start from the original checkpoint, or save a dequantised one"
             )
         missing = [name for name in self.expected if name not in self.sources and name not in self.new]
-        self.refuse({"missing": missing, "mis-shaped": misshaped, "without a place in the student": homeless})
-
-    def refuse(self, mistakes):
+        mistakes = {"missing": missing, "mis-shaped": misshaped, "without a place in the student": unplaced}
         if any(mistakes.values()):
-            found = "; ".join(
+            listed = "; ".join(
                 f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
                 for kind, names in mistakes.items()
                 if names
             )
             raise CheckpointError(
-                f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {found}; "
+                f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {listed}; "
                 "compare the two, or download the checkpoint again"
             )
-
-    def choose_dtype(self, dtype):
-        """The student's dtype: the one asked for, or the one in which the teacher's embedding is stored."""
-        if dtype is None:
-            return self.teacher.tensors[self.sources["model.embed_tokens.weight"]][1]
-        found = DTYPES.get(str(dtype).removeprefix("torch."))
-        if found is None:
-            raise ConfigError(f"dtype={dtype!r}: expected None for the teacher's own, or one of {', '.join(DTYPES)}")
-        return found
-
-    def dtype_of(self, name):
-        """Gates are kept in float32 at least, whatever the student's dtype."""
-        gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
-        return torch.promote_types(self.dtype, torch.float32) if gate else self.dtype
-
-    def bytes_of(self, name):
-        return math.prod(self.expected[name]) * self.dtype_of(name).itemsize
 
     def tensor(self, name):
         """One tensor of the student; the caller owns nothing that the teacher's memory or files hold.
@@ -201,8 +179,14 @@ class Transfer:
         Raises:
             CheckpointError: values that are not finite, or not in the student's dtype.
         """
-        value = self.fresh(name) if name in self.new else self.teacher.load(self.sources[name])
-        value, stored = value.detach().to("cpu", self.dtype_of(name), copy=True).contiguous(), value.dtype
+        if name in self.new:  # with the model's own initialisation
+            parent, _, leaf = name.rpartition(".")
+            module = copy.deepcopy(self.student.get_submodule(parent)).to_empty(device="cpu")
+            self.student._init_weights(module)
+            value = getattr(module, leaf)
+        else:
+            value = self.teacher.load(self.sources[name])
+        value, stored = value.detach().to("cpu", self.dtypes[name], copy=True).contiguous(), value.dtype
         if not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{self.teacher.name}: {self.sources[name]} ({stored}) holds values that are not finite in {self.dtype}; "
@@ -210,16 +194,9 @@ class Transfer:
             )
         return value
 
-    def fresh(self, name):
-        """A new parameter with the model's own initialisation."""
-        parent, _, leaf = name.rpartition(".")
-        module = copy.deepcopy(self.student.get_submodule(parent)).to_empty(device="cpu")
-        self.student._init_weights(module)
-        return getattr(module, leaf)
-
     def check_ties(self):
         """Raise CheckpointError where the teacher says that two tensors are tied but stores different values."""
-        for name in self.fate:
+        for name in self.placement:
             twin = self.ties.get(name)
             if twin and not torch.equal(self.teacher.load(name), self.teacher.load(self.sources[twin])):
                 raise CheckpointError(
@@ -234,15 +211,10 @@ class Transfer:
         }
         student |= {name: f"derived: tied to {source}" for name, source in self.ties.items()}
         total, new = sum(count.values()), sum(count[name] for name in self.new)
-        return TransferReport(
-            self.teacher.name,
-            self.teacher.config.model_type,
-            str(self.dtype).removeprefix("torch."),
-            list(self.config.layer_types),
-            self.fate,
-            student,
-            {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new},
-        )
+        parameters = {"teacher": total - new, "student": total, "new": new, "trainable_in_stage_1": new}
+        shape = str(self.dtype).removeprefix("torch."), list(self.config.layer_types)
+        teacher = self.teacher.name, self.teacher.config.model_type
+        return TransferReport(*teacher, *shape, self.placement, student, parameters)
 
 
 def convert(
@@ -282,69 +254,37 @@ def convert(
     out = Path(out)
     with open_teacher(teacher, revision) as source:
         source.refuse_target(out)
-        transfer = Transfer(
-            source,
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            layer_types=layer_types,
-            dtype=dtype,
-            **overrides,
-        )
+        chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": layer_types}
+        transfer = Transfer(source, dtype, **chosen, **overrides)
         transfer.check_ties()
-        report = transfer.report()
-        check_space(out, sum(transfer.bytes_of(name) for name in transfer.expected))
+        report, shapes = transfer.report(), transfer.expected
+        bytes_per_element = {name: dtype.itemsize for name, dtype in transfer.dtypes.items()}
+        check_space(out, sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items()))
+        chosen |= {"layer_types": report.layer_types, "dtype": report.dtype, "teacher": source.name}
+        chosen |= {"revision": source.revision, **overrides}
         with staged(out, overwrite=overwrite) as directory:
-            write_weights(
-                directory,
-                transfer.expected,
-                lambda name: transfer.dtype_of(name).itemsize,
-                transfer.tensor,
-                shard_bytes,
-            )
+            write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, shard_bytes)
             transfer.config.save_pretrained(directory)
             report.files = source.copy_files(directory)
-            chosen = {
-                "sliding_window": sliding_window,
-                "num_sink_tokens": num_sink_tokens,
-                "layer_types": report.layer_types,
-                "dtype": report.dtype,
-                "teacher": source.name,
-                "revision": source.revision,
-                **overrides,
-            }
-            add_provenance(
-                directory,
-                "convert",
-                parent=source.identity(),
-                config=chosen,
-                figures=report.summary(),
-                seconds=round(time.monotonic() - started, 3),
-            )
+            seconds, figures = round(time.monotonic() - started, 3), report.summary()
+            add_provenance(directory, "convert", parent=source.path, config=chosen, figures=figures, seconds=seconds)
             write_manifest(directory)
     return report
 
 
-def from_teacher(
-    cls, teacher, *, sliding_window=512, num_sink_tokens=4, layer_types=None, dtype=None, revision=None, **overrides
-):
+def from_teacher(cls, teacher, *, dtype=None, revision=None, **student):
     """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory
     with the teacher.
 
-    Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`.
+    Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`, `student`
+    those of `student_config`.
     """
     with open_teacher(teacher, revision) as source:
-        transfer = Transfer(
-            source,
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            layer_types=layer_types,
-            dtype=dtype,
-            **overrides,
-        )
+        transfer = Transfer(source, dtype, **student)
         transfer.check_ties()
         state = {name: transfer.tensor(name) for name in transfer.expected}
-        student = cls.from_pretrained(None, config=transfer.config, state_dict=state, dtype=transfer.dtype)
-        student.config.name_or_path = ""  # transformers has put "None" there
-        student.generation_config = source.generation_config() or student.generation_config
-    student.transfer_report = transfer.report()
-    return student
+        model = cls.from_pretrained(None, config=transfer.config, state_dict=state, dtype=transfer.dtype)
+        model.config.name_or_path = ""  # transformers has put "None" there
+        model.generation_config = source.generation_config() or model.generation_config
+    model.transfer_report = transfer.report()
+    return model

@@ -6,7 +6,7 @@ number.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Qwen2Config, Qwen3Config
@@ -34,31 +34,28 @@ def per_layer(config):
 class Family:
     """One teacher family.
 
-    The four fields below `qk_norm` are values, or the name of the teacher's field that holds the value.
     layer_types: from the teacher's configuration to each layer's attention type.
     tensors: teacher -> students, as far as the configuration asks for them; None: recomputed, not loaded.
+    The three biases are values, or the name of the teacher's field that holds the value.
     """
 
     config_class: type
-    norm_position: str
-    qk_norm: str | None
-    attention_bias: bool | str
-    attention_output_bias: bool | str
-    mlp_bias: bool | str
     layer_types: Callable
     tensors: dict
+    norm_position: str = "pre"
+    qk_norm: str | None = None
+    attention_bias: bool | str = False
+    attention_output_bias: bool | str = False
+    mlp_bias: bool | str = False
 
     def fields(self, config):
         """The student's fields that differ between families, from the teacher's configuration."""
-        biases = {name: getattr(self, name) for name in ("attention_bias", "attention_output_bias", "mlp_bias")}
-        kinds = self.layer_types(config)
-        return {
-            "norm_position": self.norm_position,
-            "qk_norm": self.qk_norm,
-            **{name: getattr(config, value) if isinstance(value, str) else value for name, value in biases.items()},
-            "teacher_layer_types": kinds,
-            "teacher_sliding_window": config.sliding_window if "sliding_attention" in kinds else None,
-        }
+        fields, kinds = {"norm_position": self.norm_position, "qk_norm": self.qk_norm}, self.layer_types(config)
+        for name in ("attention_bias", "attention_output_bias", "mlp_bias"):
+            value = getattr(self, name)
+            fields[name] = getattr(config, value) if isinstance(value, str) else value
+        window = config.sliding_window if "sliding_attention" in kinds else None
+        return fields | {"teacher_layer_types": kinds, "teacher_sliding_window": window}
 
 
 def same(*names):
@@ -66,77 +63,44 @@ def same(*names):
     return {name: [name] for name in names}
 
 
+def in_layers(*names):
+    """The same of every layer."""
+    return same(*(f"model.layers.{{n}}.{name}" for name in names))
+
+
 TRUNK = {
-    **same(
-        "model.embed_tokens.weight",
-        "model.layers.{n}.self_attn.q_proj.weight",  # window attention and mLSTM share the four projections
-        "model.layers.{n}.self_attn.k_proj.weight",
-        "model.layers.{n}.self_attn.v_proj.weight",
-        "model.layers.{n}.self_attn.o_proj.weight",
-        "model.layers.{n}.mlp.gate_proj.weight",
-        "model.layers.{n}.mlp.up_proj.weight",
-        "model.layers.{n}.mlp.down_proj.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-    ),
+    **same("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    # window attention and mLSTM share the four projections
+    **in_layers(*(f"self_attn.{name}_proj.weight" for name in "qkvo")),
+    **in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     "model.rotary_emb.inv_freq": None,  # buffers of RoPE, stored by old versions of transformers
     "model.layers.{n}.self_attn.rotary_emb.inv_freq": None,
 }
-PRE_NORMS = same("model.layers.{n}.input_layernorm.weight", "model.layers.{n}.post_attention_layernorm.weight")
-POST_NORMS = same(
-    "model.layers.{n}.post_attention_layernorm.weight", "model.layers.{n}.post_feedforward_layernorm.weight"
-)
-QK_NORMS = same("model.layers.{n}.self_attn.q_norm.weight", "model.layers.{n}.self_attn.k_norm.weight")
-QKV_BIASES = same(
-    "model.layers.{n}.self_attn.q_proj.bias",
-    "model.layers.{n}.self_attn.k_proj.bias",
-    "model.layers.{n}.self_attn.v_proj.bias",
-)
-O_BIAS = same("model.layers.{n}.self_attn.o_proj.bias")
-MLP_BIASES = same(
-    "model.layers.{n}.mlp.gate_proj.bias", "model.layers.{n}.mlp.up_proj.bias", "model.layers.{n}.mlp.down_proj.bias"
-)
+PRE_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight")
+POST_NORMS = in_layers("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+QK_NORMS = in_layers("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+QKV_BIASES = in_layers("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+O_BIAS = in_layers("self_attn.o_proj.bias")
+MLP_BIASES = in_layers("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
 
 FAMILIES = {
     "llama": Family(
         LlamaConfig,
-        norm_position="pre",
-        qk_norm=None,
         attention_bias="attention_bias",
         attention_output_bias="attention_bias",
         mlp_bias="mlp_bias",
         layer_types=all_full,
-        tensors={**TRUNK, **PRE_NORMS, **QKV_BIASES, **O_BIAS, **MLP_BIASES},
+        tensors=TRUNK | PRE_NORMS | QKV_BIASES | O_BIAS | MLP_BIASES,
     ),
-    "mistral": Family(
-        MistralConfig,
-        norm_position="pre",
-        qk_norm=None,
-        attention_bias=False,
-        attention_output_bias=False,
-        mlp_bias=False,
-        layer_types=one_kind,
-        tensors={**TRUNK, **PRE_NORMS},
-    ),
-    "qwen2": Family(
-        Qwen2Config,
-        norm_position="pre",
-        qk_norm=None,
-        attention_bias=True,
-        attention_output_bias=False,
-        mlp_bias=False,
-        layer_types=per_layer,
-        tensors={**TRUNK, **PRE_NORMS, **QKV_BIASES},
-    ),
+    "mistral": Family(MistralConfig, layer_types=one_kind, tensors=TRUNK | PRE_NORMS),
+    "qwen2": Family(Qwen2Config, attention_bias=True, layer_types=per_layer, tensors=TRUNK | PRE_NORMS | QKV_BIASES),
     "qwen3": Family(
         Qwen3Config,
-        norm_position="pre",
         qk_norm="head",
         attention_bias="attention_bias",
         attention_output_bias="attention_bias",
-        mlp_bias=False,
         layer_types=per_layer,
-        tensors={**TRUNK, **PRE_NORMS, **QK_NORMS, **QKV_BIASES, **O_BIAS},
+        tensors=TRUNK | PRE_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
     ),
     "olmo2": Family(
         Olmo2Config,
@@ -144,36 +108,16 @@ FAMILIES = {
         qk_norm="full",
         attention_bias="attention_bias",
         attention_output_bias="attention_bias",
-        mlp_bias=False,
         layer_types=all_full,
-        tensors={**TRUNK, **POST_NORMS, **QK_NORMS, **QKV_BIASES, **O_BIAS},
-    ),
-    "olmo3": Family(
-        Olmo3Config,
-        norm_position="post",
-        qk_norm="full",
-        attention_bias="attention_bias",
-        attention_output_bias="attention_bias",
-        mlp_bias=False,
-        layer_types=per_layer,
-        tensors={**TRUNK, **POST_NORMS, **QK_NORMS, **QKV_BIASES, **O_BIAS},
+        tensors=TRUNK | POST_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
     ),
 }
-EVERY_FAMILY = (  # fields that have one name and one meaning in all families and in the student
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+FAMILIES["olmo3"] = replace(FAMILIES["olmo2"], config_class=Olmo3Config, layer_types=per_layer)
+# Fields that have one name and one meaning in all families and in the student
+EVERY_FAMILY = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 
@@ -188,7 +132,7 @@ def family_of(config):
     if kind not in FAMILIES:
         raise UnsupportedTeacherError(
             f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
-            "choose a teacher of one of them, or add its table to xlstm_hybrid/families.py"
+            "choose a teacher of one of them, or add its table to FAMILIES in xlstm_hybrid/conversion/families.py"
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedTeacherError(
@@ -204,19 +148,19 @@ def check_rope(config):
     """Raise UnsupportedTeacherError unless every RoPE of this teacher is one that the student computes in the same way."""
     nested = [key for key in TEACHER_LAYER_TYPES if key in config.rope_parameters]
     for rope in [config.rope_parameters[key] for key in nested] or [config.rope_parameters]:
-        found = f"teacher configuration ({config.model_type}): rope_parameters {rope}"
+        where = f"teacher configuration ({config.model_type}): rope_parameters {rope}"
         kind = rope.get("rope_type") if rope else None
         if kind not in ROPE_TYPES:
             raise UnsupportedTeacherError(
-                f"{found}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; choose another teacher"
+                f"{where}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; choose another teacher"
             )
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UnsupportedTeacherError(
-                f"{found}: partial rotary embeddings, expected the whole head to rotate; choose another teacher"
+                f"{where}: partial rotary embeddings, expected the whole head to rotate; choose another teacher"
             )
         if nested and rope.get("truncate") is False:  # transformers looks for it one level too high, and rounds
             raise UnsupportedTeacherError(
-                f"{found}: truncate=False has no effect in nested parameters; remove it to get what transformers computes"
+                f"{where}: truncate=False has no effect in nested parameters; remove it to get what transformers computes"
             )
 
 
@@ -225,23 +169,20 @@ def check_layer_types(config):
     model follows.
     """
     fields = FAMILIES[config.model_type].fields(config)
-    kinds, window, found = (
-        fields["teacher_layer_types"],
-        fields["teacher_sliding_window"],
-        f"teacher configuration ({config.model_type})",
-    )
+    kinds, window = fields["teacher_layer_types"], fields["teacher_sliding_window"]
+    where = f"teacher configuration ({config.model_type})"
     if unknown := sorted(set(kinds) - set(TEACHER_LAYER_TYPES)):
         raise UnsupportedTeacherError(
-            f"{found}: layer_types holds {unknown}, expected only {list(TEACHER_LAYER_TYPES)}; choose another teacher"
+            f"{where}: layer_types holds {unknown}, expected only {list(TEACHER_LAYER_TYPES)}; choose another teacher"
         )
     if "sliding_attention" in kinds and not window:
         raise UnsupportedTeacherError(
-            f"{found}: has sliding_attention layers and sliding_window={window}, expected a number of tokens; "
+            f"{where}: has sliding_attention layers and sliding_window={window}, expected a number of tokens; "
             "correct the teacher's config.json"
         )
     if list(getattr(config, "layer_types", None) or kinds) != kinds:
         raise UnsupportedTeacherError(
-            f"{found}: layer_types {config.layer_types} are ignored by this family, whose layers are all {kinds[0]}; "
+            f"{where}: layer_types {config.layer_types} are ignored by this family, whose layers are all {kinds[0]}; "
             "correct the teacher's config.json"
         )
 
@@ -280,14 +221,10 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
         raise ConfigError(
             f"layer_types={layer_types!r}: expected None, 'teacher' or a list of {layers} layer types, each of {list(LAYER_TYPES)}"
         )
-    chosen = {
-        "sliding_window": sliding_window,
-        "num_sink_tokens": num_sink_tokens,
-        "layer_types": layer_types and list(layer_types),
-    }
+    fields |= {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, **overrides}
     try:
-        return XLSTMHybridConfig(**fields, **chosen, **overrides)
-    # wraps the ConfigError of `validate_architecture`, or says which field has a wrong type
+        return XLSTMHybridConfig(**fields, layer_types=layer_types and list(layer_types))
+    # wraps a ConfigError, or says which field has a wrong type
     except StrictDataclassError as error:
         raise ConfigError(
             f"student of {teacher_config.model_type}: {' '.join(str(error.__cause__ or error).split())}"

@@ -3,9 +3,7 @@ once, tensors one by one.
 """
 
 import copy
-import json
 import re
-import shutil
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -15,8 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from xlstm_hybrid.checkpoint.files import read_object, weight_files, write_json
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
+from xlstm_hybrid.checkpoint.files import read_object, weight_files
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, copy_settings, using_cache
 from xlstm_hybrid.conversion.families import FAMILIES, family_of
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 
@@ -41,9 +39,15 @@ class DirectoryTeacher:
         self.config = self.read_config()
         family_of(self.config)
         self.require_safetensors()
-        self.names, self.tensors = self.find_tensors(), {}
+        self.names, self.tensors = {name: file.name for name, file in weight_files(self.path).items()}, {}
         for name, file in self.names.items():
-            self.tensors[name] = self.header(name, file)
+            try:
+                described = self.handle(file).get_slice(name)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again"
+                ) from error
+            self.tensors[name] = list(described.get_shape()), STORED.get(str(described.get_dtype()))
 
     def read_json(self, file):
         path = self.path / file
@@ -61,11 +65,8 @@ class DirectoryTeacher:
 
     def read_config(self):
         """The configuration as data: only the family's own class interprets it, and nothing in it names code to run."""
-        values = {
-            name: value
-            for name, value in self.read_json("config.json").items()
-            if not name.startswith("_") and name != "auto_map"
-        }
+        values = self.read_json("config.json")
+        values = {name: value for name, value in values.items() if not name.startswith("_") and name != "auto_map"}
         kind = values.get("model_type")
         if kind not in FAMILIES:
             family_of(type("Unknown", (), {"model_type": kind}))
@@ -80,28 +81,13 @@ class DirectoryTeacher:
     def require_safetensors(self):
         if any((self.path / name).is_file() for name in WEIGHTS):
             return
-        others = sorted(
-            p.name
-            for p in self.path.iterdir()
-            if p.suffix in (".bin", ".pt", ".pth", ".gguf") or p.name.startswith("consolidated")
-        )
-        found, step = "no weights", "download the checkpoint again"
+        pickles = {".bin", ".pt", ".pth", ".gguf"}
+        others = [p.name for p in self.path.iterdir() if p.suffix in pickles or p.name.startswith("consolidated")]
+        instead, step = "no weights", "download the checkpoint again"
         if others:
-            found, step = (
-                ", ".join(others[:3]),
-                "only safetensors is read: load the teacher in transformers and save_pretrained it",
-            )
-        raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {found}; {step}")
-
-    def find_tensors(self):
-        """`{tensor: file name}`."""
-        try:
-            return {name: file.name for name, file in weight_files(self.path).items()}
-        # a truncated file, or an index of another form
-        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.name}: {' or '.join(WEIGHTS)} is damaged ({error}); download the checkpoint again"
-            ) from error
+            instead = ", ".join(sorted(others)[:3])
+            step = "only safetensors is read: load the teacher in transformers and save_pretrained it"
+        raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {instead}; {step}")
 
     def handle(self, file):
         """The opened file; stays open, mapped and not in memory, until `close`."""
@@ -113,15 +99,6 @@ class DirectoryTeacher:
                     f"{self.name}/{file}: not a complete safetensors file ({error}); download the checkpoint again"
                 ) from error
         return self.files[file]
-
-    def header(self, name, file):
-        try:
-            described = self.handle(file).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again"
-            ) from error
-        return list(described.get_shape()), STORED.get(str(described.get_dtype()))
 
     def load(self, name):
         return self.handle(self.names[name]).get_tensor(name)
@@ -136,51 +113,19 @@ class DirectoryTeacher:
                 f"{out}: holds the teacher {self.name}; choose another directory for the student"
             )
 
-    def identity(self):
-        return self.path
-
     def generation_config(self):
         """The teacher's `GenerationConfig` with the cache that training turned off, or None."""
-        return (
-            GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
-            if (self.path / GENERATION).is_file()
-            else None
-        )
+        if (self.path / GENERATION).is_file():
+            return GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
 
     def copy_files(self, directory):
         """Copy tokenizer, chat template and generation config; returns their names."""
-        copied = [name for name in (GENERATION, *TOKENIZER_FILES) if (self.path / name).is_file()]
-        for name in copied:
-            self.refuse_outside(self.path / name)
-            shutil.copyfile(self.path / name, directory / name)
-        if GENERATION in copied:
-            self.generation_config()
-            write_json(directory / GENERATION, using_cache(self.read_json(GENERATION)))
-        if "tokenizer_config.json" in copied:
-            kept = {
-                key: value
-                for key, value in self.read_json("tokenizer_config.json").items()
-                # code, and paths of another machine
-                if key not in ("auto_map", "name_or_path") and not key.endswith("_file")
-            }
-            (directory / "tokenizer_config.json").write_text(
-                json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        return copied
-
-    def refuse_outside(self, path):
-        """Raise CheckpointError for a link out of the checkpoint; a Hub snapshot links to the blobs of its own
-        repository.
-        """
-        blobs = self.path.resolve().parent.parent / "blobs"
-        if not any(path.resolve().is_relative_to(root) for root in (self.path.resolve(), blobs)):
-            raise CheckpointError(
-                f"{self.name}/{path.name}: links to a file outside of the checkpoint; replace the link by the file"
-            )
+        self.generation_config()  # one that is none is refused
+        return copy_settings(self.path, directory, self.name)
 
 
 class ModelTeacher:
-    """A transformers model in memory; the interface of `DirectoryTeacher`, without tokenizer files.
+    """A transformers model in memory; the interface of `DirectoryTeacher`, without path and tokenizer files.
 
     Raises:
         UnsupportedTeacherError: see `family_of`.
@@ -188,21 +133,16 @@ class ModelTeacher:
     """
 
     def __init__(self, model):
-        self.model, self.config, self.name, self.revision = (
-            model,
-            model.config,
-            f"{type(model).__name__} in memory",
-            None,
-        )
+        self.model, self.config, self.name = model, model.config, f"{type(model).__name__} in memory"
+        self.path = self.revision = None
         family_of(self.config)
         self.state = model.state_dict()
         if empty := [name for name, x in self.state.items() if x.is_meta]:
             raise CheckpointError(
                 f"{self.name}: {len(empty)} tensors are on the meta device, the first {empty[0]}; load it without offloading"
             )
-        self.tensors = {
-            name: (list(x.shape), x.dtype if x.dtype in STORED.values() else None) for name, x in self.state.items()
-        }
+        plain = set(STORED.values())
+        self.tensors = {name: (list(x.shape), x.dtype if x.dtype in plain else None) for name, x in self.state.items()}
 
     def load(self, name):
         return self.state[name]
@@ -213,15 +153,12 @@ class ModelTeacher:
     def refuse_target(self, out):
         pass
 
-    def identity(self):
-        return None
-
     def generation_config(self):
         """The teacher's `GenerationConfig` with the cache that training turned off, or None; the model keeps its own."""
-        found = copy.deepcopy(self.model.generation_config)
-        if found is not None and found.use_cache is False:
-            found.use_cache = True
-        return found
+        config = copy.deepcopy(self.model.generation_config)
+        if config is not None and config.use_cache is False:
+            config.use_cache = True
+        return config
 
     def copy_files(self, directory):
         if self.model.generation_config is None:

@@ -32,7 +32,7 @@ def convert(teacher, out, *, dtype=None, revision=None, seed=0, overwrite=False,
             config = {"teacher": source.name, "revision": source.revision, "dtype": report.dtype, "seed": seed}
             config |= options
             figures, seconds = report.summary(), round(time.monotonic() - started, 3)
-            record = {"parent": source.identity(), "config": config, "figures": figures, "seconds": seconds}
+            record = {"parent": source.path, "config": config, "figures": figures, "seconds": seconds}
             add_provenance(directory, "distil-convert", **record)
             write_manifest(directory)
     return report

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from xlstm_hybrid.conversion.convert import DTYPES, TensorReport
+from xlstm_hybrid.conversion.convert import TensorReport
 from xlstm_hybrid.conversion.families import family_of
+from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 
@@ -121,16 +122,12 @@ def new_student(cls, source, dtype, seed, **options):
     config = distil_config(source.config, **options)
     check_embeddings(source, config)
     stored, tied = source.tensors[EMBEDDING][1], source.config.tie_word_embeddings
-    config.dtype = stored if dtype is None else DTYPES.get(str(dtype).removeprefix("torch."))
-    if config.dtype is None:
-        raise ConfigError(f"dtype={dtype!r}: expected None for the teacher's own, or one of {', '.join(DTYPES)}")
-    config.architectures = [cls.__name__]
+    config.dtype, config.architectures = dtype_named(dtype, stored), [cls.__name__]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = cls(config)
     for name, parameter in student.named_parameters():
-        gate = name.rsplit(".", 1)[-1] in cls._keep_in_fp32_modules_strict
-        parameter.data = parameter.data.to(torch.promote_types(config.dtype, torch.float32) if gate else config.dtype)
+        parameter.data = parameter.data.to(parameter_dtype(name, config.dtype, cls))
     modules = {EMBEDDING: student.model.embed_tokens} | ({} if config.tie_word_embeddings else {HEAD: student.lm_head})
     for name, module in modules.items():
         value = source.load(name if name in source.tensors and not tied else EMBEDDING)

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.efficiency import Side, measure_pair, new_cache
-from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound, default_length, verify
+from xlstm_hybrid.evaluation.equivalence import Result, bound, default_length, verify
 from xlstm_hybrid.model.cache_names import named
 
 # Fields of a student's config with an entry per layer.
@@ -29,7 +29,7 @@ def load_checkpoint(path, dtype, device):
     """
     disable_progress_bar()  # every process that measures memory loads anew
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True).to(device).eval()
+        return load_model(path, dtype, device=device)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{Path(path).name}: cannot be loaded ({error}); expected a checkpoint directory or hub id"

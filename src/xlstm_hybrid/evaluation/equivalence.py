@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from xlstm_hybrid.conversion.load import DTYPES
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # the one check whose ways must differ; and a pair of checks named by dtype
 MEMORY, LOW = "the mLSTM's memory matters", "low precision"
 DOUBLE_BYTES = 2**32  # a model whose float64 copy is smaller is checked in float64 on a CPU

@@ -22,6 +22,7 @@ from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.scores import contradictions, last_part
 from xlstm_hybrid.model.cache_names import cache_of
+from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.model.generation_checks import stock_settings
 from xlstm_hybrid.planning.cache_size import filled_bytes
 from xlstm_hybrid.teacher_store import weights_hash
@@ -343,7 +344,7 @@ def long_context_result(results, unit, model, tokenizer):
     that length, "by_depth"}
     """
     scores, samples = results["results"][unit.name], results["samples"][unit.name]
-    window, sinks = reach(model.config)
+    window, sinks = attention_reach(model.config)
     covered, recall = coverage(unit.length, window, sinks), scores["recall,none"]
     ids = tokenizer(samples[0]["doc"]["prompt"], return_tensors="pt", verbose=False)["input_ids"]
     with torch.inference_mode():
@@ -359,20 +360,6 @@ def long_context_result(results, unit, model, tokenizer):
         "cache_bytes": filled_bytes(cache),
         "by_depth": by_depth(samples),
     }
-
-
-def reach(config):
-    """`(window, sinks)` of the layer that sees furthest back by attention; window None if one sees everything."""
-    config = config.get_text_config()
-    layers = range(config.num_hidden_layers)
-    if hasattr(config, "window_of"):
-        pairs = [(config.window_of(j), config.sinks_of(j)) for j in layers]
-    else:
-        types = getattr(config, "layer_types", None) or [
-            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        ]
-        pairs = [(config.sliding_window if kind == "sliding_attention" else None, 0) for kind in types]
-    return (None, 0) if any(window is None for window, _ in pairs) else max(pairs, key=sum)
 
 
 # --- files and lines ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache
+from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, copy_settings, using_cache
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
@@ -277,13 +277,7 @@ def export(checkpoint, out, overwrite=False):
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
-        if GENERATION in names:
-            write_json(directory / GENERATION, using_cache(read_json(checkpoint / GENERATION, checkpoint.name)))
-        if (checkpoint / TOKENIZER).is_file():
-            # without what names code, or files of another machine
-            drop = re.compile("auto_map|name_or_path|.*_file")
-            values = read_json(contained(checkpoint, TOKENIZER), checkpoint.name)
-            write_json(directory / TOKENIZER, {key: x for key, x in values.items() if not drop.fullmatch(key)})
+        copy_settings(checkpoint, directory, checkpoint.name)
         files = code()
         for name, text in files.items():
             write_file(directory / name, text.encode())

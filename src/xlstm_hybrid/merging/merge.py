@@ -5,7 +5,6 @@ order.
 import json
 import math
 import re
-import shutil
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, SHARD_BYTES, TOKENIZER_FILES, plan_shards, using_cache
+from xlstm_hybrid.checkpoint.weights import NOT_CARRIED, SHARD_BYTES, copy_settings, plan_shards, using_cache
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.merging.methods import MERGES, Statistics, check_options, linear
 from xlstm_hybrid.recipe.merge_settings import (
@@ -44,7 +43,6 @@ from xlstm_hybrid.recipe.merge_settings import (
     on_simplex,
 )
 
-NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 # config keys in which experts may differ
 INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}
 # by safetensors' names
@@ -392,19 +390,7 @@ def carry(expert, folder):
     """Copy configuration and tokenizer files, without keys that name code or a path."""
     config = {key: value for key, value in expert.config.items() if key not in NOT_CARRIED}
     write_json(folder / "config.json", using_cache(config))
-    for name in (GENERATION, *TOKENIZER_FILES):
-        file = contained(expert.directory, name)
-        if name == "tokenizer_config.json" and file.is_file():
-            kept = {
-                k: v
-                for k, v in read_json(file, expert.name).items()
-                if k not in NOT_CARRIED and not k.endswith("_file")
-            }
-            write_json(folder / name, kept)
-        elif name == GENERATION and file.is_file():
-            write_json(folder / name, using_cache(read_json(file, expert.name)))
-        elif file.is_file():
-            shutil.copyfile(file, folder / name)
+    copy_settings(expert.directory, folder, expert.name)
 
 
 def mergekit_architecture(checkpoint):

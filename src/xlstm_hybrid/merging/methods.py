@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_versioned, weight_files
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.recipe.merge_settings import LABELS, option_faults
 
@@ -328,17 +329,12 @@ def measure_statistics(checkpoint, batches, out, kind, device="cpu", **options):
     Returns:
         The number of rows ("fisher") or tokens ("gram") that were read.
     """
-    from transformers import AutoModelForCausalLM
-
     out, measures = Path(out), {"fisher": fisher_diagonals, "gram": gram_matrices}
     if kind not in measures or out.resolve().is_relative_to(Path(checkpoint).resolve()):
         raise MergeError(
             f"kind={kind!r}, out={out.name}: expected one of {sorted(measures)}, and a file outside of {Path(checkpoint).name}"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    tensors, *shared, items = measures[kind](model.eval().to(device), batches, **options)
+    tensors, *shared, items = measures[kind](load_model(checkpoint, device=device), batches, **options)
     if not items:
         raise MergeError(f"{out.name}: no tokens to measure {kind} statistics on; give at least one batch")
     notes = {"format": "pt", "kind": kind, "items": str(items), "weights": weight_files_digest(checkpoint)}

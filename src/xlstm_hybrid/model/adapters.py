@@ -4,15 +4,12 @@
     print(coverage(model))
 
 Projections and MLPs are `nn.Linear`: LoRA and DoRA take them as `target_modules`. Feature maps and gates are parameters
-of the mixer, reached by
-`target_parameters`: LoRA only, peft has no DoRA and no dropout for them. `whole_mixer` trains copies of the mixers at
-full rank instead
-(`modules_to_save`). Every path of the model calls its projections and its mixer as modules, so that an adapter acts in
+of the mixer, reached by `target_parameters`: LoRA only, peft has no DoRA and no dropout for them. `whole_mixer` trains copies of the
+mixers at full rank instead (`modules_to_save`). Every path of the model calls its projections and its mixer as modules, so that an adapter acts in
 all of them. A wrapped parameter is put together again in each call: merge (`merge_and_unload`) before long generation.
 
 QLoRA: `from_pretrained(student, quantization_config=BitsAndBytesConfig(...))` quantises the linear layers only; maps
-and gates are parameters and
-stay as they are, gates in float32. Then `prepare_model_for_kbit_training` and any preset. bitsandbytes does this on a
+and gates are parameters and stay as they are, gates in float32. Then `prepare_model_for_kbit_training` and any preset. bitsandbytes does this on a
 CPU (tried: 0.50, NF4 and 8 bit; an evaluation repacks 4-bit weights on a CPU, after which they no longer train) and is
 meant for a GPU (not tried). TRL rounds what trains beside a quantised base to bfloat16, gates of `whole_mixer`
 included: take "mixer" there. Merge into the student in full precision.
@@ -27,6 +24,7 @@ from operator import attrgetter
 from torch import nn
 
 from xlstm_hybrid.errors import AdapterError
+from xlstm_hybrid.model.mixer import GATE_PARAMETERS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MAPS, GATES = ("mlstm.q_map", "mlstm.k_map"), ("mlstm.igate_weight", "mlstm.fgate_weight", "mlstm.ogate_weight")
@@ -41,56 +39,46 @@ PRESETS = {
     "all": ATTENTION + MLP + MAPS + GATES,
     "whole_mixer": (WHOLE,),
 }
-GROUP_OF = (
-    dict.fromkeys(ATTENTION, "attention")
-    | dict.fromkeys(MLP, "mlp")
-    | {"q_map": "feature maps", "k_map": "feature maps"}
-)
-GROUP_OF |= dict.fromkeys(
-    ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale", "norm_weight"), "gates"
-)
-GROUP_OF |= {"embed_tokens": "embeddings", "lm_head": "head"}
+GROUP_OF = {"q_map": "feature maps", "k_map": "feature maps", "embed_tokens": "embeddings", "lm_head": "head"}
+GROUP_OF |= dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp")
+GROUP_OF |= dict.fromkeys((*GATE_PARAMETERS, "norm_weight"), "gates")
 TIED = ("embed_tokens", "lm_head")
 WRAPPERS = (".base_layer", ".original_module")  # what peft puts into the names of what it wraps
-PARAMETERS_ONLY = {  # arguments that peft ignores, or refuses late, where a parameter is the target
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "exclude_modules": None,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
+# Arguments that peft ignores, or refuses late, where a parameter is the target, and their neutral values
+PARAMETERS_ONLY = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"), None)
+PARAMETERS_ONLY |= {"lora_bias": False, "fan_in_fan_out": False, "use_dora": False, "lora_dropout": 0.0}
 
 
 # --- what to target ----------------------------------------------------------------------------------------------
 
 
-def plain(name):
+def unwrapped_name(name):
     """A parameter's or module's name as it was before peft wrapped anything."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
-def base_of(model):
+def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adaptable(model):
     """`{short name: number of tensors}` of what adapters can name in this model, in the order of the layers."""
-    found, own = Counter(), own_parameters(model)
-    for name, x in base_of(model).named_parameters():
-        owner, leaf = plain(name).split(".")[-2:]
+    names, own = Counter(), own_parameters(model)
+    for name, x in unwrapped(model).named_parameters():
+        owner, leaf = unwrapped_name(name).split(".")[-2:]
         if id(x) in own or x.ndim < 2:
             continue
         if owner == WHOLE:
-            found[f"{WHOLE}.{leaf}"] += 1
-            found[WHOLE] += leaf == "q_map"
+            names[f"{WHOLE}.{leaf}"] += 1
+            names[WHOLE] += leaf == "q_map"
         elif leaf == "weight":
-            found[owner] += 1
-    return dict(found)
+            names[owner] += 1
+    return dict(names)
 
 
-def resolve(model, targets):
+def target_names(model, targets):
     """Short names for a preset, or for a list of presets and of names of one's own. Of a preset, what there is: a layer
     may have no mixer.
 
@@ -100,20 +88,19 @@ def resolve(model, targets):
     exist, chosen = adaptable(model), {}
     for entry in [targets] if isinstance(targets, str) else list(targets):
         names = PRESETS.get(entry, (entry, f"{WHOLE}.{entry}"))
-        found = [name for name in names if name in exist]
-        if not found:
+        if exist.keys().isdisjoint(names):
             raise AdapterError(
-                f"{entry!r} matches nothing in this {type(base_of(model)).__name__}: presets are {sorted(PRESETS)}, names in it are "
+                f"{entry!r} matches nothing in this {type(unwrapped(model)).__name__}: presets are {sorted(PRESETS)}, names in it are "
                 f"{sorted(exist)}"
             )
-        chosen |= dict.fromkeys(found)
+        chosen |= dict.fromkeys(name for name in names if name in exist)
     if not chosen:
         raise AdapterError(f"no targets: name at least one preset of {sorted(PRESETS)}")
     if WHOLE in chosen and any(name.startswith(f"{WHOLE}.") for name in chosen):
         raise AdapterError(
             "targets hold the whole mixer and parts of it: its copy is trained at full rank, leave the parts out"
         )
-    if base_of(model).config.tie_word_embeddings and not chosen.keys().isdisjoint(TIED):
+    if unwrapped(model).config.tie_word_embeddings and not chosen.keys().isdisjoint(TIED):
         raise AdapterError(
             f"{' and '.join(TIED)} are tied: merging an adapter of one would change the other; leave it out, or untie them"
         )
@@ -139,14 +126,19 @@ def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dro
 
     if named := sorted({"target_modules", "target_parameters"} & kwargs.keys()):
         raise AdapterError(f"{named[0]}: name modules and parameters in `targets`, which finds out what they are")
-    names = resolve(model, targets)
+    names = target_names(model, targets)
     parameters = [name for name in names if name.startswith(f"{WHOLE}.")]
-    whole = [WHOLE] if WHOLE in names else []
     modules = [name for name in names if name not in (WHOLE, *parameters)]
     if not (isinstance(r, int) and r >= 1):
         raise AdapterError(f"r={r!r}: expected a rank of at least 1")
-    check_parameters(parameters, {"use_dora": use_dora, "lora_dropout": lora_dropout, **kwargs})
-    saved = [*whole, *(kwargs.pop("modules_to_save", None) or ())]
+    arguments = {"use_dora": use_dora, "lora_dropout": lora_dropout, **kwargs}
+    wrong = [name for name, x in PARAMETERS_ONLY.items() if arguments.get(name, x) not in (x, [], None)]
+    if parameters and wrong:  # peft would say so late, or ignore them
+        raise AdapterError(
+            f"{wrong[0]}={arguments[wrong[0]]!r} does not work on {', '.join(parameters)}: peft adapts parameters by plain LoRA only; "
+            "choose 'projections', or 'whole_mixer' for the mixers beside it"
+        )
+    saved = [name for name in names if name == WHOLE] + list(kwargs.pop("modules_to_save", None) or ())
     return LoraConfig(
         task_type=kwargs.pop("task_type", "CAUSAL_LM"),
         r=r,
@@ -161,17 +153,6 @@ def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dro
     )
 
 
-def check_parameters(parameters, arguments):
-    """Raise AdapterError for arguments that cannot act on targeted parameters: peft would say so late, or ignore them."""
-    neutral = PARAMETERS_ONLY | {"use_dora": False, "lora_dropout": 0.0}
-    wrong = [name for name, value in neutral.items() if arguments.get(name, value) not in (value, [], None)]
-    if parameters and wrong:
-        raise AdapterError(
-            f"{wrong[0]}={arguments[wrong[0]]!r} does not work on {', '.join(parameters)}: peft adapts parameters by plain LoRA only; "
-            "choose 'projections', or 'whole_mixer' for the mixers beside it"
-        )
-
-
 # --- what is covered ---------------------------------------------------------------------------------------------
 
 
@@ -180,9 +161,8 @@ class Coverage:
     """What trains, per group of parameters; counts are numbers, not tensors.
 
     groups: {group: {"parameters": of the base model, split into "adapted" (an active adapter acts on them), "whole"
-    (trained themselves, or
-    an active copy of them) and "frozen"; "adapter": what active adapters hold for the group; "trained": all that gets a
-    gradient}}.
+    (trained themselves, or an active copy of them) and "frozen"; "adapter": those of active adapters for the group;
+    "trained": all that gets a gradient}}.
     """
 
     groups: dict = field(default_factory=dict)
@@ -201,11 +181,8 @@ class Coverage:
         for column in columns:
             table.add_column(column, justify="right")
         for name, row in rows.items():
-            table.add_row(
-                name,
-                *(f"{row[column]:,}" if row[column] else "–" for column in columns),
-                end_section=name == list(rows)[-2],
-            )
+            cells = [f"{row[column]:,}" if row[column] else "–" for column in columns]
+            table.add_row(name, *cells, end_section=name == list(rows)[-2])
         return table
 
     def __str__(self):
@@ -226,27 +203,27 @@ def tuner_layers(model):
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for name, module in base_of(model).named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             parameter = vars(module).get("parameter_name")  # of a wrapper that adapts one parameter of a module
-            place = plain(name) if parameter is None else f"{plain(name)}.{parameter}"
+            place = unwrapped_name(name) if parameter is None else f"{unwrapped_name(name)}.{parameter}"
             yield place, module, () if module.disable_adapters else tuple(module.active_adapters)
 
 
-def held(module):
-    """`(adapter, name, parameter)` of what a tuner layer holds; names count within the layer."""
+def adapter_parameters(module):
+    """`(adapter, name, parameter)` of all in a tuner layer; names count within the layer."""
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
         entries = attrgetter(attribute)(module) if hasattr(module, attribute.split(".")[0]) else {}
         for adapter, x in entries.items() if hasattr(entries, "items") else ():
-            found = (
-                x.named_parameters() if isinstance(x, nn.Module) else [("", x)] if isinstance(x, nn.Parameter) else ()
-            )
-            yield from ((adapter, name, parameter) for name, parameter in found)
+            if isinstance(x, nn.Module):
+                yield from ((adapter, name, parameter) for name, parameter in x.named_parameters())
+            elif isinstance(x, nn.Parameter):
+                yield adapter, "", x
 
 
 def own_parameters(model):
     """ids of the parameters that belong to adapters, not to the base model."""
-    return {id(x) for _, module, _ in tuner_layers(model) for _, _, x in held(module)}
+    return {id(x) for _, module, _ in tuner_layers(model) for _, _, x in adapter_parameters(module)}
 
 
 def numel(x):
@@ -255,26 +232,10 @@ def numel(x):
     return x.numel() if state is None else state.shape.numel()
 
 
-def group_of(name):
+def parameter_group(name):
     """The group of a parameter by its plain name."""
-    parts = name.split(".")
-    return next(
-        (GROUP_OF[part] for part in reversed(parts) if part in GROUP_OF),
-        "norms" if any("norm" in part for part in parts) else "other",
-    )
-
-
-def acting(model):
-    """`({id: (group, parameter)} of active adapters, ids of what they act on, ids of what active copies stand for)`."""
-    adapters, adapted, copied = {}, set(), set()
-    for place, module, active in tuner_layers(model):
-        mine = {id(x): (group_of(f"{place}.{name}"), x) for adapter, name, x in held(module) if adapter in active}
-        if mine and hasattr(module, "original_module"):
-            copied |= {id(x) for x in module.original_module.parameters()}
-        elif mine:
-            adapted.add(id(module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight))
-        adapters |= mine
-    return adapters, adapted, copied
+    named = [GROUP_OF[part] for part in name.split(".") if part in GROUP_OF]
+    return named[-1] if named else "norms" if "norm" in name else "other"
 
 
 def coverage(model):
@@ -284,27 +245,31 @@ def coverage(model):
         AdapterError: an adapter names a target that matches nothing in the model.
     """
     check_matches(model)
-    adapters, adapted, copied = acting(model)
-    base, own = {id(x): x for x in base_of(model).parameters()}, own_parameters(model)
+    # {id: (group, parameter)} of active adapters, ids of what they act on, ids of what active copies stand for
+    adapters, adapted, copied = {}, set(), set()
+    for place, module, active in tuner_layers(model):
+        mine = [(f"{place}.{name}", x) for adapter, name, x in adapter_parameters(module) if adapter in active]
+        if mine and hasattr(module, "original_module"):
+            copied |= {id(x) for x in module.original_module.parameters()}
+        elif mine:
+            adapted.add(id(module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight))
+        adapters |= {id(x): (parameter_group(name), x) for name, x in mine}
+    base, own = {id(x): x for x in unwrapped(model).parameters()}, own_parameters(model)
     # soft prompts stand beside the model
     adapters |= {id(x): ("prompt", x) for x in model.parameters() if id(x) not in base}
-    groups = {}
+    groups, kinds = {}, ("parameters", "adapted", "whole", "frozen", "adapter", "trained")
 
     def add(group, x, kind):
-        row = groups.setdefault(
-            group, dict.fromkeys(("parameters", "adapted", "whole", "frozen", "adapter", "trained"), 0)
-        )
+        row = groups.setdefault(group, dict.fromkeys(kinds, 0))
         row[kind] += numel(x)
         row["parameters"] += numel(x) * (kind != "adapter")
         row["trained"] += numel(x) * x.requires_grad
 
-    for name, x in base_of(model).named_parameters():
+    for name, x in unwrapped(model).named_parameters():
         if id(x) not in own:
-            add(
-                group_of(plain(name)),
-                x,
-                "adapted" if id(x) in adapted else "whole" if id(x) in copied or x.requires_grad else "frozen",
-            )
+            whole = id(x) in copied or x.requires_grad
+            kind = "adapted" if id(x) in adapted else "whole" if whole else "frozen"
+            add(parameter_group(unwrapped_name(name)), x, kind)
     for group, x in adapters.values():
         add(group, x, "adapter")
     return Coverage(groups)
@@ -316,7 +281,7 @@ def check_matches(model):
     """
     reached = {}
     for place, module, _ in tuner_layers(model):
-        for adapter, _, _ in held(module):
+        for adapter, _, _ in adapter_parameters(module):
             reached.setdefault(adapter, set()).add(place)
     for adapter, config in getattr(model, "peft_config", {}).items():
         for attribute in ("target_modules", "target_parameters", "modules_to_save"):

@@ -1,7 +1,6 @@
 """The hybrid layer: o * mLSTM + (1 - o) * window attention, head by head, in the place of a Transformer's attention.
 
-Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, F features, W
-window, S sinks.
+Dims: B batch, T tokens, D hidden size, H query heads, G key/value heads, K query/key dim, V value dim, F features.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
@@ -14,18 +13,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb
 from xlstm_kernels import mix, window_attention
 
-from xlstm_hybrid.model.experimental.cells import CELLS
-from xlstm_hybrid.model.experimental.norm import normed
+from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
-from xlstm_hybrid.model.rollback import Piece, Step
+from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
 class HybridAttention(nn.Module):
     """Attention layer of the student: "hybrid_sliding" mixes, any other type is the teacher's own attention."""
 
-    # [H, 1] bool, heads that meanwhile have full attention, in passes without a cache: `planning.layers` measures what
-    # each is worth
+    # [H, 1] bool, heads with full attention in passes without a cache: `planning.layers` measures what each is worth
     restored = None
 
     def __init__(self, config, layer_idx):
@@ -34,11 +31,8 @@ class HybridAttention(nn.Module):
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
-        D, q_dim, kv_dim = (
-            config.hidden_size,
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
+        D, q_dim = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_dim = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
@@ -46,10 +40,7 @@ class HybridAttention(nn.Module):
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         elif config.qk_norm == "full":
-            self.q_norm, self.k_norm = (
-                Olmo2RMSNorm(q_dim, config.rms_norm_eps),
-                Olmo2RMSNorm(kv_dim, config.rms_norm_eps),
-            )
+            self.q_norm, self.k_norm = (Olmo2RMSNorm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
         kept = config.kept_of(layer_idx)
@@ -59,9 +50,8 @@ class HybridAttention(nn.Module):
         """`(output [B, T, D], attention weights or None)`; `cache` is that of all layers."""
         projected = self.project(hidden_states, position_embeddings)
         if self.layer_type == "hybrid_sliding":
-            h, weights = self.mix(
-                hidden_states, projected, tokens, mask, None if cache is None else cache.layers[self.layer_idx]
-            )
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
         else:
             query, key, value, *_ = projected
             if cache is not None:
@@ -113,7 +103,7 @@ class HybridAttention(nn.Module):
         memory, state = mlstm(phi_q, *written, state=None if cache is None else cache.state, chunk_size=chunk_size)
         if cache is not None:
             if cache.depth:
-                cache.note(Piece(mlstm, written, key, value, tokens, chunk_size))
+                cache.note(RecordedCall(mlstm, written, key, value, tokens, chunk_size))
             key, value = cache.update(key, value, tokens, state)
         if config.mixer_branches == "memory":  # a baseline: o = 1
             return memory, None
@@ -132,9 +122,8 @@ class HybridAttention(nn.Module):
             return self.attend(query, key, value, mask, implementation=self.masked_implementation)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         where = {} if tokens.plain else {"index": tokens.index, "document": tokens.document}
-        return window_attention(
-            q, k, v, window=self.sliding_window, sinks=self.num_sink_tokens, scale=self.scaling, **where
-        ), None
+        where |= {"window": self.sliding_window, "sinks": self.num_sink_tokens}
+        return window_attention(q, k, v, scale=self.scaling, **where), None
 
     # --- kept groups -----------------------------------------------------------------------------------------------
 
@@ -160,10 +149,9 @@ class HybridAttention(nn.Module):
         if self.config.kept_positions == "log":
             query, key = unrotated
             query = log_scaled(query, tokens.index, self.config.kept_log_base)
-        keys, spare = (
-            (KeptKeys(self.config.kept_window_of(self.layer_idx)), 0) if cache is None else (cache.kept, cache.depth)
-        )
-        key, value, mask = keys.append(key, value, tokens, spare, masked=self.masked_implementation == "eager")
+        keys = KeptKeys(self.config.kept_window_of(self.layer_idx)) if cache is None else cache.kept
+        spare, masked = 0 if cache is None else cache.depth, self.masked_implementation == "eager"
+        key, value, mask = keys.append(key, value, tokens, spare, masked)
         return self.attend(query, key, value, mask, implementation=self.masked_implementation)
 
     # --- softmax attention -----------------------------------------------------------------------------------------
@@ -179,15 +167,5 @@ class HybridAttention(nn.Module):
         if implementation == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        return interface(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "sliding_window": sliding_window}
+        return interface(self, query, key, value, mask, scaling=self.scaling, **kwargs)

@@ -46,15 +46,13 @@ class StateLayer(CacheLayerMixin):
 class Placing(NamedTuple):
     """Where the tokens of a call go.
 
-    count, before: [B, 1] tokens of the row's document after the call and before it.  restarted: [B, 1] bool, whether a
-    document begins in it.
+    count: [B, 1] tokens of the row's document after the call.  restarted: [B, 1] bool, whether a document begins in it.
     inside: [B, T] bool, tokens of the document that the row ends with.
     written: [B, S + W] bool, slots that hold another token afterwards; source: [B, S + W], the column of the call that
     they take.
     """
 
     count: torch.Tensor
-    before: torch.Tensor
     restarted: torch.Tensor
     inside: torch.Tensor
     written: torch.Tensor
@@ -107,14 +105,11 @@ class HybridCacheLayer(Rollback, StateLayer):
         B, G = key_states.shape[:2]
         slots = self.num_sink_tokens + self.sliding_window
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if (
-            self.room is not None
-            and self.keys.shape == (B, G, slots, key_states.shape[-1])
-            and self.keys.dtype == self.dtype
-        ):
+        shape = B, G, slots, key_states.shape[-1]
+        if self.room is not None and self.keys.shape == shape and self.keys.dtype == self.dtype:
             self.count.zero_()  # a static layer that was reset
             return
-        self.keys = key_states.new_zeros(B, G, slots, key_states.shape[-1])
+        self.keys = key_states.new_zeros(shape)
         self.values = value_states.new_zeros(B, G, slots, value_states.shape[-1])
         self.count, self.room = torch.zeros(B, dtype=torch.long, device=self.device), None
         self.pin(self.keys, self.values, self.count)
@@ -124,27 +119,6 @@ class HybridCacheLayer(Rollback, StateLayer):
         if self.is_compileable and not torch.compiler.is_compiling():
             for x in tensors:
                 torch._dynamo.mark_static_address(x)
-
-    def hold(self, state):
-        """Make `state` the layer's own, or None where it has no memory; a static layer copies it to where the last one
-        was.
-        """
-        if state is not None and self.is_compileable and not torch.is_grad_enabled():
-            if self.room is None:
-                self.room = MLSTMState(*(x.clone() for x in state))
-                self.pin(*self.room)
-            for mine, new in zip(self.room, state, strict=True):
-                mine.copy_(new)
-            state = self.room
-        self.state = state
-
-    def put(self, **tensors):
-        """Replace tensors of the layer; a static layer's in place."""
-        for name, x in tensors.items():
-            if self.is_compileable and not torch.is_grad_enabled():
-                getattr(self, name).copy_(x)
-            else:
-                setattr(self, name, x)
 
     # --- which token stands where ----------------------------------------------------------------------------------
 
@@ -157,8 +131,8 @@ class HybridCacheLayer(Rollback, StateLayer):
         """The same for a row that holds `count` [B, 1] tokens."""
         S, W, last = self.num_sink_tokens, self.sliding_window, count - 1
         slot = torch.arange(S + W, device=count.device)[None]
-        held = torch.where(slot < S, slot, last - (last - (slot - S)) % W)
-        return torch.where((held > last) | (held < 0), -1, held)
+        index = torch.where(slot < S, slot, last - (last - (slot - S)) % W)
+        return torch.where((index > last) | (index < 0), -1, index)
 
     def visible(self, tokens):
         """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its
@@ -168,24 +142,22 @@ class HybridCacheLayer(Rollback, StateLayer):
         distance = tokens.index[:, :, None] - slot_index[:, None]
         inside = distance < self.sliding_window
         sink = torch.arange(slot_index.shape[1], device=distance.device) < self.num_sink_tokens
-        held = (slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
-        return (held & (inside != sink)) | ~tokens.real[:, :, None]
+        there = (slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
+        return (there & (inside != sink)) | ~tokens.real[:, :, None]
 
     def placing(self, tokens):
         """`Placing` of new tokens: padding writes nothing, a document start empties the slots."""
         document, restarted = tokens.document[:, -1:], tokens.start.any(-1, keepdim=True)
         inside = tokens.real & (tokens.document == document)
         before = torch.where(restarted, 0, self.count[:, None])
-        count = torch.where(
-            inside.any(-1, keepdim=True), tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True) + 1, before
-        )
+        last = tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True)
+        count = torch.where(inside.any(-1, keepdim=True), last + 1, before)
         wanted = self.index_of_slots(count)  # index that each slot holds from now on
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
-        source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1)).clamp_max(
-            tokens.index.shape[1] - 1
-        )
-        return Placing(count, before, restarted, inside, wanted >= before, source)
+        source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1))
+        source = source.clamp_max(tokens.index.shape[1] - 1)
+        return Placing(count, restarted, inside, wanted >= before, source)
 
     # --- taking tokens in ------------------------------------------------------------------------------------------
 
@@ -212,15 +184,21 @@ class HybridCacheLayer(Rollback, StateLayer):
         self.seen_tokens += key_states.shape[2]
         place = self.placing(tokens)
         keys, values = place.take(key_states, self.keys), place.take(value_states, self.values)
-        self.put(keys=keys, values=values, count=place.count[:, 0].clone())
-        self.hold(state)
+        self.put(keys, values, place.count[:, 0].clone(), state)
         return seen
 
-    def skip(self, tokens):
-        """Count tokens that the layer has read in another process, as a pipeline's stage: `Cache.get_seq_length` asks
-        layer 0 everywhere.
-        """
-        self.seen_tokens += tokens
+    def put(self, keys, values, count, state):
+        """Replace the layer's tensors; a static layer's stay where they are. state: None where there is no memory."""
+        if not self.is_compileable or torch.is_grad_enabled():
+            self.keys, self.values, self.count, self.state = keys, values, count, state
+            return
+        if state is not None and self.room is None:
+            self.room = MLSTMState(*(x.clone() for x in state))
+            self.pin(*self.room)
+        own, new = (self.keys, self.values, self.count), (keys, values, count)
+        self.state = None if state is None else self.room
+        for x, y in zip((*own, *(self.state or ())), (*new, *(state or ())), strict=True):
+            x.copy_(y)
 
     # --- all tensors together --------------------------------------------------------------------------------------
 
@@ -256,12 +234,8 @@ class HybridCacheLayer(Rollback, StateLayer):
     def fill(self, tensors, seen):
         """Take `named_tensors` of a layer that had `seen` tokens."""
         self.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
-        self.keys, self.values, self.count, self.seen_tokens = (
-            tensors["keys"],
-            tensors["values"],
-            tensors["count"],
-            seen,
-        )
+        self.keys, self.values, self.count = (tensors[name] for name in ("keys", "values", "count"))
+        self.seen_tokens = seen
         self.state = MLSTMState(*(tensors[name] for name in MLSTMState._fields)) if "C" in tensors else None
         if self.kept is not None:
             self.kept.keys, self.kept.values, self.kept.place = (
@@ -293,8 +267,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     @property
     def recorded(self):
         """Number of last tokens that can be taken back: all of them while the window has lost none."""
-        held = self.keys.shape[-2] if self.is_initialized else 0
-        return held if held == self.cumulative_length else held - (self.sliding_window - 1)
+        columns = self.keys.shape[-2] if self.is_initialized else 0
+        return columns if columns == self.cumulative_length else columns - (self.sliding_window - 1)
 
     def crop(self, tokens_to_remove):
         tokens = tokens_removed(tokens_to_remove)

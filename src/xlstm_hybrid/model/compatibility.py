@@ -2,7 +2,7 @@
 
 Names of arguments have moved between two versions, and every generated text was wrong without an error. So the first
 load or generation of a process on a newer version generates with a tiny model in every way that users take, and
-compares with calls without a cache (see `generation`). The verdict holds for the versions and our sources. This module
+compares with calls without a cache (see `generation_checks`). The verdict holds for the versions and our sources. This module
 knows no model: the class that asks is handed in.
 """
 
@@ -27,27 +27,17 @@ ANSWERS = {}  # model type -> None, or why its models may not run; of this proce
 RUNNING, LOCK = set(), threading.RLock()  # types under check
 LAYERS = 3
 SHARED = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "mlstm_context": 64, "mlstm_chunk_size": 8}
-TINY = {  # a tiny model of each type, with every kind of layer that it can have
-    "xlstm_hybrid": SHARED
-    | {
-        "num_hidden_layers": LAYERS,
-        "intermediate_size": 32,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "sliding_window": 7,
-        "num_sink_tokens": 2,
-        "layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"],
-        "teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"],
-        "teacher_sliding_window": 5,
-    },
-    "distil_xlstm": SHARED
-    | {"num_hidden_layers": 2, "block_pattern": ["mlstm", "slstm"], "slstm_intermediate_size": 32},
-}
+HYBRID = {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 7, "num_sink_tokens": 2}
+HYBRID |= {"layer_types": ["hybrid_sliding", "full_attention", "sliding_attention"], "teacher_sliding_window": 5}
+HYBRID |= {"teacher_layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+RECURRENT = {"num_hidden_layers": 2, "block_pattern": ["mlstm", "slstm"], "slstm_intermediate_size": 32}
+# A tiny model of each type, with every kind of layer that it can have
+TINY = {"xlstm_hybrid": SHARED | HYBRID | {"num_hidden_layers": LAYERS}, "distil_xlstm": SHARED | RECURRENT}
 TOKENS = 16  # of a prompt: the windows wrap
 ALLOWED = bound(torch.float64, LAYERS)
 
 
-def surroundings():
+def dependencies():
     """What a verdict depends on: versions and our sources, in a checkpoint that carries its code those beside it."""
     sources = "-".join(digest_of(folder) for folder in dict.fromkeys((Path(__file__).parent, SOURCES)))
     return {"transformers": transformers.__version__, "torch": torch.__version__, "sources": sources}
@@ -93,15 +83,13 @@ def answer(cls, kind):
         )
     if switch == "0" or not (newer or switch == "1"):
         return None
-    path = file_of(surroundings(), f"transformers-{installed}")
+    path = file_of(dependencies(), f"transformers-{installed}")
     verdict = None if switch == "1" else read_verdicts(path).get(kind)
     if verdict is None:
-        verdict = self_check(cls, kind)
-        save_verdict(path, kind, verdict, surroundings())
-    return None if verdict["right"] else reason(kind, verdict, path)
-
-
-def reason(kind, verdict, path):
+        verdict = check_tiny_model(cls, kind)
+        save_verdict(path, kind, verdict, dependencies())
+    if verdict["right"]:
+        return None
     wrong = {name: float(f"{error:.2g}") for name, error in verdict["errors"].items() if not error <= ALLOWED}
     return (
         f"transformers {transformers.__version__} with torch {torch.__version__} runs {kind} models otherwise than "
@@ -112,7 +100,7 @@ def reason(kind, verdict, path):
     )
 
 
-def self_check(cls, kind):
+def check_tiny_model(cls, kind):
     """{"right": bool, "errors": {check: difference}} of the checks that every model passes.
 
     Raises:
@@ -125,8 +113,8 @@ def self_check(cls, kind):
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(1, model.config.vocab_size, (2, TOKENS), generator=generator)
             for name, check in EVERY_MODEL.items():
-                found = [difference(got, want) for got, want in check(model, ids)]
-                errors[name] = max(found, key=lambda x: float("inf") if x != x else x)
+                differences = [difference(got, want) for got, want in check(model, ids)]
+                errors[name] = max(differences, key=lambda x: float("inf") if x != x else x)
     except Exception as error:  # whatever has moved
         raise CompatibilityError(
             f"transformers {transformers.__version__} cannot run {kind} models of this version of xlstm-hybrid: {name}"

@@ -9,11 +9,8 @@ from xlstm_hybrid.model.cache_names import NAMES
 LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
-BRANCHES, CELLS, FEATURE_MAPS = (
-    ("both", "memory", "window"),
-    ("mlstm", "linear", "delta"),
-    ("softmax", "softmax_signed", "silu"),
-)
+BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear", "delta")
+FEATURE_MAPS = ("softmax", "softmax_signed", "silu")
 MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both",
     "window_dropout": 0.0,
@@ -162,10 +159,9 @@ class XLSTMHybridConfig(PreTrainedConfig):
         n = self.num_hidden_layers
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.teacher_layer_types = (
-            ["full_attention"] * n if self.teacher_layer_types is None else self.teacher_layer_types
-        )
-        self.layer_types = ["hybrid_sliding"] * n if self.layer_types is None else self.layer_types
+        for name, usual in (("teacher_layer_types", "full_attention"), ("layer_types", "hybrid_sliding")):
+            if getattr(self, name) is None:
+                setattr(self, name, [usual] * n)
         self.memory_feature_map = self.memory_feature_map or ("silu" if self.memory_cell == "delta" else "softmax")
         self.check()
         if type(self).__module__ == "xlstm_hybrid.model.configuration":
@@ -192,9 +188,8 @@ class XLSTMHybridConfig(PreTrainedConfig):
 
     def standardize_rope_params(self):
         """As in transformers, which before 5.18 puts a rope_theta of its own beside nested dicts."""
-        nested = {
-            kind: self.rope_parameters[kind] for kind in TEACHER_LAYER_TYPES if kind in (self.rope_parameters or {})
-        }
+        given = self.rope_parameters or {}
+        nested = {kind: given[kind] for kind in TEACHER_LAYER_TYPES if kind in given}
         self.rope_parameters = nested or self.rope_parameters
         super().standardize_rope_params()
 
@@ -217,19 +212,16 @@ class XLSTMHybridConfig(PreTrainedConfig):
         """Raise one `ConfigError` that lists every contradiction (a `@strict` validator would wrap it in an error of
         its own).
         """
-        wrong, n = [], self.num_hidden_layers
-        if self.num_attention_heads % self.num_key_value_heads:
-            wrong.append(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}"
-            )
+        wrong, n, H, G = [], self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads
+        if H % G:
+            wrong.append(f"num_attention_heads={H} is no multiple of num_key_value_heads={G}")
         for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"):
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
             if unknown := sorted(set(getattr(self, name)) - set(allowed)):
                 wrong.append(f"{name} holds {unknown}: expected {list(allowed)}")
-        for j, kind in enumerate(() if wrong else self.layer_types):
-            window, sinks = self.window_of(j), self.sinks_of(j)
+        for j, (kind, window, sinks) in enumerate(() if wrong else self.spans()):
             if kind != "full_attention" and (window is None or window < 1):
                 wrong.append(f"layer {j} is {kind} with a window of {window}: expected at least 1 token")
             if sinks < 0:
@@ -238,41 +230,25 @@ class XLSTMHybridConfig(PreTrainedConfig):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
-        wrong += self.wrong_mixer()
-        wrong += [] if wrong else self.wrong_memories()
+        wrong += self.wrong_mixer() or ([] if wrong else self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
 
     def wrong_mixer(self):
         """What contradicts itself among the fields of the mixer, a list of messages."""
-        wrong = []
-        choices = {
-            "mixer_branches": BRANCHES,
-            "memory_cell": CELLS,
-            "memory_feature_map": FEATURE_MAPS,
-            "mixer_combine": COMBINATIONS,
-            "mixer_gate_input": GATE_INPUTS,
-        }
-        for name, allowed in choices.items():
+        wrong, choices = [], {"mixer_branches": BRANCHES, "memory_cell": CELLS, "memory_feature_map": FEATURE_MAPS}
+        for name, allowed in (choices | {"mixer_combine": COMBINATIONS, "mixer_gate_input": GATE_INPUTS}).items():
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}")
         if self.memory_feature_map == "silu" and self.memory_cell != "delta":
             wrong.append(
                 f"memory_feature_map='silu' with memory_cell={self.memory_cell!r}: its normaliser needs positive features, expected a softmax"
             )
-        if self.memory_feature_dim is not None and self.memory_feature_dim < 1:
-            wrong.append(
-                f"memory_feature_dim={self.memory_feature_dim}: expected at least 1 feature, or None for head_dim"
-            )
+        if (P := self.memory_feature_dim) is not None and P < 1:
+            wrong.append(f"memory_feature_dim={P}: expected at least 1 feature, or None for head_dim")
         if self.mixer_combine == "joint":  # there is no gate to clamp, and features stand alone as in linear attention
-            needs = {
-                "memory_cell": "linear",
-                "memory_rope": True,
-                "mixer_branches": "both",
-                "window_dropout": 0,
-                "sparse_memory": 0,
-            }
-            for name, needed in needs.items():
+            needs = {"memory_cell": "linear", "memory_rope": True, "mixer_branches": "both"}
+            for name, needed in (needs | {"window_dropout": 0, "sparse_memory": 0}).items():
                 if getattr(self, name) != needed:
                     wrong.append(f"mixer_combine='joint' with {name}={getattr(self, name)!r}: expected {needed!r}")
         if not 0 <= self.window_dropout < 1:
@@ -322,30 +298,32 @@ class XLSTMHybridConfig(PreTrainedConfig):
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
             plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixer.py
-        plan |= {
-            f"layers.*.mlp.{name}_proj": style
-            for name, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise"))
-        }
-        return plan
+        mlp = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+        return plan | {f"layers.*.mlp.{name}_proj": style for name, style in mlp.items()}
 
     @property
     def memory_features(self):
         """Features per head, which are the rows of the memory's state."""
         return (self.memory_feature_dim or self.head_dim) * (2 if self.memory_feature_map == "softmax_signed" else 1)
 
+    def spans(self):
+        """`[(layer type, window_of, sinks_of)]` of all layers."""
+        fields = vars(self)  # as in `choices`
+        kinds, windows, sinks = fields["layer_types"], fields["layer_windows"], fields["layer_sinks"]
+        if windows is None:
+            usual = {"hybrid_sliding": fields["sliding_window"], "sliding_attention": fields["teacher_sliding_window"]}
+            windows = [usual.get(kind) for kind in kinds]
+        if sinks is None:
+            sinks = [fields["num_sink_tokens"] if kind == "hybrid_sliding" else 0 for kind in kinds]
+        return list(zip(kinds, windows, sinks, strict=True))
+
     def window_of(self, layer_idx):
         """Attention window of one layer in tokens; None for full attention."""
-        if self.layer_windows is not None:
-            return self.layer_windows[layer_idx]
-        return {"hybrid_sliding": self.sliding_window, "sliding_attention": self.teacher_sliding_window}.get(
-            self.layer_types[layer_idx]
-        )
+        return self.spans()[layer_idx][1]
 
     def sinks_of(self, layer_idx):
         """Number of sink tokens of one layer; 0 for layers that keep the teacher's attention."""
-        if self.layer_sinks is not None:
-            return self.layer_sinks[layer_idx]
-        return self.num_sink_tokens if self.layer_types[layer_idx] == "hybrid_sliding" else 0
+        return self.spans()[layer_idx][2]
 
     def kept_of(self, layer_idx):
         """Numbers of the key/value groups that keep full attention in a hybrid layer, in order."""
@@ -363,3 +341,17 @@ class XLSTMHybridConfig(PreTrainedConfig):
     def rope_parameters_of(self, layer_type):
         """The flat RoPE dict of a teacher layer type: its own where the teacher has several."""
         return self.rope_parameters.get(layer_type, self.rope_parameters)
+
+
+def attention_reach(config, kinds=LAYER_TYPES):
+    """`(window, sinks)` of the layer of these `kinds` that sees furthest back by attention; window None if one sees
+    everything. Of a student's configuration or any other.
+    """
+    config = config.get_text_config()
+    if hasattr(config, "window_of"):
+        pairs = [(window, sinks) for kind, window, sinks in config.spans() if kind in kinds]
+    else:
+        sliding = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        types = getattr(config, "layer_types", None) or [sliding]
+        pairs = [(config.sliding_window if kind == "sliding_attention" else None, 0) for kind in types]
+    return (None, 0) if any(window is None for window, _ in pairs) else max(pairs, key=sum)

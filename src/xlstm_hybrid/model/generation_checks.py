@@ -2,7 +2,7 @@
 
 `verify` proves them of a checkpoint, `compatibility` of a version of transformers. Each check yields pairs of numbers
 that have to agree, in standard deviations of the logits. No two texts are compared: ways that round differently may
-part where two tokens are equally likely. What was generated is judged by the logits that it had, and by how far each
+part where two tokens are equally likely. What was generated is scored by the logits that it had, and by how far each
 token is behind the best one, in a call that sees the whole text and no cache: if it never is, and none but rounding is
 in the logits, the text is what an argmax loop without a cache writes.
 
@@ -11,6 +11,7 @@ Dims: B rows, T tokens of a prompt, N new ones, V vocabulary.
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -60,17 +61,6 @@ def stock_settings(model):
             model.generation_config = settings
 
 
-@contextmanager
-def quiet():
-    """Without transformers' remarks on how it is called."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def difference(got, want):
     """Largest difference of two tensors of one shape, as a number."""
     if got.shape != want.shape:
@@ -81,8 +71,13 @@ def difference(got, want):
 def generate(model, ids, mask=None, **options):
     """What `generate` returns for N tokens after the prompts [B, T], by default the likeliest ones, through a cache."""
     mask = torch.ones_like(ids) if mask is None else mask
-    with stock_settings(model), quiet():
-        return model.generate(ids, attention_mask=mask, **(SETTINGS | options))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # without remarks on how it is called
+    try:
+        with stock_settings(model):
+            return model.generate(ids, attention_mask=mask, **(SETTINGS | options))
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def uncached(model, ids, new=NEW):
@@ -118,7 +113,7 @@ def loop(model, ids):
 
 
 def left_padded(model, ids):
-    """A short row beside a long one, each judged alone."""
+    """A short row beside a long one, each compared alone."""
     ids, mask = ids[:2].clone(), torch.ones_like(ids[:2])
     ids[1, :PADDING], mask[1, :PADDING] = ids[0, 0], 0
     out = generate(model, ids, mask)
@@ -155,10 +150,6 @@ def early_layers(model, ids):
     yield from drafted(model, ids, assistant_early_exit=max(1, model.config.num_hidden_layers // 2))
 
 
-def prompt_lookup(model, ids):
-    yield from drafted(model, ids, prompt_lookup_num_tokens=3)
-
-
 def static(model, ids):
     out = generate(model, ids[:2], cache_implementation="static")
     yield from against_loop(model, out.sequences, out.logits)
@@ -172,6 +163,6 @@ EVERY_MODEL = {
 }
 GENERATION = EVERY_MODEL | {
     "generate, drafts of early layers = greedy": early_layers,
-    "generate, prompt lookup = greedy": prompt_lookup,
+    "generate, prompt lookup = greedy": partial(drafted, prompt_lookup_num_tokens=3),
     "generate, static cache = dynamic": static,
 }

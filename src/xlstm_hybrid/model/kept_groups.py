@@ -1,9 +1,8 @@
 """Key/value groups of a hybrid layer that keep the teacher's full attention: no window and no memory for them, and all
 of their keys in the cache.
 
-Dims: B batch, T tokens of a call, N columns held, H query heads, G key/value heads, E of them kept, R query heads per
-group, K query/key dim, V value
-dim.
+Dims: B batch, T tokens of a call, N columns in the cache, H query heads, G key/value heads, E of them kept, R query
+heads per group, K query/key dim, V value dim.
 """
 
 from itertools import groupby
@@ -34,17 +33,12 @@ class Split:
 
     def projected(self, projected, kept):
         """The same of what `HybridAttention.project` returns."""
-        query, key, value, raw, unrotated = projected
-        heads, groups = {"kept": kept, "per_group": self.repeats}, {"kept": kept}
-        raw = self.take(raw[0], dim=2, **heads), *(self.take(x, dim=2, **groups) for x in raw[1:])
-        unrotated = self.take(unrotated[0], dim=1, **heads), self.take(unrotated[1], dim=1, **groups)
-        return (
-            self.take(query, dim=1, **heads),
-            self.take(key, dim=1, **groups),
-            self.take(value, dim=1, **groups),
-            raw,
-            unrotated,
-        )
+
+        def part(tensors, dim):  # the first has the query heads
+            return [self.take(x, kept, dim, 1 if n else self.repeats) for n, x in enumerate(tensors)]
+
+        *rotated, raw, unrotated = projected
+        return *part(rotated, 1), part(raw, 2), part(unrotated, 1)
 
     def join(self, mixed, kept, dim):
         """Put the two parts of `take(..., per_group=repeats)` together again."""
@@ -70,9 +64,8 @@ def log_scaled(query, index, base):
     sharp as its context grows (HyPE, arXiv 2601.22156).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = torch.log(index.clamp_min(0).to(dtype) + base) / torch.log(
-        torch.tensor(float(base), dtype=dtype, device=index.device)
-    )
+    base = torch.tensor(float(base), dtype=dtype, device=index.device)
+    scale = torch.log(index.clamp_min(0).to(dtype) + base) / torch.log(base)
     return (query.to(dtype) * scale[:, None, :, None]).to(query.dtype)
 
 
@@ -97,23 +90,17 @@ class KeptKeys:
             masked: whether a mask is wanted in any case.
         """
         T, before = tokens.real.shape[1], 0
-        if self.place is not None:
-            before = (
-                self.place.amax(-1, keepdim=True) if self.place.shape[1] else tokens.index.new_zeros(len(key), 1)
-            ).clamp_min(0) // DOCUMENT
+        if self.place is not None and self.place.shape[1]:
+            before = self.place.amax(-1, keepdim=True).clamp_min(0) // DOCUMENT
         place = torch.where(tokens.real, (before + tokens.document) * DOCUMENT + tokens.index, -1)
-        if not masked and self.place is None and tokens.plain and (self.window is None or self.window >= T):
-            mask = None
-        else:
-            masked = True
         if self.place is None:
+            masked = masked or not tokens.plain or (self.window is not None and self.window < T)
             self.keys, self.values, self.place = key, value, place
         else:
-            parts = (self.keys, key), (self.values, value), (self.place, place)
-            self.keys, self.values, self.place = (torch.cat(x, -2 if x[0].ndim == 4 else -1) for x in parts)
-        if masked:
-            mask = self.visible(place, tokens)
-        seen = self.keys, self.values, mask
+            masked = True
+            self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+            self.place = torch.cat([self.place, place], -1)
+        seen = self.keys, self.values, self.visible(place, tokens) if masked else None
         if self.window is not None or (T > 1 and not tokens.plain):
             self.trim(spare)
         return seen
@@ -139,19 +126,14 @@ class KeptKeys:
         alive = (place >= low.clamp_min(0)).any(0)
         begin = int(torch.where(alive.any(), alive.int().argmax(), place.shape[1]))
         if begin:
-            self.keys, self.values, self.place = (
-                x[..., begin:, :].clone() for x in (self.keys, self.values, self.place[..., None])
-            )
-            self.place = self.place[..., 0]
+            self.keys, self.values = self.keys[:, :, begin:].clone(), self.values[:, :, begin:].clone()
+            self.place = self.place[:, begin:].clone()
 
     def crop(self, tokens):
         """Take the last columns back."""
         if tokens:
-            self.keys, self.values, self.place = (
-                self.keys[:, :, :-tokens],
-                self.values[:, :, :-tokens],
-                self.place[:, :-tokens],
-            )
+            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            self.place = self.place[:, :-tokens]
 
     def map(self, change):
         if self.place is not None:

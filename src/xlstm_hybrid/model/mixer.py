@@ -1,7 +1,6 @@
 """The new parameters of a hybrid layer, feature maps and gates, and how they are shared out to several processes.
 
-Dims: B batch, T tokens, D hidden size, H query heads, K query/key dim, P columns of a feature map, F features, V value
-dim.
+Dims: B batch, T tokens, D hidden size, H query heads, K query/key/value dim, P columns of a feature map, F features.
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
@@ -26,27 +25,20 @@ class HeadsParallel(TensorParallelLayer):
         return True
 
     def validate_param(self, module, param, mesh, parameter_name=None):
-        heads, groups = module.config.num_attention_heads, module.config.num_key_value_heads
-        if any(module.config.kept_groups or ()):
-            raise ConfigError(
-                f"{parameter_name}: kept_groups with tp_size={mesh.size()}: processes would have unlike parts; use one process"
-            )
+        config, size = module.config, f"tp_size={mesh.size()}"
+        heads, groups, p = config.num_attention_heads, config.num_key_value_heads, config.window_dropout
+        wrong = None
+        if any(config.kept_groups or ()):
+            wrong = f"kept_groups with {size}: processes would have unlike parts; use one process"
         for field, needed in (("mixer_norm", False), ("mixer_combine", "gate")):
-            if (found := getattr(module.config, field)) != needed:
-                raise ConfigError(
-                    f"{parameter_name}: {field}={found!r} works in one process only, expected {needed!r} with tp_size={mesh.size()}; "
-                    "load it without tp_plan"
-                )
-        if module.config.window_dropout:
-            raise ConfigError(
-                f"{parameter_name}: window_dropout={module.config.window_dropout} with tp_size={mesh.size()}: each process would draw its own rows; "
-                "set it to 0"
-            )
-        if heads % mesh.size() or groups % mesh.size():
-            raise ConfigError(
-                f"{parameter_name}: {heads} query and {groups} key/value heads cannot be shared out to tp_size={mesh.size()} processes; "
-                "choose a tp_size that divides both"
-            )
+            if not wrong and (value := getattr(config, field)) != needed:
+                wrong = f"{field}={value!r} works in one process only, expected {needed!r} with {size}; load it without tp_plan"
+        if not wrong and p:
+            wrong = f"window_dropout={p} with {size}: each process would draw its own rows; set it to 0"
+        if not wrong and (heads % mesh.size() or groups % mesh.size()):
+            wrong = f"{heads} query and {groups} key/value heads cannot be shared out to {size} processes; choose a tp_size that divides both"
+        if wrong:
+            raise ConfigError(f"{parameter_name}: {wrong}")
 
     def shard_param(self, module, param, mesh):
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -64,6 +56,8 @@ class HeadsParallel(TensorParallelLayer):
 
 
 ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
+# Of the mixer's parameters those that stay in float32, as far as a configuration has them
+GATE_PARAMETERS = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
 
 
 def wide(*shape):
@@ -131,10 +125,8 @@ class MLSTMMixer(nn.Module):
             i, f = self.input_and_forget_gates(x, dtype)
             weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
             read_qkv = self.config.mixer_gate_input == "qkv"
-            o = torch.sigmoid(
-                (qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias)
-            )
-        return i, f, o
+            o = (qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias)
+        return i, f, torch.sigmoid(o)
 
     def input_and_forget_gates(self, x, dtype):
         i = nn.functional.linear(x, self.igate_weight.to(dtype))

@@ -34,7 +34,7 @@ from xlstm_hybrid.model.attention import HybridAttention
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
 
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
@@ -96,6 +96,11 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
         return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
 
 
+def rms_norm(config):
+    """A norm over the hidden size: OLMo multiplies by the weight before it rounds, Llama afterwards."""
+    return (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
+
+
 class HybridMLP(nn.Module):
     """The teacher's gated MLP."""
 
@@ -130,18 +135,17 @@ class CheckpointedLayer(GradientCheckpointingLayer):
 class HybridDecoderLayer(CheckpointedLayer):
     """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
 
+    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
         self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
-        norm = LlamaRMSNorm if self.pre_norm else Olmo2RMSNorm
         if self.pre_norm:
-            self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+            self.input_layernorm = rms_norm(config)
+        self.post_attention_layernorm = rms_norm(config)
         if not self.pre_norm:
-            self.post_feedforward_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-
-    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+            self.post_feedforward_layernorm = rms_norm(config)
 
     def forward(self, hidden_states, align=None, **kwargs):
         """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
@@ -175,12 +179,8 @@ class HybridDecoderLayer(CheckpointedLayer):
         with torch.no_grad():
             x = self.attention_input(hidden_states)
             projected = attention.project(x, position_embeddings)
-            teacher_window = (
-                config.teacher_sliding_window
-                if config.teacher_layer_types[attention.layer_idx] == "sliding_attention"
-                else None
-            )
-            target, _ = attention.attend(*projected[:3], align.teacher_mask, teacher_window, position_ids=position_ids)
+            window = config.kept_window_of(attention.layer_idx)  # the teacher's own
+            target, _ = attention.attend(*projected[:3], align.teacher_mask, window, position_ids=position_ids)
             output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
             following = self.finish(hidden_states, output) if align.onward else hidden_states
         dtype = torch.promote_types(target.dtype, torch.float32)
@@ -225,14 +225,7 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer"]
     _skip_keys_device_placement = NAMES
-    _keep_in_fp32_modules_strict = [
-        "igate_weight",
-        "fgate_weight",
-        "fgate_bias",
-        "ogate_weight",
-        "ogate_bias",
-        "joint_scale",
-    ]
+    _keep_in_fp32_modules_strict = GATE_PARAMETERS
     _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -257,20 +250,12 @@ class XLSTMHybridPreTrainedModel(PreTrainedModel):
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
                 init.copy_(feature_map, module.first_map().expand_as(feature_map))
-            first = {
-                "fgate_bias": module.forget_bias(),
-                "ogate_bias": self.config.mlstm_output_gate_bias,
-                "norm_weight": 1.0,
-            }
+            first = {"fgate_bias": module.forget_bias(), "ogate_bias": self.config.mlstm_output_gate_bias}
+            first["norm_weight"] = 1.0
             for name, parameter in module.named_parameters(recurse=False):  # which there are is for the config to say
                 if not name.endswith("_map"):
-                    init.copy_(
-                        parameter, torch.as_tensor(first.get(name, 0.0), dtype=torch.float64).expand_as(parameter)
-                    )
-
-
-def mask_key(config, layer_idx):
-    return config.layer_types[layer_idx], config.window_of(layer_idx), config.sinks_of(layer_idx)
+                    value = torch.as_tensor(first.get(name, 0.0), dtype=torch.float64)
+                    init.copy_(parameter, value.expand_as(parameter))
 
 
 def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs):
@@ -294,33 +279,25 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
     window_dropout = None
 
     def __init__(self, config):
-        config.check()  # its fields may have been changed since it was made
+        config.check()  # its fields may have been changed since it was checked
         super().__init__(config)
         self.checked = copy.deepcopy(config.choices())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
-        self.norm = (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(
-            config.hidden_size, config.rms_norm_eps
-        )
-        kinds = config.teacher_layer_types
-        self.rotary_emb = nn.ModuleDict(
-            {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in sorted(set(kinds))}
-        )
+        self.norm, kinds = rms_norm(config), sorted(set(config.teacher_layer_types))
+        self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kind) for kind in kinds})
         self.gradient_checkpointing = False
         self.post_init()
 
     def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
-        """`(tokens, masks, position_embeddings, position_ids)` that the layers share; masks and embeddings are dicts
-        over layer kinds.
+        """What the layers are called with: `(tokens, [keyword arguments of each layer], {layer type: mask} of the
+        teacher's attention, empty unless `teacher`)`.
         """
         config, (B, T) = self.config, inputs_embeds.shape[:2]
-        # fewer than the model has while early layers draft, see `assistant_early_exit`
-        there = range(config.num_hidden_layers)
+        keys = config.spans()[: config.num_hidden_layers]  # fewer while early layers draft, see `assistant_early_exit`
         # a pipeline's stage has some of the layers
-        present = [j for j in there if not isinstance(self.layers[j], nn.Identity)]
-        layers = (
-            [cache.layers[j] for j in present if config.layer_types[j] == "hybrid_sliding"] if cache is not None else []
-        )
+        present = [j for j in range(len(keys)) if not isinstance(self.layers[j], nn.Identity)]
+        layers = [cache.layers[j] for j in present if keys[j][0] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
         self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen)
@@ -333,10 +310,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             seq_idx=kwargs.get("seq_idx"),
             seen=filled[0].count.to(inputs_embeds.device) if filled else None,
         )
-        kinds = [(j, mask_key(config, j)) for j in present]
-        if teacher:
-            kinds = kinds + [(None, ("teacher", kind)) for kind in config.teacher_layer_types]
-        masks, needs_packing = {}, any(kind[0] != "hybrid_sliding" for _, kind in kinds)
+        needs_packing = teacher or any(keys[j][0] != "hybrid_sliding" for j in present)
         packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
         if packed and seen > 0:
             raise CacheError(
@@ -346,31 +320,25 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         # positions count real tokens: feature maps follow RoPE, so padding must not shift them
         if position_ids is None:
             position_ids = tokens.index.clamp_min(0)
-            if not layers:
-                position_ids = position_ids + seen
-        shared = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            **named(cache),
-        }
-        for j, kind in kinds:
-            if kind in masks:
-                continue
-            if kind[0] == "hybrid_sliding":
-                masks[kind] = self.hybrid_mask(tokens, *kind[1:], cache.layers[j] if filled else None)
-            elif kind[0] == "teacher":
-                masks[kind] = attention_mask_of(
-                    config, kind[1], config.teacher_sliding_window, None, tokens, packed, **shared
-                )
-            else:
-                masks[kind] = attention_mask_of(config, *kind[:2], j, tokens, packed, **shared)
-        return (
-            tokens,
-            masks,
-            {kind: rope(inputs_embeds, position_ids) for kind, rope in self.rotary_emb.items()},
-            position_ids,
-        )
+            position_ids = position_ids if layers else position_ids + seen
+        shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        shared, masks, teacher_masks = shared | named(cache), {}, {}
+        for j in present:
+            if keys[j] not in masks:
+                kind, window, sinks = keys[j]
+                if kind == "hybrid_sliding":
+                    masks[keys[j]] = self.hybrid_mask(tokens, window, sinks, cache.layers[j] if filled else None)
+                else:
+                    masks[keys[j]] = attention_mask_of(config, kind, window, j, tokens, packed, **shared)
+        for kind in sorted(set(config.teacher_layer_types)) if teacher else ():
+            window = config.teacher_sliding_window
+            teacher_masks[kind] = attention_mask_of(config, kind, window, None, tokens, packed, **shared)
+        rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
+        where = [
+            {"position_embeddings": rope[kind], "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
+            for key, kind in zip(keys, config.teacher_layer_types, strict=False)
+        ]
+        return tokens, where, teacher_masks
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
         """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
@@ -409,12 +377,10 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         step = tokens.real.shape[1] == 1 and not torch.is_grad_enabled()
         if not dense and (filled is None or step):
             return None
-        new = tokens.visible(window, sinks)[:, None]
-        return (
-            new
-            if filled is None
-            else torch.cat([filled.visible(tokens.to(filled.device))[:, None].to(new.device), new], -1)
-        )
+        new = tokens.visible(window, sinks)
+        if filled is not None:
+            new = torch.cat([filled.visible(tokens.to(filled.device)).to(new.device), new], -1)
+        return new[:, None]
 
     def blind_rows(self, real):
         """[B] bool: one draw per row for window dropout, the same in all layers; None outside of training, `real` is
@@ -456,22 +422,16 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             cache = adopt_cache(cache, self.config)
-        tokens, masks, rope, position_ids = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
+        tokens, where, _ = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
-        held = None if self.checkpointed else cache  # a layer that is run again in the backward would fill it twice
-        # fewer than there are while early layers draft
-        kinds = self.config.teacher_layer_types[: self.config.num_hidden_layers]
-        for j, (layer, kind) in enumerate(zip(self.layers, kinds, strict=False)):
-            where = {
-                "tokens": tokens,
-                "mask": masks.get(mask_key(self.config, j)),
-                "position_embeddings": rope[kind],
-                "position_ids": position_ids,
-            }
-            hidden_states = layer(hidden_states, **where, cache=held, **kwargs)
+        # layers that run again in the backward would fill it twice
+        kwargs["cache"] = None if self.checkpointed else cache
+        for layer, arguments in zip(self.layers, where, strict=False):  # of fewer layers while the early ones draft
+            hidden_states = layer(hidden_states, **arguments, **kwargs)
         for j, layer in enumerate(self.layers if cache is not None else ()):
-            if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "skip"):
-                cache.layers[j].skip(hidden_states.shape[1])
+            # what another process has read: `Cache.get_seq_length` asks layer 0 everywhere
+            if isinstance(layer, nn.Identity) and hasattr(cache.layers[j], "seen_tokens"):
+                cache.layers[j].seen_tokens += hidden_states.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
     def teacher_forced(
@@ -504,36 +464,24 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         try:
             with torch.no_grad():
                 hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
-                tokens, masks, rope, position_ids = self.prepare(
+                tokens, where, masks = self.prepare(
                     hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs
                 )
             counted = tokens.real if counted is None else counted & tokens.real
             sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]
             for j, (layer, kind) in enumerate(zip(self.layers, self.config.teacher_layer_types, strict=True)):
                 if isinstance(layer, nn.Identity):  # of another group of layers
-                    sums.append(
-                        hidden_states.new_zeros(
-                            len(ALIGNMENT_TERMS), dtype=torch.promote_types(hidden_states.dtype, torch.float32)
-                        )
-                    )
+                    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+                    sums.append(hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype))
                     continue
-                where = {
-                    "tokens": tokens,
-                    "mask": masks[mask_key(self.config, j)],
-                    "position_embeddings": rope[kind],
-                    "position_ids": position_ids,
-                }
-                hidden_states, found = layer(
-                    hidden_states,
-                    align=Align(counted, masks["teacher", kind], terms, onward or layer is not last),
-                    **where,
-                )
-                sums.append(found)
+                align = Align(counted, masks[kind], terms, onward or layer is not last)
+                hidden_states, summed = layer(hidden_states, align=align, **where[j])
+                sums.append(summed)
         finally:
             self.train(training)
         sums = torch.stack(sums)
-        found = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
-        return AlignmentOutput(**found, sums=sums, hidden_states=hidden_states if onward else None)
+        totals = {"loss": sums[:, 0].sum(), "error": sums[:, 0], "target": sums[:, 1], "num_items": counted.sum()}
+        return AlignmentOutput(**totals, sums=sums, hidden_states=hidden_states if onward else None)
 
 
 def keep_positions(hidden_states, keep):
@@ -562,9 +510,10 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here,
-    # as it registers the Auto
-    # classes. Exported code has no conversion and says so.
+    # as it registers the Auto classes. Exported code has no conversion and says so.
     teacher_loader = None
+    transfer_report = None  # what `from_teacher` made of each tensor
+    streamed_layers = None  # numbers of the layers that are here, where stage I goes through them group by group
 
     @classmethod
     def from_teacher(cls, teacher, **options):
@@ -625,11 +574,9 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         """As in transformers, which looks for `inputs_embeds` in the signature; but assisted decoding, too, feeds a
         filled cache only what it has not seen (transformers feeds the whole prompt).
         """
-        lengths = {
-            kwargs[name].shape[-1] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None
-        }
+        given = [kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None]
         # else the caller passes new tokens only; transformers before 5.18 cuts the mask alone
-        whole = lengths == {input_ids.shape[1]}
+        whole = {x.shape[-1] for x in given} == {input_ids.shape[1]}
         if next_sequence_length is None and cache is not None and whole and inputs_embeds is None:
             next_sequence_length = max(input_ids.shape[1] - cache.get_seq_length(), 0) or None
         return super().prepare_inputs_for_generation(
@@ -671,15 +618,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
                     f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process"
                 )
             return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         if with_head is not None:
             return with_head(hidden_states, self)
@@ -687,13 +627,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **named(cache_of(outputs)),
-        )
+        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **recorded, **named(cache_of(outputs)))
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]
         return result

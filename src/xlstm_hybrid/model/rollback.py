@@ -46,11 +46,9 @@ class Step:
         return 1
 
     def repeat(self, layer):
-        state = (layer.state,) if len(self.inputs) > 3 else ()
-        index = self.tokens.index[:, 0]
-        self.kernel(
-            *self.inputs, *state, layer.keys, layer.values, index, sinks=layer.num_sink_tokens, scale=self.scale
-        )
+        tensors = [layer.keys, layer.values] if len(self.inputs) == 3 else [layer.state, layer.keys, layer.values]
+        index, sinks = self.tokens.index[:, 0], layer.num_sink_tokens
+        self.kernel(*self.inputs, *tensors, index, sinks=sinks, scale=self.scale)
         layer.advance(self.tokens)
 
     def map(self, change):
@@ -59,7 +57,7 @@ class Step:
 
 
 @dataclass
-class Piece:
+class RecordedCall:
     """T tokens that came in one call.
 
     kernel, written: of the recurrence and its (k, v, i, f), [B, T, H, ...]; None and () where the layer has none, or
@@ -95,10 +93,8 @@ class Piece:
 
     def map(self, change):
         """The same with `change` applied to every tensor; all of them are [B, ...]."""
-        written = tuple(change(x) for x in self.written)
-        return replace(
-            self, written=written, key=change(self.key), value=change(self.value), tokens=self.tokens.map(change)
-        )
+        written, key, value = tuple(change(x) for x in self.written), change(self.key), change(self.value)
+        return replace(self, written=written, key=key, value=value, tokens=self.tokens.map(change))
 
 
 class Rollback:
@@ -136,18 +132,13 @@ class Rollback:
 
     @torch.compiler.disable  # the record is a list that grows: a compiled step calls it as it is
     def note(self, call):
-        """Record a `Step` or `Piece` before it changes the layer; what is older than `depth` tokens goes into the base."""
+        """Record a `Step` or `RecordedCall` before it changes the layer; what is older than `depth` goes into the base."""
         if torch.is_grad_enabled():
             call = call.map(torch.Tensor.detach)
         if self.base is None:
             self.base = copy.copy(self)
-            self.base.depth, self.base.calls, self.base.kept, self.base.room, self.base.is_compileable = (
-                0,
-                [],
-                None,
-                None,
-                False,
-            )
+            self.base.depth, self.base.calls, self.base.is_compileable = 0, [], False
+            self.base.kept = self.base.room = None
             self.base._tensors(lambda x: x.detach().clone())  # steps write in place
         self.calls.append(call)
         excess = max(self.recorded - self.depth, 0)
@@ -167,13 +158,11 @@ class Rollback:
             CacheError: the record does not reach that far; nothing has changed.
         """
         if tokens > self.recorded:
-            arm = "xlstm_hybrid.state.remember(cache, tokens) before they come, or keep a snapshot(cache)"
-            why = (
-                f"the record holds {self.recorded} tokens"
-                if self.record_past
-                else "a recurrent state is not invertible"
+            why = f"the record holds {self.recorded} tokens" if self.depth else "a recurrent state is not invertible"
+            raise CacheError(
+                f"cannot remove {tokens} tokens: {why}. Call xlstm_hybrid.state.remember(cache, tokens) before they "
+                "come, or keep a snapshot(cache), or compute the prefix again"
             )
-            raise CacheError(f"cannot remove {tokens} tokens: {why}. Call {arm}, or compute the prefix again")
         if tokens:
             left = self.recorded - tokens
             base, calls = (copy.deepcopy(self.base) if keep_record else self.base), []

@@ -43,11 +43,8 @@ class Tokens:
             seen: [B] real tokens that the row's present document has in the cache.
         """
         B, T = shape
-        real = (
-            torch.ones(B, T, dtype=torch.bool, device=device)
-            if attention_mask is None
-            else attention_mask[:, -T:].to(device, torch.bool)
-        )
+        real = torch.ones(B, T, dtype=torch.bool, device=device)
+        real = real if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
         seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
         order = torch.arange(T, device=device)
         latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
@@ -76,13 +73,11 @@ class Tokens:
         """The same of the tokens `begin` to `end`, as a call of its own would have it."""
         documents = self.document[:, begin - 1 : begin] if begin else 0
         parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        return Tokens(*parts, plain=self.plain, blind=self.blind)
+        return Tokens(*parts, self.plain, self.blind)
 
     def map(self, change):
-        blind = None if self.blind is None else change(self.blind)
-        return Tokens(
-            *(change(x) for x in (self.real, self.start, self.index, self.document)), plain=self.plain, blind=blind
-        )
+        parts = (change(x) for x in (self.real, self.start, self.index, self.document))
+        return Tokens(*parts, self.plain, None if self.blind is None else change(self.blind))
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""
@@ -93,7 +88,5 @@ class Tokens:
         nobody sees padding.
         """
         q, k = self.index[:, :, None], self.index[:, None, :]
-        near = (q >= k) & ((q - k < window) | (k < sinks))
-        return (near & self.real[:, None] & (self.document[:, :, None] == self.document[:, None])) | ~self.real[
-            :, :, None
-        ]
+        near = (q >= k) & ((q - k < window) | (k < sinks)) & (self.document[:, :, None] == self.document[:, None])
+        return (near & self.real[:, None]) | ~self.real[:, :, None]

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
@@ -88,10 +89,9 @@ def store_spec(source, teacher, revision, tokenizer, dtype):
 
 def fill_store(rank, world, device, source, data, out, settings, spec, seed):
     """Load the teacher in the dtype of `spec` and write what is missing of the store."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, spec["dtype"]), use_safetensors=True)
-    model = model.to(device)
+    model = load_model(source, spec["dtype"], device=device)
     if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
-        check_documents_stay_apart(model.eval(), "teacher", ["input_ids", "position_ids"])
+        check_documents_stay_apart(model, "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
     with Console(stderr=True).status("reading") as status:
         place = {"spec": spec, "rank": rank, "world": world}

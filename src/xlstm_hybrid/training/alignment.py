@@ -105,7 +105,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
             raise ConfigError(
                 "nothing to align: mixer_branches='window' leaves the new parameters out; go on with stage II"
             )
-        if getattr(args, "layers_at_a_time", 0) and not hasattr(model, "streamed_layers"):
+        if getattr(args, "layers_at_a_time", 0) and model.streamed_layers is None:
             raise ConfigError(
                 f"layers_at_a_time={args.layers_at_a_time}: call alignment_by_groups.align_streamed(checkpoint, ...), which loads so many at a time"
             )

@@ -40,8 +40,9 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, using_cache, write_weights
+from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
+from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
@@ -57,10 +58,7 @@ def read_tensor(files, name, dtype=None):
         raise CheckpointError(f"the checkpoint lacks {name}: convert the teacher again")
     with safe_open(files[name], framework="pt") as file:
         value = file.get_tensor(name)
-    if dtype is None:
-        return value
-    gate = name.rsplit(".", 1)[-1] in XLSTMHybridForCausalLM._keep_in_fp32_modules_strict
-    return value.to(torch.promote_types(dtype, torch.float32) if gate else dtype)
+    return value if dtype is None else value.to(parameter_dtype(name, dtype, XLSTMHybridForCausalLM))
 
 
 # --- what lies on disk -----------------------------------------------------------------------------------------
@@ -385,9 +383,5 @@ def write_aligned(checkpoint, folder, work, groups):
         return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
 
     write_weights(folder, shapes, sizes.__getitem__, make)
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    for name in "config.json", GENERATION:
-        if (checkpoint / name).is_file():
-            write_json(folder / name, using_cache(read_json(checkpoint / name, checkpoint.name)))
+    write_json(folder / "config.json", using_cache(read_json(checkpoint / "config.json", checkpoint.name)))
+    copy_settings(checkpoint, folder, checkpoint.name)

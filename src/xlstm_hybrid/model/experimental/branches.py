@@ -9,7 +9,7 @@ heads.
 import torch
 from xlstm_kernels import window_step
 
-from xlstm_hybrid.model.rollback import Piece, Step
+from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
 def clamped(o, tokens, branches):
@@ -24,17 +24,15 @@ def window_alone(attention, hidden_states, projected, tokens, mask, cache):
     query, key, value, *_ = projected
     attention.read(hidden_states, projected, tokens)  # for those who record its gate
     if mask is None and cache is not None and cache.is_initialized:
-        inputs, where = (
-            tuple(x.transpose(1, 2) for x in (query, key, value)),
-            {"sinks": attention.num_sink_tokens, "scale": attention.scaling},
-        )
+        inputs, where = tuple(x.transpose(1, 2) for x in (query, key, value)), {"sinks": attention.num_sink_tokens}
         if cache.depth:
             cache.note(Step(window_step, inputs, tokens, attention.scaling))
-        cache.state, h = None, window_step(*inputs, cache.keys, cache.values, tokens.index[:, 0], **where)
+        index, where["scale"] = tokens.index[:, 0], attention.scaling
+        cache.state, h = None, window_step(*inputs, cache.keys, cache.values, index, **where)
         cache.advance(tokens)
         return h, None
     if cache is not None:
         if cache.depth:
-            cache.note(Piece(None, (), key, value, tokens))
+            cache.note(RecordedCall(None, (), key, value, tokens))
         key, value = cache.update(key, value, tokens)
     return attention.window(query, key, value, tokens, mask)

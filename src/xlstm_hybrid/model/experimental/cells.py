@@ -1,7 +1,7 @@
 """The recurrence of a hybrid layer by the config's `memory_cell`: the paper's mLSTM, and two others for comparison.
 
 "linear" gates nothing, i = 0 and f = inf: the linear attention of Katharopoulos et al. 2020. "delta" is the gated delta
-rule of Yang et al. 2024 (arXiv 2412.06464). Dims: B batch, T tokens, H heads, K query/key dim, F features.
+rule of Yang et al. 2024 (arXiv 2412.06464). Dims: B batch, T tokens, H heads, F features, V value dim.
 """
 
 from collections.abc import Callable
@@ -53,3 +53,14 @@ CELLS = {
     "linear": Cell(LinearMixer, mlstm, hybrid_step),
     "delta": Cell(DeltaMixer, delta, delta_hybrid_step),
 }
+
+
+def normed(mixer, h):
+    """h [B, T, H, V] with an RMS norm of each head, on the scale of the mixer's `norm_weight` [H, V] (`mixer_norm`): as
+    in Beck et al. 2024; Hauzenberger et al. 2026 leave it out.
+    """
+    while hasattr(mixer, "base_layer"):  # PEFT may have wrapped the module that holds the weights
+        mixer = mixer.base_layer
+    x = h.to(torch.promote_types(h.dtype, torch.float32))
+    x = x * (x.square().mean(-1, keepdim=True) + mixer.config.rms_norm_eps).rsqrt()
+    return (x * mixer.norm_weight.to(x.dtype)).to(h.dtype)

@@ -17,7 +17,7 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.experimental.cells import LinearMixer
 from xlstm_hybrid.model.mixer import wide
-from xlstm_hybrid.model.rollback import Piece
+from xlstm_hybrid.model.rollback import RecordedCall
 
 
 class JointMixer(LinearMixer):
@@ -40,17 +40,14 @@ class JointMixer(LinearMixer):
         new, n, state, near = (key, value), query.shape[1] // key.shape[1], None, tokens.visible(window, sinks)
         far, key, value = tokens.visible(T, 0) & ~near, repeat_kv(key, n), repeat_kv(value, n)
         if layer is not None and layer.is_initialized:
-            key, value, state = (
-                torch.cat([repeat_kv(layer.keys, n), key], 2),
-                torch.cat([repeat_kv(layer.values, n), value], 2),
-                layer.state,
-            )
+            key, state = torch.cat([repeat_kv(layer.keys, n), key], 2), layer.state
+            value = torch.cat([repeat_kv(layer.values, n), value], 2)
             near, far = torch.cat([layer.visible(tokens), near], -1), torch.cat([layer.left(tokens), far], -1)
         h, weights, share = self.softmax(query, key, value, near[:, None], far[:, None], state, tokens, scale)
         if layer is not None:
             signed = self.config.memory_feature_map == "softmax_signed"
             if layer.depth:
-                layer.note(JointPiece(None, (), *new, tokens, None, self.k_map, signed))
+                layer.note(JointCall(None, (), *new, tokens, None, self.k_map, signed))
             layer.update(*new, tokens, feature_map=self.k_map, signed=signed)
         return h, weights, share
 
@@ -58,24 +55,16 @@ class JointMixer(LinearMixer):
         """`forward`'s result; near, far: [B, 1, T, columns], what a token sees exactly and by its features."""
         q, k = (self.read(*pair).transpose(1, 2) for pair in ((query, self.q_map), (key, self.k_map)))
         dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, value, least, factor = (
-            q.to(dtype),
-            k.to(dtype),
-            value.to(dtype),
-            torch.finfo(dtype).tiny,
-            self.joint_scale.to(dtype)[:, None, None],
-        )
+        q, k, value, factor = (x.to(dtype) for x in (q, k, value, self.joint_scale[:, None, None]))
+        least = torch.finfo(dtype).tiny
         with torch.autocast(query.device.type, enabled=False):
             close = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
             rest = (q @ k.transpose(-1, -2)).clamp_min(least).log() + factor
             exponents = torch.where(near, close, rest).masked_fill(~(near | far), float("-inf"))
             if state is None:
                 weights = torch.softmax(exponents, -1)
-                return (
-                    (weights @ value).transpose(1, 2),
-                    weights,
-                    weights.masked_fill(near, 0.0).sum(-1).transpose(1, 2),
-                )
+                share = weights.masked_fill(near, 0.0).sum(-1)
+                return (weights @ value).transpose(1, 2), weights, share.transpose(1, 2)
             # [B, H, T, 1]; the state is one more column, of all that it has read
             den = q @ state.n[..., None].to(dtype)
             empty = (den < least) | (tokens.document > 0)[:, None, :, None]
@@ -93,7 +82,7 @@ def joint_softmax(attention, hidden_states, projected, tokens, mask, cache):
 
 
 @dataclass
-class JointPiece(Piece):
+class JointCall(RecordedCall):
     """A call, with the map [H, K, P] that its keys were read with."""
 
     feature_map: torch.Tensor | None = None
@@ -121,18 +110,11 @@ class JointCacheLayer(HybridCacheLayer):
         new = tokens.index.masked_fill(~place.inside, -1)
         index = torch.cat([self.slot_index[:, S:].masked_fill(place.restarted, -1), new], -1)
         gone = ((index >= S) & (index < place.count - W))[..., None, None]
-        key, value = (
-            torch.cat([self.keys[:, :, S:], key_states], 2),
-            torch.cat([self.values[:, :, S:], value_states], 2),
-        )
+        key = torch.cat([self.keys[:, :, S:], key_states], 2)
+        value = torch.cat([self.values[:, :, S:], value_states], 2)
         dtype, repeats = torch.promote_types(value.dtype, torch.float32), len(feature_map) // key.shape[1]
-        # [B, H, W + T, F]
-        k = (
-            LinearMixer.features(repeat_kv(key, repeats), feature_map, signed)
-            .to(dtype)
-            .masked_fill(~gone, 0.0)
-            .transpose(1, 2)
-        )
+        features = LinearMixer.features(repeat_kv(key, repeats), feature_map, signed)
+        k = features.to(dtype).masked_fill(~gone, 0.0).transpose(1, 2)  # [B, H, W + T, F]
         v = value.to(dtype).repeat_interleave(repeats, 1)
         C, n = k.transpose(-1, -2) @ v, k.sum(-2)
         if self.state is not None:

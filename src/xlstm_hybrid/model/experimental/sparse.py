@@ -17,7 +17,7 @@ from xlstm_kernels import mix
 
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.experimental.cells import CELLS
-from xlstm_hybrid.model.rollback import Piece
+from xlstm_hybrid.model.rollback import RecordedCall
 
 BLOCK = 64  # least number of queries at a time
 NEVER = 2**62  # a time after all tokens
@@ -30,36 +30,23 @@ def sparse_memory(attention, hidden_states, projected, tokens, mask, cache):
     """In the place of `HybridAttention.mix_heads`: o * mLSTM + (1 - o) * attention over window, sinks and chosen
     tokens.
     """
-    config, (query, key, value, *_) = attention.config, projected
-    layer = (
-        SparseCacheLayer(attention.sliding_window, attention.num_sink_tokens, capacity=config.sparse_memory)
-        if cache is None
-        else cache
-    )
+    config, (query, key, value, *_), layer = attention.config, projected, cache
+    if cache is None:
+        place = attention.sliding_window, attention.num_sink_tokens
+        layer = SparseCacheLayer(*place, capacity=config.sparse_memory)
+    cell, chunk_size = CELLS[config.memory_cell], config.mlstm_chunk_size
     phi_q, phi_k, i, f, o = attention.read(hidden_states, projected, tokens)
-    v, cell, chunk_size = (
-        repeat_kv(value, attention.num_key_value_groups).transpose(1, 2),
-        CELLS[config.memory_cell],
-        config.mlstm_chunk_size,
-    )
-    memory, state = cell.run(phi_q, phi_k, v, i, f, state=layer.state, chunk_size=chunk_size)
-    written = phi_k, v, i, f
-    scores = scores_of(
-        config.sparse_memory_score,
-        tokens,
-        key,
-        (written, chunk_size),
-        layer.state,
-        attention.layer_idx,
-        config.memory_cell,
-    )
+    written = phi_k, repeat_kv(value, attention.num_key_value_groups).transpose(1, 2), i, f
+    memory, state = cell.run(phi_q, *written, state=layer.state, chunk_size=chunk_size)
+    recurrence = cell.run, written, layer.state, chunk_size
+    scores = token_scores(config.sparse_memory_score, tokens, key, attention.layer_idx, *recurrence)
     attend = None
     if config._attn_implementation == "eager" or (attention.training and config.attention_dropout):
         attend = partial(attention.attend, implementation=attention.masked_implementation)
     window, weights = sparse_attention(query, key, value, tokens, scores, layer, attend, attention.scaling)
     if cache is not None:
         if cache.depth:
-            cache.note(SparsePiece(cell.run, written, key, value, tokens, chunk_size, scores))
+            cache.note(SparseCall(cell.run, written, key, value, tokens, chunk_size, scores))
         cache.update(key, value, tokens, state, scores=scores)
     return mix(memory, window, o), weights
 
@@ -68,7 +55,7 @@ def sparse_memory(attention, hidden_states, projected, tokens, mask, cache):
 
 
 @torch.no_grad()
-def scores_of(kind, tokens, key, call, state=None, layer_idx=0, cell="mlstm"):
+def token_scores(kind, tokens, key, layer_idx, run, written, state, chunk_size):
     """[B, G, T], float32 at least: how much a token is worth keeping, fixed when it is read.
 
     "residual": |v - h|^2, h the mLSTM's answer to the token's own key just after it was written, mean over the query
@@ -79,17 +66,16 @@ def scores_of(kind, tokens, key, call, state=None, layer_idx=0, cell="mlstm"):
 
     Args:
         key: of the window, [B, G, T, K].
-        call: (k, v, i, f) of the recurrence, [B, T, H, ...], padding masked, and its chunk size.
-        state: the mLSTM's before these tokens.
-        cell: the config's `memory_cell`; the delta rule's answer is read from its own state.
+        run, written, state, chunk_size: the recurrence, its (k, v, i, f) [B, T, H, ...], padding masked, and its state
+            before these tokens.
     """
     groups, dtype = key.shape[1], torch.promote_types(key.dtype, torch.float32)
     if kind in ("recency", "random"):
-        index = tokens.index if kind == "recency" else spread(tokens.index, layer_idx)
+        index = tokens.index if kind == "recency" else index_hash(tokens.index, layer_idx)
         return index[:, None].expand(-1, groups, -1).to(dtype)
-    (k, v, i, f), chunk_size = call
+    k, v, i, f = written
     v = v.to(dtype)
-    answer, _ = CELLS[cell].run(k, k, v, i, f, state=state, chunk_size=chunk_size)
+    answer, _ = run(k, k, v, i, f, state=state, chunk_size=chunk_size)
     residual = (v - answer).square().sum(-1)  # [B, T, H]
     if kind == "weighted":
         residual = residual * torch.sigmoid(i.to(dtype) - logsigmoid(f.to(dtype)))
@@ -108,38 +94,37 @@ def sparse_attention(query, key, value, tokens, scores, layer, attend=None, scal
         attend: (query, key, value, mask [B, H, T, keys]) -> (h, weights), for all queries at once; None: torch's, in
             float32 at least.
     """
-    T, held = query.shape[2], SparseCacheLayer(layer.sliding_window, layer.num_sink_tokens, capacity=layer.capacity)
-    held.take_over(layer)
+    T, before = query.shape[2], SparseCacheLayer(layer.sliding_window, layer.num_sink_tokens, capacity=layer.capacity)
+    before.take_over(layer)
     block = T if attend is not None else max(layer.sliding_window, BLOCK)
     parts, h = zip(*(x.split(block, 2) for x in (query, key, value, scores)), strict=True), []
     for begin, (q, k, v, s) in zip(range(0, T, block), parts, strict=True):
         here = tokens.slice(begin, min(begin + block, T))
-        keys, values, mask = seen(held, k, v, s, here)
+        keys, values, mask = visible_pairs(before, k, v, s, here)
         if attend is not None:
             return attend(q, keys, values, mask.repeat_interleave(q.shape[1] // k.shape[1], 1))
         h.append(grouped_attention(q, keys, values, mask, scale))
         if begin + block < T:
-            held.update(k, v, here, scores=s)
+            before.update(k, v, here, scores=s)
     return torch.cat(h, 1), None
 
 
-def seen(held, key, value, scores, tokens):
+def visible_pairs(layer, key, value, scores, tokens):
     """`(keys, values [B, G, N, K | V], mask [B, G, T, N])` of one block, N = [S + W slots | L chosen | T new], of an
     empty layer T new.
     """
-    W, S, L, T = held.sliding_window, held.num_sink_tokens, held.capacity, key.shape[2]
+    W, S, L, T = layer.sliding_window, layer.num_sink_tokens, layer.capacity, key.shape[2]
     mask, index, document = tokens.visible(W, S), tokens.index, tokens.document
-    if held.is_initialized:
-        slot = held.slot_index
-        mask = torch.cat([held.visible(tokens), mask.new_zeros(*mask.shape[:2], L), mask], -1)
+    if layer.is_initialized:
+        slot = layer.slot_index
+        mask = torch.cat([layer.visible(tokens), mask.new_zeros(*mask.shape[:2], L), mask], -1)
         ring = torch.where(torch.arange(S + W, device=slot.device) < S, -1, slot)[:, None].expand(-1, key.shape[1], -1)
-        old = torch.cat([ring, held.sparse.index], -1)
+        old = torch.cat([ring, layer.sparse.index], -1)
         index = torch.cat([old, index[:, None].expand(-1, key.shape[1], -1)], -1)
         document = torch.cat([torch.zeros_like(old[:, 0]), document], -1)[:, None]
-        scores = torch.cat([held.scores, held.sparse.score, scores], -1)
-        key, value = (
-            torch.cat(x, 2) for x in ((held.keys, held.sparse.keys, key), (held.values, held.sparse.values, value))
-        )
+        scores = torch.cat([layer.scores, layer.sparse.score, scores], -1)
+        key = torch.cat([layer.keys, layer.sparse.keys, key], 2)
+        value = torch.cat([layer.values, layer.sparse.values, value], 2)
     else:
         index, document = index[:, None], document[:, None]
     mask = mask[:, None].expand(-1, key.shape[1], -1, -1)
@@ -179,19 +164,13 @@ class SparseSlots(NamedTuple):
     @classmethod
     def empty(cls, key, value, capacity):
         """As many slots for every row and head of key, value [B, G, T, K | V]."""
-        B, G, dtype = *key.shape[:2], torch.promote_types(key.dtype, torch.float32)
-        score = torch.full((B, G, capacity), float("-inf"), dtype=dtype, device=key.device)
-        index = torch.full((B, G, capacity), -1, device=key.device)
-        return cls(
-            key.new_zeros(B, G, capacity, key.shape[-1]), value.new_zeros(B, G, capacity, value.shape[-1]), score, index
-        )
-
-    def forget(self, rows):
-        """The same without the tokens of `rows` [B, 1] bool, whose document is over."""
-        return self._replace(index=self.index.masked_fill(rows[..., None], -1))
+        shape, dtype = (*key.shape[:2], capacity), torch.promote_types(key.dtype, torch.float32)
+        score = torch.full(shape, float("-inf"), dtype=dtype, device=key.device)
+        index = torch.full(shape, -1, device=key.device)
+        return cls(key.new_zeros(*shape, key.shape[-1]), value.new_zeros(*shape, value.shape[-1]), score, index)
 
     def compete(self, old, new, sinks, gone):
-        """The slots once more tokens have left the window: the best of those held, of `old` and of `new`.
+        """The slots once more tokens have left the window: the best of what they hold, of `old` and of `new`.
 
         Args:
             old, new: (keys, values [B, G, n, K | V], score [B, G, n], index [B, 1, n], -1 for nothing).
@@ -201,10 +180,10 @@ class SparseSlots(NamedTuple):
         index = torch.where((index >= sinks) & (index < gone[..., None]), index, -1)
         keys, values = (torch.cat(x, 2) for x in zip(self[:2], old[:2], new[:2], strict=True))
         score = torch.cat([self.score, old[2], new[2]], -1).masked_fill(index < 0, float("-inf"))
-        return choose(keys, values, score, index, self.index.shape[-1])
+        return best_slots(keys, values, score, index, self.index.shape[-1])
 
 
-def choose(keys, values, score, index, capacity):
+def best_slots(keys, values, score, index, capacity):
     """`SparseSlots` of the best of N tokens: highest score, of equal ones the earlier.
 
     Args:
@@ -237,11 +216,8 @@ def leaves(score, index, document, enters, capacity):
         return torch.full_like(index, NEVER)
     order = index.argsort(dim=-1, stable=True)  # within a document, tokens come to compete in this order
     score, index, document, enters = (x.gather(-1, order) for x in (score, index, document, enters))
-    mine, other = (
-        (x[..., :, None] for x in (score, index, document)),
-        (x[..., None, :] for x in (score, index, document)),
-    )
-    (s, j, d), (s_, j_, d_) = mine, other
+    s, j, d = (x[..., :, None] for x in (score, index, document))
+    s_, j_, d_ = (x[..., None, :] for x in (score, index, document))
     better = ((s_ > s) | ((s_ == s) & (j_ < j))) & (d_ == d) & (s_ > float("-inf"))  # [B, G, N, N]
     # position of the L-th better one, N if there are fewer
     last = (better.cumsum(-1, dtype=torch.int32) < capacity).sum(-1)
@@ -266,7 +242,7 @@ def sparse_visible(score, index, document, tokens, window, sinks, capacity):
     return (enters[:, :, None] <= t) & (t < left[:, :, None]) & mine
 
 
-def spread(index, layer_idx):
+def index_hash(index, layer_idx):
     """[B, T] integers below 2^24 that look random: a hash of the tokens' index and the layer's number, with the
     constants of splitmix64 (Steele et al. 2014).
     """
@@ -280,7 +256,7 @@ def spread(index, layer_idx):
 
 
 @dataclass
-class SparsePiece(Piece):
+class SparseCall(RecordedCall):
     """A call, with the `scores` [B, G, T] of its tokens."""
 
     scores: torch.Tensor | None = None
@@ -319,7 +295,8 @@ class SparseCacheLayer(HybridCacheLayer):
         ring = self.slot_index.masked_fill(place.restarted, -1)
         old = self.keys[:, :, S:], self.values[:, :, S:], self.scores[..., S:], ring[:, None, S:]
         come = key_states, value_states, scores, tokens.index.masked_fill(~place.inside, -1)[:, None]
-        self.sparse = self.sparse.forget(place.restarted).compete(old, come, S, place.count - self.sliding_window)
+        chosen = self.sparse._replace(index=self.sparse.index.masked_fill(place.restarted[..., None], -1))
+        self.sparse = chosen.compete(old, come, S, place.count - self.sliding_window)
         self.scores = place.take(scores, self.scores)
         return super().update(key_states, value_states, tokens, state)
 
@@ -333,15 +310,10 @@ class SparseCacheLayer(HybridCacheLayer):
         self.scores = self.sparse = None
 
     def named_tensors(self):
-        return (
-            super().named_tensors()
-            | {"scores": self.scores}
-            | {f"sparse_{name}": x for name, x in self.sparse._asdict().items()}
-        )
+        tensors = super().named_tensors() | {"scores": self.scores}
+        return tensors | {f"sparse_{name}": x for name, x in self.sparse._asdict().items()}
 
     def fill(self, tensors, seen):
         super().fill(tensors, seen)
-        self.scores, self.sparse = (
-            tensors["scores"],
-            SparseSlots(*(tensors[f"sparse_{name}"] for name in SparseSlots._fields)),
-        )
+        self.scores = tensors["scores"]
+        self.sparse = SparseSlots(*(tensors[f"sparse_{name}"] for name in SparseSlots._fields))

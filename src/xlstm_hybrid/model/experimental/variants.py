@@ -1,7 +1,7 @@
 """The options of the hybrid layer that replace its way of mixing, one table: they won nothing in docs/arena.md and
 stand here for comparison.
 
-Cells, which replace the recurrence alone, are in `cells`; a norm of the mix in `norm`.
+Cells, which replace the recurrence alone, and a norm of the mix are in `cells`.
 """
 
 from collections.abc import Callable
