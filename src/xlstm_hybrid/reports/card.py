@@ -377,7 +377,7 @@ def limits(stages, scored, compared):
             f"{config.get('num_sink_tokens', 0)} sink tokens): it can be lost, and more easily the more there is to keep."
         )
     if scored or compared:
-        lines.append("It was judged on the tasks above and on nothing else.")
+        lines.append("It was evaluated on the tasks above and on nothing else.")
     else:
         lines.append("No stage recorded an evaluation: nothing is known about its quality.")
     if below:
