@@ -6,6 +6,8 @@ In a document stand `<!-- options: run -->`, after which the site shows the opti
 """
 
 import ast
+import dataclasses
+import importlib
 import os
 import re
 from pathlib import Path
@@ -194,16 +196,13 @@ def options_table(command):
 
 
 def fields_table(name):
-    """The fields that a trainer's config adds or changes, read from its source."""
+    """The fields that a trainer's config adds or changes."""
     module, _, config = name.rpartition(".")
-    package, *parts = module.split(".")
-    tree = ast.parse((PACKAGES[package].joinpath(*parts).with_suffix(".py")).read_text(encoding="utf-8"))
-    [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config]
+    config = getattr(importlib.import_module(module), config)
     rows = [["field", "default", "what it is"]]
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            given = {keyword.arg: keyword.value for keyword in node.value.keywords}
-            default = ast.unparse(given.get("default", given.get("default_factory")))
-            text = ast.literal_eval(given["metadata"])["help"] if "metadata" in given else ""
-            rows.append([f"`{node.target.id}`", f"`{default.removeprefix('lambda: ')}`", text])
+    for field in dataclasses.fields(config):
+        if field.name in config.__annotations__:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "required" if default is dataclasses.MISSING else f"`{default!r}`"
+            rows.append([f"`{field.name}`", default, field.metadata.get("help", "")])
     return table(rows)

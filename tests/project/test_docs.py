@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -544,6 +545,23 @@ def test_every_function_is_used_by_a_module_or_a_document():
 
 
 # --- the site -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_the_site_hold_every_option_and_every_field_of_a_config(monkeypatch):
+    """Without mkdocs, which the hook needs for its error and its pages alone."""
+    for name in ("mkdocs", "mkdocs.exceptions", "mkdocs.structure", "mkdocs.structure.files"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(PluginError=ValueError, File=None))
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    marks = [found for path in (ROOT / "docs").glob("*.md") for found in hooks.MARK.findall(path.read_text())]
+    tables = {name: {"options": hooks.options_table, "fields": hooks.fields_table}[kind](name) for kind, name in marks}
+    aligned = tables["xlstm_hybrid.training.alignment.AlignmentConfig"].splitlines()
+    assert "| `learning_rate` | `0.01` | Peak learning rate of the new parameters. |" in aligned
+    assert any("| `--overwrite` |" in line for line in tables["convert"].splitlines())
+    assert len(tables) > 20 and all(len(text.splitlines()) > 2 or "no arguments" in text for text in tables.values())
+    with pytest.raises(ValueError, match="the command line has no wander"):
+        hooks.options_table("wander")
 
 
 @pytest.mark.slow
