@@ -311,6 +311,7 @@ def test_costs_and_long_context_are_those_that_stages_recorded(tmp_path):
         "teacher_cache_bytes": 8_000_000,
         "student_cache_bytes": 250_000,
     }
+    hopeless = far | {"task": "needle_8k", "tokens": 8192, "teacher_recall": 0.0, "student_recall": 0.0}
     cost = {
         "tokens": 4096,
         "batch": 2,
@@ -327,11 +328,15 @@ def test_costs_and_long_context_are_those_that_stages_recorded(tmp_path):
     config = {"cpu": "a processor", "clock": "CPU seconds", "dtype": "float32", "checks_passed": 21}
     stages = {
         "convert": CONVERT,
-        "evaluate": {"figures": EVALUATE["figures"] | {"long_context": [far]}},
+        "evaluate": {"figures": EVALUATE["figures"] | {"long_context": [far, hopeless]}},
         "efficiency": {"config": config, "figures": {"rows": [cost]}},
     }
     sections = card(record(tmp_path, stages))[1]
     assert "| needle_4k | 4,096 | 40 | 100.0 % | 10.4 % | 12.6 % | -0.025 | 8 | 0.25 |" in sections["Figures"]
+    assert "| needle_8k" not in sections["Figures"] and (
+        "The teacher recalls nothing on needle_8k, nor does the student: left out. After 8,192 tokens the teacher's cache takes 8 MB, "
+        "the student's 0.25 MB." in sections["Figures"]
+    )
     costs = sections["Cost beside the teacher"]
     assert (
         "| cache, MB | 4,096 | 2 | 16 | 0.5 | 32 |" in costs

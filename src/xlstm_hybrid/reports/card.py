@@ -17,7 +17,7 @@ from xlstm_hybrid.checkpoint.files import (
 )
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.significance import LEVEL
-from xlstm_hybrid.reports.sections import EXPLAINED, LONG_CONTEXT, long_context_table
+from xlstm_hybrid.reports.sections import LONG_CONTEXT, long_context_parts
 from xlstm_hybrid.reports.text import NONE, c_0_and_alpha, duration, number, percent
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -247,7 +247,7 @@ def figures(directory, scored, compared, results):
     domains = list(dict.fromkeys(d for _, scores, _ in columns for d in scores))
     rows = [[d, *(show(scores.get(d)) for _, scores, show in columns)] for d in domains]
     parts = ["## Figures", *benchmarks]
-    parts += ["Long context:", long_context_table(far), EXPLAINED] if far else []
+    parts += ["Long context:", *long_context_parts(far)] if far else []
     parts += [markdown_table([["domain", *(c[0] for c in columns)], *rows])] if rows else []
     if scored.get("c_0") is not None and scored.get("alpha_star") is not None:
         parts.append(

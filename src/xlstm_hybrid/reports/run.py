@@ -10,7 +10,7 @@ from xlstm_hybrid.evaluation.scores import named_contradictions
 from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.efficiency import draw_efficiency
 from xlstm_hybrid.reports.plots import BLUE, GREY, INK, PALETTE, as_png, figure
-from xlstm_hybrid.reports.sections import comparison_parts, cost_parts, long_context_parts, time_rows
+from xlstm_hybrid.reports.sections import LONG_CONTEXT, comparison_parts, cost_parts, long_context_parts, time_rows
 from xlstm_hybrid.reports.text import between, c_0_and_alpha, fenced, number, percent, terminal_table
 
 TEACHER, FINAL, OTHERS = INK, BLUE, PALETTE[1:]  # the final student has a colour of its own
@@ -281,7 +281,8 @@ def report_markdown(results, pictures=()):
         parts += shown("domains.png", "win_and_tie.png")
     if len(perplexities) > 1:
         parts += ["## Perplexity", markdown_table(perplexities)]
-    parts += [*comparison_parts(results), *long_context_parts(results)]
+    far = long_context_parts(results.get(LONG_CONTEXT))
+    parts += [*comparison_parts(results), *(["## Long context", *far] if far else [])]
     for title, name in (("Alignment", "alignment.png"), ("Distillation", "losses.png"), ("Output gates", "gates.png")):
         parts += [f"## {title}", *shown(name)] if name in pictures else []
     if sample := results.get("sample"):

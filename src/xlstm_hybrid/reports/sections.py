@@ -53,19 +53,23 @@ def task_rows(comparison, student):
     return rows
 
 
-def long_context_table(rows):
-    """Rows of a run's "long_context" as a Markdown table."""
-    shown = [[row["task"], *(show(row[key]) for key, (_, show) in HEAD.items())] for row in rows]
-    return markdown_table([["task", *(label for label, _ in HEAD.values())], *shown])
-
-
-def long_context_parts(results):
-    """Recall of what lies far back, beside the coverage of window and sinks."""
-    if not (rows := results.get(LONG_CONTEXT)):
-        return []
-    parts = ["## Long context", long_context_table(rows), EXPLAINED]
-    if zero := [escaped(row["task"]) for row in rows if not row["teacher_recall"]]:
-        parts.append(f"The teacher recalls nothing on {', '.join(zero)}: nothing can be lost there.")
+def long_context_parts(rows):
+    """Recall of what lies far back, beside the coverage of window and sinks. What neither side can do is left out of the
+    table and named: nothing can be lost there.
+    """
+    rows = rows or []
+    shown = [row for row in rows if row["teacher_recall"] or row["student_recall"]]
+    parts = []
+    if shown:
+        cells = [[row["task"], *(show(row[key]) for key, (_, show) in HEAD.items())] for row in shown]
+        parts += [markdown_table([["task", *(label for label, _ in HEAD.values())], *cells]), EXPLAINED]
+    if left_out := [row for row in rows if row not in shown]:
+        longest = max(left_out, key=lambda row: row["tokens"])
+        teacher, student = (number(longest[f"{side}_cache_bytes"] / 1e6) for side in ("teacher", "student"))
+        parts.append(
+            f"The teacher recalls nothing on {', '.join(escaped(row['task']) for row in left_out)}, nor does the student: left out. "
+            f"After {longest['tokens']:,} tokens the teacher's cache takes {teacher} MB, the student's {student} MB."
+        )
     return parts
 
 
