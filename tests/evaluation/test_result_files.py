@@ -100,6 +100,8 @@ def written(folder, layout, known, date=DATE, **changes):
     for task, rows in samples.items() if samples_name else ():
         text = json.dumps(rows, indent=2) if kind == "oldest" else "".join(json.dumps(row) + "\n" for row in rows)
         (folder / samples_name.format(task=task, **names)).write_text(text, encoding="utf-8")
+    for task, config in changes.pop("configs", {}).items():
+        configs[task] = {key: value for key, value in (configs[task] | config).items() if value is not None}
     for key, value in changes.items():
         content[key] = content[key] | value if isinstance(value, dict) and key in content else value
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -214,7 +216,7 @@ def test_not_set_is_one_setting_however_it_is_recorded(spelling, tmp_path):
         content["config"]["gen_kwargs"] = value
         content |= {"fewshot_as_multiturn": True, "chat_template": value or None, "system_instruction": value or None}
     file.write_text(json.dumps(content))
-    verdict, found = compared(file, written(tmp_path / "s", "0.4.13", 6, configs={"say": {}}))
+    verdict, found = compared(file, written(tmp_path / "s", "0.4.13", 6, configs={"say": {"generation_kwargs": None}}))
     assert set(verdict["paired"]) == {"say", "choice"} and found["differences"] == []
 
 
@@ -233,7 +235,7 @@ SAME = {
     "a seed of a greedy generation": {"config": {"torch_seed": 7}},
     "gen_kwargs that the task has": {"config": {"gen_kwargs": {"max_gen_toks": 4}}},
     "a longest input that no document reaches": {"max_length": 128},
-    "the address of a function": {"configs": {"choice": {"doc_to_target": "<function f at 0x7f01>"}}},
+    "a target that is a function": {"configs": {"choice": {"doc_to_target": "<function f at 0x7f01>"}}},
 }
 
 
@@ -268,9 +270,9 @@ OTHER = {  # what is changed on both sides, on the teacher's only, and what is s
         "say: generation {'say': {'max_gen_toks': 8}} for teacher",
     ),
     "gen_kwargs": (
-        {"configs": {"say": {"output_type": "generate_until"}}},
+        {"configs": {"say": {"generation_kwargs": None}}},
         {"config": {"gen_kwargs": "temperature=0.7,do_sample=true"}},
-        "1 reasons .* say: gen_kwargs {'do_sample': True, 'temperature': 0.7} for teacher, None for student",
+        "1 reasons .* say: gen_kwargs {'temperature': 0.7, 'do_sample': True} for teacher, None for student",
     ),
     "sampling_seed": (
         {"configs": {"say": {"generation_kwargs": {"do_sample": True, "temperature": 0.7}}}},
@@ -324,14 +326,13 @@ def test_without_samples_a_limit_a_seed_of_examples_and_the_text_of_a_task_count
         compared(*files)
 
 
-def test_the_filter_that_is_not_compared_may_differ(tmp_path):
-    other = [
-        {"name": "strict", "filter": [{"function": "take_first"}]},
-        {"name": "loose", "filter": [{"function": "x"}]},
-    ]
-    common = {"output_type": "generate_until", "repeats": 1, "doc_to_text": "{{q}}", "filter_list": other}
-    teacher = written(tmp_path / "t", "0.4.13", 9, configs={"say": common})
-    student = written(tmp_path / "s", "0.4.13", 6)
+def test_only_the_filter_that_is_compared_counts_and_not_where_its_function_lies(tmp_path):
+    def with_filters(name, known, place, loose):
+        strict = {"name": "strict", "filter": [{"function": f"<function cut at {place}>"}]}
+        filters = [strict, {"name": "loose", "filter": [{"function": loose}]}]
+        return written(tmp_path / name, "0.4.13", known, configs={"say": {"filter_list": filters}})
+
+    teacher, student = with_filters("t", 9, "0x7f01", "words"), with_filters("s", 6, "0x9a0b", "digits")
     assert compared(teacher, student)[1]["differences"] == []
     with pytest.raises(EvaluationError, match="1 reasons .* say: filters"):
         compared(teacher, student, metrics={"say": "exact_match,loose"})

@@ -127,7 +127,7 @@ def paired_values(teacher, student, task, metric):
         for side in missing:
             if why := side.unread.get(task):
                 return None, f"the samples of {side.name} cannot be used: {why}"
-            if side.samples.get(task):
+            if side.samples.get(task) or side.prompts.get(task):
                 return None, f"the samples of {side.name} hold no number per document for {metric}"
         return None, f"{' and '.join(s.name for s in missing)} came without samples"
     if set(its) != set(mine):

@@ -389,7 +389,8 @@ def shared_settings(content, task, leaves):
         settings["gen_kwargs"] = generation(run["gen_kwargs"]) or None
     for key in ("chat_template", "system_instruction"):
         if f"{key}_sha" in content or key in content:
-            settings[key] = content.get(f"{key}_sha") or (digest(content[key]) if content.get(key) else None)
+            text, shortened = (v if v not in ("", "None", {}) else None for v in map(content.get, (key, f"{key}_sha")))
+            settings[key] = shortened or (digest(text) if text else None)
     turns = content.get("fewshot_as_multiturn")
     if isinstance(turns, bool) and settings.get("chat_template") and settings.get("shots") != 0:
         settings["multiturn"] = turns
