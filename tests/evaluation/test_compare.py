@@ -21,7 +21,7 @@ from xlstm_hybrid.evaluation.comparison import (
     read_costs,
     record_comparison,
 )
-from xlstm_hybrid.evaluation.scores import Results, read_results
+from xlstm_hybrid.evaluation.results import Results, read_results
 from xlstm_hybrid.reports.card import write_card
 from xlstm_hybrid.reports.comparison import (
     comparison_markdown,
@@ -118,7 +118,10 @@ def test_a_folder_of_lm_eval_is_read_with_its_samples_and_without_paths_of_the_m
         "version": {"arc": 1.0},
         "documents": 20,
         "generation": {"arc": {"max_gen_toks": 64}},
-        "multiturn": False,
+        # recorded as not set; several turns mean nothing without a chat template
+        "limit": None,
+        "gen_kwargs": None,
+        "chat_template": None,
     }
 
 

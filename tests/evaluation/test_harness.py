@@ -19,7 +19,8 @@ from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
 from xlstm_hybrid.evaluation.harness import SUITES, Unit, expand
-from xlstm_hybrid.evaluation.scores import exact_match, read_results
+from xlstm_hybrid.evaluation.results import read_results
+from xlstm_hybrid.evaluation.scores import exact_match
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.planning.cache_size import filled_bytes

@@ -11,7 +11,8 @@ from xlstm_hybrid.commands.options import Revision
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
-from xlstm_hybrid.evaluation.scores import last_part, named_contradictions
+from xlstm_hybrid.evaluation.results import last_part
+from xlstm_hybrid.evaluation.scores import named_contradictions
 
 
 def harness(

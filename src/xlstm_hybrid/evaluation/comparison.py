@@ -10,14 +10,13 @@ from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import append_stage
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation.scores import read_results, win_and_tie
+from xlstm_hybrid.evaluation.results import BUDGET, SETTINGS, different, read_results
+from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.evaluation.significance import LEVEL, RESAMPLES, compare_pairs, holm, resampled_verdict
 
 # the first that a benchmark has is its score
 METRICS = ("acc_norm", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc", "acc")
 FILTERS = ("none", "strict-match", "create_test", "flexible-extract")
-SETTINGS = ("shots", "version", "documents", "generation", "gen_kwargs")
-SETTINGS += ("chat_template", "system_instruction", "multiturn", "prompts")
 SAMPLES = 1e-6  # how far the mean of the samples may be from the score that was reported
 
 
@@ -58,9 +57,14 @@ def choose_metric(task, sides, asked):
     if asked is not None:
         return next((m for m in shared if asked in (m, m.split(",")[0])), None)
 
+    # lm-eval writes the metrics of a group in any order: filters that are not in our list come in that of the task
+    known = list(FILTERS)
+    for side in sides:
+        known += [kind for named in side.settings.get(task, {}).get("filters", {}).values() for kind in named]
+
     def place(metric):
         name, _, kind = metric.partition(",")
-        return (*METRICS, name).index(name), (*FILTERS, kind).index(kind)
+        return (*METRICS, name).index(name), (*known, kind).index(kind), metric
 
     return min(shared, key=place, default=None)
 
@@ -78,33 +82,54 @@ def choose_tasks(sides, tasks, common):
     return chosen, texts or ([] if chosen else ["no benchmark, expected at least one"]), []
 
 
-def different_settings(teacher, student, task):
-    """`{setting: what differs, in words}` between two sides on one benchmark; settings that neither records are taken
-    to agree.
+def different_settings(teacher, student, task, metric):
+    """`({setting: what differs, in words}, [settings that only one side records])` of two sides on one benchmark.
+
+    What is not recorded is no difference. What cannot have had an effect is none either: a longest input that no
+    document reaches, a seed of examples where the prompts are known.
     """
-    mine, its, names = (
-        teacher.settings.get(task, {}),
-        student.settings.get(task, {}),
-        f"{teacher.name} and {student.name}",
-    )
-    differences = {
-        key: f"{task}: {key} {mine.get(key)!r} for {teacher.name}, {its.get(key)!r} for {student.name}"
-        for key in SETTINGS
-        if mine.get(key) != its.get(key)
-    }
+    mine, its = teacher.settings.get(task, {}), student.settings.get(task, {})
     here, there = teacher.prompts.get(task) or {}, student.prompts.get(task) or {}
+    found = different(mine, its, metric.partition(",")[2] or None)
+    if here and there:  # the prompts themselves are compared below
+        found = {key: pair for key, pair in found.items() if key not in ("fewshot_seed", "prompts")}
+    longest = [side.longest.get(task) for side in (teacher, student)]
+    if "max_length" in found and None not in longest:
+        kinds = [kind for side in (mine, its) for kind in side.get("generation", {}).values()]
+        room = min(found["max_length"]) - max((kind.get("max_gen_toks", BUDGET) for kind in kinds), default=0)
+        if max(longest) + 2 <= room:  # a token has at least one byte; two may be added around the text
+            del found["max_length"]
+    differences = {
+        key: f"{task}: {key} {pair[0]!r} for {teacher.name}, {pair[1]!r} for {student.name}"
+        for key, pair in found.items()
+    }
+    both = f"{teacher.name} and {student.name}"
     if here and there and (odd := len(set(here) ^ set(there))):
-        differences["documents"] = f"{task}: {odd} documents were evaluated for only one of {names}"
-    elif odd := sum(here[d] != there[d] for d in here if there):
-        differences["prompts"] = f"{task}: the prompts of {odd} of {len(here)} documents differ between {names}"
-    return differences
+        differences["documents"] = f"{task}: {odd} documents were evaluated for only one of {both}"
+    elif here and there and (odd := sum(here[d] != there[d] for d in here)):
+        differences["prompts"] = f"{task}: the prompts of {odd} of {len(here)} documents differ between {both}"
+    answered = {"limit": "documents", "gen_kwargs": "generation"}
+    alone = [
+        key
+        for key in SETTINGS
+        if (key in mine) != (key in its)
+        and (mine | its)[key] is not None
+        and not (answered.get(key) in mine and answered.get(key) in its)
+        and not (key in ("fewshot_seed", "documents", "limit", "prompts") and here and there)
+    ]
+    return differences, alone
 
 
 def paired_values(teacher, student, task, metric):
     """`((student values, teacher values), None)`, document by document, or `(None, why there are none)`."""
     its, mine = (side.samples.get(task, {}).get(metric) or {} for side in (student, teacher))
-    if missing := [s.name for s, values in ((student, its), (teacher, mine)) if not values]:
-        return None, f"{' and '.join(missing)} came without samples"
+    if missing := [s for s, values in ((student, its), (teacher, mine)) if not values]:
+        for side in missing:
+            if why := side.unread.get(task):
+                return None, f"the samples of {side.name} cannot be used: {why}"
+            if side.samples.get(task) or side.prompts.get(task):
+                return None, f"the samples of {side.name} hold no number per document for {metric}"
+        return None, f"{' and '.join(s.name for s in missing)} came without samples"
     if set(its) != set(mine):
         return None, f"{student.name} and {teacher.name} were evaluated on different documents"
     keys = sorted(mine)
@@ -164,13 +189,14 @@ def compare(
     Raises:
         EvaluationError: everything that cannot be compared, listed at once.
     """
-    sides = [teacher, *students]
     if not students or not 0 <= alpha <= 1 or set(allow) - set(SETTINGS):
         raise EvaluationError(
             f"compare: {len(students)} students, alpha={alpha}, allow={sorted(allow)}; expected a student, a share between 0 and "
             f"1, and some of {', '.join(SETTINGS)}"
         )
-    (chosen, wrong, notes), differences = choose_tasks(sides, tasks, common), []
+    named = dict.fromkeys(task for side in (teacher, *students) for task in side.scores) if tasks is None else tasks
+    teacher, *students = sides = [side.with_parts(named) for side in (teacher, *students)]
+    (chosen, wrong, notes), differences, unrecorded = choose_tasks(sides, tasks, common), [], {}
     notes += [note for side in sides for note in side.notes]
     used = {task: choose_metric(task, sides, (metrics or {}).get(task)) for task in chosen}
     wrong += [f"{task} is asked for by metric, but is not compared" for task in metrics or {} if task not in used]
@@ -183,13 +209,22 @@ def compare(
             if not 0 <= (score := side.scores[task][metric]) < math.inf:
                 wrong.append(f"{task} ({metric}) is {score} for {side.name}, expected a finite score of at least 0")
         for student in students:
-            for key, text in different_settings(teacher, student, task).items():
+            differ, alone = different_settings(teacher, student, task, metric)
+            for key, text in differ.items():
                 (differences if key in allow else wrong).append(text)
+            for key in alone:
+                lacking = next(s for s in (teacher, student) if key not in s.settings.get(task, {}))
+                other = student if lacking is teacher else teacher
+                unrecorded.setdefault((lacking.name, other.name), {})[key] = None
     if wrong:
         raise EvaluationError(
             f"{len(wrong)} reasons why these results cannot be compared: {'; '.join(wrong)}. Evaluate student and teacher with the "
             "same tasks, shots and budget; or name what may differ, or compare the common tasks only"
         )
+    notes += [
+        f"not recorded for {name} and taken to be as for {other}: {', '.join(keys)}"
+        for (name, other), keys in unrecorded.items()
+    ]
     label, prices = costs or (None, {})
     compared = {}
     for student in students:
@@ -203,7 +238,10 @@ def compare(
         "level": LEVEL,
         "teacher": teacher.name,
         "metrics": used,
-        "shots": {task: teacher.settings.get(task, {}).get("shots") for task in used},
+        # parts of a group that have numbers of their own have none in common
+        "shots": {
+            task: None if isinstance(n := teacher.settings.get(task, {}).get("shots"), dict) else n for task in used
+        },
         "teacher_scores": {task: teacher.scores[task][metric] for task, metric in used.items()},
         "students": compared,
         "cost": label,

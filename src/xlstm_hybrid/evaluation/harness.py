@@ -20,7 +20,8 @@ from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
-from xlstm_hybrid.evaluation.scores import contradictions, last_part
+from xlstm_hybrid.evaluation.results import last_part
+from xlstm_hybrid.evaluation.scores import contradictions
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.model.generation_checks import stock_settings

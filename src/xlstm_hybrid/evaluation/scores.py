@@ -1,25 +1,18 @@
-"""A student's scores: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher, and those
-that others measured.
+"""A student's scores: exact match, perplexity, the tolerance-corrected win-and-tie rate against its teacher. Those that
+others measured: `results`.
 """
 
-import hashlib
-import json
 import math
-import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import read_object
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation.significance import ROUNDING, document_keys, sample_values
+from xlstm_hybrid.evaluation.significance import ROUNDING
 from xlstm_hybrid.model.generation_checks import bound, stock_settings
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
-NOT_READ = ("doc", "arguments", "resps", "filtered_resps", "target")  # large parts of lm-eval's samples
-MAX_BYTES = 2**28  # of a results file, samples inside included
 
 
 # --- win-and-tie -----------------------------------------------------------------------------------------------
@@ -276,192 +269,3 @@ def negative_log_likelihood(model, batch):
     counted = labels[:, 1:] != NOT_SCORED
     logp = logits[counted].float().log_softmax(-1)  # [scored tokens, V]
     return -logp.gather(-1, labels[:, 1:][counted][:, None]).double().sum().item()
-
-
-# --- scores in files -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Results:
-    """Scores of one model, read from files.
-
-    scores: {benchmark: {metric: score}}, a metric as lm-eval names it, "acc_norm,none": the metric and the filter of
-    the answers.
-    smaller: {benchmark: [metrics of which less is better]}.
-    settings: {benchmark: {what student and teacher must share: value}}.
-    samples: {benchmark: {metric: {document: value}}}, a document as the hash of its content and its number among equal
-    ones.
-    prompts: {benchmark: {document: hash of the prompt}}.
-    fields: the content of the file, for costs.  notes: rules that were applied in reading, in words.
-    """
-
-    name: str
-    scores: dict = field(default_factory=dict)
-    smaller: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-    samples: dict = field(default_factory=dict)
-    prompts: dict = field(default_factory=dict)
-    fields: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
-
-
-def read_results(path):
-    """Results of lm-eval (0.4: a results_*.json with its samples_*.jsonl, or a folder of them) or of this package.
-
-    A folder may hold several files of one model: what a later one repeats replaces the earlier. Of groups with a score
-    of their own (mmlu) only that score is a benchmark, not those of their parts. A run's results.json holds its
-    teacher, first, and every student.
-
-    Returns:
-        `[Results]`: one model, or a run's teacher and its students in their order.
-    Raises:
-        EvaluationError: no such file, or one of another form.
-    """
-    path = Path(path)
-    files = sorted(path.rglob("results_*.json"), key=lambda f: stamp(f)) if path.is_dir() else [path]
-    files = files or [path / "results.json"]
-    contents = [load_object(file) for file in files]
-    if len(files) == 1 and "students" in contents[0]:
-        return run_results(contents[0], files[0])
-    if len(files) == 1 and not of_lm_eval(contents[0]):
-        return [own_results(contents[0], files[0])]
-    if other := [f.name for f, c in zip(files, contents, strict=True) if not of_lm_eval(c)]:
-        raise EvaluationError(
-            f"{path.name}: {', '.join(other)} holds neither results of lm-eval nor of this package; name files that do"
-        )
-    if len(models := sorted({str(c.get("model_name")) for c in contents})) > 1:
-        raise EvaluationError(
-            f"{path.name}: results of {len(models)} models ({', '.join(map(last_part, models))}), expected one; name its folder"
-        )
-    merged = Results(last_part(contents[-1].get("model_name") or path.stem), fields=contents[-1])
-    for file, content in zip(files, contents, strict=True):
-        read_harness(merged, content, harness_samples(file, content))
-    return [merged]
-
-
-def stamp(file):
-    """The date in the name of a results file of lm-eval, by which it is ordered and its samples are found."""
-    return file.stem.rpartition("_")[2]
-
-
-def last_part(name):
-    """A model's name without the folders before it: no path of a machine reaches a report."""
-    return re.split(r"[\\/]", str(name).rstrip("\\/"))[-1]
-
-
-def of_lm_eval(content):
-    return isinstance(content.get("results"), dict) and bool({"configs", "versions", "n-shot"} & set(content))
-
-
-def load_object(file):
-    advice = "name a results file of lm-eval or of this package, or its folder"
-    return read_object(
-        file, MAX_BYTES, lambda reason: EvaluationError(f"{file.name} cannot be read ({reason}); {advice}")
-    )
-
-
-def run_results(content, file):
-    """Teacher and students of a run's results.json; their samples lie beside it, one file each in the folder
-    `evaluation`.
-    """
-    sides = []
-    for name, side in {"teacher": content.get("teacher_scores") or {}, **content["students"]}.items():
-        results = Results(name, scores=exact_scores(side.get("exact_match") or {}), fields=side)
-        file_of = file.parent / "evaluation" / f"{name}.json"
-        if last_part(name) == name and file_of.is_file():
-            own = own_results(load_object(file_of), file_of)
-            results.samples = own.samples if own.scores == results.scores else {}
-        sides.append(results)
-    return sides
-
-
-def exact_scores(shares):
-    return {task: {"exact_match": share} for task, share in shares.items()}
-
-
-def own_results(content, file):
-    """One model's results of the command `evaluate`, or of the folder `evaluation` of a run."""
-    content = content["result"] if isinstance(content.get("result"), dict) else content
-    if not isinstance(content.get("exact_match"), dict):
-        raise EvaluationError(
-            f"{file.name} holds neither results of lm-eval nor of this package: expected results, exact_match or students"
-        )
-    results = Results(file.stem, scores=exact_scores(content["exact_match"]), fields=content)
-    for task, samples in (content.get("samples") or {}).items():
-        keys = document_keys([hashlib.sha256(f"{s['prompt']}\0{s['answer']}".encode()).hexdigest() for s in samples])
-        results.samples[task] = {
-            "exact_match": {key: float(s["correct"]) for key, s in zip(keys, samples, strict=True)}
-        }
-    return results
-
-
-def read_harness(results, content, samples):
-    """Add what one results file of lm-eval holds."""
-    groups, parts = set(content.get("groups") or {}), content.get("group_subtasks") or {}
-
-    def leaves(task):
-        return [leaf for part in parts[task] for leaf in leaves(part)] if parts.get(task) else [task]
-
-    hidden = {name for group in groups for name in descendants(group, parts)}
-    for task in [t for t in content["results"] if t not in hidden and (t in groups or not parts.get(t))]:
-        scores = {
-            k: v
-            for k, v in content["results"][task].items()
-            if "," in k and "_stderr," not in k and isinstance(v, int | float) and not isinstance(v, bool)
-        }
-        if not scores:
-            continue
-        results.notes += [f"{task}: the later of two results of {results.name} is used"] * (task in results.scores)
-        better = (content.get("higher_is_better") or {}).get(task) or {}
-        results.scores[task], results.smaller[task] = (
-            scores,
-            [k for k in scores if better.get(k.split(",")[0]) is False],
-        )
-        results.settings[task] = shared_settings(content, task, leaves(task))
-        results.samples[task], results.prompts[task] = {}, {}
-        for leaf in leaves(task):
-            metrics, prompts = samples.get(leaf, ({}, {}))
-            for metric, values in metrics.items():
-                here = results.samples[task].setdefault(metric, {})
-                here.update({(leaf, *key): value for key, value in values.items()})
-            results.prompts[task].update({(leaf, *key): value for key, value in prompts.items()})
-
-
-def descendants(group, parts):
-    return {name for part in parts.get(group) or () for name in (part, *descendants(part, parts))}
-
-
-def shared_settings(content, task, leaves):
-    """What student and teacher must share to be compared on a task; what the file does not record is left out."""
-    configs, run = content.get("configs") or {}, content.get("config") or {}
-    settings = {
-        "shots": (content.get("n-shot") or {}).get(task),
-        "version": {leaf: (content.get("versions") or {}).get(leaf) for leaf in leaves},
-        "documents": sum((content.get("n-samples") or {}).get(leaf, {}).get("effective", 0) for leaf in leaves) or None,
-        "generation": {leaf: (configs.get(leaf) or {}).get("generation_kwargs") for leaf in leaves},
-        "gen_kwargs": run.get("gen_kwargs"),
-        "chat_template": content.get("chat_template_sha"),
-        "system_instruction": content.get("system_instruction_sha"),
-        "multiturn": content.get("fewshot_as_multiturn"),
-    }
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def harness_samples(file, content):
-    """{task: ({metric: {document: value}}, {document: hash of the prompt})} of the samples that belong to a results
-    file.
-    """
-    if isinstance(content.get("samples"), dict):
-        return {task: sample_values(rows) for task, rows in content["samples"].items()}
-    samples = {}
-    for path in sorted(file.parent.glob(f"samples_*_{stamp(file)}.jsonl")):
-        rows = []
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            try:
-                rows.append({k: v for k, v in json.loads(line).items() if k not in NOT_READ})
-            except (ValueError, AttributeError) as error:
-                raise EvaluationError(
-                    f"{path.name}, line {number}: expected a sample of lm-eval as JSON; restore the file, or remove it"
-                ) from error
-        samples[path.name.removeprefix("samples_").removesuffix(f"_{stamp(file)}.jsonl")] = sample_values(rows)
-    return samples

@@ -21,7 +21,8 @@ from xlstm_hybrid.evaluation.comparison import compare, plain_floats
 from xlstm_hybrid.evaluation.efficiency import Settings
 from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
 from xlstm_hybrid.evaluation.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
-from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, last_part, perplexity, read_results
+from xlstm_hybrid.evaluation.results import last_part, read_results
+from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, perplexity
 from xlstm_hybrid.reports.comparison import comparison_pictures, write_comparison
 from xlstm_hybrid.reports.efficiency import machine_and_versions
 

@@ -25,7 +25,8 @@ from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
 from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint, wrapping_length
-from xlstm_hybrid.evaluation.scores import named_contradictions, own_results
+from xlstm_hybrid.evaluation.results import own_results
+from xlstm_hybrid.evaluation.scores import named_contradictions
 from xlstm_hybrid.model.generation_checks import GENERATION
 from xlstm_hybrid.pipeline.evaluation import (
     MISSING,
