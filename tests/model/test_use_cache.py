@@ -28,7 +28,7 @@ from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, 
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 from xlstm_hybrid.training.resume import Resumable
 
-SHIPPED = Path(__file__).resolve().parents[1] / "recipes" / "tiny_teacher" / "tiny-llama"
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "tiny_teacher" / "tiny-llama"
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 

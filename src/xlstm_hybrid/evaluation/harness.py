@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from xlstm_hybrid.checkpoint.files import clean_abandoned, read_json, staged, write_json
+from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
-from xlstm_hybrid.evaluation.scores import contradictions, last_part
+from xlstm_hybrid.evaluation.scores import contradictions, evaluating, last_part
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import attention_reach
-from xlstm_hybrid.model.generation_checks import stock_settings
 from xlstm_hybrid.planning.cache_size import filled_bytes
 from xlstm_hybrid.teacher_store import weights_hash
 
@@ -275,8 +275,9 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             template = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
+    check_rows(tokenizer, len(model.get_input_embeddings().weight), settings["name"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
-    with stock_settings(model):  # a checkpoint's own sampling settings and penalties have no part in a score
+    with evaluating(model, tokenizer):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=specs,
