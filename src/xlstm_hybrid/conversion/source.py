@@ -23,7 +23,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
 # what a `GenerationConfig` has from any config.json, a student's too
-OF_CONFIG = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+OF_CONFIG = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states"}
+OF_CONFIG |= {"_from_model_config", "transformers_version"}
 
 
 class DirectoryTeacher:
@@ -122,8 +123,8 @@ class DirectoryTeacher:
         """
         if (self.path / GENERATION).is_file():
             return GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
-        settings = GenerationConfig.from_model_config(self.config)
-        settings.use_cache = True
+        # from the file: a configuration drops some of them
+        settings = GenerationConfig.from_model_config(using_cache(self.read_json("config.json")))
         return settings if set(settings.to_diff_dict()) - OF_CONFIG else None
 
     def copy_files(self, directory):

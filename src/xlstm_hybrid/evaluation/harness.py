@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from xlstm_hybrid.checkpoint.files import clean_abandoned, read_json, staged, write_json
-from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
@@ -275,7 +274,6 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             template = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
-    check_rows(tokenizer, len(model.get_input_embeddings().weight), settings["name"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
     with evaluating(model, tokenizer):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(

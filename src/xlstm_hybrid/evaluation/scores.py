@@ -112,6 +112,10 @@ def evaluating(model, tokenizer=None):
     is a ConfigError, see `check_rows`. It has the tokens' names where there is a tokenizer, whose pad, begin and end
     tokens are looked at first.
     """
+    if not hasattr(model, "get_input_embeddings"):  # anything that `generate`s
+        with stock_settings(model):
+            yield
+        return
     embedding, name = model.get_input_embeddings(), last_part(model.config.name_or_path) or "the model"
     rows = len(embedding.weight)
     if tokenizer is not None:
