@@ -216,7 +216,7 @@ def test_a_teacher_that_cannot_be_converted_is_refused_and_nothing_is_left(case,
         ({"sliding_window": "wide"}, "sliding_window"),
         (
             {"dtype": "int8"},
-            "dtype='int8': expected None for the teacher's own, or one of float64, float32, bfloat16, float16",
+            "dtype='int8': expected None or 'auto' for the teacher's own, or one of float64, float32, bfloat16, float16",
         ),
         ({"hidden_size": 64}, r"cannot set \['hidden_size'\], only \[.*'mlstm_context'"),
         ({"mlstm_contxt": 64}, r"cannot set \['mlstm_contxt'\]"),

@@ -7,14 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from xlstm_hybrid.data.vocabulary import (
-    first_difference,
-    real_ids,
-    shared_size,
-    template_hash,
-    tokenizer_hash,
-    vocabulary_hash,
-)
+from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
+from xlstm_hybrid.data.vocabulary import first_difference, real_ids, shared_size, vocabulary_hash
 from xlstm_hybrid.errors import ConfigError
 
 TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"

@@ -146,7 +146,11 @@ def test_record_report_and_card_have_the_verdict_and_the_costs(finished):
     assert row["gain_tokens_per_second"] == measured["decode"]["gain"]["tokens_per_second"]
     card, report = (out / "student" / "README.md").read_text(), (out / "report.md").read_text()
     for text in (card, report):
-        assert "## Cost beside the teacher" in text and "recalls nothing on needle_256, nor does the student" in text and "domain_code" in text
+        assert (
+            "## Cost beside the teacher" in text
+            and "recalls nothing on needle_256, nor does the student" in text
+            and "domain_code" in text
+        )
         assert f"{student['wins']} won, {student['ties']} tied, {student['losses']} lost" in text
     assert (out / "student" / "efficiency.png").is_file() and str(out) not in report
 

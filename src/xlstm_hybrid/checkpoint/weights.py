@@ -4,25 +4,39 @@ the settings beside them.
 
 import math
 import shutil
+from pathlib import Path
 
 from safetensors.torch import save_file
 
-from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, contained, read_json, write_json
+from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, inside, read_json, write_json
+from xlstm_hybrid.errors import CheckpointError
 
 SHARD_BYTES = 4 * 2**30
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (  # plain text and JSON: a student directory holds no pickles and no code
+TOKENIZER = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
+# patterns; text, JSON and vocabularies that no program runs: a student directory holds no pickles and no code
+TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer.*.json",  # of one version of transformers, where tokenizer_config.json lists several
+    TOKENIZER,
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    "tokenizer.model",
+    *(f"tokenizer.model.v{version}" for version in (1, 2, 3, 7)),
+    "spiece.model",
+    "sentencepiece*.model",
+    "tekken.json",
+    "*.tiktoken",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
     "chat_template.jinja",
     "chat_template.json",
+    f"{TEMPLATES}/*.jinja",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+SETTINGS_FILES = (GENERATION, *TOKENIZER_FILES, *PROCESSOR_FILES)
 NOT_CARRIED = {"auto_map", "_name_or_path", "name_or_path"}  # keys that name code, or a path of another machine
 
 
@@ -33,19 +47,41 @@ def using_cache(settings):
     return {key: value for key, value in settings.items() if not (key == "use_cache" and value is False)}
 
 
-def copy_settings(source, directory, what):
-    """Copy generation config, tokenizer and chat template of checkpoint `what`, without keys that name code or a path
-    of another machine; returns the names of the files.
+def carried(settings):
+    """Settings of a tokenizer or processor without keys that name code or a path of another machine."""
+    return {key: x for key, x in settings.items() if key not in NOT_CARRIED and not key.endswith("_file")}
+
+
+def settings_files(directory, tokenizer=False):
+    """Names of the files of a checkpoint that say how it is used: generation config, tokenizer, chat templates and
+    processor, or of the tokenizer alone; relative to `directory`, in order.
+
+    Raises:
+        CheckpointError: a link out of the checkpoint.
     """
-    names = [name for name in (GENERATION, *TOKENIZER_FILES) if contained(source, name).is_file()]
+    directory, names = Path(directory), []
+    for pattern in TOKENIZER_FILES if tokenizer else SETTINGS_FILES:
+        names += [path.relative_to(directory).as_posix() for path in sorted(directory.glob(pattern)) if path.is_file()]
+    names = list(dict.fromkeys(names))
+    if odd := [name for name in names if not inside(directory, directory / name)]:
+        raise CheckpointError(
+            f"{directory.name}/{odd[0]}: links to a file outside of the checkpoint; replace the link by the file"
+        )
+    return names
+
+
+def copy_settings(source, directory, what):
+    """Copy generation config, tokenizer, chat templates and processor of checkpoint `what`, without keys that name code
+    or a path of another machine; returns the names of the files.
+    """
+    names = settings_files(source)
     for name in names:
         if name == GENERATION:
             write_json(directory / name, using_cache(read_json(source / name, what)))
-        elif name == "tokenizer_config.json":
-            settings = read_json(source / name, what).items()
-            settings = {key: x for key, x in settings if key not in NOT_CARRIED and not key.endswith("_file")}
-            write_json(directory / name, settings)
+        elif name in (TOKENIZER, *PROCESSOR_FILES):
+            write_json(directory / name, carried(read_json(source / name, what)))
         else:
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, directory / name)
     return names
 

@@ -237,7 +237,7 @@ def convert(
         teacher: a directory, a Hub id, or a transformers model (which brings no tokenizer).
         out: the directory to write; it appears complete or not at all.
         sliding_window, num_sink_tokens, layer_types, overrides: see `student_config`.
-        dtype: of the student's weights; None: the one the teacher is stored in. Gates are float32 in any case.
+        dtype: of the student's weights; None or "auto": the one the teacher is stored in. Gates are float32 in any case.
         revision: branch, tag or commit on the Hub.
         overwrite: replace an existing `out`.
         shard_bytes: largest file of weights, and about what is in memory at a time.
@@ -272,13 +272,14 @@ def convert(
     return report
 
 
-def from_teacher(cls, teacher, *, dtype=None, revision=None, **student):
+def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, **student):
     """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory
     with the teacher.
 
     Called as `XLSTMHybridForCausalLM.from_teacher(teacher, ...)`; arguments and errors are those of `convert`, `student`
-    those of `student_config`.
+    those of `student_config`; `torch_dtype` is transformers' other name of `dtype`.
     """
+    dtype = torch_dtype if dtype is None else dtype
     with open_teacher(teacher, revision) as source:
         transfer = Transfer(source, dtype, **student)
         transfer.check_ties()

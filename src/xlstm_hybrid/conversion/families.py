@@ -187,6 +187,25 @@ def check_layer_types(config):
         )
 
 
+# arguments of transformers' `from_pretrained` that a conversion has no use for, and what to do instead
+PLACED = "a student is made on the CPU: move it with .to(device), or save it and load it with from_pretrained"
+LOADED = "a teacher is read from its files; load it in transformers with this argument and pass the model"
+LOADING = {
+    "attn_implementation": "call set_attn_implementation on the student, or save it and load it with from_pretrained",
+    "quantization_config": "a student is made in full: save it and load it with from_pretrained and this argument",
+    "use_safetensors": "leave it out, nothing else is read",
+    "low_cpu_mem_usage": "leave it out, tensors are read one by one",
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder", "tp_plan"), PLACED),
+    **dict.fromkeys(("trust_remote_code", "token", "cache_dir", "subfolder", "variant", "local_files_only"), LOADED),
+}
+
+
+def refuse_loading(options):
+    """Raise ConfigError for arguments of transformers' `from_pretrained`, with the way to what they are meant for."""
+    if names := [name for name in options if name in LOADING]:
+        raise ConfigError("; ".join(f"{name}: {LOADING[name]}" for name in names))
+
+
 def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, layer_types=None, **overrides):
     """The student's configuration for a teacher's.
 
@@ -210,6 +229,7 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     # in a teacher's, False is a leftover of its training
     fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True
     allowed = sorted(set(XLSTMHybridConfig.__annotations__) - set(fields))
+    refuse_loading(overrides)
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(
             f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher"

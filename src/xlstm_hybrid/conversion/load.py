@@ -11,10 +11,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def dtype_named(dtype, own):
-    """The torch dtype that a name or a torch dtype stands for; `own`, the teacher's, for None."""
-    chosen = own if dtype is None else DTYPES.get(str(dtype).removeprefix("torch."))
+    """The torch dtype that a name or a torch dtype stands for; `own`, the teacher's, for None and "auto"."""
+    chosen = own if dtype is None or str(dtype) == "auto" else DTYPES.get(str(dtype).removeprefix("torch."))
     if chosen is None:
-        raise ConfigError(f"dtype={dtype!r}: expected None for the teacher's own, or one of {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"dtype={dtype!r}: expected None or 'auto' for the teacher's own, or one of {', '.join(DTYPES)}"
+        )
     return chosen
 
 

@@ -13,14 +13,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from xlstm_hybrid.checkpoint.files import read_object, weight_files
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, copy_settings, using_cache
+from xlstm_hybrid.checkpoint.files import read_object, weight_files, write_json
+from xlstm_hybrid.checkpoint.tokenizer import keep_tokenizer, note_rows
+from xlstm_hybrid.checkpoint.weights import GENERATION, SETTINGS_FILES, copy_settings, settings_files, using_cache
 from xlstm_hybrid.conversion.families import FAMILIES, family_of
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
+# what a `GenerationConfig` has from any config.json, a student's too
+OF_CONFIG = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states"}
+OF_CONFIG |= {"_from_model_config", "transformers_version"}
 
 
 class DirectoryTeacher:
@@ -114,14 +118,31 @@ class DirectoryTeacher:
             )
 
     def generation_config(self):
-        """The teacher's `GenerationConfig` with the cache that training turned off, or None."""
+        """The teacher's `GenerationConfig` with the cache that training turned off, or None. Without a file of it, older
+        checkpoints have it in config.json.
+        """
         if (self.path / GENERATION).is_file():
             return GenerationConfig.from_dict(using_cache(self.read_json(GENERATION)))
+        # from the file: a configuration drops some of them
+        settings = GenerationConfig.from_model_config(using_cache(self.read_json("config.json")))
+        return settings if set(settings.to_diff_dict()) - OF_CONFIG else None
 
     def copy_files(self, directory):
-        """Copy tokenizer, chat template and generation config; returns their names."""
-        self.generation_config()  # one that is none is refused
-        return copy_settings(self.path, directory, self.name)
+        """Copy generation config, tokenizer, chat templates and processor; returns their names. The tokenizer is the
+        teacher's, see `keep_tokenizer`; `directory` holds the student's config.json.
+        """
+        settings = self.generation_config()  # one that is none is refused
+        copy_settings(self.path, directory, self.name)
+        if settings is not None and not (directory / GENERATION).is_file():
+            write_json(directory / GENERATION, settings.to_diff_dict())
+        named = None
+        if self.revision is not None:  # transformers knows some checkpoints by their name on the hub
+            named = copy.deepcopy(self.config)
+            named.name_or_path = self.name
+        tokenizer = keep_tokenizer(self.path, directory, self.name, named)
+        if tokenizer is not None:
+            note_rows(tokenizer, self.config.vocab_size, self.name)
+        return settings_files(directory)
 
 
 class ModelTeacher:
@@ -163,7 +184,8 @@ class ModelTeacher:
     def copy_files(self, directory):
         if self.model.generation_config is None:
             return []
-        self.generation_config().save_pretrained(directory)
+        # not `save_pretrained`, which refuses what transformers loads with a warning
+        write_json(directory / GENERATION, self.generation_config().to_diff_dict())
         return [GENERATION]
 
 
@@ -204,7 +226,7 @@ def download(repository, revision):
         raise CheckpointError(f"teacher {repository!r}: no such directory, and not a Hub id; check the path")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "model.safetensors.index.json", "model*.safetensors", GENERATION, *TOKENIZER_FILES]
+    wanted = ["config.json", "model.safetensors.index.json", "model*.safetensors", *SETTINGS_FILES]
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:

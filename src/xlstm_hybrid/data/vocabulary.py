@@ -6,18 +6,8 @@ size of the model. Two such models can be compared on the ids that their tokeniz
 id that means another token would be trained on silently.
 """
 
-import hashlib
-import json
-
+from xlstm_hybrid.checkpoint.tokenizer import json_digest, token_ids
 from xlstm_hybrid.errors import ConfigError
-
-
-def token_ids(tokenizer):
-    """`{token: id}` of a tokenizer, special and added tokens included, or of such a dict itself."""
-    vocabulary = tokenizer if isinstance(tokenizer, dict) else tokenizer.get_vocab()
-    if not vocabulary:
-        raise ConfigError("the tokenizer has no tokens: load the one that belongs to the model")
-    return vocabulary
 
 
 def meanings(tokenizer):
@@ -30,30 +20,9 @@ def real_ids(tokenizer):
     return max(token_ids(tokenizer).values()) + 1
 
 
-def json_digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def vocabulary_hash(tokenizer):
     """SHA-256 of what each id means, and of nothing else."""
     return json_digest(sorted(token_ids(tokenizer).items()))
-
-
-def tokenizer_hash(tokenizer):
-    """SHA-256 of how text becomes ids: tokens, special tokens and a fast tokenizer's rules for cutting text."""
-    rules = None
-    if hasattr(tokenizer, "backend_tokenizer"):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # set by whoever called it last
-        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    special = {role: str(token) for role, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return json_digest([sorted(token_ids(tokenizer).items()), special, rules])
-
-
-def template_hash(tokenizer):
-    """SHA-256 of the chat template, None where there is none."""
-    template = getattr(tokenizer, "chat_template", None)
-    return None if template is None else json_digest(template)
 
 
 def first_difference(student, teacher):

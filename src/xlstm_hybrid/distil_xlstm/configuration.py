@@ -3,11 +3,11 @@
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache_names import NAMES
+from xlstm_hybrid.model.configuration import StudentConfig
 
 BLOCKS = ("slstm", "mlstm")
 FORGET_GATES = ("sigmoid", "exp")
@@ -16,7 +16,7 @@ SIZES += ("mlstm_projection_block", "mlstm_context", "mlstm_chunk_size", "slstm_
 
 
 @strict
-class DistilXLSTMConfig(PreTrainedConfig):
+class DistilXLSTMConfig(StudentConfig):
     """Sizes of a stack of sLSTM and mLSTM blocks (Beck et al. 2024; Thiombiano et al. 2025).
 
     Args:

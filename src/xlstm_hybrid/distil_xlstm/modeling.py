@@ -18,7 +18,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
@@ -36,7 +36,7 @@ from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
-from xlstm_hybrid.model.modeling import CheckpointedLayer, drop_absent_names, keep_positions
+from xlstm_hybrid.model.modeling import CheckpointedLayer, StudentModel, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.training.losses import at_least_float32
 
@@ -232,7 +232,7 @@ class DistilXLSTMLayer(CheckpointedLayer):
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class DistilXLSTMPreTrainedModel(PreTrainedModel):
+class DistilXLSTMPreTrainedModel(StudentModel):
     config: DistilXLSTMConfig
     config_class = DistilXLSTMConfig
     base_model_prefix = "model"
@@ -370,14 +370,14 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_teacher(cls, teacher, *, dtype=None, revision=None, seed=0, **options):
+    def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, seed=0, **options):
         """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no
         memory with the teacher.
 
         Args:
             teacher: a directory, a Hub id, or a transformers model; only its embedding and LM head are read.
-            dtype: of the student's weights; None: the one in which the teacher's embedding is stored. Gates are float32
-                in any case.
+            dtype: of the student's weights; None or "auto": the one in which the teacher's embedding is stored. Gates are
+                float32 in any case. torch_dtype is transformers' other name of it.
             revision: branch, tag or commit on the Hub.
             seed: of the new parameters.
             options: arguments of `transfer.distil_config`.
@@ -385,7 +385,7 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
             UnsupportedTeacherError, ConfigError, CheckpointError: the teacher cannot become such a student.
         """
         with open_teacher(teacher, revision) as source:
-            return new_student(cls, source, dtype, seed, **options)
+            return new_student(cls, source, torch_dtype if dtype is None else dtype, seed, **options)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

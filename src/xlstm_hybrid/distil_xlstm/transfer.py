@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from xlstm_hybrid.conversion.convert import TensorReport
-from xlstm_hybrid.conversion.families import family_of
+from xlstm_hybrid.conversion.families import family_of, refuse_loading
 from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.errors import CheckpointError, ConfigError
@@ -73,6 +73,7 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
     taken = {name: getattr(teacher_config, name) for name in FROM_TEACHER}
     taken |= {"teacher_model_type": kind, "use_cache": True}  # False is a leftover of the teacher's training
     allowed = sorted(set(DistilXLSTMConfig.__annotations__) - set(taken))
+    refuse_loading(overrides)
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(
             f"student of {kind}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, whose embeddings it keeps"

@@ -21,10 +21,9 @@ from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, e
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.results import last_part
-from xlstm_hybrid.evaluation.scores import contradictions
+from xlstm_hybrid.evaluation.scores import contradictions, evaluating
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import attention_reach
-from xlstm_hybrid.model.generation_checks import stock_settings
 from xlstm_hybrid.planning.cache_size import filled_bytes
 from xlstm_hybrid.teacher_store import weights_hash
 
@@ -277,7 +276,7 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
-    with stock_settings(model):  # a checkpoint's own sampling settings and penalties have no part in a score
+    with evaluating(model, tokenizer):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=specs,

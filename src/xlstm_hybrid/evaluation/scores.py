@@ -3,10 +3,12 @@ others measured: `results`.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.significance import ROUNDING
 from xlstm_hybrid.model.generation_checks import bound, stock_settings
@@ -97,6 +99,33 @@ class ExactMatch:
     samples: list
 
 
+@contextmanager
+def evaluating(model, tokenizer=None):
+    """The model with stock generation settings, and with a look at each call's ids: one without a row in the embedding
+    is a ConfigError, see `check_rows`. It has the tokens' names where there is a tokenizer, whose pad, begin and end
+    tokens are looked at first.
+    """
+    if not hasattr(model, "get_input_embeddings"):  # anything that `generate`s
+        with stock_settings(model):
+            yield
+        return
+    embedding, name = model.get_input_embeddings(), last_part(model.config.name_or_path) or "the model"
+    rows = len(embedding.weight)
+    if tokenizer is not None:
+        check_rows(tokenizer, rows, name)
+
+    def look(module, given):
+        if given and given[0].numel() and int(given[0].max()) >= rows:
+            check_rows(tokenizer, rows, name, given[0].flatten().tolist())
+
+    hook = embedding.register_forward_pre_hook(look)
+    try:
+        with stock_settings(model):
+            yield
+    finally:
+        hook.remove()
+
+
 @torch.inference_mode()
 def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=None, progress=None):
     """Greedy generation in left-padded batches through the cache, up to an end token, compared with the answers,
@@ -112,6 +141,7 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
     Returns:
         ExactMatch, samples in the order of the examples.
     Raises:
+        ConfigError: see `evaluating`.
         EvaluationError: no examples, an empty prompt, a batch size or budget below 1.
     """
     if max_new_tokens is None and examples:
@@ -123,7 +153,7 @@ def exact_match(model, tokenizer, examples, *, batch_size=64, max_new_tokens=Non
             f"max_new_tokens={max_new_tokens}; expected prompts with tokens and numbers of at least 1"
         )
     order, samples = sorted(range(len(prompts)), key=lambda j: len(prompts[j])), [None] * len(prompts)
-    with stock_settings(model):
+    with evaluating(model, tokenizer):
         ends = end_tokens(model, tokenizer)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -140,7 +170,8 @@ def end_tokens(model, tokenizer):
     """Ids at which an output ends: the tokenizer's and those of the generation config."""
     of_model = model.generation_config.eos_token_id
     of_model = of_model if isinstance(of_model, list | tuple) else [of_model]
-    return sorted({int(t) for t in [*of_model, tokenizer.eos_token_id] if t is not None})
+    rows = model.config.get_text_config().vocab_size  # what has none is never generated
+    return sorted({int(t) for t in [*of_model, tokenizer.eos_token_id] if t is not None and t < rows})
 
 
 def continuations(model, prompts, ends, max_new_tokens):
@@ -174,7 +205,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
     allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
-    with stock_settings(model):
+    with evaluating(model, tokenizer):
         for first in range(0, len(spelt) if ends else 0, batch_size):
             chosen = spelt[first : first + batch_size]
             ahead = leads(model, [rows[j] for j in chosen], ends)
@@ -219,15 +250,17 @@ def named_contradictions(found):
 
 
 @torch.inference_mode()
-def perplexity(model, rows, *, batch_size=32):
+def perplexity(model, rows, *, tokenizer=None, batch_size=32):
     """exp of the mean negative log-likelihood (nats, float32 log-softmax) over scored tokens; infinite beyond the range
     of a float.
 
     Args:
         rows: [(input_ids, labels)] lists of one length each; labels stand at the token that they name, -100 marks one
             that is not scored. The first token of a row is never scored: nothing precedes it.
+        tokenizer: the model's, for the name of a token that has no row in its embedding.
         batch_size: rows per right-padded batch.
     Raises:
+        ConfigError: see `evaluating`.
         EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not
             numbers.
     """
@@ -242,7 +275,7 @@ def perplexity(model, rows, *, batch_size=32):
             f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
         )
     scored.sort(key=lambda row: len(row[0]))
-    with stock_settings(model):
+    with evaluating(model, tokenizer):
         total = sum(
             negative_log_likelihood(model, scored[first : first + batch_size])
             for first in range(0, len(scored), batch_size)

@@ -34,13 +34,12 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES, copy_settings, using_cache
+from xlstm_hybrid.checkpoint.weights import copy_settings, settings_files, using_cache
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 
 OURS = ("xlstm_hybrid", "xlstm_kernels")
-TOKENIZER = "tokenizer_config.json"
 OPERATORS = "xlstm_kernels::"  # how names of torch operators of ours begin
 # names as transformers' own models have them
 CONFIGURATION, MODELING = "configuration_xlstm_hybrid", "modeling_xlstm_hybrid"
@@ -225,14 +224,11 @@ def config_values(checkpoint):
 
 
 def copied_files(checkpoint):
-    """Names of the checkpoint's files that are copied as they are: weights, index, generation config, tokenizer, card,
-    pictures, licences.
-    """
+    """Names of the checkpoint's files that are copied as they are: weights, index, card, pictures, licences."""
     weights = sorted({file.name for file in weight_files(checkpoint).values()})
     index = [INDEX] if (checkpoint / INDEX).is_file() else []
-    texts = [name for name in (GENERATION, *TOKENIZER_FILES) if name != TOKENIZER]
     others = sorted(p.name for p in checkpoint.iterdir() if CARRIED.fullmatch(p.name))
-    return [name for name in (*weights, *index, *texts, *others) if contained(checkpoint, name).is_file()]
+    return [name for name in (*weights, *index, *others) if contained(checkpoint, name).is_file()]
 
 
 def write_loading(directory, count):
@@ -273,7 +269,7 @@ def export(checkpoint, out, overwrite=False):
     if (checkpoint / MANIFEST).is_file():
         verify_files(checkpoint)
     config, names = config_values(checkpoint), copied_files(checkpoint)
-    check_space(out, sum((checkpoint / name).stat().st_size for name in names))
+    check_space(out, sum((checkpoint / name).stat().st_size for name in (*names, *settings_files(checkpoint))))
     with staged(out, overwrite=overwrite) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
@@ -292,7 +288,8 @@ def export(checkpoint, out, overwrite=False):
         seconds = round(time.monotonic() - started, 3)
         config = {"auto_map": AUTO_MAP, "code": list(files)}
         add_provenance(directory, "export", parent=checkpoint, config=config, seconds=seconds)
-        written = sorted(p.name for p in directory.iterdir())
+        written = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
         write_manifest(directory)
-    left = sorted(p.name for p in checkpoint.iterdir() if p.name not in {*written, MANIFEST, PROVENANCE})
+    kept = {name.split("/")[0] for name in written} | {MANIFEST, PROVENANCE}
+    left = sorted(p.name for p in checkpoint.iterdir() if p.name not in kept)
     return ExportReport([*written, MANIFEST], list(files), left)

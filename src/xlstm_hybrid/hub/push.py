@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import INDEX, MANIFEST, PROVENANCE, SECRETS, SINGLE, read_json, verify_files
-from xlstm_hybrid.checkpoint.weights import GENERATION, TOKENIZER_FILES
+from xlstm_hybrid.checkpoint.weights import SETTINGS_FILES, TEMPLATES
 from xlstm_hybrid.errors import CheckpointError, ShareError
 
 CARD, CONFIG = "README.md", "config.json"
 NEEDED = (CONFIG, CARD, MANIFEST, PROVENANCE)
-ALLOWED = {*NEEDED, GENERATION, *TOKENIZER_FILES, SINGLE, INDEX, "training_log.json", "LICENSE", "NOTICE"}
+ALLOWED = {*NEEDED, SINGLE, INDEX, "training_log.json", "LICENSE", "NOTICE"}
 PATTERNS = (re.compile(r"model-\d{5}-of-\d{5}\.safetensors"), re.compile(r"[A-Za-z0-9][\w.-]{0,90}\.png"))
+PATTERNS += tuple(re.compile(re.escape(name).replace(r"\*", r"[\w.-]{0,90}")) for name in SETTINGS_FILES)
 CODE = re.compile(r"[a-z_][a-z0-9_]{0,90}\.py")  # only on demand: a checkpoint with remote code
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # any text may be a token: searched for keys only
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"}
+VOCABULARIES = re.compile(
+    r"tokenizer\.([\w.-]+\.)?json|tekken\.json|vocab.*|merges.*|[\w.-]+\.(model|model\.v\d+|tiktoken)"
+)
 CAPS = {"tensors": 20_000, "header": 2**24, "config": 2**20, "depth": 20}
 KEYS = re.compile(
     r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{18,}"
@@ -57,9 +60,12 @@ def unlisted(folder, code):
         if path.is_symlink():
             yield f"{name}: is a link, expected a file"
         elif path.is_dir():
-            yield f"{name}/: is a folder, expected files only"
-        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS) or path.parent != folder:
+            if name != TEMPLATES:
+                yield f"{name}/: is a folder, expected files only"
+        elif path.parent not in (folder, folder / TEMPLATES):
             continue  # of what lies in a folder, the folder is named
+        elif name in ALLOWED or any(p.fullmatch(name) for p in PATTERNS):
+            continue
         elif not CODE.fullmatch(name):
             yield f"{name}: is not a file that a checkpoint needs"
         elif not code:
@@ -116,14 +122,14 @@ def inspect_json(path):
     """What is wrong with a JSON file, in words."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_object)
-        if path.name not in VOCABULARIES and depth(content) > CAPS["depth"]:
+        if not VOCABULARIES.fullmatch(path.name) and depth(content) > CAPS["depth"]:
             yield f"{path.name}: nested {depth(content)} deep, expected at most {CAPS['depth']}"
     except (ValueError, RecursionError) as error:
         yield f"{path.name}: is no JSON that every reader understands in one way ({error})"
         return
     if path.name == CONFIG and path.stat().st_size > CAPS["config"]:
         yield f"{path.name}: {path.stat().st_size} bytes, expected at most {CAPS['config']}"
-    if path.name not in VOCABULARIES:
+    if not VOCABULARIES.fullmatch(path.name):
         yield from (f"{path.name}: {entry} holds a secret by its name" for entry in secret_entries(content))
 
 
@@ -172,7 +178,7 @@ def inspect(path, names):
         wrong += [f"{path.name}: holds compressed text, expected none"] if "[compressed]" in text else []
     else:
         text = path.read_bytes().decode("utf-8", "replace")
-    keys_only = path.name in VOCABULARIES
+    keys_only = VOCABULARIES.fullmatch(path.name)
     found = dict.fromkeys((kind, shown) for kind, shown in findings(text, names) if kind == "a key" or not keys_only)
     return wrong + [f"{path.name}: holds {kind} ({shown})" for kind, shown in found]
 
@@ -201,12 +207,13 @@ def inspect_folder(folder, repo, *, code=False):
     wrong += unlisted(folder, code)
     if not wrong:
         verify_files(folder)
-        listed, paths = read_json(folder / MANIFEST, folder.name)["files"], sorted(folder.iterdir())
-        wrong += [f"{p.name}: is not listed in {MANIFEST}" for p in paths if p.name not in {*listed, MANIFEST}]
+        listed, paths = read_json(folder / MANIFEST, folder.name)["files"], sorted(folder.rglob("*"))
+        paths = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
+        wrong += [f"{name}: is not listed in {MANIFEST}" for name in paths if name not in {*listed, MANIFEST}]
         if not code and "auto_map" in read_json(folder / CONFIG, folder.name):
             wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code")
         names = own_names()
-        wrong += [text for path in paths for text in inspect(path, names)]
+        wrong += [text for path in paths.values() for text in inspect(path, names)]
     if wrong:
         raise ShareError(
             f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "

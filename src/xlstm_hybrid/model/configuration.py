@@ -32,8 +32,25 @@ CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")
 SCORES = ("residual", "weighted", "recency", "random")
 
 
+class StudentConfig(PreTrainedConfig):
+    """What the configurations of our students share."""
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; a config.json of another model type is a ConfigError: the weights beside it are none of
+        this class, though most of them have the same names.
+        """
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ConfigError(
+                f"config.json: model_type is {kind!r}, expected {cls.model_type!r}: from_pretrained loads students. To make "
+                "one of a teacher, call the class's from_teacher(TEACHER), or `xlstm-hybrid convert TEACHER OUT`; to load "
+                "the teacher itself, AutoModelForCausalLM.from_pretrained"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
 @strict
-class XLSTMHybridConfig(PreTrainedConfig):
+class XLSTMHybridConfig(StudentConfig):
     """The teacher's fields under the teacher's names, then ours.
 
     Args:

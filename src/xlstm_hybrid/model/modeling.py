@@ -6,12 +6,13 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 """
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
@@ -214,7 +215,32 @@ def drop_absent_names(model):
     model._keep_in_fp32_modules_strict &= have
 
 
-class XLSTMHybridPreTrainedModel(PreTrainedModel):
+class StudentModel(PreTrainedModel):
+    """What the models of our students share."""
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As in transformers, which refuses to save generation settings that it loads with a warning, such as a
+        teacher's `temperature` beside `do_sample: false`: a student has learnt something by then, and keeps them as they
+        are.
+        """
+        settings, kept = getattr(self, "generation_config", None), None
+        try:
+            if settings is not None:
+                settings.validate(strict=True)
+        except ValueError:
+            kept = settings
+        if kept is None or kwargs.get("push_to_hub"):  # that uploads what is written in there
+            return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        try:
+            self.generation_config = GenerationConfig()  # in the place of the one that is written below
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self.generation_config = kept
+        if is_main_process:
+            kept.to_json_file(os.path.join(save_directory, "generation_config.json"))
+
+
+class XLSTMHybridPreTrainedModel(StudentModel):
     """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in
     float32.
     """

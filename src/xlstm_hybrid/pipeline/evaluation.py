@@ -64,12 +64,14 @@ def evaluate_domains(model, tokenizer, settings, progress, known):
             wrong = contradictions(model, tokenizer, match.samples)
         result["contradictions"] |= {domain: wrong} if wrong else {}
         result["exact_match"][domain], result["samples"][domain] = match.score, match.samples
-        result["perplexity"][domain] = perplexity(model, [tasks.encode_example(tokenizer, e) for e in examples])
+        result["perplexity"][domain] = perplexity(
+            model, [tasks.encode_example(tokenizer, e) for e in examples], tokenizer=tokenizer
+        )
         if progress:
             progress(domain, f"{match.score:6.1%}")
     chunks, count = tasks.text_chunks("test", size=300), settings["text_chunks"]
     rows = [tasks.encode_chunk(tokenizer, chunk) for chunk in chunks[:: max(1, len(chunks) // count)][:count]]
-    result["perplexity"]["text"] = perplexity(model, rows)
+    result["perplexity"]["text"] = perplexity(model, rows, tokenizer=tokenizer)
     return result
 
 
@@ -81,7 +83,7 @@ def evaluate_sources(model, tokenizer, recipe, progress=None):
         for stream in open_streams(recipe, tokenizer, expert, test=True):
             name = stream.name if expert is None else f"{expert}/{stream.name}"
             rows = held_out_rows(stream, recipe.length, settings["documents"])
-            result["perplexity"][name] = perplexity(model, rows, batch_size=settings["batch_size"])
+            result["perplexity"][name] = perplexity(model, rows, tokenizer=tokenizer, batch_size=settings["batch_size"])
             if progress:
                 progress(name, f"perplexity {result['perplexity'][name]:.4g}")
     return result
@@ -107,7 +109,8 @@ def sample_text(model_dir, prompt):
     model, tokenizer = load(model_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    how = {"max_new_tokens": 24, "do_sample": False, "tokenizer": tokenizer}  # for a checkpoint's own `stop_strings`
+    output = model.generate(input_ids=ids, attention_mask=mask, **how)
     return {"prompt": prompt, "output": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}
 
 

@@ -8,9 +8,10 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
 from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.data import train_dataset
-from xlstm_hybrid.data.vocabulary import template_hash, tokenizer_hash, vocabulary_hash
+from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError, XLSTMHybridError
 from xlstm_hybrid.pipeline.settings import row_count

@@ -40,6 +40,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
+from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.load import parameter_dtype
@@ -227,6 +228,7 @@ class Streaming:
                     # what enters a group, and what leaves it
                     check_space(self.spool.path(0), 2.02 * size * (count + len(self.held_out)))
                 self.spool.add_batch(n, batch)
+                check_rows(self.processing_class, len(table), "student", batch["input_ids"].flatten().tolist())
                 yield nn.functional.embedding(batch["input_ids"].cpu(), table)
 
         self.spool.write(0, states())

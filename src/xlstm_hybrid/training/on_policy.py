@@ -14,6 +14,7 @@ from datasets import IterableDataset
 from trl import DistillationConfig, DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.data.vocabulary import shared_size
 from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError, DataError
@@ -215,6 +216,9 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         dataset = self.train_dataset if dataset is None else dataset
         return PromptSampler(dataset, mini_repeat_count=n, batch_size=prompts, repeat_count=steps, **order)
 
+    def check_ids(self, ids):
+        check_rows(self._tokenizer, self.model.config.get_text_config().vocab_size, "student", ids)
+
     def completion_ids(self, row, prompt_ids):
         """Ids of the data's completion, cut at `max_completion_length`; an EOS ends it where the data does not."""
         completion = row.get("completion")
@@ -235,6 +239,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                 f"completion: expected text or messages beside the prompt {str(row['prompt'])[:60]!r}, got {type(completion).__name__}; "
                 "fill the column, or set lmbda=1 or seq_kd=True"
             )
+        self.check_ids(ids)
         if not ids or ids[-1] not in self.eos_token_ids:
             ids = [*ids, self.eos_token_ids[0]]
         return ids[: self.max_completion_length]
@@ -279,6 +284,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         empty = next((row["prompt"] for row, ids in zip(heads, prompts, strict=True) if not ids), None)
         if empty is not None:
             raise DataError(f"prompt {empty!r} has no token: a completion needs something to follow; drop such rows")
+        for ids in prompts:
+            self.check_ids(ids)
         buffer = next((c for c in self.callback_handler.callbacks if isinstance(c, ReplayBuffer)), None)
         when = (args.seed, self.state.global_step) if training else (args.seed, prompts)
         draw = random.Random(seed_from(*when))  # not by rank: all ranks generate together

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from xlstm_hybrid.checkpoint.files import (
     verify_files,
     write_json,
 )
+from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.training import checkpoints, save_weights
 from xlstm_hybrid.training import distributed as scale
@@ -195,6 +197,20 @@ def find_checkpoint(trainer, wanted):
     return path
 
 
+class CheckedRows:
+    """A collator whose ids all have a row in the embedding; otherwise a ConfigError names the token, see `check_rows`."""
+
+    def __init__(self, collate, tokenizer, rows):
+        self.collate, self.tokenizer, self.rows = collate, tokenizer, rows
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if torch.is_tensor(ids) and ids.numel() and int(ids.max()) >= self.rows:
+            check_rows(self.tokenizer, self.rows, "student", ids.flatten().tolist())
+        return batch
+
+
 class Resumable:
     """Saving, loading and watching, in front of TRL's class. It leaves no pickle, writes no card and calls nobody."""
 
@@ -205,6 +221,9 @@ class Resumable:
     def __init__(self, model=None, *args, **kwargs):
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
+        rows = self.model.config.get_text_config().vocab_size
+        check_rows(self.processing_class, rows, "student")
+        self.data_collator = CheckedRows(self.data_collator, self.processing_class, rows)
         # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
         if wanted is not None:
             self.model.config.use_cache = wanted
