@@ -73,6 +73,15 @@ def test_keys_that_arrow_takes_from_other_rows_are_not_written(tmp_path):
     ) and answer == 'CALL sum{"a": 1}<|im_end|>\n'.replace("sum", "sum ")
 
 
+def test_calls_that_are_none_are_no_key_and_calls_in_json_text_are_calls(tmp_path):
+    """Templates ask whether there is a key: an empty list of calls would be one call too few for Llama's."""
+    silent, calls = [TALK[0], TALK[1] | {"tool_calls": "[]"}], call({"a": 1})
+    text = [calls[0], calls[1] | {"tool_calls": json.dumps(calls[1]["tool_calls"])}]
+    assert read(tmp_path, [{"messages": silent}, {"messages": text}]) == [{"messages": TALK[:2]}, {"messages": calls}]
+    rows = [{"messages": [TALK[0], TALK[1] | {"tool_calls": []}]}, {"messages": calls}]
+    assert read(tmp_path, rows) == [{"messages": TALK[:2]}, {"messages": calls}]
+
+
 @pytest.mark.parametrize("form", ["list", "text", "texts", "first message", "column"])
 def test_tools_come_from_a_column_or_the_first_message_as_schemas_or_their_json(tmp_path, form):
     value = {"text": json.dumps(TOOLS), "texts": [json.dumps(t) for t in TOOLS]}.get(form, TOOLS)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from xlstm_hybrid import data
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.recipe.schema import Recipe, Source
+from xlstm_hybrid.training.run_spec import data_digest
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -171,6 +172,11 @@ def test_where_leaves_out_other_rows_and_prompts_with_answers_become_conversatio
         recipe(tmp_path, {"b": {"path": path, "prompt": "input", "completion": "output"}}), tokenizer
     )
     document = next(stream)
+    path = lines(tmp_path / "d.jsonl", [{"prompt": TALK[:1], "completion": TALK[1:2]}])
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"b": {"path": path, "prompt": "prompt", "completion": "completion"}}), tokenizer
+    )
+    assert next(stream) == document
     path = lines(tmp_path / "c.jsonl", [{"q": "1+1?", "a": "two"}])
     [stream] = data.open_streams(recipe(tmp_path, {"c": {"path": path, "prompt": "q", "completion": "a"}}), tokenizer)
     assert document == next(stream) == data.encode_chat(tokenizer, TALK[:2])
@@ -365,6 +371,11 @@ def test_a_state_of_a_version_that_packs_in_another_way_is_refused(tmp_path):
     del state["packing"]
     with pytest.raises(DataError, match="the state is of packing 1, this version has 2"):
         rows.load_state_dict(state)
+    # a trainer that goes on with a stream knows its data by this
+    streamed = data.train_dataset(two_sources(tmp_path, streaming=True), letters(), 12)
+    assert data_digest(streamed) == "stream, rows of packing 2"
+    text = {"a": {"path": "a.jsonl", "text": "text", "streaming": True}}  # packed as ever
+    assert data_digest(data.train_dataset(recipe(tmp_path, text), letters(), 12)) == "stream"
 
 
 # --- data sets -------------------------------------------------------------------------------------------------

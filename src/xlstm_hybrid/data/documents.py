@@ -15,7 +15,13 @@ from xlstm_hybrid.recipe.schema import RESERVED
 
 IGNORE = -100
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-WRITTEN = (*THOUGHTS, "tool_calls", "function_calls", "functions")  # keys of messages that no template may pass over
+WRITTEN = (
+    *THOUGHTS,
+    "tool_calls",
+    "function_call",
+    "function_calls",
+    "functions",
+)  # keys of messages that no template may pass over
 
 
 def encode_text(tokenizer, text):
@@ -212,15 +218,15 @@ def joined(content):
 def functions(message):
     """The called functions of a message, {"name", "arguments"}, whose arguments are a dict or JSON text of one."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-    return [f for f in calls if isinstance(f, dict) and isinstance(arguments_of(f.get("arguments")), dict)]
+    return [f for f in calls if isinstance(f, dict) and isinstance(from_json(f.get("arguments")), dict)]
 
 
-def arguments_of(arguments):
-    """Arguments of a call as a dict; as they are if they are neither a dict nor JSON text."""
+def from_json(value):
+    """What JSON text holds; anything else as it is."""
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        return arguments
+        return value
 
 
 def source_of(arguments):
@@ -280,17 +286,22 @@ def conversation(row, source):
         question, answer = row[source.prompt], row[source.completion]
         if isinstance(question, str) and question.strip():
             question = [{"role": "user", "content": question}]
-        messages = [*question, {"role": "assistant", "content": answer}] if question and answer else None
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}] if answer else None
+        messages = [*question, *answer] if question and answer else None
     if not messages:
         return None
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else [None]
     if not all(isinstance(role, str) for role in roles):
-        raise DataError(f"expected a list of messages with role and content, got {str(messages)[:80]!r}")
+        raise DataError(
+            f"expected a list of messages with role and content, got {str(messages)[:80]!r}: name the column of these, or rename its keys"
+        )
     left_out = source.leave_out or []
     messages = [{k: v for k, v in without_nulls(m).items() if k not in left_out} for m in messages]
     for n, message in enumerate(messages):
-        if not message.get("tool_calls", True):
-            del message["tool_calls"]  # [] is no call, but templates ask whether the key is there
+        calls = message.pop("tool_calls", None)
+        if calls := from_json(calls) or []:  # [] is no call, but templates ask whether the key is there
+            message["tool_calls"] = calls
         if isinstance(message.get("content"), list):
             joined(message["content"])
         if n and message.get("tools"):
@@ -305,7 +316,7 @@ def conversation(row, source):
     if tools or inside:
         found["tools"] = tools or inside
     own = {} if "chat_template_kwargs" in left_out else row.get("chat_template_kwargs")
-    own = without_nulls(arguments_of(own) if own else {})
+    own = without_nulls(from_json(own) if own else {})
     if not isinstance(own, dict) or RESERVED & set(own):
         raise DataError(
             f"column 'chat_template_kwargs' holds {str(own)[:80]!r}, expected names that the template reads"

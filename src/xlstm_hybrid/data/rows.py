@@ -16,6 +16,7 @@ HELD_OUT_SEED = 1_000_003  # added to the seed of the tiny domains for rows that
 HELD_OUT = 0.01  # share of a source's documents that nothing trains on
 ROW = ("input_ids", "labels", "position_ids")
 PACKING = 2  # of `Rows`, in its state; 1 cut a conversation where a row had no room left
+DESCRIBED = "rows of packing"
 STATE = ("spent", "rest", "filler", "waiting", "count", "padded", "counts")
 WAITING = 16  # conversations that wait for a row with room at the same time
 LEFT_OUT_FLOOR = 2000  # documents of a source of which one at least has to be scored
@@ -76,7 +77,7 @@ class Rows:
                 name, ids, labels = self.waiting.pop(n)
                 self.spent[name] += len(ids)
                 return ids, labels
-            texts = [name for name in self.streams if self.mode(name) == "text"]
+            texts = [name for name in self.streams if packing_mode(self.streams[name].source) == "text"]
             if not texts:
                 self.padded += room
                 return [self.padding] * room, [IGNORE] * room
@@ -98,19 +99,13 @@ class Rows:
         """The one of these sources that is furthest below its share of tokens."""
         return min(names, key=lambda name: self.spent[name] / self.streams[name].source.weight)
 
-    def mode(self, name):
-        """ "text" for a source whose documents go on in the next row wherever one ends, else what its chat does with
-        what is longer than a row, "split" or "cut".
-        """
-        source = self.streams[name].source
-        return "cut" if source.overlong == "cut" else source.overlong or "cut" if source.is_chat else "text"
-
     def draw(self):
         """The next document, of the source furthest below its share: among those that wait, or as `rest`."""
         name = self.furthest_below(self.streams)
         ids, labels = next(self.streams[name])
-        counts, mode, long = self.counts[name], self.mode(name), len(ids) > self.length
+        counts, mode = self.counts[name], packing_mode(self.streams[name].source)
         counts["read"] += 1
+        long = len(ids) > self.length
         if mode == "text" or (long and mode == "split"):
             self.rest = [name, ids, labels]
             return
@@ -139,7 +134,7 @@ class Rows:
             )
 
     def warn(self):
-        """Warn of the documents that were longer than a row, and of rows that are padding for a good part."""
+        """Warn of the documents that were longer than a row."""
         for name, counts in self.counts.items():
             if counts["cut"]:
                 warnings.warn(
@@ -148,17 +143,17 @@ class Rows:
                     "left out",
                     stacklevel=2,
                 )
+
+    def take(self, count):
+        """Yields `count` rows, and warns at their end of documents that were cut and of much padding."""
+        yield from islice(self, count)
+        self.warn()
         if self.padded > PADDED_SHARE * (total := self.count * self.length):
             warnings.warn(
                 f"{self.padded} of {total} tokens of the rows are padding, as conversations are not cut to fill them: choose a "
                 "data.sequence_length that fits them better, or mix in text",
                 stacklevel=2,
             )
-
-    def take(self, count):
-        """Yields `count` rows, and warns at their end."""
-        yield from islice(self, count)
-        self.warn()
 
     def state_dict(self):
         state = {name: getattr(self, name) for name in STATE} | {"packing": PACKING}
@@ -180,6 +175,15 @@ class Rows:
             setattr(self, name, state[name])
         for name, stream in self.streams.items():
             stream.resume(state["streams"][name])
+
+
+def packing_mode(source):
+    """ "text" for a source whose documents go on in the next row wherever one ends, else what it does with those that
+    are longer than a row, "split" or "cut".
+    """
+    if source.is_chat or source.overlong == "cut":
+        return source.overlong or "cut"
+    return "text"
 
 
 def open_streams(recipe, tokenizer, expert=None, test=False):
@@ -231,8 +235,12 @@ def train_dataset(recipe, tokenizer, count, expert=None, cache=None):
     def rows():
         return open_rows(recipe, tokenizer, expert).take(count)
 
-    if any(not s.whole for s in open_streams(recipe, tokenizer, expert)):
-        return IterableDataset.from_generator(rows, features=features)
+    streams = open_streams(recipe, tokenizer, expert)
+    if any(not s.whole for s in streams):
+        dataset = IterableDataset.from_generator(rows, features=features)
+        if any(packing_mode(s.source) != "text" for s in streams):
+            dataset.info.description = f"{DESCRIBED} {PACKING}"  # by which a run of another packing is told
+        return dataset
     # everything in the recipe that the rows depend on
     what = [recipe.data, recipe.experts.get(expert), recipe.seed, str(expert), count, recipe.teacher]
     name = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]

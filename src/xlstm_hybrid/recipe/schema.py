@@ -34,7 +34,7 @@ class Source:
     text: column of plain text, all of it scored.
     messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the
     assistant's words are scored.
-    prompt, completion: columns of a question (text or messages) and its answer (text), which become messages.
+    prompt, completion: columns of a question and its answer, each text or messages, which become messages.
     tools: column of the tools of a conversation, JSON schemas or their JSON text; None: "tools", where the data set has
         one. They may stand in the first message as well.
     chat_template_kwargs: {name: value} that the chat template reads, such as enable_thinking; those in a column of this
