@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from xlstm_hybrid import data
 from xlstm_hybrid.errors import ConfigError, DataError
 from xlstm_hybrid.recipe.schema import Recipe, Source
+from xlstm_hybrid.training.run_spec import data_digest
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -171,6 +172,11 @@ def test_where_leaves_out_other_rows_and_prompts_with_answers_become_conversatio
         recipe(tmp_path, {"b": {"path": path, "prompt": "input", "completion": "output"}}), tokenizer
     )
     document = next(stream)
+    path = lines(tmp_path / "d.jsonl", [{"prompt": TALK[:1], "completion": TALK[1:2]}])
+    [stream] = data.open_streams(
+        recipe(tmp_path, {"b": {"path": path, "prompt": "prompt", "completion": "completion"}}), tokenizer
+    )
+    assert next(stream) == document
     path = lines(tmp_path / "c.jsonl", [{"q": "1+1?", "a": "two"}])
     [stream] = data.open_streams(recipe(tmp_path, {"c": {"path": path, "prompt": "q", "completion": "a"}}), tokenizer)
     assert document == next(stream) == data.encode_chat(tokenizer, TALK[:2])
@@ -236,21 +242,12 @@ def two_sources(folder, streaming=False, **options):
     return recipe(folder, {"a": a, "b": b}, **options)
 
 
-def pieces(row):
-    """(input_ids, labels) between restarts of the positions."""
-    starts = [t for t, p in enumerate(row["position_ids"]) if p == 0]
-    return [
-        (row["input_ids"][s:e], row["labels"][s:e])
-        for s, e in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)
-    ]
-
-
 def test_rows_are_full_and_hold_their_documents_apart(tmp_path):
     tokenizer = letters()
     for row in islice(data.open_rows(two_sources(tmp_path), tokenizer), 30):
         assert {key: len(value) for key, value in row.items()} == dict.fromkeys(data.rows.ROW, 32)
         assert row["position_ids"][0] == 0
-        for ids, labels in pieces(row):
+        for ids, labels in data.pieces(row):
             assert labels[0] == -100 and all(l in (-100, i) for i, l in zip(ids, labels, strict=True))
             assert tokenizer.bos_token_id not in ids[1:] and tokenizer.eos_token_id not in ids[:-1]
         assert any(l != -100 for l in row["labels"])
@@ -270,7 +267,7 @@ def test_long_text_goes_on_in_the_next_row_and_a_long_conversation_is_cut(tmp_pa
     assert all(row["input_ids"] == whole[:32] for row in islice(cut, 4))
     chat = {"path": lines(tmp_path / "b.jsonl", [{"messages": TALK}]), "messages": "messages"}
     for row in islice(data.open_rows(recipe(tmp_path, {"b": chat}, length=48), tokenizer), 4):
-        assert all(ids[0] == tokenizer.bos_token_id for ids, _ in pieces(row))  # no answer without its question
+        assert all(ids[0] == tokenizer.bos_token_id for ids, _ in data.pieces(row))  # no answer without its question
 
 
 def test_sources_are_mixed_by_their_shares_of_tokens(tmp_path):
@@ -297,6 +294,88 @@ def test_a_state_of_other_sources_is_refused(tmp_path):
     rows = data.open_rows(two_sources(tmp_path), letters())
     with pytest.raises(DataError, match=r"of the sources \['x'\], the recipe has \['a', 'b'\]"):
         rows.load_state_dict({"streams": {"x": {}}})
+
+
+def test_a_conversation_that_fits_a_row_is_never_cut(tmp_path):
+    """Of conversations of .6 and .3 rows each row holds whole ones; a gap is padding, or text where there is some."""
+    tokenizer = letters()
+    [long, short] = [[TALK[0], {"role": "assistant", "content": words}] for words in ("four" * 6, "two")]
+    chat = {"path": lines(tmp_path / "b.jsonl", [{"messages": long}, {"messages": short}] * 9), "messages": "messages"}
+    whole = [data.encode_chat(tokenizer, messages)[0] for messages in (long, short)]
+    assert [len(ids) for ids in whole] == [50, 29]
+    rows = list(islice(data.open_rows(recipe(tmp_path, {"b": chat}, length=84), tokenizer), 20))
+    found = [ids for row in rows for ids, labels in data.pieces(row) if any(l != -100 for l in labels)]
+    assert all(ids in whole for ids in found) and found.count(whole[0]) == found.count(whole[1]) == 20
+    gaps = [ids for row in rows for ids, labels in data.pieces(row) if all(l == -100 for l in labels)]
+    assert gaps == [[tokenizer.pad_token_id] * 5] * 20
+    text = {"path": lines(tmp_path / "a.jsonl", [{"text": "x" * 300}]), "text": "text"}
+    chat |= {"path": lines(tmp_path / "c.jsonl", [{"messages": long}])}
+    rows = data.open_rows(recipe(tmp_path, {"b": chat, "a": text}, length=84), tokenizer)
+    taken = list(islice(rows, 120))
+    assert all(tokenizer.pad_token_id not in row["input_ids"] for row in taken)
+    chats = [ids for row in taken for ids, _ in data.pieces(row) if len(ids) > 1 and ids[1] == whole[0][1]]
+    assert all(ids == whole[0] for ids in chats) and 50 * len(chats) / (120 * 84) == pytest.approx(0.5, abs=0.02)
+
+
+def test_what_is_longer_than_a_row_is_counted_and_left_out_without_an_answer_in_it(tmp_path):
+    tokenizer = letters()
+    [answer, question] = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+        for ask, say in (("1", "x" * 60), ("1" * 60, "x"))
+    ]
+    rows = [{"messages": TALK[:2]}] * 2 + [{"messages": answer}] * 3 + [{"messages": question}] * 5
+    chat = {"path": lines(tmp_path / "b.jsonl", rows), "messages": "messages"}
+    packed = data.open_rows(recipe(tmp_path, {"b": chat}, length=40), tokenizer)
+    with pytest.warns(UserWarning) as seen:
+        found = [tokenizer.decode(ids) for row in packed.take(10) for ids, _ in data.pieces(row)]
+    counts = packed.counts["b"]
+    assert counts["left_out"] >= 5 and counts["cut"] >= 8 > 0 and counts["read"] > counts["cut"]
+    message = f"{counts['cut']} of {counts['read']} documents are longer than a row of 40 tokens"
+    assert message in str(seen[-1].message) or message in str(seen[-2].message)
+    assert "longer than a row of 40 tokens" in str(seen[0].message)  # at once, and not only at the end
+    assert not any("111" in text for text in found) and any(text.endswith("xxx") for text in found)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_whose_questions_fill_every_row_end_in_an_error_that_counts_them(tmp_path, streaming):
+    rows = [{"messages": [{"role": "user", "content": "1" * n}, TALK[1]]} for n in (50, 60, 70)]
+    chat = {"path": lines(tmp_path / "b.jsonl", rows), "messages": "messages", "streaming": streaming}
+    shortest = 2 + 5 + 50 + 2 + 11 + 1  # <s>, headers, the question, and the first token of its answer
+    message = (
+        rf"b: none of \d+ documents has a scored token within a row of 32 tokens .* is its token {shortest}: raise it"
+    )
+    with pytest.raises(DataError, match=message), pytest.warns(UserWarning, match="1 with nothing scored"):
+        next(data.open_rows(recipe(tmp_path, {"b": chat}), letters()))
+    split = recipe(tmp_path, {"b": chat | {"overlong": "split"}})
+    row = next(data.open_rows(split, letters()))
+    assert any(label != -100 for label in row["labels"])
+
+
+def test_what_is_cut_off_does_not_count_in_the_share_of_its_source(tmp_path):
+    chat = [{"messages": [TALK[0], {"role": "assistant", "content": "y" * 200}]}]
+    sources = {
+        "chat": {"path": lines(tmp_path / "b.jsonl", chat), "messages": "messages"},
+        "text": {"path": lines(tmp_path / "a.jsonl", texts(9, 70)), "text": "text"},
+    }
+    rows = list(islice(data.open_rows(recipe(tmp_path, sources), letters()), 400))
+    y, x = (letters().convert_tokens_to_ids(letter) for letter in "yx")
+    chats = sum(row["input_ids"][1] == letters().convert_tokens_to_ids("<|im_start|>") for row in rows)
+    assert chats / 400 == pytest.approx(0.5, abs=0.02) and any(x in row["input_ids"] for row in rows)
+    assert any(y in row["input_ids"] for row in rows)
+
+
+def test_a_state_of_a_version_that_packs_in_another_way_is_refused(tmp_path):
+    rows = data.open_rows(two_sources(tmp_path), letters())
+    list(islice(rows, 3))
+    state = rows.state_dict()
+    del state["packing"]
+    with pytest.raises(DataError, match="the state is of packing 1, this version has 2"):
+        rows.load_state_dict(state)
+    # a trainer that goes on with a stream knows its data by this
+    streamed = data.train_dataset(two_sources(tmp_path, streaming=True), letters(), 12)
+    assert data_digest(streamed) == "stream, rows of packing 2"
+    text = {"a": {"path": "a.jsonl", "text": "text", "streaming": True}}  # packed as ever
+    assert data_digest(data.train_dataset(recipe(tmp_path, text), letters(), 12)) == "stream"
 
 
 # --- data sets -------------------------------------------------------------------------------------------------

@@ -468,6 +468,16 @@ def test_rows_that_cannot_be_trained_on_are_refused(rows, message):
 # --- what is left behind -----------------------------------------------------------------------------------------
 
 
+def test_rows_whose_answers_max_length_cuts_off_are_counted_and_none_left_is_an_error(build):
+    """Of the documents the scored tokens begin at 3, 9, 0 and 4."""
+    with pytest.warns(UserWarning, match="2 of 4 rows have no scored token within max_length=4: raise it"):
+        assert len(build(max_length=4).train_dataset) == 2
+    with pytest.raises(DataError, match="none of the 2 rows has a scored token within max_length=4: raise it"):
+        build(rows=[documents()[1], documents()[3]], max_length=4)
+    with pytest.raises(DataError, match="none of the rows has a scored token within max_length=4"):
+        build(dataset=document_dataset([documents()[1]]).to_iterable_dataset(), max_length=4)
+
+
 def test_a_checkpoint_holds_no_pickled_arguments_and_no_card_and_resumes_to_the_same_weights(build, tmp_path):
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "hub_token": "secret"}
     whole = trained(build(**saving))

@@ -4,8 +4,17 @@ source -> documents (token ids and labels) -> mix by shares of tokens -> rows. E
 on from its state.
 """
 
-from xlstm_hybrid.data.documents import IGNORE, encode_chat, encode_text
-from xlstm_hybrid.data.rows import collate, joint_prompts, open_rows, open_streams, packed_rows, prompts, train_dataset
+from xlstm_hybrid.data.documents import IGNORE, encode_chat, encode_text, scored_runs
+from xlstm_hybrid.data.rows import (
+    collate,
+    joint_prompts,
+    open_rows,
+    open_streams,
+    packed_rows,
+    pieces,
+    prompts,
+    train_dataset,
+)
 
 __all__ = [
     "IGNORE",
@@ -16,6 +25,8 @@ __all__ = [
     "open_rows",
     "open_streams",
     "packed_rows",
+    "pieces",
     "prompts",
+    "scored_runs",
     "train_dataset",
 ]

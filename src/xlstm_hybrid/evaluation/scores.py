@@ -10,6 +10,7 @@ import torch
 
 from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.evaluation.results import last_part
 from xlstm_hybrid.evaluation.significance import ROUNDING
 from xlstm_hybrid.model.generation_checks import bound, stock_settings
 

@@ -295,7 +295,8 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
         return 0
     section = "align" if expert is None else "distill"
     count = count or row_count(getattr(recipe, section), section)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    revision = recipe.revision if tokenizer == recipe.teacher else None
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=False)
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):

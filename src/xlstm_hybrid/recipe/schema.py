@@ -16,6 +16,12 @@ MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 100, 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # names become folders
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SCORES, OVERLONG = ("assistant", "last"), ("split", "cut")
+# arguments of `apply_chat_template` that are no settings of a template
+RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,19 @@ class Source:
     text: column of plain text, all of it scored.
     messages: column of chat messages, [{"role", "content"}, ...]; the tokenizer's chat template writes them, only the
     assistant's words are scored.
-    prompt, completion: columns of a question (text or messages) and its answer (text), which become messages.
+    prompt, completion: columns of a question and its answer, each text or messages, which become messages.
+    tools: column of the tools of a conversation, JSON schemas or their JSON text; None: "tools", where the data set has
+        one. They may stand in the first message as well.
+    chat_template_kwargs: {name: value} that the chat template reads, such as enable_thinking; those in a column of this
+        name go before.
+    leave_out: keys of messages, and the columns "tools" and "chat_template_kwargs", that are left out on purpose.
     weight: share of tokens, relative to the other sources.
     streaming: read while training instead of downloading first; None: yes for Hub ids, no for local files.
     where: {column: value or list of values}; other rows are left out.
     score: "assistant" scores every turn of the assistant, "last" the last one.
-    overlong: what does not fit into a row goes on in the next row as a document of its own ("split"), or is lost
-        ("cut"); None: split for text, cut for chat, whose rest would be answers without their question.
+    overlong: what is longer than a row goes on in the next row as a document of its own ("split"), or is lost ("cut");
+        None: split for text, cut for chat, whose rest would be answers without their question. Chat, and text that is
+        cut, begins a new row where only the room left is too small.
     """
 
     path: str
@@ -51,6 +63,9 @@ class Source:
     where: dict | None = None
     score: str = "assistant"
     overlong: str | None = None
+    tools: str | None = None
+    chat_template_kwargs: dict | None = None
+    leave_out: list | None = None
 
     @property
     def is_chat(self):
@@ -59,7 +74,8 @@ class Source:
     @property
     def columns(self):
         """Columns that the data set must have."""
-        return [c for c in (self.text, self.messages, self.prompt, self.completion) if c] + list(self.where or {})
+        named = (self.text, self.messages, self.prompt, self.completion, self.tools)
+        return [c for c in named if c] + list(self.where or {})
 
     def faults(self):
         """What is wrong with it, in words; [] if nothing."""
@@ -76,6 +92,19 @@ class Source:
             wrong.append(f"{found}: expected one of {SCORES}, one of {OVERLONG}")
         if self.where is not None and not isinstance(self.where, dict):
             wrong.append(f"where={self.where!r}: expected {{column: value}}")
+        options, keys = self.chat_template_kwargs, self.leave_out
+        if self.tools is not None and (not isinstance(self.tools, str) or not self.tools):
+            wrong.append(f"tools={self.tools!r}: expected the name of a column; leave_out: [tools] for none")
+        if options is not None and (not isinstance(options, dict) or RESERVED & set(options)):
+            wrong.append(f"chat_template_kwargs={options!r}: expected {{name: value}} of names that the template reads")
+        if keys is not None and not (
+            isinstance(keys, list) and keys and {"role", "content"}.isdisjoint(map(str, keys))
+        ):
+            wrong.append(f"leave_out={keys!r}: expected a list of keys of messages, other than role and content")
+        if not self.is_chat and (self.tools or options or keys):
+            wrong.append(
+                "tools, chat_template_kwargs and leave_out are of chat: name messages, or prompt and completion"
+            )
         return wrong
 
 

@@ -190,8 +190,9 @@ class SparseKDTrainer(Resumable, SFTTrainer):
             self.size = shared_size(vocabulary(model), vocabulary(teacher), ours, teacher_tokenizer)
         choose_trained(model, args.train, kwargs.get("peft_config"))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        own_forward = vars(base).get("forward")
+        own_forward, given = vars(base).get("forward"), kwargs.get("train_dataset")
         super().__init__(model=model, args=args, **kwargs)
+        check_rows_left(given, self.train_dataset, self.args)
         # TRL has put a fused LM head in place of `forward`; ours takes what is calculated with the head from the
         # caller.
         vars(base).pop("forward", None)
@@ -395,6 +396,19 @@ def check_documents_stay_apart(model, name, keys, length=8):
         raise ConfigError(
             f"the {name} ({type(model).__name__}) lets packed documents see each other: logits on a scale of {scale:.3g} move by "
             f"{leak:.3g} with the document before; train it unpacked (packing=False, padding_free=False)"
+        )
+
+
+def check_rows_left(given, rows, args):
+    """Refuse rows of which TRL has left none, as `max_length` cut the scored tokens off, and warn where some are gone."""
+    limit = f"within max_length={args.max_length}: raise it, or shorten the prompts"
+    if next(iter(rows), None) is None:
+        count = f"{len(given)} " if hasattr(given, "__len__") else ""
+        raise DataError(f"none of the {count}rows has a scored token {limit}")
+    if not args.packing and hasattr(given, "__len__") and len(rows) < len(given):
+        warnings.warn(
+            f"{len(given) - len(rows)} of {len(given)} rows have no scored token {limit}; they are left out",
+            stacklevel=3,
         )
 
 

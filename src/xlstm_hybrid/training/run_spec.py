@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from xlstm_hybrid.data.rows import DESCRIBED
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.configuration import MIXER
 from xlstm_hybrid.training.distributed import plain_name
@@ -60,11 +61,12 @@ def model_facts(model):
 
 
 def data_digest(dataset):
-    """Number of rows and a hash of some; "stream" for what has no length."""
+    """Number of rows and a hash of some; "stream" for what has no length, with the packing of a recipe's chat."""
     try:
         count = len(dataset)
     except TypeError:
-        return "stream"
+        description = getattr(getattr(dataset, "info", None), "description", None) or ""
+        return f"stream, {description}" if description.startswith(DESCRIBED) else "stream"
     places = (
         [n * (count - 1) // (SAMPLED_ROWS - 1) for n in range(SAMPLED_ROWS)] if count > SAMPLED_ROWS else range(count)
     )
