@@ -122,6 +122,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
             mean, last = schedules.mean_hidden(out.hidden_states), out.hidden_states[-1]  # [B, T, D] each
 
         def score(hidden, student):
+            hidden = hidden[:, -scored.shape[1] :]  # prompt tuning puts virtual tokens in front
             targets, head = (last.flatten(0, 1)[place],), head_of(self.teacher, self.size)
             terms = self.objective(hidden, student, place, labels, targets, items, size=self.size, teacher_head=head)
             return terms, schedules.frobenius(hidden, mean, scored)
