@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_student, token_ids
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_alignment import collate, tokenizer
 from test_sparse_kd import llama
@@ -301,32 +301,15 @@ def test_a_saved_model_is_that_of_the_stock_trainer_without_the_pickle(tmp_path)
     assert got.keys() == want.keys() and all(torch.equal(x, got[name]) for name, x in want.items())
 
 
-class Scaler:
-    """A gradient scaler's memory, without a device that has float16."""
-
-    def __init__(self):
-        self.value = {"scale": 65536.0, "growth_factor": 2.0, "growth_interval": 2000, "_growth_tracker": 0}
-
-    def state_dict(self):
-        return self.value
-
-    def load_state_dict(self, value):
-        self.value = value
-
-
 def test_the_scaler_of_float16_is_resumed_and_no_pickle(tmp_path):
     trainer, _ = run(Ours, tmp_path / "run", save_strategy="no", max_steps=2)
-    trainer.accelerator.scaler = Scaler()
-    trainer.accelerator.scaler.value |= {"scale": 1024.0, "_growth_tracker": 17}
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # float16 itself needs a GPU
     trainer._save_checkpoint(trainer.model, None)
     folder = tmp_path / "run" / "checkpoint-2"
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
-    trainer.accelerator.scaler = Scaler()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer._load_optimizer_and_scheduler(str(folder))
-    assert (trainer.accelerator.scaler.value["scale"], trainer.accelerator.scaler.value["_growth_tracker"]) == (
-        1024.0,
-        17,
-    )
+    assert trainer.accelerator.scaler.get_scale() == 1024.0 != torch.amp.GradScaler("cpu").get_scale()
 
 
 # --- each trainer of ours --------------------------------------------------------------------------------------
@@ -436,6 +419,37 @@ def test_every_trainer_predicts_and_what_it_predicted_is_no_part_of_an_evaluatio
     assert (predicted.predictions is None) if shape is None else predicted.predictions.shape == shape
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_trainer_goes_on_with_evaluations_and_callback_states(kind, tmp_path):
+    """As if it had not been stopped. Gone on with once more it evaluates, and stops again, as with transformers."""
+    settings = BEST | {"metric_for_best_model": "score", "greater_is_better": True}
+    settings |= {"restore_callback_states_from_checkpoint": True}
+    if kind == "on-policy":
+        settings |= {"replay_size": 5, "replay_share": 0.5}
+    states = []
+    for resume in (False, True, True):
+        trainer = ours(
+            kind, tmp_path / "run", [Score(), EarlyStoppingCallback(2), *([] if states else [StopAfter(4)])], **settings
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        states.append((trainer.state.global_step, trainer.state.best_global_step, weights(trainer)))
+    whole = ours(kind, tmp_path / "whole", [Score(), EarlyStoppingCallback(2)], **settings)
+    whole.train()
+    assert [state[0] for state in states] == [4, 5, 6] and whole.state.global_step == 5
+    best = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    for step, best_step, values in [*states, (5, whole.state.best_global_step, weights(whole))]:
+        assert best_step == 3 and all(torch.equal(x, values[name]) for name, x in best.items()), step
+
+
+def test_the_best_model_of_a_moved_run_is_its_own(tmp_path):
+    run(Ours, tmp_path / "first", **BEST)
+    (tmp_path / "first").rename(tmp_path / "second")
+    again, _ = run(Ours, tmp_path / "second", resume=True, **BEST)
+    best = load_file(tmp_path / "second" / f"checkpoint-{again.state.best_global_step}" / "model.safetensors")
+    assert Path(again.state.best_model_checkpoint).parent == tmp_path / "second"
+    assert again.state.best_global_step < 6 and all(torch.equal(x, weights(again)[name]) for name, x in best.items())
+
+
 def test_cross_entropy_alone_is_the_run_of_the_stock_trainer(tmp_path):
     """Stage II without its divergence, on a stock Llama, beside TRL: one loss, one best step, the same weights."""
     best = BEST | {"save_total_limit": 1}
@@ -482,11 +496,13 @@ def test_a_search_and_an_upload_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_trainer_refuses_an_upload_before_anything_happens(kind, tmp_path):
+def test_every_trainer_refuses_what_it_cannot_keep_before_anything_happens(kind, tmp_path):
     with pytest.raises(ConfigError, match="push_to_hub=True"):
         ours(kind, tmp_path / "run", push_to_hub=True)
     with pytest.raises(ConfigError, match="auto_find_batch_size=True"):
         ours(kind, tmp_path / "run", auto_find_batch_size=True)
+    with pytest.raises(ConfigError, match="use_liger_kernel=True"):
+        ours(kind, tmp_path / "run", use_liger_kernel=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -496,6 +512,7 @@ def test_every_trainer_refuses_an_upload_before_anything_happens(kind, tmp_path)
         ({"loss_type": "dft"}, "loss_type='dft' has no place in alignment"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no place in alignment"),
         ({"assistant_only_loss": True}, "assistant_only_loss=True has no place in alignment"),
+        ({"completion_only_loss": True}, "completion_only_loss=True has no place in alignment"),
         ({"more": {"compute_metrics": spread}}, "compute_metrics: alignment makes no logits"),
         ({"more": {"compute_loss_func": spread}}, "compute_loss_func: alignment makes no logits"),
         ({"more": {"peft_config": LoraConfig(**LORA)}}, "alignment trains what conversion added, and no adapter"),
@@ -504,3 +521,33 @@ def test_every_trainer_refuses_an_upload_before_anything_happens(kind, tmp_path)
 def test_alignment_refuses_what_it_would_not_use(change, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         ours("alignment", tmp_path / "run", **change)
+
+
+# --- Distil-xLSTM's trainer with PEFT ----------------------------------------------------------------------------
+
+
+def test_three_terms_leave_virtual_tokens_out(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    student, teacher = (
+        get_peft_model(llama(1), config),
+        get_peft_model(llama(2), LoraConfig(task_type="CAUSAL_LM", **LORA)),
+    )
+    shared = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no", "eval_strategy": "no"}
+    trainer = ours("delta", tmp_path / "run", student=student, teacher=teacher, **shared)
+    seen, compute = [], trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, **more: (
+        seen.append(inputs["input_ids"]) or compute(model, inputs, **more)
+    )
+    trainer.train()
+    ce, distance = [], []
+    for ids in seen:  # two micro-batches of as many tokens
+        with torch.no_grad():
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+            mine, theirs = student.eval()(**given), teacher.eval()(**given)
+        T = ids.shape[1]
+        logits, last = mine.logits[:, -T:], mine.hidden_states[-1][:, -T:]
+        ce.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        distance.append((sum(theirs.hidden_states[1:]) - last)[:, :-1].square().mean().sqrt())  # one layer: its mean
+    logged = trainer.state.log_history[0]
+    assert logged["ce"] == pytest.approx(float(sum(ce) / 2), rel=1e-5)
+    assert logged["frobenius"] == pytest.approx(float(sum(distance) / 2), rel=1e-5)

@@ -69,8 +69,9 @@ class AlignmentConfig(SFTConfig):
         if self.stop_window < 1:
             raise ConfigError(f"stop_window={self.stop_window}: expected at least 1 step")
         unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
-        for name, neutral in (unused | {"assistant_only_loss": False}).items():
-            if (value := getattr(self, name)) != neutral:
+        unused |= {"assistant_only_loss": False, "completion_only_loss": None, "use_liger_kernel": False}
+        for name, neutral in unused.items():
+            if (value := getattr(self, name)) not in (neutral, False):
                 raise ConfigError(
                     f"{name}={value!r} has no place in alignment, where every real token counts: leave it at {neutral!r}"
                 )

@@ -82,7 +82,12 @@ class SparseKDConfig(SFTConfig):
         choose_divergence(self.divergence, **self.divergence_options)
         self.check_combination()
         self.window_schedule  # noqa: B018 (raises for what is out of range)
-        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
+        unused = {
+            "loss_type": "nll",
+            "label_smoothing_factor": 0.0,
+            "router_aux_loss_coef": None,
+            "use_liger_kernel": False,
+        }
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
                 raise ConfigError(

@@ -91,7 +91,7 @@ class OnPolicyKDConfig(DistillationConfig):
                 f"num_generations={self.num_generations} does not divide the {local} completions that a device trains on per step "
                 "(per_device_train_batch_size * gradient_accumulation_steps)"
             )
-        unused = {"beta": 1.0, "use_vllm": False, "push_to_hub": False}
+        unused = {"beta": 1.0, "use_vllm": False, "push_to_hub": False, "use_liger_kernel": False}
         unused |= dict.fromkeys(("cache_implementation", "pad_to_multiple_of", "teacher_model_name_or_path"))
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:

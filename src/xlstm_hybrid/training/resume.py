@@ -286,15 +286,18 @@ class Resumable:
         return super()._determine_best_metric(metrics, trial) or self.guard.stopping
 
     def _finalize_training(self, *args, **kwargs):
-        if self.args.load_best_model_at_end:
-            best, loaded = f"checkpoint-{self.state.best_global_step}", self.state.best_model_checkpoint
-            if self.guard.stopping and self.state.global_step < self.state.max_steps:
-                # the run will go on: from its newest checkpoint, which must not make room for the best one
-                self.state.best_model_checkpoint = None
-            elif self.state.best_global_step and (loaded is None or Path(loaded).name != best):
+        if self.guard.stopping and self.state.global_step < self.state.max_steps:
+            # the run will go on: from its newest checkpoint, which must not make room for the best one
+            self.state.best_model_checkpoint = None
+        elif self.args.load_best_model_at_end and self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            loaded = self.state.best_model_checkpoint
+            if checkpoints.shared(self, best.is_dir()):
+                self.state.best_model_checkpoint = str(best)  # a resumed run may have been moved
+            else:
                 what = "the last weights stay" if loaded is None else f"{Path(loaded).name} is loaded"
                 text = "step %d evaluated best and there is no %s: %s; let it save whenever it evaluates"
-                log.warning(text, self.state.best_global_step, best, what)
+                log.warning(text, self.state.best_global_step, best.name, what)
         return super()._finalize_training(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
