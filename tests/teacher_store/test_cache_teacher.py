@@ -23,7 +23,7 @@ from torch.nn.functional import log_softmax
 from xlstm_hybrid.commands.cache_teacher import cache_teacher
 from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError
-from xlstm_hybrid.teacher_store import TeacherStore, build_store
+from xlstm_hybrid.teacher_store import TeacherStore, build_store, number_rows
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
 from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
@@ -42,6 +42,7 @@ def build(tmp_path, tokenizer):  # noqa: F811
         peft_config=None,
         teacher_tokenizer=None,
         store="online",
+        eval_dataset=None,
         **arguments,
     ):
         shared = {
@@ -69,6 +70,7 @@ def build(tmp_path, tokenizer):  # noqa: F811
             teacher_tokenizer=teacher_tokenizer,
             processing_class=tokenizer,
             train_dataset=dataset or document_dataset(documents()),
+            eval_dataset=eval_dataset,
             data_collator=data_collator,
             peft_config=peft_config,
         )
@@ -551,3 +553,15 @@ def test_processes_at_once_and_a_killed_one_make_the_same_store(folder, tmp_path
     wanted = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
     for name in "two", "by hand", "killed":
         assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == wanted
+
+
+def test_evaluation_rows_need_targets_in_the_store(build, tmp_path):
+    """Said when the trainer is made; rows of the store itself are evaluated as a teacher in memory would."""
+    data = document_dataset(documents())
+    store = stored(tmp_path / "store", data)
+    for rows in (data, {"held out": data}):
+        with pytest.raises(StoreError, match="eval_dataset has no column store_row: store has no targets for its rows"):
+            build(teacher=store, dataset=data, eval_dataset=rows)
+    part = number_rows(data, store).select([2, 0])
+    losses = [build(teacher=t, dataset=data, eval_dataset=part).evaluate()["eval_loss"] for t in (store, llama(2))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

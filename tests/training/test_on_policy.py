@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import enlarge, tiny_student
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import log_softmax
@@ -518,3 +518,29 @@ def test_data_and_models_that_do_not_fit_are_refused(build):
     broken.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ConfigError, match="the student .* makes logits in a way of its own"):
         build(broken)
+
+
+def test_virtual_tokens_are_refused_in_student_and_teacher(build):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for pair in ({"student": get_peft_model(hybrid(), config)}, {"teacher": get_peft_model(llama(2), config)}):
+        with pytest.raises(ConfigError, match="PROMPT_TUNING.*pass a model without virtual tokens"):
+            build(**pair)
+
+
+def test_student_and_teacher_write_by_the_trainer_s_settings_alone(build):
+    """A checkpoint that never lets a text end, and forbids half of the vocabulary, writes as one that says nothing."""
+    seen = []
+    for own in ({}, {"min_new_tokens": 6, "suppress_tokens": list(range(3, 30))}):
+        student, teacher = hybrid(), llama(2)
+        for model in (student, teacher):
+            for name, value in own.items():
+                setattr(model.generation_config, name, value)
+        trainer = build(student, teacher, lmbda=0.5, seq_kd=True, max_steps=3, learning_rate=0.0)
+        inner, rows = trainer.complete, []
+        trainer.complete = lambda given, inner=inner, rows=rows: rows.append(inner(given)) or rows[-1]
+        trainer.train()
+        seen.append(rows)
+    assert seen[0] == seen[1] and {source for _, _, sources, _ in seen[0] for source in sources} == {
+        "student",
+        "teacher",
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import enlarge, tiny_student
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from xlstm_hybrid.training.rollouts import PromptSampler, sample_completions, seed_from, until_eos
@@ -174,3 +175,33 @@ def test_each_process_writes_its_own_and_all_learn_from_both(tmp_path):
     (first, written), (second, others) = trained(tmp_path, "ddp", 2, 0.5)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert written != others and len({len(ids) for step in [*written, *others] for ids in step}) > 2
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapters"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_new_tokens": 12},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [EOS, *range(3, 40)]},
+        {"repetition_penalty": 3.0},
+        {"sequence_bias": [[[30], 100.0]]},
+        {"forced_eos_token_id": 7},
+        {"bad_words_ids": [[n] for n in range(3, 40)]},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_checkpoint_s_generation_settings_have_no_part_in_samples(own, wrapped):
+    model = hybrid(gain=2.5)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    often = [EOS, 33]  # ends that come early
+    plain = sample_completions(model, IDS, 4, config(eos_token_id=often), seed=1)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert sample_completions(model, IDS, 4, config(eos_token_id=often), seed=1) == plain
+    # what is asked for has its part, and the model keeps what it had
+    asked = config(eos_token_id=often, **{name: value for name, value in own.items() if name != "forced_eos_token_id"})
+    assert sample_completions(model, IDS, 4, asked, seed=1) != plain or "forced_eos_token_id" in own
+    base = model.get_base_model() if wrapped else model
+    assert all(getattr(m.generation_config, name) == value for m in (model, base) for name, value in own.items())

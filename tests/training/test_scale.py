@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from conftest import tiny_student, token_ids
 from datasets import Dataset
 from test_alignment import collate, tokenizer, trainer_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, IntervalStrategy, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.checkpoint.files import checkpoints_by_step, verify_files
@@ -404,6 +404,40 @@ def keep_first(folder):
     for path in checkpoints_by_step(folder)[1:]:
         path.rename(path.with_name(f"later-{path.name}"))
     verify_files(folder / "checkpoint-1")
+
+
+class BestIsTheFirst(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_score"] = state.global_step
+
+
+def best_model(folder, **way):
+    """The weights that a run of three steps ends with, and those of each evaluation."""
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"metric_for_best_model": "score", "greater_is_better": False}
+    trainer = plain_trainer(folder, save_total_limit=1, **(settings | way))
+    trainer.eval_dataset = trainer.train_dataset.select(range(4))
+    trainer.args.load_best_model_at_end = True
+    trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 1
+    trainer.add_callback(BestIsTheFirst())
+    kept, save = [], trainer._save_checkpoint
+
+    def full():
+        parameters = checkpoints.named_parameters(trainer)
+        return {name: checkpoints.unsharded(p.detach()).clone() for name, p in parameters.items()}
+
+    trainer._save_checkpoint = lambda *args: kept.append(full()) or save(*args)
+    trainer.train()
+    return {"end": full(), "kept": kept, "best": Path(trainer.state.best_model_checkpoint).name}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_processes_end_with_the_best_model(way, tmp_path):
+    for rank in launch(best_model, tmp_path / "run", folder=tmp_path / "two", **WAYS[way]):
+        assert rank["best"] == "checkpoint-1" and len(rank["kept"]) == 3
+        assert all(torch.equal(x, rank["end"][name]) for name, x in rank["kept"][0].items())
+        assert not all(torch.equal(x, rank["end"][name]) for name, x in rank["kept"][2].items())
+    assert [path.name for path in checkpoints_by_step(tmp_path / "run")] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("way", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 import torch
 from conftest import enlarge, tiny_student
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -523,3 +524,68 @@ def test_streamed_rows_are_accepted(build):
     trainer = build(dataset=document_dataset(documents()).to_iterable_dataset())
     close(trained(trainer), trained(build()), rtol=1e-6, atol=1e-6)
     assert len(list(islice(trainer.train_dataset, 9))) == 4
+
+
+# --- PEFT --------------------------------------------------------------------------------------------------------
+
+
+def adapted(model, config):
+    torch.manual_seed(5)
+    return get_peft_model(model, copy.deepcopy(config))
+
+
+VIRTUAL = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+}
+
+
+@pytest.mark.parametrize(
+    "student", [llama, lambda seed: tiny_student(torch.float32, gain=1.0)], ids=["llama", "hybrid"]
+)
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_leave_the_loss_at_its_tokens(kind, student, build):
+    """Of rows of other lengths, beside the definition, document by document."""
+    model, teacher = adapted(student(1), VIRTUAL[kind]), llama(2)
+    trainer = build(model, teacher, learning_rate=1.0)
+    total = count = 0
+    for ids, labels in documents():
+        with torch.no_grad():
+            row, length = torch.tensor([ids]), len(ids)
+            mine = model.eval()(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -length:].double()
+            q, p = log_softmax(mine, -1), log_softmax(teacher.eval()(row).logits[0].double(), -1)
+        for t in range(1, length):
+            if labels[t] != -100:
+                kept = p[t - 1].topk(40).indices
+                rest = [(1 - x[t - 1, kept].exp().sum()).log() for x in (p, q)]
+                kl = (p[t - 1, kept].exp() * (p - q)[t - 1, kept]).sum() + rest[0].exp() * (rest[0] - rest[1])
+                total, count = total - 0.9 * q[t - 1, labels[t]] + 0.1 * kl, count + 1
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    moved = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert moved and all("prompt" in name for name in moved)
+
+
+def test_virtual_tokens_are_refused_where_they_would_stand_at_the_wrong_place(build):
+    config = VIRTUAL["prompt tuning"]
+    with pytest.raises(ConfigError, match="packed documents with a PEFT model that puts virtual tokens in front"):
+        build(adapted(llama(1), config), packing=True, packing_strategy="bfd")
+    with pytest.raises(
+        ConfigError, match="a PeftModelForCausalLM with PROMPT_TUNING.*pass a model without virtual tokens"
+    ):
+        build(llama(1), adapted(llama(2), config))
+
+
+@pytest.mark.parametrize("outcomes", ["tail", "dense"])
+def test_a_teacher_with_an_adapter_teaches_what_it_says_with_it(outcomes, build):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    teacher = adapted(llama(2), lora)
+    merged = copy.deepcopy(teacher).merge_and_unload()
+    losses = []
+    for network in (teacher, merged, llama(2)):
+        trainer = build(llama(1), network, outcomes=outcomes, ce_weight=0.0, kl_weight=1.0, learning_rate=0.0)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["kl"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[2]) > 0.05
+    assert not any(p.requires_grad for p in teacher.parameters())

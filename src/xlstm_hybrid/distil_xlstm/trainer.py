@@ -45,7 +45,7 @@ class DeltaKDConfig(SFTConfig):
         super().__post_init__()
         self.schedule  # noqa: B018 (raises for what is out of range)
         unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
-        unused |= dict.fromkeys(("packing", "padding_free", "push_to_hub"), False)
+        unused |= dict.fromkeys(("packing", "padding_free", "push_to_hub", "use_liger_kernel"), False)
         for name, neutral in unused.items():
             if (value := getattr(self, name)) != neutral:
                 raise ConfigError(f"{name}={value!r} has no place in this trainer: leave it at {neutral!r}")
@@ -64,7 +64,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
 
     Args:
         model, teacher, args (`DeltaKDConfig`), teacher_tokenizer, kwargs: as in `SparseKDTrainer`; the teacher is a
-        model in memory.
+            model in memory.
     Raises:
         ConfigError: vocabularies or hidden sizes that differ, or shared weights (a frozen embedding has to be a copy).
         DataError: a step without a scored token. What `resume.Resumable` says of checkpoints and losses holds as well.
@@ -122,6 +122,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
             mean, last = schedules.mean_hidden(out.hidden_states), out.hidden_states[-1]  # [B, T, D] each
 
         def score(hidden, student):
+            hidden = hidden[:, -scored.shape[1] :]  # prompt tuning puts virtual tokens in front
             targets, head = (last.flatten(0, 1)[place],), head_of(self.teacher, self.size)
             terms = self.objective(hidden, student, place, labels, targets, items, size=self.size, teacher_head=head)
             return terms, schedules.frobenius(hidden, mean, scored)

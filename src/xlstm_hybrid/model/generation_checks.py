@@ -47,18 +47,23 @@ def bound(dtype, layers):
 @contextmanager
 def stock_settings(model):
     """The model in evaluation mode and with stock generation settings, as it was afterwards."""
-    training, settings = model.training, getattr(model, "generation_config", None)
+    training, base = model.training, model.get_base_model() if hasattr(model, "get_base_model") else model
+    owners = {m: vars(m).get("generation_config") for m in (model, base)}  # a PEFT model may have one beside its base's
     model.eval()
-    if settings is not None:  # a checkpoint's own sampling settings and penalties have no part in a greedy score
-        model.generation_config = GenerationConfig(
-            bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
-        )
+    for owner, settings in owners.items():
+        if settings is not None:  # a checkpoint's own sampling settings and penalties have no part in a greedy score
+            owner.generation_config = GenerationConfig(
+                bos_token_id=settings.bos_token_id,
+                eos_token_id=settings.eos_token_id,
+                pad_token_id=settings.pad_token_id,
+            )
     try:
         yield
     finally:
         model.train(training)
-        if settings is not None:
-            model.generation_config = settings
+        for owner, settings in owners.items():
+            if settings is not None:
+                owner.generation_config = settings
 
 
 def difference(got, want):

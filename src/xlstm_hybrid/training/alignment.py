@@ -68,6 +68,13 @@ class AlignmentConfig(SFTConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if self.stop_window < 1:
             raise ConfigError(f"stop_window={self.stop_window}: expected at least 1 step")
+        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
+        unused |= {"assistant_only_loss": False, "completion_only_loss": None, "use_liger_kernel": False}
+        for name, neutral in unused.items():
+            if (value := getattr(self, name)) not in (neutral, False):
+                raise ConfigError(
+                    f"{name}={value!r} has no place in alignment, where every real token counts: leave it at {neutral!r}"
+                )
 
 
 def new_parameters(model):
@@ -88,7 +95,8 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     `stop_patience`) keeps its last error in the log, and the others do not notice.
 
     Raises:
-        ConfigError: the model has no hybrid layer, or `layers_at_a_time` asks for `alignment_by_groups.align_streamed`.
+        ConfigError: the model has no hybrid layer, or is one of PEFT; `layers_at_a_time` asks for
+            `alignment_by_groups.align_streamed`; or an argument that would need logits or labels.
     """
 
     _tag_names = ["xlstm-hybrid", "alignment"]
@@ -96,6 +104,13 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     loss_is_scaled_for_ga = True  # divided by the counted tokens of the whole step
 
     def __init__(self, model, args=None, **kwargs):
+        if kwargs.get("peft_config") is not None or hasattr(model, "get_base_model"):
+            raise ConfigError(
+                "alignment trains what conversion added, and no adapter: pass the student itself, and adapters to stage II"
+            )
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(f"{name}: alignment makes no logits and would not call it; leave it out")
         trained = new_parameters(model)
         if not trained:
             raise ConfigError(
@@ -148,6 +163,15 @@ class AlignmentTrainer(Resumable, SFTTrainer):
         count = out.num_items if num_items_in_batch is None else num_items_in_batch / self.args.world_size
         loss = total / torch.where(count > 0, count, 1)
         return (loss, out) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss only: there are no logits."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def predict(self, *args, **kwargs):
+        output = super().predict(*args, **kwargs)
+        self.sums.pop("eval", None)  # as in `Resumable`
+        return output
 
     @torch.no_grad()
     def target_scales(self, out):

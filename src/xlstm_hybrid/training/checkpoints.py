@@ -2,9 +2,9 @@
 them.
 
 A checkpoint directory holds the model (or adapter) as safetensors, `optimizer.safetensors` by parameter name,
-`rng.json` with one entry per process, `resume.json` (schedule, optimiser settings, run spec, what a trainer adds) and
-`trainer_state.json`; `manifest.json` lists all of them. Every process takes part in gathering, only the first one
-writes.
+`rng.json` with one entry per process, `resume.json` (schedule, optimiser and scaler settings, run spec, what a trainer
+adds) and `trainer_state.json`; `manifest.json` lists all of them. Every process takes part in gathering, only the first
+one writes.
 """
 
 import base64
@@ -124,6 +124,11 @@ def decoded(text):
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
+def scaler_of(trainer):
+    """The gradient scaler of float16, or None."""
+    return getattr(trainer.accelerator, "scaler", None)
+
+
 def gather_objects(trainer, value):
     """One entry per process, on every process."""
     if trainer.args.world_size == 1:
@@ -152,7 +157,8 @@ def not_finite_parameters(trainer, parameters):
 
 
 def save_checkpoint(trainer, model, trial=None):
-    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is complete or not there.
+    """`Trainer._save_checkpoint`: the state after an optimiser step, as a directory that is complete or not there. The
+    best one so far is noted, for `load_best_model_at_end` and the rotation.
 
     Raises:
         CheckpointWriteError: a trained tensor is not finite, or the disk refused twice; earlier checkpoints are
@@ -168,9 +174,16 @@ def save_checkpoint(trainer, model, trial=None):
             f"{target.name}: {len(bad)} trained tensors are not finite, the first is {bad[0]}; it is not written, "
             f"{remaining(run)}: lower learning_rate, or look at the data of the last steps"
         )
+    best_before = trainer.state.best_model_checkpoint
+    if trainer.state.best_global_step:
+        best = run / f"checkpoint-{trainer.state.best_global_step}"
+        if best == target or shared(trainer, best.is_dir()):
+            trainer.state.best_model_checkpoint = str(best)
     contents = gather_contents(trainer, parameters)
     error = write_checkpoint(trainer, target, contents) if trainer.args.should_save else None
-    if error := shared(trainer, error):
+    # with save_on_each_node several processes write
+    if error := next((text for text in gather_objects(trainer, error) if text), None):
+        trainer.state.best_model_checkpoint = best_before
         raise CheckpointWriteError(error)
 
 
@@ -189,6 +202,7 @@ def gather_contents(trainer, parameters):
             "spec": run_spec(trainer),
             "optimizer": settings,
             "scheduler": trainer.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if (scaler := scaler_of(trainer)) else None,
             "skipped_steps": trainer.guard.skipped if hasattr(trainer, "guard") else 0,
             "extra": trainer.resume_state() if hasattr(trainer, "resume_state") else {},
         }
@@ -220,7 +234,6 @@ def write_contents(trainer, folder, contents):
     if "resume" in contents:
         save_file(contents["optimizer"], folder / OPTIMIZER)
         write_json(folder / RNG, {"format_version": FORMAT_VERSION, "processes": contents["rng"]})
-        trainer._save_scaler(str(folder))
         try:
             write_json(folder / RESUME, contents["resume"])
         except TypeError as error:
@@ -242,17 +255,19 @@ def remaining(run):
 
 
 def rotate(newest, limit, best=None):
-    """Delete all but the last `limit` checkpoints and the best one, once the newest one has been read back."""
+    """Delete the oldest checkpoints until `limit` are left, never the newest one, which is read back first, or the best."""
     spared = {newest.name, *([] if best is None else [Path(best).name])}
-    others = [path for path in checkpoints_by_step(newest.parent) if path.name not in spared]
-    if not limit or limit < 1 or len(others) < limit:
+    found = checkpoints_by_step(newest.parent)
+    others = [path for path in found if path.name not in spared]
+    surplus = len(found) - max(limit or 0, len(found) - len(others))
+    if not limit or limit < 1 or surplus < 1:
         return
     try:
         verify_files(newest, level="full")
     except CheckpointError as error:
         log.warning("no checkpoint is deleted: the newest one cannot be read back (%s)", error)
         return
-    for path in others[: len(others) - limit + 1]:
+    for path in others[:surplus]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -345,6 +360,9 @@ def load_optimizer(trainer, checkpoint):
         group["params"] = [index[name] for name in members]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.lr_scheduler.load_state_dict(saved["scheduler"])
+    # a scaler starts again where another precision wrote the checkpoint
+    if (scaler := scaler_of(trainer)) and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
     if hasattr(trainer, "guard"):
         trainer.guard.skipped = saved["skipped_steps"]
     if hasattr(trainer, "load_resume_state"):

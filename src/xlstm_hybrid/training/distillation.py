@@ -21,7 +21,7 @@ from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, number_rows
 from xlstm_hybrid.teacher_store.reader import NUMBER
 from xlstm_hybrid.training import option
 from xlstm_hybrid.training.distributed import prepare_teacher
-from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of
+from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of, virtual_tokens
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
 from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
@@ -82,7 +82,12 @@ class SparseKDConfig(SFTConfig):
         choose_divergence(self.divergence, **self.divergence_options)
         self.check_combination()
         self.window_schedule  # noqa: B018 (raises for what is out of range)
-        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "router_aux_loss_coef": None}
+        unused = {
+            "loss_type": "nll",
+            "label_smoothing_factor": 0.0,
+            "router_aux_loss_coef": None,
+            "use_liger_kernel": False,
+        }
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
                 raise ConfigError(
@@ -148,8 +153,8 @@ class SparseKDTrainer(Resumable, SFTTrainer):
 
     Args:
         model: student, a causal LM in memory, or its PEFT model; or pass `peft_config`.
-        teacher: causal LM in memory, with tensors of its own; it is frozen and put into eval mode. Or a `TeacherStore`,
-            or None for the one that `args.teacher` names.
+        teacher: causal LM in memory, or its PEFT model, with tensors of its own; it is frozen and put into eval mode.
+            Or a `TeacherStore`, or None for the one that `args.teacher` names.
         args: `SparseKDConfig`. Its `train` says which parameters learn, whatever was frozen before; PEFT says so
             itself.
         teacher_tokenizer: for a teacher whose LM head has another size: the loss is on the ids that both tokenizers
@@ -157,7 +162,8 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         kwargs: of `SFTTrainer`.
     Raises:
         ConfigError: vocabularies that differ, shared weights, a model that does not keep packed documents apart or
-            makes logits its own way.
+            makes logits its own way, a teacher with virtual tokens (prompt tuning), or a student with them and packed
+            documents.
         StoreError: a store that was made for something else.
         DataError: a step without a scored token, a scored first token behind padding or another document, or a loss
             that is not finite.
@@ -185,6 +191,13 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         if self.store is not None:
             self.size = check_store(self.store, model, args, tokenizer)
             kwargs["train_dataset"] = number_rows(kwargs.get("train_dataset"), self.store)
+            held_out = kwargs.get("eval_dataset")
+            for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
+                if NUMBER not in (getattr(rows, "column_names", None) or [NUMBER]):
+                    raise StoreError(
+                        f"eval_dataset has no column {NUMBER}: {self.store.directory.name} has no targets for its rows; "
+                        "evaluate with a teacher in memory, or with rows of the store after number_rows"
+                    )
         else:
             ours = tokenizer if teacher_tokenizer is not None else None
             self.size = shared_size(vocabulary(model), vocabulary(teacher), ours, teacher_tokenizer)
@@ -220,6 +233,11 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         batch = self.data_collator(list(islice(self.train_dataset, 1)))
         positions = batch.get("position_ids")
         if positions is not None and ("attention_mask" not in batch or bool((positions.diff() < 0).any())):  # packed
+            if virtual_tokens(self.model):
+                raise ConfigError(
+                    "packed documents with a PEFT model that puts virtual tokens in front of a row: only the first "
+                    "document would see them; train it unpacked (packing=False, padding_free=False)"
+                )
             for name, network in ("student", self.model), ("teacher", self.teacher):
                 if network is not None:
                     check_documents_stay_apart(network, name, [key for key in INPUTS if key in batch])
@@ -256,7 +274,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         """The student's forward makes hidden states and hands them, with its LM head, to the objective."""
         forward, labels = {key: inputs[key] for key in INPUTS if key in inputs}, inputs["labels"]
         self.check_targets(labels[:, 1:], forward, num_items_in_batch)
-        scored = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
+        T, scored = labels.shape[1], torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
         place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
         targets, labels = self.teacher_targets(inputs, place), labels.flatten()[place + 1]
         teacher_head = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None
@@ -264,6 +282,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         rest = targets, torch.as_tensor(items), self.size, teacher_head, self.args.head_rows
 
         def objective(hidden, student):
+            hidden = hidden[:, -T:]  # prompt tuning puts virtual tokens in front
             return self.objective(hidden, student, place, labels, *rest)
 
         terms = model(**forward, use_cache=False, with_head=objective)

@@ -73,8 +73,17 @@ def attach(model):
     Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only
     inside of `forward`, and no hook of a module can return something else than its own forward without having made the
     logits. Without the argument it is what it was. A bound method, so that a deep copy of the model gets one of its
-    own.
+    own. Of a PEFT model it is the base model's.
+
+    Raises:
+        ConfigError: a PEFT model with virtual tokens, whose hidden states have more positions than its ids.
     """
+    if virtual_tokens(model):
+        raise ConfigError(
+            f"a {type(model).__name__} with {model.active_peft_config.peft_type.value}: what it says of a token stands "
+            "at another position than the token; pass a model without virtual tokens, adapted by LoRA for instance"
+        )
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "with_head" in inspect.signature(type(model).forward).parameters:
         return
     before = vars(model).get("forward")
@@ -89,6 +98,12 @@ def attach(model):
 
     forward.takes_head = True
     model.forward = types.MethodType(forward, model)
+
+
+def virtual_tokens(model):
+    """Whether PEFT puts learnt tokens in front of a model's rows (prompt tuning, P-tuning) or its cache (prefix tuning)."""
+    adapter = getattr(model, "active_peft_config", None)
+    return adapter is not None and adapter.is_prompt_learning
 
 
 @torch.no_grad()

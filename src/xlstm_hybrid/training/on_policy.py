@@ -92,7 +92,7 @@ class OnPolicyKDConfig(DistillationConfig):
                 f"num_generations={self.num_generations} does not divide the {local} completions that a device trains on per step "
                 "(per_device_train_batch_size * gradient_accumulation_steps)"
             )
-        unused = {"beta": 1.0, "use_vllm": False, "push_to_hub": False}
+        unused = {"beta": 1.0, "use_vllm": False, "push_to_hub": False, "use_liger_kernel": False}
         unused |= dict.fromkeys(("cache_implementation", "pad_to_multiple_of", "teacher_model_name_or_path"))
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
@@ -138,8 +138,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
 
     A row needs `prompt`, text or messages; with lmbda < 1 (and not seq_kd) `completion` as well, of the same kind.
     Every token of a completion, its EOS included, weighs the same; prompts are not scored. Once per step each prompt is
-    read once and answered n times; what is drawn depends on seed, step and rank only. Evaluation lets the
-    student answer each prompt once.
+    read once and answered n times; what is drawn depends on seed, step and rank only, and on the settings of `args`,
+    never on those in a checkpoint's generation_config.json. Evaluation lets the student answer each prompt once.
 
     Several teachers: the column `teacher` of a row names the one that scores it (and, with seq_kd, answers it); no
     other sees it. All of them stay on the device, or with `teacher_offload` in main memory, from where one at a
@@ -156,8 +156,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             written nor compared. For several teachers {name: tokenizer}.
         kwargs: of `DistillationTrainer`.
     Raises:
-        ConfigError: models that cannot be compared or that share weights, data that is missing, too few prompts,
-            teachers that no one has or that FSDP would have to gather by turns.
+        ConfigError: models that cannot be compared or that share weights, or have virtual tokens (prompt tuning), data
+            that is missing, too few prompts, teachers that no one has or that FSDP would have to gather by turns.
         DataError: an empty prompt, or empty completions again and again. What `resume.Resumable` says of checkpoints
             and losses holds as well.
     """
@@ -184,7 +184,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         check_prompts(kwargs.get("train_dataset"), args, self.names)
         networks = {"student": model} | {f"teacher {n or ''}".rstrip(): t for n, t in teachers.items()}
         for name, network in networks.items():
-            attach(network.get_base_model() if hasattr(network, "get_base_model") else network)
+            attach(network)
             check_head(network, name)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         if self.is_fsdp_enabled and (args.teacher_offload or len(teachers) > 1):

@@ -4,7 +4,12 @@
 
 It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
 refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
-`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN. The
+`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN.
+
+What the Trainer does otherwise stays: the best model, early stopping, every event of a callback with its arguments,
+`eval_on_start`, `save_only_model`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`, `evaluate`,
+`predict`, `save_model`. Of its settings it refuses those of `REFUSED`, when it is made, and a search over
+hyper-parameters and `push_to_hub()` when they are asked for. The
 arguments may have two fields, `max_skipped_steps` (3) and `allow_changes` (none); a trainer may have `run_facts() ->
 dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict)` for what it has to remember.
 """
@@ -21,7 +26,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from xlstm_hybrid.checkpoint.files import (
     checkpoints_by_step,
@@ -39,6 +44,12 @@ from xlstm_hybrid.training.run_spec import allowed_changes, check_run_spec, run_
 
 DUMPS = "non_finite"
 SKIPS = 3  # steps in a row
+REFUSED = {  # settings that a trainer of ours cannot have, and why
+    "push_to_hub": "the trainer publishes nothing; share the finished student's directory instead",
+    "auto_find_batch_size": "the Trainer would start again with weights that are partly trained, and with other batches than "
+    "it notes; ask `xlstm-hybrid plan`, or lower per_device_train_batch_size and raise gradient_accumulation_steps",
+    "enable_jit_checkpoint": "the trainer saves on SIGTERM by itself, at the end of a step; leave it out",
+}
 log = logging.getLogger(__name__)
 
 
@@ -219,6 +230,10 @@ class Resumable:
     _load_best_model, _save = checkpoints.load_best, save_weights
 
     def __init__(self, model=None, *args, **kwargs):
+        settings = [x for x in (*args, *kwargs.values()) if isinstance(x, TrainingArguments)]
+        for name, why in REFUSED.items() if settings else ():
+            if getattr(settings[0], name, False):
+                raise ConfigError(f"{name}=True: {why}")
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
         rows = self.model.config.get_text_config().vocab_size
@@ -228,18 +243,18 @@ class Resumable:
         if wanted is not None:
             self.model.config.use_cache = wanted
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """As in transformers; goes on from the newest verified checkpoint of the same run where it is asked to resume.
 
         Raises:
-            ConfigError: push_to_hub, or a checkpoint of another run.
+            ConfigError: a trial of a search, or a checkpoint of another run.
+            CheckpointError: a checkpoint to resume from, or the best one at the end, that is damaged or has no training
+                state.
             DataError: no step was finite.
             Interrupted: SIGTERM came; a checkpoint is written.
         """
-        if self.args.push_to_hub:
-            raise ConfigError(
-                "push_to_hub=True: the trainer publishes nothing; share the finished student's directory instead"
-            )
+        if trial is not None:
+            self.hyperparameter_search()  # says no
         scale.prepare_fsdp(self)
         scale.check_precision(self)
         if self.args.should_save:
@@ -252,7 +267,7 @@ class Resumable:
             self.add_callback(Insight(self))
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         with listening(self.guard):
-            result = super().train(checkpoint, *args, **kwargs)
+            result = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
         if 0 < self.state.global_step - self.guard.began <= self.guard.in_a_row:
             raise DataError(
                 f"none of the {self.guard.in_a_row} steps was finite, nothing was learnt: lower learning_rate, or look at {DUMPS}/"
@@ -284,6 +299,49 @@ class Resumable:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics, trial):
+        # the answer decides whether save_strategy="best" saves; a run that was asked to stop does in any case
+        return super()._determine_best_metric(metrics, trial) or self.guard.stopping
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.guard.stopping and self.state.global_step < self.state.max_steps:
+            # the run will go on: from its newest checkpoint, which must not make room for the best one
+            self.state.best_model_checkpoint = None
+        elif self.args.load_best_model_at_end and self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            loaded = self.state.best_model_checkpoint
+            if checkpoints.shared(self, best.is_dir()):
+                self.state.best_model_checkpoint = str(best)  # a resumed run may have been moved
+            else:
+                what = "the last weights stay" if loaded is None else f"{Path(loaded).name} is loaded"
+                text = "step %d evaluated best and there is no %s: %s; let it save whenever it evaluates"
+                log.warning(text, self.state.best_global_step, best.name, what)
+        return super()._finalize_training(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        output = super().predict(*args, **kwargs)
+        self._metrics["eval"].clear()  # nothing logs them; the next evaluation would
+        return output
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Refused: a trial begins with a model of its own, and what this trainer does to a model it does once.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "hyperparameter_search: a trainer of ours holds the one model that it was made for; write the search as a loop "
+            "that makes a model and a trainer for each trial, in an output_dir of its own"
+        )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"push_to_hub(): {REFUSED['push_to_hub']}, by `xlstm-hybrid push`")
 
     def compute_loss_context_manager(self):
         stack = super().compute_loss_context_manager()

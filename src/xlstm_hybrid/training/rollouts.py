@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import RepeatSampler
 
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.generation_checks import stock_settings
 from xlstm_hybrid.state import fork, prefill
 
 
@@ -47,8 +48,8 @@ def pad(rows, value, left=False, width=0):
 def sample_completions(model, prompts, n, generation_config, seed, piece=None, width=0, synced=False):
     """n completions of each prompt, in order: each prompt is read once and its state forked n ways.
 
-    The model writes in eval mode, without dropout and gradient checkpointing; the global random state is left as it
-    was.
+    The model writes in eval mode, without dropout and gradient checkpointing, by `generation_config` alone: its own
+    generation settings, penalties and shortest lengths have no part. The global random state is left as it was.
 
     Args:
         prompts: lists of ids, of any lengths above 0.
@@ -60,20 +61,17 @@ def sample_completions(model, prompts, n, generation_config, seed, piece=None, w
     Returns:
         Lists of ids, each up to and with its first EOS; at least one token each.
     """
-    training, device = model.training, model.device
+    device = model.device
     ids = pad(prompts, generation_config.pad_token_id, left=True, width=width).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True, width=width).to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)  # of real tokens, as `generate` counts them
-    model.eval()
-    try:
+    with stock_settings(model):
         cache = None
         if ids.shape[1] > 1:  # the last token is left to `generate`, which needs its logits
             cache = fork(prefill(model, ids[:, :-1], mask[:, :-1], piece=piece, position_ids=positions[:, :-1]), n)
         with seeded(seed, device):
             inputs = {"input_ids": ids.repeat_interleave(n, 0), "attention_mask": mask.repeat_interleave(n, 0)}
             out = model.generate(**inputs, **named(cache), generation_config=generation_config, synced_gpus=synced)
-    finally:
-        model.train(training)
     return [until_eos(row, generation_config.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
 
 
