@@ -680,10 +680,13 @@ DAMAGE = {
         "code: model.safetensors has SHA-256",
     ),
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 400), "code: model.safetensors or .* is damaged"),
-    "no config": (lambda d: (d / "config.json").unlink(), "code: config.json cannot be read"),
+    "no config": (lambda d: (d / "config.json").unlink(), "code: no config.json"),
     "an index that lies": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"nowhere": "model.safetensors"}}'),
-        "code: model.safetensors is damaged or lacks nowhere",
+        lambda d: (
+            (d / "model.safetensors").rename(d / "part.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"nowhere": "part.safetensors"}}'),
+        ),
+        "code: part.safetensors is damaged or lacks nowhere",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "code: expected model.safetensors"),
     "a link out": (

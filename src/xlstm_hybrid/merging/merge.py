@@ -69,8 +69,8 @@ class Checkpoint:
         self.key, self.statistics = self.name, None
         if (self.directory / MANIFEST).is_file():
             verify_files(self.directory)
-        self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.file_of = weight_files(self.directory)
+        self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.headers = {name: self.header(name) for name in sorted(self.file_of)}
 
     def header(self, name):
