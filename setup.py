@@ -19,7 +19,13 @@ EXCLUDED = [] if "editable_wheel" in sys.argv else ["xlstm_arena*"]
 CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")]
 EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
 # Triton's interpreter and compiler need no GPU
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", bounds("gguf"), f"{bounds('triton')}; platform_system == 'Linux'"]
+EXTRAS["test"] = [
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "ruff>=0.9",
+    bounds("gguf"),
+    f"{bounds('triton')}; platform_system == 'Linux'",
+]
 EXTRAS["eval-paper"] = [bounds("lm-eval").replace("lm-eval", "lm-eval[math,ifeval]", 1)]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 EXTRAS["all"] = sorted({*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["test"]})

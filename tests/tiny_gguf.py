@@ -58,6 +58,9 @@ def write_gguf(path, model, tokenizer=None, kind="F32", extra=None, tensors=None
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if config.model_type != "qwen2":
         writer.add_rope_dimension_count(config.head_dim)
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for key, value in (extra or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
@@ -98,5 +101,7 @@ def add_tokenizer(writer, directory):
     for role in ("bos", "eos", "pad"):
         if named.get(f"{role}_token") is not None:
             getattr(writer, f"add_{role}_token_id")(tokens[named[f"{role}_token"]])
+    if "TemplateProcessing" in json.dumps(content["post_processor"]):
+        writer.add_add_bos_token(True)
     if (directory / "chat_template.jinja").is_file():
         writer.add_chat_template((directory / "chat_template.jinja").read_text(encoding="utf-8"))

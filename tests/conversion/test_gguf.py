@@ -13,9 +13,19 @@ import torch
 from conftest import enlarge
 from tiny_gguf import write_gguf
 from tiny_teachers import SHARED, stored, tokens
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
@@ -26,6 +36,7 @@ from xlstm_hybrid.conversion.load import load, load_model
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.planning.run import read_config
 
+TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}  # Q8_0: by 32
 WIDE |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
 LAYOUTS = {
@@ -49,14 +60,15 @@ def tokenizer(tmp_path_factory):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("i", "n")]
     vocab = {token: j for j, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
-    made = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|end|>", pad_token="<|end|>", unk_token=None)
-    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+    made = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None
+    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
     made.save_pretrained(folder)
-    assert isinstance(made.backend_tokenizer, Tokenizer) and models.BPE and decoders.ByteLevel
     return folder
 
 
-TEXTS = ["the 12 in", " the", "  a\n\n b", "1234567", "naïve ☃", "<|end|>the<|end|>", ""]
+TEXTS = ["the 12 in", " the", "  a\n\n b", "1234567", "naïve ☃", "<|endoftext|>the<|endoftext|>", ""]
 
 
 @every_layout
@@ -71,8 +83,7 @@ def test_a_student_of_float32_equals_that_of_the_checkpoint_to_the_bit(layout, t
     assert found.keys() == want.keys() and all(torch.equal(found[name], x) for name, x in want.items())
     assert {x.dtype for x in found.values()} == {torch.float32}
     mine, its = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in "ab")
-    ours = {key for key in its if mine[key] != its[key]}
-    assert ours <= {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert {key for key in its if mine[key] != its[key]} == {"_name_or_path"}
     assert read_provenance(tmp_path / "a")[-1]["config"]["teacher"] == "tiny.gguf"
     assert str(tmp_path) not in (tmp_path / "a/provenance.json").read_text()
 
@@ -85,10 +96,15 @@ def test_a_student_of_a_smaller_file_is_as_near_as_the_file(layout, kind, tmp_pa
     student = XLSTMHybridForCausalLM.from_teacher(tmp_path, gguf_file="tiny.gguf", layer_types="teacher")
     assert student.config.dtype == student.dtype == (torch.float16 if kind == "F16" else torch.float32)
     for name, x in original.state_dict().items():
-        y, share = student.state_dict()[name].float(), 2**-11 if kind == "F16" else 0.51 / 127
+        y, share = (
+            student.state_dict()[name].float(),
+            2**-11 if kind == "F16" else 0.57 / 127,
+        )  # half a step, and its scale is a float16
         # of each number in float16, of the largest of 32 in Q8_0
-        largest = x.abs() if kind == "F16" else x.abs().view(-1, 32).amax(1, keepdim=True).expand(-1, 32).reshape(x.shape)
-        assert ((x - y).abs() <= share * largest + 1e-7).all(), name
+        largest = (
+            x.abs() if kind == "F16" else x.abs().view(-1, 32).amax(1, keepdim=True).expand(-1, 32).reshape(x.shape)
+        )
+        assert ((x - y).abs() <= share * largest + 1e-6).all(), name
     with torch.no_grad():
         found, want = student.float()(tokens()).logits, original(tokens()).logits
     assert (found - want).std() < (0.01 if kind == "F16" else 0.1) * want.std()
@@ -105,8 +121,13 @@ def test_the_tokenizer_is_that_of_the_file_and_reads_as_the_teacher_s(tokenizer,
     original = model("qwen2", vocab_size=len(own), eos_token_id=own.eos_token_id)
     write_gguf(tmp_path / "tiny.gguf", original, tokenizer)
     report = convert(tmp_path / "tiny.gguf", tmp_path / "out")
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(report.files)
-    saved, given = (AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf"))
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(
+        report.files
+    )
+    saved, given = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf"),
+    )
     for text in TEXTS:
         assert saved(text).input_ids == given(text).input_ids == own(text).input_ids, text
         assert saved.decode(saved(text).input_ids) == own.decode(own(text).input_ids)
@@ -117,13 +138,25 @@ def test_the_tokenizer_is_that_of_the_file_and_reads_as_the_teacher_s(tokenizer,
     assert config["eos_token_id"] == own.eos_token_id
 
 
+def test_a_llama_s_byte_level_tokenizer_has_no_token_more_than_the_file_and_begins_as_it_does(tmp_path):
+    own = AutoTokenizer.from_pretrained(TINY)
+    write_gguf(tmp_path / "tiny.gguf", model("llama", vocab_size=len(own)), TINY)
+    convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.get_vocab() == own.get_vocab()
+    assert max(saved("<|endoftext|>").input_ids) < len(own) == 512
+    assert saved("one two").input_ids == own("one two").input_ids and own("one two").input_ids[0] == own.bos_token_id
+
+
 def test_the_file_is_a_teacher_to_every_command(tokenizer, tmp_path):
     original = model("llama", vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)))
     write_gguf(tmp_path / "tiny.gguf", original, tokenizer)
     loaded, words = load(tmp_path / "tiny.gguf", device="cpu")
     assert torch.equal(loaded(tokens()).logits, original(tokens()).logits) and words("the 12").input_ids
     loaded.save_pretrained(tmp_path / "plain")  # as a checkpoint that carries no note of its file
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tokens()).logits, loaded(tokens()).logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tokens()).logits, loaded(tokens()).logits
+    )
     assert read_config(tmp_path / "tiny.gguf").num_hidden_layers == 3
     command = ["convert", str(tmp_path), str(tmp_path / "out"), "--gguf-file", "tiny.gguf", "--sliding-window", "8"]
     result = CliRunner().invoke(cli.app, command)
@@ -139,17 +172,14 @@ def test_llama_3_1_keeps_its_rope(tmp_path):
     original = model("llama", rope_parameters=rope, max_position_embeddings=131072)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](original.config, "cpu")
     factors = (5e5 ** -(np.arange(0, 16, 2) / 16) / scaled.numpy()).astype(np.float32)
-    assert factors.min() == 1 and 7.9 < factors.max() < 8.1
+    assert 0.99 < factors.min() < 1.01 and 7.9 < factors.max() < 8.1
     write_gguf(tmp_path / "tiny.gguf", original, tensors={"rope_freqs.weight": factors})
     student = XLSTMHybridForCausalLM.from_teacher(tmp_path / "tiny.gguf", layer_types="teacher")
-    assert student.config.rope_parameters == pytest.approx(rope, rel=1e-5) if False else True
     found = student.config.rope_parameters
     assert found["rope_type"] == "llama3" and found["factor"] == pytest.approx(8, rel=1e-5)
-    ids, far = tokens(), torch.arange(45)[None] * 2000
     with torch.no_grad():
-        assert torch.allclose(student(ids).logits, original(ids).logits, atol=1e-4)
-        assert torch.allclose(student.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq, rtol=1e-5)
-    assert far.max() > 8192
+        assert torch.allclose(student(tokens()).logits, original(tokens()).logits, atol=1e-4)
+        assert torch.allclose(student.model.rotary_emb["full_attention"].inv_freq, scaled, rtol=1e-5)
     write_gguf(tmp_path / "other.gguf", original, tensors={"rope_freqs.weight": factors**2})
     with pytest.raises(UnsupportedTeacherError, match="rope_freqs.weight does not hold the factors of Llama 3.1"):
         read_config(tmp_path / "other.gguf")
@@ -221,14 +251,18 @@ def test_files_that_are_none_are_named(tmp_path, monkeypatch):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UnsupportedTeacherError, match="other.gguf: architecture 'gemma2' is none that can be converted"):
+    with pytest.raises(
+        UnsupportedTeacherError, match="other.gguf: architecture 'gemma2' is none that can be converted"
+    ):
         convert(tmp_path / "other.gguf", tmp_path / "out")
     writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
     writer.add_uint16("split.count", 3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="part.gguf: one of 3 parts; join them with llama.cpp: llama-gguf-split --merge"):
+    with pytest.raises(
+        CheckpointError, match="part.gguf: one of 3 parts; join them with llama.cpp: llama-gguf-split --merge"
+    ):
         read_config(tmp_path / "part.gguf")
     with pytest.raises(CheckpointError, match="tiny: no file none.gguf"):
         (tmp_path / "tiny").mkdir()
@@ -238,7 +272,9 @@ def test_files_that_are_none_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="revision='v1': only a Hub id has revisions"):
         convert(tmp_path / "tiny.gguf", tmp_path / "out", revision="v1")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"tiny.gguf: reading GGUF needs the package gguf: pip install 'xlstm-hybrid\[gguf\]'"):
+    with pytest.raises(
+        ConfigError, match=r"tiny.gguf: reading GGUF needs the package gguf: pip install 'xlstm-hybrid\[gguf\]'"
+    ):
         convert(tmp_path / "tiny.gguf", tmp_path / "out")
 
 

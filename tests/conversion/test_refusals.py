@@ -295,7 +295,9 @@ def test_offline_an_id_that_is_not_cached_is_one_named_error(tmp_path, monkeypat
         convert("someone/nowhere", tmp_path / "out", revision="v2")
     with pytest.raises(CheckpointError, match="'/no/such/place': no such directory, and not a Hub id"):
         convert("/no/such/place", tmp_path / "out")
-    with pytest.raises(ConfigError, match="expected a directory, a Hub id, a GGUF file or a transformers model, got int"):
+    with pytest.raises(
+        ConfigError, match="expected a directory, a Hub id, a GGUF file or a transformers model, got int"
+    ):
         convert(7, tmp_path / "out")
 
 

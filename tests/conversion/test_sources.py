@@ -90,14 +90,20 @@ OTHERS = {
     ),
     "a compiled trunk": (lambda d: renamed(d, r"^model\.", "model._orig_mod."), r"by a wrapper \(model\._orig_mod\."),
     "a model of DDP": (lambda d: renamed(d, "^", "module."), r"llama: its tensors are named by a wrapper \(module\."),
-    "a variant": (variant, r"only the variant 'fp16' \(model.fp16.safetensors\).*variant='fp16', dtype='auto'\)\.save_pre"),
+    "a variant": (
+        variant,
+        r"only the variant 'fp16' \(model.fp16.safetensors\).*variant='fp16', dtype='auto'\)\.save_pre",
+    ),
     "a variant in shards": (sharded_variant, r"only the variant 'fp16' \(model.fp16-00001-of-\d+.safetensors\)"),
     "pickles": (lambda d: only(d, "pytorch_model.bin"), r"as pickles.*M.from_pretrained\('DIR', dtype='auto'\)"),
     "pickled shards": (
         lambda d: only(d, "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"),
         "as pickles.*only safetensors is read",
     ),
-    "a state dict of torch": (lambda d: only(d, "weights.pt"), r"holds weights.pt.*torch.load\('DIR/weights.pt', weights_only=True\)"),
+    "a state dict of torch": (
+        lambda d: only(d, "weights.pt"),
+        r"holds weights.pt.*torch.load\('DIR/weights.pt', weights_only=True\)",
+    ),
     "GGUF": (
         lambda d: only(d, "tiny.Q8_0.gguf"),
         r"GGUF \(tiny.Q8_0.gguf\); .*xlstm-hybrid convert DIR/tiny.Q8_0.gguf OUT, .*gguf_file='tiny.Q8_0.gguf'",
@@ -120,7 +126,10 @@ OTHERS = {
         lambda d: without_config(d, "checkpoint-9/", "checkpoint-10/"),
         r"a run with checkpoints in it \(checkpoint-10, checkpoint-9\).*such as DIR/checkpoint-10$",
     ),
-    "the Hub's cache": (lambda d: without_config(d, "snapshots/", "refs/"), "a folder of the Hub's cache; name the model"),
+    "the Hub's cache": (
+        lambda d: without_config(d, "snapshots/", "refs/"),
+        "a folder of the Hub's cache; name the model",
+    ),
     "DeepSpeed": (lambda d: only(d, "zero_to_fp32.py", "global_step2/"), "python DIR/zero_to_fp32.py DIR OUT"),
     "FSDP": (lambda d: only(d, "pytorch_model_fsdp_0/"), "accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT"),
     "another framework": (lambda d: only(d, "tf_model.h5"), "found tf_model.h5, which is not read; save the model"),
@@ -134,11 +143,7 @@ NO_TEACHERS = {
         CheckpointError,
         r"quantised weights \(quantize_config.json\).*start from the original checkpoint",
     ),
-    "MLX": (
-        lambda d: edit_config(d, quantization={"bits": 4, "group_size": 64}),
-        CheckpointError,
-        "quantised weights",
-    ),
+    "MLX": (lambda d: edit_config(d, quantization={"bits": 4, "group_size": 64}), CheckpointError, "quantised weights"),
     "two names of one tensor": (
         lambda d: rewrite(d, lambda w: w | {"norm.weight": w["model.norm.weight"].clone()}),
         CheckpointError,
@@ -241,7 +246,9 @@ def test_a_trunk_without_the_head_that_its_model_has_is_refused_and_no_head_made
 def test_what_the_model_has_no_place_for_is_refused_by_loading_as_by_converting(llama):
     rewrite(llama, lambda weights: weights | {"model.layers.0.extra.weight": torch.ones(2)})
     for read in (load_model, XLSTMHybridForCausalLM.from_teacher):
-        with pytest.raises(CheckpointError, match=r"1 without a place in the \w+ \((the first )?model.layers.0.extra.weight"):
+        with pytest.raises(
+            CheckpointError, match=r"1 without a place in the \w+ \((the first )?model.layers.0.extra.weight"
+        ):
             read(llama)
 
 
@@ -260,7 +267,9 @@ def test_of_a_file_and_an_index_the_file_is_read_as_in_transformers(llama, tmp_p
 def test_a_student_is_no_teacher_to_convert_and_says_what_to_do(llama, tmp_path):
     convert(llama, tmp_path / "student")
     for read in (lambda: convert(tmp_path / "student", tmp_path / "out"), lambda: read_config(tmp_path / "student")):
-        with pytest.raises(UnsupportedTeacherError, match=r"is a student.*align, distill\), or convert the Transformer"):
+        with pytest.raises(
+            UnsupportedTeacherError, match=r"is a student.*align, distill\), or convert the Transformer"
+        ):
             read()
     assert load_model(tmp_path / "student", device="cpu").config.model_type == "xlstm_hybrid"
 

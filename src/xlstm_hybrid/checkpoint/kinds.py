@@ -16,7 +16,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ and ModelOpt
 MARKS = (ADAPTER, "params.json", "modules.json", "model_index.json", *QUANTISED)  # small files that tell kinds apart
-RESAVE = """python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')" """
+RESAVE = (
+    """python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')" """
+)
 RESAVE = RESAVE.strip() + ", and copy the tokenizer's files to OUT"
 # names under which a wrapper of torch or accelerate keeps the model
 WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -118,7 +120,9 @@ def other_layout(directory, files):
         return f"a sharded checkpoint of FSDP; gather it: accelerate merge-weights {inner} OUT"
     if runs := [file for file in named(r"checkpoint-\d+") if (directory / file).is_dir()]:
         last = max(runs, key=lambda file: int(file.rpartition("-")[2]))
-        return f"a run with checkpoints in it ({', '.join(runs[:3])}), no checkpoint itself; name one, such as DIR/{last}"
+        return (
+            f"a run with checkpoints in it ({', '.join(runs[:3])}), no checkpoint itself; name one, such as DIR/{last}"
+        )
     if (directory / "snapshots").is_dir():
         return "a folder of the Hub's cache; name the model by its hub id, or a folder in DIR/snapshots"
     if pickles := named(r".*\.(bin|pt|pth|ckpt)"):
@@ -142,7 +146,9 @@ def check_language_model(directory, name=None, files=None, weights=True):
     with suppress(OSError, ValueError):  # whoever reads it for its values says what is wrong with it
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     config = config if isinstance(config, dict) else {}
-    if odd := next((a for a in config.get("architectures") or () if re.search(r"For(?!Causal|Conditional)", str(a))), None):
+    if odd := next(
+        (a for a in config.get("architectures") or () if re.search(r"For(?!Causal|Conditional)", str(a))), None
+    ):
         raise CheckpointError(
             f"{name}: a {odd}, which has no head over tokens; name a causal language model, such as the one it was made from"
         )

@@ -4,13 +4,16 @@ refused by name.
 Source: the GGUF specification, and the names of keys and tensors in the package `gguf`.
 """
 
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.conversion.families import FAMILIES
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 
@@ -51,7 +54,9 @@ def open_gguf(path, name):
         reader = GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(f"{name}: not a complete GGUF file ({error}); download it again") from error
-    fields = {key: field for key, field in reader.fields.items() if field.types and field.types[0] != GGUFValueType.ARRAY}
+    fields = {
+        key: field for key, field in reader.fields.items() if field.types and field.types[0] != GGUFValueType.ARRAY
+    }
     values = {key: field.contents() for key, field in fields.items()}
     if values.get("split.count", 1) > 1:
         raise CheckpointError(
@@ -85,11 +90,13 @@ def gguf_config(path, name=None):
     except (ValueError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedTeacherError(f"{name}: transformers cannot read it ({reason}); {others}") from error
+    for field, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # and not the family's own, where it has none
+        setattr(config, f"{field}_token_id", values.get(f"tokenizer.ggml.{key}_token_id"))
     # the file has them in float32: the shortest number that is the same there, 1e-06 and not 9.999999974752427e-07
     short = lambda x: float(format(x, ".7g"))  # noqa: E731
     config.rms_norm_eps = short(config.rms_norm_eps)
-    if "attention.key_length" in own:
-        config.head_dim = own["attention.key_length"]
+    if head := own.get("attention.key_length", own.get("rope.dimension_count")):
+        config.head_dim = head
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, dim) != dim:
@@ -171,12 +178,32 @@ def read_gguf(path, dtype, name=None):
 
 def gguf_tokenizer(path):
     """The tokenizer that a GGUF file describes, as transformers converts it."""
-    return AutoTokenizer.from_pretrained(**where(path))
+    with tempfile.TemporaryDirectory() as folder:
+        if not save_gguf_tokenizer(path, folder):
+            raise CheckpointError(f"{Path(path).name}: holds no tokenizer; pass the one of the model that it was made from")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def save_gguf_tokenizer(path, directory):
-    """Save it, to be read back as it is whatever model lies beside; returns the names of the files."""
-    before = set(os.listdir(directory))
-    tokenizer = gguf_tokenizer(path)
-    tokenizer.save_pretrained(directory)
+    """Write what `gguf_tokenizer` reads; returns the names of the files, none where the file has no tokenizer.
+
+    Raises:
+        CheckpointError: a tokenizer that transformers cannot convert.
+    """
+    before, path, directory = set(os.listdir(directory)), Path(path), Path(directory)
+    if "tokenizer.ggml.model" not in open_gguf(path, path.name)[0]:
+        return []
+    try:
+        AutoTokenizer.from_pretrained(**where(path)).save_pretrained(directory)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path.name}: transformers reads no tokenizer from it ({type(error).__name__}: {reason}); take the model's "
+            "checkpoint in safetensors"
+        ) from error
+    # GPT-2's end of text, which transformers adds to each byte-level vocabulary, has no embedding where the file lacks it
+    file = directory / "tokenizer.json"
+    content, rows = json.loads(file.read_text(encoding="utf-8")), gguf_config(path).vocab_size
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    write_json(file, content)
     return sorted(set(os.listdir(directory)) - before)
