@@ -101,7 +101,7 @@ def add_tokenizer(writer, directory):
     for role in ("bos", "eos", "pad"):
         if named.get(f"{role}_token") is not None:
             getattr(writer, f"add_{role}_token_id")(tokens[named[f"{role}_token"]])
-    if "TemplateProcessing" in json.dumps(content["post_processor"]):
+    if named.get("bos_token") and named["bos_token"] in json.dumps(content["post_processor"]):
         writer.add_add_bos_token(True)
     if (directory / "chat_template.jinja").is_file():
         writer.add_chat_template((directory / "chat_template.jinja").read_text(encoding="utf-8"))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.conversion.families import FAMILIES
-from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
+from xlstm_hybrid.errors import CheckpointError, CompatibilityError, ConfigError, UnsupportedTeacherError
 
 SIZES = {"context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size"}
 ATTENTION = {"head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length", "value_length"}
@@ -90,7 +91,11 @@ def gguf_config(path, name=None):
     except (ValueError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedTeacherError(f"{name}: transformers cannot read it ({reason}); {others}") from error
-    for field, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # and not the family's own, where it has none
+    for field, key in (
+        ("bos", "bos"),
+        ("eos", "eos"),
+        ("pad", "padding"),
+    ):  # and not the family's own, where it has none
         setattr(config, f"{field}_token_id", values.get(f"tokenizer.ggml.{key}_token_id"))
     # the file has them in float32: the shortest number that is the same there, 1e-06 and not 9.999999974752427e-07
     short = lambda x: float(format(x, ".7g"))  # noqa: E731
@@ -180,7 +185,9 @@ def gguf_tokenizer(path):
     """The tokenizer that a GGUF file describes, as transformers converts it."""
     with tempfile.TemporaryDirectory() as folder:
         if not save_gguf_tokenizer(path, folder):
-            raise CheckpointError(f"{Path(path).name}: holds no tokenizer; pass the one of the model that it was made from")
+            raise CheckpointError(
+                f"{Path(path).name}: holds no tokenizer; pass the one of the model that it was made from"
+            )
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -189,18 +196,27 @@ def save_gguf_tokenizer(path, directory):
 
     Raises:
         CheckpointError: a tokenizer that transformers cannot convert.
+        CompatibilityError: the installed transformers converts it without its begin token.
     """
     before, path, directory = set(os.listdir(directory)), Path(path), Path(directory)
-    if "tokenizer.ggml.model" not in open_gguf(path, path.name)[0]:
+    values, _ = open_gguf(path, path.name)
+    if "tokenizer.ggml.model" not in values:
         return []
     try:
-        AutoTokenizer.from_pretrained(**where(path)).save_pretrained(directory)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(**where(path))
+        tokenizer.save_pretrained(directory)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path.name}: transformers reads no tokenizer from it ({type(error).__name__}: {reason}); take the model's "
             "checkpoint in safetensors"
         ) from error
+    first = values.get("tokenizer.ggml.bos_token_id")
+    if values.get("tokenizer.ggml.add_bos_token") and first is not None and tokenizer("a").input_ids[:1] != [first]:
+        raise CompatibilityError(
+            f"{path.name}: its tokenizer begins each text with token {first}, and transformers {transformers_version} converts "
+            "it without; pip install -U transformers"
+        )
     # GPT-2's end of text, which transformers adds to each byte-level vocabulary, has no embedding where the file lacks it
     file = directory / "tokenizer.json"
     content, rows = json.loads(file.read_text(encoding="utf-8")), gguf_config(path).vocab_size

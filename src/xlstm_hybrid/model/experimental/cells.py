@@ -61,6 +61,11 @@ def normed(mixer, h):
     """
     while hasattr(mixer, "base_layer"):  # PEFT may have wrapped the module that holds the weights
         mixer = mixer.base_layer
+    if mixer.norm_weight.is_meta and not h.is_meta:  # offloaded, and this is no call of the module, which would fetch it
+        from accelerate.utils import align_module_device
+
+        with align_module_device(mixer):
+            return normed(mixer, h)
     x = h.to(torch.promote_types(h.dtype, torch.float32))
     x = x * (x.square().mean(-1, keepdim=True) + mixer.config.rms_norm_eps).rsqrt()
     return (x * mixer.norm_weight.to(x.dtype)).to(h.dtype)
