@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init__.py").read_text(encoding="utf-8"))[1]
 
 TABLE = runpy.run_path(str(HERE / "src/xlstm_hybrid/environment/versions.py"))  # by its path: nothing is installed yet
 bounds, of_extra = TABLE["requirement"], TABLE["requirements"]

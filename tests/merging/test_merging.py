@@ -207,7 +207,13 @@ def test_merged_students_load_and_a_student_merged_with_itself_is_itself(tmp_pat
 
 def test_settings_that_a_trainer_writes_and_no_model_computes_with_stop_no_merge(tmp_path):
     base = checkpoint(tmp_path / "base", tensors(5), stages=["convert"], last="align")
-    trained = {"pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1, "attention_dropout": 0.1, "mlstm_chunk_size": 16}
+    trained = {
+        "pad_token_id": 3,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "attention_dropout": 0.1,
+        "mlstm_chunk_size": 16,
+    }
     stages, folders = ["convert", "align"], []
     for j, name in enumerate(("math", "code")):
         config = trained if name == "math" else trained | {"pad_token_id": 0}

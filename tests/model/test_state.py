@@ -109,7 +109,9 @@ def test_a_cache_of_another_number_of_rows_is_refused_with_the_fork_that_fits(an
     ids = token_ids(2, 11)
     cache = prefill(any_student, ids[:, :10])
     several = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 2}
-    message = r"the cache holds 2 rows, the batch has 6 \(num_return_sequences repeats each\); pass .*state.fork\(cache, 3\)"
+    message = (
+        r"the cache holds 2 rows, the batch has 6 \(num_return_sequences repeats each\); pass .*state.fork\(cache, 3\)"
+    )
     with pytest.raises(CacheError, match=message):
         any_student.generate(ids, **named(cache), **several)
     assert any_student.generate(ids, **named(fork(prefill(any_student, ids[:, :10]), 3)), **several).shape == (6, 13)

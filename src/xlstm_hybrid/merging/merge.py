@@ -44,8 +44,21 @@ from xlstm_hybrid.recipe.merge_settings import (
 )
 
 # config keys in which experts may differ: they change nothing of what a model computes, outside of its training
-INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout", "pad_token_id"}
-INDIFFERENT |= {"attention_dropout", "initializer_range", "mlstm_chunk_size", "output_attentions", "output_hidden_states"}
+INDIFFERENT = NOT_CARRIED | {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "window_dropout",
+    "pad_token_id",
+}
+INDIFFERENT |= {
+    "attention_dropout",
+    "initializer_range",
+    "mlstm_chunk_size",
+    "output_attentions",
+    "output_hidden_states",
+}
 INDIFFERENT |= {"return_dict", "problem_type", "architectures"}
 # a trainer fills these in from the tokenizer: one that is not there is none that differs
 FROM_TOKENIZER = {"bos_token_id", "eos_token_id"}

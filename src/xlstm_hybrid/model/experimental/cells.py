@@ -61,7 +61,9 @@ def normed(mixer, h):
     """
     while hasattr(mixer, "base_layer"):  # PEFT may have wrapped the module that holds the weights
         mixer = mixer.base_layer
-    if mixer.norm_weight.is_meta and not h.is_meta:  # offloaded, and this is no call of the module, which would fetch it
+    if (
+        mixer.norm_weight.is_meta and not h.is_meta
+    ):  # offloaded, and this is no call of the module, which would fetch it
         from accelerate.utils import align_module_device
 
         with align_module_device(mixer):
