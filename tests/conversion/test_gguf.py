@@ -30,11 +30,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
-from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
+from xlstm_hybrid.checkpoint.files import digest, read_provenance, verify_files
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.conversion.load import load, load_model
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.planning.run import read_config
+from xlstm_hybrid.teacher_store.writer import weights_hash
 
 TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}  # Q8_0: by 32
@@ -158,6 +159,29 @@ def test_the_file_is_a_teacher_to_every_command(tokenizer, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tokens()).logits, loaded(tokens()).logits
     )
     assert read_config(tmp_path / "tiny.gguf").num_hidden_layers == 3
+    assert weights_hash(tmp_path / "tiny.gguf") == digest(tmp_path / "tiny.gguf")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}) + "\n")
+    stores = [str(tmp_path / name) for name in ("of_file", "of_checkpoint")]
+    for source, store in zip((tmp_path / "tiny.gguf", tmp_path / "plain"), stores, strict=True):
+        if source.is_dir():
+            words.save_pretrained(source)
+        command = [
+            "cache-teacher",
+            str(source),
+            str(rows),
+            store,
+            "--top-k",
+            "8",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 0, result.output
+    first, second = (stored(Path(store)) for store in stores)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], x) for name, x in second.items()) and first
     command = ["convert", str(tmp_path), str(tmp_path / "out"), "--gguf-file", "tiny.gguf", "--sliding-window", "8"]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0 and "Transfer from tiny.gguf (llama, float32)" in result.output

@@ -153,7 +153,11 @@ def reads_or_writes_text(node):
     name = getattr(node.func, "attr", getattr(node.func, "id", None))
     if name in ("read_text", "write_text"):
         return True
-    own = isinstance(node.func, ast.Name) or name == "fdopen" or getattr(getattr(node.func, "value", None), "id", "") in ("gzip", "lzma")
+    own = (
+        isinstance(node.func, ast.Name)
+        or name == "fdopen"
+        or getattr(getattr(node.func, "value", None), "id", "") in ("gzip", "lzma")
+    )
     mode = [
         a.value for a in (*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")) if hasattr(a, "value")
     ]
