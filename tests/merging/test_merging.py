@@ -704,7 +704,7 @@ DAMAGE = {
         "code: model.safetensors has SHA-256",
     ),
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 400), "code: model.safetensors or .* is damaged"),
-    "no config": (lambda d: (d / "config.json").unlink(), "code: no config.json"),
+    "no config": (lambda d: (d / "config.json").unlink(), "code: config.json cannot be read"),
     "an index that lies": (
         lambda d: (
             (d / "model.safetensors").rename(d / "part.safetensors"),

@@ -405,7 +405,7 @@ def weight_files(directory):
     from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
-    check_layout(directory)
+    check_layout(directory, config=False)
     if (directory / SINGLE).is_file():
         try:
             with safe_open(contained(directory, SINGLE), framework="pt") as file:

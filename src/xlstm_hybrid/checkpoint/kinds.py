@@ -25,13 +25,13 @@ WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoi
 TRUNK = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")  # what is directly in a model without a head
 
 
-def check_layout(directory, name=None, files=None, weights=True):
+def check_layout(directory, name=None, files=None, weights=True, config=True):
     """Raise CheckpointError unless a directory is a checkpoint that is read, by the names of its files.
 
     Args:
         name: what messages call it; its last component.
         files: names of its files, where they are not all in the directory: those of a Hub repository.
-        weights: whether its weights have to be there.
+        weights, config: whether its weights and its config.json have to be there.
     """
     directory = Path(directory)
     name = name or directory.resolve().name
@@ -51,11 +51,12 @@ def check_layout(directory, name=None, files=None, weights=True):
             f"{name}: a sentence-transformers model, which embeds sentences and has lost its head over tokens; name the "
             "language model that it was made from"
         )
-    if CONFIG not in files or (weights and not whole):
+    bare = config and CONFIG not in files
+    if bare or (weights and not whole):
         found = other_layout(directory, files)
         if found:
             raise CheckpointError(f"{name}: {found}")
-    if CONFIG not in files:
+    if bare:
         raise CheckpointError(
             f"{name}: no config.json, expected a checkpoint of transformers; check the path, or download it again"
         )
