@@ -61,6 +61,11 @@ def check_layout(directory, name=None, files=None, weights=True, config=True):
             f"{name}: no config.json, expected a checkpoint of transformers; check the path, or download it again"
         )
     if weights and not whole:
+        shards = [file for file in files if re.fullmatch(r"model-.*\.safetensors", file)]
+        if shards:
+            raise CheckpointError(
+                f"{name}: expected {SINGLE} or {INDEX}, found neither, but {', '.join(shards[:3])}; download the index as well"
+            )
         odd = [file for file in files if file.endswith((".safetensors", ".h5", ".msgpack", ".onnx", ".ot", ".npz"))]
         found = f"{', '.join(odd[:3])}, which is not read; save the model as safetensors with transformers"
         raise CheckpointError(
@@ -126,7 +131,8 @@ def other_layout(directory, files):
         )
     if (directory / "snapshots").is_dir():
         return "a folder of the Hub's cache; name the model by its hub id, or a folder in DIR/snapshots"
-    if pickles := named(r".*\.(bin|pt|pth|ckpt)"):
+    # but for what a trainer writes beside a model
+    if pickles := named(r"(?!optimizer|scheduler|scaler|rng_state|training_args).*\.(bin|pt|pth|ckpt)"):
         return (
             f"holds {', '.join(pickles[:3])}, and only safetensors is read; if that is a state dict of the model, write it as "
             'safetensors: python -c "import torch; from safetensors.torch import save_file; '

