@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "src/xlstm_hybrid/__init__.py").read_text(encoding="utf-8"))[1]
 
 TABLE = runpy.run_path(str(HERE / "src/xlstm_hybrid/environment/versions.py"))  # by its path: nothing is installed yet
 bounds, of_extra = TABLE["requirement"], TABLE["requirements"]
@@ -19,7 +19,13 @@ EXCLUDED = [] if "editable_wheel" in sys.argv else ["xlstm_arena*"]
 CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")]
 EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
 # Triton's interpreter and compiler need no GPU
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", f"{bounds('triton')}; platform_system == 'Linux'"]
+EXTRAS["test"] = [
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "ruff>=0.9",
+    bounds("gguf"),
+    f"{bounds('triton')}; platform_system == 'Linux'",
+]
 EXTRAS["eval-paper"] = [bounds("lm-eval").replace("lm-eval", "lm-eval[math,ifeval]", 1)]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 EXTRAS["all"] = sorted({*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["test"]})

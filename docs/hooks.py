@@ -153,7 +153,9 @@ def module_place(path, name):
     if page is None:
         return None, ""
     defined = {
-        node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        node.name: node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     shown = name in defined and ast.get_docstring(defined[name])
     return page, f"#{module_name(path)}" + (f".{name}" if shown else "")

@@ -165,7 +165,7 @@ def main():
             print(f"sm_{c:<4} {operation:10} RED  no case reaches the entry {entry}", file=out)
     if args.json:
         text = json.dumps(rows, indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
     sys.exit(any(r["red"] for r in rows))
 
 

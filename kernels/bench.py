@@ -296,10 +296,10 @@ def peak_of(run):
         return run(), (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def resident(field):  # a line of /proc/self/status in KiB
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before = resident("VmRSS")
     return run(), (resident("VmHWM") - before) / 1024
 
@@ -355,7 +355,7 @@ def surroundings():
     """Machine, versions, commit."""
     import transformers
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
     def git(*command):
@@ -438,7 +438,7 @@ def finish(result, out):
         print(f"{'met' if t['met'] else 'NOT MET':8} {t['target']}{width}: {t['figure']} (must {t['must']})")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def targets(result):
 
 
 def main():
-    result = json.loads(Path(sys.argv[1]).read_text())
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     dims = sorted({r["d"] for r in result["rows"]})
     for d in dims:
         print(f"Head dim {d}:\n\n{sequences(result, d)}\n\n{decoding(result, d)}\n")

@@ -43,6 +43,16 @@ EXPECTED = [
         "load_adapter loses modules_to_save, PeftModel.from_pretrained does not",
     ),
     (
+        ("test_gguf", "byte_level_tokenizer"),
+        "transformers<5.18",
+        "a byte-level tokenizer of a GGUF file loses its begin token: refused",
+    ),
+    (
+        ("test_gguf", "teacher_to_every_command"),
+        "transformers<5.18",
+        "a tokenizer of a Llama's GGUF file without a begin token cannot be read: refused",
+    ),
+    (
         ("automatic_device_map_splits_no_layer",),
         "accelerate<1.11",
         "infer_auto_device_map takes no set of names: it splits the layers of a Llama as well",

@@ -104,7 +104,7 @@ def results(theme):
     """Recall of one fact above bytes of the cache, both against the length of the context: the Llama teacher of the arena."""
     from matplotlib.figure import Figure
 
-    c, found = THEMES[theme], json.loads((ROOT / "docs/arena/results.json").read_text())
+    c, found = THEMES[theme], json.loads((ROOT / "docs/arena/results.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in found["teachers"]["llama"]["rows"] if row["name"] in LINES}
     lengths, names = [str(n) for n in found["lengths"]], [name for name in LINES if name in rows]
     colours = dict(zip(LINES, (c["line"], MEANING["kept"], MEANING["student"], MEANING["unaligned"]), strict=True))

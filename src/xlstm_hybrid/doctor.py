@@ -108,7 +108,7 @@ def extras():
 
 def cpu_name():
     try:
-        return re.search(r"model name\s*: *(.*)", Path("/proc/cpuinfo").read_text())[1]
+        return re.search(r"model name\s*: *(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
     except (OSError, TypeError):  # no such file, or no such line: ARM has none
         return platform.processor() or platform.machine()
 
@@ -136,8 +136,8 @@ def quota(root=Path("/sys/fs/cgroup")):
     """Cores' worth of time that a container's control group grants; infinity without a limit."""
     for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):
         try:
-            granted, *period = (root / name).read_text().split()
-            period = period or (root / "cpu/cpu.cfs_period_us").read_text().split()
+            granted, *period = (root / name).read_text(encoding="utf-8").split()
+            period = period or (root / "cpu/cpu.cfs_period_us").read_text(encoding="utf-8").split()
             return float("inf") if granted in ("max", "-1") else int(granted) / int(period[0])
         except (OSError, ValueError, IndexError):
             continue

@@ -159,7 +159,7 @@ REFUSALS = {
     "only a pickle": (
         only_pickle,
         CheckpointError,
-        "found pytorch_model.bin; only safetensors is read: load the teacher in transformers and save_pretrained it",
+        "pytorch_model.bin.*only safetensors is read; convert them with transformers: python -c .*save_pretrained",
     ),
     "no weights": (
         lambda d: [path.unlink() for path in d.glob("model*")],
@@ -295,7 +295,9 @@ def test_offline_an_id_that_is_not_cached_is_one_named_error(tmp_path, monkeypat
         convert("someone/nowhere", tmp_path / "out", revision="v2")
     with pytest.raises(CheckpointError, match="'/no/such/place': no such directory, and not a Hub id"):
         convert("/no/such/place", tmp_path / "out")
-    with pytest.raises(ConfigError, match="expected a directory, a Hub id or a transformers model, got int"):
+    with pytest.raises(
+        ConfigError, match="expected a directory, a Hub id, a GGUF file or a transformers model, got int"
+    ):
         convert(7, tmp_path / "out")
 
 

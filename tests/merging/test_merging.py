@@ -205,6 +205,30 @@ def test_merged_students_load_and_a_student_merged_with_itself_is_itself(tmp_pat
     assert {p.dtype for p in mixed.parameters()} == {p.dtype for p in a.parameters()} == {torch.bfloat16, torch.float32}
 
 
+def test_settings_that_a_trainer_writes_and_no_model_computes_with_stop_no_merge(tmp_path):
+    base = checkpoint(tmp_path / "base", tensors(5), stages=["convert"], last="align")
+    trained = {
+        "pad_token_id": 3,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "attention_dropout": 0.1,
+        "mlstm_chunk_size": 16,
+    }
+    stages, folders = ["convert", "align"], []
+    for j, name in enumerate(("math", "code")):
+        config = trained if name == "math" else trained | {"pad_token_id": 0}
+        folders.append(checkpoint(tmp_path / name, tensors(j), config, stages, f"distill:{name}"))
+        for file in (folders[-1], base):
+            record = json.loads((file / "provenance.json").read_text())
+            record["stages"] = [{"stage": s["stage"]} for s in record["stages"]]
+            (file / "provenance.json").write_text(json.dumps(record))
+    merge(folders, tmp_path / "out", method="task_arithmetic", base=base)
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 3  # that of the first
+    other = checkpoint(tmp_path / "other", tensors(7), trained | {"eos_token_id": 5}, stages, "distill:other")
+    with pytest.raises(MergeError, match="config eos_token_id: 2 in math, 5 in other"):
+        merge([folders[0], other], tmp_path / "again")
+
+
 def test_a_config_field_that_an_older_version_did_not_write_has_its_default(experts, tmp_path):
     fields = json.loads((experts[0] / "config.json").read_text())
     # the last one is of the training alone
@@ -682,8 +706,11 @@ DAMAGE = {
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 400), "code: model.safetensors or .* is damaged"),
     "no config": (lambda d: (d / "config.json").unlink(), "code: config.json cannot be read"),
     "an index that lies": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"nowhere": "model.safetensors"}}'),
-        "code: model.safetensors is damaged or lacks nowhere",
+        lambda d: (
+            (d / "model.safetensors").rename(d / "part.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"nowhere": "part.safetensors"}}'),
+        ),
+        "code: part.safetensors is damaged or lacks nowhere",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "code: expected model.safetensors"),
     "a link out": (

@@ -64,6 +64,24 @@ def test_layers_on_disk_give_the_same_logits_and_tokens(family, tmp_path):
     )
 
 
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("changes", [{}, {"mixer_branches": "window"}], ids=str)
+@torch.no_grad()
+def test_the_norm_of_a_mix_is_fetched_as_the_other_parameters_are(place, changes, tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = tiny_student(mixer_norm=True, **changes), token_ids(2, 19)
+    model.save_pretrained(tmp_path / "student")
+    placed = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    placed |= {f"model.layers.{j}": "disk" if place == "disk" or j else "cpu" for j in range(3)}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "student", dtype="auto", device_map=placed, offload_folder=tmp_path / "offload"
+    )
+    assert spread.model.layers[2].self_attn.mlstm.norm_weight.is_meta
+    torch.testing.assert_close(spread(ids).logits, model(ids).logits, atol=1e-9, rtol=1e-9)
+    assert torch.equal(spread.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+    assert spread.model.layers[2].self_attn.mlstm.norm_weight.is_meta  # and put back
+
+
 def test_an_automatic_device_map_splits_no_layer():
     accelerate = pytest.importorskip("accelerate")
     with torch.device("meta"):

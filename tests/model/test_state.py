@@ -104,6 +104,25 @@ def test_a_fork_repeats_each_row_in_order_and_leaves_the_cache_alone(any_student
         fork(cache, 0)
 
 
+@torch.no_grad()
+def test_a_cache_of_another_number_of_rows_is_refused_with_the_fork_that_fits(any_student):
+    ids = token_ids(2, 11)
+    cache = prefill(any_student, ids[:, :10])
+    several = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 2}
+    message = (
+        r"the cache holds 2 rows, the batch has 6 \(num_return_sequences repeats each\); pass .*state.fork\(cache, 3\)"
+    )
+    with pytest.raises(CacheError, match=message):
+        any_student.generate(ids, **named(cache), **several)
+    assert any_student.generate(ids, **named(fork(prefill(any_student, ids[:, :10]), 3)), **several).shape == (6, 13)
+    with pytest.raises(CacheError, match="holds 2 rows, the batch has 3.*pass a cache of as many rows"):
+        any_student(token_ids(3, 4), **named(cache))
+    static = StaticCache(config=any_student.config, max_cache_len=32)
+    any_student(ids[:, :10], **named(static))
+    with pytest.raises(CacheError, match="holds 2 rows, the batch has 4"):
+        any_student(token_ids(4, 1), **named(static))
+
+
 def test_a_snapshot_is_untouched_by_decoding_and_restores_it(any_student):
     ids = token_ids(2, 20)
     cache = prefill(any_student, ids[:, :11])

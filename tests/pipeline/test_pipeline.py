@@ -610,3 +610,20 @@ def test_two_processes_under_accelerate_make_the_student_that_one_makes(tmp_path
     for key in moved:
         torch.testing.assert_close(two[key], one[key], atol=2e-4, rtol=2e-3)
     assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_a_run_is_gone_on_with_in_a_locale_that_is_not_utf_8(tmp_path):
+    code = """
+import locale, pathlib, sys
+from xlstm_hybrid.pipeline.runner import Runner, Stage
+made = lambda *_: (pathlib.Path(sys.argv[1], "f").mkdir(exist_ok=True), print("made"), {"x": 1})[-1]
+stage = Stage("s", (), made, settings={"path": "gespr\\xe4che.jsonl", "text": "\\u0442"}, folder="f", note="s.json")
+for _ in range(2):
+    Runner(sys.argv[1]).make(stage)
+print(locale.getpreferredencoding())
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.split().count("made") == 1 and done.stdout.split()[-1] != "UTF-8"

@@ -386,7 +386,7 @@ def test_the_command_prints_every_stage_and_every_assumption_and_fails_when_some
 
 
 def test_what_cannot_be_planned_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no configuration"):
+    with pytest.raises(CheckpointError, match="no config.json"):
         plan.read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UnsupportedTeacherError, match="'gpt2'"):

@@ -146,3 +146,27 @@ print('imported', xlstm_hybrid.__version__)
 def test_every_folder_of_modules_is_a_package_or_a_wheel_would_lack_it():
     folders = {path.parent for path in SOURCES if "lm_eval_tasks" not in path.parts}
     assert not [name_of(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
+
+
+def reads_or_writes_text(node):
+    """Whether a call opens a file as text: `open`, `fdopen` without a binary mode, `read_text`, `write_text`."""
+    name = getattr(node.func, "attr", getattr(node.func, "id", None))
+    if name in ("read_text", "write_text"):
+        return True
+    own = (
+        isinstance(node.func, ast.Name)
+        or name == "fdopen"
+        or getattr(getattr(node.func, "value", None), "id", "") in ("gzip", "lzma")
+    )
+    mode = [
+        a.value for a in (*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")) if hasattr(a, "value")
+    ]
+    return name in ("open", "fdopen") and own and "b" not in "".join(map(str, mode))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, ROOT / "setup.py", *sorted((ROOT / "kernels").glob("*.py"))], ids=name_of)
+def test_text_is_read_and_written_in_utf_8_whatever_the_locale(path):
+    """ruff's PLW1514 sees some of these calls, and only with --preview."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    silent = [n.lineno for n in filter(reads_or_writes_text, calls) if "encoding" not in {k.arg for k in n.keywords}]
+    assert silent == [], f'{path.name}, lines {silent}: give encoding="utf-8"'

@@ -110,7 +110,7 @@ def verdict_file(device):
 def read_verdicts(path):
     """{question: verdict} of a file; nothing if it cannot be read, which costs a check and no more."""
     try:
-        found = json.loads(path.read_text())["verdicts"]
+        found = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
         errors = [error for verdict in found.values() for error in verdict["errors"].values()]
         sound = all(isinstance(error, float | int) for error in errors)
         return found if sound and all(isinstance(verdict["right"], bool) for verdict in found.values()) else {}
@@ -123,7 +123,7 @@ def save_verdict(path, question, verdict, environment):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment, "verdicts": read_verdicts(path) | {question: verdict}}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as file:
             json.dump(content, file, indent=1)
         os.replace(file.name, path)
     except OSError:

@@ -13,11 +13,11 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from xlstm_hybrid.checkpoint.kinds import INDEX, SINGLE, check_layout, check_names
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError
 
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_BYTES = 2**24  # larger than any index of 20,000 tensors
 SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re.IGNORECASE)
 
@@ -396,34 +396,34 @@ def relist(directory, name):
 
 
 def weight_files(directory):
-    """`{tensor name: file}` of a safetensors checkpoint, single or sharded.
+    """`{tensor name: file}` of a safetensors checkpoint, single or sharded; of both the single file, as in transformers.
 
     Raises:
-        CheckpointError: no weights, a damaged file, an index entry that is no plain file name, or a shard that is
-            missing.
+        CheckpointError: no checkpoint (see `kinds.check_layout`), names that transformers does not read, a damaged file,
+            an index entry that is no plain file name, or a shard that is missing.
     """
     from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
-    if (directory / INDEX).is_file():
+    check_layout(directory, config=False)
+    if (directory / SINGLE).is_file():
+        try:
+            with safe_open(contained(directory, SINGLE), framework="pt") as file:
+                names = dict.fromkeys(file.keys(), directory / SINGLE)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again"
+            ) from error
+    else:
         names = read_json(directory / INDEX, directory.name).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CheckpointError(f"{directory.name}: {INDEX} is damaged (no weight_map); copy or download it again")
         for name in sorted(set(map(str, names.values()))):
             if not contained(directory, name).is_file():
                 raise CheckpointError(f"{directory.name}: shard {name} is missing; copy or download it again")
-        return {tensor: directory / name for tensor, name in names.items()}
-    if not (directory / SINGLE).is_file():
-        raise CheckpointError(
-            f"{directory.name}: expected {SINGLE} or {INDEX}, found neither; save the model as safetensors"
-        )
-    try:
-        with safe_open(contained(directory, SINGLE), framework="pt") as file:
-            return dict.fromkeys(file.keys(), directory / SINGLE)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{directory.name}: {SINGLE} or {INDEX} is damaged ({error}); copy or download it again"
-        ) from error
+        names = {tensor: directory / name for tensor, name in names.items()}
+    check_names(names, directory.resolve().name)
+    return names
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------

@@ -34,11 +34,11 @@ def take(path):
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime < LOCK_SECONDS and not gone(path.read_text()):
+            if time.time() - path.stat().st_mtime < LOCK_SECONDS and not gone(path.read_text(encoding="utf-8")):
                 return False
         path.unlink(missing_ok=True)
         return take(path)
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(owner(os.getpid()))
     return True
 
@@ -63,7 +63,7 @@ def locked(path, waiting=None):
                 return
         if waiting is not None:
             with contextlib.suppress(FileNotFoundError):
-                waiting(path.read_text())
+                waiting(path.read_text(encoding="utf-8"))
                 waiting = None
         time.sleep(POLL_SECONDS)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from typer import Argument, Option
 
 from xlstm_hybrid.commands.options import Revision, Teacher
+from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
+from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.pipeline.targets import choose_dtype, fill_store, read_rows, share_out, store_spec
 from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
@@ -46,7 +48,8 @@ def cache_teacher(
     Example: xlstm-hybrid cache-teacher recipes/tiny_teacher/tiny-llama runs/rows runs/store --top-k 64
     """
     source = local_source(teacher, revision)
-    tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
+    config = gguf_config(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
     data = read_rows(rows, source, expert)
     size = vocabulary or config.get_text_config().vocab_size
     plan = plan_store(data, size, shard_tokens)

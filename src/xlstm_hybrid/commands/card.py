@@ -17,5 +17,5 @@ def card(
 
     Example: xlstm-hybrid card runs/tiny/student --results runs/tiny/results.json
     """
-    write_card(directory, json.loads(results.read_text()) if results else None)
+    write_card(directory, json.loads(results.read_text(encoding="utf-8")) if results else None)
     print(f"wrote {directory / 'README.md'}")

@@ -21,6 +21,7 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; the teacher's by default.")] = None,
     revision: Revision = None,
+    gguf_file: Annotated[str | None, Option(help="GGUF file in the directory or of the hub id.")] = None,
     options: Annotated[
         Path | None,
         Option(exists=True, help="YAML or JSON of the student's config, as plan-layers writes it; it wins."),
@@ -41,8 +42,9 @@ def convert(
         "dtype": dtype,
     }
     given = {} if options is None else read_yaml(options)  # in a recipe they are the section `student`
-    if not isinstance(given, dict) or {"revision", "overwrite", "teacher", "out"} & set(given):
+    if not isinstance(given, dict) or {"revision", "overwrite", "teacher", "out", "gguf_file"} & set(given):
         raise ConfigError(
             f"{options.name}: expected fields of the student's config, such as sliding_window; teacher, out and revision are arguments"
         )
-    print(convert_teacher(teacher, out, **(fields | given), revision=revision, overwrite=overwrite))
+    place = {"revision": revision, "gguf_file": gguf_file, "overwrite": overwrite}
+    print(convert_teacher(teacher, out, **(fields | given), **place))

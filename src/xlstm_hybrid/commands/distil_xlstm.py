@@ -47,7 +47,7 @@ def distil_xlstm(
     if loaded.evaluate is not None:
         models = {"teacher": teacher, "converted": folder / "converted", "student": folder / "student"}
         found = run.scores(models, loaded, beside)
-        (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1))
+        (folder / "results.json").write_text(json.dumps({"scores": found, "log": log}, indent=1), encoding="utf-8")
         report = run.score_table(found)
-        (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n")
+        (folder / "report.md").write_text(f"# {loaded.name}\n\n{report}\n\n![curves](curves.png)\n", encoding="utf-8")
         print(report)

@@ -31,7 +31,7 @@ def doctor(out: Annotated[Path | None, Option("--json", help="File for what was 
     print(f"wrong: {', '.join(faults)}" if faults else "nothing is wrong")
     if out is not None:
         sections = {section: [row._asdict() for row in rows] for section, rows in found.items()}
-        out.write_text(json.dumps({"wrong": faults, "sections": sections}, indent=1))
+        out.write_text(json.dumps({"wrong": faults, "sections": sections}, indent=1), encoding="utf-8")
     if faults:
         raise typer.Exit(1)
 

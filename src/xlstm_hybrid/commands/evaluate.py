@@ -32,6 +32,6 @@ def evaluate(
         score = result["exact_match"].get(name)
         print(f"{name:<12} {'' if score is None else f'exact match {score:6.1%}':<19} perplexity {value:.3f}")
     if out is not None:
-        out.write_text(json.dumps(result, indent=1))
+        out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if result["contradictions"]:
         raise EvaluationError(named_contradictions({model.name: result["contradictions"]}))

@@ -9,7 +9,7 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline import parse_overrides
 
 Student = Annotated[Path, Argument(help="Student: checkpoint directory.")]
-Teacher = Annotated[str, Argument(help="Teacher: checkpoint directory or hub id.")]
+Teacher = Annotated[str, Argument(help="Teacher: checkpoint directory, hub id or GGUF file.")]
 Out = Annotated[Path, Argument(help="Directory of the student, made new.")]
 Recipe = Annotated[Path, Option("--recipe", help="Recipe with the settings and the data of the stage.")]
 Expert = Annotated[str | None, Option("--expert", help="Expert of the recipe; its only one by default.")]

@@ -45,7 +45,7 @@ def plan(
     for part in plan_lines(found):
         console.print(part)
     if out is not None:
-        out.write_text(json.dumps(found.as_dict(), indent=1))
+        out.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     if not found.fits:
         raise typer.Exit(1)
 

@@ -41,6 +41,8 @@ def verify(
         if r.note:
             console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
-        out.write_text(json.dumps(checks_as_json(results, model=Path(model).name, device=device), indent=1))
+        out.write_text(
+            json.dumps(checks_as_json(results, model=Path(model).name, device=device), indent=1), encoding="utf-8"
+        )
     if not all(r.passed for r in results):
         raise typer.Exit(1)

@@ -226,6 +226,7 @@ def convert(
     layer_types=None,
     dtype=None,
     revision=None,
+    gguf_file=None,
     overwrite=False,
     shard_bytes=SHARD_BYTES,
     **overrides,
@@ -234,11 +235,12 @@ def convert(
     generation config.
 
     Args:
-        teacher: a directory, a Hub id, or a transformers model (which brings no tokenizer).
+        teacher: a directory, a Hub id, a GGUF file, or a transformers model (which brings no tokenizer).
         out: the directory to write; it appears complete or not at all.
         sliding_window, num_sink_tokens, layer_types, overrides: see `student_config`.
         dtype: of the student's weights; None or "auto": the one the teacher is stored in. Gates are float32 in any case.
         revision: branch, tag or commit on the Hub.
+        gguf_file: of the directory or the Hub id, read in the place of other weights; it is in memory as a whole.
         overwrite: replace an existing `out`.
         shard_bytes: largest file of weights, and about what is in memory at a time.
     Returns:
@@ -252,7 +254,7 @@ def convert(
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise ConfigError(f"shard_bytes={shard_bytes!r}: expected a positive number of bytes")
     out = Path(out)
-    with open_teacher(teacher, revision) as source:
+    with open_teacher(teacher, revision, gguf_file) as source:
         source.refuse_target(out)
         chosen = {"sliding_window": sliding_window, "num_sink_tokens": num_sink_tokens, "layer_types": layer_types}
         transfer = Transfer(source, dtype, **chosen, **overrides)
@@ -272,7 +274,7 @@ def convert(
     return report
 
 
-def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, **student):
+def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, gguf_file=None, **student):
     """The student of a teacher, in memory on the CPU and in eval mode, with its `transfer_report`. It shares no memory
     with the teacher.
 
@@ -280,7 +282,7 @@ def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, *
     those of `student_config`; `torch_dtype` is transformers' other name of `dtype`.
     """
     dtype = torch_dtype if dtype is None else dtype
-    with open_teacher(teacher, revision) as source:
+    with open_teacher(teacher, revision, gguf_file) as source:
         transfer = Transfer(source, dtype, **student)
         transfer.check_ties()
         state = {name: transfer.tensor(name) for name in transfer.expected}

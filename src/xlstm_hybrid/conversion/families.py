@@ -14,6 +14,13 @@ from transformers import LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Q
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.configuration import LAYER_TYPES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
 
+STUDENTS = ("xlstm_hybrid", "distil_xlstm")  # model_type of what conversion makes
+FP8 = "FineGrainedFP8Config(dequantize=True)"
+DEQUANTISE = {  # quant_method -> what undoes it, where transformers can
+    "bitsandbytes": "M.from_pretrained('DIR').dequantize().save_pretrained('OUT')",
+    "fp8": f"M.from_pretrained('DIR', quantization_config=transformers.{FP8}, dtype='bfloat16').save_pretrained('OUT')",
+    "gguf": "XLSTMHybridForCausalLM.from_teacher('DIR', gguf_file='NAME.gguf'), or xlstm-hybrid convert DIR/NAME.gguf OUT",
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -129,15 +136,23 @@ def family_of(config):
             have.
     """
     kind = getattr(config, "model_type", None)
+    if kind in STUDENTS:
+        raise UnsupportedTeacherError(
+            f"teacher configuration: model_type {kind!r} is a student, made by a conversion already; go on with it (align, "
+            "distill), or convert the Transformer that its provenance.json names"
+        )
     if kind not in FAMILIES:
         raise UnsupportedTeacherError(
             f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
             "choose a teacher of one of them, or add its table to FAMILIES in xlstm_hybrid/conversion/families.py"
         )
-    if getattr(config, "quantization_config", None):
+    if quantised := getattr(config, "quantization_config", None):
+        values = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+        undo = DEQUANTISE.get(method)
         raise UnsupportedTeacherError(
-            f"teacher configuration ({kind}): quantization_config is set, expected unquantised weights; "
-            "start from the original checkpoint, or save a dequantised one (model.dequantize() in transformers)"
+            f"teacher configuration ({kind}): {method}, quantization_config is set, expected unquantised weights; start from "
+            f"the original checkpoint{f', or dequantise it (M: AutoModelForCausalLM): {undo}' if undo else ''}"
         )
     check_rope(config)
     check_layer_types(config)

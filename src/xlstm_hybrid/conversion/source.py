@@ -4,7 +4,7 @@ once, tensors one by one.
 
 import copy
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from xlstm_hybrid.checkpoint.files import read_object, weight_files, write_json
+from xlstm_hybrid.checkpoint.files import contained, read_object, weight_files, write_json
+from xlstm_hybrid.checkpoint.kinds import INDEX, MARKS, SINGLE, check_language_model, check_layout, model_names
 from xlstm_hybrid.checkpoint.tokenizer import keep_tokenizer, note_rows
 from xlstm_hybrid.checkpoint.weights import GENERATION, SETTINGS_FILES, copy_settings, settings_files, using_cache
 from xlstm_hybrid.conversion.families import FAMILIES, family_of
+from xlstm_hybrid.conversion.gguf import is_gguf, read_gguf, save_gguf_tokenizer
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
 # what a `GenerationConfig` has from any config.json, a student's too
@@ -30,26 +31,29 @@ OF_CONFIG |= {"_from_model_config", "transformers_version"}
 class DirectoryTeacher:
     """A checkpoint directory.
 
-    tensors: name -> (shape, dtype; None if it is not a plain float).  config: the teacher's configuration, of its own
-    class.
+    tensors: name -> (shape, dtype; None if it is not a plain float); those of a trunk under the names of the whole
+    model.  config: the teacher's configuration, of its own class.
 
     Raises:
-        CheckpointError: a missing, unreadable or truncated file.
+        CheckpointError: not a checkpoint of a language model (see `checkpoint.kinds`); a missing, unreadable or truncated
+            file.
         UnsupportedTeacherError: see `family_of`.
     """
 
     def __init__(self, path, name, revision=None):
         self.path, self.name, self.revision, self.files, self.open = Path(path), name, revision, {}, ExitStack()
+        check_layout(self.path, name, weights=False)
         self.config = self.read_config()
         family_of(self.config)
-        self.require_safetensors()
-        self.names, self.tensors = {name: file.name for name, file in weight_files(self.path).items()}, {}
-        for name, file in self.names.items():
+        check_language_model(self.path, name)
+        files, self.tensors = weight_files(self.path), {}
+        self.names = {name: (stored, files[stored].name) for name, stored in model_names(files, self.name).items()}
+        for name, (stored, file) in self.names.items():
             try:
-                described = self.handle(file).get_slice(name)
+                described = self.handle(file).get_slice(stored)
             except SafetensorError as error:
                 raise CheckpointError(
-                    f"{self.name}/{file}: lacks {name}, which the index places there; download the checkpoint again"
+                    f"{self.name}/{file}: lacks {stored}, which the index places there; download the checkpoint again"
                 ) from error
             self.tensors[name] = list(described.get_shape()), STORED.get(str(described.get_dtype()))
 
@@ -82,17 +86,6 @@ class DirectoryTeacher:
                 f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again"
             ) from error
 
-    def require_safetensors(self):
-        if any((self.path / name).is_file() for name in WEIGHTS):
-            return
-        pickles = {".bin", ".pt", ".pth", ".gguf"}
-        others = [p.name for p in self.path.iterdir() if p.suffix in pickles or p.name.startswith("consolidated")]
-        instead, step = "no weights", "download the checkpoint again"
-        if others:
-            instead = ", ".join(sorted(others)[:3])
-            step = "only safetensors is read: load the teacher in transformers and save_pretrained it"
-        raise CheckpointError(f"{self.name}: expected {' or '.join(WEIGHTS)}, found {instead}; {step}")
-
     def handle(self, file):
         """The opened file; stays open, mapped and not in memory, until `close`."""
         if file not in self.files:
@@ -105,7 +98,8 @@ class DirectoryTeacher:
         return self.files[file]
 
     def load(self, name):
-        return self.handle(self.names[name]).get_tensor(name)
+        stored, file = self.names[name]
+        return self.handle(file).get_tensor(stored)
 
     def close(self):
         self.open.close()
@@ -157,7 +151,8 @@ class ModelTeacher:
         self.model, self.config, self.name = model, model.config, f"{type(model).__name__} in memory"
         self.path = self.revision = None
         family_of(self.config)
-        self.state = model.state_dict()
+        state = model.state_dict()
+        self.state = {name: state[stored] for name, stored in model_names(state, self.name).items()}
         if empty := [name for name, x in self.state.items() if x.is_meta]:
             raise CheckpointError(
                 f"{self.name}: {len(empty)} tensors are on the meta device, the first {empty[0]}; load it without offloading"
@@ -176,74 +171,121 @@ class ModelTeacher:
 
     def generation_config(self):
         """The teacher's `GenerationConfig` with the cache that training turned off, or None; the model keeps its own."""
-        config = copy.deepcopy(self.model.generation_config)
+        config = copy.deepcopy(getattr(self.model, "generation_config", None))  # a trunk has none
         if config is not None and config.use_cache is False:
             config.use_cache = True
         return config
 
     def copy_files(self, directory):
-        if self.model.generation_config is None:
+        if self.generation_config() is None:
             return []
         # not `save_pretrained`, which refuses what transformers loads with a warning
         write_json(directory / GENERATION, self.generation_config().to_diff_dict())
         return [GENERATION]
 
 
-@contextmanager
-def open_teacher(teacher, revision=None):
-    """A `DirectoryTeacher` or `ModelTeacher` from a directory, a Hub id (at a revision) or a transformers model.
+class GGUFTeacher(ModelTeacher):
+    """A GGUF file: the model in memory, dequantised to float32, and the tokenizer that the file describes.
 
     Raises:
-        ConfigError: something else, or a revision where there is none.
-        CheckpointError, UnsupportedTeacherError: see the two classes.
+        ConfigError, CheckpointError: see `conversion.gguf.read_gguf`.
+        UnsupportedTeacherError: see `family_of`.
+    """
+
+    def __init__(self, path, name, revision=None):
+        model, stored = read_gguf(path, torch.float32, name)
+        super().__init__(model)
+        self.path, self.name, self.revision = Path(path), name, revision
+        # the default of the student's dtype: that of the file where it is plain
+        self.tensors = {name: (shape, stored) for name, (shape, _) in self.tensors.items()}
+
+    refuse_target = DirectoryTeacher.refuse_target
+
+    def copy_files(self, directory):
+        return [*super().copy_files(directory), *save_gguf_tokenizer(self.path, directory)]
+
+
+@contextmanager
+def open_teacher(teacher, revision=None, gguf_file=None):
+    """A `DirectoryTeacher`, `GGUFTeacher` or `ModelTeacher` from a directory, a Hub id (at a revision), a GGUF file or a
+    transformers model.
+
+    Args:
+        gguf_file: name of a GGUF file in the directory or in the Hub's repository, which is read instead of other
+            weights there.
+    Raises:
+        ConfigError: something else, or a revision or a GGUF file where there is none.
+        CheckpointError, UnsupportedTeacherError: see the classes.
     """
     if not isinstance(teacher, (str, PathLike, PreTrainedModel)):
         raise ConfigError(
-            f"teacher: expected a directory, a Hub id or a transformers model, got {type(teacher).__name__}; "
-            "a PEFT model becomes one with merge_and_unload()"
+            f"teacher: expected a directory, a Hub id, a GGUF file or a transformers model, got {type(teacher).__name__}; "
+            "a PEFT model becomes one with merge_and_unload(), a compiled one with ._orig_mod, a wrapped one with .module"
         )
-    local = isinstance(teacher, PreTrainedModel) or Path(teacher).is_dir()
+    local = isinstance(teacher, PreTrainedModel) or Path(teacher).exists()
     if local and revision is not None:
         raise ConfigError(
-            f"revision={revision!r}: only a Hub id has revisions, the teacher is a directory or a model; leave it out"
+            f"revision={revision!r}: only a Hub id has revisions, the teacher is a directory, a file or a model; leave it out"
+        )
+    if gguf_file is not None and (isinstance(teacher, PreTrainedModel) or Path(teacher).is_file()):
+        raise ConfigError(
+            f"gguf_file={gguf_file!r}: names a file in a directory or of a Hub id, and the teacher is a model or a file; leave it out"
         )
     if isinstance(teacher, PreTrainedModel):
         source = ModelTeacher(teacher)
-    elif local:
-        source = DirectoryTeacher(teacher, Path(teacher).resolve().name)
+    elif not local:
+        found = Path(download(str(teacher), revision, gguf_file))
+        commit = found.name if gguf_file is None else found.parts[-1 - len(Path(gguf_file).parts)]
+        source = (DirectoryTeacher if gguf_file is None else GGUFTeacher)(found, str(teacher), commit)
+    elif gguf_file is not None or is_gguf(teacher):
+        path = Path(teacher) if gguf_file is None else contained(teacher, gguf_file)
+        if not path.is_file():
+            raise CheckpointError(f"{Path(teacher).resolve().name}: no file {gguf_file}; check the name")
+        source = GGUFTeacher(path, path.name)
     else:
-        folder = download(str(teacher), revision)
-        source = DirectoryTeacher(folder, str(teacher), Path(folder).name)
+        source = DirectoryTeacher(teacher, Path(teacher).resolve().name)
     try:
         yield source
     finally:
         source.close()
 
 
-def download(repository, revision):
-    """Path of a Hub snapshot: weights in safetensors, configuration and tokenizer, nothing else."""
+def download(repository, revision, gguf_file=None):
+    """Path of a Hub snapshot: weights in safetensors, configuration and tokenizer, nothing else; or of one GGUF file.
+
+    Raises:
+        CheckpointError: no such repository, or one that holds something else than a checkpoint.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository):
         raise CheckpointError(f"teacher {repository!r}: no such directory, and not a Hub id; check the path")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
-    wanted = ["config.json", "model.safetensors.index.json", "model*.safetensors", *SETTINGS_FILES]
+    wanted = ["config.json", "model.safetensors.index.json", "model*.safetensors", *SETTINGS_FILES, *MARKS]
     try:
-        return snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        if gguf_file is not None:
+            return hf_hub_download(repository, gguf_file, revision=revision)
+        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise CheckpointError(
             f"teacher {repository!r} (revision {revision or 'main'}): no such directory, and the Hub gave nothing "
             f"({type(error).__name__}: {reason}); check the name, your access to it, and HF_HUB_OFFLINE"
         ) from error
+    if not any(Path(folder, name).is_file() for name in (SINGLE, INDEX)):
+        files = None
+        with suppress(OSError, ValueError):  # offline what was fetched has to do
+            files = list_repo_files(repository, revision=revision)
+        check_layout(folder, repository, files)
+    return folder
 
 
 def local_source(checkpoint, revision=None):
-    """The directory of a checkpoint; of a hub id the snapshot at the revision.
+    """The directory of a checkpoint, or a GGUF file; of a hub id the snapshot at the revision.
 
     Raises:
         ConfigError: a revision of a directory. CheckpointError: see `download`.
     """
-    if not Path(checkpoint).is_dir():
+    if not Path(checkpoint).exists():
         return Path(download(str(checkpoint), revision))
     if revision is not None:
         raise ConfigError(

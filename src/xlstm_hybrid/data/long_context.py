@@ -206,13 +206,14 @@ def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrai
         DataError: neither `tokenizer` nor `pretrained`; and see `documents`.
     """
     from datasets import Dataset
-    from transformers import AutoTokenizer
+
+    from xlstm_hybrid.conversion.load import load_tokenizer
 
     if not (name := tokenizer or pretrained):
         raise DataError(
             f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
         )
-    rows = documents(AutoTokenizer.from_pretrained(name), kind, length, samples, depths, seed)
+    rows = documents(load_tokenizer(name), kind, length, samples, depths, seed)
     return {"test": Dataset.from_list(rows)}
 
 

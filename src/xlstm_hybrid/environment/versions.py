@@ -40,6 +40,7 @@ PACKAGES = {
     "accelerate": Package("1.10.1", "1.15.0"),  # trl 1.16 asks for it
     "datasets": Package("4.7", "5.2.0"),  # trl 1.16 asks for it
     "lm-eval": Package("0.4.13", "0.4.13"),
+    "gguf": Package("0.17", "0.19.0"),
     "matplotlib": Package("3.9", "3.11.2"),  # 3.8 holds numpy below 2, which pyarrow refuses
     "triton": Package("3.6", "3.9.0"),
     "nvidia-ml-py": Package("12", None),
@@ -61,6 +62,7 @@ EXTRAS = {
         "align, distill, on-policy, experts, run; LoRA; pictures in reports",
     ),
     "eval": Extra(("lm-eval", "matplotlib"), "lm-evaluation-harness: harness, and its tasks in run"),
+    "gguf": Extra(("gguf", "accelerate"), "teachers in GGUF files"),
     "gpu": Extra(("triton",), "the fused kernels on a GPU, where torch has not brought it"),
     "energy": Extra(("nvidia-ml-py",), "energy of a GPU in efficiency"),
     "serve": Extra(("fastapi", "uvicorn", "openai"), "serve, an OpenAI-compatible server"),

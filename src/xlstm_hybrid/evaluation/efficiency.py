@@ -173,15 +173,19 @@ def nvml(device):
 
 def rapl():
     """The same of the CPU packages' counters of microjoules, which wrap around."""
-    zones = [file.parent for file in sorted(POWERCAP.glob("*-rapl:*/name")) if file.read_text().startswith("package")]
+    zones = [
+        file.parent
+        for file in sorted(POWERCAP.glob("*-rapl:*/name"))
+        if file.read_text(encoding="utf-8").startswith("package")
+    ]
     if not zones:
         raise OSError("RAPL: this machine shows no counters of its CPU's energy")
     try:
-        spans = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
-        int((zones[0] / "energy_uj").read_text())
+        spans = [int((zone / "max_energy_range_uj").read_text(encoding="utf-8")) for zone in zones]
+        int((zones[0] / "energy_uj").read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"RAPL: counters of the CPU's energy cannot be read ({error.strerror})") from error
-    return "RAPL", lambda: [int((zone / "energy_uj").read_text()) for zone in zones], spans, 1e-6
+    return "RAPL", lambda: [int((zone / "energy_uj").read_text(encoding="utf-8")) for zone in zones], spans, 1e-6
 
 
 @contextmanager
@@ -208,7 +212,7 @@ class Peak:
     def now(self, field, allocated):
         if self.device.type == "cuda":
             return allocated(self.device)
-        lines = STATUS.read_text().splitlines() if self.counts else []
+        lines = STATUS.read_text(encoding="utf-8").splitlines() if self.counts else []
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
 
     def restart(self):
@@ -220,7 +224,7 @@ class Peak:
         elif self.counts:
             with suppress(AttributeError):  # another C library than glibc
                 ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide in the base
-            CLEAR_REFS.write_text("5")
+            CLEAR_REFS.write_text("5", encoding="utf-8")
 
     def read(self):
         return self.now("VmHWM", torch.cuda.max_memory_allocated) - self.base if self.counts else None

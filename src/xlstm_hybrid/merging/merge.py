@@ -43,8 +43,25 @@ from xlstm_hybrid.recipe.merge_settings import (
     on_simplex,
 )
 
-# config keys in which experts may differ
-INDIFFERENT = NOT_CARRIED | {"transformers_version", "dtype", "torch_dtype", "use_cache", "window_dropout"}
+# config keys in which experts may differ: they change nothing of what a model computes, outside of its training
+INDIFFERENT = NOT_CARRIED | {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "window_dropout",
+    "pad_token_id",
+}
+INDIFFERENT |= {
+    "attention_dropout",
+    "initializer_range",
+    "mlstm_chunk_size",
+    "output_attentions",
+    "output_hidden_states",
+}
+INDIFFERENT |= {"return_dict", "problem_type", "architectures"}
+# a trainer fills these in from the tokenizer: one that is not there is none that differs
+FROM_TOKENIZER = {"bos_token_id", "eos_token_id"}
 # by safetensors' names
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "BOOL": torch.bool}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -69,8 +86,8 @@ class Checkpoint:
         self.key, self.statistics = self.name, None
         if (self.directory / MANIFEST).is_file():
             verify_files(self.directory)
-        self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.file_of = weight_files(self.directory)
+        self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.headers = {name: self.header(name) for name in sorted(self.file_of)}
 
     def header(self, name):
@@ -201,7 +218,7 @@ def different_configs(first, other):
     default = AutoConfig.for_model(kind).to_dict() if kind in CONFIG_MAPPING else {}
     for key in sorted((set(first.config) | set(other.config)) - INDIFFERENT):
         mine, its = (c.config.get(key, default.get(key)) for c in (first, other))
-        if mine != its:
+        if mine != its and not (key in FROM_TOKENIZER and None in (mine, its)):
             yield f"config {key}: {mine!r} in {first.name}, {its!r} in {other.name}"
 
 

@@ -326,7 +326,10 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         layers = [cache.layers[j] for j in present if keys[j][0] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
-        self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen)
+        first = cache.layers[present[0]] if cache is not None and present else None
+        held = getattr(first, "count", None) if first in layers else getattr(first, "keys", None)
+        cached = len(held) if held is not None and first.is_initialized and held.numel() else None
+        self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen, cached)
         tokens = Tokens.locate(
             (B, T),
             inputs_embeds.device,
@@ -366,8 +369,10 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         ]
         return tokens, where, teacher_masks
 
-    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen):
-        """Raise a named error for inputs that the layers would misread; `seen` is the number of tokens in the cache."""
+    def check_inputs(self, rows, attention_mask, cu_seq_lens, seen, cached):
+        """Raise a named error for inputs that the layers would misread; `seen` and `cached` are the numbers of tokens and
+        of rows in the cache, None where it is empty.
+        """
         if (choices := self.config.choices()) != self.checked:  # fields may be changed between two calls
             self.config.check()
             self.checked = copy.deepcopy(choices)
@@ -378,6 +383,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         if cu_seq_lens is not None and rows != 1:
             raise ConfigError(
                 f"cu_seq_lens_q describes one flattened row, the batch has {rows}; flatten it or pass position_ids that restart"
+            )
+        if cached is not None and cached != rows:
+            other = "a cache of as many rows"
+            if rows % cached == 0:
+                other = f"xlstm_hybrid.state.fork(cache, {rows // cached}), in which each row stands as often"
+            raise CacheError(
+                f"the cache holds {cached} rows, the batch has {rows} (num_return_sequences repeats each); pass {other}"
             )
         if self.checkpointed and seen > 0:
             raise CacheError(

@@ -150,7 +150,7 @@ def expert_statistics(recipe, name, expert, file, spec):
     The rows are the first that its distillation reads.
     """
     note = file.with_suffix(".json")
-    if file.is_file() and note.is_file() and json.loads(note.read_text()) == spec:
+    if file.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")) == spec:
         return file
     settings = STATISTICS | recipe.merge.get("statistics", {})
     tokenizer = AutoTokenizer.from_pretrained(expert, trust_remote_code=False)

@@ -298,7 +298,7 @@ class Run(Runner):
         return results
 
     def log(self, stage):
-        return json.loads((self.path(stage) / "training_log.json").read_text())
+        return json.loads((self.path(stage) / "training_log.json").read_text(encoding="utf-8"))
 
     def results(self, student):
         aligned = self.path(self.aligned)
@@ -332,7 +332,7 @@ class Run(Runner):
         if comparison := self.outcomes.get("compare"):
             found["comparison"] = comparison
         if "efficiency" in self.outcomes:
-            found["efficiency"] = json.loads((self.out / "efficiency/efficiency.json").read_text())
+            found["efficiency"] = json.loads((self.out / "efficiency/efficiency.json").read_text(encoding="utf-8"))
         return found
 
     def card(self, out, again, student):

@@ -98,7 +98,7 @@ class Runner:
         result = stage.build(*self.folder_of(stage), *inputs) or {}
         seconds = self.seconds[stage.name] = round(time.time() - start, 1)
         write_json(note, {"spec": spec, "seconds": seconds} | result)
-        written = json.loads(note.read_text())
+        written = json.loads(note.read_text(encoding="utf-8"))
         stage.check(stage.folder and self.path(stage), written)
         self.console.print(f"{stage.name}: {seconds:.0f} s")
         return written
@@ -108,7 +108,7 @@ class Runner:
         folder = stage.folder and self.path(stage)
         if not note.is_file() or (folder and not folder.exists()):
             return None
-        before = json.loads(note.read_text())
+        before = json.loads(note.read_text(encoding="utf-8"))
         if changed := sorted(key for key in spec if spec[key] != before["spec"].get(key)):
             if folder and not self.redo:
                 raise ConfigError(
@@ -137,7 +137,7 @@ def checkpoint_fingerprint(directory):
     directory = Path(directory)
     manifest = directory / "manifest.json"
     if manifest.is_file():
-        files = json.loads(manifest.read_text())["files"]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         names = [name for name in sorted(files) if name not in RECORDS and not name.endswith(".png")]
         content = {name: files[name]["sha256"] for name in names}
     else:

@@ -272,7 +272,9 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 trainer.processing_class.save_pretrained(folder)
                 for picture in sorted((Path(trainer.args.output_dir) / PLOTS).glob("*.png")):
                     shutil.copyfile(picture, folder / picture.name)
-                (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+                (folder / "training_log.json").write_text(
+                    json.dumps(trainer.state.log_history, indent=1), encoding="utf-8"
+                )
                 record = {"data": data, "figures": figures, "seconds": round(time.time() - start, 1), "stages": stages}
                 record["config"] = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
                 add_provenance(folder, stage, parent=parents[0], **record)

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
-from xlstm_hybrid.conversion.load import load_model
+from xlstm_hybrid.conversion.load import load_model, load_tokenizer
 from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
@@ -35,7 +34,7 @@ def read_rows(path, source, expert):
 
     if path.suffix in RECIPE:  # the rows that `distill` with this recipe reads, in their order
         recipe = load_recipe(path)
-        tokenizer, count = AutoTokenizer.from_pretrained(source), row_count(recipe.distill, "distill")
+        tokenizer, count = load_tokenizer(source), row_count(recipe.distill, "distill")
         data = train_dataset(recipe, tokenizer, count, recipe.expert(expert))
     elif path.is_dir():
         try:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from xlstm_kernels.backends.launch import LARGEST_F, LARGEST_K
 
+from xlstm_hybrid.checkpoint.kinds import check_language_model
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.families import family_of, student_config
+from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.modeling import MLSTMMixer
 from xlstm_hybrid.planning.cache_size import cache_bytes
@@ -159,7 +161,13 @@ def read_config(teacher, revision=None):
     """
     from transformers import AutoConfig
 
-    where = {"revision": revision} if revision and not Path(teacher).is_dir() else {}
+    if is_gguf(teacher):
+        config = gguf_config(teacher)
+        family_of(config)
+        return config
+    if Path(teacher).exists():
+        check_language_model(teacher, weights=False)
+    where = {"revision": revision} if revision and not Path(teacher).exists() else {}
     try:
         config = AutoConfig.from_pretrained(teacher, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:

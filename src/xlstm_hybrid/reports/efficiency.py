@@ -34,7 +34,7 @@ RECORDED = (  # name in a checkpoint's record, part of a row, field
 def machine_and_versions(device):
     """Machine, clock and versions, for the file of results."""
     described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     machine = {"cpu": next(names, platform.processor()), "cores": os.cpu_count(), "device": device.type}
     if device.type == "cuda":

@@ -23,6 +23,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
 )
 from xlstm_hybrid.checkpoint.locks import gone, try_lock
+from xlstm_hybrid.conversion.gguf import is_gguf
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -49,8 +50,12 @@ def shard_name(j):
 
 
 def weights_hash(directory):
-    """SHA-256 over config and weights of a checkpoint directory, whatever its files are called elsewhere."""
+    """SHA-256 over config and weights of a checkpoint directory, whatever its files are called elsewhere; of a GGUF file
+    that of the file.
+    """
     directory = Path(directory)
+    if is_gguf(directory):
+        return digest(directory)
     names = sorted({"config.json", *(file.name for file in weight_files(directory).values())})
     lines = "".join(f"{name} {digest(contained(directory, name))}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -4,6 +4,7 @@
 rule of Yang et al. 2024 (arXiv 2412.06464). Dims: B batch, T tokens, H heads, F features, V value dim.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ def normed(mixer, h):
     """
     while hasattr(mixer, "base_layer"):  # PEFT may have wrapped the module that holds the weights
         mixer = mixer.base_layer
+    if (
+        mixer.norm_weight.is_meta and not h.is_meta
+    ):  # offloaded, and this is no call of the module, which would fetch it
+        # accelerate is there, as it took the weight away; exported code may name no import but torch and transformers
+        with importlib.import_module("accelerate.utils").align_module_device(mixer):
+            return normed(mixer, h)
     x = h.to(torch.promote_types(h.dtype, torch.float32))
     x = x * (x.square().mean(-1, keepdim=True) + mixer.config.rms_norm_eps).rsqrt()
     return (x * mixer.norm_weight.to(x.dtype)).to(h.dtype)
