@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.errors import ConfigError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,9 +33,11 @@ def load_model(checkpoint, dtype="float32", revision=None, device=None):
 
     Raises:
         ConfigError: a dtype that we do not know.
+        CheckpointError: files that are not those of the checkpoint's manifest.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_intact(checkpoint)
     where = {"revision": revision} if revision and not Path(checkpoint).is_dir() else {}
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **where
