@@ -14,8 +14,14 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
+from xlstm_hybrid.training.distillation import (
+    SparseKDConfig,
+    SparseKDTrainer,
+    check_documents_stay_apart,
+    document_dataset,
+)
+from xlstm_hybrid.training.lm_head import attach, check_head
 
 close = torch.testing.assert_close
 VOCAB = 61
@@ -513,3 +519,28 @@ def test_streamed_rows_are_accepted(build):
     trainer = build(dataset=document_dataset(documents()).to_iterable_dataset())
     close(trained(trainer), trained(build()), rtol=1e-6, atol=1e-6)
     assert len(list(islice(trainer.train_dataset, 9))) == 4
+
+
+@pytest.mark.parametrize("check", ["head", "documents"])
+@pytest.mark.parametrize("fault", ["weight", "range"])
+def test_a_teacher_that_is_not_finite_is_refused_with_its_cause(check, fault):
+    """Not with what a comparison of NaNs would say: another head, or documents that see each other."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with torch.no_grad():
+        if fault == "weight":
+            model.model.layers[0].mlp.up_proj.weight[3, 2] = torch.nan
+        else:
+            model.lm_head.weight.fill_(torch.finfo(torch.float32).max)
+    cause = "its model.layers.0.mlp.up_proj.weight holds NaN or infinity: take an intact checkpoint"
+    if fault == "range":
+        cause = "its weights are finite, but float32 is too narrow for what it calculates: use a wider dtype"
+    with pytest.raises(
+        CheckpointError, match=rf"the teacher \(LlamaForCausalLM\) gives logits that are not finite; {cause}"
+    ):
+        if check == "head":
+            attach(model)
+            check_head(model, "teacher")
+        else:
+            check_documents_stay_apart(model, "teacher", ["input_ids", "position_ids"])
