@@ -114,7 +114,16 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False):
+def options(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Use checkpoints and stores without comparing their content; say so.")
+    ] = False,
+):
+    if trust:
+        from xlstm_hybrid.checkpoint.digests import TRUSTED
+
+        TRUSTED.set(True)
     if show:
         from xlstm_hybrid import __version__
 

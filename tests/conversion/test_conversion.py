@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import xlstm_hybrid.conversion.source
 from xlstm_hybrid import XLSTMHybridForCausalLM
+from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, verify_files
 from xlstm_hybrid.checkpoint.weights import plan_shards
 from xlstm_hybrid.conversion.convert import INITS, Transfer, convert, empty_student
@@ -224,6 +225,7 @@ def test_a_student_knows_where_it_comes_from(llama, tmp_path):
         "teacher": "llama",
         "revision": None,
         "mlstm_context": 128,
+        "teacher_weights": weights_hash(llama),
     }
     assert converted["figures"]["parameters"] == report.parameters
     assert converted["figures"]["teacher_tensors"] == {"copied": len(stored(llama))}

@@ -15,8 +15,14 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
+from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
+from xlstm_hybrid.training.distillation import (
+    SparseKDConfig,
+    SparseKDTrainer,
+    check_documents_stay_apart,
+    document_dataset,
+)
+from xlstm_hybrid.training.lm_head import attach, check_head
 
 close = torch.testing.assert_close
 VOCAB = 61
@@ -589,3 +595,28 @@ def test_a_teacher_with_an_adapter_teaches_what_it_says_with_it(outcomes, build)
         losses.append(trainer.state.log_history[0]["kl"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and abs(losses[0] - losses[2]) > 0.05
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("check", ["head", "documents"])
+@pytest.mark.parametrize("fault", ["weight", "range"])
+def test_a_teacher_that_is_not_finite_is_refused_with_its_cause(check, fault):
+    """Not with what a comparison of NaNs would say: another head, or documents that see each other."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with torch.no_grad():
+        if fault == "weight":
+            model.model.layers[0].mlp.up_proj.weight[3, 2] = torch.nan
+        else:
+            model.lm_head.weight.fill_(torch.finfo(torch.float32).max)
+    cause = "its model.layers.0.mlp.up_proj.weight holds NaN or infinity: take an intact checkpoint"
+    if fault == "range":
+        cause = "its weights are finite, but float32 is too narrow for what it calculates: use a wider dtype"
+    with pytest.raises(
+        CheckpointError, match=rf"the teacher \(LlamaForCausalLM\) gives logits that are not finite; {cause}"
+    ):
+        if check == "head":
+            attach(model)
+            check_head(model, "teacher")
+        else:
+            check_documents_stay_apart(model, "teacher", ["input_ids", "position_ids"])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import initialization as init
 
+from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
@@ -264,6 +265,8 @@ def convert(
         check_space(out, sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items()))
         chosen |= {"layer_types": report.layer_types, "dtype": report.dtype, "teacher": source.name}
         chosen |= {"revision": source.revision, **overrides}
+        if source.path is not None:
+            chosen["teacher_weights"] = weights_hash(source.path)
         with staged(out, overwrite=overwrite) as directory:
             write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, shard_bytes)
             transfer.config.save_pretrained(directory)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import weight_files
 from xlstm_hybrid.checkpoint.kinds import check_language_model, model_names
 from xlstm_hybrid.conversion.gguf import gguf_tokenizer, is_gguf, read_gguf
@@ -39,7 +40,7 @@ def load_model(checkpoint, dtype="float32", revision=None, device=None):
     Raises:
         ConfigError: a dtype that we do not know.
         CheckpointError: no checkpoint of a language model (see `checkpoint.kinds`), or weights that are not those of its
-            config.json: what transformers would make up or leave out.
+            config.json: what transformers would make up or leave out; or files that are not those of the manifest.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -49,6 +50,7 @@ def load_model(checkpoint, dtype="float32", revision=None, device=None):
     local = Path(checkpoint).exists()
     directory, name = local_source(checkpoint, None if local else revision), Path(checkpoint).name
     check_language_model(directory, name)
+    require_intact(directory)
     model_names(weight_files(directory), name)
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True

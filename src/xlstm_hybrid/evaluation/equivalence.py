@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.conversion.load import DTYPES
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointError, ConfigError
@@ -204,10 +205,11 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
         length: a number of tokens, or a function from the configuration to one.
     Raises:
         ConfigError: the checkpoint is no student, or dtype is no known name.
-        CheckpointError: it cannot be loaded.
+        CheckpointError: it cannot be loaded, or is not what its manifest says.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {list(DTYPES)}")
+    require_intact(path)
     begin = time.perf_counter()
     try:
         config = AutoConfig.from_pretrained(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import clean_abandoned, read_json, staged, write_json
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
@@ -25,7 +26,6 @@ from xlstm_hybrid.evaluation.scores import contradictions, evaluating
 from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import attention_reach
 from xlstm_hybrid.planning.cache_size import filled_bytes
-from xlstm_hybrid.teacher_store import weights_hash
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 SETTINGS = "harness.json"

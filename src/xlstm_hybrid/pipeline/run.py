@@ -12,14 +12,8 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import (
-    add_provenance,
-    read_provenance,
-    staged,
-    verify_files,
-    write_json,
-    write_manifest,
-)
+from xlstm_hybrid.checkpoint.digests import require_intact
+from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
@@ -116,10 +110,8 @@ class Run(Runner):
         recipe, teacher, stages, models = self.recipe, self.teacher, [], {"teacher": self.teacher}
 
         def add(name, inputs, build, settings, folder):
-            note, intact = (
-                f"stages/{name.replace(':', '-')}.json",
-                lambda folder, note: verify_files(folder, level="size"),
-            )
+            note = f"stages/{name.replace(':', '-')}.json"
+            intact = lambda folder, note: require_intact(folder, listed=True)  # noqa: E731
             stages.append(Stage(name, inputs, build, settings, folder, note, intact))
             return stages[-1]
 

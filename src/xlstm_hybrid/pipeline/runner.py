@@ -5,10 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
 
+from xlstm_hybrid.checkpoint.digests import file_digest, require_intact
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.checkpoint.locks import locked
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
@@ -60,8 +62,12 @@ class Runner:
         return self.out / source.folder if isinstance(source, Stage) else source
 
     def spec(self, settings, inputs):
-        """What a stage was made from, as its note keeps it."""
-        parents = [checkpoint_fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
+        """What a stage was made from, as its note keeps it. What comes from elsewhere is compared with its manifest."""
+        parents = []
+        for path in inputs:
+            if Path(path).is_dir():
+                require_intact(path)
+            parents.append(checkpoint_fingerprint(path) if Path(path).is_dir() else str(path))
         return json.loads(json.dumps({"settings": settings, "seed": self.seed, "parents": parents}, default=str))
 
     def make(self, *stages):
@@ -85,7 +91,9 @@ class Runner:
             )
             with locked(lock, lambda who, waiting=waiting: self.console.print(waiting % who)):
                 spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)
-                self.outcomes[stage.name] = self.reuse(stage, note, spec) or self.build(stage, note, spec, inputs)
+                self.outcomes[stage.name] = self.reuse(stage, note, spec, inputs) or self.build(
+                    stage, note, spec, inputs
+                )
 
     def folder_of(self, stage):
         """`(folder, whether it is there)`, or nothing."""
@@ -103,16 +111,24 @@ class Runner:
         self.console.print(f"{stage.name}: {seconds:.0f} s")
         return written
 
-    def reuse(self, stage, note, spec):
+    def reuse(self, stage, note, spec, inputs):
         """The note of a stage that is there as it should be; None where it has to be made."""
         folder = stage.folder and self.path(stage)
         if not note.is_file() or (folder and not folder.exists()):
             return None
         before = json.loads(note.read_text(encoding="utf-8"))
-        if changed := sorted(key for key in spec if spec[key] != before["spec"].get(key)):
+        known = [earlier_fingerprint(path) if Path(path).is_dir() else None for path in inputs]
+        old = before["spec"] | {
+            "parents": [
+                new if was in (new, by_size) else was
+                for was, new, by_size in zip_longest(before["spec"]["parents"], spec["parents"], known)
+            ]
+        }
+        if changed := differences(old, spec):
             if folder and not self.redo:
                 raise ConfigError(
-                    f"{folder.name} was made with other {', '.join(changed)}: pass --redo to make it again, or another --out to keep it"
+                    f"{folder.name} was made with other settings or from other checkpoints: {'; '.join(changed)}. Pass --redo to make it "
+                    "again, or another --out to keep it"
                 )
             return None
         try:
@@ -129,7 +145,7 @@ class Runner:
 
 
 def checkpoint_fingerprint(directory):
-    """SHA-256 over the files of a checkpoint as its manifest lists them, or over names and sizes where it has none.
+    """SHA-256 over the files of a checkpoint as its manifest lists them, or as they are where it has none.
 
     Records are left out: a stage that is made again with the same outcome has the same fingerprint, and what follows
     from it stays.
@@ -141,5 +157,22 @@ def checkpoint_fingerprint(directory):
         names = [name for name in sorted(files) if name not in RECORDS and not name.endswith(".png")]
         content = {name: files[name]["sha256"] for name in names}
     else:
-        content = sorted((p.name, p.stat().st_size) for p in directory.glob("*") if p.is_file())
+        files = sorted(p for p in directory.glob("*") if p.is_file() and p.name not in RECORDS)
+        content = {p.name: file_digest(p) for p in files}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def earlier_fingerprint(directory):
+    """What notes of before hold of a directory without a manifest: names and sizes."""
+    content = sorted((p.name, p.stat().st_size) for p in Path(directory).glob("*") if p.is_file())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def differences(before, now, where=""):
+    """A text for each value that differs between two trees of dicts, with the old and the new one."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*now, *before])
+        return [
+            text for key in keys for text in differences(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [f"{where} was {before!r}, is {now!r}"]

@@ -4,6 +4,7 @@ Each runs in one process, or in every process of `accelerate launch`; the first 
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,15 +15,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from xlstm_hybrid.checkpoint.digests import TRUSTED, weights_hash
 from xlstm_hybrid.checkpoint.files import add_provenance, owner, read_provenance, staged, write_manifest
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
-from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.errors import ConfigError, StoreError
 from xlstm_hybrid.pipeline.settings import is_main, row_count, trainer_config
 from xlstm_hybrid.recipe.schema import resolve_path
+from xlstm_hybrid.teacher_store.writer import read_index
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
+log = logging.getLogger(__name__)
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
 
 
@@ -150,6 +154,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     start, settings = time.time(), recipe.distill | (overrides or {})
     if (store := settings.get("teacher", "online")) != "online":
         settings["teacher"] = str(resolve_path(recipe, store) or store)
+        check_store_teacher(settings["teacher"], teacher)
     with workspace(out, settings) as work:
         args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
@@ -162,6 +167,22 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"distill:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
+
+
+def check_store_teacher(store, teacher):
+    """Raise StoreError where the targets of a store are another teacher's than the one beside it."""
+    spec, name = read_index(store)["spec"], Path(store).name
+    if Path(teacher).is_dir():
+        made, expected = spec["weights"], weights_hash(teacher)
+    else:  # a hub id, known by its name where the store's teacher came from the hub, too
+        made, expected = (spec["teacher"] if spec["revision"] else teacher), str(teacher)
+    if made == expected:
+        return
+    text = f"{name} holds the targets of {spec['teacher']} ({made[:12]}), the teacher beside it is {Path(teacher).name} ({expected[:12]})"
+    if TRUSTED.get():
+        log.warning("%s: used all the same (--trust)", text)
+        return
+    raise StoreError(f"{text}: name the store's teacher, or make a store of this one with `xlstm-hybrid cache-teacher`")
 
 
 def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=None):

@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
+from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
 from xlstm_hybrid.conversion.load import load_model, load_tokenizer
 from xlstm_hybrid.data import train_dataset
@@ -15,7 +16,7 @@ from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, DataError, StoreError, XLSTMHybridError
 from xlstm_hybrid.pipeline.settings import row_count
 from xlstm_hybrid.recipe.schema import load_recipe
-from xlstm_hybrid.teacher_store import build_store, weights_hash
+from xlstm_hybrid.teacher_store import build_store
 from xlstm_hybrid.teacher_store.writer import INDEX, read_index
 from xlstm_hybrid.training.distillation import check_documents_stay_apart
 from xlstm_hybrid.training.lm_head import Selection, TeacherTargets

@@ -12,7 +12,7 @@ against what log-probabilities are, and, by `StoreCollator`, against the batch t
 
 from xlstm_hybrid.teacher_store.layout import KINDS, RowInput, row_input, store_bytes
 from xlstm_hybrid.teacher_store.reader import StoreCollator, TeacherStore, number_rows
-from xlstm_hybrid.teacher_store.writer import build_store, plan_store, planned_bytes, weights_hash
+from xlstm_hybrid.teacher_store.writer import build_store, plan_store, planned_bytes
 
 __all__ = [
     "KINDS",
@@ -25,5 +25,4 @@ __all__ = [
     "planned_bytes",
     "row_input",
     "store_bytes",
-    "weights_hash",
 ]

@@ -12,18 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_hybrid.checkpoint.files import (
-    check_space,
-    contained,
-    digest,
-    owner,
-    read_json,
-    sync,
-    weight_files,
-    write_json,
-)
+from xlstm_hybrid.checkpoint.files import check_space, digest, owner, read_json, sync, write_json
 from xlstm_hybrid.checkpoint.locks import gone, try_lock
-from xlstm_hybrid.conversion.gguf import is_gguf
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -47,18 +37,6 @@ def shard_name(j):
 
 
 # --- what the store is of -----------------------------------------------------------------------------------------
-
-
-def weights_hash(directory):
-    """SHA-256 over config and weights of a checkpoint directory, whatever its files are called elsewhere; of a GGUF file
-    that of the file.
-    """
-    directory = Path(directory)
-    if is_gguf(directory):
-        return digest(directory)
-    names = sorted({"config.json", *(file.name for file in weight_files(directory).values())})
-    lines = "".join(f"{name} {digest(contained(directory, name))}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def plan_store(rows, vocab_size, shard_tokens=SHARD_TOKENS):

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -343,6 +344,7 @@ def align_streamed(
         raise ConfigError("layers_at_a_time=0: expected how many layers are in memory at a time")
     started, out = time.time(), Path(out)
     work = Path(work or out.with_name(f"{out.name}.streaming"))
+    require_intact(checkpoint)
     run = Streaming(checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out)
     if run.entered is None:
         run.embed()

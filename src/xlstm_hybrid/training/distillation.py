@@ -21,7 +21,15 @@ from xlstm_hybrid.teacher_store import StoreCollator, TeacherStore, number_rows
 from xlstm_hybrid.teacher_store.reader import NUMBER
 from xlstm_hybrid.training import option
 from xlstm_hybrid.training.distributed import prepare_teacher
-from xlstm_hybrid.training.lm_head import Objective, Selection, attach, check_head, head_of, virtual_tokens
+from xlstm_hybrid.training.lm_head import (
+    Objective,
+    Selection,
+    attach,
+    check_head,
+    head_of,
+    require_finite,
+    virtual_tokens,
+)
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
 from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
@@ -410,6 +418,7 @@ def check_documents_stay_apart(model, name, keys, length=8):
         batch = {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items() if key in keys}
         logits.append(model.eval()(**batch, use_cache=False).logits[:, length:])
     model.train(training)
+    require_finite(logits[0], model, name)
     leak, scale = (logits[0] - logits[1]).abs().max().item(), logits[0].abs().max().item()
     if not leak <= torch.finfo(logits[0].dtype).eps ** 0.5 * scale:
         raise ConfigError(

@@ -22,7 +22,7 @@ from xlstm_kernels import head_loss
 from xlstm_kernels.head_loss.chunks import Head, chunk_rows, mixed_products
 from xlstm_kernels.head_loss.reference import OUTCOMES as FUSED_OUTCOMES
 
-from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.training.losses import cross_entropy, distillation_loss, in_row_chunks, sampled_targets, top_k_targets
 
 FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -106,6 +106,19 @@ def virtual_tokens(model):
     return adapter is not None and adapter.is_prompt_learning
 
 
+def require_finite(logits, model, name):
+    """Raise CheckpointError, with the cause, where a model's logits are not finite: every comparison of them would be
+    wrong in another way.
+    """
+    if torch.isfinite(logits).all():
+        return
+    damaged = next((key for key, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    cause = f"its {damaged} holds NaN or infinity: take an intact checkpoint"
+    if damaged is None:
+        cause = f"its weights are finite, but {str(logits.dtype).removeprefix('torch.')} is too narrow for what it calculates: use a wider dtype"
+    raise CheckpointError(f"the {name} ({type(model).__name__}) gives logits that are not finite; {cause}")
+
+
 @torch.no_grad()
 def check_head(model, name, length=8):
     """Refuse a model whose logits are not those of its `LMHead`, within sqrt(eps): the loss would be another one."""
@@ -118,6 +131,7 @@ def check_head(model, name, length=8):
     wanted = model(input_ids=ids, use_cache=False).logits
     got = model(input_ids=ids, use_cache=False, with_head=lambda hidden, model: head_of(model).logits(hidden))
     model.train(training)
+    require_finite(wanted, model, name)
     gap, scale = (got - wanted).abs().max().item(), wanted.abs().max().item()
     if not gap <= torch.finfo(wanted.dtype).eps ** 0.5 * scale:
         raise ConfigError(
