@@ -21,16 +21,10 @@ from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.adopt import adopt_cache
 from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer
 from xlstm_hybrid.model.cache_names import named, takes_cache
-from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER
 from xlstm_hybrid.model.kept_groups import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
-# Fields of a config in which a state's writer and its reader may differ
-INDIFFERENT = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-    *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
-}
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
 
@@ -274,7 +268,7 @@ def check_header(header, model, name):
         theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
     except (KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{name}: the header has no config, it is damaged; make it again with save_state") from error
-    for field in sorted(theirs.keys() | ours.keys()):
+    for field in sorted((theirs.keys() | ours.keys()) - INDIFFERENT):
         if theirs.get(field) != ours.get(field):
             raise CacheError(
                 f"{name}: another model wrote this state: its {field} is {theirs.get(field)!r}, this model's {ours.get(field)!r}; "

@@ -38,6 +38,7 @@ from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
 from xlstm_hybrid.model.modeling import CheckpointedLayer, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.model.trained import RemembersTraining
 from xlstm_hybrid.training.losses import at_least_float32
 
 KEYWORDS = ACCEPTED - {"output_attentions"}  # what a forward accepts beside its own parameters; there is no attention
@@ -232,7 +233,7 @@ class DistilXLSTMLayer(CheckpointedLayer):
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class DistilXLSTMPreTrainedModel(PreTrainedModel):
+class DistilXLSTMPreTrainedModel(RemembersTraining, PreTrainedModel):
     config: DistilXLSTMConfig
     config_class = DistilXLSTMConfig
     base_model_prefix = "model"

@@ -36,6 +36,7 @@ from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.model.trained import RemembersTraining
 
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
 
@@ -214,7 +215,7 @@ def drop_absent_names(model):
     model._keep_in_fp32_modules_strict &= have
 
 
-class XLSTMHybridPreTrainedModel(PreTrainedModel):
+class XLSTMHybridPreTrainedModel(RemembersTraining, PreTrainedModel):
     """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in
     float32.
     """
