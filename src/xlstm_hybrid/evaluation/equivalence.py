@@ -182,8 +182,7 @@ def planned_checks(model, length, dtype, seed, only):
         return only is None or name in only
 
     for name, check in CHECKS.items():
-        # transformers' windows count padding
-        if asked(name) and not ("inside" in name and "sliding_attention" in config.layer_types):
+        if asked(name):
             yield name, partial(check, subject), subject, allowed
     for name, check in GENERATION.items():
         if asked(name):
