@@ -144,9 +144,17 @@ def test_what_is_done_with_a_cache_keeps_the_places(model, tmp_path):
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
     torch.testing.assert_close(read(model, more[order], mask[order], cache, [8]), want[order], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_emptied_reads_another_batch():
+    model, (rows, ids, mask) = kept("mistral"), padded_rows(seed=1)
+    cache = prefill(model, *padded_rows()[1:])
     cache.reset()
-    got = read(model, ids, padded_rows()[2], cache, [13])
-    torch.testing.assert_close(got[1, :6], alone(model, rows[1:2], [0], 6)[0], **CLOSE)
+    assert cache.get_seq_length() == 0
+    read(model, ids, mask, cache, [13])
+    got = read(model, following(rows, FIRST, 8), longer(mask, 8), cache, [8])
+    torch.testing.assert_close(got, torch.stack(alone(model, rows, FIRST, 8)), **CLOSE)
 
 
 @pytest.mark.parametrize("taken", [1, 4, 7])
