@@ -37,6 +37,10 @@ class CompatibilityWarning(UserWarning):
     """A transformers that is newer than the tested ones runs unchecked, because the user says so."""
 
 
+class ConfigWarning(UserWarning):
+    """A student whose configuration is not the one that its weights were trained with."""
+
+
 class MergeError(XLSTMHybridError):
     """Checkpoints that cannot be merged."""
 

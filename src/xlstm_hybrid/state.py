@@ -19,18 +19,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from xlstm_hybrid.checkpoint.files import write_file
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.adopt import adopt_cache
-from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer
+from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
 from xlstm_hybrid.model.cache_names import named, takes_cache
-from xlstm_hybrid.model.configuration import MIXER
+from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER
 from xlstm_hybrid.model.kept_groups import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
-# Fields of a config in which a state's writer and its reader may differ
-INDIFFERENT = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-    *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
-}
+OURS = HybridCacheLayer, SlidingLayer, PlacedLayer
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
 
@@ -113,7 +108,7 @@ def remember(cache, tokens):
 def recorded(cache):
     """Number of last tokens that `rollback` can take back now."""
     for j, layer in enumerate(cache.layers):
-        if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
+        if not isinstance(layer, OURS) and type(layer) is not DynamicLayer:
             raise CacheError(
                 f"layer {j} is a {type(layer).__name__}, which cannot take tokens back; use a DynamicCache"
             )
@@ -198,7 +193,7 @@ def save_state(cache, path, model):
     refuse_parts(model, Path(path).name)
     tensors = {}
     for j, layer in enumerate(cache.layers):
-        if not isinstance(layer, HybridCacheLayer | SlidingLayer) and type(layer) is not DynamicLayer:
+        if not isinstance(layer, OURS) and type(layer) is not DynamicLayer:
             raise CacheError(
                 f"layer {j} is a {type(layer).__name__}, expected HybridCacheLayer or a dynamic layer; use a DynamicCache"
             )
@@ -244,13 +239,15 @@ def load_state(path, model):
     layers, rows = model.get_decoder().layers, set()
     for j, layer in enumerate(cache.layers):
         parts = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
+        if "place" in parts and isinstance(layer, SlidingLayer):
+            layer = cache.layers[j] = PlacedLayer(layer.sliding_window)
         check_layer_tensors(parts, layer, j, model.config, seen, name)
         rows.add(parts["keys"].shape[0])
         device = next(layers[j].parameters()).device
         # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on
         # that
         parts = {key: x.to(device, copy=True) for key, x in parts.items()}
-        if isinstance(layer, HybridCacheLayer):
+        if isinstance(layer, HybridCacheLayer | PlacedLayer):
             layer.fill(parts, seen)
             continue
         layer.lazy_initialization(parts["keys"], parts["values"])
@@ -274,7 +271,7 @@ def check_header(header, model, name):
         theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
     except (KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{name}: the header has no config, it is damaged; make it again with save_state") from error
-    for field in sorted(theirs.keys() | ours.keys()):
+    for field in sorted((theirs.keys() | ours.keys()) - INDIFFERENT):
         if theirs.get(field) != ours.get(field):
             raise CacheError(
                 f"{name}: another model wrote this state: its {field} is {theirs.get(field)!r}, this model's {ours.get(field)!r}; "
@@ -300,9 +297,12 @@ def check_layer_tensors(tensors, layer, j, config, seen, name):
     G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
         slots = layer.num_sink_tokens + layer.sliding_window
+    elif isinstance(layer, PlacedLayer):
+        slots = tensors["place"].shape[-1]
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:
         slots = layer.sliding_window - 1
     expected = {"keys": (B, G, slots, K), "values": (B, G, slots, K)}
+    expected |= {"place": (B, slots)} if isinstance(layer, PlacedLayer) else {}
     memory = {"C": (B, H, F, K), "n": (B, H, F), "m": (B, H)} if hybrid and config.mixer_branches != "window" else {}
     expected |= {**memory, "count": (B,)} if hybrid else {}
     if hybrid and (L := config.sparse_memory):
@@ -316,6 +316,13 @@ def check_layer_tensors(tensors, layer, j, config, seen, name):
         raise CacheError(
             f"{name}: layer {j} holds {shapes}, expected {expected}, it is damaged; make it again with save_state"
         )
+    if isinstance(layer, PlacedLayer):
+        place = tensors["place"]
+        known = (place == -1) | ((place >= 0) & (place % DOCUMENT < seen))
+        if place.dtype != torch.long or slots > seen or not bool(known.all()):
+            raise CacheError(
+                f"{name}: layer {j} has places that are not those of its {seen} tokens; make it again with save_state"
+            )
     if hybrid:
         states = all(tensors[key].dtype in (torch.float32, torch.float64) for key in memory)
         count, wrong = tensors["count"], None

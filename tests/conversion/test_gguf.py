@@ -30,12 +30,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import digest, read_provenance, verify_files
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.conversion.load import load, load_model
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.planning.run import read_config
-from xlstm_hybrid.teacher_store.writer import weights_hash
 
 TINY = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}  # Q8_0: by 32

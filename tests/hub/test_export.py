@@ -55,7 +55,7 @@ def exercise(model, tokenizer):
 
 
 WITHOUT_PACKAGE = """
-import json, os, sys
+import json, os, sys, warnings
 plain, exported, out = sys.argv[1:]
 
 class Refuse:  # an environment without our package, and without triton
@@ -99,6 +99,11 @@ with torch.no_grad():
     results["from the Hub"] = AutoModelForCausalLM.from_pretrained("me/student-1.5", trust_remote_code=True)(ids).logits
 said |= {"config": AutoConfig.from_pretrained(exported, trust_remote_code=True).model_type, "module": type(model).__module__,
          "base": type(AutoModel.from_pretrained(exported, trust_remote_code=True)).__name__, "files": sorted(os.listdir(out + "/again"))}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for folder in (exported, out + "/again"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, sliding_window=5)
+said["edited"] = [str(w.message) for w in caught if w.category.__name__ == "ConfigWarning"]
 save_file(results, out + "/results.safetensors")
 print("\\n" + json.dumps(said))  # after the question
 """.replace("EXERCISE", inspect.getsource(exercise))
@@ -197,6 +202,12 @@ def test_what_it_saves_carries_the_code_on(without_package):
     for what in ("", ", gradient"):
         assert torch.equal(theirs[f"saved again{what}"], theirs[f"after training{what}"])
     assert set(code()) <= set(said["files"])
+
+
+def test_settings_that_are_not_those_of_the_training_are_told_by_the_carried_code_too(without_package):
+    told = without_package[0]["edited"]
+    assert [text.partition(":")[0] for text in told] == ["exported.v1", "again"]
+    assert all("sliding_window was 7 in training, is 5" in text for text in told)
 
 
 def test_all_three_auto_classes_find_their_class(without_package, exported):
@@ -331,7 +342,7 @@ def test_transformers_asks_for_torch_and_itself_only(exported):
     """It demands every package that `get_imports` finds: triton must not be among them, nor we; what transformers needs
     itself is there.
     """
-    allowed = {"torch", "transformers", "huggingface_hub", "packaging", *sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "huggingface_hub", "packaging", "safetensors", *sys.stdlib_module_names}
     for name in code():
         assert set(get_imports(exported[0] / name)) <= allowed, name
 

@@ -482,7 +482,8 @@ def test_streamed_files_are_those_of_safetensors_byte_for_byte(tmp_path):
         "ünï": torch.ones(2).half(),
     }
     names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16"}
-    stream_weights(tmp_path, {n: (names[v.dtype], tuple(v.shape)) for n, v in sorted(values.items())}, values.get)
+    shapes = {n: (names[v.dtype], tuple(v.shape)) for n, v in sorted(values.items())}
+    stream_weights(tmp_path, shapes, values.get, {"format": "pt"})
     save_file(values, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 

@@ -173,8 +173,6 @@ def test_whole_calls_taken_back_leave_bitwise_what_was_there(any_student, kept, 
 def test_a_call_that_is_cut_gives_the_shorter_call(any_student, taken):
     ids, mask = token_ids(2, 41), torch.ones(2, 41, dtype=torch.long)
     mask[0, :5] = mask[1, 20:23] = mask[0, 36:] = 0  # padding left, inside and right
-    if any_student.config.layer_types[1] == "full_attention":
-        mask[:, 20:] = 1
     cache = prefill(any_student, ids[:, :12], mask[:, :12], rollback=13)
     calls(any_student, ids[:, 12:], [14, 15], cache, mask)
     rollback(cache, taken)

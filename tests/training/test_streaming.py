@@ -1,6 +1,7 @@
 """Aligning some layers at a time gives what aligning all of them together gives, from any interruption on."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from conftest import tiny_student, token_ids
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_alignment import LENGTH, aligned, arguments, collate, tokenizer
+from tiny_teachers import edit_config
 from transformers import AutoModelForCausalLM
 
 from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
-from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.errors import CheckpointError, ConfigError, ConfigWarning
+from xlstm_hybrid.model.trained import recorded_values
 from xlstm_hybrid.training import alignment_by_groups as streaming
 from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
 from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed
@@ -105,6 +108,15 @@ def test_the_result_is_a_checkpoint_with_record_and_measures(checkpoint, tmp_pat
     stage = read_provenance(tmp_path / "out")[-1]
     assert stage["stage"] == "align" and stage["figures"]["relative_error"] == figures["relative_error"]
     assert len(json.loads((tmp_path / "out" / "training_log.json").read_text())) == SETTINGS["max_steps"]
+
+
+def test_settings_edited_before_the_alignment_are_told_and_then_those_of_the_training(checkpoint, tmp_path):
+    edited = shutil.copytree(checkpoint, tmp_path / "edited")
+    window = recorded_values(edited.glob("*.safetensors"))["sliding_window"]
+    edit_config(edited, sliding_window=window + 1)
+    with pytest.warns(ConfigWarning, match=f"edited: sliding_window was {window} in training, is {window + 1}"):
+        streamed(edited, tmp_path, 2)
+    assert recorded_values((tmp_path / "out").glob("*.safetensors"))["sliding_window"] == window + 1
 
 
 class Killed(BaseException):

@@ -6,8 +6,6 @@ import math
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from xlstm_hybrid.checkpoint.files import INDEX, SINGLE, inside, read_json, write_json
 from xlstm_hybrid.errors import CheckpointError
 
@@ -98,13 +96,14 @@ def plan_shards(sizes, shard_bytes):
     return shards
 
 
-def write_weights(directory, shapes, itemsize, make, shard_bytes=SHARD_BYTES):
+def write_weights(directory, shapes, itemsize, make, save, shard_bytes=SHARD_BYTES):
     """Write `model.safetensors`, or shards with an index; one shard is in memory at a time.
 
     Args:
         shapes: {name: shape}, in the order of writing.
         itemsize: name -> bytes per element.
         make: name -> tensor; called once per name.
+        save: writes `{name: tensor}` to a file, see `model.trained.save_weights`.
         shard_bytes: largest file, unless one tensor is larger.
     """
     count = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -113,7 +112,7 @@ def write_weights(directory, shapes, itemsize, make, shard_bytes=SHARD_BYTES):
     last = len(shards)
     files = [f"model-{j:05}-of-{last:05}.safetensors" for j in range(1, last + 1)] if last > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: make(name).contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        save({name: make(name).contiguous() for name in names}, directory / file)
     if last > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values()), "total_parameters": sum(count.values())}

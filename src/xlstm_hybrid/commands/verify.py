@@ -18,9 +18,10 @@ def verify(
     length: Annotated[int | None, Option(help="Tokens of the random rows; by default, the window wraps.")] = None,
     dtype: Annotated[str | None, Option(help="Of the checked copy; by default float64, or float32 to fit.")] = None,
     device: Annotated[str, Option(help="Where to run, for example cuda.")] = "cpu",
+    accept_config: Annotated[bool, Option(help="Let settings pass that differ from those of the training.")] = False,
     out: Annotated[Path | None, Option("--json", help="File for the results, JSON.")] = None,
 ):
-    """Check that cache, padding, packing, beams, rollback and files change nothing.
+    """Check that cache, padding, packing, beams, rollback and files change nothing, and no setting since training.
 
     Exit code 1 if a check fails.
 
@@ -29,7 +30,7 @@ def verify(
     columns = ("check", "dtype", "largest difference", "allowed", "verdict")
     table = Table(*columns, caption="in standard deviations of the logits")
     with Console(stderr=True).status("checking") as status:
-        how = {"length": length, "dtype": dtype, "device": device}
+        how = {"length": length, "dtype": dtype, "device": device, "accept_config": accept_config}
         results = verify_checkpoint(model, **how, report=lambda r: status.update(f"after: {r.name}"))
     for r in results:
         allowed = f"{'>= ' if r.at_least else ''}{r.allowed:.1e}"

@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
+from xlstm_hybrid.model.trained import save_weights, trained_values
 
 INITS = {  # in words, what `_init_weights` does with each new parameter
     "q_map": "identity",  # repeated or cut for other numbers of features
@@ -268,7 +270,8 @@ def convert(
         if source.path is not None:
             chosen["teacher_weights"] = weights_hash(source.path)
         with staged(out, overwrite=overwrite) as directory:
-            write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, shard_bytes)
+            save = partial(save_weights, values=trained_values(transfer.config))
+            write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, save, shard_bytes)
             transfer.config.save_pretrained(directory)
             report.files = source.copy_files(directory)
             seconds, figures = round(time.monotonic() - started, 3), report.summary()

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,13 +21,15 @@ from transformers import AutoConfig
 from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.conversion.load import DTYPES
 from xlstm_hybrid.environment.precision import warn_if_slow
-from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.errors import CheckpointError, ConfigError, ConfigWarning
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
+from xlstm_hybrid.model.trained import edited_fields, told
 
 # the one check whose ways must differ; and a pair of checks named by dtype
 MEMORY, LOW = "the mLSTM's memory matters", "low precision"
+TRAINED = "configuration = trained"  # fields that differ
 DOUBLE_BYTES = 2**32  # a model whose float64 copy is smaller is checked in float64 on a CPU
 POWER = 10  # a model whose logits change by less than this many bounds without its memory proves nothing
 LOW_FACTOR = 4  # see `low_precision`
@@ -180,8 +183,7 @@ def planned_checks(model, length, dtype, seed, only):
         return only is None or name in only
 
     for name, check in CHECKS.items():
-        # transformers' windows count padding
-        if asked(name) and not ("inside" in name and "sliding_attention" in config.layer_types):
+        if asked(name):
             yield name, partial(check, subject), subject, allowed
     for name, check in GENERATION.items():
         if asked(name):
@@ -198,11 +200,15 @@ def planned_checks(model, length, dtype, seed, only):
             yield name, pairs, low, limit, exact.difference
 
 
-def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, only=None, report=lambda result: None):
-    """`verify` for a directory or hub id, after a first check: no tensor is missing, too many, or of another shape.
+def verify_checkpoint(
+    path, *, length=None, dtype=None, device="cpu", seed=0, only=None, accept_config=False, report=lambda result: None
+):
+    """`verify` for a directory or hub id, after two checks of what is stored: no tensor is missing, too many, or of
+    another shape, and the configuration is the one that the weights were trained with, where they tell it.
 
     Args:
         length: a number of tokens, or a function from the configuration to one.
+        accept_config: let a configuration pass that was edited after training; what it changes is noted.
     Raises:
         ConfigError: the checkpoint is no student, or dtype is no known name.
         CheckpointError: it cannot be loaded, or is not what its manifest says.
@@ -217,7 +223,9 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
             raise ConfigError(
                 f"{Path(path).name}: a {config.model_type} model, expected xlstm_hybrid; convert it first (xlstm-hybrid convert)"
             )
-        model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConfigWarning)  # it has a row of its own
+            model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -230,11 +238,17 @@ def verify_checkpoint(path, *, length=None, dtype=None, device="cpu", seed=0, on
         "; ".join(f"{key}: {names[0]}" for key, names in wrong.items() if names),
     )
     loaded = Result("every tensor loaded", float(count), 0.0, dtype_name(model), time.perf_counter() - begin, note)
-    report(loaded)
+    stored = [loaded]
+    if model.trained_with:  # else nothing is known
+        edited = edited_fields(model.config, model.trained_with)
+        count = float(len(edited))
+        stored.append(Result(TRAINED, count, count if accept_config else 0.0, loaded.dtype, 0.0, told(edited)))
+    for result in stored:
+        report(result)
     warn_if_slow(device, dtype, "--dtype")
     length = length(model.config) if callable(length) else length
     settings = {"length": length, "dtype": DTYPES.get(dtype), "seed": seed, "only": only, "report": report}
-    return [loaded, *verify(model.to(device), **settings)]
+    return [*stored, *verify(model.to(device), **settings)]
 
 
 def checks_as_json(results, **about):

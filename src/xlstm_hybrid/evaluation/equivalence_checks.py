@@ -93,8 +93,7 @@ def padded(s, side, beside):
     """Padding columns in one row, alone in its batch or beside a row without them: at once, in pieces, token by token
     at the end.
 
-    Right padding shows only in what comes after it: tokens that follow in later calls. Where layers keep the teacher's
-    sliding attention, padding that is not on the left is not followed by tokens: transformers' windows count it.
+    Right padding shows only in what comes after it: tokens that follow in later calls.
     """
     n = s.T - PAD
     cut = {"left": 0, "right": n - 4, "inside": n // 2}[side]
@@ -111,7 +110,7 @@ def padded(s, side, beside):
     else:
         yield s.read(batch, mask)[-1:, real], want
         several = ([s.T], [3, s.T // 2, s.T], [s.T - PAD - 3, *[1] * (PAD + 3)])
-    for sizes in several if side == "left" or "sliding_attention" not in s.config.layer_types else ():
+    for sizes in several:
         yield s.in_pieces(batch, sizes, mask)[-1:, real], want
 
 

@@ -33,6 +33,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.checkpoint.weights import NOT_CARRIED, SHARD_BYTES, copy_settings, plan_shards, using_cache
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
 from xlstm_hybrid.merging.methods import MERGES, Statistics, check_options, linear
+from xlstm_hybrid.model.trained import header_of, recorded_values
 from xlstm_hybrid.recipe.merge_settings import (
     GROUPS,
     NEED_BASE,
@@ -73,6 +74,7 @@ class Checkpoint:
     read at once.
 
     headers: name -> (dtype by safetensors' name, shape).
+    trained: fields that the weights were trained with, as far as their headers say.
 
     Raises:
         MergeError: a quantised tensor.
@@ -89,6 +91,7 @@ class Checkpoint:
         self.file_of = weight_files(self.directory)
         self.config, self.stages = read_json(self.directory / "config.json", self.name), read_provenance(self.directory)
         self.headers = {name: self.header(name) for name in sorted(self.file_of)}
+        self.trained = recorded_values(self.files)
 
     def header(self, name):
         file = self.file_of[name]
@@ -220,6 +223,9 @@ def different_configs(first, other):
         mine, its = (c.config.get(key, default.get(key)) for c in (first, other))
         if mine != its and not (key in FROM_TOKENIZER and None in (mine, its)):
             yield f"config {key}: {mine!r} in {first.name}, {its!r} in {other.name}"
+    for key in sorted(first.trained.keys() & other.trained):
+        if (mine := first.trained[key]) != (its := other.trained[key]):
+            yield f"config {key}: trained with {mine!r} in {first.name}, with {its!r} in {other.name}"
 
 
 def different_starts(first, other, is_base):
@@ -303,7 +309,7 @@ def merge(
         with staged(out, overwrite=overwrite) as folder:
             ordered, counts = in_order(given), Counter()
             make = partial(merged, ordered, start, method, options, counts)
-            stream_weights(folder, given[0].headers, make, shard_bytes)
+            stream_weights(folder, given[0].headers, make, header_of(given[0].trained), shard_bytes)
             carry(given[0], folder)
             record = merge_settings(given, start, method, options, groups, counts)
             # the stages that all experts share, then those of each
@@ -352,12 +358,13 @@ def merged(experts, base, method, options, counts, name):
     return result
 
 
-def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
+def stream_weights(folder, headers, make, header, shard_bytes=SHARD_BYTES):
     """Write the tensors `make(name)` as one safetensors file, or as shards with an index, with one tensor in memory at
     a time.
 
     Args:
         headers: name -> (dtype by safetensors' name, shape), in the order in which shards are filled.
+        header: metadata of each file, see `model.trained`.
     """
     sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in headers.items()}
     shards = plan_shards(sizes, shard_bytes)
@@ -372,7 +379,7 @@ def stream_weights(folder, headers, make, shard_bytes=SHARD_BYTES):
             n: {"dtype": headers[n][0], "shape": list(headers[n][1]), "data_offsets": [end - sizes[n], end]}
             for n, end in zip(names, ends, strict=True)
         }
-        content = {"__metadata__": {"format": "pt"}, **parts}
+        content = {"__metadata__": header, **parts}
         head = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % 8)
         with open(folder / file, "wb") as stream:

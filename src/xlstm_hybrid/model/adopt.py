@@ -3,7 +3,7 @@
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer
+from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
 from xlstm_hybrid.model.experimental.variants import cache_layer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys
 from xlstm_hybrid.model.rollback import ROLLBACK_TOKENS
@@ -53,7 +53,7 @@ def adopt_cache(cache, config):
             more = {"capacity": capacity} if capacity else {}
             kept = KeptKeys(config.kept_window_of(j)) if kept else None
             cache.layers[j] = make(window, sinks, static=static, cell=cell, kept=kept, **more)
-        elif isinstance(layer, SlidingLayer) or layer.get_seq_length() > 0:
+        elif isinstance(layer, SlidingLayer | PlacedLayer) or layer.get_seq_length() > 0:
             continue
         elif kind == "sliding_attention":
             if isinstance(layer, StaticSlidingWindowLayer) and not moving:
@@ -65,6 +65,23 @@ def adopt_cache(cache, config):
         if cache.layers[j] is not layer and getattr(layer, "record_past", False):
             cache.layers[j].record_past, cache.layers[j].depth = True, getattr(layer, "depth", ROLLBACK_TOKENS)
     return cache
+
+
+def place_tokens(cache, layers, real):
+    """Make the sliding layers of these numbers know their tokens' places, `real` [B, columns] tells padding from tokens
+    so far.
+
+    Raises:
+        CacheError: layers that cannot, as those of a static cache.
+    """
+    for j in layers:
+        if isinstance(layer := cache.layers[j], SlidingLayer):
+            cache.layers[j] = PlacedLayer.of(layer, real)
+        elif not isinstance(layer, PlacedLayer):
+            raise CacheError(
+                f"cache: layer {j} is a {type(layer).__name__}, whose window counts the padding that stands after tokens as if it "
+                "were text; pad on the left, or start from DynamicCache(config=model.config)"
+            )
 
 
 def check_layer(layer, j, make, wanted, branches):

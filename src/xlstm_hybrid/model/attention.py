@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb
 from xlstm_kernels import mix, window_attention
 
+from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
@@ -53,11 +54,24 @@ class HybridAttention(nn.Module):
             layer = None if cache is None else cache.layers[self.layer_idx]
             h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
         else:
-            query, key, value, *_ = projected
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            h, weights = self.attend(query, key, value, mask, self.sliding_window, **kwargs)
+            h, weights = self.teacher_attention(projected, tokens, mask, cache, **kwargs)
         return self.o_proj(h.flatten(-2)), weights
+
+    def teacher_attention(self, projected, tokens, mask, cache=None, **kwargs):
+        """The attention that a layer keeps: `(h [B, T, H, V], weights or None)`."""
+        query, key, value, *_ = projected
+        layer, window = None if cache is None else cache.layers[self.layer_idx], self.sliding_window
+        counts = tokens.uneven and window is not None  # columns, by transformers' mask
+        if isinstance(layer, PlacedLayer):
+            seen = layer.update(key, value, tokens)
+            key, value, mask = seen if counts else (key, value, mask)
+        elif counts:
+            mask = tokens.visible(window, 0)[:, None]
+        elif cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if counts:
+            return self.attend(query, key, value, mask, implementation=self.masked_implementation)
+        return self.attend(query, key, value, mask, window, **kwargs)
 
     def project(self, hidden_states, position_embeddings):
         """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm

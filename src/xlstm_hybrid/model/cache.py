@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.errors import CacheError
+from xlstm_hybrid.model.kept_groups import KeptKeys
 from xlstm_hybrid.model.rollback import ROLLBACK_TOKENS, Rollback, tokens_removed
 
 
@@ -273,10 +274,81 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def crop(self, tokens_to_remove):
         tokens = tokens_removed(tokens_to_remove)
         if tokens > self.recorded:
-            raise CacheError(
-                f"cannot remove {tokens} tokens: the window has kept {self.recorded} more than it needs. Call "
-                "xlstm_hybrid.state.remember(cache, tokens) before they come, or compute the prefix again"
-            )
+            raise lost(tokens, self.recorded)
         if tokens:
             self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
             self.cumulative_length -= tokens
+
+
+def lost(tokens, recorded):
+    return CacheError(
+        f"cannot remove {tokens} tokens: the window has kept {recorded} more than it needs. Call "
+        "xlstm_hybrid.state.remember(cache, tokens) before they come, or compute the prefix again"
+    )
+
+
+class PlacedLayer(StateLayer):
+    """What a `SlidingLayer` becomes once padding stands after a token of its row: transformers' windows count columns,
+    and would count it. Here each column knows its token's place.
+
+    kept: the `KeptKeys` of all groups; a row that has ended holds on to its columns as long as the others go on.
+    """
+
+    is_compileable, is_croppable, is_sliding, supports_early_init = False, True, True, False
+
+    def __init__(self, sliding_window):
+        super().__init__()
+        self.kept, self.seen_tokens, self.since = KeptKeys(sliding_window), 0, 0
+        self.record_past, self.depth = False, ROLLBACK_TOKENS
+
+    @classmethod
+    def of(cls, layer, real):
+        """The same as `SlidingLayer` `layer`, whose columns so far are tokens where `real` [B, columns]."""
+        self = cls(layer.sliding_window)
+        self.record_past, self.depth = getattr(layer, "record_past", False), layer.depth
+        if layer.is_initialized:
+            place = torch.where(real, real.long().cumsum(-1) - 1, -1)[:, real.shape[1] - layer.keys.shape[2] :]
+            self.fill({"keys": layer.keys, "values": layer.values, "place": place}, layer.cumulative_length)
+            self.since = layer.recorded
+        return self
+
+    def lazy_initialization(self, key_states, value_states):
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states, value_states, tokens):
+        """Take T tokens in; returns what they attend to, `(keys, values, mask [B, 1, T, columns])`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        spare = self.depth if self.record_past else 0
+        self.seen_tokens += key_states.shape[2]
+        self.since = min(self.since + key_states.shape[2], spare)
+        return self.kept.append(key_states, value_states, tokens, spare, masked=True)
+
+    @property
+    def recorded(self):
+        """Number of last tokens that can be taken back: all of them while no column has been dropped."""
+        columns = self.kept.place.shape[1] if self.is_initialized else 0
+        return columns if columns == self.seen_tokens else self.since
+
+    def crop(self, tokens_to_remove):
+        tokens = tokens_removed(tokens_to_remove)
+        if tokens > self.recorded:
+            raise lost(tokens, self.recorded)
+        self.kept.crop(tokens)
+        self.seen_tokens, self.since = self.seen_tokens - tokens, max(self.since - tokens, 0)
+
+    def _tensors(self, change):
+        self.kept.map(change)
+
+    def reset(self):
+        self.kept.reset()
+        self.is_initialized, self.seen_tokens, self.since = False, 0, 0
+
+    def named_tensors(self):
+        return {name: getattr(self.kept, name) for name in ("keys", "values", "place")}
+
+    def fill(self, tensors, seen):
+        """Take `named_tensors` of a layer that had `seen` tokens."""
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        self.kept.keys, self.kept.values, self.kept.place = (tensors[name] for name in ("keys", "values", "place"))
+        self.seen_tokens = seen

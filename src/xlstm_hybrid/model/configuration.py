@@ -29,6 +29,13 @@ MIXER = {  # fields of the mixer and of exact memories, and what they were befor
 }
 # what the checks of mixer and exact memories read
 CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")
+# Fields in which a model and what it wrote, weights or states, may differ: no result depends on them but by rounding
+INDIFFERENT = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
+    *("teacher_model_type", "freeze_embeddings"),
+}
 SCORES = ("residual", "weighted", "recency", "random")
 
 

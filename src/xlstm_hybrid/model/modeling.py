@@ -30,13 +30,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.adopt import adopt_cache, place_tokens
 from xlstm_hybrid.model.attention import HybridAttention
+from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
 from xlstm_hybrid.model.tokens import Tokens
+from xlstm_hybrid.model.trained import RemembersTraining
 
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
 
@@ -215,7 +217,7 @@ def drop_absent_names(model):
     model._keep_in_fp32_modules_strict &= have
 
 
-class StudentModel(PreTrainedModel):
+class StudentModel(RemembersTraining, PreTrainedModel):
     """What the models of our students share."""
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
@@ -330,6 +332,12 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         held = getattr(first, "count", None) if first in layers else getattr(first, "keys", None)
         cached = len(held) if held is not None and first.is_initialized and held.numel() else None
         self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen, cached)
+        before = filled[0].count.to(inputs_embeds.device) if filled else None
+        if cache is not None and present and not layers:  # no hybrid layer counts tokens
+            before = torch.zeros(B, dtype=torch.long, device=inputs_embeds.device) + seen
+            started = not isinstance(seen, int) or seen > 0  # a static cache has a tensor, which is not looked at
+            if started and attention_mask is not None and attention_mask.shape[1] > T:
+                before = attention_mask[:, :-T].to(before.device, torch.bool).sum(-1)
         tokens = Tokens.locate(
             (B, T),
             inputs_embeds.device,
@@ -337,7 +345,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             position_ids=position_ids,
             cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             seq_idx=kwargs.get("seq_idx"),
-            seen=filled[0].count.to(inputs_embeds.device) if filled else None,
+            seen=before,
         )
         needs_packing = teacher or any(keys[j][0] != "hybrid_sliding" for j in present)
         packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
@@ -346,10 +354,12 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
                 "start each packed row with an empty cache, or pass use_cache=False"
             )
+        windows = [j for j in present if keys[j][0] == "sliding_attention"]
+        if windows or teacher:
+            tokens.uneven = self.uneven(tokens, attention_mask, before, cache, windows)
         # positions count real tokens: feature maps follow RoPE, so padding must not shift them
         if position_ids is None:
             position_ids = tokens.index.clamp_min(0)
-            position_ids = position_ids if layers else position_ids + seen
         shared = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         shared, masks, teacher_masks = shared | named(cache), {}, {}
         for j in present:
@@ -357,17 +367,40 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 kind, window, sinks = keys[j]
                 if kind == "hybrid_sliding":
                     masks[keys[j]] = self.hybrid_mask(tokens, window, sinks, cache.layers[j] if filled else None)
-                else:
+                elif kind == "full_attention" or not tokens.uneven:  # else the layer's own, by places
                     masks[keys[j]] = attention_mask_of(config, kind, window, j, tokens, packed, **shared)
         for kind in sorted(set(config.teacher_layer_types)) if teacher else ():
             window = config.teacher_sliding_window
-            teacher_masks[kind] = attention_mask_of(config, kind, window, None, tokens, packed, **shared)
+            teacher_masks[kind] = attention_mask_of(
+                config, kind, window, None, tokens, packed or tokens.uneven, **shared
+            )
         rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
         where = [
             {"position_embeddings": rope[kind], "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
             for key, kind in zip(keys, config.teacher_layer_types, strict=False)
         ]
         return tokens, where, teacher_masks
+
+    def uneven(self, tokens, attention_mask, before, cache, windows):
+        """Whether a window that counts columns would count padding in this call. From the first padding on that stands
+        after a token, the `windows` (numbers of layers) of the cache know which column holds which token.
+
+        Args:
+            before: [B] tokens in the cache, or None.
+        """
+        layer = cache.layers[windows[0]] if cache is not None and windows else None
+        if isinstance(layer, PlacedLayer) and layer.is_initialized:
+            return True
+        if attention_mask is None or tokens.plain or torch.compiler.is_compiling():
+            return False
+        before = tokens.real.new_zeros(len(tokens.real), dtype=torch.long) if before is None else before
+        after, between = tokens.gaps(before)
+        if layer is None or not bool(after.any()):
+            return layer is None and bool(between.any())
+        seen, T = layer.get_seq_length(), tokens.real.shape[1]
+        past = torch.cat([attention_mask.new_ones(len(before), seen), attention_mask[:, :-T]], 1)[:, -seen:]
+        place_tokens(cache, windows, past.to(tokens.real.device, torch.bool))
+        return bool(seen > 0 or between.any())
 
     def check_inputs(self, rows, attention_mask, cu_seq_lens, seen, cached):
         """Raise a named error for inputs that the layers would misread; `seen` and `cached` are the numbers of tokens and

@@ -14,6 +14,8 @@ class Tokens:
     index: [B, T] position among the real tokens of its document, -1 at padding.
     document: [B, T]; 0 continues what the cache holds, each start in the call adds one.
     plain: True if every row is known to be one document without padding.
+    uneven: whether padding stands between tokens, so that their distance is not that of their columns; looked at where a
+    layer's window counts columns.
     blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
     """
 
@@ -23,6 +25,7 @@ class Tokens:
     document: torch.Tensor
     plain: bool = False
     blind: torch.Tensor | None = None
+    uneven: bool = False
 
     @classmethod
     def locate(
@@ -69,15 +72,22 @@ class Tokens:
         plain = not given or (looked_at and not bool((start | ~real).any()))
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
+    def gaps(self, before):
+        """`(after, between)`, [B, T] bool: padding that stands after a token of its row, and what of it stands before
+        one of the same call; `before` [B] is the number of tokens in the cache.
+        """
+        after = ~self.real & (self.real.cumsum(-1) + before[:, None] > 0)
+        return after, after & (self.real.flip(-1).cumsum(-1).flip(-1) > 0)
+
     def slice(self, begin, end):
         """The same of the tokens `begin` to `end`, as a call of its own would have it."""
         documents = self.document[:, begin - 1 : begin] if begin else 0
         parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        return Tokens(*parts, self.plain, self.blind)
+        return Tokens(*parts, self.plain, self.blind, self.uneven)
 
     def map(self, change):
         parts = (change(x) for x in (self.real, self.start, self.index, self.document))
-        return Tokens(*parts, self.plain, None if self.blind is None else change(self.blind))
+        return Tokens(*parts, self.plain, None if self.blind is None else change(self.blind), self.uneven)
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""

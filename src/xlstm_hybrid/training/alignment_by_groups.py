@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import time
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.trained import save_weights, trained_values, warn_if_edited
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
 from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
@@ -174,6 +176,7 @@ class Streaming:
                 f"{len(self.loader)} micro-batches per epoch are no multiple of gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps}: over several epochs steps would be cut differently; drop some rows"
             )
+        warn_if_edited(self.config, sorted(set(self.files.values())), Path(checkpoint).name)
         manifest = Path(checkpoint) / MANIFEST
         facts = {
             "checkpoint": digest(manifest) if manifest.is_file() else short_digest(sorted(self.files)),
@@ -354,7 +357,7 @@ def align_streamed(
     errors = [entry for group in groups for entry in group["relative_error"]]
     figures = {"relative_error": errors, "log": merged_log(work, groups)}
     with staged(out, overwrite=overwrite) as folder:
-        write_aligned(Path(checkpoint), folder, work, groups)
+        write_aligned(Path(checkpoint), folder, work, groups, trained_values(run.config))
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
         recorded = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
         settings = {name: value for name, value in args.to_dict().items() if name in recorded}
@@ -365,7 +368,7 @@ def align_streamed(
     return figures
 
 
-def write_aligned(checkpoint, folder, work, groups):
+def write_aligned(checkpoint, folder, work, groups, values):
     """The checkpoint with the trained tensors in their places; one shard is in memory at a time."""
     files, trained = weight_files(checkpoint), {}
     for group in groups:
@@ -386,6 +389,6 @@ def write_aligned(checkpoint, folder, work, groups):
         stored = read_tensor(files, name)
         return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
 
-    write_weights(folder, shapes, sizes.__getitem__, make)
+    write_weights(folder, shapes, sizes.__getitem__, make, partial(save_weights, values=values))
     write_json(folder / "config.json", using_cache(read_json(checkpoint / "config.json", checkpoint.name)))
     copy_settings(checkpoint, folder, checkpoint.name)
