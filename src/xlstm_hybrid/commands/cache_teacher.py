@@ -61,11 +61,10 @@ def cache_teacher(
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size}
     settings |= {"shard_tokens": shard_tokens, "batch_size": batch_size, "plan": plan}
     spec = store_spec(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
-    job = (device, source, data, out, settings, spec, seed)
     if processes > 1:
-        share_out(processes, *job)
+        share_out(processes, device, source, data, rows, out, settings, spec, seed)
     else:
-        fill_store(rank, world, *job)
+        fill_store(rank, world, device, source, data, out, settings, spec, seed)
     store = TeacherStore(out, partial=world > 1)
     if verify:
         store.verify()

@@ -6,7 +6,9 @@ same work; nothing depends on them.
 """
 
 import hashlib
+import logging
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from xlstm_hybrid.checkpoint.files import (
     weight_files,
     write_json,
 )
-from xlstm_hybrid.checkpoint.locks import gone, try_lock
+from xlstm_hybrid.checkpoint.locks import gone, try_lock, who_holds, written
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -172,7 +174,7 @@ def build_store(
         plan: of `plan_store`, made here if None.
         report: function of (finished shards, all shards).
     Returns:
-        The index.
+        The index; of a shard that another process has begun and not finished, the log says whose it is.
     Raises:
         ConfigError: a kind, k or V that cannot be stored. StoreError: the directory holds a store of something else.
         CheckpointWriteError: the disk has not 105 % of what is still to be written, or refused. DataError: rows or
@@ -193,9 +195,7 @@ def build_store(
     missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
     share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
     check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-    for path in out.glob(".tmp-shard-*"):  # what killed processes of this machine had begun to write
-        if gone("-".join(path.name.split("-")[-3:-1])):
-            path.unlink(missing_ok=True)
+    remove_left_behind(out)
     order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
     for j in [*order, *order]:  # twice: what another process had locked may have been left behind
         if entry_of(out, j, spec) is None:
@@ -204,7 +204,21 @@ def build_store(
                     write_shard(out, j, rows, range(first[j], first[j + 1]), targets, spec, batch_size, alive)
         if report is not None:
             report(sum((out / shard_name(i)).exists() for i in range(count)), count)
-    return refresh_index(out, spec, first)
+    index = refresh_index(out, spec, first)
+    for name in map(shard_name, range(count)):
+        if name not in index["shards"] and (who := who_holds(out / f".claim-{name}")):
+            logging.getLogger(__name__).warning("%s: made by another launch (%s), not waited for", name, who)
+    return index
+
+
+def remove_left_behind(out):
+    """Remove what processes of this machine that are gone had begun to write in a store, and their locks."""
+    for path in out.glob(".tmp-*"):
+        if gone("-".join(path.name.split("-")[-3:-1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in out.glob(".claim-*"):
+        if gone(written(path) or ""):
+            path.unlink(missing_ok=True)
 
 
 def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: None):
