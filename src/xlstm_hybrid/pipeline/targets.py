@@ -1,5 +1,6 @@
 """A teacher's targets for rows of data: what the rows are, and a store that one process or several fill."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -135,7 +136,7 @@ def share_out(processes, device, source, data, rows, out, settings, spec, seed):
         job = {"source": str(source), "rows": str(rows), "out": str(out), "settings": settings, "spec": spec}
         write_json(folder / "job.json", job | {"seed": seed, "processes": processes})
         # no bars in a file, and the modules of this process wherever they are from
-        quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         for rank in range(processes):
             mine = f"cuda:{rank % torch.cuda.device_count()}" if device.startswith("cuda") else device
             command = [sys.executable, "-c", WORKER, str(folder), str(rank), mine, str(os.getpid())]
@@ -158,33 +159,36 @@ def share_out(processes, device, source, data, rows, out, settings, spec, seed):
 
 def watch(workers, folder, out, shards):
     """Return when all workers have ended well; WaitError as soon as one has not, or none gives a sign of life."""
-    kept = "what is finished is kept: run the same command again to go on"
+    def stopped(rank, what):
+        end(workers)
+        count = len(list(out.glob("shard-*.safetensors")))
+        kept = f"{count} of {shards} shards are finished and kept: run the same command again to go on"
+        return WaitError(f"process {rank} of {len(workers)} {what}; {kept}. {last_words(folder, rank)}")
+
     with Console(stderr=True).status("starting") as status:
         for look in itertools.count():
             codes = [worker.poll() for worker in workers]
-            done = f"{len(list(out.glob('shard-*.safetensors')))} of {shards} shards"
             for rank, code in enumerate(codes):
                 if code:
-                    end(workers)
-                    raise WaitError(
-                        f"process {rank} of {len(workers)} {ending(code)}; the others were ended, {done} are finished. "
-                        f"{kept}. {last_words(folder, rank)}"
-                    )
+                    raise stopped(rank, f"{ending(code)}, the others were ended")
             if None not in codes:
                 return
             if look % LOOKS == 0:
-                status.update(done)
-                signs = [out, *out.glob(".claim-*"), *folder.glob("*.log")]
-                silent = time.time() - max((path.stat().st_mtime for path in signs if path.exists()), default=0)
+                status.update(f"{len(list(out.glob('shard-*.safetensors')))} of {shards} shards")
+                silent = time.time() - newest([out, *out.glob(".claim-*"), *folder.glob("*.log")])
                 if silent > SILENT_SECONDS:
-                    still = codes.index(None)
-                    end(workers)
-                    raise WaitError(
-                        f"process {still} of {len(workers)} and all that are at work gave no sign of life for "
-                        f"{silent / 60:.0f} minutes and were ended, {done} are finished. {kept}, with a smaller "
-                        f"--batch-size if a batch takes so long. {last_words(folder, still)}"
-                    )
+                    what = f"and the others gave no sign of life for {silent / 60:.0f} minutes and were ended"
+                    raise stopped(codes.index(None), f"{what} (a smaller --batch-size has more of them)")
             time.sleep(LOOK_SECONDS)
+
+
+def newest(paths):
+    """When the last of some files was written, those that are gone by now left out."""
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def ending(code):
