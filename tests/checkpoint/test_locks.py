@@ -114,7 +114,9 @@ def test_a_process_that_ended_and_that_nobody_looked_at_has_no_lock(path):
     "elsewhere",
     [
         "another-machine-17",
-        json.dumps({"owner": "abcdef-17", "host": "node-b", "pid": 17, "namespace": "pid:[1]", "started": 1, "since": 0}),
+        json.dumps(
+            {"owner": "abcdef-17", "host": "node-b", "pid": 17, "namespace": "pid:[1]", "started": 1, "since": 0}
+        ),
         lock_of(2**22 + 1, namespace="pid:[1]"),  # another container
     ],
 )

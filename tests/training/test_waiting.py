@@ -40,7 +40,10 @@ def process(rank, folder, first):
     "first, ends",
     [
         ("writes", ["done", "done"]),
-        ("fails", ["CheckpointWriteError: the disk is full", "first one, for writing student: it failed, and says why"]),
+        (
+            "fails",
+            ["CheckpointWriteError: the disk is full", "first one, for writing student: it failed, and says why"],
+        ),
         ("dies", [None, "WaitError: process 1 waited up to 0:00:30 for the first one, for writing student: "]),
         ("hangs", ["WaitError: process 0", "WaitError: process 1 waited up to 0:00:01 for the first one, for writing"]),
     ],

@@ -199,7 +199,9 @@ def locked(path, say=lambda text: None, limit=None):
                 )
             if waited - said >= SAY_SECONDS:
                 left = (limit - waited) / 3600
-                say(f"{who}; until it ends, is gone or is silent for {LOCK_SECONDS // 60} minutes, {left:.3g} h at most; {step}")
+                say(
+                    f"{who}; until it ends, is gone or is silent for {LOCK_SECONDS // 60} minutes, {left:.3g} h at most; {step}"
+                )
                 said = waited
         time.sleep(min(POLL_SECONDS, max(0.0, limit - waited)))
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.pipeline.targets import choose_dtype, fill_store, read_rows, share_out, store_spec
@@ -45,6 +46,8 @@ def cache_teacher(
 
     Example: xlstm-hybrid cache-teacher recipes/tiny_teacher/tiny-llama runs/rows runs/store --top-k 64
     """
+    if not estimate:
+        check_output(out, "folder", [teacher, rows])
     source = local_source(teacher, revision)
     tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
     data = read_rows(rows, source, expert)

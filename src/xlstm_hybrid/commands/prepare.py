@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Overwrite, Recipe
 from xlstm_hybrid.recipe.schema import load_recipe
 
@@ -22,6 +23,7 @@ def prepare(
 
     Example: xlstm-hybrid prepare recipes/tiny_teacher/tiny-llama runs/rows --recipe recipes/tiny.yaml --expert memory
     """
+    check_output(out, inputs=[tokenizer], overwrite=overwrite)
     loaded = load_recipe(recipe)
     rows = pipeline.prepare(tokenizer, out, loaded, expert, count, overwrite)
     print(f"{rows} rows of {loaded.length} tokens in {out}")

@@ -136,15 +136,17 @@ def share_out(processes, device, source, data, rows, out, settings, spec, seed):
         job = {"source": str(source), "rows": str(rows), "out": str(out), "settings": settings, "spec": spec}
         write_json(folder / "job.json", job | {"seed": seed, "processes": processes})
         # no bars in a file, and the modules of this process wherever they are from
-        quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        quiet = {
+            "TQDM_DISABLE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         for rank in range(processes):
             mine = f"cuda:{rank % torch.cuda.device_count()}" if device.startswith("cuda") else device
             command = [sys.executable, "-c", WORKER, str(folder), str(rank), mine, str(os.getpid())]
             with open(folder / f"{rank}.log", "wb") as log:
                 workers.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | quiet
-                    )
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | quiet)
                 )
         watch(workers, folder, out, len(settings["plan"][1]) - 1)
         for line in dict.fromkeys(line for rank in range(processes) for line in output(folder, rank)):
@@ -159,6 +161,7 @@ def share_out(processes, device, source, data, rows, out, settings, spec, seed):
 
 def watch(workers, folder, out, shards):
     """Return when all workers have ended well; WaitError as soon as one has not, or none gives a sign of life."""
+
     def stopped(rank, what):
         end(workers)
         count = len(list(out.glob("shard-*.safetensors")))
