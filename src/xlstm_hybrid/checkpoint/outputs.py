@@ -33,15 +33,13 @@ def check_output(path, kind="directory", inputs=(), overwrite=True, parents=Fals
     """
     assert kind in KINDS, kind
     path = Path(path)
+    if "\0" in str(path):
+        raise CheckpointWriteError(f"{str(path)!r}: is no name of a file; choose another")
     try:
         refuse(path, kind, inputs, overwrite, parents)
     except OSError as error:  # such as a name that is too long
         reason = error.strerror or error
         raise CheckpointWriteError(f"{path}: cannot be written to ({reason}); choose another place") from error
-    except ValueError as error:
-        if isinstance(error, (CheckpointError, CheckpointWriteError)):
-            raise
-        raise CheckpointWriteError(f"{str(path)!r}: is no name of a file ({error}); choose another") from error
 
 
 def refuse(path, kind, inputs, overwrite, parents):
@@ -70,13 +68,14 @@ def refuse(path, kind, inputs, overwrite, parents):
         target, read = path.resolve(), source.resolve()
         if read == target or (kind == "directory" and read.is_relative_to(target)):
             raise CheckpointWriteError(f"{path}: is or holds {source.name}, which is read; choose another place")
-    folder = path.absolute() if kind == "folder" else path.absolute().parent
+    wanted = folder = path.absolute() if kind == "folder" else path.absolute().parent
     while not os.path.lexists(folder):
-        if kind == "file" and not parents:
-            raise CheckpointWriteError(f"{path}: there is no directory {folder.name}; make it, or correct the path")
         folder = folder.parent
     if not folder.is_dir():
-        raise CheckpointWriteError(f"{path}: {folder.name} is a file, expected a directory; choose another place")
+        found = "a file" if folder.is_file() else "no directory"
+        raise CheckpointWriteError(f"{path}: {folder.name} is {found}, expected a directory; choose another place")
+    if kind == "file" and folder != wanted and not parents:
+        raise CheckpointWriteError(f"{path}: there is no directory {wanted.name}; make it, or correct the path")
     try:
         tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell: of root, of other file systems
     except OSError as error:
