@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
-from xlstm_hybrid.checkpoint.files import dead, not_written, owner
+from xlstm_hybrid.checkpoint.files import dead, not_written, owner, remove_abandoned
 from xlstm_hybrid.errors import WaitError
 
 LOCK_SECONDS = 600  # without a sign of life after which a lock of another machine counts for nothing
@@ -35,7 +35,8 @@ def try_lock(path):
         yield text is not None, lambda: os.utime(path) if written(path) == text else None
     finally:
         if text is not None and written(path) == text:  # else another has it: we were silent for long
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what it was for is done; it ends with this process
+                path.unlink(missing_ok=True)
 
 
 def take(path):
@@ -185,6 +186,8 @@ def locked(path, say=lambda text: None, limit=None):
     begin, said = time.monotonic(), -SAY_SECONDS
     limit = WAIT_SECONDS if limit is None else limit
     step = f"if that process is not at work, end it, or delete {path.parent.name}/{path.name}"
+    with contextlib.suppress(OSError):
+        remove_abandoned(path)
     while True:
         with try_lock(path) as (mine, alive):
             if mine:
