@@ -70,7 +70,7 @@ def test_a_file_is_accepted_new_there_and_as_a_device(place, monkeypatch):
 def test_what_is_there_is_replaced_only_if_asked(place):
     with pytest.raises(CheckpointError, match=r"full exists already and is not empty: choose .* allow overwriting"):
         check_output(place / "full", overwrite=False)
-    with pytest.raises(CheckpointError, match=r"file exists already: choose another file, or allow overwriting"):
+    with pytest.raises(CheckpointWriteError, match=r"file exists already: choose another file, or pass --overwrite"):
         check_output(place / "file", "file", overwrite=False)
     check_output(place / "empty", overwrite=False)
 

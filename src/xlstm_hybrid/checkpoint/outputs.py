@@ -27,9 +27,9 @@ def check_output(path, kind="directory", inputs=(), overwrite=True, parents=Fals
         overwrite: whether what is there may be replaced; a folder never is.
         parents: whether the directory of a file is made where it is missing; those of the others are.
     Raises:
-        CheckpointWriteError: the path leads through a file or nowhere, is of another kind, is what is read, or its file
-            system or permissions refuse.
-        CheckpointError: `path` is there, and is not to be replaced.
+        CheckpointWriteError: the path leads through a file or nowhere, is of another kind, is what is read, is a file
+            that is not to be replaced, or its file system or permissions refuse.
+        CheckpointError: `path` is a directory that is not to be replaced.
     """
     assert kind in KINDS, kind
     path = Path(path)
@@ -63,7 +63,7 @@ def refuse(path, kind, inputs, overwrite, parents):
                 f"{path.name} exists already and is not empty: choose another directory, or allow overwriting (--overwrite)"
             )
     if kind == "file" and path.exists() and not overwrite:
-        raise CheckpointError(f"{path.name} exists already: choose another file, or allow overwriting (--overwrite)")
+        raise CheckpointWriteError(f"{path.name} exists already: choose another file, or pass --overwrite")
     for source in [Path(source) for source in inputs if Path(source).exists()]:
         target, read = path.resolve(), source.resolve()
         if read == target or (kind == "directory" and read.is_relative_to(target)):

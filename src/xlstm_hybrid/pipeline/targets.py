@@ -231,7 +231,9 @@ def work():
     gone.
     """
     from datasets import load_from_disk
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # what is written goes to a file
     folder, rank, device, parent = sys.argv[1:]
     log = logging.getLogger("xlstm_hybrid")
     log.addHandler(logging.StreamHandler())
