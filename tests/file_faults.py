@@ -62,7 +62,7 @@ def failing(work, folder, fault, at):
     return reached, outcome
 
 
-def walk(work, folder, after, faults=FAULTS, fresh=lambda: None):
+def each_fails(work, folder, after, faults=FAULTS, fresh=lambda: None):
     """Let every operation of `work` fail once with each fault; `after(fault, outcome)` looks at what is left.
 
     Returns:

@@ -5,7 +5,7 @@ the same bytes.
 import os
 import shutil
 
-from file_faults import FAULTS, walk
+from file_faults import FAULTS, each_fails
 from test_store import build, bytes_of, data
 
 from xlstm_hybrid.checkpoint import locks
@@ -30,7 +30,7 @@ def test_a_store_whose_files_fail_one_by_one_has_the_same_bytes_in_the_end(tmp_p
         assert not list(out.glob(".*"))
         TeacherStore(out).verify()
 
-    found = walk(lambda: build(out, rows), out, after, fresh=lambda: shutil.rmtree(out, ignore_errors=True))
+    found = each_fails(lambda: build(out, rows), out, after, fresh=lambda: shutil.rmtree(out, ignore_errors=True))
     for fault, counts in found.items():
         assert sum(counts.values()) > 20 and set(counts) <= ALLOWED[fault], (fault, counts)
 
@@ -52,6 +52,6 @@ def test_a_lock_whose_files_fail_one_by_one_is_free_at_once(tmp_path, monkeypatc
         ]
 
     # what a power cut left
-    found = walk(work, tmp_path, after, fresh=lambda: path.write_text(""))
+    found = each_fails(work, tmp_path, after, fresh=lambda: path.write_text(""))
     for fault, counts in found.items():
         assert sum(counts.values()) > 5 and set(counts) <= ALLOWED[fault], (fault, counts)
