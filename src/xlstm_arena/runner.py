@@ -29,6 +29,7 @@ from xlstm_hybrid.planning.cache_size import cache_bytes
 
 RESULT_BYTES = 2**26
 POLL = 0.2  # seconds between two looks at the workers
+END = 10  # seconds that a worker has to end in, once it is told to
 DONE, FAILED, STALE, MISSING = "done", "failed", "stale", "not run"
 TEACHER_ARM = Arm(TEACHER, about="The teacher itself.", tier=1, stages=[])
 
@@ -329,7 +330,10 @@ class Crew:
         finally:
             for process in self.running.values():
                 process.terminate()
-                process.join()
+            for process in self.running.values():
+                process.join(END)
+                process.kill()  # one that does not listen
+                process.join(END)
 
     def next(self):
         """The first job whose beginning is there, taken from the list; one whose beginning has failed is written down

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from xlstm_hybrid.environment.versions import extra_of
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
@@ -85,6 +85,20 @@ class Commands(TyperGroup):
                 formatter.write_dl([(name.ljust(width), line) for name, line in commands.items()])
 
 
+class Command(TyperCommand):
+    """A command that, interrupted, says what was finished and how to go on; exit code 130."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            from xlstm_hybrid.pipeline.interrupted import after_interrupt
+
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"\n{after_interrupt(self.name, context.params)}", file=sys.stderr)  # below a bar, or ^C
+            raise typer.Exit(130) from None
+
+
 def load_command(name):
     """The command of a name, its module imported. One that takes a `typer.Context` hands further options to a trainer's
     config. The example in its help is folded as a shell allows it, so that it can be copied from a narrow terminal.
@@ -98,7 +112,7 @@ def load_command(name):
     lines = textwrap.wrap(example, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
     folded = " \\\n  ".join(lines)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(name, help=f"{text}\b\nExample:\n  {folded}", context_settings=settings)(function)
+    alone.command(name, cls=Command, help=f"{text}\b\nExample:\n  {folded}", context_settings=settings)(function)
     return typer.main.get_command(alone)
 
 
@@ -162,8 +176,7 @@ def run_app(app):
         needs = f"this command needs {error.name}: pip install 'xlstm-hybrid[{extra}]'"
         console.print(needs, style="red", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted: finished stages are kept, start the same command again to go on")
+    except KeyboardInterrupt:  # of typer's; `Command` says more
         sys.exit(130)
 
 

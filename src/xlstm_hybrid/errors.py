@@ -21,6 +21,10 @@ class CheckpointWriteError(XLSTMHybridError):
     """A checkpoint could not be written; whatever was there before is untouched."""
 
 
+class WaitError(XLSTMHybridError):
+    """Another process was waited for, and did not come to an end in time, or came to a bad one."""
+
+
 class DataError(XLSTMHybridError):
     """Training or evaluation data that cannot be used."""
 

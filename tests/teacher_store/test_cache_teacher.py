@@ -4,6 +4,7 @@ makes the store.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from peft import LoraConfig
 from test_sparse_kd import VOCAB, documents, llama, loss_by_hand, loss_of, tokenizer  # noqa: F401, a fixture
 from torch.nn.functional import log_softmax
 
+from xlstm_hybrid.checkpoint.files import owner
 from xlstm_hybrid.commands.cache_teacher import cache_teacher
 from xlstm_hybrid.data.vocabulary import vocabulary_hash
-from xlstm_hybrid.errors import ConfigError, DataError, StoreError
+from xlstm_hybrid.errors import ConfigError, DataError, StoreError, WaitError
+from xlstm_hybrid.pipeline import targets
 from xlstm_hybrid.teacher_store import TeacherStore, build_store, number_rows
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer, document_dataset
 from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
@@ -513,6 +516,84 @@ def test_what_holds_no_rows_is_refused(tmp_path, name, message):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=message):
         run(TINY, tmp_path / name, tmp_path / "store")
+
+
+# --- workers -------------------------------------------------------------------------------------------------------
+
+
+OTHERS = "import sys, time; time.sleep(0 if sys.argv[2] == '1' else 600);"  # process 1 does what follows, others wait
+
+
+@pytest.mark.parametrize(
+    "program, found",
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL .the system does that where memory is short"),
+        ("import os; os.kill(os.getpid(), 15)", "was ended by SIGTERM, the others"),
+        ("sys.exit('no room on the card')", "failed with exit code 1, the others"),
+        ("import no_such_module", "failed with exit code 1, the others"),
+    ],
+)
+def test_a_worker_that_dies_while_it_starts_ends_the_others_and_is_named(folder, tmp_path, monkeypatch, program, found):
+    """With more rows than any pipe between two processes holds."""
+    started, popen = [], subprocess.Popen
+
+    def watched(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(targets, "WORKER", f"print('loading', flush=True);{OTHERS}{program}")
+    monkeypatch.setattr(targets.subprocess, "Popen", watched)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows_of_text(count=600))))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/shard-00000.safetensors").write_bytes(b"finished")
+    with pytest.raises(WaitError) as stop:
+        run(TINY, tmp_path / "rows.jsonl", tmp_path / "store", "--processes", 3, "--shard-tokens", 8000)
+    text = str(stop.value)
+    assert re.match(f"process 1 of 3 {found}", text) and "loading" in text.partition("The end of its output:")[2]
+    assert "1 of 3 shards are finished and kept: run the same command again to go on" in text
+    if "import no_such" in program:
+        assert text.endswith("ModuleNotFoundError: No module named 'no_such_module'")
+    assert len(started) == 3 and [worker.poll() for worker in started][::2] == [-signal.SIGTERM] * 2
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["shard-00000.safetensors"]
+
+
+def test_workers_that_give_no_sign_of_life_are_ended(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "WORKER", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)")
+    monkeypatch.setattr(targets, "SILENT_SECONDS", -1)
+    monkeypatch.setattr(targets, "END_SECONDS", 0.1)
+    with pytest.raises(WaitError, match=r"process 0 of 2 and the others gave no sign of life for .* It wrote nothing"):
+        run(TINY, folder / "rows", tmp_path / "store", "--processes", 2)
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_interrupting_the_parent_ends_the_workers(folder, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def second_fails(*args, **kwargs):
+        if started:
+            raise KeyboardInterrupt
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(targets, "WORKER", "import time; time.sleep(600)")
+    monkeypatch.setattr(targets.subprocess, "Popen", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        targets.share_out(2, "cpu", TINY, None, folder / "rows", tmp_path / "store", {"plan": [{}, [0, 1]]}, {}, 0)
+    assert started[0].poll() == -signal.SIGTERM and not list((tmp_path / "store").iterdir())
+
+
+def test_a_store_that_another_launch_is_at_names_it(folder, tmp_path, caplog):
+    options = ["--top-k", 8, "--shard-tokens", 80]
+    run(TINY, folder / "rows", tmp_path / "store", *options)
+    (tmp_path / "store/shard-00001.json").unlink()
+    (tmp_path / "store/.claim-shard-00001.safetensors").write_text(owner(os.getppid()))
+    with pytest.raises(StoreError, match="2 of 3 shards are finished"):
+        run(TINY, folder / "rows", tmp_path / "store", *options)
+    who = f"process {os.getppid()} of this machine, since "
+    assert any("shard-00001.safetensors: made by another launch" in m and who in m for m in caplog.messages)
+    (tmp_path / "store/.claim-shard-00001.safetensors").write_text("")  # a lock that a power cut left empty
+    run(TINY, folder / "rows", tmp_path / "store", *options)
+    assert len(TeacherStore(tmp_path / "store").shards) == 3
 
 
 @pytest.mark.slow

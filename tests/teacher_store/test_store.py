@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_hybrid.checkpoint.locks import take
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, DataError, StoreError
 from xlstm_hybrid.teacher_store import (
     StoreCollator,
@@ -528,22 +527,6 @@ def test_two_writers_of_one_shard_are_harmless(made, tmp_path):
     spec = TeacherStore(out).spec
     write_shard(out, 2, data(), range(6, 9), targets, spec, batch_size=3)
     assert bytes_of(out) == bytes_of(made)
-
-
-def test_a_lock_of_the_living_is_respected_and_one_of_the_dead_is_not(tmp_path, monkeypatch):
-    path = tmp_path / ".claim"
-    assert take(path)
-    assert take(path)  # our own, left behind
-    from xlstm_hybrid.checkpoint.files import owner
-
-    path.write_text(owner(os.getppid()))
-    assert not take(path)
-    os.utime(path, (time.time() - 700,) * 2)
-    assert take(path)  # no sign of life for long
-    path.write_text("another-machine-17")
-    assert not take(path)
-    os.utime(path, (time.time() - 700,) * 2)
-    assert take(path)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_calculated(tmp_path, monkeypatch):

@@ -26,8 +26,13 @@ SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re
 
 
 def write_file(path, content):
-    """Write bytes to a temporary file, then rename: a reader sees the old content or the new one."""
+    """Write bytes to a temporary file, then rename: a reader sees the old content or the new one. A device or a pipe,
+    such as /dev/stdout, is written to as it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".tmp-{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "wb") as file:

@@ -3,6 +3,7 @@
 import typer
 
 from xlstm_hybrid import pipeline
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, Student, overrides_of
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.training.alignment import AlignmentConfig
@@ -16,6 +17,7 @@ def align(context: typer.Context, student: Student, out: Out, recipe: Recipe = T
     Example: xlstm-hybrid align runs/converted runs/aligned --recipe recipes/tiny.yaml
     """
     overrides = overrides_of(context, AlignmentConfig, student, out)
+    check_output(out, inputs=[student], overwrite=overwrite)
     figures = pipeline.align(student, out, load_recipe(recipe), overwrite, overrides)
     for layer in figures["relative_error"]:
         print(f"layer {layer['layer']}: relative error {layer['before']:.3f} -> {layer['after']:.3f}")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.conversion.load import load_tokenizer
@@ -47,6 +48,8 @@ def cache_teacher(
 
     Example: xlstm-hybrid cache-teacher recipes/tiny_teacher/tiny-llama runs/rows runs/store --top-k 64
     """
+    if not estimate:
+        check_output(out, "folder", [teacher, rows])
     source = local_source(teacher, revision)
     tokenizer = load_tokenizer(source)
     config = gguf_config(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
@@ -64,11 +67,10 @@ def cache_teacher(
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size}
     settings |= {"shard_tokens": shard_tokens, "batch_size": batch_size, "plan": plan}
     spec = store_spec(source, teacher, revision, tokenizer, dtype) | ({"seed": seed} if kind == "sampled" else {})
-    job = (device, source, data, out, settings, spec, seed)
     if processes > 1:
-        share_out(processes, *job)
+        share_out(processes, device, source, data, rows, out, settings, spec, seed)
     else:
-        fill_store(rank, world, *job)
+        fill_store(rank, world, device, source, data, out, settings, spec, seed)
     store = TeacherStore(out, partial=world > 1)
     if verify:
         store.verify()

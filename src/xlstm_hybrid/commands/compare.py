@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.files import PROVENANCE
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare as compare_results
 from xlstm_hybrid.evaluation.comparison import open_sides, read_costs, record_comparison
@@ -42,6 +44,10 @@ def compare(
         raise EvaluationError(
             f"--metric {' '.join(metric)}: expected BENCHMARK=METRIC, such as gsm8k=exact_match,flexible-extract"
         )
+    if out is not None:
+        check_output(out, "folder")
+    for entry in record or ():
+        check_output(Path(entry.partition("=")[2]) / PROVENANCE, "file")
     its, theirs = open_sides(teacher, students)
     costs = read_costs(cost, its, theirs) if cost else None
     chosen = [t for t in tasks.split(",") if t] if tasks else None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Out, Overwrite, Revision, Teacher
 from xlstm_hybrid.conversion.convert import convert as convert_teacher
 from xlstm_hybrid.errors import ConfigError
@@ -34,6 +35,7 @@ def convert(
 
     Example: xlstm-hybrid convert meta-llama/Llama-3.2-1B runs/converted --sliding-window 512
     """
+    check_output(out, inputs=[teacher], overwrite=overwrite)
     types = layer_types.split(",") if layer_types and layer_types != "teacher" else layer_types
     fields = {
         "sliding_window": sliding_window,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Overwrite, overrides_of
 from xlstm_hybrid.distil_xlstm import run
 from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig
@@ -38,6 +39,7 @@ def distil_xlstm(
         print(json.dumps(run.planned(loaded, teacher, rows, overrides), indent=1))
         return
     folder = Path(out or loaded.out)
+    check_output(folder, "folder", [teacher])
     folder.mkdir(parents=True, exist_ok=True)
     run.make_student(loaded, teacher, folder, overwrite)
     log = run.distil(folder / "converted", teacher, folder / "student", loaded, rows, overwrite, overrides)

@@ -1,6 +1,5 @@
 """`xlstm-hybrid doctor`: what to look at first, and what to paste into an issue."""
 
-import json
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -9,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.doctor import diagnose, wrong
 
 WIDTHS = (20, 28, 7, 42)  # of the columns: 100 characters are what an issue shows without scrolling
@@ -22,6 +23,8 @@ def doctor(out: Annotated[Path | None, Option("--json", help="File for what was 
 
     Example: xlstm-hybrid doctor --json doctor.json
     """
+    if out is not None:
+        check_output(out, "file")
     found = diagnose()
     for section, rows in found.items():
         typer.secho(f"# {section}", bold=True)
@@ -31,7 +34,7 @@ def doctor(out: Annotated[Path | None, Option("--json", help="File for what was 
     print(f"wrong: {', '.join(faults)}" if faults else "nothing is wrong")
     if out is not None:
         sections = {section: [row._asdict() for row in rows] for section, rows in found.items()}
-        out.write_text(json.dumps({"wrong": faults, "sections": sections}, indent=1), encoding="utf-8")
+        write_json(out, {"wrong": faults, "sections": sections})
     if faults:
         raise typer.Exit(1)
 

@@ -8,6 +8,8 @@ import torch
 from rich.console import Console
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.files import PROVENANCE
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.compare import print_section
 from xlstm_hybrid.commands.options import Teacher
 from xlstm_hybrid.environment.precision import dtype_for
@@ -51,6 +53,9 @@ def efficiency(
 
     Example: xlstm-hybrid efficiency recipes/tiny_teacher/tiny-llama runs/tiny/student --out efficiency --lengths 1024
     """
+    check_output(out, "folder", [teacher, student])
+    if record:
+        check_output(Path(student) / PROVENANCE, "file")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():

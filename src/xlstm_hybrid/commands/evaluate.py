@@ -1,12 +1,13 @@
 """`xlstm-hybrid evaluate`: scores as a recipe's section `evaluate` asks for them."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Recipe
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.scores import named_contradictions
@@ -22,6 +23,8 @@ def evaluate(
 
     Example: xlstm-hybrid evaluate runs/tiny/student --recipe recipes/tiny.yaml --out scores.json
     """
+    if out is not None:
+        check_output(out, "file")
     loaded = load_recipe(recipe)
     if loaded.evaluate is None:
         raise ConfigError(
@@ -32,6 +35,6 @@ def evaluate(
         score = result["exact_match"].get(name)
         print(f"{name:<12} {'' if score is None else f'exact match {score:6.1%}':<19} perplexity {value:.3f}")
     if out is not None:
-        out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(out, result)
     if result["contradictions"]:
         raise EvaluationError(named_contradictions({model.name: result["contradictions"]}))

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.pipeline import make_experts
-from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher
 
 
 def experts(
@@ -23,4 +24,6 @@ def experts(
 
     Example: xlstm-hybrid experts recipes/tiny.yaml --only memory
     """
-    make_experts(load_recipe(recipe), out, only or (), start, redo, merge)
+    loaded = load_recipe(recipe)
+    check_output(out or loaded.out, "folder", [resolve_teacher(loaded), *([start] if start else ())])
+    make_experts(loaded, out, only or (), start, redo, merge)

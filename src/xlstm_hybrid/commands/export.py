@@ -5,6 +5,7 @@ from typing import Annotated
 
 from typer import Argument
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Overwrite
 from xlstm_hybrid.hub.export import export as export_checkpoint
 
@@ -20,4 +21,5 @@ def export(
 
     Example: xlstm-hybrid export runs/tiny/student exported
     """
+    check_output(out, inputs=[checkpoint], overwrite=overwrite)
     print(export_checkpoint(checkpoint, out, overwrite=overwrite))

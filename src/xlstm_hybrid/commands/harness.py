@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Revision
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import EvaluationError
@@ -51,6 +52,7 @@ def harness(
 
     Example: xlstm-hybrid harness runs/tiny/student --tasks domains,needle_4k --out results/student
     """
+    check_output(out, "folder", [model])
     warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
     documents = {"samples": samples, "depths": depths, "seed": seed, "limit": limit, "batch_size": batch_size}
     documents |= {"max_length": max_length, "include": include, "chat": chat, "allow_code": allow_code}

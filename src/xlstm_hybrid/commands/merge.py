@@ -6,6 +6,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Overwrite
 from xlstm_hybrid.errors import MergeError
 from xlstm_hybrid.merging.merge import merge as merge_checkpoints
@@ -35,6 +36,7 @@ def merge(
 
     Example: xlstm-hybrid merge runs/merged runs/tiny/experts/symbols runs/tiny/experts/memory --weights 0.5,0.5
     """
+    check_output(out, inputs=[*experts, *(statistics or ()), *([base] if base else ())], overwrite=overwrite)
     settings = {"method": method, "base": base, "overwrite": overwrite, "unrecorded": unrecorded}
     settings["options"] = {name: parse_number(value, name) for name, value in parse_pairs("--option", option)}
     settings["statistics"] = statistics or None

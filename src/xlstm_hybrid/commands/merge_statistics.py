@@ -7,8 +7,9 @@ from typing import Annotated
 from transformers import AutoTokenizer
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.data import packed_rows
-from xlstm_hybrid.errors import CheckpointWriteError, ConfigError
+from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.pipeline.merging import write_statistics
 from xlstm_hybrid.recipe.schema import load_recipe
 
@@ -28,8 +29,7 @@ def merge_statistics(
 
     Example: xlstm-hybrid merge-statistics runs/tiny/experts/memory tiny --expert memory --out memory.safetensors
     """
-    if out.exists() and not overwrite:
-        raise CheckpointWriteError(f"{out.name} exists already: choose another file, or pass --overwrite")
+    check_output(out, "file", [data], overwrite, parents=True)
     if data.is_dir():  # of `prepare`
         from datasets import load_from_disk
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument
 
 from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.merging.merge import mergekit_architecture as describe
 
 
@@ -17,5 +18,6 @@ def mergekit_architecture(
 
     Example: xlstm-hybrid mergekit-architecture runs/tiny/student xlstm_hybrid.json
     """
+    check_output(out, "file")
     write_json(out, describe(checkpoint))
     print(f"wrote {out}")

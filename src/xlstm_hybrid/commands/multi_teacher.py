@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Out, Overwrite, Recipe, overrides_of
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.recipe.schema import load_recipe
@@ -35,4 +36,5 @@ def multi_teacher(
         raise ConfigError(f"--expert {wrong[0]}: expected NAME=DIRECTORY")
     if len(dict(named)) < len(named):
         raise ConfigError(f"--expert: {[name for name, _ in named]} names an expert twice")
+    check_output(out, inputs=[student, *dict(named).values()], overwrite=overwrite)
     print(json.dumps(pipeline.multi_teacher(student, dict(named), out, load_recipe(recipe), overwrite, overrides)))

@@ -1,6 +1,5 @@
 """`xlstm-hybrid plan`: what a run will need, before it starts."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Revision
 from xlstm_hybrid.planning.run import hours, human, machine_of, read_config, settings_text
 from xlstm_hybrid.planning.run import plan as plan_run
@@ -38,6 +39,8 @@ def plan(
 
     Example: xlstm-hybrid plan Qwen/Qwen3-1.7B --gpus 4 --memory 24 --recipe recipes/qwen3-1.7b.yaml
     """
+    if out is not None:
+        check_output(out, "file")
     loaded = load_recipe(recipe) if recipe else None
     machine = machine_of(gpus, memory * 1e9, gpu, tflops and tflops * 1e12, utilisation)
     found = plan_run(read_config(teacher, revision), machine, loaded, name=Path(teacher).name)
@@ -45,7 +48,7 @@ def plan(
     for part in plan_lines(found):
         console.print(part)
     if out is not None:
-        out.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+        write_json(out, found.as_dict())
     if not found.fits:
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.files import read_json, write_file
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.conversion.convert import from_teacher
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.data.long_context import documents
@@ -55,6 +56,8 @@ def plan_layers(
 
     Example: xlstm-hybrid plan-layers Qwen/Qwen3-1.7B --budget 64MB --length 32768 --out student.yaml
     """
+    for path in filter(None, (save_ranking, out, report)):
+        check_output(path, "file", [ranking] if ranking else ())
     if measure and ranking is not None:
         raise ConfigError("--measure and --ranking: expected one of them; leave --measure out to use the file")
     chosen = {"sliding_window": window, "num_sink_tokens": sinks}

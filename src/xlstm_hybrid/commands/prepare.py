@@ -8,6 +8,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from xlstm_hybrid import pipeline
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Overwrite
 from xlstm_hybrid.data import IGNORE, packed_rows, pieces, scored_runs
 from xlstm_hybrid.errors import ConfigError
@@ -45,6 +46,8 @@ def prepare(
         loaded = load_recipe(recipe or TINY)
     if out is None and (show is None or count is not None or overwrite):
         raise ConfigError("no OUT for the rows: name a folder, or print some of them with --show 3 alone")
+    if out is not None:
+        check_output(out, inputs=[tokenizer], overwrite=overwrite)
     if show is not None:
         show_documents(tokenizer, loaded, expert, show)
     if out is not None:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.pipeline import Run
-from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher
 
 
 def run(
@@ -20,4 +21,6 @@ def run(
 
     Example: xlstm-hybrid run tiny --out runs/tiny
     """
-    Run(load_recipe(recipe), out, redo).run()
+    loaded = load_recipe(recipe)
+    check_output(out or loaded.out, "folder", [resolve_teacher(loaded)])
+    Run(loaded, out, redo).run()

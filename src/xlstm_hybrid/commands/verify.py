@@ -1,6 +1,5 @@
 """`xlstm-hybrid verify`: whether a student is the same model in all the ways that it can be run."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint
 
 
@@ -27,6 +28,8 @@ def verify(
 
     Example: xlstm-hybrid verify runs/tiny/student --json verify.json
     """
+    if out is not None:
+        check_output(out, "file")
     columns = ("check", "dtype", "largest difference", "allowed", "verdict")
     table = Table(*columns, caption="in standard deviations of the logits")
     with Console(stderr=True).status("checking") as status:
@@ -42,8 +45,6 @@ def verify(
         if r.note:
             console.print(f"{r.name}: {r.note}", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
-        out.write_text(
-            json.dumps(checks_as_json(results, model=Path(model).name, device=device), indent=1), encoding="utf-8"
-        )
+        write_json(out, checks_as_json(results, model=Path(model).name, device=device))
     if not all(r.passed for r in results):
         raise typer.Exit(1)

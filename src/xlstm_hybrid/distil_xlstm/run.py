@@ -1,6 +1,5 @@
 """A run of Distil-xLSTM: teacher -> converted student -> Delta-distillation -> scores and curves (arXiv 2503.18565)."""
 
-import contextlib
 import time
 
 from xlstm_hybrid.checkpoint.files import markdown_table, read_json, read_provenance
@@ -16,6 +15,7 @@ from xlstm_hybrid.pipeline.settings import batch_of, is_main, processes, trainer
 from xlstm_hybrid.pipeline.stages import finish, load_teacher, loading_device, rows_cache, train_from_newest, workspace
 from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import Recipe, faults, read_yaml
+from xlstm_hybrid.training.distributed import first_process_works
 
 NEEDED = {"name", "teacher", "out", "student", "data", "delta"}
 OPTIONAL = {"evaluate", "revision", "teacher_dtype", "seed"}
@@ -101,12 +101,11 @@ def make_student(recipe, teacher, folder, overwrite):
             f"{finished}: exists already; pass --overwrite to replace it once the new one is complete, or another --out"
         )
     revision = {"revision": recipe.revision} if recipe.revision else {}
-    order = contextlib.nullcontext()
     if processes() > 1:
         from accelerate import PartialState
 
-        order = PartialState().main_process_first()
-    with order:
+        PartialState()  # the group of the processes
+    with first_process_works(f"converting {out.name}"):
         if not is_main():
             return
         if not out.exists() or overwrite:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -73,10 +74,11 @@ class Runner:
     def make(self, *stages):
         """Make stages, in this order, or take what an earlier run made of them.
 
-        Of several processes with one run directory one makes a stage; the others wait for it and take it.
+        Of several processes with one run directory one makes a stage; the others say that they wait for it, and take it.
 
         Raises:
             ConfigError: a folder was made from something else, and `redo` is not set.
+            WaitError: another process has been at a stage for longer than a day.
         """
         for stage in stages:
             inputs = [self.path(source) for source in stage.inputs]
@@ -85,11 +87,7 @@ class Runner:
                 continue
             note = self.out / stage.note
             note.parent.mkdir(parents=True, exist_ok=True)
-            waiting, lock = (
-                f"{stage.name}: waiting for another launch (process %s)",
-                note.with_name(f".claim-{note.stem}"),
-            )
-            with locked(lock, lambda who, waiting=waiting: self.console.print(waiting % who)):
+            with locked(note.with_name(f".claim-{note.stem}"), partial(self.say_waiting, stage.name)):
                 spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)
                 self.outcomes[stage.name] = self.reuse(stage, note, spec, inputs) or self.build(
                     stage, note, spec, inputs
@@ -139,6 +137,9 @@ class Runner:
         self.seconds[stage.name] = self.reused[stage.name] = before["seconds"]
         self.console.print(f"[dim]{stage.name}: kept from an earlier run ({before['seconds']:.0f} s)[/dim]")
         return before
+
+    def say_waiting(self, name, who):
+        self.console.print(f"{name}: waiting for another launch: {who}", markup=False, soft_wrap=True)
 
     def say(self, who, what):
         self.console.print(f"  {who:>12}  {what}", markup=False, highlight=False, soft_wrap=True)

@@ -278,6 +278,7 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
     it is there.
     """
     from xlstm_hybrid.training.checkpoints import collect_weights
+    from xlstm_hybrid.training.distributed import first_process_works
     from xlstm_hybrid.training.metrics import PLOTS
 
     accelerator = trainer.accelerator
@@ -286,7 +287,7 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
     if state is None and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     accelerator.wait_for_everyone()
-    try:
+    with first_process_works(f"writing {Path(out).name}"):
         if accelerator.is_main_process:
             with staged(out, overwrite=overwrite) as folder:
                 model.save_pretrained(folder, state_dict=state)
@@ -300,8 +301,6 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
                 record["config"] = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
                 add_provenance(folder, stage, parent=parents[0], **record)
                 write_manifest(folder)
-    finally:
-        accelerator.wait_for_everyone()
 
 
 def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):

@@ -5,15 +5,18 @@ it is there whole or not at all, and whoever writes it writes the same bytes. Lo
 same work; nothing depends on them.
 """
 
+import contextlib
 import hashlib
+import logging
 import os
+import shutil
 import uuid
 from pathlib import Path
 
 import numpy as np
 
 from xlstm_hybrid.checkpoint.files import check_space, digest, owner, read_json, sync, write_json
-from xlstm_hybrid.checkpoint.locks import gone, try_lock
+from xlstm_hybrid.checkpoint.locks import gone, try_lock, who_holds, written
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -155,7 +158,7 @@ def build_store(
         plan: of `plan_store`, made here if None.
         report: function of (finished shards, all shards).
     Returns:
-        The index.
+        The index; of a shard that another process has begun and not finished, the log says whose it is.
     Raises:
         ConfigError: a kind, k or V that cannot be stored. StoreError: the directory holds a store of something else.
         CheckpointWriteError: the disk has not 105 % of what is still to be written, or refused. DataError: rows or
@@ -170,28 +173,55 @@ def build_store(
     out = Path(out)
     fields, first = plan or plan_store(rows, vocab_size, shard_tokens)
     spec = {**(spec or {}), **fields, "kind": kind, "k": k, "temperature": float(temperature), "vocab_size": vocab_size}
-    out.mkdir(parents=True, exist_ok=True)
-    index = refresh_index(out, spec, first)
-    count = len(first) - 1
-    missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
-    share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
-    check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-    for path in out.glob(".tmp-shard-*"):  # what killed processes of this machine had begun to write
+    with named(out):
+        out.mkdir(parents=True, exist_ok=True)
+        index = refresh_index(out, spec, first)
+        count = len(first) - 1
+        missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
+        share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
+        check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
+        remove_left_behind(out)
+        order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
+        for j in [*order, *order]:  # twice: what another process had locked may have been left behind
+            if entry_of(out, j, spec) is None:
+                with try_lock(out / f".claim-{shard_name(j)}") as (mine, alive):
+                    if mine:
+                        write_shard(out, j, rows, range(first[j], first[j + 1]), targets, spec, batch_size, alive)
+            if report is not None:
+                report(sum((out / shard_name(i)).exists() for i in range(count)), count)
+        index = refresh_index(out, spec, first)
+        for name in map(shard_name, range(count)):
+            if name not in index["shards"] and (who := who_holds(out / f".claim-{name}")):
+                logging.getLogger(__name__).warning("%s: made by another launch (%s), not waited for", name, who)
+        return index
+
+
+@contextlib.contextmanager
+def named(out):
+    """What the system refuses in the block, as an error that says where."""
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename).name if error.filename else out.name
+        raise CheckpointWriteError(
+            f"{out.name}: {where} cannot be written or read ({error.strerror or error}): mend that, make room or choose another "
+            "directory, and run the same command again; finished shards are kept"
+        ) from error
+
+
+def remove_left_behind(out):
+    """Remove what processes of this machine that are gone had begun to write in a store, and their locks."""
+    for path in out.glob(".tmp-*"):
         if gone("-".join(path.name.split("-")[-3:-1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in out.glob(".claim-*"):
+        if gone(written(path) or ""):
             path.unlink(missing_ok=True)
-    order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
-    for j in [*order, *order]:  # twice: what another process had locked may have been left behind
-        if entry_of(out, j, spec) is None:
-            with try_lock(out / f".claim-{shard_name(j)}") as (mine, alive):
-                if mine:
-                    write_shard(out, j, rows, range(first[j], first[j + 1]), targets, spec, batch_size, alive)
-        if report is not None:
-            report(sum((out / shard_name(i)).exists() for i in range(count)), count)
-    return refresh_index(out, spec, first)
 
 
 def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: None):
     """Calculate and write one shard, then its entry."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     inputs = [row_input(rows[n], n, spec["vocab_size"]) for n in numbers]
@@ -212,9 +242,9 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
         entry |= {"size": temporary.stat().st_size, "sha256": digest(temporary)}
         os.replace(temporary, out / name)
         sync(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the serialiser has an error of its own
         raise CheckpointWriteError(
-            f"could not write {name} ({error.strerror or error}): make room and run the same command again; finished shards "
+            f"could not write {name} ({getattr(error, 'strerror', None) or error}): make room and run the same command again; finished shards "
             "are kept"
         ) from error
     finally:

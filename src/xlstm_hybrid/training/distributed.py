@@ -4,14 +4,17 @@ Under FSDP2 parameters stay float32 and are gathered and reduced as such; bfloat
 it is under DDP, so that gates stay in float32 and one process, DDP and FSDP2 calculate the same.
 """
 
+import contextlib
 import os
 import re
+from datetime import timedelta
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.errors import ConfigError, WaitError
 
+FIRST_SECONDS = 6 * 3600  # that the others wait for what the first process does alone, such as writing a student
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -68,6 +71,42 @@ def check_precision(trainer):
             f"bf16: {count} processes calculate in bfloat16 and the others in float32, each as its machine is quicker; "
             "expected one precision: set bf16 in the recipe, or --bf16, for all of them"
         )
+
+
+@contextlib.contextmanager
+def first_process_works(what, seconds=None):
+    """Around a block in which the first process does something alone; the others wait for it at its end.
+
+    They wait in a group of their own, so that the timeout of training's collectives (10 minutes on GPUs) is not that of
+    a large file. In one process it does nothing.
+
+    Args:
+        what: words for what is done, for the error.
+        seconds: that they wait at most, `FIRST_SECONDS` by default.
+    Raises:
+        WaitError: in the others: it failed, is gone, or took longer.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    limit = timedelta(seconds=FIRST_SECONDS if seconds is None else seconds)
+    group, rank, done = torch.distributed.new_group(backend="gloo", timeout=limit), torch.distributed.get_rank(), False
+    try:
+        yield
+        done = True
+    finally:
+        try:
+            torch.distributed.monitored_barrier(group, limit)
+            good = torch.tensor([done], dtype=torch.uint8)
+            torch.distributed.broadcast(good, 0, group)
+            reason = None if good.item() else "it failed, and says why above"
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+        if reason is not None and done:  # else the block's own error goes on
+            raise WaitError(
+                f"process {rank} waited up to {limit} for the first one, for {what}: {reason}; nothing half-written is left, "
+                "mend what stopped it and start all processes again"
+            )
 
 
 def prepare_teacher(trainer, teacher):
