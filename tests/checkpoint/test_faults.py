@@ -6,6 +6,7 @@ quick tests.
 """
 
 import builtins
+import contextlib
 import errno
 import functools
 import io
@@ -19,26 +20,42 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from conftest import tiny_student, token_ids
+from datasets import Dataset
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.checkpoint import files
 from xlstm_hybrid.checkpoint.files import (
     add_provenance,
     append_stage,
+    checkpoints_by_step,
+    clean_abandoned,
     read_provenance,
     staged,
     verify_files,
     write_manifest,
 )
+from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import XLSTMHybridError
+from xlstm_hybrid.hub.export import export
+from xlstm_hybrid.merging.merge import merge
+from xlstm_hybrid.pipeline import runner
 from xlstm_hybrid.reports.card import write_card
+from xlstm_hybrid.state import load_state, prefill, save_state
+from xlstm_hybrid.training.resume import Resumable
 
 RAISED = {"full": errno.ENOSPC, "broken": errno.EIO, "refused": errno.EACCES}
 KINDS = (*RAISED, "interrupted", "killed")
 TAKES_ROOM = {"open", "write", "sendfile", "mkdir", "fsync", "save_file", "tokenizer", "posix_fallocate", "link"}
 QUICK = 14  # operations of a command that go wrong in the quick tests
+TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 LEFT = (".tmp", ".old", ".claim", ".run")
 
 
@@ -70,8 +87,9 @@ class Disk:
 
         @functools.wraps(function)
         def operation(*args, **kwargs):
-            if counts(*args, **kwargs) and self.below(args[where], kwargs):
-                beside = args[where] if name == "save_file" else None
+            path = kwargs["save_directory"] if "save_directory" in kwargs else args[where]
+            if counts(*args, **kwargs) and self.below(path, kwargs):
+                beside = path if name == "save_file" else None
                 self.step(name or attribute, lambda: self.half_beside(beside), error)
             return function(*args, **kwargs)
 
@@ -236,6 +254,12 @@ class ReplaceInTwo(Replace):
         files.exchange = lambda *_: False
         super().run(root)
 
+    def state(self, root):
+        # between the two renames: both are there, under names from which the next command and the doctor go on
+        if not (root / "out").exists() and {p.name[:5] for p in root.iterdir()} == {".old-", ".tmp-"}:
+            return "old"
+        return super().state(root)
+
 
 class Create(Replace):
     def make(self, root):
@@ -245,6 +269,128 @@ class Create(Replace):
         return super().state(root) if (root / "out").exists() else "old"
 
 
+class Convert:
+    directory = "student"
+
+    def make(self, root):
+        self.run(root, window=5)
+
+    def run(self, root, window=9):
+        if not (root / "teacher").exists():
+            root.mkdir()
+            shutil.copytree(TEACHER, root / "teacher")
+        convert(root / "teacher", root / "student", sliding_window=window, overwrite=True, shard_bytes=2**19)
+
+    def state(self, root):
+        stages_of(root / self.directory)
+        window = json.loads((root / self.directory / "config.json").read_text())["sliding_window"]
+        return {5: "old", 9: "new"}[window]
+
+
+class Export(Convert):
+    directory = "exported"
+
+    def make(self, root):
+        super().make(root)
+        self.run(root)
+        Convert().run(root)
+
+    def run(self, root, window=9):
+        if (root / "teacher").exists():
+            export(root / "student", root / "exported", overwrite=True)
+        else:
+            super().run(root, window)
+
+
+class Merge:
+    def make(self, root):
+        root.mkdir()
+        for n in (1, 2):
+            torch.manual_seed(n)
+            convert(TEACHER, root / f"expert-{n}", sliding_window=9)
+        self.run(root, weights=[0.75, 0.25])
+
+    def run(self, root, weights=(0.5, 0.5)):
+        experts = [root / "expert-1", root / "expert-2"]
+        merge(experts, root / "merged", weights=list(weights), overwrite=True, unrecorded=True, shard_bytes=2**19)
+
+    def state(self, root):
+        stages_of(root / "merged")
+        (record,) = [stage for stage in read_provenance(root / "merged") if stage["stage"] == "merge"]
+        return {0.5: "new"}.get(record["config"]["experts"][0]["weight"], "old")
+
+
+class SaveState:
+    model = functools.cached_property(lambda self: tiny_student(torch.float32))
+
+    def make(self, root):
+        root.mkdir()
+        self.run(root, 11)
+
+    def run(self, root, tokens=5):
+        save_state(prefill(self.model, token_ids(1, tokens)), root / "text.safetensors", self.model)
+
+    def state(self, root):
+        return {11: "old", 5: "new"}[load_state(root / "text.safetensors", self.model).get_seq_length()]
+
+
+class Plain(Resumable, SFTTrainer):
+    """TRL's own trainer."""
+
+
+def trainer_of(folder, **settings):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0})), pad_token="<pad>")
+    rows = [{"input_ids": ids, "labels": ids, "position_ids": list(range(6))} for ids in token_ids(4, 6).tolist()]
+    shared = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "max_length": None}
+    shared |= {"save_strategy": "steps", "save_steps": 1, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    shared |= {"disable_tqdm": True, "gradient_checkpointing": False, "remove_unused_columns": False}
+    return Plain(
+        model=tiny_student(torch.float32, num_hidden_layers=1),
+        args=SFTConfig(**shared | settings),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        processing_class=words,
+    )
+
+
+class Checkpoint:
+    """A trainer's third checkpoint, and the removal of the first."""
+
+    def make(self, root):
+        root.mkdir()
+        self.trainer = trainer_of(root, max_steps=2, save_total_limit=2)
+        self.trainer.train()
+        self.trainer.state.global_step = 3
+
+    def run(self, root):
+        clean_abandoned(root)
+        self.trainer.args.output_dir = str(root)
+        self.trainer._save_checkpoint(self.trainer.model, None)
+
+    def state(self, root):
+        there = [path.name for path in checkpoints_by_step(root)]
+        for name in there:
+            verify_files(root / name)
+        assert {"checkpoint-1", "checkpoint-2"} & set(there)
+        return "new" if "checkpoint-3" in there else "old"
+
+
+class Note:
+    """A stage of a run and its note, by which the next run knows it."""
+
+    def make(self, root):
+        root.mkdir()
+
+    def run(self, root):
+        runner.locked = lambda *_: contextlib.nullcontext()  # locks are not part of what is written
+        stage = runner.Stage("count", (), lambda: {"answer": 42}, note="notes/count.json")
+        runner.Runner(root, console=Console(quiet=True)).make(stage)
+
+    def state(self, root):
+        note = root / "notes" / "count.json"
+        return "new" if note.is_file() and json.loads(note.read_text())["answer"] == 42 else "old"
+
+
 COMMANDS = {
     "append_stage": Append(),
     "write_card": Card(),
@@ -252,6 +398,12 @@ COMMANDS = {
     "a new directory": Create(),
     "a directory replaced": Replace(),
     "a directory replaced without exchange": ReplaceInTwo(),
+    "convert": Convert(),
+    "export": Export(),
+    "merge": Merge(),
+    "save_state": SaveState(),
+    "a trainer's checkpoint and rotation": Checkpoint(),
+    "a stage's note": Note(),
 }
 
 
@@ -288,9 +440,9 @@ def walk(command, folder, quick):
     assert condition(command, folder / "dry") == ("new", None) and not left_in(folder / "dry")
     points = [(kind, at) for at in range(len(names)) for kind in KINDS]
     outcomes, wrong = Counter({"operations": len(names), "points": 0}), []
-    for n, (kind, at) in enumerate(points):
-        if quick and n % (len(points) // QUICK or 1):
-            continue
+    step = len(points) // QUICK if quick else 1
+    step += step > 1 and step % len(KINDS) == 0  # or else only one kind would be seen
+    for kind, at in points[::step]:
         root = folder / "try"
         shutil.copytree(made, root)
 

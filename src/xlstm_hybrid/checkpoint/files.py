@@ -52,9 +52,10 @@ def staged_file(path, needed=0, tidy=True):
         os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # safetensors gives a file to its owner alone
         os.replace(folder / path.name, path)
     except Exception as error:
-        remove(folder)
         if (found := disk_error(error)) is None:
             raise
+        needed = max(needed, size_of(folder))
+        remove(folder)
         raise not_written(path, found, needed) from error
     finally:
         remove(folder)
@@ -76,7 +77,7 @@ def disk_error(error):
     return error if isinstance(error, OSError) else None
 
 
-def not_written(path, error, needed):
+def not_written(path, error, needed=0):
     """The CheckpointWriteError for what the disk refused while `path`, of `needed` bytes, was written."""
     step, folder = "allow writing there, or choose another directory", existing(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -88,6 +89,11 @@ def not_written(path, error, needed):
     return CheckpointWriteError(
         f"could not write {Path(path).name} ({error.strerror or error}): {step}; what was there before is untouched"
     )
+
+
+def size_of(directory):
+    """Bytes of all files in a directory and below."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def existing(path):
@@ -229,10 +235,16 @@ def remove_abandoned(path):
 
 
 def clean_abandoned(directory):
-    """`remove_abandoned` for all that killed processes of this machine had begun in `directory`."""
+    """`remove_abandoned` for all that killed processes of this machine had begun in `directory`, and their locks."""
+    done = []
+    for lock in Path(directory).glob(".claim-*"):
+        with contextlib.suppress(OSError):
+            if dead(lock.read_text(errors="replace")):
+                lock.unlink()
+                done.append(f"undone: the lock {lock.name}, its process is no more")
     left = [*Path(directory).glob(".old-*-*-*-*"), *Path(directory).glob(".tmp-*-*-*-*")]
     paths = {folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]: None for folder in left}
-    return [text for path in paths for text in remove_abandoned(path)]
+    return done + [text for path in paths for text in remove_abandoned(path)]
 
 
 def exchange(one, other):
@@ -310,10 +322,10 @@ def staged(path, overwrite=False, needed=0):
     except Exception as error:
         if (found := disk_error(error)) is None:
             raise
-        written = sum(p.stat().st_size for p in temporary.rglob("*") if p.is_file())
+        needed = max(needed, size_of(temporary))
         if not retired.exists():
             remove(temporary)
-        raise not_written(path, found, max(needed, written)) from error
+        raise not_written(path, found, needed) from error
     finally:
         if not retired.exists():  # else it may be the only whole one
             remove(temporary)

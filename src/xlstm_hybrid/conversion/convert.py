@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import initialization as init
 
-from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
 from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
@@ -259,10 +259,10 @@ def convert(
         transfer.check_ties()
         report, shapes = transfer.report(), transfer.expected
         bytes_per_element = {name: dtype.itemsize for name, dtype in transfer.dtypes.items()}
-        check_space(out, sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items()))
+        needed = sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items())
         chosen |= {"layer_types": report.layer_types, "dtype": report.dtype, "teacher": source.name}
         chosen |= {"revision": source.revision, **overrides}
-        with staged(out, overwrite=overwrite) as directory:
+        with staged(out, overwrite, needed) as directory:
             write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, shard_bytes)
             transfer.config.save_pretrained(directory)
             report.files = source.copy_files(directory)

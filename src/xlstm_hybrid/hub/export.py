@@ -24,7 +24,6 @@ from xlstm_hybrid.checkpoint.files import (
     MANIFEST,
     PROVENANCE,
     add_provenance,
-    check_space,
     contained,
     read_json,
     staged,
@@ -273,8 +272,7 @@ def export(checkpoint, out, overwrite=False):
     if (checkpoint / MANIFEST).is_file():
         verify_files(checkpoint)
     config, names = config_values(checkpoint), copied_files(checkpoint)
-    check_space(out, sum((checkpoint / name).stat().st_size for name in names))
-    with staged(out, overwrite=overwrite) as directory:
+    with staged(out, overwrite, sum((checkpoint / name).stat().st_size for name in names)) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
         copy_settings(checkpoint, directory, checkpoint.name)

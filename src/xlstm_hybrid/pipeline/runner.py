@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.files import clean_abandoned, not_written, write_json
 from xlstm_hybrid.checkpoint.locks import locked
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
@@ -78,7 +78,11 @@ class Runner:
                 self.outcomes[stage.name] = stage.build(*self.folder_of(stage), *inputs)
                 continue
             note = self.out / stage.note
-            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                note.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_written(note, error) from error
+            clean_abandoned(note.parent)
             waiting, lock = (
                 f"{stage.name}: waiting for another launch (process %s)",
                 note.with_name(f".claim-{note.stem}"),

@@ -6,24 +6,22 @@ same work; nothing depends on them.
 """
 
 import hashlib
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
 
 from xlstm_hybrid.checkpoint.files import (
     check_space,
+    clean_abandoned,
     contained,
     digest,
-    owner,
     read_json,
-    sync,
+    staged_file,
     weight_files,
     write_json,
 )
-from xlstm_hybrid.checkpoint.locks import gone, try_lock
-from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
+from xlstm_hybrid.checkpoint.locks import try_lock
+from xlstm_hybrid.errors import CheckpointError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
     KINDS,
@@ -192,10 +190,8 @@ def build_store(
     count = len(first) - 1
     missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
     share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
+    clean_abandoned(out)
     check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-    for path in out.glob(".tmp-shard-*"):  # what killed processes of this machine had begun to write
-        if gone("-".join(path.name.split("-")[-3:-1])):
-            path.unlink(missing_ok=True)
     order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
     for j in [*order, *order]:  # twice: what another process had locked may have been left behind
         if entry_of(out, j, spec) is None:
@@ -218,24 +214,12 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
         alive()
     arrays = pack(inputs, answers, spec["kind"], spec["k"], spec["vocab_size"])
     name = shard_name(j)
-    temporary = out / f".tmp-{name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
-    try:
+    with staged_file(out / name, sum(x.nbytes for x in arrays.values())) as temporary:
         # inside the hash: a shard cannot stand for another
         save_file(arrays, temporary, metadata={"shard": f"{name} {spec_hash(spec)}"})
-        os.chmod(temporary, (out / INDEX).stat().st_mode & 0o666)  # safetensors gives a file to its owner alone
-        sync(temporary)
         entry = {"spec_hash": spec_hash(spec), "first_row": numbers[0], "rows": len(inputs)}
         entry |= {"tokens": len(arrays["tokens"]), "entries": len(arrays["ids"])}
         entry |= {"size": temporary.stat().st_size, "sha256": digest(temporary)}
-        os.replace(temporary, out / name)
-        sync(out)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"could not write {name} ({error.strerror or error}): make room and run the same command again; finished shards "
-            "are kept"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     write_json(out / f"shard-{j:05}.json", entry)
     return entry
 
