@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -41,6 +42,7 @@ from xlstm_hybrid.checkpoint.files import (
     verify_files,
     write_manifest,
 )
+from xlstm_hybrid.checkpoint.repair import repair
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import XLSTMHybridError
@@ -52,9 +54,9 @@ from xlstm_hybrid.state import load_state, prefill, save_state
 from xlstm_hybrid.training.resume import Resumable
 
 RAISED = {"full": errno.ENOSPC, "broken": errno.EIO, "refused": errno.EACCES}
-KINDS = (*RAISED, "interrupted", "killed")
+KINDS = (*RAISED, "interrupted", "killed", "mended")  # the last: killed, and the doctor comes before the repetition
 TAKES_ROOM = {"open", "write", "sendfile", "mkdir", "fsync", "save_file", "tokenizer", "posix_fallocate", "link"}
-QUICK = 14  # operations of a command that go wrong in the quick tests
+QUICK = 10  # operations of a command that go wrong in the quick tests
 TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 LEFT = (".tmp", ".old", ".claim", ".run")
 
@@ -117,7 +119,7 @@ class Disk:
         if self.kind in RAISED:
             raise (error or OSError)(RAISED[self.kind], os.strerror(RAISED[self.kind]))
         half()
-        if self.kind == "killed":
+        if self.kind in ("killed", "mended"):
             os._exit(137)
         raise KeyboardInterrupt
 
@@ -441,7 +443,8 @@ def walk(command, folder, quick):
     points = [(kind, at) for at in range(len(names)) for kind in KINDS]
     outcomes, wrong = Counter({"operations": len(names), "points": 0}), []
     step = len(points) // QUICK if quick else 1
-    step += step > 1 and step % len(KINDS) == 0  # or else only one kind would be seen
+    while step > 1 and math.gcd(step, len(KINDS)) > 1:
+        step += 1  # or else only some of the kinds would be seen
     for kind, at in points[::step]:
         root = folder / "try"
         shutil.copytree(made, root)
@@ -456,6 +459,11 @@ def walk(command, folder, quick):
         outcomes["points"] += 1
         outcomes[end] += 1
         right = (end, after) not in (("finished", "old"), ("raw error", after)) and after != "damaged"
+        if kind == "mended":
+            mended, (lines, _) = in_child(lambda root=root: repair(root))
+            then = [mended, condition(command, root)[0], left_in(root)]
+            right &= then in (["finished", "old", []], ["finished", "new", []])
+            where += f"; doctor {then} {lines}"
         again, words = in_child(lambda root=root: command.run(root))
         then = [again, *condition(command, root), left_in(root)]
         if not right or then != ["finished", "new", None, []]:

@@ -69,12 +69,12 @@ def write_file(path, content, tidy=True):
 
 def disk_error(error):
     """The OSError that an exception is, or that a serialiser in Rust tells of in its text; None for anything else."""
-    if isinstance(error, XLSTMHybridError) or (isinstance(error, OSError) and error.errno is None):  # of a network
-        return None
+    if isinstance(error, OSError):
+        return error
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if number and not isinstance(error, OSError):
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    return error if isinstance(error, OSError) else None
+    if number is None or isinstance(error, XLSTMHybridError):
+        return None
+    return OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def not_written(path, error, needed=0):

@@ -58,12 +58,15 @@ def load_teacher(teacher, recipe, args):
 
 
 @contextlib.contextmanager
-def workspace(out, settings=None):
+def workspace(out, settings=None, student=None):
     """A directory beside `out` for what a stage needs while it runs.
 
     With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command
     goes on from the newest checkpoint in it. Otherwise each process has its own, which is gone afterwards; only if there
     is a checkpoint in it after all, because the last write failed (`finish`), it stays as `.run-<name of out>`.
+
+    Args:
+        student: directory of weights; as much has to be free for those of `out`.
     """
     out = Path(out).absolute()
     resumed = out.with_name(f".run-{out.name}")
@@ -71,6 +74,8 @@ def workspace(out, settings=None):
         out.parent.mkdir(parents=True, exist_ok=True)
         if is_main():
             remove_abandoned(out)
+            if student is not None:
+                check_space(out, sum(path.stat().st_size for path in Path(student).glob("*.safetensors")))
         if (settings or {}).get("save_strategy", "no") != "no":
             resumed.mkdir(exist_ok=True)
         own = not resumed.exists()
@@ -95,7 +100,7 @@ def workspace(out, settings=None):
             remove(folder)
 
 
-def train_from_newest(trainer, work):
+def train_from_newest(trainer, work, out):
     """Train, from the newest good checkpoint in `work` if there is one.
 
     The room that the student will take is reserved before: a disk that others fill meanwhile does not cost the
@@ -108,14 +113,14 @@ def train_from_newest(trainer, work):
     if is_main():
         release(work)
         size, file = room_for(trainer), work / RESERVED
-        check_space(file, size + (0 if resumed else room_for_checkpoints(trainer, size)))
+        check_space(out, size + (0 if resumed else room_for_checkpoints(trainer, size)))
         try:
             with open(file, "wb") as reserved:
                 os.posix_fallocate(reserved.fileno(), 0, size)
         except OSError as error:
             release(work)
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that reserves nothing
-                raise not_written(file, error, size) from error
+                raise not_written(out, error, size) from error
     trainer.train(resume_from_checkpoint=resumed or None)
 
 
@@ -156,7 +161,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
         if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
             return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
@@ -165,7 +170,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
         before = {} if sharded(args) else measure_alignment(model, batches)
         data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
         trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
         if sharded(args):
@@ -217,7 +222,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     start, settings = time.time(), recipe.distill | (overrides or {})
     if (store := settings.get("teacher", "online")) != "online":
         settings["teacher"] = str(resolve_path(recipe, store) or store)
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         data = train_dataset(recipe, tokenizer, row_count(settings, "distill"), expert, cache=rows_cache(work))
@@ -225,7 +230,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         trainer = SparseKDTrainer(
             model, mentor, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
         )
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"distill:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -247,13 +252,13 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
             f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them"
         )
     start, settings = time.time(), recipe.on_policy | (overrides or {})
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         mentor, rows = load_teacher(teacher, recipe, args), row_count(settings, "on_policy")
         data = prompts(recipe, tokenizer, rows, expert)
         trainer = OnPolicyKDTrainer(model, mentor, args=args, train_dataset=data, processing_class=tokenizer)
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -285,7 +290,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
         raise ConfigError(
             f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0"
         )
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
@@ -299,7 +304,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
             processing_class=tokenizer,
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         parts = [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
         figures, total = last_figures(trainer.state.log_history, parts), sum(taught.values())
         data = {name: {"share": taught[name] / total, "reads": recipe.experts[name]} for name in taught}
