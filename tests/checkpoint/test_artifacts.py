@@ -127,6 +127,24 @@ def test_a_full_disk_says_how_many_bytes_are_missing_and_where_whoever_found_it_
         raise SafetensorError("Error while deserializing header: HeaderTooLarge")
 
 
+def test_what_the_disk_did_not_remove_does_not_become_a_part_of_a_checkpoint(tmp_path, monkeypatch):
+    rmdir, refused = os.rmdir, []
+
+    def once(path, *args, **kwargs):
+        if not refused:
+            refused.append(str(path))
+            raise OSError(5, "Input/output error")
+        rmdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", once)
+    with staged(tmp_path / "out") as folder:
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {}})
+        assert any(name.startswith(".tmp-model") for name in names(folder))
+        write_manifest(folder)
+    verify_files(tmp_path / "out")
+    assert refused and names(tmp_path / "out") == ["manifest.json", "model.safetensors.index.json"]
+
+
 def test_two_renames_take_the_place_of_an_exchange_and_what_ends_between_them_is_finished_by_the_next(
     tmp_path, monkeypatch
 ):

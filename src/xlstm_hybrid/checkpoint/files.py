@@ -311,6 +311,8 @@ def staged(path, overwrite=False, needed=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        for left in temporary.rglob(".tmp-*"):  # of a file in it, whose removal the disk refused
+            remove(left)
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
         there = path.exists()
@@ -378,7 +380,7 @@ def verify_files(directory, level="full"):
             raise CheckpointError(f"{directory.name}: {fault}; {step}")
     # a stale index or shard would be loaded in the place of the listed ones
     for file in sorted(directory.glob("*.safetensors*")):
-        if file.name not in listed:
+        if file.name not in listed and file.is_file():
             raise CheckpointError(
                 f"{directory.name}: {file.name} is not listed in {MANIFEST}, expected no other weights; remove it, or make the "
                 "checkpoint again"
