@@ -4,10 +4,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from xlstm_hybrid.checkpoint import files as artifacts
@@ -74,7 +76,8 @@ def test_a_writer_that_fails_leaves_what_was_there(error, there, tmp_path):
     assert not there or (tmp_path / "out" / "config.json").read_text() == "old"
 
 
-def test_a_disk_that_refuses_is_a_named_error_and_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_disk_that_refuses_is_a_named_error_and_leaves_what_was_there(exchange, tmp_path, monkeypatch):
     old(tmp_path / "out")
     rename = os.rename
 
@@ -84,13 +87,82 @@ def test_a_disk_that_refuses_is_a_named_error_and_leaves_what_was_there(tmp_path
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(artifacts, "exchange", lambda new, path: refuse(new, path) if exchange else False)
     with pytest.raises(
         CheckpointWriteError,
-        match=r"could not write out \(No space left on device\): .*what was there before is untouched",
+        match=rf"could not write out \(No space left on device\): .*3 bytes needed, [\d,]+ free in {tmp_path}: "
+        ".*what was there before is untouched",
     ):
         with staged(tmp_path / "out", overwrite=True) as folder:
             (folder / "config.json").write_text("new")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_full_disk_says_how_many_bytes_are_missing_and_where_whoever_found_it_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(
+        CheckpointWriteError, match=rf"out needs 0.00 GB, 0.00 GB are free: .*4,000 bytes are missing in {tmp_path}"
+    ):
+        with staged(tmp_path / "deep" / "out", needed=5000):
+            raise AssertionError("the block must not run")
+    for error in (
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # of a tokenizer
+    ):
+        with pytest.raises(
+            CheckpointWriteError,
+            match=rf"could not write out \(No space left on device\): .*5,000 bytes needed, 1,000 free in {tmp_path}: 4,000 bytes are missing",
+        ):
+            with staged(tmp_path / "out") as folder:
+                (folder / "weights").write_bytes(b"w" * 5000)
+                raise error
+    assert names(tmp_path) == []
+    with pytest.raises(
+        CheckpointWriteError, match=r"x.json \(Permission denied\): allow writing there, or choose another"
+    ):
+        with artifacts.staged_file(tmp_path / "x.json"):
+            raise PermissionError(13, "Permission denied")
+    with pytest.raises(SafetensorError, match="HeaderTooLarge"), staged(tmp_path / "out"):  # nothing of the disk
+        raise SafetensorError("Error while deserializing header: HeaderTooLarge")
+
+
+def test_what_the_disk_did_not_remove_does_not_become_a_part_of_a_checkpoint(tmp_path, monkeypatch):
+    rmdir, refused = os.rmdir, []
+
+    def once(path, *args, **kwargs):
+        if not refused:
+            refused.append(str(path))
+            raise OSError(5, "Input/output error")
+        rmdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", once)
+    with staged(tmp_path / "out") as folder:
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {}})
+        assert any(name.startswith(".tmp-model") for name in names(folder))
+        write_manifest(folder)
+    verify_files(tmp_path / "out")
+    assert refused and names(tmp_path / "out") == ["manifest.json", "model.safetensors.index.json"]
+
+
+def test_two_renames_take_the_place_of_an_exchange_and_what_ends_between_them_is_finished_by_the_next(
+    tmp_path, monkeypatch
+):
+    gone = f"{artifacts.owner(next(n for n in range(2**22, 2**22 + 99) if not os.path.exists(f'/proc/{n}')))}-12345678"
+    old(tmp_path / f".old-out-{gone}")
+    (tmp_path / f".tmp-out-{gone}").mkdir()
+    (tmp_path / f".tmp-out-{gone}" / "config.json").write_text("new")
+    old(tmp_path / f".old-other-{gone}")
+    assert artifacts.clean_abandoned(tmp_path) == [
+        "undone: other is the one from before",
+        "finished: out was complete and is in its place, the one before is removed",
+    ]
+    assert names(tmp_path) == ["other", "out"] and (tmp_path / "out" / "config.json").read_text() == "new"
+    assert (tmp_path / "other" / "config.json").read_text() == "old"
+    monkeypatch.setattr(artifacts, "exchange", lambda *_: False)
+    with staged(tmp_path / "out", overwrite=True) as folder:
+        (folder / "config.json").write_text("newer")
+    assert names(tmp_path) == ["other", "out"] and (tmp_path / "out" / "config.json").read_text() == "newer"
 
 
 def test_every_file_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):

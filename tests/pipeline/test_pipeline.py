@@ -15,17 +15,19 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from xlstm_hybrid import cli, pipeline
+from xlstm_hybrid.checkpoint import files as artifacts
 from xlstm_hybrid.checkpoint.files import read_provenance, verify_files, write_manifest
 from xlstm_hybrid.data import packed_rows
-from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, EvaluationError
 from xlstm_hybrid.evaluation import efficiency, efficiency_checks
 from xlstm_hybrid.evaluation.scores import win_and_tie
-from xlstm_hybrid.pipeline import Run, parse_overrides, settings
+from xlstm_hybrid.pipeline import Run, parse_overrides, settings, stages
 from xlstm_hybrid.pipeline.run import CHECKS
 from xlstm_hybrid.pipeline.runner import Runner, Stage, checkpoint_fingerprint
 from xlstm_hybrid.recipe.schema import load_recipe
@@ -525,6 +527,75 @@ def test_an_interrupted_stage_goes_on_from_its_last_checkpoint_with_the_rows_tha
     )  # the second step was taken again, the first one was not
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_last_write_that_fails_keeps_the_training_and_the_same_command_finishes_from_there(
+    tmp_path, converted, monkeypatch
+):
+    from xlstm_hybrid.training.alignment import AlignmentTrainer
+
+    base = load_recipe(smoke(tmp_path, data=numbers(tmp_path)))
+    recipe = replace(base, align=base.align | {"max_steps": 2})
+    straight = pipeline.align(converted, tmp_path / "straight", recipe)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["straight"]
+
+    def full(folder):
+        if folder.name.startswith(".tmp-late"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        artifacts.write_manifest(folder)
+
+    monkeypatch.setattr(stages, "write_manifest", full)
+    message = (
+        rf"could not write late \(No space left on device\): .* bytes needed, [\d,]+ free in {tmp_path}: .*; the "
+        "training is finished and kept in .run-late: make room .* it goes on from step 2 of 2"
+    )
+    with pytest.raises(CheckpointWriteError, match=message):
+        pipeline.align(converted, tmp_path / "late", recipe)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob(".run-*/*") if "rows" not in p.name)
+    assert left == [".run-late/checkpoint-2"] and not list(tmp_path.glob(".tmp-*"))
+    verify_files(tmp_path / ".run-late" / "checkpoint-2")
+    monkeypatch.undo()
+    monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *_, **__: pytest.fail("trained again"))
+    again = pipeline.align(converted, tmp_path / "late", recipe)
+    assert [layer["after"] for layer in again["relative_error"]] == [
+        layer["after"] for layer in straight["relative_error"]
+    ]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "late"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["late", "straight"]
+
+
+def test_room_for_a_student_is_reserved_while_it_is_trained_and_its_lack_is_found_before(
+    tmp_path, converted, monkeypatch
+):
+    from xlstm_hybrid.training.alignment import AlignmentTrainer
+
+    base = load_recipe(smoke(tmp_path, data=numbers(tmp_path)))
+    recipe = replace(base, align=base.align | {"max_steps": 1})
+    step, write, seen = AlignmentTrainer.training_step, artifacts.write_manifest, {}
+
+    def reserved():
+        return [p.stat().st_blocks * 512 for p in tmp_path.glob(".tmp-*/reserved")]
+
+    def watched(*args, **kwargs):
+        seen["training"] = reserved()
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", watched)
+    monkeypatch.setattr(stages, "write_manifest", lambda folder: (seen.update(writing=reserved()), write(folder)))
+    pipeline.align(converted, tmp_path / "aligned", recipe)
+    student = sum(p.stat().st_size for p in (tmp_path / "aligned").iterdir())
+    assert len(seen["training"]) == 1 and seen["training"][0] >= student and seen["writing"] == []
+    weights = (tmp_path / "aligned" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *_, **__: pytest.fail("trained"))
+    for free in (weights + 4000, 4000):  # before it trains, and before it loads
+        usage = shutil._ntuple_diskusage(10**9, 10**9, free)
+        monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path, usage=usage: usage)
+        message = rf"second needs 0.0\d GB, 0.0\d GB are free: .* bytes are missing in {tmp_path}"
+        with pytest.raises(CheckpointWriteError, match=message):
+            pipeline.align(converted, tmp_path / "second", recipe)
+        assert not list(tmp_path.glob(".tmp-*"))
+        monkeypatch.setattr(stages, "load", lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Checkpoint directories: written whole or not at all, listed with their hashes, with a record of their stages."""
 
 import contextlib
+import ctypes
+import errno
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -14,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xlstm_hybrid.checkpoint.kinds import INDEX, SINGLE, check_layout, check_names
-from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError
+from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, XLSTMHybridError
 
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.json"
+NEXT = "next"  # in an entry of the manifest: what its file is about to become
 JSON_BYTES = 2**24  # larger than any index of 20,000 tensors
 SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re.IGNORECASE)
 
@@ -25,36 +29,91 @@ SECRETS = re.compile(r"(hub|hf|access|auth)_?token|secret|password|api_?key", re
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def write_file(path, content):
-    """Write bytes to a temporary file, then rename: a reader sees the old content or the new one. A device or a pipe,
-    such as /dev/stdout, is written to as it is.
+@contextlib.contextmanager
+def staged_file(path, needed=0, tidy=True):
+    """A temporary name that becomes file `path` when the block succeeds: a reader sees the old content or the new one.
+
+    It lies in a directory of its own, so that our name is on what a serialiser leaves beside it as well.
+
+    Args:
+        needed: bytes that the file will have, for the message of a full disk.
+        tidy: remove what killed processes of this machine left of `path`; it costs a look through the directory.
+    Raises:
+        CheckpointWriteError: the disk refused; what was at `path` is untouched.
     """
+    path = Path(path)
+    folder = path.with_name(f".tmp-{mark(path)}")
+    try:
+        if tidy:
+            remove_abandoned(path)
+        folder.mkdir()
+        yield folder / path.name
+        sync(folder / path.name)
+        os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # safetensors gives a file to its owner alone
+        os.replace(folder / path.name, path)
+    except Exception as error:
+        if (found := disk_error(error)) is None:
+            raise
+        needed = max(needed, size_of(folder))
+        remove(folder)
+        raise not_written(path, found, needed) from error
+    finally:
+        remove(folder)
+
+
+def write_file(path, content, tidy=True):
+    """Write bytes as `staged_file` does. A device or a pipe, such as /dev/stdout, is written to as it is."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(content)
         return
-    temporary = path.with_name(f".tmp-{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise not_written(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path, len(content), tidy) as temporary:
+        temporary.write_bytes(content)
 
 
-def not_written(path, error):
+def disk_error(error):
+    """The OSError that an exception is, or that a serialiser in Rust tells of in its text; None for anything else."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None or isinstance(error, XLSTMHybridError):
+        return None
+    return OSError(int(number[1]), os.strerror(int(number[1])))
+
+
+def not_written(path, error, needed=0):
+    """The CheckpointWriteError for what the disk refused while `path`, of `needed` bytes, was written."""
+    step, folder = "allow writing there, or choose another directory", existing(path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free
+        missing = f"{needed - free:,} bytes are missing" if needed > free else "a quota or another process filled it"
+        step = f"make room or choose another directory ({needed:,} bytes needed, {free:,} free in {folder}: {missing})"
+    elif error.errno == errno.EIO:
+        step = f"look at the disk that holds {folder}, or choose another directory"
     return CheckpointWriteError(
-        f"could not write {path.name} ({error.strerror or error}): make room or choose another directory; "
-        "what was there before is untouched"
+        f"could not write {Path(path).name} ({error.strerror or error}): {step}; what was there before is untouched"
     )
 
 
+def size_of(directory):
+    """Bytes of all files in a directory and below."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def existing(path):
+    """The directory that holds `path`, or will hold it once those between are made."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def json_bytes(value):
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, json_bytes(value))
 
 
 def read_object(path, limit, refuse):
@@ -96,14 +155,12 @@ def read_versioned(path, what):
 
 def check_space(path, bytes_needed):
     """Raise CheckpointWriteError unless the disk that will hold `path` has `bytes_needed` free."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(path)
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
         raise CheckpointWriteError(
-            f"{Path(path).name} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
-            "make room or choose another directory; nothing was written"
+            f"{Path(path).name} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room or choose "
+            f"another directory, {math.ceil(bytes_needed - free):,} bytes are missing in {folder}; nothing was written"
         )
 
 
@@ -120,6 +177,11 @@ def owner(pid):
     return f"{hashlib.sha256(platform.node().encode()).hexdigest()[:6]}-{pid}"
 
 
+def mark(path):
+    """What follows `.tmp-` and `.old-` in the names of what this process is about to put at `path`."""
+    return f"{Path(path).name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
+
+
 def dead(text):
     """Whether `text`, made by `owner`, names a process of this machine that is no more."""
     pid = text.rpartition("-")[2]
@@ -132,55 +194,123 @@ def dead(text):
     return False
 
 
-def remove_abandoned(path, kind=".tmp"):
-    """Remove temporary files and directories of `path` whose process on this machine was killed; those of other
-    machines stay.
+def remove(path):
+    """Remove a file or a directory, as far as the system lets us."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def discard(directory):
+    """Remove a directory that is no longer needed: at once it has a temporary name, so that no half of it is taken for
+    the whole.
     """
-    for folder in path.parent.glob(f"{kind}-{path.name}-*"):
-        tail = folder.name.removeprefix(f"{kind}-{path.name}-").split("-")
-        if len(tail) == 3 and dead("-".join(tail[:2])):
-            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
+    directory = Path(directory).absolute()
+    temporary = directory.with_name(f".tmp-{mark(directory)}")
+    with contextlib.suppress(OSError):
+        os.rename(directory, temporary)
+        remove(temporary)
+
+
+def remove_abandoned(path):
+    """Finish or undo what killed processes of this machine had begun at `path`; what was done, in words. What belongs to
+    other machines stays.
+    """
+    path, done = Path(path), []
+    size = len(path.name) + 6
+    found = [p for p in path.parent.glob(f".*-{glob.escape(path.name)}-*") if p.name[:5] in (".old-", ".tmp-")]
+    found = [p for p in found if p.name[size:].count("-") == 2 and dead(p.name[size:].rpartition("-")[0])]
+    for there in sorted(found):  # `.old-x`, that makes place for `.tmp-x`, comes first
+        begun = path.with_name(there.name.replace(".old-", ".tmp-", 1))
+        if there.name.startswith(".tmp-"):
+            text = f"undone: {path.name}, of which a part was written" if there.exists() else None
+            remove(there)
+        elif path.exists():
+            text = f"finished: {path.name} is the new one, the one before is removed"
+            remove(there)
+        elif begun.exists():
+            os.rename(begun, path)
+            text = f"finished: {path.name} was complete and is in its place, the one before is removed"
+            remove(there)
+        else:
+            os.rename(there, path)
+            text = f"undone: {path.name} is the one from before"
+        done += [text] if text else []
+    return done
 
 
 def clean_abandoned(directory):
-    """Remove what killed processes of this machine left half-written in `directory`, and what a directory that is there
-    was about to replace.
+    """`remove_abandoned` for all that killed processes of this machine had begun in `directory`."""
+    left = [*Path(directory).glob(".old-*-*-*-*"), *Path(directory).glob(".tmp-*-*-*-*")]
+    paths = {folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]: None for folder in left}
+    return [text for path in paths for text in remove_abandoned(path)]
+
+
+def exchange(one, other):
+    """Let two directories change places in one step; False where the system, or the file system, has no such step."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if function(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def put_in_place(temporary, path):
+    """Put a complete directory where another one is, which then has the temporary name.
+
+    Without an exchange it takes two renames. A process that ends between them leaves `.old-x` and `.tmp-x` and no
+    `path`: these names say enough for `remove_abandoned` to finish.
     """
-    for folder in [*Path(directory).glob(".tmp-*-*-*-*"), *Path(directory).glob(".old-*-*-*-*")]:
-        path = folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]
-        remove_abandoned(path)
-        if path.exists():
-            remove_abandoned(path, ".old")
+    if exchange(temporary, path):
+        return
+    retired = temporary.with_name(temporary.name.replace(".tmp-", ".old-", 1))
+    try:
+        os.rename(path, retired)
+        os.rename(temporary, path)
+    except BaseException:
+        if retired.exists() and not path.exists():
+            os.rename(retired, path)
+        raise
+    os.rename(retired, temporary)
 
 
 @contextlib.contextmanager
-def staged(path, overwrite=False):
+def staged(path, overwrite=False, needed=0):
     """A temporary sibling directory that becomes `path` when the block succeeds and disappears when it fails.
 
-    Everything reaches the disk before the rename. Replacing takes two renames: after a power cut between them the old
-    and the new directory are both complete, beside `path` under names with a dot.
+    Everything reaches the disk before the directory gets its name. At every moment there is the old one or the new one
+    at `path`; where the file system cannot exchange two directories there is a moment without either, which the next
+    command for `path`, or `xlstm-hybrid doctor`, ends if the process did not.
 
     Args:
         overwrite: replace what is there, once the new one is complete; otherwise a non-empty `path` is refused.
+        needed: bytes that the directory will have, about: so much has to be free.
     Raises:
         CheckpointError: `path` is a file, or a non-empty directory and `overwrite` is False, before the block or after
             it.
-        CheckpointWriteError: the disk refused; what was at `path` is untouched.
+        CheckpointWriteError: too little room, or the disk refused; what was at `path` is untouched.
     """
     path = Path(path).absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise CheckpointError(f"{path.name} exists and is no directory: choose another place")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{path.name} exists already and is not empty: choose another directory, or allow overwriting"
-        )
-    mark = f"{path.name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
-    temporary, retired = path.parent / f".tmp-{mark}", path.parent / f".old-{mark}"
+    temporary = path.with_name(f".tmp-{mark(path)}")
+    retired = path.with_name(temporary.name.replace(".tmp-", ".old-", 1))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path)
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise CheckpointError(f"{path.name} exists and is no directory: choose another place")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise CheckpointError(
+                f"{path.name} exists already and is not empty: choose another directory, or allow overwriting"
+            )
+        check_space(path, needed)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        for left in temporary.rglob(".tmp-*"):  # of a file in it, whose removal the disk refused
+            remove(left)
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
         there = path.exists()
@@ -188,20 +318,23 @@ def staged(path, overwrite=False):
             raise CheckpointError(
                 f"{path.name} was written by another process in the meantime, and is kept: start again to go on from it"
             )
-        if there:
-            os.rename(path, retired)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if there:
-                os.rename(retired, path)
+        put_in_place(temporary, path) if there else os.rename(temporary, path)
+    except Exception as error:
+        if (found := disk_error(error)) is None:
             raise
+        needed = max(needed, size_of(temporary))
+        if not retired.exists():
+            remove(temporary)
+        raise not_written(path, found, needed) from error
+    finally:
+        if not retired.exists():  # else it may be the only whole one
+            remove(temporary)
+    try:
         sync(path.parent)
     except OSError as error:
-        raise not_written(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
+        raise CheckpointWriteError(
+            f"{path.name} is complete, but the disk may not keep it ({error.strerror}): look at the disk that holds {path.parent}"
+        ) from error
 
 
 # --- manifest --------------------------------------------------------------------------------------------------
@@ -241,24 +374,68 @@ def verify_files(directory, level="full", hash_of=None):
     ):
         raise CheckpointError(f"{directory.name}: {MANIFEST} lists no files with size and sha256; {step}")
     for name, entry in listed.items():
-        file, fault = directory / name, None
-        if not inside(directory, file):
-            fault = f"{MANIFEST} lists {name!r}, expected names inside of the directory"
-        elif not file.is_file():
-            fault = f"{name} is missing, expected {entry['size']} bytes"
-        elif file.stat().st_size != entry["size"]:
-            fault = f"{name} has {file.stat().st_size} bytes, expected {entry['size']}"
-        elif level == "full" and (found := (hash_of or digest)(file)) != entry["sha256"]:
-            fault = f"{name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged"
-        if fault:
+        fault = misfit(directory, name, entry, level, hash_of)
+        if fault and not (NEXT in entry and misfit(directory, name, entry[NEXT], level, hash_of) is None):
             raise CheckpointError(f"{directory.name}: {fault}; {step}")
     # a stale index or shard would be loaded in the place of the listed ones
     for file in sorted(directory.glob("*.safetensors*")):
-        if file.name not in listed:
+        if file.name not in listed and file.is_file():
             raise CheckpointError(
                 f"{directory.name}: {file.name} is not listed in {MANIFEST}, expected no other weights; remove it, or make the "
                 "checkpoint again"
             )
+
+
+def misfit(directory, name, entry, level="full", hash_of=None):
+    """What is wrong with a file of a checkpoint beside its entry in the manifest, in words; None if nothing is."""
+    file = directory / name
+    if not inside(directory, file):
+        return f"{MANIFEST} lists {name!r}, expected names inside of the directory"
+    if not file.is_file():
+        return f"{name} is missing, expected {entry['size']} bytes"
+    if file.stat().st_size != entry["size"]:
+        return f"{name} has {file.stat().st_size} bytes, expected {entry['size']}"
+    if level == "full" and (found := (hash_of or digest)(file)) != entry["sha256"]:
+        return f"{name} has SHA-256 {found[:12]}..., expected {str(entry['sha256'])[:12]}..., it is damaged"
+    return None
+
+
+def write_listed(directory, name, content):
+    """Write a file of a directory, and its entry in the manifest where there is one; no other entry: what else changed
+    must show.
+
+    A file and its entry cannot change in one step. The manifest lists the file as it is and as it will be (`next`), then
+    the file changes, then the manifest lists it as it is: whichever of these steps is the last one, the checkpoint is
+    whole.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    clean_abandoned(directory)
+    if not path.is_file():
+        write_file(directory / name, content)
+        return
+    settle_manifest(directory)
+    manifest = read_versioned(path, directory.name)
+    files, entry = manifest.get("files") or {}, {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if name in files:
+        write_json(path, manifest | {"files": files | {name: files[name] | {NEXT: entry}}})
+    write_file(directory / name, content)
+    write_json(path, manifest | {"files": dict(sorted((files | {name: entry}).items()))})
+
+
+def settle_manifest(directory):
+    """Finish what `write_listed` had begun: the manifest lists each file as it is; what was done, in words."""
+    directory, done = Path(directory), []
+    manifest = read_versioned(directory / MANIFEST, directory.name)
+    files = dict(manifest.get("files") or {})
+    for name, entry in files.items():
+        if isinstance(entry, dict) and NEXT in entry:
+            changed = misfit(directory, name, entry[NEXT]) is None
+            files[name] = entry[NEXT] if changed else {key: value for key, value in entry.items() if key != NEXT}
+            done.append(f"{'finished' if changed else 'undone'}: {name}, {'new' if changed else 'as before'}")
+    if done:
+        write_json(directory / MANIFEST, manifest | {"files": files})
+    return done
 
 
 def inside(directory, file):
@@ -366,7 +543,7 @@ def add_provenance(directory, stage, parent=None, stages=None, config=None, data
     if read and (parent / MANIFEST).is_file():
         entry["parent_manifest"] = digest(parent / MANIFEST)  # tells starts of the same name apart
     entry = {key: publishable(value) for key, value in entry.items() if value is not None}
-    write_json(Path(directory) / PROVENANCE, {"format_version": FORMAT_VERSION, "stages": [*stages, entry]})
+    write_listed(directory, PROVENANCE, json_bytes({"format_version": FORMAT_VERSION, "stages": [*stages, entry]}))
 
 
 def append_stage(directory, stage, config=None, figures=None):
@@ -384,18 +561,6 @@ def append_stage(directory, stage, config=None, figures=None):
     if (directory / MANIFEST).is_file():
         verify_files(directory)
     add_provenance(directory, stage, stages=stages, config=config, figures=figures)
-    relist(directory, PROVENANCE)
-
-
-def relist(directory, name):
-    """Bring one file's entry in the manifest up to date, and no other: what else changed must show. Without a manifest
-    nothing is done.
-    """
-    file, path = Path(directory) / name, Path(directory) / MANIFEST
-    if path.is_file():
-        manifest = read_versioned(path, Path(directory).name)
-        files = (manifest.get("files") or {}) | {name: {"size": file.stat().st_size, "sha256": digest(file)}}
-        write_json(path, manifest | {"files": dict(sorted(files.items()))})
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

@@ -118,6 +118,17 @@ def holder_of(text):
     return holder if isinstance(holder, dict) and isinstance(holder.get("owner"), str) else None
 
 
+def clean_locks(directory):
+    """Remove the locks in `directory` whose processes are no more; what was done, in words."""
+    done = []
+    for lock in sorted(Path(directory).glob(".claim-*")):
+        with contextlib.suppress(OSError):
+            if gone(written(lock) or ""):
+                lock.unlink()
+                done.append(f"undone: the lock {lock.name}, its process is no more")
+    return done
+
+
 def gone(text):
     """Whether `text`, of a lock or made by `owner`, names a process of this machine that is no more, or this one
     itself.

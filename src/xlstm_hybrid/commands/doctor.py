@@ -1,4 +1,4 @@
-"""`xlstm-hybrid doctor`: what to look at first, and what to paste into an issue."""
+"""`xlstm-hybrid doctor`: what to look at first, and what to paste into an issue; and what a directory needs."""
 
 from itertools import zip_longest
 from pathlib import Path
@@ -6,25 +6,40 @@ from textwrap import wrap
 from typing import Annotated
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.checkpoint.outputs import check_output
+from xlstm_hybrid.checkpoint.repair import repair
 from xlstm_hybrid.doctor import diagnose, wrong
 
 WIDTHS = (20, 28, 7, 42)  # of the columns: 100 characters are what an issue shows without scrolling
 COLOURS = {"WRONG": "red", "note": "yellow"}
 
 
-def doctor(out: Annotated[Path | None, Option("--json", help="File for what was found, JSON.")] = None):
+def doctor(
+    directory: Annotated[Path | None, Argument(help="Checkpoint or run to repair, in the place of the report.")] = None,
+    out: Annotated[Path | None, Option("--json", help="File for what was found, JSON.")] = None,
+):
     """Say what is installed and what this machine has, against what was tested.
 
-    To be pasted into an issue. Exit code 1 if something is wrong; what is optional may be missing.
+    To be pasted into an issue. Exit code 1 if something is wrong; what is optional may be missing. With a directory:
+    finish or undo in it what an interrupted command had begun, say which, and check its checkpoints.
 
     Example: xlstm-hybrid doctor --json doctor.json
     """
     if out is not None:
         check_output(out, "file")
+    if directory is not None:
+        lines, faults = repair(directory)
+        for line in [*lines, *(f"damaged: {fault}" for fault in faults)]:
+            print(line)
+        print(f"{len(faults)} damaged" if faults else "nothing is wrong" if lines else "nothing was interrupted")
+        if out is not None:
+            write_json(out, {"wrong": faults, "done": lines})
+        if faults:
+            raise typer.Exit(1)
+        return
     found = diagnose()
     for section, rows in found.items():
         typer.secho(f"# {section}", bold=True)

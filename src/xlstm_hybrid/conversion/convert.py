@@ -18,7 +18,7 @@ import torch
 from transformers import initialization as init
 
 from xlstm_hybrid.checkpoint.digests import weights_hash
-from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
 from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
@@ -264,12 +264,12 @@ def convert(
         transfer.check_ties()
         report, shapes = transfer.report(), transfer.expected
         bytes_per_element = {name: dtype.itemsize for name, dtype in transfer.dtypes.items()}
-        check_space(out, sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items()))
+        needed = sum(math.prod(shape) * bytes_per_element[name] for name, shape in shapes.items())
         chosen |= {"layer_types": report.layer_types, "dtype": report.dtype, "teacher": source.name}
         chosen |= {"revision": source.revision, **overrides}
         if source.path is not None:
             chosen["teacher_weights"] = weights_hash(source.path)
-        with staged(out, overwrite=overwrite) as directory:
+        with staged(out, overwrite, needed) as directory:
             save = partial(save_weights, values=trained_values(transfer.config))
             write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, save, shard_bytes)
             transfer.config.save_pretrained(directory)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.files import add_provenance, check_space, staged, write_manifest
+from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.distil_xlstm.modeling import DistilXLSTMForCausalLM
 from xlstm_hybrid.distil_xlstm.transfer import new_student
@@ -25,8 +25,8 @@ def convert(teacher, out, *, dtype=None, revision=None, seed=0, overwrite=False,
         source.refuse_target(out)
         student = new_student(DistilXLSTMForCausalLM, source, dtype, seed, **options)
         report = student.transfer_report
-        check_space(out, sum(p.numel() * p.element_size() for p in student.parameters()))
-        with staged(out, overwrite=overwrite) as directory:
+        needed = sum(p.numel() * p.element_size() for p in student.parameters())
+        with staged(out, overwrite, needed) as directory:
             student.save_pretrained(directory)
             report.files = source.copy_files(directory)
             config = {"teacher": source.name, "revision": source.revision, "dtype": report.dtype, "seed": seed}

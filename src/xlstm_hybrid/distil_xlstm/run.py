@@ -67,7 +67,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
     from xlstm_hybrid.distil_xlstm.trainer import DeltaKDConfig, DeltaKDTrainer  # needs trl
 
     start, settings = time.time(), recipe.distill | (overrides or {})
-    with workspace(out, settings) as work:
+    with workspace(out, settings, converted) as work:
         args = trainer_config(DeltaKDConfig, settings, "delta", work, recipe.seed)
         model, tokenizer = load(converted, device=loading_device(args))
         mentor = load_teacher(teacher, recipe, args)
@@ -80,7 +80,7 @@ def distil(converted, teacher, out, recipe, rows, overwrite=False, overrides=Non
                 share_frozen(model, trainer.teacher)
             except ConfigError as reason:  # a teacher in another dtype has its own
                 print(f"there are two copies of the embeddings: {reason}")
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         log = trainer.state.log_history
         last = next((entry for entry in reversed(log) if "loss" in entry), {})
         figures = {key: float(last[key]) for group in CURVES for key in group if key in last}

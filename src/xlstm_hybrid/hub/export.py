@@ -24,7 +24,6 @@ from xlstm_hybrid.checkpoint.files import (
     MANIFEST,
     PROVENANCE,
     add_provenance,
-    check_space,
     contained,
     read_json,
     staged,
@@ -269,8 +268,8 @@ def export(checkpoint, out, overwrite=False):
     if (checkpoint / MANIFEST).is_file():
         verify_files(checkpoint)
     config, names = config_values(checkpoint), copied_files(checkpoint)
-    check_space(out, sum((checkpoint / name).stat().st_size for name in (*names, *settings_files(checkpoint))))
-    with staged(out, overwrite=overwrite) as directory:
+    needed = sum((checkpoint / name).stat().st_size for name in (*names, *settings_files(checkpoint)))
+    with staged(out, overwrite, needed) as directory:
         for name in names:
             shutil.copyfile(checkpoint / name, directory / name)
         copy_settings(checkpoint, directory, checkpoint.name)

@@ -19,7 +19,6 @@ from xlstm_hybrid.checkpoint.files import (
     MANIFEST,
     SINGLE,
     add_provenance,
-    check_space,
     contained,
     digest,
     read_json,
@@ -305,8 +304,7 @@ def merge(
             raise MergeError(
                 f"{len(wrong)} mismatches: {'; '.join(wrong)}. Merge checkpoints of one start and one shape only"
             )
-        check_space(out, sum(file.stat().st_size for file in given[0].files))
-        with staged(out, overwrite=overwrite) as folder:
+        with staged(out, overwrite, sum(file.stat().st_size for file in given[0].files)) as folder:
             ordered, counts = in_order(given), Counter()
             make = partial(merged, ordered, start, method, options, counts)
             stream_weights(folder, given[0].headers, make, header_of(given[0].trained), shard_bytes)

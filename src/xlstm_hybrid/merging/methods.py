@@ -9,17 +9,15 @@ Dims: E experts, N elements of a tensor, O and I outputs and inputs of a linear 
 import hashlib
 import json
 import math
-import os
-import uuid
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_versioned, weight_files
+from xlstm_hybrid.checkpoint.files import MANIFEST, digest, read_versioned, staged_file, weight_files
 from xlstm_hybrid.conversion.load import load_model
-from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, MergeError
+from xlstm_hybrid.errors import CheckpointError, MergeError
 from xlstm_hybrid.recipe.merge_settings import LABELS, option_faults
 
 BLOCK = 2**20  # elements that are worked on at a time
@@ -339,16 +337,8 @@ def measure_statistics(checkpoint, batches, out, kind, device="cpu", **options):
         raise MergeError(f"{out.name}: no tokens to measure {kind} statistics on; give at least one batch")
     notes = {"format": "pt", "kind": kind, "items": str(items), "weights": weight_files_digest(checkpoint)}
     notes["shared"] = json.dumps(shared[0] if shared else {})
-    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
-    try:
+    with staged_file(out, sum(x.numel() * x.element_size() for x in tensors.values())) as temporary:
         save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata=notes)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"could not write {out.name} ({error.strerror or error}): make room or choose another place"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return items
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from xlstm_hybrid.checkpoint.digests import file_digest, require_intact
-from xlstm_hybrid.checkpoint.files import write_json
+from xlstm_hybrid.checkpoint.files import clean_abandoned, not_written, write_json
 from xlstm_hybrid.checkpoint.locks import locked
 from xlstm_hybrid.errors import ConfigError, XLSTMHybridError
 
@@ -86,7 +86,11 @@ class Runner:
                 self.outcomes[stage.name] = stage.build(*self.folder_of(stage), *inputs)
                 continue
             note = self.out / stage.note
-            note.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                note.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_written(note, error) from error
+            clean_abandoned(note.parent)
             with locked(note.with_name(f".claim-{note.stem}"), partial(self.say_waiting, stage.name)):
                 spec = self.spec(stage.settings() if callable(stage.settings) else stage.settings, inputs)
                 self.outcomes[stage.name] = self.reuse(stage, note, spec, inputs) or self.build(

@@ -3,30 +3,44 @@
 Each runs in one process, or in every process of `accelerate launch`; the first one writes.
 """
 
-import json
+import contextlib
+import errno
 import logging
 import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from xlstm_hybrid.checkpoint.digests import TRUSTED, weights_hash
-from xlstm_hybrid.checkpoint.files import add_provenance, owner, read_provenance, staged, write_manifest
+from xlstm_hybrid.checkpoint.files import (
+    add_provenance,
+    check_space,
+    discard,
+    not_written,
+    owner,
+    read_provenance,
+    remove,
+    remove_abandoned,
+    staged,
+    write_json,
+    write_manifest,
+)
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
-from xlstm_hybrid.errors import ConfigError, StoreError
+from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.pipeline.settings import is_main, row_count, trainer_config
 from xlstm_hybrid.recipe.schema import resolve_path
 from xlstm_hybrid.teacher_store.writer import read_index
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
 log = logging.getLogger(__name__)
+RESERVED = "reserved"  # file of a workspace that keeps room for the student
+SPARE_BYTES = 2**24  # of a student's files beside its weights: tokenizer, log, pictures
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "top1_agreement", "kept_mass")
 
 
@@ -47,33 +61,91 @@ def load_teacher(teacher, recipe, args):
     return load(teacher, recipe.teacher_dtype, revision, loading_device(args))[0]
 
 
-@contextmanager
-def workspace(out, settings=None):
+@contextlib.contextmanager
+def workspace(out, settings=None, student=None):
     """A directory beside `out` for what a stage needs while it runs.
 
     With a `save_strategy` it is `.run-<name of out>`: it stays when the stage is interrupted, so that the same command
-    goes on from the newest checkpoint in it. Otherwise each process has its own, which is gone afterwards.
+    goes on from the newest checkpoint in it. Otherwise each process has its own, which is gone afterwards; only if there
+    is a checkpoint in it after all, because the last write failed (`finish`), it stays as `.run-<name of out>`.
+
+    Args:
+        student: directory of weights; as much has to be free for those of `out`.
     """
     out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if (settings or {}).get("save_strategy", "no") != "no":
-        folder = out.parent / f".run-{out.name}"
-        folder.mkdir(exist_ok=True)
-        yield folder
+    resumed = out.with_name(f".run-{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-        return
-    # `staged` removes it if this process is killed
-    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent))
+            remove_abandoned(out)
+            if student is not None:
+                check_space(out, sum(path.stat().st_size for path in Path(student).glob("*.safetensors")))
+        if (settings or {}).get("save_strategy", "no") != "no":
+            resumed.mkdir(exist_ok=True)
+        own = not resumed.exists()
+        # `remove_abandoned` knows it by its name if this process is killed
+        folder = (
+            Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-{owner(os.getpid())}-", dir=out.parent)) if own else resumed
+        )
+    except OSError as error:
+        raise not_written(out, error) from error
     try:
         yield folder
+    except BaseException:
+        release(folder)
+        if own and any(folder.glob("checkpoint-*")):
+            os.rename(folder, resumed)
+        raise
+    else:
+        if is_main():
+            discard(resumed)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if own:
+            remove(folder)
 
 
-def train_from_newest(trainer, work):
-    """Train, from the newest good checkpoint in `work` if there is one."""
-    trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
+def train_from_newest(trainer, work, out):
+    """Train, from the newest good checkpoint in `work` if there is one.
+
+    The room that the student will take is reserved before: a disk that others fill meanwhile does not cost the
+    training.
+
+    Raises:
+        CheckpointWriteError: there is no room for the student, or for the checkpoints of a run that has none yet.
+    """
+    resumed = any(work.glob("checkpoint-*"))
+    if is_main():
+        release(work)
+        size, file = room_for(trainer), work / RESERVED
+        check_space(out, size + (0 if resumed else room_for_checkpoints(trainer, size)))
+        try:
+            with open(file, "wb") as reserved:
+                os.posix_fallocate(reserved.fileno(), 0, size)
+        except OSError as error:
+            release(work)
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that reserves nothing
+                raise not_written(out, error, size) from error
+    trainer.train(resume_from_checkpoint=resumed or None)
+
+
+def release(work):
+    """Give back the room that was reserved for the student."""
+    with contextlib.suppress(OSError):
+        (work / RESERVED).unlink()
+
+
+def room_for(trainer):
+    """Bytes of the student that a trainer will leave: its tensors, each of them once, and a little for its other files."""
+    parameters = {id(p): p.numel() * p.element_size() for p in trainer.model.parameters()}
+    return int(1.02 * sum(parameters.values())) + SPARE_BYTES
+
+
+def room_for_checkpoints(trainer, size):
+    """Bytes of the checkpoints that will lie beside each other, two moments in float32 for each trained number."""
+    if trainer.args.save_strategy == "no":
+        return 0
+    moments = sum(8 * p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return (size + moments) * ((trainer.args.save_total_limit or 1) + 1)
 
 
 def rows_cache(work):
@@ -93,7 +165,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
         if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
             return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
@@ -102,7 +174,7 @@ def align(student, out, recipe, overwrite=False, overrides=None):
         before = {} if sharded(args) else measure_alignment(model, batches)
         data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
         trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         log = trainer.state.log_history
         after = {} if sharded(args) else measure_alignment(model.float(), batches)
         if sharded(args):
@@ -155,7 +227,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
     if (store := settings.get("teacher", "online")) != "online":
         settings["teacher"] = str(resolve_path(recipe, store) or store)
         check_store_teacher(settings["teacher"], teacher)
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(SparseKDConfig, settings, "distill", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         data = train_dataset(recipe, tokenizer, row_count(settings, "distill"), expert, cache=rows_cache(work))
@@ -163,7 +235,7 @@ def distill(student, teacher, out, recipe, expert, overwrite=False, overrides=No
         trainer = SparseKDTrainer(
             model, mentor, args=args, data_collator=collate, processing_class=tokenizer, train_dataset=data
         )
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"distill:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -201,13 +273,13 @@ def on_policy(student, teacher, out, recipe, expert, overwrite=False, overrides=
             f"{recipe.path.name}: no section on_policy, expected the fields of OnPolicyKDConfig, max_steps among them"
         )
     start, settings = time.time(), recipe.on_policy | (overrides or {})
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(OnPolicyKDConfig, settings, "on_policy", work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         mentor, rows = load_teacher(teacher, recipe, args), row_count(settings, "on_policy")
         data = prompts(recipe, tokenizer, rows, expert)
         trainer = OnPolicyKDTrainer(model, mentor, args=args, train_dataset=data, processing_class=tokenizer)
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         figures, mix = last_figures(trainer.state.log_history), recipe.experts[expert]
         finish(trainer, out, f"on-policy:{expert}", [student, teacher], settings, mix, figures, start, overwrite)
     return figures
@@ -239,7 +311,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
         raise ConfigError(
             f"{where}: the experts {sorted(experts)} have no share of the prompts; give one of them a weight above 0"
         )
-    with workspace(out, settings) as work:
+    with workspace(out, settings, student) as work:
         args = trainer_config(OnPolicyKDConfig, settings, where, work, recipe.seed)
         model, tokenizer = load(student, device=loading_device(args))
         warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
@@ -253,7 +325,7 @@ def multi_teacher(student, experts, out, recipe, overwrite=False, overrides=None
             processing_class=tokenizer,
             teacher_tokenizer={name: its for name, (_, its) in loaded.items()},
         )
-        train_from_newest(trainer, work)
+        train_from_newest(trainer, work, out)
         parts = [f"{name}/{key}" for name in taught for key in ("divergence", "top1_agreement")]
         figures, total = last_figures(trainer.state.log_history, parts), sum(taught.values())
         data = {name: {"share": taught[name] / total, "reads": recipe.experts[name]} for name in taught}
@@ -277,11 +349,11 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
     """Write the student of a finished stage: all processes gather it, the first one writes, and the others wait until
     it is there.
     """
-    from xlstm_hybrid.training.checkpoints import collect_weights
+    from xlstm_hybrid.training.checkpoints import collect_weights, shared
     from xlstm_hybrid.training.distributed import first_process_works
     from xlstm_hybrid.training.metrics import PLOTS
 
-    accelerator = trainer.accelerator
+    accelerator, failed = trainer.accelerator, None
     state, _ = collect_weights(trainer)  # None unless the model is sharded
     model = accelerator.unwrap_model(trainer.model)
     if state is None and hasattr(model, "merge_and_unload"):
@@ -289,18 +361,42 @@ def finish(trainer, out, stage, parents, settings, data, figures, start, overwri
     accelerator.wait_for_everyone()
     with first_process_works(f"writing {Path(out).name}"):
         if accelerator.is_main_process:
-            with staged(out, overwrite=overwrite) as folder:
-                model.save_pretrained(folder, state_dict=state)
-                trainer.processing_class.save_pretrained(folder)
-                for picture in sorted((Path(trainer.args.output_dir) / PLOTS).glob("*.png")):
-                    shutil.copyfile(picture, folder / picture.name)
-                (folder / "training_log.json").write_text(
-                    json.dumps(trainer.state.log_history, indent=1), encoding="utf-8"
-                )
-                record = {"data": data, "figures": figures, "seconds": round(time.time() - start, 1), "stages": stages}
-                record["config"] = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
-                add_provenance(folder, stage, parent=parents[0], **record)
-                write_manifest(folder)
+            try:
+                size = room_for(trainer)
+                release(Path(trainer.args.output_dir))
+                with staged(out, overwrite=overwrite, needed=size) as folder:
+                    model.save_pretrained(folder, state_dict=state)
+                    trainer.processing_class.save_pretrained(folder)
+                    for picture in sorted((Path(trainer.args.output_dir) / PLOTS).glob("*.png")):
+                        shutil.copyfile(picture, folder / picture.name)
+                    write_json(folder / "training_log.json", trainer.state.log_history)
+                    record = {
+                        "data": data,
+                        "figures": figures,
+                        "seconds": round(time.time() - start, 1),
+                        "stages": stages,
+                    }
+                    record["config"] = {**settings, "bf16": trainer.args.bf16, "seed": trainer.args.seed}
+                    add_provenance(folder, stage, parent=parents[0], **record)
+                    write_manifest(folder)
+            except CheckpointWriteError as error:  # all processes learn of it, and keep the training
+                failed = str(error)
+    if failed := shared(trainer, failed):
+        raise CheckpointWriteError(f"{failed}; {kept(trainer, out)}")
+
+
+def kept(trainer, out):
+    """Words for what is kept of a training whose student could not be written: its newest checkpoint, or one made now.
+    All processes take part.
+    """
+    step = trainer.state.global_step
+    again = f"make room or allow writing there and start the same command again, it goes on from step {step} of {step}"
+    try:
+        if not (Path(trainer.args.output_dir) / f"checkpoint-{step}").is_dir():
+            trainer._save_checkpoint(trainer.model, None)
+    except CheckpointWriteError as error:
+        return f"the training is lost from the newest checkpoint on, {error}"
+    return f"the training is finished and kept in .run-{Path(out).name}: {again}"
 
 
 def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from xlstm_hybrid.checkpoint.digests import weights_hash
-from xlstm_hybrid.checkpoint.files import not_written, owner, write_json
+from xlstm_hybrid.checkpoint.files import clean_abandoned, not_written, owner, write_json
+from xlstm_hybrid.checkpoint.locks import clean_locks
 from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
 from xlstm_hybrid.conversion.load import load_model, load_tokenizer
 from xlstm_hybrid.data import train_dataset
@@ -27,7 +28,7 @@ from xlstm_hybrid.errors import ConfigError, DataError, WaitError, XLSTMHybridEr
 from xlstm_hybrid.pipeline.settings import row_count
 from xlstm_hybrid.recipe.schema import load_recipe
 from xlstm_hybrid.teacher_store import build_store
-from xlstm_hybrid.teacher_store.writer import INDEX, read_index, remove_left_behind
+from xlstm_hybrid.teacher_store.writer import INDEX, read_index
 from xlstm_hybrid.training.distillation import check_documents_stay_apart
 from xlstm_hybrid.training.lm_head import Selection, TeacherTargets
 
@@ -157,7 +158,8 @@ def share_out(processes, device, source, data, rows, out, settings, spec, seed):
     finally:
         end(workers)
         shutil.rmtree(folder, ignore_errors=True)
-        remove_left_behind(out)
+        clean_abandoned(out)
+        clean_locks(out)
 
 
 def watch(workers, folder, out, shards):

@@ -12,8 +12,7 @@ from xlstm_hybrid.checkpoint.files import (
     markdown_table,
     publishable,
     read_provenance,
-    relist,
-    write_file,
+    write_listed,
 )
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.significance import LEVEL
@@ -74,8 +73,7 @@ def write_card(directory, results=None):
         versions=version_lines(stages),
         limits=limits(stages, scored, compared),
     )
-    write_file(directory / "README.md", re.sub(r"\n{3,}", "\n\n", text).encode())
-    relist(directory, "README.md")
+    write_listed(directory, "README.md", re.sub(r"\n{3,}", "\n\n", text).encode())
     return directory / "README.md"
 
 

@@ -8,15 +8,12 @@ same work; nothing depends on them.
 import contextlib
 import hashlib
 import logging
-import os
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
 
-from xlstm_hybrid.checkpoint.files import check_space, digest, owner, read_json, sync, write_json
-from xlstm_hybrid.checkpoint.locks import gone, try_lock, who_holds, written
+from xlstm_hybrid.checkpoint.files import check_space, clean_abandoned, digest, read_json, staged_file, write_json
+from xlstm_hybrid.checkpoint.locks import clean_locks, try_lock, who_holds
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.teacher_store.layout import (
     FORMAT_VERSION,
@@ -180,7 +177,8 @@ def build_store(
         missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
         share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
         check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-        remove_left_behind(out)
+        clean_abandoned(out)
+        clean_locks(out)
         order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
         for j in [*order, *order]:  # twice: what another process had locked may have been left behind
             if entry_of(out, j, spec) is None:
@@ -209,19 +207,8 @@ def named(out):
         ) from error
 
 
-def remove_left_behind(out):
-    """Remove what processes of this machine that are gone had begun to write in a store, and their locks."""
-    for path in out.glob(".tmp-*"):
-        if gone("-".join(path.name.split("-")[-3:-1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in out.glob(".claim-*"):
-        if gone(written(path) or ""):
-            path.unlink(missing_ok=True)
-
-
 def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: None):
     """Calculate and write one shard, then its entry."""
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     inputs = [row_input(rows[n], n, spec["vocab_size"]) for n in numbers]
@@ -231,24 +218,12 @@ def write_shard(out, j, rows, numbers, targets, spec, batch_size, alive=lambda: 
         alive()
     arrays = pack(inputs, answers, spec["kind"], spec["k"], spec["vocab_size"])
     name = shard_name(j)
-    temporary = out / f".tmp-{name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
-    try:
+    with staged_file(out / name, sum(x.nbytes for x in arrays.values())) as temporary:
         # inside the hash: a shard cannot stand for another
         save_file(arrays, temporary, metadata={"shard": f"{name} {spec_hash(spec)}"})
-        os.chmod(temporary, (out / INDEX).stat().st_mode & 0o666)  # safetensors gives a file to its owner alone
-        sync(temporary)
         entry = {"spec_hash": spec_hash(spec), "first_row": numbers[0], "rows": len(inputs)}
         entry |= {"tokens": len(arrays["tokens"]), "entries": len(arrays["ids"])}
         entry |= {"size": temporary.stat().st_size, "sha256": digest(temporary)}
-        os.replace(temporary, out / name)
-        sync(out)
-    except (OSError, SafetensorError) as error:  # the serialiser has an error of its own
-        raise CheckpointWriteError(
-            f"could not write {name} ({getattr(error, 'strerror', None) or error}): make room and run the same command again; finished shards "
-            "are kept"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     write_json(out / f"shard-{j:05}.json", entry)
     return entry
 

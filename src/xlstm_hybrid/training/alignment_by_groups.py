@@ -33,10 +33,11 @@ from xlstm_hybrid.checkpoint.files import (
     add_provenance,
     check_space,
     digest,
+    discard,
     read_json,
     read_versioned,
     staged,
-    sync,
+    staged_file,
     weight_files,
     write_file,
     write_json,
@@ -86,27 +87,21 @@ class Spool:
 
     def add_batch(self, n, batch):
         tensors = {name: batch[name].cpu().contiguous() for name in TRUNK_INPUTS if torch.is_tensor(batch.get(name))}
-        write_file(self.folder / "batches" / f"{n:07}.safetensors", save(tensors))
+        write_file(self.folder / "batches" / f"{n:07}.safetensors", save(tensors), tidy=False)  # there are very many
 
     def write(self, layer, states):
         """Store what enters `layer`, from an iterator of [B, T, D]; complete or not there."""
-        temporary, shapes, dtype = self.path(layer).with_suffix(".tmp"), [], None
-        try:
-            with open(temporary, "wb") as file:
-                for x in states:
-                    x = x.detach().cpu().contiguous()
-                    dtype = dtype or x.dtype
-                    if not torch.isfinite(x).all():
-                        raise DataError(
-                            f"the hidden states that enter layer {layer} are not finite in micro-batch {len(shapes)}: choose a wider dtype"
-                        )
-                    file.write(x.to(dtype).view(torch.uint8).numpy())
-                    shapes.append(list(x.shape))
-            sync(temporary)
-            temporary.rename(self.path(layer))
-            sync(self.folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+        shapes, dtype = [], None
+        with staged_file(self.path(layer)) as temporary, open(temporary, "wb") as file:
+            for x in states:
+                x = x.detach().cpu().contiguous()
+                dtype = dtype or x.dtype
+                if not torch.isfinite(x).all():
+                    raise DataError(
+                        f"the hidden states that enter layer {layer} are not finite in micro-batch {len(shapes)}: choose a wider dtype"
+                    )
+                file.write(x.to(dtype).view(torch.uint8).numpy())
+                shapes.append(list(x.shape))
         self.lay_out(shapes, dtype)
 
     def lay_out(self, shapes, dtype):
@@ -348,6 +343,8 @@ def align_streamed(
     started, out = time.time(), Path(out)
     work = Path(work or out.with_name(f"{out.name}.streaming"))
     require_intact(checkpoint)
+    needed = sum(path.stat().st_size for path in set(weight_files(checkpoint).values()))
+    check_space(out, needed)
     run = Streaming(checkpoint, args, train_dataset, data_collator, processing_class, work, dtype, held_out)
     if run.entered is None:
         run.embed()
@@ -356,7 +353,7 @@ def align_streamed(
         run.run_group(layers)
     errors = [entry for group in groups for entry in group["relative_error"]]
     figures = {"relative_error": errors, "log": merged_log(work, groups)}
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite, needed) as folder:
         write_aligned(Path(checkpoint), folder, work, groups, trained_values(run.config))
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
         recorded = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
@@ -364,7 +361,7 @@ def align_streamed(
         seconds, shown = round(time.time() - started, 1), {"relative_error": errors}
         add_provenance(folder, "align", parent=checkpoint, config=settings, figures=shown, seconds=seconds)
         write_manifest(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    discard(work)
     return figures
 
 

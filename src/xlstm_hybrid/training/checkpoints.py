@@ -10,7 +10,6 @@ one writes.
 import base64
 import logging
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,8 @@ from transformers.trainer_callback import ExportableState
 
 from xlstm_hybrid.checkpoint.files import (
     FORMAT_VERSION,
-    check_space,
     checkpoints_by_step,
+    discard,
     read_versioned,
     staged,
     verify_files,
@@ -214,8 +213,7 @@ def write_checkpoint(trainer, target, contents):
     """Write, commit, verify, rotate; the text of an error, or None."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            check_space(target, 1.02 * contents["bytes"])
-            with staged(target, overwrite=True) as folder:
+            with staged(target, overwrite=True, needed=int(1.02 * contents["bytes"])) as folder:
                 write_contents(trainer, folder, contents)
                 finish_manifest(folder)
             break
@@ -268,7 +266,7 @@ def rotate(newest, limit, best=None):
         log.warning("no checkpoint is deleted: the newest one cannot be read back (%s)", error)
         return
     for path in others[:surplus]:
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------
