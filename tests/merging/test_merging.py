@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import assert_same_model, tiny_student, token_ids
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 import xlstm_hybrid.merging.merge
@@ -457,18 +458,28 @@ def test_equal_records_of_different_starts_are_told_apart_by_the_manifest(tmp_pa
 
 def test_vocabularies_must_agree_token_by_token(experts, tmp_path):
     def tokenizer(folder, vocab, added=()):
-        (folder / "tokenizer.json").write_text(
-            json.dumps({"model": {"vocab": vocab}, "added_tokens": list(added), "padding": folder.name})
-        )
+        made = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+        made.add_special_tokens(list(added))
+        made.enable_padding(pad_token=folder.name)
+        made.save(str(folder / "tokenizer.json"))
 
     for expert in experts:
         tokenizer(expert, {"a": 0, "b": 1})
     merge(experts, tmp_path / "out")  # other settings may differ
-    tokenizer(experts[1], {"a": 1, "b": 0}, [{"content": "<new>", "id": 2}])
+    tokenizer(experts[1], {"a": 1, "b": 0}, ["<new>"])
     with pytest.raises(
         MergeError, match="vocabulary: 3 tokens differ between math and code, such as '<new>', 'a', 'b'"
     ):
         merge(experts, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["no json", "[1]", '{"version": 3}', '{"model": "BPE"}'])
+def test_a_tokenizer_file_that_is_none_is_named(content, experts, tmp_path):
+    for expert in experts:
+        (expert / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="math: tokenizer.json is not one .*copy it from an intact checkpoint"):
+        merge(experts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_streamed_files_are_those_of_safetensors_byte_for_byte(tmp_path):

@@ -84,6 +84,8 @@ def encode_chat(tokenizer, conversation, score="assistant"):
                     f"the chat template does not write turn {n} as it wrote it without the turns that follow it, or without its answer: {step}"
                 )
             labels[len(before) : len(after)] = after[len(before) :]
+    if not ids:
+        raise DataError("the chat template writes nothing of these messages: take the instruct model's own template")
     labels[0] = IGNORE
     last = next((l for l in reversed(labels) if l != IGNORE and tokenizer.decode([l]).strip()), None)
     if last is not None and last not in special_ids(tokenizer):
@@ -149,7 +151,7 @@ def render(tokenizer, messages, tokenize=True, **options):
 
     try:
         encoded = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"the chat template refuses these messages ({' '.join(str(error).split())}): correct the rows, or leave them out"
         ) from error

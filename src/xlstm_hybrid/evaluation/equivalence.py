@@ -19,9 +19,9 @@ import torch
 from transformers import AutoConfig
 
 from xlstm_hybrid.checkpoint.digests import require_intact
-from xlstm_hybrid.conversion.load import DTYPES
+from xlstm_hybrid.conversion.load import DTYPES, check_generation, named_faults
 from xlstm_hybrid.environment.precision import warn_if_slow
-from xlstm_hybrid.errors import CheckpointError, ConfigError, ConfigWarning
+from xlstm_hybrid.errors import ConfigError, ConfigWarning
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
@@ -217,7 +217,7 @@ def verify_checkpoint(
         raise ConfigError(f"dtype={dtype}: expected one of {list(DTYPES)}")
     require_intact(path)
     begin = time.perf_counter()
-    try:
+    with named_faults(path, "the model"):
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "xlstm_hybrid":
             raise ConfigError(
@@ -225,11 +225,10 @@ def verify_checkpoint(
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConfigWarning)  # it has a row of its own
-            model, info = XLSTMHybridForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{Path(path).name}: cannot be loaded ({error})") from error
+            model, info = XLSTMHybridForCausalLM.from_pretrained(
+                path, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+    check_generation(path, model)
     wrong = {
         key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from xlstm_hybrid.checkpoint.files import (
     INDEX,
@@ -137,11 +138,12 @@ class Checkpoint:
         file = contained(self.directory, "tokenizer.json")
         if not file.is_file():
             return None
-        content = read_json(file, self.name)
-        tokens = (content.get("model") or {}).get("vocab") or {}
-        if isinstance(tokens, list):  # a unigram model lists [token, score]
-            tokens = {entry[0]: j for j, entry in enumerate(tokens)}
-        return {**tokens, **{entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}}
+        try:
+            return Tokenizer.from_file(str(file)).get_vocab()
+        except Exception as error:  # the library has no class of its own for it
+            raise CheckpointError(
+                f"{self.name}: tokenizer.json is not one ({error}); copy it from an intact checkpoint of the same student"
+            ) from error
 
 
 # --- what is refused -------------------------------------------------------------------------------------------

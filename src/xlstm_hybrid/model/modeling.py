@@ -220,6 +220,11 @@ def drop_absent_names(model):
 class StudentModel(RemembersTraining, PreTrainedModel):
     """What the models of our students share."""
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but of safetensors alone: a pickle can run code."""
+        return super().from_pretrained(*args, **({"use_safetensors": True} | kwargs))
+
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As in transformers, which refuses to save generation settings that it loads with a warning, such as a
         teacher's `temperature` beside `do_sample: false`: a student has learnt something by then, and keeps them as they
