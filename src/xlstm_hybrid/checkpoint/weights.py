@@ -96,6 +96,42 @@ def plan_shards(sizes, shard_bytes):
     return shards
 
 
+def weight_faults(directory):
+    """What is wrong with the weights of a checkpoint directory that is to be copied or shared, in words; reads all of them,
+    one tensor at a time.
+
+    An index that is not that of its files, a file that has another name on this machine as well, a damaged header, and
+    values that are not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    directory, placed = Path(directory), {}
+    if (directory / INDEX).is_file():
+        for tensor, name in (read_json(directory / INDEX, directory.name).get("weight_map") or {}).items():
+            placed.setdefault(str(name), set()).add(tensor)
+    found = {file.name: file for file in sorted(directory.glob("*.safetensors"))}
+    for name in sorted(placed.keys() - found.keys()):
+        yield f"{INDEX}: places {len(placed[name])} tensors in {name!r}, expected a file beside it"
+    for name, file in found.items():
+        if (links := file.stat().st_nlink) > 1:
+            yield f"{name}: has {links} names on this machine (hard links), and changes with them; copy it"
+        try:
+            with safe_open(file, framework="pt") as handle:
+                stored = set(handle.keys())
+                for what, odd in (
+                    ("lacks", placed.get(name, set()) - stored),
+                    ("holds beside its index", stored - placed.get(name, set())),
+                ):
+                    if odd and placed:
+                        yield f"{name}: {what} {len(odd)} tensors, such as {min(odd)}"
+                for tensor in sorted(stored):
+                    x = handle.get_tensor(tensor)
+                    if x.dtype.is_floating_point and not (x.float() if x.itemsize == 1 else x).isfinite().all():
+                        yield f"{name}: {tensor} holds NaN or infinity"
+        except (SafetensorError, OSError) as error:
+            yield f"{name}: cannot be read ({error})"
+
+
 def write_weights(directory, shapes, itemsize, make, save, shard_bytes=SHARD_BYTES):
     """Write `model.safetensors`, or shards with an index; one shard is in memory at a time.
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -33,7 +34,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.checkpoint.weights import copy_settings, settings_files, using_cache
+from xlstm_hybrid.checkpoint.weights import copy_settings, settings_files, using_cache, weight_faults
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
@@ -268,6 +269,8 @@ def export(checkpoint, out, overwrite=False):
     if (checkpoint / MANIFEST).is_file():
         verify_files(checkpoint)
     config, names = config_values(checkpoint), copied_files(checkpoint)
+    if wrong := list(islice(weight_faults(checkpoint), 3)):
+        raise CheckpointError(f"{checkpoint.name}: {'; '.join(wrong)}; make the checkpoint again, or mend these")
     needed = sum((checkpoint / name).stat().st_size for name in (*names, *settings_files(checkpoint)))
     with staged(out, overwrite, needed) as directory:
         for name in names:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import INDEX, MANIFEST, PROVENANCE, SECRETS, SINGLE, read_json, verify_files
-from xlstm_hybrid.checkpoint.weights import SETTINGS_FILES, TEMPLATES
+from xlstm_hybrid.checkpoint.weights import SETTINGS_FILES, TEMPLATES, weight_faults
 from xlstm_hybrid.errors import CheckpointError, ShareError
 
 CARD, CONFIG = "README.md", "config.json"
@@ -214,6 +214,7 @@ def inspect_folder(folder, repo, *, code=False):
             wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code")
         names = own_names()
         wrong += [text for path in paths.values() for text in inspect(path, names)]
+        wrong += weight_faults(folder)
     if wrong:
         raise ShareError(
             f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "

@@ -128,6 +128,11 @@ def trainer_config(config, settings, where, work, seed):
     """
     parser = Parser(config)
     parser.check(settings, where)
+    if "output_dir" in settings:
+        raise ConfigError(
+            f"{where}.output_dir={settings['output_dir']!r}: a stage writes where its command or the recipe's `out` says, and looks there "
+            "when it goes on; leave it out"
+        )
     settings = parser.typed(settings, where)
     micro, accumulation = batch_of(settings, where)
     settings.pop(SEQUENCES, None)

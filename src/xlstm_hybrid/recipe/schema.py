@@ -258,6 +258,10 @@ def faults(content):
     wrong = []
     if not NAME.fullmatch(content["name"]):
         wrong.append(f"name={content['name']!r}: expected letters, digits, '.', '_' and '-'")
+    if ".." in Path(content["out"]).parts or not content["out"].strip():
+        wrong.append(
+            f"out={content['out']!r}: expected a directory without '..': name another with --out, or by its whole path"
+        )
     if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
         kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
         wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
@@ -362,6 +366,8 @@ def stage_faults(content):
             value = section.get(name, None if name == "max_steps" else 1)
             if not isinstance(value, int) or value < 1:
                 wrong.append(f"{stage}.{name}={value!r}: expected a number of {what}")
+        if "output_dir" in section:
+            wrong.append(f"{stage}.output_dir={section['output_dir']!r}: all stages write below `out`; leave it out")
     return wrong
 
 
