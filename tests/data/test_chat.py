@@ -103,7 +103,7 @@ def test_tools_that_contradict_or_are_none_are_named_and_none_of_them_is_no_tool
     assert read(tmp_path, [{"messages": inside, "tools": [{"name": "other"}]}], leave_out=["tools"]) == [
         {"messages": TALK}
     ]
-    with pytest.raises(DataError, match="message 2 has tools; they may stand in the first message"):
+    with pytest.raises(DataError, match="message 2 has tools: move them into the first message"):
         read(tmp_path, [{"messages": [*TALK[:2], inside[0], TALK[1]]}])
     with pytest.raises(DataError, match=r"no columns \['tols'\]"):
         read(tmp_path, [{"messages": TALK}], tools="tols")

@@ -423,7 +423,7 @@ def test_without_a_measurement_the_plan_says_so_and_bad_arguments_are_named(dire
     assert "not measured" in invoke(directory, "--budget", "200KB", "--length", 900, "--window", 16)
     for arguments, message in (
         (("--budget", "many", "--length", 900), "budget='many'"),
-        (("--budget", "1KB", "--length", 900), "expected at least so many"),
+        (("--budget", "1KB", "--length", 900), "expected a budget of at least that"),
         (
             ("--budget", "1MB", "--length", 900, "--measure", "--ranking", directory / "config.json"),
             "expected one of them",

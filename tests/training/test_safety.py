@@ -197,7 +197,7 @@ def test_without_a_good_checkpoint_a_run_starts_anew_or_says_why_not(whole_run, 
     assert trainer.state.global_step == 1
     damaged(tmp_path / "checkpoint-1")
     with pytest.raises(
-        CheckpointError, match="none of 1 checkpoints can be trusted, the newest: checkpoint-1: optimizer.safetensors"
+        CheckpointError, match="none of 1 checkpoints is whole, the newest: checkpoint-1: optimizer.safetensors"
     ):
         resumed(tmp_path, max_steps=1)
 

@@ -21,5 +21,7 @@ TINY = Path("recipes/tiny.yaml")
 def overrides_of(context, config, *arguments):
     """The options of a trainer's config that stand behind a command's own, as `{name: value}`."""
     if misplaced := next((str(a) for a in arguments if str(a).startswith("-")), None):
-        raise ConfigError(f"{misplaced}: options of {config.__name__} come behind the positional arguments")
+        raise ConfigError(
+            f"{misplaced}: options of {config.__name__} come behind the positional arguments: move them there"
+        )
     return parse_overrides(config, context.args)

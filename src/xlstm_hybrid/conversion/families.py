@@ -144,7 +144,7 @@ def family_of(config):
     if kind not in FAMILIES:
         raise UnsupportedTeacherError(
             f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
-            "choose a teacher of one of them, or add its table to FAMILIES in xlstm_hybrid/conversion/families.py"
+            "choose a teacher of one of them, or add it as docs/add-teacher-family.md shows"
         )
     if quantised := getattr(config, "quantization_config", None):
         values = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -247,7 +247,7 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     refuse_loading(overrides)
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(
-            f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher"
+            f"student of {teacher_config.model_type}: cannot set {foreign}, only {allowed}; the rest comes from the teacher: leave these out"
         )
     if layer_types == "teacher":
         layer_types = fields["teacher_layer_types"]

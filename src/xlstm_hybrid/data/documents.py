@@ -61,7 +61,9 @@ def encode_chat(tokenizer, conversation, score="assistant"):
     messages, options = row["messages"], dict(row.get("chat_template_kwargs") or {})
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
-        raise DataError("no message has the role 'assistant': nothing could be scored")
+        raise DataError(
+            "no message has the role 'assistant': nothing could be scored; correct the rows, or name the right column"
+        )
     messages, turns = messages[: turns[-1] + 1], turns[-1:] if score == "last" else turns
     template = chosen_template(tokenizer, row.get("tools"))
     if unread := sorted(name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)):
@@ -307,7 +309,7 @@ def conversation(row, source):
         if isinstance(message.get("content"), list):
             joined(message["content"])
         if n and message.get("tools"):
-            raise DataError(f"message {n} has tools; they may stand in the first message, or in a column of their own")
+            raise DataError(f"message {n} has tools: move them into the first message, or into a column of their own")
     found = {"messages": messages}
     tools = [] if "tools" in left_out else tools_of(row.get(source.tools or "tools"))
     inside = tools_of(messages[0].pop("tools", None))

@@ -163,12 +163,12 @@ class Rows:
         """Raises DataError for a state of other sources, or of a version that packs rows in another way."""
         if set(state["streams"]) != set(self.streams):
             raise DataError(
-                f"the state is of the sources {sorted(state['streams'])}, the recipe has {sorted(self.streams)}: start the data anew"
+                f"the state is of the sources {sorted(state['streams'])}, the recipe has {sorted(self.streams)}: start the stage anew, in another OUT"
             )
         if state.get("packing") != PACKING:
             raise DataError(
                 f"the state is of packing {state.get('packing', 1)}, this version has {PACKING} (conversations are no longer cut to "
-                "fill a row): go on with the version that wrote it, or start the data anew"
+                "fill a row): go on with the version that wrote it, or start the stage anew, in another OUT"
             )
         state = copy.deepcopy(state)
         for name in STATE:
@@ -267,7 +267,9 @@ def prompts(recipe, tokenizer, count, expert):
     if "mixture" in mix:
         shares = {name: share for name, share in mix["mixture"].items() if name != "text"}
         if not shares:
-            raise ConfigError("the mixture holds text only, which asks nothing; on-policy distillation needs prompts")
+            raise ConfigError(
+                "the mixture holds text only, which asks nothing; on-policy distillation needs prompts: add a domain or a source of messages"
+            )
         seed = f"{recipe.seed}-{expert}-prompts"
         rng, streams = random.Random(seed), {name: tasks.examples(name, seed) for name in shares}
         names = [rng.choices(list(shares), list(shares.values()))[0] for _ in range(count)]
@@ -275,7 +277,7 @@ def prompts(recipe, tokenizer, count, expert):
         return Dataset.from_list([{"prompt": example.prompt, "completion": example.answer} for example in asked])
     if plain := sorted(n for n, s in mix["sources"].items() if not s.is_chat):
         raise ConfigError(
-            f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages"
+            f"expert {expert}: the sources {plain} are plain text, which asks nothing; on-policy distillation needs messages: add a source of them"
         )
     streams, spent, rows = open_streams(recipe, tokenizer, expert), {}, []
     sections = recipe.on_policy or {}, (recipe.merge or {}).get("on_policy") or {}
@@ -331,7 +333,9 @@ def question(conversation):
         )
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns or not turns[-1]:
-        raise DataError("no message before the assistant's last one: nothing is asked")
+        raise DataError(
+            "no message before the assistant's last one: nothing is asked; correct the rows, or leave them out"
+        )
     return {"prompt": messages[: turns[-1]], "completion": messages[turns[-1] : turns[-1] + 1]}
 
 

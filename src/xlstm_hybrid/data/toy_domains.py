@@ -144,7 +144,9 @@ def test_examples(domain, count, seed=0):
         by_prompt.setdefault(example.prompt, example)
         if len(by_prompt) == count:
             return list(by_prompt.values())
-    raise DataError(f"{domain}: only {len(by_prompt)} distinct held-out prompts exist, {count} were asked for")
+    raise DataError(
+        f"{domain}: only {len(by_prompt)} distinct held-out prompts exist, {count} were asked for: lower examples"
+    )
 
 
 def dataset(domain, examples=200, **_):

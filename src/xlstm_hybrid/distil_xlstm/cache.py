@@ -43,7 +43,9 @@ class RecurrentLayer(StateLayer):
         self.dtype, self.device, self.is_initialized = conv.dtype, conv.device, True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise CacheError("a recurrent block has no keys and values: the cache belongs to another model")
+        raise CacheError(
+            "a recurrent block has no keys and values: the cache belongs to another model; start from DynamicCache(config=model.config)"
+        )
 
     lazy_initialization = update
 

@@ -74,7 +74,7 @@ def fall(start, end, k):
 def delta_schedule(schedule, step, epoch=0):
     """`Weights` of a `DeltaSchedule` at a step of an epoch, both counted from 0; ConfigError for a negative one."""
     if step < 0 or epoch < 0:
-        raise ConfigError(f"step={step}, epoch={epoch}: both count from 0")
+        raise ConfigError(f"step={step}, epoch={epoch}: expected at least 0 of both")
     s = schedule
     alpha = fall(max(s.alpha_start - epoch * s.delta, s.alpha_end), s.alpha_end, step)
     temperature = fall(max(s.temperature_start - epoch * s.delta, s.temperature_end), s.temperature_end, step)

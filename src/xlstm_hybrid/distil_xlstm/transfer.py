@@ -76,7 +76,7 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
     refuse_loading(overrides)
     if foreign := sorted(set(overrides) - set(allowed)):
         raise ConfigError(
-            f"student of {kind}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, whose embeddings it keeps"
+            f"student of {kind}: cannot set {foreign}, only {allowed}; the rest comes from the teacher, whose embeddings it keeps: leave these out"
         )
     tied = teacher_config.tie_word_embeddings if tie_word_embeddings is None else tie_word_embeddings
     if tied and not teacher_config.tie_word_embeddings:

@@ -186,7 +186,8 @@ def model_file(s):
         found = loaded.state_dict()[name]
         if found.dtype != x.dtype or not torch.equal(found, x):
             raise CheckpointError(
-                f"{name} is not what was saved: {x.dtype} {list(x.shape)} became {found.dtype} {list(found.shape)}"
+                f"{name} is not what was saved: {x.dtype} {list(x.shape)} became {found.dtype} {list(found.shape)}: report this, "
+                "with what `xlstm-hybrid doctor` prints"
             )
 
 

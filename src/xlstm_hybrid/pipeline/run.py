@@ -370,7 +370,9 @@ def require_passed(folder, note):
 def require_report(folder, note):
     """Raise CheckpointError where the efficiency report is gone."""
     if not (folder / "efficiency.json").is_file():
-        raise CheckpointError(f"{folder.name}/efficiency.json is gone")
+        raise CheckpointError(
+            f"{folder.name}/efficiency.json is gone, expected the report that was measured: it is measured again"
+        )
 
 
 def contradictions_in(evaluations):

@@ -64,7 +64,7 @@ class Parser:
         for name in names:
             if name not in self.options and name != SEQUENCES:
                 close = difflib.get_close_matches(name, [*self.options, SEQUENCES], n=3)
-                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                hint = f"; did you mean {' or '.join(close)}?" if close else ": docs/recipes.md lists them"
                 raise ConfigError(f"{where}: {self.name} has no setting {name!r}{hint}")
 
     def typed(self, settings, where):

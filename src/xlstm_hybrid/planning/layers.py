@@ -303,7 +303,7 @@ def fit_windows(config, windows, budget, length, size, notes):
     if size() > budget:
         raise ConfigError(
             f"budget of {budget:,} bytes: a student with a window of {config.sliding_window} has {size():,} at {length} tokens; "
-            "expected at least so many. Take fewer layers that keep the teacher's attention, or memory_feature_dim"
+            "expected a budget of at least that. Take fewer layers that keep the teacher's attention, or memory_feature_dim"
         )
     if config.sliding_window != wanted:
         notes.append(f"the window was cut from {wanted} to {config.sliding_window} tokens to fit")

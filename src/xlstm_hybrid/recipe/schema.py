@@ -170,7 +170,9 @@ class Recipe:
             ConfigError: no such expert.
         """
         if expert is not None and expert not in self.experts:
-            raise ConfigError(f"expert {expert!r}: {self.path.name} has {sorted(self.experts)}")
+            raise ConfigError(
+                f"expert {expert!r}: {self.path.name} has {sorted(self.experts)}, expected one of them: correct --expert"
+            )
         section = {k: v for k, v in self.data.items() if k in MIXES} if expert is None else as_mix(self.experts[expert])
         return {"sources": {n: Source(**s) for n, s in section["sources"].items()}} if "sources" in section else section
 
@@ -211,7 +213,9 @@ def read_yaml(path):
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}: expected a YAML file, for example recipes/tiny.yaml")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path.name}: {path.stat().st_size} bytes, a recipe has at most {MAX_BYTES}")
+        raise ConfigError(
+            f"{path.name}: {path.stat().st_size} bytes, expected a recipe of at most {MAX_BYTES}: name the YAML file"
+        )
     try:
         text, depth, aliases = path.read_text(encoding="utf-8"), 0, 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -96,7 +96,9 @@ def row_input(row, number, vocab_size):
     elif row.get("seq_lengths") is not None:
         ends = np.cumsum(np.asarray(row["seq_lengths"], dtype=np.int64))
         if not len(ends) or ends[-1] != T or (np.diff(ends) < 1).any():
-            raise DataError(f"row {number}: seq_lengths {list(row['seq_lengths'])} do not add up to its {T} tokens")
+            raise DataError(
+                f"row {number}: seq_lengths {list(row['seq_lengths'])} do not add up to its {T} tokens: prepare the rows again"
+            )
         starts[ends[:-1]] = True
     labels = column(row, "labels", number, T) if row.get("labels") is not None else ids
     stored = np.zeros(T, dtype=bool)
@@ -108,7 +110,7 @@ def column(row, name, number, T):
     values = np.asarray(row[name], dtype=np.int64)
     if values.shape != (T,):
         raise DataError(
-            f"row {number}: {name} of shape {list(values.shape)}, input_ids has {T} tokens; each token needs its own"
+            f"row {number}: {name} of shape {list(values.shape)}, input_ids has {T} tokens; expected one for each token"
         )
     return values
 

@@ -58,7 +58,7 @@ class AlignmentConfig(SFTConfig):
         super().__post_init__()
         if self.max_grad_norm:
             raise ConfigError(
-                f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent"
+                f"max_grad_norm={self.max_grad_norm}: alignment needs 0, a global clip would couple layers that are independent: leave it out"
             )
         if self.loss_form not in ("sum", "relative"):
             raise ConfigError(f"loss_form={self.loss_form!r}: expected 'sum' or 'relative'")

@@ -464,7 +464,9 @@ def document_dataset(rows, max_length=None):
     for n, (ids, labels) in enumerate(rows):
         ids, labels = list(ids), list(labels)
         if len(ids) != len(labels):
-            raise DataError(f"document {n}: {len(ids)} input_ids and {len(labels)} labels; each token needs its label")
+            raise DataError(
+                f"document {n}: {len(ids)} input_ids and {len(labels)} labels; expected a label for each token"
+            )
         if max_length is not None and len(ids) > max_length:
             raise DataError(
                 f"document {n} has {len(ids)} tokens, max_length is {max_length}: raise it, or split the document"

@@ -110,7 +110,9 @@ def check_prompts(dataset, args, names=(None,)):
     for name in (name for name, is_needed in needed.items() if is_needed):
         if columns is not None and name not in columns:
             options = f"lmbda={args.lmbda}, seq_kd={args.seq_kd}" + (f", teachers {names}" if several else "")
-            raise ConfigError(f"train_dataset has no column {name!r}, only {columns}; {options} need it")
+            raise ConfigError(
+                f"train_dataset has no column {name!r}, only {columns}; {options} need it: add the column, or leave these options out"
+            )
     if isinstance(dataset, IterableDataset):
         if args.num_generations > 1:
             raise ConfigError(

@@ -196,7 +196,7 @@ def find_checkpoint(trainer, wanted):
             log.warning("passed over: %s", reason)
         if path is None and skipped:
             raise CheckpointError(
-                f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints can be trusted, the newest: "
+                f"{Path(trainer.args.output_dir).name}: none of {len(skipped)} checkpoints is whole, the newest: "
                 f"{next(iter(skipped.values()))}; remove them to start from the beginning"
             )
         if path is None:
