@@ -18,6 +18,8 @@ from xlstm_hybrid.checkpoint import digests
 from xlstm_hybrid.checkpoint.digests import TRUSTED, file_digest, require_intact, weights_hash
 from xlstm_hybrid.checkpoint.files import digest, read_provenance, write_manifest
 from xlstm_hybrid.cli import app
+from xlstm_hybrid.commands.plan_layers import plan_layers
+from xlstm_hybrid.commands.serve import serve
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.errors import CheckpointError, ConfigError, StoreError
@@ -150,6 +152,8 @@ READERS = {
     "distill": lambda student: pipeline.distill(student, TINY, student.parent / "out", pipeline_recipe(), "symbols"),
     "evaluate": lambda student: pipeline.evaluate(student, pipeline_recipe()),
     "verify": verify_checkpoint,
+    "serve": lambda student: serve(str(student)),
+    "plan-layers": lambda student: plan_layers(str(student), "64MB", 64, measure=True, rows=1, tokens=64),
 }
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import read_json, write_file
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.conversion.convert import from_teacher
@@ -101,7 +102,8 @@ def student_of(model, **chosen):
 
 
 def measured_ranking(model, config, is_student, kind, count, length, device, **how):
-    """`rank_groups` on `longcontext.documents`, of a student as it is or of a teacher's fresh one."""
+    """`rank_groups` on `long_context.documents`, of a student as it is or of a teacher's fresh one."""
+    require_intact(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
     stored = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype

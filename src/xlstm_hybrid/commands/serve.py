@@ -6,6 +6,7 @@ import torch
 import transformers
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
@@ -27,6 +28,7 @@ def serve(
 
     Example: xlstm-hybrid serve runs/tiny/student --port 8000
     """
+    require_intact(model)
     # its server finds classes in this namespace, and in no Auto class
     transformers.XLSTMHybridForCausalLM = XLSTMHybridForCausalLM
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
