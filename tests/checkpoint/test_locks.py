@@ -60,7 +60,7 @@ def test_a_file_system_without_hard_links_has_locks_as_well(path, monkeypatch):
 
 
 def test_a_disk_that_is_full_leaves_no_lock_and_a_named_error(path, monkeypatch):
-    def full(self, text):
+    def full(self, text, encoding):
         with open(self, "w"):
             raise OSError(28, "No space left on device")
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_teachers import edit_config, model_class, rewrite, stored, teacher, teacher_config
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-import xlstm_hybrid.checkpoint.weights
+import xlstm_hybrid.conversion.convert
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, UnsupportedTeacherError
@@ -254,13 +254,13 @@ def test_weights_that_a_narrower_dtype_cannot_hold_are_refused(llama, tmp_path):
 def test_a_failure_while_writing_leaves_nothing(llama, tmp_path, monkeypatch):
     written = []
 
-    def save(tensors, path, metadata):
+    def save(tensors, path, values):
         if len(written) == 2:
             raise OSError("disk full")
         written.append(path)
-        save_file(tensors, path, metadata)
+        save_file(tensors, path)
 
-    monkeypatch.setattr(xlstm_hybrid.checkpoint.weights, "save_file", save)
+    monkeypatch.setattr(xlstm_hybrid.conversion.convert, "save_weights", save)
     with pytest.raises(CheckpointWriteError, match="disk full"):
         convert(llama, tmp_path / "out", shard_bytes=30_000)
     assert len(written) == 2

@@ -529,7 +529,7 @@ def test_what_is_no_student_is_refused_by_name(tmp_path):
     enlarge(LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape))).save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="llama: a llama model, expected xlstm_hybrid"):
         verify_checkpoint(tmp_path / "llama")
-    with pytest.raises(CheckpointError, match="nowhere: cannot be loaded"):
+    with pytest.raises(CheckpointError, match="nowhere: the model cannot be loaded"):
         verify_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="dtype=float33"):
         verify_checkpoint(tmp_path / "llama", dtype="float33")
@@ -541,6 +541,6 @@ def test_the_installed_command_says_no_in_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (
         result.returncode == 2
-        and result.stderr.startswith("CheckpointError: nowhere: cannot be loaded")
+        and result.stderr.startswith("CheckpointError: nowhere: the model cannot be loaded")
         and "Traceback" not in result.stderr
     )

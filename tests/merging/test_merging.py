@@ -166,6 +166,7 @@ def test_tokenizer_and_settings_of_the_first_come_along_and_pickles_do_not(exper
         "notes.txt",
     ):
         (experts[0] / name).write_text("{}")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(experts[0] / "tokenizer.json"))
     settings = {"eos_token": "e", "name_or_path": "/home/x", "auto_map": {}, "vocab_file": "/etc/y"}
     (experts[0] / "tokenizer_config.json").write_text(json.dumps(settings))
     config = json.loads((experts[0] / "config.json").read_text()) | {

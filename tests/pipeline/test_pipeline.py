@@ -176,7 +176,11 @@ def test_the_final_student_is_verified_once_and_before_anything_is_scored(unscor
         with pytest.raises(ZeroDivisionError):
             smoke_run(unscored).run()
     note = json.loads((unscored / "stages" / "verify.json").read_text())
-    assert note["passed"] and {c["name"] for c in note["checks"]} == {"every tensor loaded", *CHECKS}
+    assert note["passed"] and {c["name"] for c in note["checks"]} == {
+        "every tensor loaded",
+        "configuration = trained",
+        *CHECKS,
+    }
     monkeypatch.setattr("xlstm_hybrid.pipeline.run.verify_checkpoint", lambda *_, **__: pytest.fail("verified again"))
     with pytest.raises(pytest.fail.Exception, match="scored before"):  # the note holds
         smoke_run(unscored, evaluate=SCORES).run()
@@ -194,7 +198,7 @@ def test_a_forward_that_drops_the_cache_fails_the_run_before_anything_is_scored(
     monkeypatch.setattr(Run, "harness", lambda *_: pytest.fail("scored"))
     for _ in range(2):  # what has failed is not kept
         with pytest.raises(
-            EvaluationError, match=r"merged: no scores, because 7 of 10 checks failed: generate = argmax"
+            EvaluationError, match=r"merged: no scores, because 7 of 11 checks failed: generate = argmax"
         ):
             smoke_run(unscored).run()
     assert not (unscored / "report.md").exists() and not (unscored / "student").exists()

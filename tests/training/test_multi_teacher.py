@@ -388,4 +388,4 @@ def test_the_command_takes_experts_by_name_and_its_trainers_options(made, tmp_pa
         (["--expert", "math=x"], "expert 'math': recipe.yaml has"),
         ([*experts, *experts], "names an expert twice"),
     ):
-        assert message in str(run(*arguments).exception)
+        assert message in str(run(*arguments, "--overwrite").exception)

@@ -182,9 +182,11 @@ def mark(path):
     return f"{Path(path).name}-{owner(os.getpid())}-{uuid.uuid4().hex[:8]}"
 
 
-def dead(text):
-    """Whether `text`, made by `owner`, names a process of this machine that is no more."""
+def dead(text, own=False):
+    """Whether `text`, made by `owner`, names a process of this machine that is no more; or, with `own`, this one."""
     pid = text.rpartition("-")[2]
+    if own and text == owner(os.getpid()):
+        return True
     if not pid.isdigit() or text != owner(pid):
         return False  # not written yet, or of another machine
     try:
@@ -211,14 +213,14 @@ def discard(directory):
         remove(temporary)
 
 
-def remove_abandoned(path):
+def remove_abandoned(path, own=False):
     """Finish or undo what killed processes of this machine had begun at `path`; what was done, in words. What belongs to
     other machines stays.
     """
     path, done = Path(path), []
     size = len(path.name) + 6
     found = [p for p in path.parent.glob(f".*-{glob.escape(path.name)}-*") if p.name[:5] in (".old-", ".tmp-")]
-    found = [p for p in found if p.name[size:].count("-") == 2 and dead(p.name[size:].rpartition("-")[0])]
+    found = [p for p in found if p.name[size:].count("-") == 2 and dead(p.name[size:].rpartition("-")[0], own)]
     for there in sorted(found):  # `.old-x`, that makes place for `.tmp-x`, comes first
         begun = path.with_name(there.name.replace(".old-", ".tmp-", 1))
         if there.name.startswith(".tmp-"):
@@ -238,11 +240,13 @@ def remove_abandoned(path):
     return done
 
 
-def clean_abandoned(directory):
-    """`remove_abandoned` for all that killed processes of this machine had begun in `directory`."""
+def clean_abandoned(directory, own=False):
+    """`remove_abandoned` for all that killed processes of this machine had begun in `directory`; with `own` also for what
+    this process did not get removed, where nothing else of it writes there.
+    """
     left = [*Path(directory).glob(".old-*-*-*-*"), *Path(directory).glob(".tmp-*-*-*-*")]
     paths = {folder.absolute().parent / folder.name[5:].rsplit("-", 3)[0]: None for folder in left}
-    return [text for path in paths for text in remove_abandoned(path)]
+    return [text for path in paths for text in remove_abandoned(path, own)]
 
 
 def exchange(one, other):

@@ -161,7 +161,7 @@ def process_of(pid):
 def written(path):
     """The text of a lock, None where it is gone or not for us to read."""
     with contextlib.suppress(OSError):
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def who_holds(path):

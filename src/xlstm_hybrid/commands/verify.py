@@ -22,7 +22,9 @@ def verify(
     accept_config: Annotated[bool, Option(help="Let settings pass that differ from those of the training.")] = False,
     out: Annotated[Path | None, Option("--json", help="File for the results, JSON.")] = None,
 ):
-    """Check that cache, padding, packing, beams, rollback and files change nothing, and no setting since training.
+    """Check that cache, padding, packing, beams, rollback and files change nothing.
+
+    And that no setting of the configuration has changed since the weights were trained.
 
     Exit code 1 if a check fails.
 

@@ -208,7 +208,7 @@ def ending(code):
 
 def output(folder, rank):
     """The lines that a worker wrote."""
-    text = (folder / f"{rank}.log").read_text(errors="replace")
+    text = (folder / f"{rank}.log").read_text(encoding="utf-8", errors="replace")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 

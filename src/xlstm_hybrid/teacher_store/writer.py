@@ -177,7 +177,7 @@ def build_store(
         missing = [j for j in range(count) if shard_name(j) not in index["shards"]]
         share = sum(first[j + 1] - first[j] for j in missing) / len(rows)
         check_space(out / INDEX, SPARE * share * planned_bytes(spec, min(k, vocab_size)))
-        clean_abandoned(out)
+        clean_abandoned(out, own=True)
         clean_locks(out)
         order = [(j + rank * count // world) % count for j in range(count)]  # processes begin at different places
         for j in [*order, *order]:  # twice: what another process had locked may have been left behind
