@@ -2,12 +2,14 @@
 is called.
 """
 
+import _thread
 import inspect
 import logging
 import os
 import shutil
 import sys
 import textwrap
+import threading
 from importlib import import_module
 from typing import Annotated
 
@@ -164,6 +166,7 @@ def run_app(app):
     log.setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     console = Console(stderr=True, soft_wrap=True)
+    sys.unraisablehook = interrupted_again(sys.unraisablehook)
     try:
         app()
     except XLSTMHybridError as error:
@@ -178,6 +181,20 @@ def run_app(app):
         sys.exit(2)
     except KeyboardInterrupt:  # of typer's; `Command` says more
         sys.exit(130)
+
+
+def interrupted_again(usual):
+    """A `sys.unraisablehook`: Python drops what is raised while it deletes an object, and with it a Ctrl-C that comes just
+    then. It is sent once more.
+    """
+
+    def hook(dropped):
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            usual(dropped)
+
+    return hook
 
 
 if __name__ == "__main__":

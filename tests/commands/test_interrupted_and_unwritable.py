@@ -3,7 +3,10 @@ go on.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,3 +296,36 @@ def test_what_the_next_call_need_not_do_again_is_found_where_it_stands(tmp_path,
         (tmp_path / name).write_text(json.dumps(content))
     kept = list(kept_at(tmp_path / "out"))
     assert len(kept) == (found is not None) and (not kept or kept[0].startswith(f"{found} {tmp_path}/out"))
+
+
+FORGETFUL = """
+import os, signal, time, types
+from xlstm_hybrid import cli
+from xlstm_hybrid.commands import card
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # Python raises the interruption here, and drops it
+
+def work(*arguments, **options):
+    Held()
+    for _ in range(400):
+        time.sleep(0.01)
+    print("it went on")
+
+card.write_card = card.check_output = card.require_intact = work
+cli.main()
+"""
+
+
+def test_an_interruption_that_python_drops_while_it_deletes_something_comes_again(tmp_path):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, "card", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root / 'kernels'}"},
+    )
+    assert done.returncode == 130 and "it went on" not in done.stdout, done.stderr[-2000:]

@@ -54,6 +54,7 @@ MISFITS = {
     "absurd": ({"vocab_size": 10**13}, r"\[512, 256\] in model.safetensors, \[10000000000000, 256\] by config.json"),
     "type": ({"sliding_window": "sixteen"}, "sliding_window"),
     "rope": ({"rope_parameters": {"rope_type": "nope"}}, "nope"),
+    "chunks": ({"mlstm_chunk_size": 0}, "mlstm_chunk_size=0: expected at least 1 token"),
     "negative": ({"intermediate_size": -4}, "-4"),
 }
 

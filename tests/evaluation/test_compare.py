@@ -776,3 +776,25 @@ def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
     assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
     unpaired = {"teacher": compared(1, 0), "student": compared(1, 0) | {"samples": {}}}
     assert report_scores(unpaired)["win_and_tie"]["student"]["resampled"] is None
+
+
+def far_results(tmp_path, name, scores):
+    file = tmp_path / f"results_{name}.json"
+    found = {task: {"recall,none" if "_" in task else "acc,none": score} for task, score in scores.items()}
+    file.write_text(
+        json.dumps({"results": found, "configs": {}, "versions": {}, "n-shot": {}, "model_name": name, "config": {}})
+    )
+    return read_results(file)[0]
+
+
+def test_long_context_tasks_are_no_part_of_the_rate_unless_they_are_named(tmp_path):
+    """What both fail would count as a tie."""
+    teacher = far_results(tmp_path, "teacher", {"arc": 0.5, "needle_4k": 0.0, "multikey_16k": 0.0})
+    student = far_results(tmp_path, "student", {"arc": 0.4, "needle_4k": 0.0, "multikey_16k": 0.0})
+    found = compare(teacher, [student])
+    assert list(found["teacher_scores"]) == ["arc"] and found["students"]["student"]["c_alpha"] == 0
+    assert any("stay out of the win-and-tie rate: needle_4k, multikey_16k" in note for note in found["notes"])
+    named = compare(teacher, [student], tasks=["arc", "needle_4k"])
+    assert named["students"]["student"]["c_alpha"] == 0.5
+    alone = [far_results(tmp_path, f"{name}-far", {"needle_4k": s}) for name, s in (("teacher", 1.0), ("student", 0.5))]
+    assert list(compare(alone[0], alone[1:])["teacher_scores"]) == ["needle_4k"]

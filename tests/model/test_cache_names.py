@@ -212,6 +212,19 @@ def test_what_is_listed_passes_and_a_switch_that_is_off_is_none():
         refuse_unknown({"output_router_logits": True}, {"seq_idx"}, "It")
 
 
+def test_a_cache_of_more_tokens_than_the_input_is_named():
+    """Who passes the question alone has forgotten that the input is the whole text."""
+    model, ids = tiny_student(), token_ids(1, 9)
+    cache = prefill(model, ids)
+    for short in (ids[:, :4], ids):
+        with pytest.raises(
+            CacheError, match=f"the cache holds 9 tokens, the input {short.shape[1]}: pass the whole text"
+        ):
+            model.generate(short, **named(cache), max_new_tokens=2)
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    assert model.generate(longer, **named(cache), max_new_tokens=2).shape == (1, 12)
+
+
 def test_arguments_that_a_pipeline_has_bound_by_name_are_those_of_the_call():
     """transformers' pipeline parallelism binds a causal LM's arguments and hands them to its backbone as a dict."""
     model = tiny_student()

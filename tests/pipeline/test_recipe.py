@@ -162,7 +162,7 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, message):
     [
         ("a: [1", "is not YAML"),
         ("- 1", "expected keys and values, got list"),
-        ("x: " + "a" * (1 << 20), "a recipe has at most"),
+        ("x: " + "a" * (1 << 20), "expected a recipe of at most"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
         ("a: 1\nb: 2\na: 3", "the key 'a' is given twice"),
         ("a: &a [1]\nb: [" + ", ".join(["*a"] * 101) + "]", "more than 100 aliases or 20 levels"),

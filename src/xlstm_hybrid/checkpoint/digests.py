@@ -71,13 +71,14 @@ def weights_hash(directory):
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def require_intact(checkpoint, listed=False):
+def require_intact(checkpoint, listed=False, but=()):
     """Raise CheckpointError where a directory is not what its manifest says. One without a manifest passes unless it has
-    to be `listed`; so does a hub id. Under `--trust` nothing is read, and a line says so.
+    to be `listed`; so does a hub id; files named in `but` may have changed. Under `--trust` nothing is read, and a line
+    says so.
     """
     if not listed and not (Path(checkpoint) / MANIFEST).is_file():
         return
     if TRUSTED.get():
         log.warning("%s: not compared with its manifest (--trust)", Path(checkpoint).name)
     else:
-        verify_files(checkpoint, hash_of=file_digest)
+        verify_files(checkpoint, hash_of=file_digest, but=but)

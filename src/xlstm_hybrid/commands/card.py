@@ -6,6 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.reports.card import write_card
 
@@ -19,5 +20,6 @@ def card(
     Example: xlstm-hybrid card runs/tiny/student --results runs/tiny/results.json
     """
     check_output(directory / "README.md", "file")
+    require_intact(directory, but=("README.md",))
     write_card(directory, json.loads(results.read_text(encoding="utf-8")) if results else None)
     print(f"wrote {directory / 'README.md'}")

@@ -39,7 +39,7 @@ def serve(
 
         Serve(model, **settings, default_seed=seed, log_level=log_level)
     except ImportError as error:  # transformers' own text names the extra
-        raise ConfigError(f"serve: {error}") from error
+        raise ConfigError(f"serve: {error}; pip install 'xlstm-hybrid[serve]' brings all of it") from error
 
 
 def stored_dtype(model):

@@ -250,6 +250,8 @@ class XLSTMHybridConfig(StudentConfig):
                 wrong.append(f"layer {j} is {kind} with a window of {window}: expected at least 1 token")
             if sinks < 0:
                 wrong.append(f"layer {j} has {sinks} sink tokens: expected 0 or more")
+        if self.mlstm_chunk_size < 1:
+            wrong.append(f"mlstm_chunk_size={self.mlstm_chunk_size}: expected at least 1 token")
         if self.qk_norm not in (None, "head", "full"):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post"):

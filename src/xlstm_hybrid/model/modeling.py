@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -662,7 +662,20 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
         ensure_compatible(XLSTMHybridForCausalLM)
-        return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
+        kwargs = renamed(kwargs, CACHE, "generate")
+        cache, given = cache_of(kwargs), (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        ids = next((x for x in given if x is not None), None)
+        if (
+            isinstance(cache, Cache)
+            and ids is not None
+            and (seen := int(cache.get_seq_length()))
+            and seen >= ids.shape[1]
+        ):
+            raise CacheError(
+                f"generate: the cache holds {seen} tokens, the input {ids.shape[1]}: pass the whole text, that which was read into the cache and "
+                "at least one token more"
+            )
+        return super().generate(*args, **kwargs)
 
     @takes_cache
     @can_return_tuple
