@@ -299,7 +299,8 @@ def test_what_the_next_call_need_not_do_again_is_found_where_it_stands(tmp_path,
 
 
 FORGETFUL = """
-import os, signal, time, types
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 from xlstm_hybrid import cli
 from xlstm_hybrid.commands import card
 
