@@ -212,9 +212,10 @@ def test_what_is_listed_passes_and_a_switch_that_is_off_is_none():
         refuse_unknown({"output_router_logits": True}, {"seq_idx"}, "It")
 
 
-def test_a_cache_of_more_tokens_than_the_input_is_named():
+@pytest.mark.parametrize("kind", ["hybrid", "distil"])
+def test_a_cache_of_more_tokens_than_the_input_is_named(kind):
     """Who passes the question alone has forgotten that the input is the whole text."""
-    model, ids = tiny_student(), token_ids(1, 9)
+    model, ids = student(kind), token_ids(1, 9)
     cache = prefill(model, ids)
     for short in (ids[:, :4], ids):
         with pytest.raises(

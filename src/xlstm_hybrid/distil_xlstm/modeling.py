@@ -18,7 +18,6 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
@@ -33,10 +32,16 @@ from xlstm_hybrid.distil_xlstm.cache import adopt_recurrent
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
 from xlstm_hybrid.distil_xlstm.transfer import new_student
 from xlstm_hybrid.errors import CacheError, ConfigError
-from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
+from xlstm_hybrid.model.cache_names import ACCEPTED, NAMES, cache_of, named, refuse_unknown, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.mixer import wide
-from xlstm_hybrid.model.modeling import CheckpointedLayer, StudentModel, drop_absent_names, keep_positions
+from xlstm_hybrid.model.modeling import (
+    CheckpointedLayer,
+    StudentGenerationMixin,
+    StudentModel,
+    drop_absent_names,
+    keep_positions,
+)
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.training.losses import at_least_float32
 
@@ -357,7 +362,7 @@ class DistilXLSTMModel(DistilXLSTMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
 
-class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
+class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, StudentGenerationMixin):
     """The student with its language-model head; loads with `AutoModelForCausalLM` once `xlstm_hybrid` is imported."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -393,10 +398,6 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         ensure_compatible(DistilXLSTMForCausalLM)
         return super().from_pretrained(*args, **kwargs)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return True  # transformers says no to every class with "xlstm" in its name
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As in transformers; then the cache becomes ours at once, so that `generate` refuses by what its layers are."""
         if generation_config.cache_implementation == "quantized":
@@ -426,11 +427,6 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, GenerationMixin):
         """As in transformers, which looks for `inputs_embeds` in the signature."""
         more = named(cache) | {"inputs_embeds": inputs_embeds} | kwargs
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **more)
-
-    def generate(self, *args, **kwargs):
-        """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
-        ensure_compatible(DistilXLSTMForCausalLM)
-        return super().generate(*args, **renamed(kwargs, CACHE, "generate"))
 
     @takes_cache
     @can_return_tuple

@@ -247,6 +247,34 @@ class StudentModel(RemembersTraining, PreTrainedModel):
             kept.to_json_file(os.path.join(save_directory, "generation_config.json"))
 
 
+class StudentGenerationMixin(GenerationMixin):
+    """How the language models of our students generate, beside what their caches ask for."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return True  # transformers says no to every class with "xlstm" in its name
+
+    def generate(self, *args, **kwargs):
+        """As in transformers; the cache may have either of its names, whatever the installed version calls it.
+
+        Raises:
+            CacheError: a cache that holds as many tokens as the input, or more: nothing would be left to read.
+            CompatibilityError: see `ensure_compatible`.
+        """
+        # our own class, whatever is derived from it
+        ensure_compatible(next(cls for cls in type(self).__mro__ if StudentGenerationMixin in cls.__bases__))
+        kwargs = renamed(kwargs, CACHE, "generate")
+        cache, given = cache_of(kwargs), (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        ids = next((x for x in given if x is not None), None)
+        seen = int(cache.get_seq_length()) if isinstance(cache, Cache) and ids is not None else 0
+        if seen and seen >= ids.shape[1]:
+            raise CacheError(
+                f"generate: the cache holds {seen} tokens, the input {ids.shape[1]}: pass the whole text, that which was read into the cache and "
+                "at least one token more"
+            )
+        return super().generate(*args, **kwargs)
+
+
 class XLSTMHybridPreTrainedModel(StudentModel):
     """What transformers has to know of the student: names of the parts that it saves, splits, records and keeps in
     float32.
@@ -571,7 +599,7 @@ def keep_positions(hidden_states, keep):
     return hidden_states[:, keep]
 
 
-class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
+class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin):
     """The student with its language-model head; loads with `AutoModelForCausalLM` once `xlstm_hybrid` is imported."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -607,10 +635,6 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         """As in transformers; a version of it that is newer than the tested ones is checked first."""
         ensure_compatible(XLSTMHybridForCausalLM)
         return super().from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return True  # transformers says no to every class with "xlstm" in its name
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by
@@ -658,24 +682,6 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **named(cache), **kwargs
         )
-
-    def generate(self, *args, **kwargs):
-        """As in transformers; the cache may have either of its names, whatever the installed version calls it."""
-        ensure_compatible(XLSTMHybridForCausalLM)
-        kwargs = renamed(kwargs, CACHE, "generate")
-        cache, given = cache_of(kwargs), (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-        ids = next((x for x in given if x is not None), None)
-        if (
-            isinstance(cache, Cache)
-            and ids is not None
-            and (seen := int(cache.get_seq_length()))
-            and seen >= ids.shape[1]
-        ):
-            raise CacheError(
-                f"generate: the cache holds {seen} tokens, the input {ids.shape[1]}: pass the whole text, that which was read into the cache and "
-                "at least one token more"
-            )
-        return super().generate(*args, **kwargs)
 
     @takes_cache
     @can_return_tuple
