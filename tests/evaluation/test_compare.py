@@ -796,5 +796,9 @@ def test_long_context_tasks_are_no_part_of_the_rate_unless_they_are_named(tmp_pa
     assert any("stay out of the win-and-tie rate: needle_4k, multikey_16k" in note for note in found["notes"])
     named = compare(teacher, [student], tasks=["arc", "needle_4k"])
     assert named["students"]["student"]["c_alpha"] == 0.5
+    others = [
+        far_results(tmp_path, f"{name}-other", {"arc": 0.5, "recall_test": 0.5}) for name in ("teacher", "student")
+    ]
+    assert list(compare(others[0], others[1:])["teacher_scores"]) == ["arc", "recall_test"]  # of somebody else
     alone = [far_results(tmp_path, f"{name}-far", {"needle_4k": s}) for name, s in (("teacher", 1.0), ("student", 0.5))]
     assert list(compare(alone[0], alone[1:])["teacher_scores"]) == ["needle_4k"]

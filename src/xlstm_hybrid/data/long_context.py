@@ -110,6 +110,7 @@ def variables(rng, depth, hops=4):
 
 
 KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
+TASK_NAME = re.compile(rf"({'|'.join(KINDS)})_[1-9]\d*k?")  # as the harness names them: needle_4k
 OPENINGS = {
     **dict.fromkeys(("needle", "multikey"), "Pass keys are hidden in the text. Remember them.\n"),
     "recall": "Remember the value of every key.\n",

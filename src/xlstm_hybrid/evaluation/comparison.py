@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from xlstm_hybrid.checkpoint.files import append_stage
-from xlstm_hybrid.data.long_context import KINDS
+from xlstm_hybrid.data.long_context import TASK_NAME
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.results import BUDGET, SETTINGS, different, read_results
 from xlstm_hybrid.evaluation.scores import win_and_tie
@@ -199,7 +199,7 @@ def compare(
     teacher, *students = sides = [side.with_parts(named) for side in (teacher, *students)]
     (chosen, wrong, notes), differences, unrecorded = choose_tasks(sides, tasks, common), [], {}
     notes += [note for side in sides for note in side.notes]
-    far = [task for task in chosen if task.rpartition("_")[0] in KINDS and tasks is None]
+    far = [task for task in chosen if TASK_NAME.fullmatch(task) and tasks is None]
     if far and len(far) < len(chosen):  # what both fail would count as a tie
         chosen = [task for task in chosen if task not in far]
         notes.append(

@@ -109,10 +109,12 @@ class Run(Runner):
         """`(stages from the teacher to the student, {name: the models that are evaluated})`."""
         recipe, teacher, stages, models = self.recipe, self.teacher, [], {"teacher": self.teacher}
 
+        def intact(folder, note):
+            require_intact(folder, listed=True)
+
         def add(name, inputs, build, settings, folder):
             note = f"stages/{name.replace(':', '-')}.json"
-            intact = lambda folder, note: require_intact(folder, listed=True)  # noqa: E731
-            stages.append(Stage(name, inputs, build, settings, folder, note, intact))
+            stages.append(Stage(name, inputs, build, settings, folder, note, check=intact))
             return stages[-1]
 
         def train(stage, *expert):  # how a training stage is built: from its inputs into its folder, as the recipe says
