@@ -1,0 +1,372 @@
+"""Stage 0: the new parameters of a layer in closed form, from what the teacher's attention does on some thousand tokens.
+
+Without gradients, layer by layer and head by head, on the teacher's own hidden states:
+
+1. Feature maps. Softmax attention weighs a key by exp(q k / sqrt(K)). Keys close to one of F centroids c_j are weighed
+   about as that centroid is, so that exp(q k / sqrt(K)) ~ sum_j exp(q c_j / sqrt(K)) [k is in cluster j]: a product of
+   features of q and of k. Both are softmaxes of linear maps: over j, softmax(q c_j / sqrt(K)) differs from the first
+   factor by a number per query, which the mLSTM's ratio does not see, and the second is the soft assignment
+   softmax(-b/2 |k - c_j|^2_M), whose term in k alone cancels; the term in c_j alone is linear in k along the direction
+   u with u k ~ 1. Distances are in the metric M = E[q q^T] / K, in which they are the expected square of what a
+   replaced key changes of the exponent. Centroids are k-means', each key weighed by the attention that it receives from
+   beyond the window.
+2. Time constants: none, or shorter ones where they are better.
+3. Output gate: sigmoid of a linear map of [q; k; v] that brings o M + (1 - o) A closest to the teacher's attention, M
+   the mLSTM and A the window: least squares with a ridge, repeated from the sigmoid's slope (Gauss-Newton).
+4. A head whose memory does not help on text that nothing was fitted to has its gate closed.
+
+Steps 2 to 4 are chosen by the squared error that stage I minimises. The idea of setting gates and time scales from a
+teacher's statistics is that of Taylor-Calibrate (arXiv 2606.16429), closed-form fits per layer that of Neural Block
+Linearization (2505.21077); the fit is ours.
+
+Dims: B batch, T tokens, D hidden size, H mixed query heads, K query/key dim, V value dim, P columns of a feature map,
+N tokens of all batches.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.mixer import MLSTMMixer
+
+SHARPNESS = (2.0, 8.0)  # b of the soft assignment
+QUERY_SCALES = (0.5, 1.0)  # of the queries' exponents: below 1 where the centroids are far from their keys
+START_SCALES = (0.25, 1.0, 4.0)  # of the maps that a mixer begins with, where a map has no centroids
+WINDOWS = (4, 16)  # time constants that are tried, in windows
+CLOSED = -8.0  # bias of a closed output gate: three parts in ten thousand of the memory, and Adam can open it
+KMEANS_STEPS, GATE_STEPS, GATE_RIDGE = 8, 4, 0.05
+log = logging.getLogger(__name__)
+
+
+def why_not(config):
+    """What keeps students of this configuration from being calibrated, in words; None if nothing does."""
+    wanted = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            return f"{field}={getattr(config, field)!r}, expected {value!r}"
+    if config.memory_cell == "delta":
+        return "memory_cell='delta', expected 'mlstm' or 'linear'"
+    if "hybrid_sliding" not in config.layer_types:
+        return "no layer is hybrid_sliding, expected one at least"
+    return None
+
+
+@dataclass
+class Seen:
+    """What a layer sees of one batch, and what its heads should give; all heads are those that mix.
+
+    x: input of the attention, [B, T, D].  projected: of `HybridAttention.project`.  tokens: `Tokens`.
+    window: what the window gives, [B, T, H, V].  missing: the teacher's attention minus that, 0 where nothing counts.
+    target: [H] sum of squares of the teacher's attention.  received: attention that each key receives from beyond the
+    window, [B, H, T].
+    """
+
+    x: torch.Tensor
+    projected: tuple
+    tokens: object
+    window: torch.Tensor
+    missing: torch.Tensor
+    target: torch.Tensor
+    received: torch.Tensor
+
+
+def per_head(x):
+    """[H] sums of [B, T, H, V]."""
+    return x.sum((0, 1, 3), dtype=torch.float64)
+
+
+def observe(layer, x, position_embeddings, tokens, mask, teacher_mask, position_ids=None):
+    """`(Seen, the teacher's hidden states after the layer)` of a `HybridDecoderLayer` and what enters it."""
+    attention = layer.self_attn
+    states, x = x, layer.attention_input(x)
+    projected = attention.project(x, position_embeddings)
+    reach = attention.config.kept_window_of(attention.layer_idx)
+    target, _ = attention.attend(*projected[:3], teacher_mask, reach, position_ids=position_ids)
+    following = layer.finish(states, attention.o_proj(target.flatten(-2)))
+    if not isinstance(getattr(attention, "mlstm", None), MLSTMMixer):
+        return None, following
+    if attention.split is not None:
+        target = attention.split.take(target, False, 2, attention.num_key_value_groups)
+        projected = attention.split.projected(projected, kept=False)
+    window, _ = attention.window(*projected[:3], tokens, mask)
+    real = tokens.real[..., None, None]
+    target, window = torch.where(real, target.float(), 0.0), torch.where(real, window.float(), 0.0)
+    received = beyond_window(attention, projected, tokens, reach)
+    return Seen(x, projected, tokens, window, target - window, per_head(target.square()), received), following
+
+
+def beyond_window(attention, projected, tokens, reach):
+    """[B, H, T]: attention that each key receives from queries whose window and sinks do not show it, one head at a
+    time in memory.
+    """
+    query, key, *_ = projected
+    n, T = query.shape[1] // key.shape[1], query.shape[2]
+    sees = tokens.visible(reach or T, 0)
+    far = sees & ~tokens.visible(attention.sliding_window, attention.num_sink_tokens) & tokens.real[:, :, None]
+    heads = []
+    for h in range(query.shape[1]):
+        scores = (query[:, h].float() @ key[:, h // n].float().transpose(-1, -2)) * attention.scaling
+        weights = torch.softmax(scores.masked_fill(~sees, float("-inf")), -1)
+        heads.append(torch.where(far, weights, 0.0).sum(1))
+    return torch.stack(heads, 1)
+
+
+class Calibration:
+    """The closed form of one layer; see the module. Changes the parameters of its mixer in place.
+
+    Args:
+        layer: `HybridDecoderLayer` with float32 weights.
+        fitted, held_out: lists of `Seen`; the second decides which gates are closed.
+    """
+
+    def __init__(self, layer, fitted, held_out):
+        self.attention, self.mixer = layer.self_attn, layer.self_attn.mlstm
+        self.config, self.fitted, self.held_out = self.attention.config, fitted, held_out
+        self.run_cell, self.repeats = CELLS[self.config.memory_cell].run, self.attention.num_key_value_groups
+
+    def memory(self, seen):
+        """`(what the mLSTM gives [B, T, H, V], the output gate [B, T, H])` with the mixer's present parameters."""
+        phi_q, phi_k, i, f, o = self.attention.read(seen.x, seen.projected, seen.tokens)
+        value = seen.projected[2].repeat_interleave(self.repeats, 1).transpose(1, 2)
+        h, _ = self.run_cell(phi_q, phi_k, value, i, f, chunk_size=self.config.mlstm_chunk_size)
+        return h.float(), o
+
+    def surplus(self, seen):
+        """What the mLSTM gives minus what the window gives, [B, T, H, V], 0 where nothing counts."""
+        return torch.where(seen.tokens.real[..., None, None], self.memory(seen)[0] - seen.window, 0.0)
+
+    def error(self, batches):
+        """[H] squared error of the layer's mix with the mixer's present parameters."""
+        total = 0
+        for seen in batches:
+            memory, o = self.memory(seen)
+            mixed = torch.where(seen.tokens.real[..., None, None], memory - seen.window, 0.0) * o[..., None]
+            total = total + per_head((seen.missing - mixed).square())
+        return total
+
+    def constant_gate(self):
+        """`([H] least squared error on the fitted batches that a constant output gate leaves, that gate [H])`."""
+        product = square = missing = 0
+        for seen in self.fitted:
+            surplus = self.surplus(seen)
+            product, square = product + per_head(surplus * seen.missing), square + per_head(surplus.square())
+            missing = missing + per_head(seen.missing.square())
+        o = (product / square.clamp_min(1e-30)).clamp(0, 1)
+        return missing - 2 * o * product + o.square() * square, o
+
+    def choose(self, candidates):
+        """Give each head the best of some settings `{parameter: [H, ...]}`, by `constant_gate`; returns [H] numbers."""
+        candidates, errors = list(candidates), []
+        for candidate in candidates:
+            for name, value in candidate.items():
+                getattr(self.mixer, name).copy_(value)
+            errors.append(self.constant_gate()[0])
+        best = torch.stack(errors).argmin(0)
+        for name in candidates[0]:
+            parameter = getattr(self.mixer, name)
+            for n, candidate in enumerate(candidates):
+                parameter[best == n] = candidate[name].to(parameter)[best == n]
+        return best
+
+    # --- feature maps ------------------------------------------------------------------------------------------------
+
+    def heads_of(self, x):
+        """Queries or keys [B, H | G, T, K] of all fitted batches as [H, N, K] in float32, padding left out."""
+        parts = []
+        for seen in self.fitted:
+            query, key = seen.projected[:2] if self.config.memory_rope else seen.projected[4]
+            part = query if x == "query" else key.repeat_interleave(self.repeats, 1)
+            parts.append(part.transpose(0, 1)[:, seen.tokens.real])
+        return torch.cat(parts, 1).float()
+
+    def feature_maps(self):
+        """Candidates for `q_map` and `k_map`."""
+        if self.config.memory_feature_map != "softmax":
+            start = self.mixer.first_map().to(self.mixer.q_map).expand_as(self.mixer.q_map)
+            for q in START_SCALES:
+                for k in START_SCALES:
+                    yield {"q_map": q * start, "k_map": k * start}
+            return
+        queries, keys = self.heads_of("query"), self.heads_of("key")
+        received = torch.cat([s.received.transpose(0, 1)[:, s.tokens.real] for s in self.fitted], 1)
+        features = self.mixer.q_map.shape[-1]
+        parts = [centroids(*head, features, self.attention.scaling) for head in zip(queries, keys, received, strict=True)]
+        asked, assigned, constant = (torch.stack(part) for part in zip(*parts, strict=True))
+        for scale in QUERY_SCALES:
+            for sharpness in SHARPNESS:
+                yield {"q_map": scale * asked, "k_map": sharpness * (assigned - constant)}
+
+    # --- gates -------------------------------------------------------------------------------------------------------
+
+    def time_constants(self):
+        """Candidates for `fgate_bias`: the longest that a mixer begins with, and shorter ones."""
+        window, longest = self.attention.sliding_window, self.mixer.forget_bias().max()
+        for windows in (None, *WINDOWS):
+            bias = longest if windows is None else torch.tensor(float(windows * window - 1)).log()
+            yield {"fgate_bias": bias.expand_as(self.mixer.fgate_bias)}
+
+    def gate_inputs(self, seen):
+        """[n, H, C] what the output gate reads at the real tokens, and a 1 at the end."""
+        if self.config.mixer_gate_input == "qkv":
+            q, k, v = seen.projected[3]
+            z = torch.cat([q, *(x.repeat_interleave(self.repeats, 2) for x in (k, v))], -1)
+        else:
+            z = seen.x[:, :, None].expand(-1, -1, len(self.mixer.q_map), -1)
+        return nn.functional.pad(z[seen.tokens.real].float(), (0, 1), value=1.0)
+
+    def fit_gate(self):
+        """The output gate by Gauss-Newton steps with a ridge, from the best constant.
+
+        With e = memory - window and d = teacher - window, |d - o e|^2 is |e|^2 (o - o*)^2 and a constant, o* = d e /
+        |e|^2: weighted least squares in o, linear in the parameters but for the sigmoid.
+        """
+        surpluses = [self.surplus(seen) for seen in self.fitted]
+        _, start = self.constant_gate()
+        heads = len(self.mixer.q_map)
+        solution = None
+        for _ in range(GATE_STEPS):
+            gram = vector = 0
+            for seen, surplus in zip(self.fitted, surpluses, strict=True):
+                z, real = self.gate_inputs(seen), seen.tokens.real
+                weight = surplus.square().sum(-1)[real].double()
+                product = (surplus * seen.missing).sum(-1)[real].double()
+                if solution is None:
+                    solution = weight.new_zeros(heads, z.shape[-1])
+                    solution[:, -1] = torch.logit(start.clamp(0.02, 0.98))
+                o = torch.sigmoid((z.double() * solution).sum(-1))
+                slope = o * (1 - o)
+                sums = [gauss_newton(z[:, h], weight[:, h], slope[:, h], (product - weight * o)[:, h]) for h in range(heads)]
+                gram, vector = (x + torch.stack(part) for x, part in zip((gram, vector), zip(*sums, strict=True), strict=True))
+            ridge = GATE_RIDGE * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True).expand(-1, z.shape[-1])
+            ridge = torch.cat([ridge[:, :-1], 1e-9 * ridge[:, -1:]], 1).clamp_min(1e-12)
+            step = torch.linalg.solve(gram + torch.diag_embed(ridge), vector - ridge * solution)
+            solution = solution + step
+        if torch.isfinite(solution).all():
+            self.mixer.ogate_weight.copy_(solution[:, :-1])
+            self.mixer.ogate_bias.copy_(solution[:, -1])
+
+    def close_gates(self):
+        """Close the gates of the heads that the held-out batches do not speak for; returns [H] bool."""
+        alone = sum(per_head(seen.missing.square()) for seen in self.held_out)
+        worse = ~(self.error(self.held_out) < alone)
+        self.mixer.ogate_weight[worse] = 0.0
+        self.mixer.ogate_bias[worse] = CLOSED
+        return worse
+
+    def run(self):
+        """`{"window", "before", "after"}`: relative errors on the held-out batches of the window alone, of the mixer as
+        it was and as it is now; and "closed", how many of its "heads" have a closed gate.
+        """
+        target = sum(seen.target for seen in self.held_out).sum().clamp_min(1e-30)
+        alone = sum(per_head(seen.missing.square()) for seen in self.held_out).sum()
+        before = self.error(self.held_out).sum()
+        self.choose(self.feature_maps())
+        if self.config.memory_cell != "linear":
+            self.mixer.igate_weight.zero_()
+            self.mixer.fgate_weight.zero_()
+            self.choose(self.time_constants())
+        self.fit_gate()
+        closed = self.close_gates()
+        after = self.error(self.held_out).sum()
+        figures = {"window": alone / target, "before": before / target, "after": after / target}
+        return {k: x.item() for k, x in figures.items()} | {"closed": int(closed.sum()), "heads": len(closed)}
+
+
+def gauss_newton(z, weight, slope, rest):
+    """A batch's part of the normal equations of one head's gate, `([C, C], [C])` in float64."""
+    z = z.double()
+    return z.T @ (z * (weight * slope.square())[:, None]), z.T @ (slope * rest)
+
+
+def centroids(queries, keys, received, count, scaling):
+    """A head's feature maps by k-means over its keys: `(map of queries, linear and constant part of the map of keys)`,
+    each [K, P]; sharpness multiplies the last two.
+
+    Args:
+        queries, keys: [N, K].  received: [N] weights of the keys.  count: P.  scaling: of the attention's exponents.
+    """
+    moment = (queries.T @ queries).double() / len(queries) * scaling**2
+    values, vectors = torch.linalg.eigh(moment)
+    metric = (vectors * values.clamp_min(0).sqrt()).to(keys)  # |(k - c) metric|^2 = E (q (k - c) scaling)^2
+    placed, weight = keys @ metric, received + 1e-3 * received.mean() + 1e-12
+    generator = torch.Generator(placed.device).manual_seed(0)
+    many = count <= len(placed)
+    centers = placed[torch.multinomial(weight, count, replacement=not many, generator=generator)]
+    for step in range(KMEANS_STEPS + 1):
+        members = nn.functional.one_hot(torch.cdist(placed, centers).argmin(1), count).to(keys) * weight[:, None]
+        mass = members.sum(0)
+        found = members.T @ torch.cat([placed, keys], 1) / mass.clamp_min(1e-30)[:, None]
+        if step == KMEANS_STEPS:
+            break
+        again = placed[torch.multinomial(weight, count, replacement=True, generator=generator)]
+        centers = torch.where(mass[:, None] > 0, found[:, : keys.shape[1]], again)
+    original = torch.where(mass[:, None] > 0, found[:, keys.shape[1] :], keys.mean(0))
+    gram = (keys.T @ keys).double()
+    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ones = torch.linalg.solve(gram + ridge, keys.sum(0, dtype=torch.float64)).to(keys)  # ones k ~ 1
+    constant = ones[:, None] * (centers.square().sum(1) / 2)[None]
+    return original.T * scaling, metric @ centers.T, constant
+
+
+# --- a model, a checkpoint ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibrate_layer(trunk, j, states, batches, fitted):
+    """Calibrate layer j of a trunk (`XLSTMHybridModel` in eval mode) in place.
+
+    Args:
+        states: list of what enters the layer, [B, T, D] for each batch; it is changed to what leaves it.
+        batches: list of {"input_ids", and "attention_mask", "position_ids" where they matter}.
+        fitted: how many of them, from the first on, the layer is fitted to; the others are held out.
+    Returns:
+        what `Calibration.run` does; None for a layer that does not mix.
+    """
+    seen, layer = [], trunk.layers[j]
+    kind = trunk.config.teacher_layer_types[j]
+    for n, batch in enumerate(batches):
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        tokens, where, masks = trunk.prepare(states[n], mask, positions, None, teacher=True)
+        found, states[n] = observe(layer, states[n], teacher_mask=masks[kind], **where[j])
+        seen.append(found)
+    return None if seen[0] is None else Calibration(layer, seen[:fitted], seen[fitted:]).run()
+
+
+def check(config, fitted, held_out):
+    """Raise ConfigError for a student that cannot be calibrated, or too little text."""
+    if (reason := why_not(config)) is not None:
+        raise ConfigError(f"calibration: {reason}; leave stage 0 out (calibrate: {{tokens: 0}}) and begin with alignment")
+    if not fitted or not held_out:
+        raise ConfigError(
+            f"calibration: {len(fitted)} batches to fit and {len(held_out)} held out, expected one of each at least: give more tokens"
+        )
+
+
+def calibrate_model(model, fitted, held_out, report=lambda layer, figures: None):
+    """Calibrate a student in memory, in place.
+
+    Args:
+        model: `XLSTMHybridForCausalLM`; float32 gives the fit its full precision.
+        fitted, held_out: lists of batches of model inputs.
+        report: called with each layer's number and figures.
+    Returns:
+        {layer: {"window", "before", "after", "closed", "heads"}}: relative errors on the held-out batches, and how many
+        of the heads have a closed gate.
+    Raises:
+        ConfigError: a student that cannot be calibrated, or no batches.
+    """
+    check(model.config, fitted, held_out)
+    trunk, training, found = model.model, model.training, {}
+    model.eval()
+    batches = [{k: x.to(model.device) for k, x in batch.items()} for batch in [*fitted, *held_out]]
+    states = [trunk.embed_tokens(batch["input_ids"]).detach() for batch in batches]
+    for j in range(len(trunk.layers)):
+        if figures := calibrate_layer(trunk, j, states, batches, len(fitted)):
+            found[j] = figures
+            report(j, figures)
+    model.train(training)
+    return found
