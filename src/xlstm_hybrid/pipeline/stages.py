@@ -165,14 +165,15 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
+    count = row_count(settings, "align")
     with workspace(out, settings, student) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
         if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
-            return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
+            return align_in_groups(student, out, recipe, args, count, work, overwrite)
         model, tokenizer = load(student, device=loading_device(args))
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
-        data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
+        data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
         trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
         train_from_newest(trainer, work, out)
         log = trainer.state.log_history
