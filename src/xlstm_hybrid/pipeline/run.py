@@ -15,6 +15,7 @@ import torch
 from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.conversion.gguf import is_gguf, package_of
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
@@ -186,9 +187,17 @@ class Run(Runner):
         return [*stages, Stage("card", (student,), self.card, folder="student")]
 
     def check(self):
-        """Raise, before anything runs, for what would fail later; say what will be left out."""
+        """Raise, before anything runs, for what would fail later; say what will be left out, and which of two teachers it
+        is.
+        """
         check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
+        if package := self.recipe.teacher_package:
+            held = package_of(self.teacher) if is_gguf(self.teacher) else None
+            place = (
+                f"{self.teacher.name} of the package {held}" if held else f"from the hub, as {package} is not installed"
+            )
+            self.console.print(f"teacher: {self.recipe.teacher}, {place}", markup=False, soft_wrap=True)
         if self.recipe.evaluate and units_of(self.recipe.evaluate) and not harness_installed():
             self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
 

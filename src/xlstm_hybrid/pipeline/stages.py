@@ -29,7 +29,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.conversion.load import load
+from xlstm_hybrid.conversion.load import load, load_tokenizer
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, StoreError
@@ -415,7 +415,7 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     section = "align" if expert is None else "distill"
     count = count or row_count(getattr(recipe, section), section)
     revision = recipe.revision if tokenizer == recipe.teacher else None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer, revision)
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):

