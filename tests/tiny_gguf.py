@@ -6,6 +6,8 @@ import json
 
 import gguf
 import numpy as np
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -105,3 +107,31 @@ def add_tokenizer(writer, directory):
         writer.add_add_bos_token(True)
     if (directory / "chat_template.jinja").is_file():
         writer.add_chat_template((directory / "chat_template.jinja").read_text(encoding="utf-8"))
+
+
+def byte_level_tokenizer(folder):
+    """Write a tokenizer of byte-level BPE with the rules of Qwen2, a chat template and 262 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("i", "n")]
+    vocab = {token: j for j, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    made = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None
+    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
+    made.save_pretrained(folder)
+
+
+def installed_package(folder, name, version, files):
+    """Make `folder` hold an installed Python distribution with a package whose import fails, and these files in it, each
+    written by a function of its path; returns the package's folder.
+    """
+    module = name.replace("-", "_")
+    package, record = folder / module, folder / f"{module}-{version}.dist-info"
+    package.mkdir(parents=True)
+    record.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('llama_cpp')\n")
+    for file, write in files.items():
+        write(package / file)
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (record / "RECORD").write_text("".join(f"{module}/{file},,\n" for file in ("__init__.py", *files)))
+    return package

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import enlarge
-from tiny_gguf import write_gguf
+from tiny_gguf import byte_level_tokenizer, write_gguf
 from tiny_teachers import SHARED, stored, tokens
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +21,6 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -58,14 +56,7 @@ def model(layout, **changes):
 def tokenizer(tmp_path_factory):
     """Directory of a tokenizer of byte-level BPE with the rules of Qwen2, a chat template and 300 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("i", "n")]
-    vocab = {token: j for j, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
-    made = Qwen2Tokenizer(
-        vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None
-    )
-    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
-    made.save_pretrained(folder)
+    byte_level_tokenizer(folder)
     return folder
 
 

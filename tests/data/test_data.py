@@ -3,6 +3,7 @@ same rows after a stop.
 """
 
 import json
+import lzma
 from dataclasses import replace
 from itertools import islice
 
@@ -192,7 +193,56 @@ def test_held_out_documents_are_a_property_of_the_text_and_never_trained_on(tmp_
     assert set(contents(other, 200, tokenizer)) == apart
 
 
+def compressed(path, rows):
+    with lzma.open(path, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return path.name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_held_out_split_is_all_that_is_evaluated_on_and_nothing_else_is_held_out(tmp_path, streaming):
+    tokenizer = letters()
+    compressed(tmp_path / "a.jsonl.xz", texts(40))
+    compressed(tmp_path / "b.jsonl.xz", texts(9, start="u"))
+    files = {"data_files": {"train": "a.jsonl.xz", "test": "b.jsonl.xz"}, "held_out_split": "test"}
+    split = {"path": str(tmp_path), "text": "text", "streaming": streaming, **files}
+    share = {"path": lines(tmp_path / "c.jsonl", texts(40, start="v")), "text": "text"}
+    r = recipe(tmp_path, {"split": split, "share": share}, held_out=0.3)
+    train, test = data.open_streams(r, tokenizer), data.open_streams(r, tokenizer, test=True)
+    assert sorted(contents(train[0], 40, tokenizer)) == [f"t{n:03d}" for n in range(40)]
+    assert sorted(contents(test[0], 9, tokenizer)) == [f"u{n:03d}" for n in range(9)]
+    apart = set(contents(test[1], 100, tokenizer))
+    assert 5 <= len(apart) <= 20 and not apart & set(contents(train[1], 100, tokenizer))
+
+
+def test_conversations_have_a_held_out_split_too(tmp_path):
+    tokenizer, rows = letters(), {"a": [{"q": "1+1?", "a": "two"}], "b": [{"q": "2+2?", "a": "four"}]}
+    files = {split: lines(tmp_path / f"{split}.jsonl", of) for split, of in rows.items()}
+    source = {"path": str(tmp_path), "data_files": files, "split": "a", "held_out_split": "b"}
+    r = recipe(tmp_path, {"s": source | {"prompt": "q", "completion": "a"}}, length=64)
+    [row], [held_out] = (data.packed_rows(r, tokenizer, 1, test=test) for test in (False, True))
+    found = [scored(tokenizer, (of["input_ids"], of["labels"])).split("<|im_end|>")[0] for of in (row, held_out)]
+    assert found == ["two", "four"]
+
+
+def test_a_source_of_weight_0_is_evaluated_on_and_never_read_in_training(tmp_path):
+    tokenizer = letters()
+    both = {"path": lines(tmp_path / "a.jsonl", texts(20)), "text": "text"}
+    only = {"path": lines(tmp_path / "b.jsonl", texts(5, start="u")), "text": "text"}
+    only |= {"weight": 0, "held_out_split": "train"}
+    r = recipe(tmp_path, {"a": both, "b": only}, held_out=0.3)
+    assert [s.name for s in data.open_streams(r, tokenizer, test=True)] == ["a", "b"]
+    assert sorted(contents(data.open_streams(r, tokenizer, test=True)[1], 5, tokenizer)) == [
+        f"u{n:03d}" for n in range(5)
+    ]
+    for test in (False, True):
+        rows = data.packed_rows(r, tokenizer, 20, test=test)
+        assert "u" not in tokenizer.decode([token for row in rows for token in row["input_ids"]])
+    assert len(data.train_dataset(r, tokenizer, 4, "e", cache=str(tmp_path))) == 4
+
+
 BAD = {
+    r"cannot be opened .*split \('dev'\)": {"path": "a.jsonl", "text": "text", "held_out_split": "dev"},
     r"no columns \['body'\], it has \['kind', 'text'\]": {"path": "a.jsonl", "text": "body"},
     r"nowhere.jsonl: no such file or folder": {"path": "nowhere.jsonl", "text": "text"},
     r"a.zip: expected a file of one of": {"path": "a.zip", "text": "text"},
@@ -209,7 +259,8 @@ def test_a_source_that_cannot_be_read_is_named_with_its_place(tmp_path, message)
     lines(tmp_path / "a.jsonl", [{"text": f"text {n}", "kind": 1} for n in range(4)])
     (tmp_path / "a.zip").touch()
     with pytest.raises(DataError, match=message):
-        next(data.open_streams(recipe(tmp_path, {"a": BAD[message]}), letters())[0])
+        r = recipe(tmp_path, {"a": BAD[message]})
+        next(data.open_streams(r, letters(), test="held_out_split" in BAD[message])[0])
 
 
 def test_empty_documents_are_left_out_with_a_warning_and_too_many_are_an_error(tmp_path):

@@ -142,7 +142,24 @@ BREAKS = {
     r"data.sources.a: expected exactly one of text, messages, and prompt with completion": source(path="x"),
     r"data.sources.a: expected exactly one of text": source(path="x", text="t", messages="m"),
     r"data.sources.a: expected exactly one of text, messages": source(path="x", prompt="q"),
-    r"data.sources.a: weight=0: expected a positive number": source(path="x", text="t", weight=0),
+    r"data.sources.a: weight=0: expected a positive number, or 0 beside held_out_split": source(
+        path="x", text="t", weight=0
+    ),
+    r"data.sources.a: held_out_split='train': expected the name of another split than 'train'": source(
+        path="x", text="t", held_out_split="train"
+    ),
+    r"data.sources.a: held_out_split=1: expected the name": source(path="x", text="t", held_out_split=1),
+    r"data.sources: all weights are 0": source(path="x", text="t", held_out_split="test", weight=0),
+    r"data.held_out=0.1: every source has its held_out_split": lambda c: (
+        source(path="x", text="t", held_out_split="test")(c),
+        c.update(experts=dict.fromkeys(c["experts"], {"sources": c["data"]["sources"]})),
+        c["data"].update(held_out=0.1),
+    ),
+    r"align.max_steps=0: there is no stage I then, leave out learning_rate, per_device": lambda c: c["align"].update(
+        max_steps=0
+    ),
+    r"align.max_steps=False: expected a number of steps": lambda c: c.update(align={"max_steps": False}),
+    r"distill.max_steps=0: expected a number of steps": lambda c: c["distill"].update(max_steps=0),
     r"data.sources.a: score='first', overlong=None": source(path="x", messages="m", score="first"),
     r"data.sources.a: where='kind': expected \{column: value\}": source(path="x", text="t", where="kind"),
 }
@@ -188,6 +205,25 @@ def test_one_expert_needs_no_merge_and_an_unknown_one_is_named(tmp_path):
     assert recipe.merge is recipe.evaluate is None and recipe.mix("all") == {"mixture": {"text": 1.0}}
     with pytest.raises(ConfigError, match=r"expert 'other': r.yaml has \['all'\]"):
         recipe.mix("other")
+
+
+def test_a_recipe_that_extends_another_is_that_one_but_for_its_own_sections(tmp_path):
+    tiny = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    own = {"name": "wide", "student": {"sliding_window": 64}, "align": {"max_steps": 0}}
+    (tmp_path / "wide.yaml").write_text(yaml.safe_dump({"extends": "tiny.yaml", **own}))
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(tiny | own))
+    assert load_recipe(tmp_path / "wide.yaml") == load_recipe(tmp_path / "whole.yaml")
+    for content, message in {
+        "extends: ../tiny.yaml": "expected the name of a recipe in the same folder",
+        "extends: 1": "expected the name of a recipe in the same folder",
+        "extends: wide.yaml": "expected a recipe that is whole, and extends no other",
+        "extends: gone.yaml": r"no recipe at .*gone.yaml",
+        "extends: tiny.yaml\nsudent: {}": r"unknown keys \['sudent'\].*did you mean student",
+    }.items():
+        (tmp_path / "r.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(tmp_path / "r.yaml")
 
 
 def test_all_mistakes_are_listed_at_once(tmp_path):

@@ -87,6 +87,9 @@ TEACHERS = {  # recipe -> family, configuration of the real teacher, its paramet
     ),
 }
 TEACHERS["llama-3.2-1b-long-recall"] = TEACHERS["llama-3.2-1b"]
+OTHERS = {"tiny", "smoke"} | {
+    f"smollm2-135m{name}" for name in ("", "-cpu", "-cpu-w256", "-cpu-control")
+}  # tests/pipeline/test_real_recipes.py
 PUBLISHED = {  # the paper's learning rate of stage II, tokens of an expert, merge weights
     "llama-3.1-8b": (1e-5, 5e9, None),
     "llama-3.1-8b-instruct": (1e-5, 5e9, {"math": 0.35, "code": 0.35, "stem": 0.20, "chat": 0.10}),
@@ -99,7 +102,7 @@ def test_every_recipe_is_tested_here():
     found = {
         p.stem for p in RECIPES.glob("*.yaml") if not p.name.startswith("distil_")
     }  # those are of the command `distil-xlstm`
-    assert found == {*TEACHERS, "tiny", "smoke"}
+    assert found == {*TEACHERS, *OTHERS}
 
 
 @pytest.mark.parametrize("name", TEACHERS)

@@ -13,7 +13,8 @@ from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.pipeline.targets import choose_dtype, fill_store, read_rows, share_out, store_spec
+from xlstm_hybrid.pipeline.targets import RECIPE, choose_dtype, fill_store, read_rows, share_out, store_spec
+from xlstm_hybrid.recipe.schema import load_recipe, teacher_of
 from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
 
 
@@ -48,6 +49,8 @@ def cache_teacher(
 
     Example: xlstm-hybrid cache-teacher recipes/tiny_teacher/tiny-llama runs/rows runs/store --top-k 64
     """
+    if rows.suffix in RECIPE:
+        teacher = str(teacher_of(load_recipe(rows), teacher))
     if not estimate:
         check_output(out, "folder", [teacher, rows])
     source = local_source(teacher, revision)

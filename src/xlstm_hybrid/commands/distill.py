@@ -7,7 +7,7 @@ import typer
 from xlstm_hybrid import pipeline
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, overrides_of
-from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe, teacher_of
 from xlstm_hybrid.training.distillation import SparseKDConfig
 
 
@@ -27,6 +27,7 @@ def distill(
     Example: xlstm-hybrid distill runs/aligned recipes/tiny_teacher/tiny-llama runs/expert --recipe tiny --expert memory
     """
     overrides = overrides_of(context, SparseKDConfig, student, teacher, out)
-    check_output(out, inputs=[student, teacher], overwrite=overwrite)
     loaded = load_recipe(recipe)
+    teacher = teacher_of(loaded, teacher)
+    check_output(out, inputs=[student, teacher], overwrite=overwrite)
     print(json.dumps(pipeline.distill(student, teacher, out, loaded, loaded.expert(expert), overwrite, overrides)))

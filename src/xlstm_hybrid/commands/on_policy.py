@@ -7,7 +7,7 @@ import typer
 from xlstm_hybrid import pipeline
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Expert, Out, Overwrite, Recipe, Student, Teacher, overrides_of
-from xlstm_hybrid.recipe.schema import load_recipe
+from xlstm_hybrid.recipe.schema import load_recipe, teacher_of
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig
 
 
@@ -28,6 +28,7 @@ def on_policy(
     Example: xlstm-hybrid on-policy runs/expert meta-llama/Llama-3.2-1B-Instruct runs/spoken --recipe mine.yaml --expert chat
     """
     overrides = overrides_of(context, OnPolicyKDConfig, student, teacher, out)
-    check_output(out, inputs=[student, teacher], overwrite=overwrite)
     loaded = load_recipe(recipe)
+    teacher = teacher_of(loaded, teacher)
+    check_output(out, inputs=[student, teacher], overwrite=overwrite)
     print(json.dumps(pipeline.on_policy(student, teacher, out, loaded, loaded.expert(expert), overwrite, overrides)))

@@ -10,9 +10,10 @@ from typer import Argument, Option
 from xlstm_hybrid import pipeline
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import TINY, Overwrite
+from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.data import IGNORE, packed_rows, pieces, scored_runs
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher
+from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher, teacher_of
 
 
 def prepare(
@@ -44,6 +45,7 @@ def prepare(
         tokenizer = str(resolve_teacher(loaded))
     else:
         loaded = load_recipe(recipe or TINY)
+        tokenizer = str(teacher_of(loaded, tokenizer))
     if out is None and (show is None or count is not None or overwrite):
         raise ConfigError("no OUT for the rows: name a folder, or print some of them with --show 3 alone")
     if out is not None:
@@ -57,10 +59,8 @@ def prepare(
 
 def show_documents(tokenizer, recipe, expert, count):
     """Print the first documents of a stage's rows, what is scored in green; in [[ ]] where the terminal has no colours."""
-    from transformers import AutoTokenizer
-
     revision = recipe.revision if tokenizer == recipe.teacher else None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer, revision)
     console = Console(soft_wrap=True)
     plain = console.color_system is None or console.no_color
     found = [piece for row in packed_rows(recipe, tokenizer, count, expert) for piece in pieces(row)]

@@ -21,6 +21,7 @@ from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
 from xlstm_hybrid.conversion.families import family_of, student_config
+from xlstm_hybrid.conversion.gguf import is_gguf, package_of
 from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.conversion.source import open_teacher
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
@@ -269,6 +270,8 @@ def convert(
         chosen |= {"revision": source.revision, **overrides}
         if source.path is not None:
             chosen["teacher_weights"] = weights_hash(source.path)
+            package = package_of(source.path) if is_gguf(source.path) else None
+            chosen |= {"teacher_package": package} if package else {}
         with staged(out, overwrite, needed) as directory:
             save = partial(save_weights, values=trained_values(transfer.config))
             write_weights(directory, shapes, bytes_per_element.__getitem__, transfer.tensor, save, shard_bytes)

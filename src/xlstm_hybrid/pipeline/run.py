@@ -15,6 +15,7 @@ import torch
 from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.conversion.gguf import is_gguf, package_of
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
@@ -49,6 +50,7 @@ from xlstm_hybrid.reports.run import score_table, write_report
 from xlstm_hybrid.reports.sections import time_rows
 from xlstm_hybrid.reports.text import terminal_table
 
+NO_STAGE_I = "No stage I (align.max_steps is 0): stage II began with the converted student, whose memory is untrained."
 # What a student passes before anything is scored
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 
@@ -124,9 +126,13 @@ class Run(Runner):
         if start is None:
             settings = recipe.student | self.revision
             models["converted"] = add("convert", (teacher,), self.convert, settings, "converted")
-            settings = recipe.align | {"data": recipe.data}
-            aligned = add("align", (models["converted"],), train(align), settings, "aligned")
-        self.aligned, self.experts, models["aligned"] = aligned, {}, aligned
+            aligned = models["converted"]
+            if recipe.align["max_steps"]:
+                settings = recipe.align | {"data": recipe.data}
+                aligned = add("align", (aligned,), train(align), settings, "aligned")
+        self.aligned, self.experts = aligned, {}
+        if aligned is not models.get("converted"):
+            models["aligned"] = aligned
 
         shared = {key: recipe.data[key] for key in ("held_out", "shuffle_buffer") if key in recipe.data}
         shared |= {"length": recipe.length}
@@ -181,9 +187,17 @@ class Run(Runner):
         return [*stages, Stage("card", (student,), self.card, folder="student")]
 
     def check(self):
-        """Raise, before anything runs, for what would fail later; say what will be left out."""
+        """Raise, before anything runs, for what would fail later; say what will be left out, and which of two teachers it
+        is.
+        """
         check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
+        if package := self.recipe.teacher_package:
+            held = package_of(self.teacher) if is_gguf(self.teacher) else None
+            place = (
+                f"{self.teacher.name} of the package {held}" if held else f"from the hub, as {package} is not installed"
+            )
+            self.console.print(f"teacher: {self.recipe.teacher}, {place}", markup=False, soft_wrap=True)
         if self.recipe.evaluate and units_of(self.recipe.evaluate) and not harness_installed():
             self.console.print(MISSING, style="yellow", markup=False, soft_wrap=True)  # its [eval] is no markup
 
@@ -295,10 +309,10 @@ class Run(Runner):
         return json.loads((self.path(stage) / "training_log.json").read_text(encoding="utf-8"))
 
     def results(self, student):
-        aligned = self.path(self.aligned)
-        layers = next(s for s in read_provenance(aligned) if s["stage"] == "align")["figures"]["relative_error"]
+        records = [s for s in read_provenance(self.path(self.aligned)) if s["stage"] == "align"]
+        layers = records[0]["figures"]["relative_error"] if records else []
         keys = [f"layer_{layer['layer']}/relative_error" for layer in layers]
-        logged = [entry for entry in self.log(self.aligned) if keys and keys[0] in entry]
+        logged = [entry for entry in self.log(self.aligned) if keys[0] in entry] if keys else []
         curve = [{"step": entry["step"], "error": [entry[key] for key in keys]} for entry in logged]
         logs = {name: [e for e in self.log(stage) if "loss" in e] for name, stage in self.experts.items()}
         results = {
@@ -317,9 +331,10 @@ class Run(Runner):
 
     def against_the_teacher(self):
         """The parts of the results that lm-eval, the comparison and the efficiency report bring."""
-        section, found = self.recipe.evaluate or {}, {}
-        if units_of(section) and not harness_installed():
-            found["notes"] = [MISSING]
+        section = self.recipe.evaluate or {}
+        notes = [NO_STAGE_I] * ("aligned" not in self.models)
+        notes += [MISSING] * (bool(units_of(section)) and not harness_installed())
+        found = {"notes": notes} if notes else {}
         if "harness:student" in self.outcomes:
             rows = long_context_rows(*(self.outcomes[f"harness:{side}"]["units"] for side in ("teacher", "student")))
             found |= {"long_context": rows} if rows else {}

@@ -68,7 +68,8 @@ class Runner:
         for path in inputs:
             if Path(path).is_dir():
                 require_intact(path)
-            parents.append(checkpoint_fingerprint(path) if Path(path).is_dir() else str(path))
+            file = file_digest(path)[:16] if Path(path).is_file() else str(path)
+            parents.append(checkpoint_fingerprint(path) if Path(path).is_dir() else file)
         return json.loads(json.dumps({"settings": settings, "seed": self.seed, "parents": parents}, default=str))
 
     def make(self, *stages):
@@ -119,7 +120,7 @@ class Runner:
         if not note.is_file() or (folder and not folder.exists()):
             return None
         before = json.loads(note.read_text(encoding="utf-8"))
-        known = [earlier_fingerprint(path) if Path(path).is_dir() else None for path in inputs]
+        known = [earlier_fingerprint(path) if Path(path).is_dir() else str(path) for path in inputs]
         old = before["spec"] | {
             "parents": [
                 new if was in (new, by_size) else was

@@ -110,7 +110,13 @@ def batch_of(settings, where, world=None):
 
 
 def row_count(settings, where):
-    """Rows that a section reads in all, over all processes."""
+    """Rows that a section reads in all, over all processes.
+
+    Raises:
+        ConfigError: none, as the recipe has no stage I.
+    """
+    if not settings["max_steps"]:
+        raise ConfigError(f"{where}.max_steps=0: the recipe has no such stage; set it, or go on with the next one")
     micro, accumulation = batch_of(settings, where)
     return settings["max_steps"] * micro * accumulation * processes()
 

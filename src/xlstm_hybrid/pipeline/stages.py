@@ -29,7 +29,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
-from xlstm_hybrid.conversion.load import load
+from xlstm_hybrid.conversion.load import load, load_tokenizer
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, StoreError
@@ -165,14 +165,15 @@ def align(student, out, recipe, overwrite=False, overrides=None):
     from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
 
     start, settings = time.time(), recipe.align | (overrides or {})
+    count = row_count(settings, "align")
     with workspace(out, settings, student) as work:
         args = trainer_config(AlignmentConfig, settings, "align", work, recipe.seed)
         if args.layers_at_a_time:  # interrupted, it goes on from its own folder beside `out`
-            return align_in_groups(student, out, recipe, args, row_count(settings, "align"), work, overwrite)
+            return align_in_groups(student, out, recipe, args, count, work, overwrite)
         model, tokenizer = load(student, device=loading_device(args))
         batches = held_out_batches(recipe, tokenizer)
         before = {} if sharded(args) else measure_alignment(model, batches)
-        data = train_dataset(recipe, tokenizer, row_count(settings, "align"), cache=rows_cache(work))
+        data = train_dataset(recipe, tokenizer, count, cache=rows_cache(work))
         trainer = AlignmentTrainer(model, args, data_collator=collate, processing_class=tokenizer, train_dataset=data)
         train_from_newest(trainer, work, out)
         log = trainer.state.log_history
@@ -414,7 +415,7 @@ def prepare(tokenizer, out, recipe, expert=None, count=None, overwrite=False):
     section = "align" if expert is None else "distill"
     count = count or row_count(getattr(recipe, section), section)
     revision = recipe.revision if tokenizer == recipe.teacher else None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer, revision)
     with workspace(out) as work, staged(out, overwrite=overwrite) as folder:
         found = train_dataset(recipe, tokenizer, count, expert, cache=rows_cache(work))
         if not isinstance(found, Dataset):

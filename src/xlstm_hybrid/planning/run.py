@@ -288,7 +288,8 @@ def jobs_of(recipe=None):
         return {"align": align, "distill": replace(align, kind="distill", steps=19073, teacher_bytes=BF16)}
     teacher = FP32 if recipe.teacher_dtype == "float32" else BF16
     jobs = {}
-    for kind, section in (("align", recipe.align), ("distill", recipe.distill)):
+    stages = {"align": recipe.align, "distill": recipe.distill}
+    for kind, section in stages.items() if recipe.align["max_steps"] else [("distill", recipe.distill)]:
         batch, steps = section.get("per_device_train_batch_size", 8), section.get("gradient_accumulation_steps", 1)
         sequences = section.get("sequences_per_step") or batch * steps
         jobs[kind] = Job(

