@@ -9,6 +9,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -40,7 +41,7 @@ from xlstm_hybrid.pipeline.evaluation import (
 from xlstm_hybrid.pipeline.merging import expert_statistics, merge_base, merge_experts
 from xlstm_hybrid.pipeline.runner import Runner, Stage
 from xlstm_hybrid.pipeline.settings import Parser, batch_of, processes
-from xlstm_hybrid.pipeline.stages import align, distill, multi_teacher, on_policy
+from xlstm_hybrid.pipeline.stages import align, calibrate, calibration_tokens, distill, multi_teacher, on_policy
 from xlstm_hybrid.recipe.merge_settings import NEED_STATISTICS, ON_POLICY
 from xlstm_hybrid.recipe.schema import FINAL, MIXES, resolve_teacher
 from xlstm_hybrid.reports.card import write_card
@@ -95,6 +96,7 @@ class Run(Runner):
         super().__init__(out or recipe.out, recipe.seed, redo, console)
         self.recipe, self.teacher, self.begin = recipe, resolve_teacher(recipe), time.time()
         self.revision = {"revision": recipe.revision} if recipe.revision else {}
+        self.uncalibrated = None
         self.training, self.models = self.training_stages(start and Path(start))
 
     # --- the stages --------------------------------------------------------------------------------------------
@@ -127,11 +129,14 @@ class Run(Runner):
             settings = recipe.student | self.revision
             models["converted"] = add("convert", (teacher,), self.convert, settings, "converted")
             aligned = models["converted"]
+            if self.calibrates():
+                settings = {"tokens": calibration_tokens(recipe), "data": recipe.data}
+                aligned = models["calibrated"] = add("calibrate", (aligned,), self.calibrate, settings, "calibrated")
             if recipe.align["max_steps"]:
                 settings = recipe.align | {"data": recipe.data}
                 aligned = add("align", (aligned,), train(align), settings, "aligned")
         self.aligned, self.experts = aligned, {}
-        if aligned is not models.get("converted"):
+        if aligned not in models.values():
             models["aligned"] = aligned
 
         shared = {key: recipe.data[key] for key in ("held_out", "shuffle_buffer") if key in recipe.data}
@@ -192,6 +197,10 @@ class Run(Runner):
         """
         check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
+        if self.uncalibrated:
+            self.console.print(
+                f"stage 0 is left out: {self.uncalibrated}", style="yellow", markup=False, soft_wrap=True
+            )
         if package := self.recipe.teacher_package:
             held = package_of(self.teacher) if is_gguf(self.teacher) else None
             place = (
@@ -213,6 +222,24 @@ class Run(Runner):
 
     def convert(self, out, again, teacher):
         self.console.print(str(convert(teacher, out, overwrite=again, **self.recipe.student, **self.revision)))
+
+    def calibrates(self):
+        """Whether the recipe has a stage 0: if nothing is said of it, where the student can be calibrated."""
+        asked, self.uncalibrated = calibration_tokens(self.recipe) > 0, None
+        if asked and self.recipe.calibrate is None:
+            from xlstm_hybrid.training.calibration import why_not
+
+            self.uncalibrated = why_not(SimpleNamespace(**self.recipe.student))
+        return asked and self.uncalibrated is None
+
+    def calibrate(self, out, again, converted):
+        def report(layer, figures):
+            self.say(
+                f"layer {layer}",
+                "relative error {before:.3f} -> {after:.3f}, window alone {window:.3f}".format(**figures),
+            )
+
+        calibrate(converted, out, self.recipe, overwrite=again, report=report)
 
     def merge(self, settings, out, again, *inputs):
         """Statistics and candidates of a search are stored beside the stages' notes: an interrupted merge goes on from

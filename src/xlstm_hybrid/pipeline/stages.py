@@ -38,6 +38,8 @@ from xlstm_hybrid.recipe.schema import resolve_path
 from xlstm_hybrid.teacher_store.writer import read_index
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
+CALIBRATION_TOKENS = 8192  # that stage 0 is fitted to: more did not help on SmolLM2-135M, see docs/real.md
+CALIBRATION_BATCH = 4096  # tokens at a time
 log = logging.getLogger(__name__)
 RESERVED = "reserved"  # file of a workspace that keeps room for the student
 SPARE_BYTES = 2**24  # of a student's files beside its weights: tokenizer, log, pictures
@@ -153,6 +155,31 @@ def rows_cache(work):
     return str(work / f"rows-{os.environ.get('RANK', 0)}")
 
 
+def calibrate(student, out, recipe, overwrite=False, tokens=None, report=lambda layer, figures: None):
+    """Stage 0: feature maps and gates of a converted student in closed form.
+
+    Args:
+        tokens: of text that they are fitted to, in the place of the recipe's; a quarter as many are held out.
+        report: called with each layer's number and figures.
+    Returns:
+        {layer: {"window", "before", "after", "closed", "heads"}}, see `calibration.calibrate_model`.
+    """
+    from xlstm_hybrid.training.calibration import calibrate_streamed
+
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    rows = max(4, -(-(tokens or calibration_tokens(recipe)) // recipe.length))
+    size = max(1, CALIBRATION_BATCH // recipe.length)
+    parts = (packed_rows(recipe, tokenizer, count, test=test) for count, test in ((rows, False), (-(-rows // 4), True)))
+    fitted, held_out = (without_labels(batches_of(part, size)) for part in parts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return calibrate_streamed(student, out, fitted, held_out, device, overwrite=overwrite, report=report)
+
+
+def calibration_tokens(recipe):
+    """Tokens that stage 0 is fitted to; 0: the recipe leaves it out."""
+    return (recipe.calibrate or {}).get("tokens", CALIBRATION_TOKENS)
+
+
 def align(student, out, recipe, overwrite=False, overrides=None):
     """Stage I: train feature maps and gates of a converted student.
 
@@ -199,7 +226,11 @@ def align_in_groups(student, out, recipe, args, count, work, overwrite):
 def held_out_batches(recipe, tokenizer, size=8):
     rows = packed_rows(recipe, tokenizer, HELD_OUT_ROWS, test=True)
     size = min(size, max(1, 2**14 // recipe.length))
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches_of(rows, size)]
+    return without_labels(batches_of(rows, size))
+
+
+def without_labels(batches):
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
 def batches_of(rows, size):

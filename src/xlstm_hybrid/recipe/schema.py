@@ -127,6 +127,8 @@ class Recipe:
     data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
         what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
         and "held_out" (share of documents that nothing trains on) hold for every stage.
+    calibrate: {"tokens": that stage 0 is fitted to}; 0: no stage 0. None: some thousand tokens, where the student can be
+    calibrated.
     align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is
     calculated. align {"max_steps": 0}: no stage I, stage II begins with the converted student.
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are
@@ -152,6 +154,7 @@ class Recipe:
     revision: str | None = None
     teacher_dtype: str = "float32"
     teacher_package: str | None = None
+    calibrate: dict | None = None
     seed: int = 0
     path: Path = field(default=Path("recipe.yaml"), compare=False)
 
@@ -195,8 +198,8 @@ FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alp
 FINAL |= {"include_path": str}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
-OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "teacher_package", "seed"}
-SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
+OPTIONAL = {"calibrate", "merge", "evaluate", "on_policy", "revision", "teacher_dtype", "teacher_package", "seed"}
+SECTIONS = ("student", "data", "calibrate", "align", "distill", "experts", "merge", "evaluate", "on_policy")
 TEXTS = ("name", "teacher", "out", "revision", "teacher_dtype", "teacher_package")
 TYPES = dict.fromkeys(SECTIONS, dict) | dict.fromkeys(TEXTS, str) | {"seed": int}
 
@@ -306,6 +309,11 @@ def faults(content):
         wrong.append(f"evaluate: expected exactly the keys {kinds}, got {sorted(content['evaluate'])}")
     wrong += evaluate_faults(content.get("evaluate", {}))
     wrong += data_faults(content["data"]) + stage_faults(content)
+    for name, value in content.get("calibrate", {}).items():
+        if name != "tokens":
+            wrong.append(f"calibrate: unknown key {name!r}, expected tokens")
+        elif type(value) is not int or value < 0:
+            wrong.append(f"calibrate.tokens={value!r}: expected a number of tokens, 0 for no stage 0")
     for name, section in content["experts"].items():
         where = f"experts.{name}"
         if not NAME.fullmatch(str(name)) or not isinstance(section, dict) or not section:

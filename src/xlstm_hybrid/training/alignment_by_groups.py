@@ -14,7 +14,6 @@ import logging
 import math
 import shutil
 import time
-from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,26 +43,15 @@ from xlstm_hybrid.checkpoint.files import (
     write_manifest,
 )
 from xlstm_hybrid.checkpoint.tokenizer import check_rows
-from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
-from xlstm_hybrid.conversion.convert import empty_student
-from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
-from xlstm_hybrid.model.trained import save_weights, trained_values, warn_if_edited
+from xlstm_hybrid.model.trained import trained_values, warn_if_edited
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
+from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, write_trained
 from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
 PROGRESS = "streaming.json"
 log = logging.getLogger(__name__)
-
-
-def read_tensor(files, name, dtype=None):
-    if name not in files:
-        raise CheckpointError(f"the checkpoint lacks {name}: convert the teacher again")
-    with safe_open(files[name], framework="pt") as file:
-        value = file.get_tensor(name)
-    return value if dtype is None else value.to(parameter_dtype(name, dtype, XLSTMHybridForCausalLM))
 
 
 # --- what lies on disk -----------------------------------------------------------------------------------------
@@ -188,17 +176,7 @@ class Streaming:
         return any(self.config.layer_types[n] == "hybrid_sliding" for n in layers)
 
     def model_of(self, layers):
-        """A student that has the given layers only, read from the checkpoint; the rest of its modules are `Identity`."""
-        model = empty_student(self.config)
-        trunk, kinds = model.model, sorted(set(self.config.teacher_layer_types))
-        trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
-        trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
-        rotaries = {kind: XLSTMHybridRotaryEmbedding(self.config, layer_type=kind) for kind in kinds}
-        trunk.rotary_emb = nn.ModuleDict(rotaries)
-        state = {name: read_tensor(self.files, name, self.dtype) for name in model.state_dict()}
-        model.load_state_dict(state, assign=True)
-        model.streamed_layers = sorted(layers)
-        return model.eval()
+        return model_of(self.config, self.files, layers, self.dtype)
 
     def trainer(self, model, args, dataset, collator):
         given = {"train_dataset": dataset, "data_collator": collator, "processing_class": self.processing_class}
@@ -354,7 +332,7 @@ def align_streamed(
     errors = [entry for group in groups for entry in group["relative_error"]]
     figures = {"relative_error": errors, "log": merged_log(work, groups)}
     with staged(out, overwrite, needed) as folder:
-        write_aligned(Path(checkpoint), folder, work, groups, trained_values(run.config))
+        write_trained(Path(checkpoint), folder, trained_files(work, groups), trained_values(run.config))
         write_file(folder / "training_log.json", json.dumps(figures["log"], indent=1).encode())
         recorded = ("learning_rate", "max_steps", "layers_at_a_time", "loss_form", "bf16")
         settings = {name: value for name, value in args.to_dict().items() if name in recorded}
@@ -365,9 +343,9 @@ def align_streamed(
     return figures
 
 
-def write_aligned(checkpoint, folder, work, groups, values):
-    """The checkpoint with the trained tensors in their places; one shard is in memory at a time."""
-    files, trained = weight_files(checkpoint), {}
+def trained_files(work, groups):
+    """{name of a trained tensor: its file}, each file as it was written."""
+    trained = {}
     for group in groups:
         if group["file"]:
             path = work / group["file"]
@@ -375,17 +353,4 @@ def write_aligned(checkpoint, folder, work, groups, values):
                 raise CheckpointError(f"{path.name}: differs from what was written; remove {work.name} to start again")
             with safe_open(path, framework="pt") as file:
                 trained |= dict.fromkeys(file.keys(), path)
-    shapes, sizes = {}, {}
-    for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(name)
-            shapes[name] = list(part.get_shape())
-            sizes[name] = file.get_tensor(name).element_size() if not shapes[name] else part[:1].element_size()
-
-    def make(name):
-        stored = read_tensor(files, name)
-        return read_tensor(trained, name).to(stored.dtype) if name in trained else stored
-
-    write_weights(folder, shapes, sizes.__getitem__, make, partial(save_weights, values=values))
-    write_json(folder / "config.json", using_cache(read_json(checkpoint / "config.json", checkpoint.name)))
-    copy_settings(checkpoint, folder, checkpoint.name)
+    return trained

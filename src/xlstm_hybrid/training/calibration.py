@@ -23,15 +23,37 @@ Dims: B batch, T tokens, D hidden size, H mixed query heads, K query/key dim, V 
 N tokens of all batches.
 """
 
-import logging
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
-from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.checkpoint.digests import require_intact
+from xlstm_hybrid.checkpoint.files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    add_provenance,
+    check_space,
+    digest,
+    discard,
+    read_versioned,
+    staged,
+    weight_files,
+    write_file,
+    write_json,
+    write_manifest,
+)
+from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.experimental.cells import CELLS
 from xlstm_hybrid.model.mixer import MLSTMMixer
+from xlstm_hybrid.model.trained import trained_values
+from xlstm_hybrid.training.alignment import new_parameters
+from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, write_trained
+from xlstm_hybrid.training.run_spec import short_digest
 
 SHARPNESS = (2.0, 8.0)  # b of the soft assignment
 QUERY_SCALES = (0.5, 1.0)  # of the queries' exponents: below 1 where the centroids are far from their keys
@@ -39,19 +61,19 @@ START_SCALES = (0.25, 1.0, 4.0)  # of the maps that a mixer begins with, where a
 WINDOWS = (4, 16)  # time constants that are tried, in windows
 CLOSED = -8.0  # bias of a closed output gate: three parts in ten thousand of the memory, and Adam can open it
 KMEANS_STEPS, GATE_STEPS, GATE_RIDGE = 8, 4, 0.05
-log = logging.getLogger(__name__)
+WANTED = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
+PROGRESS = "calibration.json"
 
 
-def why_not(config):
-    """What keeps students of this configuration from being calibrated, in words; None if nothing does."""
-    wanted = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
-    for field, value in wanted.items():
-        if getattr(config, field) != value:
-            return f"{field}={getattr(config, field)!r}, expected {value!r}"
-    if config.memory_cell == "delta":
+def why_not(settings):
+    """What keeps students of these settings, those of a config or some of them, from being calibrated, in words; None if
+    nothing does.
+    """
+    for field, value in WANTED.items():
+        if (found := getattr(settings, field, value)) != value:
+            return f"{field}={found!r}, expected {value!r}"
+    if getattr(settings, "memory_cell", "mlstm") == "delta":
         return "memory_cell='delta', expected 'mlstm' or 'linear'"
-    if "hybrid_sliding" not in config.layer_types:
-        return "no layer is hybrid_sliding, expected one at least"
     return None
 
 
@@ -194,7 +216,9 @@ class Calibration:
         queries, keys = self.heads_of("query"), self.heads_of("key")
         received = torch.cat([s.received.transpose(0, 1)[:, s.tokens.real] for s in self.fitted], 1)
         features = self.mixer.q_map.shape[-1]
-        parts = [centroids(*head, features, self.attention.scaling) for head in zip(queries, keys, received, strict=True)]
+        parts = [
+            centroids(*head, features, self.attention.scaling) for head in zip(queries, keys, received, strict=True)
+        ]
         asked, assigned, constant = (torch.stack(part) for part in zip(*parts, strict=True))
         for scale in QUERY_SCALES:
             for sharpness in SHARPNESS:
@@ -239,8 +263,12 @@ class Calibration:
                     solution[:, -1] = torch.logit(start.clamp(0.02, 0.98))
                 o = torch.sigmoid((z.double() * solution).sum(-1))
                 slope = o * (1 - o)
-                sums = [gauss_newton(z[:, h], weight[:, h], slope[:, h], (product - weight * o)[:, h]) for h in range(heads)]
-                gram, vector = (x + torch.stack(part) for x, part in zip((gram, vector), zip(*sums, strict=True), strict=True))
+                sums = [
+                    gauss_newton(z[:, h], weight[:, h], slope[:, h], (product - weight * o)[:, h]) for h in range(heads)
+                ]
+                gram, vector = (
+                    x + torch.stack(part) for x, part in zip((gram, vector), zip(*sums, strict=True), strict=True)
+                )
             ridge = GATE_RIDGE * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True).expand(-1, z.shape[-1])
             ridge = torch.cat([ridge[:, :-1], 1e-9 * ridge[:, -1:]], 1).clamp_min(1e-12)
             step = torch.linalg.solve(gram + torch.diag_embed(ridge), vector - ridge * solution)
@@ -339,7 +367,11 @@ def calibrate_layer(trunk, j, states, batches, fitted):
 def check(config, fitted, held_out):
     """Raise ConfigError for a student that cannot be calibrated, or too little text."""
     if (reason := why_not(config)) is not None:
-        raise ConfigError(f"calibration: {reason}; leave stage 0 out (calibrate: {{tokens: 0}}) and begin with alignment")
+        raise ConfigError(
+            f"calibration: {reason}; leave stage 0 out (calibrate: {{tokens: 0}}) and begin with alignment"
+        )
+    if "hybrid_sliding" not in config.layer_types:
+        raise ConfigError("nothing to calibrate: no layer is hybrid_sliding; convert the teacher with hybrid layers")
     if not fitted or not held_out:
         raise ConfigError(
             f"calibration: {len(fitted)} batches to fit and {len(held_out)} held out, expected one of each at least: give more tokens"
@@ -369,4 +401,81 @@ def calibrate_model(model, fitted, held_out, report=lambda layer, figures: None)
             found[j] = figures
             report(j, figures)
     model.train(training)
+    return found
+
+
+@torch.no_grad()
+def calibrate_streamed(
+    checkpoint, out, fitted, held_out, device="cpu", work=None, overwrite=False, report=lambda layer, figures: None
+):
+    """Calibrate a student directory with one layer in memory, in float32; write another one.
+
+    Started again after an interruption, it takes the layers that were finished and goes on. The hidden states of all
+    tokens are in memory.
+
+    Args:
+        checkpoint: a converted student.  out: directory of the calibrated one; it appears complete or not at all.
+        fitted, held_out: lists of batches of model inputs, {"input_ids", ...}.
+        device: where the layers are calculated.
+        work: directory for finished layers, removed at the end; beside `out` by default.
+        report: called with each layer's number and figures.
+    Returns:
+        as `calibrate_model`.
+    Raises:
+        ConfigError: a student that cannot be calibrated, no batches, or a work directory of another run.
+        CheckpointError, CheckpointWriteError: a damaged checkpoint, or no room for `out`.
+    """
+    started, checkpoint, out = time.time(), Path(checkpoint), Path(out)
+    work = Path(work or out.with_name(f".calibrating-{out.name}"))
+    require_intact(checkpoint)
+    config, files = XLSTMHybridConfig.from_json_file(checkpoint / "config.json"), weight_files(checkpoint)
+    check(config, fitted, held_out)
+    needed = sum(path.stat().st_size for path in set(files.values()))
+    check_space(out, needed)
+    manifest, inputs = checkpoint / MANIFEST, [batch["input_ids"].tolist() for batch in [*fitted, *held_out]]
+    spec = {"checkpoint": digest(manifest) if manifest.is_file() else short_digest(sorted(files))}
+    spec |= {"text": short_digest(inputs), "fitted": len(fitted)}
+    progress = {"format_version": FORMAT_VERSION, "spec": spec, "layers": {}}
+    if (work / PROGRESS).is_file():
+        progress = read_versioned(work / PROGRESS, work.name)
+        if progress["spec"] != spec:
+            raise ConfigError(
+                f"{work.name} is of a calibration of another student or text: remove it, or write to another directory"
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    batches = [{k: x.to(device) for k, x in batch.items()} for batch in [*fitted, *held_out]]
+    table = read_tensor(files, "model.embed_tokens.weight", torch.float32)
+    states = [nn.functional.embedding(batch["input_ids"].cpu(), table).to(device) for batch in batches]
+    del table
+    trained = {}
+    for j in range(config.num_hidden_layers):
+        model, file = model_of(config, files, [j], torch.float32).to(device), work / f"layer-{j:04}.safetensors"
+        done = progress["layers"].get(str(j))
+        if done is None:
+            done = {"figures": calibrate_layer(model.model, j, states, batches, len(fitted)), "sha256": None}
+            if done["figures"] is not None:
+                write_file(file, save({name: p.cpu().contiguous() for name, p in new_parameters(model).items()}))
+                done["sha256"] = digest(file)
+            progress["layers"][str(j)] = done
+            write_json(work / PROGRESS, progress)
+        else:
+            model.model.layers[j].aligned = True  # the trunk alone
+            for n, batch in enumerate(batches):
+                given = {k: x for k, x in batch.items() if k in ("attention_mask", "position_ids")}
+                states[n] = model.model.teacher_forced(None, hidden_states=states[n], **given).hidden_states
+        if done["figures"] is not None:
+            if digest(file) != done["sha256"]:
+                raise CheckpointError(f"{file.name}: differs from what was written; remove {work.name} to start again")
+            trained |= dict.fromkeys(load_file(file), file)
+            report(j, done["figures"])
+    found = {int(j): done["figures"] for j, done in progress["layers"].items() if done["figures"] is not None}
+    with staged(out, overwrite, needed) as folder:
+        write_trained(checkpoint, folder, trained, trained_values(config))
+        settings = {"tokens": sum(batch["input_ids"].numel() for batch in fitted)}
+        settings["held_out_tokens"] = sum(batch["input_ids"].numel() for batch in held_out)
+        figures = {"relative_error": [{"layer": j, **values} for j, values in found.items()]}
+        seconds = round(time.time() - started, 1)
+        add_provenance(folder, "calibrate", parent=checkpoint, config=settings, figures=figures, seconds=seconds)
+        write_manifest(folder)
+    discard(work)
     return found
