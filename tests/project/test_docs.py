@@ -251,8 +251,12 @@ def check_line(words):
 
             parse_overrides(getattr(importlib.import_module(module), config), context.args)
     elif words[0] == "make":
-        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        assert set(words[1:]) <= targets, f"make has no {set(words[1:]) - targets}"
+        text = (ROOT / "Makefile").read_text()
+        known = set(re.findall(r"^([\w-]+):", text, re.MULTILINE)) | {
+            f"{name}=" for name in re.findall(r"\$\((?:if \$\()?(\w+)", text)
+        }
+        asked = {re.sub(r"=.*", "=", word) for word in words[1:]}
+        assert asked <= known, f"make has no {asked - known}"
     elif words[0] == "pip" or words[1:3] == ["-m", "pip"]:
         extras = set(re.findall(r'"([\w-]+)": Extra\(', (PACKAGE / "environment/versions.py").read_text()))
         extras |= set(re.findall(r'EXTRAS\["([\w-]+)"\]', (ROOT / "setup.py").read_text()))
@@ -301,6 +305,7 @@ def test_every_command_that_is_named_in_a_sentence_or_a_recipe_exists():
         "xlstm-hybrid walk x.yaml",
         "xlstm-hybrid push folder",
         "make coffee",
+        "make real TEXTS=peps.jsonl.xz",
         "xlstm-hybrid align a b --recipe r --learning_rat 1",
         "pip install -e '.[everything]'",
         "sudo rm",
