@@ -38,7 +38,9 @@ class CompatibilityError(XLSTMHybridError):
 
 
 class CompatibilityWarning(UserWarning):
-    """A transformers that is newer than the tested ones runs unchecked, because the user says so."""
+    """A library is not as the tested ones: a newer transformers runs unchecked, because the user says so, or a quick way is
+    not taken.
+    """
 
 
 class ConfigWarning(UserWarning):

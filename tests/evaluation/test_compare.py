@@ -21,7 +21,7 @@ from xlstm_hybrid.evaluation.comparison import (
     read_costs,
     record_comparison,
 )
-from xlstm_hybrid.evaluation.results import Results, read_results
+from xlstm_hybrid.evaluation.results import Results, chance_of, read_results
 from xlstm_hybrid.reports.card import write_card
 from xlstm_hybrid.reports.comparison import (
     comparison_markdown,
@@ -30,6 +30,7 @@ from xlstm_hybrid.reports.comparison import (
     scaled_scores,
     write_comparison,
 )
+from xlstm_hybrid.reports.run import verdict_text
 
 DATE = "2026-01-02T03-04-05.678901"
 ANSWERS = {  # benchmark: answers of teacher and student, document by document
@@ -262,7 +263,7 @@ def test_names_come_from_the_files_or_from_the_caller_and_are_never_the_same(tmp
 # --- choosing --------------------------------------------------------------------------------------------------
 
 
-def test_the_metric_is_one_that_all_sides_have_and_of_which_more_is_better():
+def test_the_metric_is_one_that_all_sides_have_and_less_is_better_only_where_there_is_no_other():
     one = Results(
         "a",
         {"t": {"acc,none": 0.5, "acc_norm,none": 0.6, "word_perplexity,none": 9.0}},
@@ -273,9 +274,10 @@ def test_the_metric_is_one_that_all_sides_have_and_of_which_more_is_better():
         choose_metric("t", [one, one], None) == "acc_norm,none" and choose_metric("t", [one, two], None) == "acc,none"
     )
     assert choose_metric("t", [one, one], "acc") == choose_metric("t", [one, one], "acc,none") == "acc,none"
-    assert (
-        choose_metric("t", [one, two], "acc_norm") is None and choose_metric("t", [one, one], "word_perplexity") is None
-    )
+    assert choose_metric("t", [one, two], "acc_norm") is None
+    assert choose_metric("t", [one, one], "word_perplexity") == "word_perplexity,none"
+    bits = Results("c", {"t": {"bits_per_byte,none": 0.9}}, {"t": ["bits_per_byte,none"]})
+    assert choose_metric("t", [bits, bits], None) == "bits_per_byte,none"
     filters = Results("a", {"t": {"exact_match,flexible-extract": 0.6, "exact_match,strict-match": 0.5}})
     assert choose_metric("t", [filters], None) == "exact_match,strict-match"
     assert choose_metric("t", [filters], "exact_match,flexible-extract") == "exact_match,flexible-extract"
@@ -446,13 +448,17 @@ def test_a_score_that_is_no_mean_of_its_samples_has_no_paired_statistics(tmp_pat
     assert "no paired statistics of arc: the score of student is not the mean of its samples" in found["notes"]
 
 
-def test_a_teacher_that_scores_nothing_is_never_lost_to_and_has_no_recovery(tmp_path):
+def test_a_benchmark_on_which_the_teacher_scores_nothing_is_shown_and_does_not_count():
     sides = [Results(n, {"a": {"acc,none": s}, "b": {"acc,none": 0.0}}) for n, s in (("t", 0.5), ("s", 0.25))]
     found = compare(sides[0], sides[1:])
     assert (
         found["students"]["s"]["recovery"] == {"a": 0.5, "b": None} and found["students"]["s"]["mean_recovery"] == 0.5
     )
-    assert "| b | acc,none | – | 0 | 0 | – |" in comparison_markdown(found)
+    assert found["counts"] == {"a": True, "b": False} and found["students"]["s"]["alpha_star"] == 0.5
+    assert found["students"]["s"]["ties"] == 0 and not found["students"]["s"]["lossless"]
+    text = comparison_markdown(found)
+    assert "| b (teacher at chance, 0: does not count) | acc,none | – | 0 | 0 | – |" in text
+    assert "the bar is 0.5. 1 of 2 benchmarks count." in text
 
 
 def test_the_front_holds_whom_nobody_beats_at_their_cost():
@@ -503,6 +509,136 @@ def test_costs_come_from_a_file_or_from_the_results(tmp_path):
     assert read_costs("field:config.model_num_parameters", *sides) == ("model_num_parameters", {"a": 7, "b": 8})
     with pytest.raises(EvaluationError, match="costs nowhere.json: expected a JSON file"):
         read_costs("nowhere.json", teacher, students)
+
+
+# --- chance ----------------------------------------------------------------------------------------------------
+
+
+def with_chance(folder, answers, chance, model="m"):
+    """Results of a task of two choices as lm-eval 0.4.13 writes them, `chance` in the task's description."""
+    about = {"version": 1.0} | ({} if chance is None else {"chance": chance})
+    config = {"task": "code", "num_fewshot": 5, "generation_kwargs": {"max_gen_toks": 64}, "metadata": about}
+    harness(folder, model, {"gsm8k": [1] * 20, "code": answers})
+    content = json.loads(next(folder.glob("results_*.json")).read_text())
+    return changed(folder, configs=content["configs"] | {"code": config})
+
+
+def test_a_task_on_which_the_teacher_guesses_is_in_no_rate_mean_or_interval(tmp_path):
+    guessing = [1] * 12 + [0] * 8  # .6 of 20: within 1.96 standard errors of a half
+    teacher, student = (with_chance(tmp_path / n, guessing, 0.5, n) for n in ("teacher", "student"))
+    found = compared(teacher, student)
+    mine = found["students"]["student"]
+    assert found["chance"] == {"gsm8k": 0.0, "code": 0.5} and found["counts"] == {"gsm8k": True, "code": False}
+    assert (mine["wins"], mine["ties"], mine["losses"]) == (0, 1, 0) and mine["recovery"] == {
+        "gsm8k": 1.0,
+        "code": None,
+    }
+    assert mine["scores"]["code"] == 0.6 and mine["mean_recovery"] == 1 and mine["resampled"]["c_0"] == [1, 1]
+    assert "teacher is at chance, so that these do not count: code (0.6, by chance 0.5)" in found["notes"]
+    text = comparison_markdown(found)
+    assert "| code (teacher at chance, 0.5: does not count) | pass@1,create_test | 5 | 0.6 | 0.6 | – |" in text
+    worse = with_chance(tmp_path / "worse", [0] * 20, 0.5, "worse")
+    assert compared(teacher, worse)["students"]["worse"]["alpha_star"] == 0
+
+
+def test_a_teacher_above_chance_counts_and_a_chance_that_differs_is_refused(tmp_path):
+    teacher = with_chance(tmp_path / "teacher", [1] * 16 + [0] * 4, 0.5, "teacher")
+    student = with_chance(tmp_path / "student", [1] * 8 + [0] * 12, 0.5, "student")
+    assert (
+        compared(teacher, student)["counts"]["code"]
+        and compared(teacher, student)["students"]["student"]["losses"] == 1
+    )
+    other = with_chance(tmp_path / "other", [1] * 8 + [0] * 12, 0.25, "other")
+    with pytest.raises(EvaluationError, match=r"code: chance {'code': 0.5} for teacher, {'code': 0.25} for other"):
+        compared(teacher, other)
+    silent = with_chance(tmp_path / "silent", [1] * 8 + [0] * 12, None, "silent")
+    assert compared(silent, student)["chance"]["code"] == 0.5  # the one that is recorded
+    with pytest.raises(EvaluationError, match="code has a chance of 1.5, expected a share of at least 0 and below 1"):
+        compared(*(with_chance(tmp_path / n, [1, 0], 1.5, n) for n in "ab"))
+
+
+def test_chance_of_lm_evals_own_tasks_is_known():
+    for task, metric, wanted in (
+        ("piqa", "acc_norm,none", 0.5),
+        ("arc_challenge", "acc,none", 0.25),
+        ("mmlu", "acc,none", 0.25),
+        ("gpqa_main_cot_zeroshot", "exact_match,flexible-extract", 0.25),
+        ("gsm8k", "exact_match,strict-match", 0.0),
+        ("humaneval", "pass@1,create_test", 0.0),
+        ("mmlu_pro", "acc,none", None),
+        ("piqa", "bits_per_byte,none", None),
+        ("my_task", "acc,none", None),
+    ):
+        assert chance_of({}, task, metric) == wanted, (task, metric)
+    choices = {"task": {leaf: {"doc_to_choice": ["A", "B", "C", "D"]} for leaf in ("mmlu_anatomy", "mmlu_law")}}
+    assert chance_of(choices, "mmlu_stem_of_mine", "acc,none") == 0.25
+    assert chance_of({"chance": {"a": 0.5, "b": 0.25}}, "mine", "acc,none") == 0.375  # a group has the mean
+
+
+def test_where_no_benchmark_counts_there_is_no_rate(tmp_path, checkpoint):
+    sides = [Results(n, {"piqa": {"acc,none": s}, "arc_easy": {"acc,none": 0.2}}) for n, s in (("t", 0.5), ("s", 0.6))]
+    found = compare(sides[0], sides[1:])
+    mine = found["students"]["s"]
+    assert [mine[key] for key in ("c_0", "c_alpha", "alpha_star", "lossless", "resampled", "mean_recovery")] == [
+        None
+    ] * 6
+    text = comparison_markdown(found)
+    assert "s: C_α and α\\* are not defined, 0 of 2 benchmarks count: t is at chance on all." in text
+    pictures = comparison_pictures(found)
+    assert set(write_comparison(found, tmp_path / "out", pictures)) >= {"comparison.json", "tasks.png"}
+    assert "curve.png" not in pictures
+    record_comparison(found, "s", checkpoint)
+    card = write_card(checkpoint).read_text()
+    assert "0 won, 0 tied, 0 lost; C and α\\* are not defined: the teacher is at chance on all of them." in card
+    assert "| piqa (teacher at chance, 0.5: does not count) | acc,none | – | 0.6 | 0.5 | – |" in card
+    folders = [with_chance(tmp_path / n, [1] * 9 + [0] * 11, 0.5, n) for n in ("a", "b")]
+    refused = run(*folders, "--tasks", "code")
+    assert isinstance(refused.exception, EvaluationError) and "a is at chance on all 1 benchmarks (code)" in str(
+        refused.exception
+    )
+
+
+def test_a_record_from_before_chance_was_looked_at_still_has_its_card(comparison, checkpoint):
+    old = {key: value for key, value in comparison.items() if key not in ("chance", "counts", "smaller")}
+    record_comparison(old | {"chance": {}, "counts": {}, "smaller": []}, "s<1>", checkpoint)
+    stages = json.loads((checkpoint / "provenance.json").read_text())
+    entries = stages if isinstance(stages, list) else stages["stages"]
+    for key in ("chance", "counts", "smaller"):
+        del entries[-1]["config"][key]
+    (checkpoint / "provenance.json").write_text(json.dumps(stages))
+    write_manifest(checkpoint)
+    assert "it is lossless (C_α = 0.667, the bar is 0.5)." in write_card(checkpoint).read_text()
+    assert "| code | pass@1,create_test | 5 | 0.8 | 0.4 | 50.0 % |" in comparison_markdown(old)
+
+
+# --- less is better ----------------------------------------------------------------------------------------------
+
+
+def test_where_less_is_better_the_teachers_score_over_the_students_is_the_recovery(tmp_path):
+    bits = {"t": 0.8, "s": 1.0, "better": 0.5}
+    sides = [Results(n, {"text": {"bits_per_byte,none": b}}, {"text": ["bits_per_byte,none"]}) for n, b in bits.items()]
+    for alpha, lossless in ((0.199, False), (0.2, True)):
+        found = compare(sides[0], sides[1:], alpha=alpha)
+        mine, better = found["students"].values()
+        assert mine["lossless"] is lossless and mine["alpha_star"] == pytest.approx(0.2)
+    assert (mine["recovery"]["text"], better["recovery"]["text"]) == (0.8, 1.6) and better["wins"] == 1
+    assert found["smaller"] == ["text"] and found["chance"] == {"text": None} and found["counts"] == {"text": True}
+    assert "| text | bits_per_byte,none (less is better) | – | 0.8 | 1 | 80.0 % |" in comparison_markdown(found)
+
+
+def test_documents_of_which_less_is_better_are_gained_where_the_student_has_less():
+    values = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0, 4.0]  # student, teacher
+    name, keys = "bits_per_byte,none", [f"d{j}" for j in range(5)]
+    sides = [
+        Results(
+            n, {"text": {name: sum(v) / 5}}, {"text": [name]}, samples={"text": {name: dict(zip(keys, v, strict=True))}}
+        )
+        for n, v in zip("st", values, strict=True)
+    ]
+    found = compare(sides[1], sides[:1], resamples=500)["students"]["s"]
+    paired = found["paired"]["text"]
+    assert (paired["gained"], paired["lost"]) == (4, 1) and paired["recovery"][1] > 18 / 15 > paired["recovery"][0]
+    assert found["alpha_star"] == 0 and found["wins"] == 1 and 0.5 < found["resampled"]["lossless"] < 1
 
 
 # --- printing --------------------------------------------------------------------------------------------------
@@ -776,6 +912,9 @@ def test_a_runs_verdicts_have_intervals_where_the_answers_are_paired():
     assert found["worse"]["alpha_star"] == 1 and found["worse"]["resampled"]["alpha_star"] == [1, 1]
     unpaired = {"teacher": compared(1, 0), "student": compared(1, 0) | {"samples": {}}}
     assert report_scores(unpaired)["win_and_tie"]["student"]["resampled"] is None
+    nothing = report_scores({"teacher": compared(0, 0), "student": compared(0, 0)})
+    assert nothing["win_and_tie"]["student"]["alpha_star"] is None and nothing["win_and_tie"]["student"]["curve"] == []
+    assert "on 0 domains (1 more does not count, as the teacher has no right answer): 0 won" in verdict_text(nothing)[0]
 
 
 def far_results(tmp_path, name, scores):
@@ -788,14 +927,15 @@ def far_results(tmp_path, name, scores):
 
 
 def test_long_context_tasks_are_no_part_of_the_rate_unless_they_are_named(tmp_path):
-    """What both fail would count as a tie."""
-    teacher = far_results(tmp_path, "teacher", {"arc": 0.5, "needle_4k": 0.0, "multikey_16k": 0.0})
-    student = far_results(tmp_path, "student", {"arc": 0.4, "needle_4k": 0.0, "multikey_16k": 0.0})
+    teacher = far_results(tmp_path, "teacher", {"arc": 0.5, "needle_4k": 0.5, "multikey_16k": 0.0})
+    student = far_results(tmp_path, "student", {"arc": 0.4, "needle_4k": 0.5, "multikey_16k": 0.0})
     found = compare(teacher, [student])
     assert list(found["teacher_scores"]) == ["arc"] and found["students"]["student"]["c_alpha"] == 0
     assert any("stay out of the win-and-tie rate: needle_4k, multikey_16k" in note for note in found["notes"])
     named = compare(teacher, [student], tasks=["arc", "needle_4k"])
     assert named["students"]["student"]["c_alpha"] == 0.5
+    both_fail = compare(teacher, [student], tasks=["arc", "multikey_16k"])
+    assert both_fail["students"]["student"]["c_alpha"] == 0 and both_fail["counts"]["multikey_16k"] is False
     others = [
         far_results(tmp_path, f"{name}-other", {"arc": 0.5, "recall_test": 0.5}) for name in ("teacher", "student")
     ]

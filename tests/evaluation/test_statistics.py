@@ -10,6 +10,7 @@ import pytest
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.scores import win_and_tie
 from xlstm_hybrid.evaluation.significance import (
+    above_chance,
     compare_pairs,
     document_keys,
     holm,
@@ -177,3 +178,19 @@ def test_samples_are_read_filter_by_filter_in_the_order_of_their_documents():
     # lists are no scores
     assert values == {"em,strict": {("x", 1): 0.0, ("x", 2): 1.0}, "em,loose": {("x", 1): 1.0, ("x", 2): 1.0}}
     assert prompts == {("x", 1): "p0", ("x", 2): "p1"}
+
+
+# --- chance ----------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_above_chance_by_1_96_standard_errors():
+    bar = 0.25 + 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert 0.29 < bar < 0.3 and above_chance(0.3, 0.25, documents=400) and not above_chance(0.3, 0.25, documents=300)
+    assert above_chance(0.3, 0.25) and not above_chance(0.25, 0.25)  # how many documents is not known
+    values = [0.3] * 4  # scores that do not differ have no error
+    assert above_chance(0.3, 0.25, values=values) and not above_chance(0.3, 0.25, values=[0.0, 0.0, 0.2, 1.0])
+
+
+def test_where_chance_is_zero_one_right_answer_is_above_it():
+    assert above_chance(0.001, 0.0, documents=1000) and not above_chance(0.0, 0.0, documents=1000)
+    assert above_chance(48.4, 0.25, documents=9) and not above_chance(0.0, None)  # a score in percent; nothing known

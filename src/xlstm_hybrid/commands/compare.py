@@ -35,7 +35,7 @@ def compare(
 ):
     """Compare students with their teacher: win-and-tie, recovery, paired statistics.
 
-    Exit code 0 if every student is lossless at alpha, 1 if not.
+    Exit code 0 if every student is lossless at alpha, 1 if not, 2 if nothing can be compared or no benchmark counts.
 
     Example: xlstm-hybrid compare results/teacher mine=results/student --alpha 0.02 --out comparison
     """
@@ -64,6 +64,11 @@ def compare(
         record_comparison(found, name, directory)
         done = f"{name}: in the record of {directory}; write its card again with `xlstm-hybrid card {directory}`"
         console.print(done, markup=False, soft_wrap=True)
+    if not any(found["counts"].values()):
+        raise EvaluationError(
+            f"{found['teacher']} is at chance on all {len(found['counts'])} benchmarks ({', '.join(found['counts'])}): C_α is not "
+            "defined; compare on benchmarks that the teacher can do, or evaluate more documents of these"
+        )
     if not all(s["lossless"] for s in found["students"].values()):
         raise typer.Exit(1)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from xlstm_hybrid.checkpoint.files import append_stage
 from xlstm_hybrid.data.long_context import TASK_NAME
 from xlstm_hybrid.errors import EvaluationError
-from xlstm_hybrid.evaluation.results import BUDGET, SETTINGS, different, read_results
-from xlstm_hybrid.evaluation.scores import win_and_tie
-from xlstm_hybrid.evaluation.significance import LEVEL, RESAMPLES, compare_pairs, holm, resampled_verdict
+from xlstm_hybrid.evaluation.results import BUDGET, SETTINGS, chance_of, different, read_results
+from xlstm_hybrid.evaluation.scores import ALPHAS, WinAndTie, win_and_tie
+from xlstm_hybrid.evaluation.significance import LEVEL, RESAMPLES, above_chance, compare_pairs, holm, resampled_verdict
 
 # the first that a benchmark has is its score
 METRICS = ("acc_norm", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc", "acc")
@@ -50,11 +50,9 @@ def open_sides(teacher, students):
 
 def choose_metric(task, sides, asked):
     """The metric by which all sides are compared on a benchmark: the one that was asked for, else the first of
-    `METRICS`; None where there is none.
+    `METRICS`, and one of which less is better only where there is no other; None where there is none.
     """
-    shared = [
-        m for m in sides[0].scores[task] if all(m in s.scores[task] and m not in s.smaller.get(task, ()) for s in sides)
-    ]
+    shared = [m for m in sides[0].scores[task] if all(m in s.scores[task] for s in sides)]
     if asked is not None:
         return next((m for m in shared if asked in (m, m.split(",")[0])), None)
 
@@ -65,9 +63,14 @@ def choose_metric(task, sides, asked):
 
     def place(metric):
         name, _, kind = metric.partition(",")
-        return (*METRICS, name).index(name), (*known, kind).index(kind), metric
+        less = less_is_better(sides, task, metric)
+        return less, (*METRICS, name).index(name), (*known, kind).index(kind), metric
 
     return min(shared, key=place, default=None)
+
+
+def less_is_better(sides, task, metric):
+    return any(metric in side.smaller.get(task, ()) for side in sides)
 
 
 def choose_tasks(sides, tasks, common):
@@ -143,12 +146,28 @@ def paired_values(teacher, student, task, metric):
 
 def paired_verdict(teacher, student, seed=0):
     """`WinAndTie` of a student on exact match as plain values, with "resampled": `resampled_verdict` at no tolerance,
-    None without paired answers.
+    None without paired answers. Tasks on which the teacher has no right answer do not count; where none does, what
+    would be a share is None.
     """
     mine, its = ({task: scores["exact_match"] for task, scores in side.scores.items()} for side in (teacher, student))
-    pairs = {task: paired_values(teacher, student, task, "exact_match")[0] for task in mine}
-    resampled = resampled_verdict(pairs, 0.0, seed=seed) if all(pairs.values()) else None
-    return asdict(win_and_tie(its, mine)) | {"resampled": resampled}
+    pairs = {task: paired_values(teacher, student, task, "exact_match")[0] for task in mine if mine[task]}
+    resampled = resampled_verdict(pairs, 0.0, seed=seed) if pairs and all(pairs.values()) else None
+    return counted_verdict(its, mine, dict.fromkeys(pairs, True)) | {"resampled": resampled}
+
+
+def counted_verdict(student, teacher, counts, smaller=(), alphas=None):
+    """`win_and_tie` over the benchmarks that count, as plain values. The others have no recovery; where none counts,
+    "curve" is empty, and "alpha_star" and "c_0" are None: there is no rate of nothing.
+
+    Args:
+        counts: {benchmark: whether it counts}, see `above_chance`.
+    """
+    mine, its = ({task: s for task, s in side.items() if counts.get(task)} for side in (teacher, student))
+    if not mine:
+        found = WinAndTie(list(ALPHAS if alphas is None else alphas), [], None, None, {}, 0, 0, 0)
+    else:
+        found = win_and_tie(its, mine, alphas, smaller)
+    return asdict(found) | {"recovery": {task: found.recovery.get(task) for task in teacher}}
 
 
 # --- comparing -------------------------------------------------------------------------------------------------
@@ -169,9 +188,10 @@ def compare(
 ):
     """Compare students with their teacher by win-and-tie rates (docs/method.md) and say how sure the result is.
 
-    A teacher's score of 0 is never lost. Without samples on both sides a benchmark has scores but no paired statistics,
-    and a student for which this is so on any benchmark has no interval of alpha*. A student is lossless at alpha if
-    C_alpha >= 1/2.
+    A benchmark counts if the teacher's score is above chance (`above_chance`, `results.chance_of`); the others are
+    shown, and are neither won, tied nor lost. Without samples on both sides a benchmark has scores but no paired
+    statistics, and a student for which this is so on any that counts has no interval of alpha*. A student is lossless
+    at alpha if C_alpha >= 1/2.
 
     Args:
         teacher, students: `scores.Results`, see `open_sides`.
@@ -182,11 +202,13 @@ def compare(
         allow: entries of `SETTINGS` that may differ; that they do is noted.
         costs: `(label, {name: cost})`, see `read_costs`; less is better.
     Returns:
-        A dict of plain values: "alpha", "teacher", "metrics", "shots", "teacher_scores", "differences" (those allowed),
+        A dict of plain values: "alpha", "teacher", "metrics", "shots", "teacher_scores", "chance" {benchmark: share or
+        None}, "counts" {benchmark: bool}, "smaller" [benchmarks of which less is better], "differences" (those allowed),
         "notes", "cost" (label or None), "teacher_cost" and
         "students": {name: fields of `WinAndTie`, "scores", "c_alpha", "lossless", "mean_recovery", "paired" {benchmark:
             `compare_pairs` with
-        "p_holm"}, "resampled" (`resampled_verdict`) or None, "cost", "pareto"}.
+        "p_holm"}, "resampled" (`resampled_verdict`) or None, "cost", "pareto"}. Where no benchmark counts, shares and
+        "lossless" are None.
     Raises:
         EvaluationError: everything that cannot be compared, listed at once.
     """
@@ -200,18 +222,26 @@ def compare(
     (chosen, wrong, notes), differences, unrecorded = choose_tasks(sides, tasks, common), [], {}
     notes += [note for side in sides for note in side.notes]
     far = [task for task in chosen if TASK_NAME.fullmatch(task) and tasks is None]
-    if far and len(far) < len(chosen):  # what both fail would count as a tie
+    if far and len(far) < len(chosen):  # another question than the benchmarks
         chosen = [task for task in chosen if task not in far]
         notes.append(
             f"long-context tasks stay out of the win-and-tie rate: {', '.join(far)}; compare them by name, with --tasks"
         )
     used = {task: choose_metric(task, sides, (metrics or {}).get(task)) for task in chosen}
+    chance, smaller = {}, []
     wrong += [f"{task} is asked for by metric, but is not compared" for task in metrics or {} if task not in used]
     for task, metric in used.items():
         if metric is None:
             offered = "; ".join(f"{s.name}: {', '.join(s.scores[task])}" for s in sides)
-            wrong.append(f"{task} has no metric that all sides have and of which more is better ({offered})")
+            wrong.append(f"{task} has no metric that all sides have ({offered})")
             continue
+        less = less_is_better(sides, task, metric)
+        if less:
+            smaller.append(task)
+        told = next((s for s in sides if s.settings.get(task, {}).get("chance")), teacher).settings.get(task, {})
+        chance[task] = None if less else chance_of(told, task, metric)
+        if not 0 <= (chance[task] or 0) < 1:
+            wrong.append(f"{task} has a chance of {chance[task]}, expected a share of at least 0 and below 1")
         for side in sides:
             if not 0 <= (score := side.scores[task][metric]) < math.inf:
                 wrong.append(f"{task} ({metric}) is {score} for {side.name}, expected a finite score of at least 0")
@@ -232,10 +262,20 @@ def compare(
         f"not recorded for {name} and taken to be as for {other}: {', '.join(keys)}"
         for (name, other), keys in unrecorded.items()
     ]
+    counts = {}
+    for task, metric in used.items():
+        values = list((teacher.samples.get(task, {}).get(metric) or {}).values())
+        documents = teacher.settings.get(task, {}).get("documents")
+        score = teacher.scores[task][metric]
+        counts[task] = task in smaller or above_chance(score, chance[task], values=values, documents=documents)
+    if guessed := [
+        f"{t} ({teacher.scores[t][used[t]]:.4g}, by chance {chance[t] or 0:.4g})" for t in used if not counts[t]
+    ]:
+        notes.append(f"{teacher.name} is at chance, so that these do not count: {', '.join(guessed)}")
     label, prices = costs or (None, {})
     compared = {}
     for student in students:
-        compared[student.name] = compare_student(teacher, student, used, alpha, seed, resamples, notes)
+        compared[student.name] = compare_student(teacher, student, used, counts, smaller, alpha, seed, resamples, notes)
         compared[student.name]["cost"] = prices.get(student.name)
     mark_front(compared, prices.get(teacher.name))
     return {
@@ -250,6 +290,9 @@ def compare(
             task: None if isinstance(n := teacher.settings.get(task, {}).get("shots"), dict) else n for task in used
         },
         "teacher_scores": {task: teacher.scores[task][metric] for task, metric in used.items()},
+        "chance": chance,
+        "counts": counts,
+        "smaller": smaller,
         "students": compared,
         "cost": label,
         "teacher_cost": prices.get(teacher.name),
@@ -258,7 +301,7 @@ def compare(
     }
 
 
-def compare_student(teacher, student, used, alpha, seed, resamples, notes):
+def compare_student(teacher, student, used, counts, smaller, alpha, seed, resamples, notes):
     """One student's part of a comparison; what could not be paired is added to `notes`."""
     mine, its = ({task: side.scores[task][metric] for task, metric in used.items()} for side in (teacher, student))
     pairs, unpaired = {}, {}
@@ -269,20 +312,23 @@ def compare_student(teacher, student, used, alpha, seed, resamples, notes):
         else:
             unpaired.setdefault(why, []).append(task)
     notes += [f"no paired statistics of {', '.join(tasks)}: {why}" for why, tasks in unpaired.items()]
-    paired = {task: compare_pairs(*values, resamples=resamples, seed=seed, name=task) for task, values in pairs.items()}
+    how = {"resamples": resamples, "seed": seed}
+    paired = {task: compare_pairs(*values, smaller=task in smaller, name=task, **how) for task, values in pairs.items()}
     for task, corrected in holm({task: found["p"] for task, found in paired.items()}).items():
         paired[task]["p_holm"] = corrected
-    verdict, at_alpha = asdict(win_and_tie(its, mine)), win_and_tie(its, mine, [alpha]).curve[0]
+    verdict = counted_verdict(its, mine, counts, smaller)
+    (at_alpha,) = counted_verdict(its, mine, counts, smaller, [alpha])["curve"] or [None]
     recovered = [r for r in verdict["recovery"].values() if r is not None]
-    sure = len(pairs) == len(used)
+    drawn = {t: pairs[t][::-1] if t in smaller else pairs[t] for t in used if counts[t] and t in pairs}
+    sure = drawn and len(drawn) == sum(counts.values())
     return {
         **verdict,
         "scores": its,
         "c_alpha": at_alpha,
-        "lossless": at_alpha >= 0.5,
+        "lossless": None if at_alpha is None else at_alpha >= 0.5,
         "paired": paired,
         "mean_recovery": sum(recovered) / len(recovered) if recovered else None,
-        "resampled": resampled_verdict(pairs, alpha, resamples=resamples, seed=seed) if sure else None,
+        "resampled": resampled_verdict(drawn, alpha, **how) if sure else None,
     }
 
 
@@ -345,7 +391,7 @@ def record_comparison(comparison, student, directory):
         raise EvaluationError(
             f"record: {student!r} is not compared, expected one of {', '.join(comparison['students'])}"
         )
-    settings = "teacher", "alpha", "metrics", "shots", "differences", "seed", "resamples"
+    settings = "teacher", "alpha", "metrics", "shots", "chance", "counts", "smaller", "differences", "seed", "resamples"
     fields = "scores", "recovery", "c_alpha", "c_0", "alpha_star", "lossless", "wins", "ties", "losses"
     figures = {key: verdict[key] for key in fields}
     figures |= {"teacher_scores": comparison["teacher_scores"], "resampled": verdict["resampled"]}

@@ -4,10 +4,12 @@ A unit is a task or group that is evaluated by itself, in a folder with lm-eval'
 evaluated again.
 """
 
+import inspect
 import logging
 import os
 import re
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.data.toy_domains import DOMAINS
-from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
+from xlstm_hybrid.errors import CheckpointWriteError, CompatibilityWarning, EvaluationError, XLSTMHybridError
+from xlstm_hybrid.evaluation.likelihoods import continuation_scores
 from xlstm_hybrid.evaluation.results import last_part
 from xlstm_hybrid.evaluation.scores import contradictions, evaluating
 from xlstm_hybrid.model.cache_names import cache_of
@@ -29,6 +32,7 @@ from xlstm_hybrid.planning.cache_size import filled_bytes
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 SETTINGS = "harness.json"
+SCORING = "_loglikelihood_tokens"  # of lm-eval's HFLM
 CODE = ("HF_ALLOW_CODE_EVAL", "1")  # what lm-eval's metric wants beside its own flag
 
 
@@ -263,7 +267,6 @@ def task_manager(units, source, options):
 def evaluate_unit(unit, loaded, manager, options, settings):
     """lm-eval's results of one unit, samples inside, and for a long-context task what `long_context_result` adds."""
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
     (model, tokenizer), specs = loaded, load_tasks(unit, manager, options.allow_code)
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
@@ -275,7 +278,7 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             template = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             around = len(tokenizer(template)["input_ids"]) + 8  # a few tokens may be split in another way
         room = max(room, unit.length + around + specs[0].config.generation_kwargs["max_gen_toks"])
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
+    lm = language_model(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=room)
     with evaluating(model, tokenizer):  # a checkpoint's own sampling settings and penalties have no part in a score
         results = lm_eval.simple_evaluate(
             model=lm,
@@ -297,6 +300,45 @@ def evaluate_unit(unit, loaded, manager, options, settings):
             samples = [sample_of(row) | {"prompt": row["arguments"][0][0]} for row in rows]  # a chat template included
             results["contradictions"] = contradictions(model, tokenizer, samples, encode=lm.tok_encode)
     return results
+
+
+def language_model(**arguments):
+    """lm-eval's `HFLM` of a model, which reads what several inputs begin with once (`continuation_scores`); HFLM itself,
+    with a CompatibilityWarning, where its inside is not that of lm-eval 0.4.13.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm
+
+    class SharedBeginnings(HFLM):
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            def scored(number, answer):
+                if requests[number][0] is not None:  # parts of a rolling window have no text of their own
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                bar.update(1)
+
+            with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+                return continuation_scores(
+                    self.model,
+                    [(context, continuation) for _, context, continuation in requests],
+                    batch_size=self.batch_size,
+                    max_length=self.max_length,
+                    softmax_dtype=self.softmax_dtype,
+                    scored=scored,
+                )
+
+    own, ours = (inspect.signature(getattr(c, SCORING, lambda: None)) for c in (HFLM, SharedBeginnings))
+    lm = SharedBeginnings(**arguments)
+    wanted = ("cache_hook", "model", "batch_size", "max_length", "softmax_dtype")
+    lacking = [name for name in wanted if not hasattr(lm, name)]
+    if lacking or list(own.parameters) != list(ours.parameters):
+        what = f"no {', '.join(lacking)}" if lacking else f"{SCORING}{own}"
+        warnings.warn(
+            f"lm-eval's HFLM has {what}: every input is read as a whole, which takes longer where they begin alike",
+            CompatibilityWarning,
+            stacklevel=2,
+        )
+        return HFLM(**arguments)
+    return lm
 
 
 def domains():

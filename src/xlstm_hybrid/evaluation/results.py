@@ -23,7 +23,7 @@ OF_A_SAMPLE = (*LARGE, "doc_id", "doc_hash", "prompt_hash", "target_hash", "filt
 # What two sides must share; the number says how deep a value is a table of tasks, of which the common ones count.
 SETTINGS = {"shots": 1, "version": 1, "parts": 0, "documents": 0, "limit": 0, "task": 2, "filters": 2, "generation": 1}
 SETTINGS |= dict.fromkeys(("gen_kwargs", "chat_template", "system_instruction", "multiturn", "fewshot_seed"), 0)
-SETTINGS |= dict.fromkeys(("sampling_seed", "dtype", "max_length"), 0) | {"prompts": 2}
+SETTINGS |= dict.fromkeys(("sampling_seed", "dtype", "max_length"), 0) | {"prompts": 2, "chance": 1}
 TASK = ("output_type", "repeats", "doc_to_target", "doc_to_choice")
 PROMPT = ("doc_to_text", "description", "target_delimiter", "fewshot_delimiter")
 CODE_TEXT = re.compile(r"^\s*(def |@|lambda\b)|<(function|bound method|class) |functools\.partial")
@@ -32,6 +32,17 @@ BUDGETS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 BUDGET = 256  # lm-eval's, where a task names none
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")  # without effect on greedy generation
 DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+# --- what guessing scores
+CHANCE = {  # lm-eval's tasks with so many choices per question, where the task itself does not tell
+    r"piqa|winogrande|boolq|copa": 1 / 2,
+    r"arc_(easy|challenge)|hellaswag|openbookqa|sciq|mmlu(_stem|_humanities|_other|_social_sciences)?": 1 / 4,
+    r"gpqa_(main|diamond|extended)_\w+": 1 / 4,  # letters, those that are generated as well
+    r"social_iqa": 1 / 3,
+    r"commonsense_qa": 1 / 5,
+}
+EXACT = ("exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc")  # nobody guesses what is generated
+LESS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")  # is better, where a file does not tell
 
 # --- what tells one model from another
 MODEL = ("peft", "delta", "pretrained", "model", "path", "engine")  # lm-eval names a model after the first that it has
@@ -323,7 +334,10 @@ def add_benchmark(results, content, task, leaves, scores, samples):
         results.notes.append(f"{task}: the later of two results of {results.name} is used")
     better = (content.get("higher_is_better") or {}).get(task) or {}
     results.scores[task], results.settings[task] = scores, settings
-    results.smaller[task] = [k for k in scores if better.get(k.split(",")[0]) is False]
+    told = {k: better.get(k.split(",")[0]) for k in scores}
+    results.smaller[task] = [
+        k for k, more in told.items() if more is False or (more is None and k.split(",")[0] in LESS)
+    ]
     results.samples[task], results.prompts[task] = {}, {}
     results.unread.pop(task, None)
     lengths = [samples[leaf][2] if leaf in samples else None for leaf in leaves]
@@ -376,6 +390,8 @@ def shared_settings(content, task, leaves):
         for leaf in generates
         if "generation_kwargs" in configs[leaf]
     }
+    told_chance = {leaf: (config.get("metadata") or {}).get("chance") for leaf, config in configs.items()}
+    settings["chance"] = {leaf: c for leaf, c in told_chance.items() if isinstance(c, int | float)}
     settings["dtype"] = DTYPES.get(kind := dtype_of(run, told), kind)
     # our long-context tasks have room for the whole input whatever the model's longest is
     ours = all({"samples", "depths", "length"} <= set(config.get("metadata") or ()) for config in configs.values())
@@ -413,6 +429,25 @@ def shots_of(content, task, configs):
     if len(set(shots.values())) > 1:
         return shots
     return next(iter(shots.values()), numbers.get(task))
+
+
+def chance_of(settings, task, metric):
+    """What guessing scores on a benchmark of which more is better, as a share: what its tasks record (`metadata:
+    {chance: 0.25}`), one of its choices, or what is known of lm-eval's own. A group has the mean of its parts; None
+    where nothing tells.
+
+    Args:
+        settings: of `Results`, for this benchmark.  metric: such as "acc_norm,none".
+    """
+    name, texts, told = metric.partition(",")[0], settings.get("task") or {}, settings.get("chance")
+    if not told and name.startswith("acc"):
+        choices = {leaf: t["doc_to_choice"] for leaf, t in texts.items() if isinstance(t.get("doc_to_choice"), list)}
+        told = {leaf: 1 / len(each) for leaf, each in choices.items() if each} if len(choices) == len(texts) else None
+    if told:
+        return sum(told.values()) / len(told)
+    if known := [share for names, share in CHANCE.items() if re.fullmatch(names, task)]:
+        return known[0] if name.startswith("acc") or name in EXACT else None
+    return 0.0 if name in EXACT else None
 
 
 def task_texts(config, names):

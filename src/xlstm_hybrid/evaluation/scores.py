@@ -26,7 +26,8 @@ class WinAndTie:
     """C_alpha over `alphas`, the smallest tolerance at which half of the benchmarks are won or tied, and what it rests
     on.
 
-    recovery: student score / teacher score per benchmark; None where the teacher scored 0.
+    recovery: student score / teacher score per benchmark, the other way round where less is better; None where it would
+        be divided by 0.
     wins, ties, losses: numbers of benchmarks at tolerance 0.
     """
 
@@ -40,16 +41,20 @@ class WinAndTie:
     losses: int
 
 
-def win_and_tie(student, teacher, alphas=None):
+def win_and_tie(student, teacher, alphas=None, smaller=()):
     """Win-and-tie rate of a student (Hauzenberger et al. 2026).
 
     1_alpha(b) = 1 if A_S(b) >= (1 - alpha) A_T(b): a relative tolerance. C_alpha is its mean over the benchmarks and
     alpha* = inf{alpha : C_alpha >= 1/2}, in closed form the ceil(|B| / 2)-th smallest max(0, 1 - A_S / A_T).
     The student cannot lose where its teacher scores 0: any score counts at every tolerance, 0 as a tie, more as a win.
+    Where less is better (perplexity, bits per byte) A_T / A_S takes the place of A_S / A_T, the tolerance still relative
+    to the teacher: A_S(b) <= A_T(b) / (1 - alpha). The paper has no such benchmark. Every benchmark counts here;
+    `comparison.compare` leaves out those at which the teacher is at chance.
 
     Args:
         student, teacher: {benchmark: score}, scores >= 0 of the same benchmarks; larger is better.
         alphas: tolerances of the curve, from 0 to 1; steps of half a percent if None.
+        smaller: benchmarks of which less is better.
     Raises:
         EvaluationError: no benchmark, one that only one side has, a score that is negative or not finite, a tolerance
             off [0, 1]; all are named.
@@ -70,7 +75,8 @@ def win_and_tie(student, teacher, alphas=None):
         wrong.append("no benchmark, expected at least one")
     if wrong:
         raise EvaluationError(f"win_and_tie: {'; '.join(wrong)}. Evaluate student and teacher on the same tasks")
-    ratio = {b: student[b] / teacher[b] if teacher[b] else math.inf if student[b] else 1.0 for b in teacher}
+    pairs = {b: (teacher[b], student[b]) if b in smaller else (student[b], teacher[b]) for b in teacher}
+    ratio = {b: above / below if below else math.inf if above else 1.0 for b, (above, below) in pairs.items()}
     shortfall = {b: 0.0 if r >= 1 - ROUNDING else 1 - r for b, r in ratio.items()}
 
     def rate(alpha):
@@ -82,7 +88,7 @@ def win_and_tie(student, teacher, alphas=None):
         curve=[rate(a) for a in alphas],
         alpha_star=sorted(shortfall.values())[math.ceil(len(shortfall) / 2) - 1],
         c_0=rate(0),
-        recovery={b: ratio[b] if teacher[b] else None for b in teacher},
+        recovery={b: ratio[b] if below else None for b, (_, below) in pairs.items()},
         wins=wins,
         ties=len(ratio) - wins - losses,
         losses=losses,

@@ -13,6 +13,7 @@ import numpy as np
 from xlstm_hybrid.errors import EvaluationError
 
 RESAMPLES, LEVEL = 10_000, 0.95
+ERRORS = 1.96  # standard errors by which a score must be above chance
 ROUNDING = 1e-12  # relative: 0.1 + 0.2 ties with 0.3
 BLOCK = 2**22  # numbers drawn at a time
 FEW = 64  # distinct pairs of values that are counted instead of drawn one by one
@@ -65,6 +66,22 @@ def paired_arrays(student, teacher):
             "as many finite ones of both, and at least one; pair the samples of one set of documents"
         )
     return student, teacher
+
+
+def above_chance(score, chance, *, values=None, documents=None):
+    """Whether a score tells of more than guessing: it is above `chance` by more than 1.96 standard errors; at a chance
+    of 0, or of None for one that is not known, a single right answer does.
+
+    Args:
+        score, chance: shares; of a score on another scale (above 1) only 0 is known to be chance.
+        values: of the documents, for the standard error; else that of so many right and wrong answers. With neither it
+            is 0.
+    """
+    if not chance or score > 1:
+        return score > 0
+    spread = float(np.std(values)) if values else math.sqrt(score * (1 - score))
+    n = len(values) if values else documents
+    return score - (ERRORS * spread / math.sqrt(n) if n else 0) > chance
 
 
 def is_binary(student, teacher):
@@ -138,27 +155,29 @@ def holm(p_values):
     return {name: adjusted[name] for name in p_values}
 
 
-def compare_pairs(student, teacher, *, resamples=RESAMPLES, seed=0, name=""):
-    """What the documents of one benchmark say about two models.
+def compare_pairs(student, teacher, *, smaller=False, resamples=RESAMPLES, seed=0, name=""):
+    """What the documents of one benchmark say about two models; `smaller`: less is better.
 
     Returns:
         "documents": N.  "test": "McNemar" for values of 0 and 1, else "sign flip".  "p": two-sided, not corrected.
-        "gained", "lost": documents on which the student scores above and below its teacher.
-        "difference", "recovery": paired bootstrap intervals of A_S - A_T and A_S / A_T; None where a resampled teacher
-            scores 0.
+        "gained", "lost": documents on which the student is better and worse than its teacher.
+        "difference", "recovery": paired bootstrap intervals of A_S - A_T and of A_S / A_T (A_T / A_S where less is
+            better); None where a resampled divisor is 0.
     """
     student, teacher = paired_arrays(student, teacher)
     settings = {"resamples": resamples, "seed": seed, "name": name}
     s, t = resampled_means(student, teacher, **settings)
+    above, below = (t, s) if smaller else (s, t)
     with np.errstate(divide="ignore", invalid="ignore"):
-        recovery = np.where(t > 0, s / t, np.inf)
+        recovery = np.where(below > 0, above / below, np.inf)
+    gained, lost = int((student > teacher).sum()), int((student < teacher).sum())
     binary = is_binary(student, teacher)
     return {
         "documents": int(student.size),
         "test": "McNemar" if binary else "sign flip",
         "p": mcnemar(student, teacher)[2] if binary else sign_flip(student, teacher, **settings),
-        "gained": int((student > teacher).sum()),
-        "lost": int((student < teacher).sum()),
+        "gained": lost if smaller else gained,
+        "lost": gained if smaller else lost,
         "difference": interval(s - t),
         "recovery": interval(recovery),
     }
@@ -169,7 +188,7 @@ def resampled_verdict(pairs, alpha, *, resamples=RESAMPLES, seed=0):
     by itself.
 
     Args:
-        pairs: {benchmark: (student [N], teacher [N])}.
+        pairs: {benchmark: (student [N], teacher [N])}; the other way round where less is better.
         alpha: tolerance of the verdict.
     Returns:
         "alpha_star", "c_0", "c_alpha": intervals.  "lossless": share of the resamples in which C_alpha >= 1/2.

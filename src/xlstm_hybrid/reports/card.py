@@ -17,7 +17,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.sections import LONG_CONTEXT, long_context_parts
-from xlstm_hybrid.reports.text import NONE, c_0_and_alpha, duration, number, percent
+from xlstm_hybrid.reports.text import NONE, at_chance, c_0_and_alpha, counted, duration, number, percent
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 SECTIONS = ("evaluate", "compare", "efficiency")  # stages whose figures stand in a section of their own
@@ -212,16 +212,23 @@ def recorded_comparison(compared):
         for of, key in ((config, "metrics"), (config, "shots"), (figures, "teacher_scores"), (figures, "recovery"))
     )
     rows = [
-        [t, metrics.get(t) or NONE, *map(number, (shots.get(t), score, teacher.get(t))), percent(recovery.get(t))]
+        [
+            at_chance(t, config.get("chance"), config.get("counts")),
+            f"{metrics.get(t) or NONE}{' (less is better)' if t in config.get('smaller', ()) else ''}",
+            *map(number, (shots.get(t), score, teacher.get(t))),
+            percent(recovery.get(t)),
+        ]
         for t, score in part(figures, "scores").items()
     ]
     if not rows:
         return []
     verdict = c_0_and_alpha(figures) + (RESAMPLED if figures.get("resampled") else "")
-    text = (
-        f"{figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost; {verdict}; at α = {config['alpha']:g} it is "
-        f"{'' if figures['lossless'] else 'not '}lossless (C_α = {figures['c_alpha']:.3f}, the bar is 0.5)."
-    )
+    text = f"{figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost; {verdict}"
+    if figures["lossless"] is not None:
+        count = f"; {how_many}" if (how_many := counted(config.get("counts"))) else ""
+        no, c_alpha = "" if figures["lossless"] else "not ", f"{figures['c_alpha']:.3f}"
+        text += f"; at α = {config['alpha']:g} it is {no}lossless (C_α = {c_alpha}, the bar is 0.5{count})"
+    text += "."
     head = ["benchmark", "metric", "shots", "score", config.get("teacher", "teacher"), "recovery"]
     title = "Benchmarks, teacher and student alike:"
     if differed := [escaped(d) for d in config.get("differences") or ()]:

@@ -10,7 +10,7 @@ from xlstm_hybrid.evaluation.comparison import plain_floats
 from xlstm_hybrid.reports.plots import as_png, figure
 from xlstm_hybrid.reports.run import FINAL, TEACHER, draw_domains, draw_win_and_tie
 from xlstm_hybrid.reports.sections import task_rows
-from xlstm_hybrid.reports.text import NONE, between, percent
+from xlstm_hybrid.reports.text import NONE, between, counted, percent
 
 CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}
@@ -24,14 +24,25 @@ def sections(comparison):
     """
     alpha, students, cost = comparison["alpha"], comparison["students"], comparison["cost"]
     yield "title", f"Students against {comparison['teacher']}"
+    how_many = counted(comparison.get("counts"))
     head = ["student", "C_α", "α*", "α* interval", "C_0", "won", "tied", "lost", "mean recovery"]
     rows = [[*head, cost, "on the front"] if cost else head]
     for name, s in students.items():
-        no, c_alpha, sure = "" if s["lossless"] else "not ", f"{s['c_alpha']:.3f}", s["resampled"] or {}
+        no, sure = "" if s["lossless"] else "not ", s["resampled"] or {}
+        c_alpha, alpha_star, c_0 = (
+            NONE if s[key] is None else f"{s[key]:.3f}" for key in ("c_alpha", "alpha_star", "c_0")
+        )
         told = f"; in {percent(sure['lossless'])} of resamples of the documents" if sure else ""
-        yield "text", f"{name} is {no}lossless at α = {alpha:g}: C_α = {c_alpha}, the bar is 0.5{told}."
+        if s["lossless"] is None:
+            yield (
+                "text",
+                f"{name}: C_α and α* are not defined, {how_many}: {comparison['teacher']} is at chance on all.",
+            )
+        else:
+            count = f" {how_many}." if how_many else ""
+            yield "text", f"{name} is {no}lossless at α = {alpha:g}: C_α = {c_alpha}, the bar is 0.5{told}.{count}"
         counts = [s[key] for key in ("wins", "ties", "losses")]
-        row = [name, c_alpha, f"{s['alpha_star']:.3f}", between(sure.get("alpha_star")), f"{s['c_0']:.3f}", *counts]
+        row = [name, c_alpha, alpha_star, between(sure.get("alpha_star")), c_0, *counts]
         row.append(percent(s["mean_recovery"]))
         if cost:
             row.append(NONE if s["cost"] is None else f"{s['cost']:g}")
@@ -46,7 +57,9 @@ def sections(comparison):
     yield "title", "How to read this"
     rules = [
         "C_α is the share of benchmarks on which a student scores at least (1 - α) times its teacher's score; α* is the smallest α with C_α of at "
-        "least 0.5; C_0 is C_α at α = 0 (Hauzenberger et al. 2026). A teacher's score of 0 is never lost.",
+        "least 0.5; C_0 is C_α at α = 0 (Hauzenberger et al. 2026). Where less is better, teacher's over student's score is compared with 1 - α.",
+        "A benchmark counts where the teacher's score is above chance by 1.96 standard errors (where chance is 0: above 0). The others are shown, "
+        "and are in no rate, mean or interval of α*.",
         f"Intervals hold {percent(comparison['level'])} of {comparison['resamples']:,} draws of the documents with replacement, student and teacher "
         f"together (seed {comparison['seed']}). p is the exact McNemar test where every document is right or wrong, else random signs of the "
         "differences; p (Holm) is corrected for the number of benchmarks.",
@@ -139,7 +152,7 @@ def draw_tasks(comparison):
 
 
 def draw_recovery(comparison):
-    """Student score over teacher score, students down and benchmarks across; blank where the teacher scored 0."""
+    """Student score over teacher score, students down and benchmarks across; blank where a benchmark does not count."""
     rows = [[s["recovery"][task] for task in comparison["teacher_scores"]] for s in comparison["students"].values()]
     picture, (axes,) = figure(width=min(24, 4 + 0.7 * len(rows[0])), height=min(16, 2 + 0.5 * len(rows)))
     filled = [[math.nan if r is None else r for r in row] for row in rows]

@@ -11,7 +11,7 @@ from xlstm_hybrid.evaluation.significance import LEVEL
 from xlstm_hybrid.reports.efficiency import draw_efficiency
 from xlstm_hybrid.reports.plots import BLUE, GREY, INK, PALETTE, as_png, figure
 from xlstm_hybrid.reports.sections import LONG_CONTEXT, comparison_parts, cost_parts, long_context_parts, time_rows
-from xlstm_hybrid.reports.text import between, c_0_and_alpha, fenced, number, percent, terminal_table
+from xlstm_hybrid.reports.text import NONE, between, c_0_and_alpha, fenced, number, percent, terminal_table
 
 TEACHER, FINAL, OTHERS = INK, BLUE, PALETTE[1:]  # the final student has a colour of its own
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
@@ -41,7 +41,8 @@ def verdict_rows(results):
     verdicts, columns = results.get("win_and_tie") or {}, score_rows(results, "exact_match", percent)[0][1:]
     rows = []
     for label, key, form in (("C_0", "c_0", "{:.2f}"), ("alpha*", "alpha_star", "{:.3f}")) if verdicts else ():
-        rows.append([label, *(form.format(verdicts[c][key]) if c in verdicts else "" for c in columns)])
+        known = {name: NONE if v[key] is None else form.format(v[key]) for name, v in verdicts.items()}
+        rows.append([label, *(known.get(c, "") for c in columns)])
         sure = {name: (v.get("resampled") or {}).get(key) for name, v in verdicts.items()}
         if any(sure.values()):
             cells = (between(sure[c], form) if c in sure else "" for c in columns)
@@ -75,7 +76,9 @@ def colours(results):
 def draw_win_and_tie(results):
     """C_alpha of every student, with a dot at alpha*."""
     students, last = results.get("students") or {}, final(results)
-    verdicts = {name: v for name, v in (results.get("win_and_tie") or {}).items() if name in students}
+    verdicts = {
+        n: v for n, v in (results.get("win_and_tie") or {}).items() if n in students and v["alpha_star"] is not None
+    }
     if not verdicts:
         return None
     picture, (axes,) = figure()
@@ -301,8 +304,11 @@ def verdict_text(results):
     if not (v := (results.get("win_and_tie") or {}).get(name)):
         return []
     against = f" {escaped(results['teacher'])}" if results.get("teacher") else ""
+    count = v["wins"] + v["ties"] + v["losses"]
+    if more := len(v["recovery"]) - count:
+        left_out = f" ({more} more do{'es' * (more == 1)} not count, as the teacher has no right answer)"
     text = (
-        f"The student **{escaped(name)}** against its teacher{against} on {len(v['recovery'])} domains: "
+        f"The student **{escaped(name)}** against its teacher{against} on {count} domains{left_out if more else ''}: "
         f"{v['wins']} won, {v['ties']} tied, {v['losses']} lost; {c_0_and_alpha(v)}."
     )
     recovered = {domain: r for domain, r in v["recovery"].items() if r is not None}

@@ -4,7 +4,7 @@ rows; [] where it has none.
 
 from xlstm_hybrid.checkpoint.files import escaped, markdown_table
 from xlstm_hybrid.reports.efficiency import efficiency_notes, tables
-from xlstm_hybrid.reports.text import NONE, between, duration, number, percent
+from xlstm_hybrid.reports.text import NONE, at_chance, between, counted, duration, number, percent
 
 LONG_CONTEXT = "long_context"
 HEAD = {  # column of a long-context row: what it is called, how it is shown
@@ -25,13 +25,18 @@ def comparison_parts(results):
     if not (comparison := results.get("comparison")):
         return []
     name, student = next(reversed(comparison["students"].items()))
-    alpha = f"{student['alpha_star']:.3f}"
-    if sure := student["resampled"]:
-        alpha += f" ({between(sure['alpha_star'])} in {percent(comparison['level'])} of resamples of the documents)"
-    text = (
-        f"{'Lossless' if student['lossless'] else 'Not lossless'} at α = {comparison['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; "
-        f"α\\* = {alpha}; {student['wins']} won, {student['ties']} tied, {student['losses']} lost."
-    )
+    count = counted(comparison.get("counts"))
+    if student["lossless"] is None:
+        text = f"C_α and α\\* are not defined, {count}: the teacher is at chance on all."
+    else:
+        alpha = f"{student['alpha_star']:.3f}"
+        if sure := student["resampled"]:
+            alpha += f" ({between(sure['alpha_star'])} in {percent(comparison['level'])} of resamples of the documents)"
+        no = "Lossless" if student["lossless"] else "Not lossless"
+        text = (
+            f"{no} at α = {comparison['alpha']:g}: C_α = {student['c_alpha']:.3f}, the bar is 0.5; α\\* = {alpha}; "
+            f"{student['wins']} won, {student['ties']} tied, {student['losses']} lost{'; ' if count else ''}{count}."
+        )
     more = "More in [comparison/comparison.html](comparison/comparison.html) and [comparison/comparison.md](comparison/comparison.md)."
     title = f"## {escaped(name)} against {escaped(comparison['teacher'])}"
     return [title, text, markdown_table(task_rows(comparison, student)), *map(escaped, comparison["notes"]), more]
@@ -49,7 +54,9 @@ def task_rows(comparison, student):
             told = [between(paired["difference"], "{:+.3f}"), *counts, f"{paired['p']:.3g}", f"{paired['p_holm']:.3g}"]
         scores = [f"{side[task]:.4g}" for side in (comparison["teacher_scores"], student["scores"])]
         shots = NONE if shots is None else shots
-        rows.append([task, metric, shots, *scores, percent(student["recovery"][task]), *told])
+        name = at_chance(task, comparison.get("chance"), comparison.get("counts"))
+        metric += " (less is better)" if task in comparison.get("smaller", ()) else ""
+        rows.append([name, metric, shots, *scores, percent(student["recovery"][task]), *told])
     return rows
 
 

@@ -48,8 +48,21 @@ def between(values, show="{:.3f}"):
     return NONE if values is None else f"{show.format(values[0])} to {show.format(values[1])}"
 
 
+def counted(counts):
+    """How many benchmarks count, in words; empty where a comparison of before does not tell."""
+    return f"{sum(counts.values())} of {len(counts)} benchmarks count" if counts else ""
+
+
+def at_chance(benchmark, chance, counts):
+    """A benchmark's name for a table, marked where the teacher is at chance on it."""
+    counts, chance = (counts or {}).get(benchmark, True), (chance or {}).get(benchmark) or 0
+    return benchmark if counts else f"{benchmark} (teacher at chance, {chance:.3g}: does not count)"
+
+
 def c_0_and_alpha(verdict):
     """C_0 and alpha* of a verdict in Markdown, with the intervals that its "resampled" has."""
+    if verdict["c_0"] is None:
+        return "C and α\\* are not defined: the teacher is at chance on all of them"
     sure = verdict.get("resampled") or {}
     c_0, alpha = (
         between(sure[k], show) if sure.get(k) else "" for k, show in (("c_0", "{:.2f}"), ("alpha_star", "{:.3f}"))
