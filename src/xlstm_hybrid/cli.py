@@ -42,6 +42,7 @@ COMMANDS = {
         "verify": "Check that cache, padding, packing, beams, rollback and files change nothing.",
         "evaluate": "Score a model on the recipe's domains or held-out documents.",
         "harness": "Evaluate a model with lm-evaluation-harness.",
+        "benchmarks": "Write benchmarks as task files for lm-evaluation-harness.",
         "compare": "Compare students with their teacher: win-and-tie, recovery, paired statistics.",
         "efficiency": "Measure a student beside its teacher: latency, speed, memory, cache, energy.",
     },

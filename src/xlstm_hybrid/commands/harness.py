@@ -21,7 +21,8 @@ def harness(
     tasks: Annotated[
         str,
         Option(
-            help="Suites (long_context, domains, paper_understanding, paper_base, paper_instruct) and tasks "
+            help="Suites (long_context, domains, paper_understanding, paper_base, paper_instruct; real_understanding, "
+            "real_suite, real_code, of the command benchmarks) and tasks "
             "(needle, multikey, recall, variables, or needle_4k; any of lm-eval), with commas."
         ),
     ],

@@ -23,6 +23,7 @@ from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, CompatibilityWarning, EvaluationError, XLSTMHybridError
+from xlstm_hybrid.evaluation.benchmarks import TASKS as REAL
 from xlstm_hybrid.evaluation.likelihoods import continuation_scores
 from xlstm_hybrid.evaluation.results import last_part
 from xlstm_hybrid.evaluation.scores import contradictions, evaluating
@@ -83,6 +84,12 @@ SUITES = {
         Unit("ifeval", 0),
     ],
     "domains": [Unit(f"domain_{d}") for d in DOMAINS],
+    # what the command `benchmarks` writes, with the shots of their task files; real_code runs what the model writes
+    "real_understanding": [
+        Unit(f"real_{t}") for t in ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu")
+    ],
+    "real_suite": [Unit(name) for name, task in REAL.items() if not task.form.get("unsafe_code")],
+    "real_code": [Unit(name) for name, task in REAL.items() if task.form.get("unsafe_code")],
 }
 
 
@@ -94,7 +101,7 @@ class Options:
     samples, depths, seed: of long-context documents, see `data.long_context.documents`.
     max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task
     needs, if None.
-    include: folder with further task files.  chat: apply the chat template.
+    include: folder with further task files, such as those of `benchmarks`.  chat: apply the chat template.
     allow_code: run the code that the model writes.
     revision: of a hub id.  redo: replace results that were made with other settings.
     """
@@ -248,9 +255,10 @@ def task_manager(units, source, options):
     builtin = [u for u in units if not u.kind and u.name not in ours.all_tasks]
     every = TaskManager(include_path=paths, metadata={"tokenizer": str(source)}) if builtin else ours
     if unknown := [u.name for u in builtin if u.name not in every.all_tasks]:
-        raise EvaluationError(
-            f"{', '.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` prints those that it knows, --include adds a folder of your own"
-        )
+        step = "`lm-eval ls tasks` prints those that it knows, --include adds a folder of your own"
+        if set(unknown) & set(REAL):
+            step = "`xlstm-hybrid benchmarks FOLDER` writes those of this package, --include FOLDER adds them (include_path in a recipe)"
+        raise EvaluationError(f"{', '.join(unknown)}: lm-eval knows no such task; {step}")
 
     def manager(unit):
         if not unit.kind:
@@ -419,6 +427,8 @@ def write(folder, results, settings, seconds):
     for config in results["configs"].values():
         metadata = config.get("metadata") or {}
         metadata.update({key: last_part(metadata[key]) for key in ("tokenizer", "config_source") if key in metadata})
+        if isinstance(files := (config.get("dataset_kwargs") or {}).get("data_files"), dict):
+            files.update({part: last_part(file) for part, file in files.items() if isinstance(file, str)})
     with staged(folder, overwrite=True) as temporary:
         tracker = EvaluationTracker(output_path=str(temporary))
         arguments = {"pretrained": settings["name"]}
