@@ -205,17 +205,18 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=N
             "recall: its context is nothing but keys and values, a haystack would be ignored; ask for needle, multikey or variables, "
             "or leave the haystack out"
         )
-    make = KINDS[kind] if haystack is None else partial(KINDS[kind], text=sentences(str(haystack)))
+    text = None if haystack is None else sentences(str(haystack))
+    make, words = (partial(KINDS[kind], text=text), sum(map(len, text))) if text else (KINDS[kind], math.inf)
     rows = []
     for number in range(samples):
         rng = random.Random(f"{kind}-{length}-{seed}-{number}")
         depth = grid[number % len(grid)]
         depth = (depth + rng.random()) / len(grid) if isinstance(depths, int) else depth
-        rows.append({**document(tokenizer, kind, length, make(rng, depth)), "number": number})
+        rows.append({**document(tokenizer, kind, length, make(rng, depth), words), "number": number})
     return rows
 
 
-def document(tokenizer, kind, length, layout):
+def document(tokenizer, kind, length, layout, most=math.inf):
     def count(text):
         return len(tokenizer(text, verbose=False)["input_ids"])
 
@@ -224,6 +225,10 @@ def document(tokenizer, kind, length, layout):
         return OPENINGS[kind] + "".join(lines) + pad + question
 
     n, pad = fit(count, length, text, kind)
+    if n > most:  # a text that begins again would be another task
+        raise DataError(
+            f"haystack of {most} words: {length} tokens take about {n}; take a longer text, or a smaller length"
+        )
     lines, places, _, answers = layout(n)
     before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
     distances = [length - count(part) for part in before]
