@@ -84,12 +84,18 @@ def test_the_values_that_are_asked_for_come_from_every_quarter_of_the_pairs(word
 
 
 def test_the_variables_of_the_answer_are_those_that_hold_the_value(words):
-    for doc in documents(words, "variables", 600, samples=10):
-        held = {}
-        for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", doc["prompt"]):
-            held[name] = number or held[source]  # KeyError if a link stood before the one that it refers to
-        value = re.search(r"hold the value (\d+)", doc["prompt"])[1]
-        assert [name for name, v in held.items() if v == value] == doc["answers"] and len(held) == 10
+    for hops in (None, 2):
+        for doc in documents(words, "variables", 600, samples=10, hops=hops):
+            held, (shown, own) = {}, doc["prompt"].rsplit("Text:", 1)  # an example stands before, as in RULER
+            for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", own):
+                held[name] = number or held[source]  # KeyError if a link stood before the one that it refers to
+            value = re.search(r"hold the value (\d+)", own)[1]
+            assert [name for name, v in held.items() if v == value] == doc["answers"]
+            assert len(held) == (hops or 4) + 1 and value not in shown and not [n for n in held if n in shown]
+            assert doc["prompt"].endswith("are VAR") and doc["answer"] == " " + ", VAR ".join(doc["answers"])
+    for kind, hops in (("needle", 2), ("variables", 0)):
+        with pytest.raises(DataError, match=f"{kind}, hops={hops}: expected at least 1"):
+            documents(words, kind, 600, 1, hops=hops)
 
 
 def test_depths_are_where_they_were_asked_for(words):
@@ -121,10 +127,10 @@ def test_answers_are_hidden_between_the_sentences_of_a_real_text(kind, text, pie
     for tokenizer, length in ((words, 700), (pieces, 1500)):
         for doc in documents(tokenizer, kind, length, samples=4, haystack=text):
             assert len(tokenizer(doc["prompt"])["input_ids"]) == length
-            body = doc["prompt"].partition("Remember them.\n")[2].rpartition("\nQuestion")[0]
+            body = re.split(r"Text:|Remember them\.\n(?! *Text)", doc["prompt"])[-1].rpartition("\nQuestion")[0]
             left, count = re.subn(r" (?:The pass key of \w+ is \d+|VAR \w+ = (?:VAR )?\w+)\.", "", body)
             left = re.sub(r"(?: and| so| the| \.)*$", "", left)  # what fills the last few tokens
-            assert count == {"needle": 1, "multikey": 4}.get(kind, 10) and len(left) > 1000
+            assert count == {"needle": 1, "multikey": 4}.get(kind, 5) and len(left) > 1000
             assert left in whole and left.startswith(" Stone ")  # nothing is missing, and no word stands elsewhere
             # a fact stands between two sentences
             assert not re.search(r"[^.\n] (?:The pass key|VAR \w+ =)", body)

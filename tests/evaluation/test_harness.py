@@ -33,6 +33,7 @@ DEFAULTS = {
     "depths": 10,
     "seed": 0,
     "haystack": None,
+    "hops": None,
     "batch_size": 4,
     "max_length": None,
     "name": None,
@@ -219,7 +220,7 @@ def oracle(tokenizer, window):
         if asked := re.search(r"what are the values of (.*)\?", text):
             held = dict(re.findall(r"(\w+) = (\d+)", text))
             return [held.get(key, "0") for key in asked[1].split(", ")]
-        held, value = {}, re.search(r"hold the value (\d+)", text)[1]
+        held, value = {}, re.findall(r"hold the value (\d+)", text)[-1]  # the example's is the first
         for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", text):
             held[name] = number or held.get(source)
         return [name for name, v in held.items() if v == value]
@@ -271,12 +272,12 @@ def test_answers_are_hidden_in_a_text_of_ones_own_and_results_say_which(with_ora
     (tmp_path / "text").mkdir()
     file = tmp_path / "text/wall.jsonl"
     file.write_text(json.dumps({"text": " ".join(f"The wall has a stone of {n} marks." for n in range(400))}) + "\n")
-    asked = {"tasks": "needle_600,multikey_600,variables_600", "limit": None, "samples": 2, "haystack": file}
+    asked = {"tasks": "needle_600,variables_600", "limit": None, "samples": 2, "haystack": file, "hops": 2}
     run(TINY, tmp_path / "out", **asked)
-    for kind in ("needle", "multikey", "variables"):
+    for kind in ("needle", "variables"):
         found = read_json(tmp_path / f"out/{kind}_600/harness.json", kind)
         assert found["settings"]["haystack"].startswith("wall.jsonl ") and found["scores"][f"{kind}_600"]
-        assert found["long_context"]["recall"] == 1.0
+        assert found["long_context"]["recall"] == 1.0 and found["settings"].get("hops") == {"variables": 2}.get(kind)
         (samples,) = (tmp_path / f"out/{kind}_600").rglob("samples_*.jsonl")
         assert all("The wall has a stone of" in json.loads(line)["doc"]["prompt"] for line in samples.open())
     assert not [f.name for f in (tmp_path / "out").rglob("*.json*") if str(tmp_path) in f.read_text()]
@@ -295,6 +296,8 @@ def test_a_haystack_that_a_task_would_ignore_is_refused_before_a_model_is_loaded
     ):
         with pytest.raises(EvaluationError, match=said):
             run(TINY, tmp_path / "out", tasks=names, haystack=tmp_path / "a.txt")
+    with pytest.raises(EvaluationError, match="hops=2: the links of a chain of the task variables"):
+        run(TINY, tmp_path / "out", tasks="needle_400", hops=2)
     with pytest.raises(DataError, match="gone.txt: no such file"):
         run(TINY, tmp_path / "out", tasks="needle_400", haystack=tmp_path / "gone.txt")
 

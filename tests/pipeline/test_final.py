@@ -282,6 +282,7 @@ def test_the_haystack_of_a_recipe_lies_beside_it(tmp_path):
     far = {"lengths": [256], "kinds": ["needle"], "haystack": "wall.txt"}
     asked = replace(recipe(long_context=far), path=tmp_path / "mine.yaml")
     assert evaluation.harness_options(asked).haystack == tmp_path / "wall.txt"
+    assert evaluation.harness_options(recipe(long_context=far | {"hops": 2})).hops == 2
     assert evaluation.harness_options(recipe()).haystack is None
 
 

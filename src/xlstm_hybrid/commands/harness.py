@@ -33,6 +33,7 @@ def harness(
     haystack: Annotated[
         Path | None, Option(help="Real text to hide answers in: plain, or .jsonl of {text}; also .xz.")
     ] = None,
+    hops: Annotated[int | None, Option(help="Links of a chain of variables; 4 by default, as RULER has.")] = None,
     limit: Annotated[int | None, Option(help="First documents of each task only.")] = None,
     batch_size: Annotated[int, Option(help="Documents per batch.")] = 8,
     max_length: Annotated[
@@ -58,7 +59,7 @@ def harness(
     check_output(out, "folder", [model])
     warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
     documents = {"samples": samples, "depths": depths, "seed": seed, "limit": limit}
-    documents |= {"haystack": haystack, "batch_size": batch_size}
+    documents |= {"haystack": haystack, "hops": hops, "batch_size": batch_size}
     documents |= {"max_length": max_length, "include": include, "chat": chat, "allow_code": allow_code}
     options = Options(name, **documents, dtype=dtype, device=device, revision=revision, redo=redo)
     found = run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))

@@ -23,6 +23,13 @@ from xlstm_hybrid.errors import DataError, EvaluationError
 LENGTHS = tuple(1024 * 2**j for j in range(8))  # 1k to 128k
 # what fills the last few tokens: the first that adds them one by one
 PADS = (" and", " so", " the", " .", ".", "\n", " a", "a")
+HOPS = 4  # links of a chain of variables, as in RULER
+# before the text of variable tracking, as in RULER: without it a model of 135M parameters names none
+EXAMPLE = (
+    "Text: VAR BQXTA = 81265. The plan was changed twice. VAR MWKDZ = VAR BQXTA. Nobody objected. VAR CYRHU = VAR MWKDZ. "
+    "It was late.\nQuestion: which variables hold the value 81265?\n"
+    "Answer: The 3 variables that hold 81265 are VAR BQXTA, VAR MWKDZ, VAR CYRHU.\n\nText:"
+)
 LONGEST, WIDEST = 30, 30  # words of a sentence of real text, letters of a word
 WIDE = rf"\S{{{WIDEST + 1},}}"
 CITIES, SUBJECTS, VERBS, OBJECTS, PLACES = (
@@ -109,21 +116,17 @@ def recall(rng, depth, queries=4):
     return layout
 
 
-def variables(rng, depth, hops=4, text=None):
-    """Variable tracking: a chain of assignments through the context, and a second one of another value. A link counts
-    only with those before it.
-    """
+def variables(rng, depth, hops=HOPS, text=None):
+    """Variable tracking: a chain of assignments through the context; a link counts only with those before it."""
     del depth  # the chain runs through all depths
-    names = ["".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(4 * hops)]
-    names = list(dict.fromkeys(names))[: 2 * (hops + 1)]
-    values = rng.sample(range(10**4, 10**5), 2)
-    facts = []
-    for chain, value in zip((names[: hops + 1], names[hops + 1 :]), values, strict=True):
-        assigned = [str(value), *(f"VAR {name}" for name in chain)]
-        for j, name in enumerate(chain):  # a depth from each of as many equal parts: together they are uniform
-            facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
-    question = f"\nQuestion: which variables hold the value {values[0]}?\nAnswer: The {hops + 1} variables are"
-    return haystack(rng, facts, range(hops + 1), question, names[: hops + 1], text)
+    drawn = ("".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(8 * (hops + 1)))
+    names = [name for name in dict.fromkeys(drawn) if name not in EXAMPLE][: hops + 1]
+    value = rng.choice([v for v in rng.sample(range(10**4, 10**5), 2) if str(v) not in EXAMPLE])
+    assigned, facts = [str(value), *(f"VAR {name}" for name in names)], []
+    for j, name in enumerate(names):  # a depth from each of as many equal parts: together they are uniform
+        facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
+    question = f"\nQuestion: which variables hold the value {value}?\nAnswer: The {hops + 1} variables that hold {value} are VAR"
+    return haystack(rng, facts, range(hops + 1), question, names, text)
 
 
 KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
@@ -131,7 +134,7 @@ TASK_NAME = re.compile(rf"({'|'.join(KINDS)})_[1-9]\d*k?")  # as the harness nam
 OPENINGS = {
     **dict.fromkeys(("needle", "multikey"), "Pass keys are hidden in the text. Remember them.\n"),
     "recall": "Remember the value of every key.\n",
-    "variables": "Assignments of variables are hidden in the text. Remember them.\n",
+    "variables": f"Assignments of variables are hidden in the text. Remember them.\n{EXAMPLE}",
 }
 
 
@@ -169,7 +172,7 @@ def sentences(file):
 # --- documents ---------------------------------------------------------------------------------------------------
 
 
-def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=None):
+def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=None, hops=None):
     """Documents of one kind and length.
 
     Args:
@@ -182,12 +185,14 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=N
             supposes; or a sequence of depths from 0 (first) to 1 (last).
         seed: of the generator.
         haystack: file of a real text to hide the answers in, see `sentences`; None: made-up sentences.
+        hops: links of a chain of `variables`, which has one variable more; None: `HOPS`.
     Returns:
         [{"prompt", "answers": [text], "answer": all of them as the model is to write them, "distances": tokens from the
         line of each answer to the end of the prompt, "kind", "length", "number"}]
     Raises:
         DataError: no such kind, numbers below 1, a depth off [0, 1], a length below what the question needs or that the
-            tokenizer cannot hit; a haystack that cannot be read, is shorter than a prompt, or that the kind has no use for.
+            tokenizer cannot hit; a haystack that cannot be read, is shorter than a prompt, or that the kind has no use for; hops of
+            another kind than variables.
     """
     if isinstance(depths, int):  # in steps of about the golden section: the first few of them lie far apart
         steps = (s for s in range(1, depths + 1) if math.gcd(s, depths) == 1)
@@ -205,8 +210,13 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=N
             "recall: its context is nothing but keys and values, a haystack would be ignored; ask for needle, multikey or variables, "
             "or leave the haystack out"
         )
+    if hops is not None and (kind != "variables" or hops < 1):
+        raise DataError(
+            f"{kind}, hops={hops}: expected at least 1, of the kind variables alone; leave hops out for others"
+        )
     text = None if haystack is None else sentences(str(haystack))
-    make, words = (partial(KINDS[kind], text=text), sum(map(len, text))) if text else (KINDS[kind], math.inf)
+    told = ({"text": text} if text else {}) | ({"hops": hops} if hops else {})
+    make, words = partial(KINDS[kind], **told), sum(map(len, text)) if text else math.inf
     rows = []
     for number in range(samples):
         rng = random.Random(f"{kind}-{length}-{seed}-{number}")
@@ -232,7 +242,8 @@ def document(tokenizer, kind, length, layout, most=math.inf):
     lines, places, _, answers = layout(n)
     before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
     distances = [length - count(part) for part in before]
-    row = {"prompt": text(n, pad), "answers": answers, "answer": " " + ", ".join(answers)}
+    joint = ", VAR " if kind == "variables" else ", "
+    row = {"prompt": text(n, pad), "answers": answers, "answer": f" {joint.join(answers)}"}
     return row | {"distances": distances, "kind": kind, "length": length}
 
 
@@ -263,7 +274,9 @@ def fit(count, length, text, kind, least=4):
     )
 
 
-def dataset(kind, length, samples=40, depths=10, seed=0, haystack=None, tokenizer=None, pretrained=None, **_):
+def dataset(
+    kind, length, samples=40, depths=10, seed=0, haystack=None, hops=None, tokenizer=None, pretrained=None, **_
+):
     """The documents for a task file of lm-eval: `{"test": Dataset}`; as for its RULER a tokenizer is a name.
 
     Raises:
@@ -277,7 +290,7 @@ def dataset(kind, length, samples=40, depths=10, seed=0, haystack=None, tokenize
         raise DataError(
             f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
         )
-    rows = documents(load_tokenizer(name), kind, length, samples, depths, seed, haystack)
+    rows = documents(load_tokenizer(name), kind, length, samples, depths, seed, haystack, hops)
     return {"test": Dataset.from_list(rows)}
 
 

@@ -18,7 +18,7 @@ from xlstm_hybrid.checkpoint.digests import file_digest, weights_hash
 from xlstm_hybrid.checkpoint.files import clean_abandoned, read_json, staged, write_json
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess, sentences
+from xlstm_hybrid.data.long_context import HOPS, KINDS, LENGTHS, by_depth, coverage, excess, sentences
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.results import last_part
@@ -87,7 +87,7 @@ class Options:
     """How units are evaluated.
 
     name: of the model in the results; its last name if None.  limit: first documents of each task only.
-    samples, depths, seed, haystack: of long-context documents, see `data.long_context.documents`.
+    samples, depths, seed, haystack, hops: of long-context documents, see `data.long_context.documents`.
     max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task
     needs, if None.
     include: folder with further task files.  chat: apply the chat template.
@@ -100,6 +100,7 @@ class Options:
     depths: int = 10
     seed: int = 0
     haystack: Path | None = None
+    hops: int | None = None
     limit: int | None = None
     batch_size: int = 8
     max_length: int | None = None
@@ -129,7 +130,7 @@ def run_harness(model, units, out, options=None, report=print):
     import lm_eval
 
     options, out = options or Options(), Path(out)
-    check_haystack(units, options.haystack)
+    check_long_context(units, options)
     source = local_source(model, options.revision)
     shared = {"model": weights_hash(source), "name": options.name or last_part(model)}
     shared |= {key: getattr(options, key) for key in ("dtype", "limit", "chat", "max_length")}
@@ -215,22 +216,31 @@ def long_unit(kind, length):
 
 def document_settings(unit, options):
     settings = {"samples": options.samples, "depths": options.depths, "seed": options.seed, "length": unit.length}
+    if unit.kind == "variables":
+        settings["hops"] = HOPS if options.hops is None else options.hops
     if options.haystack is not None:  # by name and content, wherever it lies
         settings["haystack"] = f"{Path(options.haystack).name} {file_digest(options.haystack)[:16]}"
     return settings
 
 
-def check_haystack(units, haystack):
-    """Raise, before a model is loaded, for a haystack that cannot be read or that one of the tasks would ignore."""
-    if haystack is None:
+def check_long_context(units, options):
+    """Raise, before a model is loaded, for hops or a haystack that a task would ignore, and for a haystack that cannot be
+    read.
+    """
+    kinds = {u.kind for u in units} - {None}
+    if options.hops is not None and (options.hops < 1 or "variables" not in kinds):
+        raise EvaluationError(
+            f"hops={options.hops}: the links of a chain of the task variables, expected at least 1; ask for that task, or leave it out"
+        )
+    if options.haystack is None:
         return
     others = ", ".join(u.name for u in units if u.kind == "recall")
-    if others or not any(u.kind for u in units):
+    if others or not kinds:
         raise EvaluationError(
-            f"haystack {Path(haystack).name}: {others or 'no long-context task is asked for'}; expected tasks that hide answers in a text, "
-            "needle, multikey or variables: name those, or leave the haystack out"
+            f"haystack {Path(options.haystack).name}: {others or 'no long-context task is asked for'}; expected tasks that hide answers in "
+            "a text, needle, multikey or variables: name those, or leave the haystack out"
         )
-    sentences(str(haystack))
+    sentences(str(options.haystack))
 
 
 def finished(folder, wanted, redo):

@@ -23,7 +23,7 @@ from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
 from xlstm_hybrid.evaluation.harness import (
     CODE,
     Options,
-    check_haystack,
+    check_long_context,
     domains,
     expand,
     run_harness,
@@ -144,7 +144,7 @@ def harness_options(recipe, **more):
     recipe.
     """
     section, asked = recipe.evaluate, recipe.evaluate.get("long_context") or {}
-    more |= {key: asked[key] for key in ("samples", "depths") if key in asked}
+    more |= {key: asked[key] for key in ("samples", "depths", "hops") if key in asked}
     if "haystack" in asked:  # relative to the recipe, as its other paths
         more["haystack"] = resolve_path(recipe, asked["haystack"]) or Path(asked["haystack"])
     more |= {key: section[key] for key in ("limit", "chat", "batch_size") if key in section}
@@ -170,7 +170,7 @@ def check_evaluation(recipe):
         efficiency_settings(section)
     units = units_of(section)
     if units:
-        check_haystack(units, harness_options(recipe).haystack)
+        check_long_context(units, harness_options(recipe))
     asked, limit = [u.name for u in units if u.name in domains()], min(section.get("limit", WHOLE_DOMAIN), WHOLE_DOMAIN)
     if asked and section.get("examples", limit) != limit:
         raise ConfigError(

@@ -126,7 +126,7 @@ class Recipe:
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
         held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
         harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
-        "depths", "haystack"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+        "depths", "haystack", "hops"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
     name: str
@@ -182,7 +182,7 @@ DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5
 EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
 # of teacher and student only
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
-LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int, "haystack": str}
+LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int, "haystack": str, "hops": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
 SECTIONS = ("student", "data", "align", "distill", "experts", "merge", "evaluate", "on_policy")
