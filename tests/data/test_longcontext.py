@@ -2,6 +2,8 @@
 with their scores.
 """
 
+import json
+import lzma
 import re
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from xlstm_hybrid.data.long_context import (
     excess,
     hits_of,
     process_results,
+    sentences,
 )
 from xlstm_hybrid.errors import DataError, EvaluationError
 
@@ -81,12 +84,18 @@ def test_the_values_that_are_asked_for_come_from_every_quarter_of_the_pairs(word
 
 
 def test_the_variables_of_the_answer_are_those_that_hold_the_value(words):
-    for doc in documents(words, "variables", 600, samples=10):
-        held = {}
-        for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", doc["prompt"]):
-            held[name] = number or held[source]  # KeyError if a link stood before the one that it refers to
-        value = re.search(r"hold the value (\d+)", doc["prompt"])[1]
-        assert [name for name, v in held.items() if v == value] == doc["answers"] and len(held) == 10
+    for hops in (None, 2):
+        for doc in documents(words, "variables", 600, samples=10, hops=hops):
+            held, (shown, own) = {}, doc["prompt"].rsplit("Text:", 1)  # an example stands before, as in RULER
+            for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", own):
+                held[name] = number or held[source]  # KeyError if a link stood before the one that it refers to
+            value = re.search(r"hold the value (\d+)", own)[1]
+            assert [name for name, v in held.items() if v == value] == doc["answers"]
+            assert len(held) == (hops or 4) + 1 and value not in shown and not [n for n in held if n in shown]
+            assert doc["prompt"].endswith("are VAR") and doc["answer"] == " " + ", VAR ".join(doc["answers"])
+    for kind, hops in (("needle", 2), ("variables", 0)):
+        with pytest.raises(DataError, match=f"{kind}, hops={hops}: expected at least 1"):
+            documents(words, kind, 600, 1, hops=hops)
 
 
 def test_depths_are_where_they_were_asked_for(words):
@@ -97,6 +106,97 @@ def test_depths_are_where_they_were_asked_for(words):
     assert all(j / 20 - 0.015 <= d <= (j + 1) / 20 + 0.015 for j, d in enumerate(sorted(drawn)))
     # the first few are not all at one end
     assert min(abs(a - b) for a, b in zip(drawn, drawn[1:], strict=False)) > 0.25
+
+
+# --- a real text -------------------------------------------------------------------------------------------------
+
+COUNTED = [f"Stone {n} of the wall has {n * n} marks, and nobody\n  counts   them twice." for n in range(900)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text whose sentences name their own place."""
+    file = tmp_path_factory.mktemp("text") / "wall.txt"
+    file.write_text("\n\n".join(COUNTED), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["needle", "multikey", "variables"])
+def test_answers_are_hidden_between_the_sentences_of_a_real_text(kind, text, pieces, words):
+    whole = "".join(" " + " ".join(sentence.split()) for sentence in COUNTED * 2)
+    for tokenizer, length in ((words, 700), (pieces, 1500)):
+        for doc in documents(tokenizer, kind, length, samples=4, haystack=text):
+            assert len(tokenizer(doc["prompt"])["input_ids"]) == length
+            body = re.split(r"Text:|Remember them\.\n(?! *Text)", doc["prompt"])[-1].rpartition("\nQuestion")[0]
+            left, count = re.subn(r" (?:The pass key of \w+ is \d+|VAR \w+ = (?:VAR )?\w+)\.", "", body)
+            left = re.sub(r"(?: and| so| the| \.)*$", "", left)  # what fills the last few tokens
+            assert count == {"needle": 1, "multikey": 4}.get(kind, 5) and len(left) > 1000
+            assert left in whole and left.startswith(" Stone ")  # nothing is missing, and no word stands elsewhere
+            # a fact stands between two sentences
+            assert not re.search(r"[^.\n] (?:The pass key|VAR \w+ =)", body)
+
+
+def test_a_needle_in_a_real_text_lies_at_its_depth_in_tokens_though_sentences_differ(words, tmp_path):
+    file = tmp_path / "uneven.txt"
+    file.write_text(" ".join("Short one. " * 40 + "A sentence of many words " * 5 + "ends here." for _ in range(40)))
+    found = documents(words, "needle", 2000, samples=5, depths=(0, 0.25, 0.5, 0.75, 1), haystack=file)
+    depth = [1 - doc["distances"][0] / 2000 for doc in found]
+    assert depth == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.03)
+
+
+def test_rows_of_json_and_compressed_files_hold_the_same_text(text, tmp_path):
+    rows = "".join(json.dumps({"text": sentence, "number": n}) + "\n" for n, sentence in enumerate(COUNTED))
+    (tmp_path / "wall.jsonl").write_text(rows, encoding="utf-8")
+    for name, content in (("wall.jsonl.xz", rows), ("wall.txt.xz", text.read_text(encoding="utf-8"))):
+        (tmp_path / name).write_bytes(lzma.compress(content.encode()))
+    plain = [*sentences(str(text))]
+    assert plain[3] == [
+        " Stone",
+        " 3",
+        " of",
+        " the",
+        " wall",
+        " has",
+        " 9",
+        " marks,",
+        " and",
+        " nobody",
+        *plain[3][10:],
+    ]
+    assert plain[3][10:] == [" counts", " them", " twice."] and len(plain) == 900
+    for name in ("wall.jsonl", "wall.jsonl.xz", "wall.txt.xz"):
+        assert sentences(str(tmp_path / name)) == plain, name
+
+
+def test_rules_of_tables_and_endless_sentences_are_cut(tmp_path):
+    file = tmp_path / "table.txt"
+    file.write_text(f"A title\n{'=' * 40}\n" + "cell " * 70 + "\nhttps://example.org/" + "long" * 20)
+    assert [len(words) for words in sentences(str(file))] == [30, 30, 12]
+
+
+def test_a_haystack_that_cannot_serve_is_refused_with_its_reason(words, text, tmp_path):
+    for name, content in (
+        ("rows.jsonl", b'{"words": "no text"}\n'),
+        ("torn.jsonl.xz", lzma.compress(b'{"text": "a"}' * 50)[:40]),
+        ("latin.txt", "Müller".encode("latin-1")),
+        ("blank.txt", b" \n"),
+        ("number.jsonl", b'{"text": 7}\n'),
+        ("short.txt", b"Nothing but one sentence."),
+    ):
+        (tmp_path / name).write_bytes(content)
+    for name, said in (
+        ("gone.txt", "gone.txt: no such file"),
+        ("rows.jsonl", "rows.jsonl: cannot be read"),
+        ("torn.jsonl.xz", "torn.jsonl.xz: cannot be read"),
+        ("latin.txt", "latin.txt: cannot be read"),
+        ("number.jsonl", "number.jsonl: cannot be read"),
+        ("blank.txt", "blank.txt: found no text"),
+        ("short.txt", "haystack of 4 words: 400 tokens take about"),
+    ):
+        with pytest.raises(DataError, match=said):
+            documents(words, "needle", 400, 1, haystack=tmp_path / name)
+    with pytest.raises(DataError, match="recall: .*haystack would be ignored"):
+        documents(words, "recall", 400, 1, haystack=text)
 
 
 def test_documents_depend_on_the_seed_and_on_nothing_else(words):

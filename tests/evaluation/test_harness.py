@@ -16,7 +16,7 @@ from xlstm_hybrid.cli import app
 from xlstm_hybrid.commands.harness import harness
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import toy_domains as tasks
-from xlstm_hybrid.errors import EvaluationError
+from xlstm_hybrid.errors import DataError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
 from xlstm_hybrid.evaluation.harness import SUITES, Unit, expand
 from xlstm_hybrid.evaluation.results import read_results
@@ -32,6 +32,8 @@ DEFAULTS = {
     "lengths": None,
     "depths": 10,
     "seed": 0,
+    "haystack": None,
+    "hops": None,
     "batch_size": 4,
     "max_length": None,
     "name": None,
@@ -218,7 +220,7 @@ def oracle(tokenizer, window):
         if asked := re.search(r"what are the values of (.*)\?", text):
             held = dict(re.findall(r"(\w+) = (\d+)", text))
             return [held.get(key, "0") for key in asked[1].split(", ")]
-        held, value = {}, re.search(r"hold the value (\d+)", text)[1]
+        held, value = {}, re.findall(r"hold the value (\d+)", text)[-1]  # the example's is the first
         for name, source, number in re.findall(r"VAR (\w+) = (?:VAR (\w+)|(\d+))\.", text):
             held[name] = number or held.get(source)
         return [name for name, v in held.items() if v == value]
@@ -263,6 +265,41 @@ def test_a_model_that_reads_a_window_only_scores_its_coverage(with_oracle, tmp_p
     assert found["coverage"] == 0.5 and abs(found["excess"]) < 0.2
     assert [part["recall"] for part in found["by_depth"] if part["to"] <= 0.5] == [0.0] * 5
     assert [part["recall"] for part in found["by_depth"] if part["from"] >= 0.6] == [1.0] * 4
+
+
+def test_answers_are_hidden_in_a_text_of_ones_own_and_results_say_which(with_oracle, tmp_path):
+    with_oracle(10**6)
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text/wall.jsonl"
+    file.write_text(json.dumps({"text": " ".join(f"The wall has a stone of {n} marks." for n in range(400))}) + "\n")
+    asked = {"tasks": "needle_600,variables_600", "limit": None, "samples": 2, "haystack": file, "hops": 2}
+    run(TINY, tmp_path / "out", **asked)
+    for kind in ("needle", "variables"):
+        found = read_json(tmp_path / f"out/{kind}_600/harness.json", kind)
+        assert found["settings"]["haystack"].startswith("wall.jsonl ") and found["scores"][f"{kind}_600"]
+        assert found["long_context"]["recall"] == 1.0 and found["settings"].get("hops") == {"variables": 2}.get(kind)
+        (samples,) = (tmp_path / f"out/{kind}_600").rglob("samples_*.jsonl")
+        assert all("The wall has a stone of" in json.loads(line)["doc"]["prompt"] for line in samples.open())
+    assert not [f.name for f in (tmp_path / "out").rglob("*.json*") if str(tmp_path) in f.read_text()]
+    run(TINY, tmp_path / "out", **asked)  # the same text again is the same setting
+    file.write_text(file.read_text() * 2)
+    with pytest.raises(EvaluationError, match=r"needle_600: there are results with haystack 'wall.jsonl .*--redo"):
+        run(TINY, tmp_path / "out", **asked)
+
+
+def test_a_haystack_that_a_task_would_ignore_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("xlstm_hybrid.evaluation.harness.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "a.txt").write_text("A text.")
+    for names, said in (
+        ("needle_400,recall_500", "a.txt: recall_500; expected tasks that hide answers"),
+        ("domain_code", "a.txt: no long-context task is asked for"),
+    ):
+        with pytest.raises(EvaluationError, match=said):
+            run(TINY, tmp_path / "out", tasks=names, haystack=tmp_path / "a.txt")
+    with pytest.raises(EvaluationError, match="hops=2: the links of a chain of the task variables"):
+        run(TINY, tmp_path / "out", tasks="needle_400", hops=2)
+    with pytest.raises(DataError, match="gone.txt: no such file"):
+        run(TINY, tmp_path / "out", tasks="needle_400", haystack=tmp_path / "gone.txt")
 
 
 def test_a_chat_template_is_added_around_a_whole_prompt_and_a_group_is_one_task(tmp_path):

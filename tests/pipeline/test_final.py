@@ -12,7 +12,7 @@ from rich.console import Console
 
 from xlstm_hybrid import convert
 from xlstm_hybrid.checkpoint.files import read_provenance
-from xlstm_hybrid.errors import ConfigError, EvaluationError
+from xlstm_hybrid.errors import ConfigError, DataError, EvaluationError
 from xlstm_hybrid.evaluation import efficiency, efficiency_checks
 from xlstm_hybrid.evaluation import harness as engine
 from xlstm_hybrid.evaluation.comparison import compare, open_sides
@@ -251,6 +251,12 @@ def test_without_lm_eval_the_run_says_so_and_scores_by_itself(finished, quick, m
         ({"harness": ["domain_codes"]}, EvaluationError, "domain_codes: lm-eval knows no such task"),
         ({"limit": 5}, ConfigError, r"evaluate.limit=5 gives domain_arithmetic, domain_code 5 prompts.*examples=6"),
         ({"long_context": {"lengths": ["4m"]}}, EvaluationError, "'4m' is no length"),
+        ({"long_context": {"lengths": [256], "haystack": "smoke.yaml"}}, EvaluationError, "smoke.yaml: recall_256"),
+        (
+            {"long_context": {"lengths": [256], "kinds": ["needle"], "haystack": "gone.txt"}},
+            DataError,
+            "gone.txt: no such file",
+        ),
         (
             {"harness": ["paper_base", "paper_instruct"], "long_context": None},
             EvaluationError,
@@ -269,6 +275,15 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(tmp_path, monk
     with pytest.raises(error, match=match):
         Run(recipe(**changes), tmp_path / "run", console=Console(quiet=True)).run()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_haystack_of_a_recipe_lies_beside_it(tmp_path):
+    (tmp_path / "wall.txt").write_text("A wall of stones.")
+    far = {"lengths": [256], "kinds": ["needle"], "haystack": "wall.txt"}
+    asked = replace(recipe(long_context=far), path=tmp_path / "mine.yaml")
+    assert evaluation.harness_options(asked).haystack == tmp_path / "wall.txt"
+    assert evaluation.harness_options(recipe(long_context=far | {"hops": 2})).hops == 2
+    assert evaluation.harness_options(recipe()).haystack is None
 
 
 def test_code_that_a_model_writes_runs_only_where_the_environment_says_so(monkeypatch):

@@ -3,6 +3,7 @@ student.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import tiny_config, tiny_student, token_ids
 from test_exact import KEPT, MIXED
 from tiny_teachers import teacher
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from xlstm_hybrid.cli import app
@@ -20,7 +21,15 @@ from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.planning import layers as allocation
 from xlstm_hybrid.planning.cache_size import allocated_bytes, cache_bytes, filled_bytes
-from xlstm_hybrid.planning.layers import allocate, answers_of, keep_groups, rank_groups, restored, retrieval_rows
+from xlstm_hybrid.planning.layers import (
+    allocate,
+    answers_of,
+    best_groups,
+    keep_groups,
+    rank_groups,
+    restored,
+    retrieval_rows,
+)
 from xlstm_hybrid.planning.run import machine_of, plan
 from xlstm_hybrid.reports.card import summary
 from xlstm_hybrid.state import layer_tensors, prefill
@@ -139,6 +148,27 @@ def test_groups_are_ranked_by_what_they_bring(rows):
                 nll = answers_of(model, ids, answers)["nll"]
             want = found["none"]["nll"] - nll if method == "add" else nll - found["all"]["nll"]
             assert entry["gain"] == pytest.approx(want, abs=1e-6)
+
+
+def test_layers_before_a_group_are_passed_once_and_not_for_every_group(rows, monkeypatch):
+    model, (ids, answers) = tiny_student(), rows
+    passed = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda attention, *_: passed.append(attention.layer_idx))
+    rank_groups(model, ids, answers, batch_size=6)
+    # none, all, two groups of each layer from it on, and one pass to the next layer
+    assert [passed.count(j) for j in range(3)] == [2 + 2 * (j + 1) + 1 for j in range(3)]
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_the_best_groups_are_written_per_layer_as_a_student_keeps_them():
+    config = tiny_config()
+    ranking = ranking_of(config, [((2, 1), 0.5), ((0, 0), 0.3), ((2, 0), 0.2), ((1, 1), 0.1)])
+    found = [best_groups(ranking, count) for count in range(4)]
+    assert found == [[[], [], []], [[], [], [1]], [[0], [], [1]], [[0], [], [0, 1]]]
+    assert keep_groups(tiny_student(), found[2]).config.kept_groups == found[2]
+    with pytest.raises(ConfigError, match="count=5, expected 0 to 4"):
+        best_groups(ranking, 5)
 
 
 def test_only_a_group_whose_heads_reach_the_output_can_matter(rows):
@@ -417,6 +447,30 @@ def test_a_measured_plan_becomes_a_student_through_a_file(directory, tmp_path):
     )
     on_student = invoke(tmp_path / "s", "--budget", "1MB", "--length", 900)
     assert "window 16, sinks 2" in on_student
+
+
+def test_groups_of_a_gguf_teacher_are_measured_in_a_real_text(tmp_path):
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    tiny = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
+    original = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    write_gguf(tmp_path / "tiny.gguf", original, tiny)
+    original.save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "plain")
+    (tmp_path / "wall.txt").write_text(" ".join(f"The wall has {n} stones." for n in range(300)))
+    asked = ("--budget", "2MB", "--length", 900, "--window", 16, "--sinks", 2, "--dtype", "float32")
+    asked += ("--measure", "--rows", 1, "--tokens", 500, "--haystack", tmp_path / "wall.txt")
+    for model, name in ((tmp_path / "tiny.gguf", "a.json"), (tmp_path / "plain", "b.json")):
+        invoke(model, *asked, "--save-ranking", tmp_path / name)
+    file, directory = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert file["haystack"] == "wall.txt" and file["prompt_tokens"] == 500 and file["seconds"] > 0
+    order = [[(entry["layer"], entry["group"]) for entry in found["groups"]] for found in (file, directory)]
+    assert sorted(order[0]) == [(j, g) for j in range(4) for g in range(2)] and order[0] == order[1]
+    gains = [[entry["gain"] for entry in found["groups"]] for found in (file, directory)]
+    assert gains[0] == pytest.approx(gains[1], abs=1e-4) and max(gains[0]) > 0.01
+    with pytest.raises(ConfigError, match="--haystack: read by --measure alone"):
+        invoke(tiny, "--budget", "2MB", "--length", 900, "--haystack", tmp_path / "wall.txt")
 
 
 def test_without_a_measurement_the_plan_says_so_and_bad_arguments_are_named(directory, tmp_path):

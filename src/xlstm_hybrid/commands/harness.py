@@ -31,6 +31,10 @@ def harness(
     samples: Annotated[int, Option(help="Documents per long-context task.")] = 40,
     depths: Annotated[int, Option(help="Parts of the context that a needle visits in turn.")] = 10,
     seed: Annotated[int, Option(help="Of the long-context documents.")] = 0,
+    haystack: Annotated[
+        Path | None, Option(help="Real text to hide answers in: plain, or .jsonl of {text}; also .xz.")
+    ] = None,
+    hops: Annotated[int | None, Option(help="Links of a chain of variables; 4 by default, as RULER has.")] = None,
     limit: Annotated[int | None, Option(help="First documents of each task only.")] = None,
     batch_size: Annotated[int, Option(help="Documents per batch.")] = 8,
     max_length: Annotated[
@@ -55,7 +59,8 @@ def harness(
     """
     check_output(out, "folder", [model])
     warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
-    documents = {"samples": samples, "depths": depths, "seed": seed, "limit": limit, "batch_size": batch_size}
+    documents = {"samples": samples, "depths": depths, "seed": seed, "limit": limit}
+    documents |= {"haystack": haystack, "hops": hops, "batch_size": batch_size}
     documents |= {"max_length": max_length, "include": include, "chat": chat, "allow_code": allow_code}
     options = Options(name, **documents, dtype=dtype, device=device, revision=revision, redo=redo)
     found = run_harness(model, expand(tasks, lengths), out, options, report=partial(print, flush=True))

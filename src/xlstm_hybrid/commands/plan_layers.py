@@ -2,13 +2,14 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.digests import require_intact
@@ -16,6 +17,8 @@ from xlstm_hybrid.checkpoint.files import read_json, write_file
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.conversion.convert import from_teacher
 from xlstm_hybrid.conversion.families import student_config
+from xlstm_hybrid.conversion.gguf import is_gguf
+from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
@@ -42,6 +45,7 @@ def plan_layers(
     kind: Annotated[str, Option(help="Of the rows: needle, multikey, recall or variables.")] = "multikey",
     rows: Annotated[int, Option(help="Number of rows.")] = 16,
     tokens: Annotated[int, Option(help="Tokens of each prompt.")] = 2048,
+    haystack: Annotated[Path | None, Option(help="Real text to hide the rows' answers in, as in harness.")] = None,
     method: Annotated[str, Option(help="ablate (all groups but one), add (none but one) or greedy.")] = "ablate",
     steps: Annotated[int | None, Option(help="Groups that greedy chooses one by one.")] = None,
     batch_size: Annotated[int, Option(help="Rows per forward call.")] = 4,
@@ -59,6 +63,8 @@ def plan_layers(
     """
     for path in filter(None, (save_ranking, out, report)):
         check_output(path, "file", [ranking] if ranking else ())
+    if haystack is not None and not measure:
+        raise ConfigError("--haystack: read by --measure alone; add it, or leave --haystack out")
     if measure and ranking is not None:
         raise ConfigError("--measure and --ranking: expected one of them; leave --measure out to use the file")
     chosen = {"sliding_window": window, "num_sink_tokens": sinks}
@@ -66,7 +72,7 @@ def plan_layers(
     found = read_json(ranking, "ranking") if ranking else None
     if measure:
         how = {"method": method, "steps": steps, "batch_size": batch_size}
-        found = measured_ranking(model, config, is_student, kind, rows, tokens, device, **how)
+        found = measured_ranking(model, config, is_student, kind, rows, tokens, device, haystack, **how)
         if save_ranking is not None:
             write_file(save_ranking, json.dumps(found, indent=1).encode())
     how = {"dtype": dtype, "windows": windows, "widen": not is_student, "sparse_share": sparse_share}
@@ -101,23 +107,26 @@ def student_of(model, **chosen):
     return config, True
 
 
-def measured_ranking(model, config, is_student, kind, count, length, device, **how):
-    """`rank_groups` on `long_context.documents`, of a student as it is or of a teacher's fresh one."""
+def measured_ranking(model, config, is_student, kind, count, length, device, haystack=None, **how):
+    """`rank_groups` on `long_context.documents`, of a student as it is or of a teacher's fresh one; with its seconds."""
     require_intact(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count))
-    stored = AutoConfig.from_pretrained(model, trust_remote_code=False).dtype
+    tokenizer = load_tokenizer(model)
+    ids, answers = retrieval_rows(tokenizer, documents(tokenizer, kind, length, count, haystack=haystack))
+    # a GGUF file is dequantised
+    stored = torch.float32 if is_gguf(model) else AutoConfig.from_pretrained(model, trust_remote_code=False).dtype
     dtype = stored and getattr(torch, dtype_for(device, stored=str(stored).removeprefix("torch.")))
     chosen = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
     if is_student:
         student = XLSTMHybridForCausalLM.from_pretrained(model, config=config, dtype=dtype or "auto")
     else:
         student = from_teacher(XLSTMHybridForCausalLM, model, dtype=dtype, **chosen)
+    start = time.time()
     with Console(stderr=True).status("measuring") as status:
         how["progress"] = lambda done, of: status.update(f"measured {done} of about {of}")
         found = rank_groups(student.to(device), ids, answers, **how)
     sizes = {"window": config.sliding_window, "sinks": config.num_sink_tokens}
-    return found | {"kind": kind, "prompt_tokens": length} | sizes
+    told = {"kind": kind, "prompt_tokens": length, "haystack": haystack and haystack.name}
+    return found | told | sizes | {"seconds": round(time.time() - start, 1)}
 
 
 def layout_lines(plan, ranking):

@@ -4,19 +4,34 @@ In the style of RULER (Hsieh et al. 2024) and of multi-query associative recall 
 prompt, n lines of its haystack, W window, S sinks.
 
 A prompt has exactly L tokens of the tokenizer at hand, the special tokens that it adds included; the answer comes on
-top. Every document is a function of tokenizer, kind, length, number and seed.
+top. Every document is a function of tokenizer, kind, length, number, seed, and the real text of its haystack, if any.
 """
 
+import json
+import lzma
 import math
 import random
 import re
 import string
+from bisect import bisect
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 from xlstm_hybrid.errors import DataError, EvaluationError
 
 LENGTHS = tuple(1024 * 2**j for j in range(8))  # 1k to 128k
 # what fills the last few tokens: the first that adds them one by one
 PADS = (" and", " so", " the", " .", ".", "\n", " a", "a")
+HOPS = 4  # links of a chain of variables, as in RULER
+# before the text of variable tracking, as in RULER: without it a model of 135M parameters names none
+EXAMPLE = (
+    "Text: VAR BQXTA = 81265. The plan was changed twice. VAR MWKDZ = VAR BQXTA. Nobody objected. VAR CYRHU = VAR MWKDZ. "
+    "It was late.\nQuestion: which variables hold the value 81265?\n"
+    "Answer: The 3 variables that hold 81265 are VAR BQXTA, VAR MWKDZ, VAR CYRHU.\n\nText:"
+)
+LONGEST, WIDEST = 30, 30  # words of a sentence of real text, letters of a word
+WIDE = rf"\S{{{WIDEST + 1},}}"
 CITIES, SUBJECTS, VERBS, OBJECTS, PLACES = (
     line.split(", ")
     for line in (
@@ -34,18 +49,27 @@ CITIES, SUBJECTS, VERBS, OBJECTS, PLACES = (
 # --- kinds: each gives `layout(n)` -> (lines, number of the line of each answer, question, answers) --------------
 
 
-def haystack(rng, facts, of_answers, question, answers):
-    """Plain sentences with `facts` [(depth from 0 to 1, text)], in order of depth, between them."""
-    lines = []
+def haystack(rng, facts, of_answers, question, answers, text=None):
+    """`facts` [(depth from 0 to 1, text)] between sentences: plain ones that are made up, or those of a real `text`, one
+    after the other from a place that is drawn.
+    """
+    lines, starts, first = [], [0], rng.randrange(len(text)) if text else None
     order = sorted(range(len(facts)), key=lambda j: facts[j][0])
 
-    def layout(n):
-        while len(lines) < n:  # no number, no capital but the first: nothing in them looks like an answer
-            subject, verb, thing, place = (rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, PLACES))
-            lines.append(f" {subject.capitalize()} {verb} {thing} {place}.")
+    def layout(n):  # of a real text a line is a word, so that a prompt is filled to the last token
+        while len(lines) < n:
+            if text:
+                lines.extend(text[(first + len(starts) - 1) % len(text)])
+            else:  # no number, no capital but the first: nothing in them looks like an answer
+                subject, action, thing, place = (rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, PLACES))
+                lines.append(f" {subject.capitalize()} {action} {thing} {place}.")
+            starts.append(len(lines))
         mixed, where, last = [], {}, 0
+        ends = list(accumulate(map(len, lines[:n]), initial=0))  # sentences differ in length: depth is by letters
+        places = [start for start in starts if start < n] + [n]
+        middles = [(ends[p] + ends[q]) / 2 for p, q in pairwise(places)]
         for j in order:
-            place = round(facts[j][0] * n)
+            place = places[bisect(middles, facts[j][0] * ends[-1])]
             mixed += lines[last:place]
             where[j], last = len(mixed), place
             mixed.append(facts[j][1])
@@ -54,7 +78,7 @@ def haystack(rng, facts, of_answers, question, answers):
     return layout
 
 
-def needle(rng, depth, others=0):
+def needle(rng, depth, others=0, text=None):
     """One pass key at a depth; `others` of other cities anywhere."""
     cities = rng.sample(CITIES, 1 + others)
     keys = [str(k) for k in rng.sample(range(10**6, 10**7), 1 + others)]
@@ -63,12 +87,12 @@ def needle(rng, depth, others=0):
         for j, (c, k) in enumerate(zip(cities, keys, strict=True))
     ]
     question = f"\nQuestion: what is the pass key of {cities[0]}?\nAnswer: The pass key of {cities[0]} is"
-    return haystack(rng, facts, [0], question, keys[:1])
+    return haystack(rng, facts, [0], question, keys[:1], text)
 
 
-def multikey(rng, depth):
+def multikey(rng, depth, text=None):
     """The pass key of one of four cities."""
-    return needle(rng, depth, others=3)
+    return needle(rng, depth, 3, text)
 
 
 def recall(rng, depth, queries=4):
@@ -92,21 +116,17 @@ def recall(rng, depth, queries=4):
     return layout
 
 
-def variables(rng, depth, hops=4):
-    """Variable tracking: a chain of assignments through the context, and a second one of another value. A link counts
-    only with those before it.
-    """
+def variables(rng, depth, hops=HOPS, text=None):
+    """Variable tracking: a chain of assignments through the context; a link counts only with those before it."""
     del depth  # the chain runs through all depths
-    names = ["".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(4 * hops)]
-    names = list(dict.fromkeys(names))[: 2 * (hops + 1)]
-    values = rng.sample(range(10**4, 10**5), 2)
-    facts = []
-    for chain, value in zip((names[: hops + 1], names[hops + 1 :]), values, strict=True):
-        assigned = [str(value), *(f"VAR {name}" for name in chain)]
-        for j, name in enumerate(chain):  # a depth from each of as many equal parts: together they are uniform
-            facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
-    question = f"\nQuestion: which variables hold the value {values[0]}?\nAnswer: The {hops + 1} variables are"
-    return haystack(rng, facts, range(hops + 1), question, names[: hops + 1])
+    drawn = ("".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(8 * (hops + 1)))
+    names = [name for name in dict.fromkeys(drawn) if name not in EXAMPLE][: hops + 1]
+    value = rng.choice([v for v in rng.sample(range(10**4, 10**5), 2) if str(v) not in EXAMPLE])
+    assigned, facts = [str(value), *(f"VAR {name}" for name in names)], []
+    for j, name in enumerate(names):  # a depth from each of as many equal parts: together they are uniform
+        facts.append(((j + rng.random()) / (hops + 1), f" VAR {name} = {assigned[j]}."))
+    question = f"\nQuestion: which variables hold the value {value}?\nAnswer: The {hops + 1} variables that hold {value} are VAR"
+    return haystack(rng, facts, range(hops + 1), question, names, text)
 
 
 KINDS = {"needle": needle, "multikey": multikey, "recall": recall, "variables": variables}
@@ -114,14 +134,45 @@ TASK_NAME = re.compile(rf"({'|'.join(KINDS)})_[1-9]\d*k?")  # as the harness nam
 OPENINGS = {
     **dict.fromkeys(("needle", "multikey"), "Pass keys are hidden in the text. Remember them.\n"),
     "recall": "Remember the value of every key.\n",
-    "variables": "Assignments of variables are hidden in the text. Remember them.\n",
+    "variables": f"Assignments of variables are hidden in the text. Remember them.\n{EXAMPLE}",
 }
+
+
+# --- haystacks of real text ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def sentences(file):
+    """The sentences of a real text, lists of words, each after a blank. White space is one blank, as in RULER; what is
+    longer than `LONGEST` words is cut; words of more than `WIDEST` letters, addresses and rules of tables, are left out.
+
+    Args:
+        file: plain text, or .jsonl with a text {"text"} in each row; either may be compressed, .xz.
+    Raises:
+        DataError: no such file, or one that holds no such text.
+    """
+    file, expected = Path(file), 'expected plain text, or .jsonl with {"text": ...} in each row; both may end in .xz'
+    if not file.is_file():
+        raise DataError(f"haystack {file.name}: no such file; check its path. {expected.capitalize()}")
+    try:
+        with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as lines:
+            rows = ".jsonl" in file.suffixes[-2:]
+            texts = [json.loads(line)["text"] for line in lines if line.strip()] if rows else [lines.read()]
+        found = [s.split() for text in texts for s in re.split(r"(?<=[.!?])\s+", re.sub(WIDE, " ", text))]
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"haystack {file.name}: cannot be read ({type(error).__name__}: {error}); {expected}"
+        ) from error
+    cut = [[f" {w}" for w in words[j : j + LONGEST]] for words in found for j in range(0, len(words), LONGEST)]
+    if not cut:
+        raise DataError(f"haystack {file.name}: found no text; {expected}")
+    return cut
 
 
 # --- documents ---------------------------------------------------------------------------------------------------
 
 
-def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
+def documents(tokenizer, kind, length, samples=40, depths=10, seed=0, haystack=None, hops=None):
     """Documents of one kind and length.
 
     Args:
@@ -133,12 +184,15 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
             with a depth drawn from each, so that the depths of any first documents are about uniform, as coverage
             supposes; or a sequence of depths from 0 (first) to 1 (last).
         seed: of the generator.
+        haystack: file of a real text to hide the answers in, see `sentences`; None: made-up sentences.
+        hops: links of a chain of `variables`, which has one variable more; None: `HOPS`.
     Returns:
         [{"prompt", "answers": [text], "answer": all of them as the model is to write them, "distances": tokens from the
         line of each answer to the end of the prompt, "kind", "length", "number"}]
     Raises:
         DataError: no such kind, numbers below 1, a depth off [0, 1], a length below what the question needs or that the
-            tokenizer cannot hit.
+            tokenizer cannot hit; a haystack that cannot be read, is shorter than a prompt, or that the kind has no use for; hops of
+            another kind than variables.
     """
     if isinstance(depths, int):  # in steps of about the golden section: the first few of them lie far apart
         steps = (s for s in range(1, depths + 1) if math.gcd(s, depths) == 1)
@@ -151,16 +205,28 @@ def documents(tokenizer, kind, length, samples=40, depths=10, seed=0):
             f"kind={kind!r}, length={length}, samples={samples}, depths={depths!r}: expected one of {', '.join(KINDS)}, numbers of at "
             "least 1, and a number of depths or depths between 0 and 1"
         )
+    if haystack is not None and kind == "recall":
+        raise DataError(
+            "recall: its context is nothing but keys and values, a haystack would be ignored; ask for needle, multikey or variables, "
+            "or leave the haystack out"
+        )
+    if hops is not None and (kind != "variables" or hops < 1):
+        raise DataError(
+            f"{kind}, hops={hops}: expected at least 1, of the kind variables alone; leave hops out for others"
+        )
+    text = None if haystack is None else sentences(str(haystack))
+    told = ({"text": text} if text else {}) | ({"hops": hops} if hops else {})
+    make, words = partial(KINDS[kind], **told), sum(map(len, text)) if text else math.inf
     rows = []
     for number in range(samples):
         rng = random.Random(f"{kind}-{length}-{seed}-{number}")
         depth = grid[number % len(grid)]
         depth = (depth + rng.random()) / len(grid) if isinstance(depths, int) else depth
-        rows.append({**document(tokenizer, kind, length, KINDS[kind](rng, depth)), "number": number})
+        rows.append({**document(tokenizer, kind, length, make(rng, depth), words), "number": number})
     return rows
 
 
-def document(tokenizer, kind, length, layout):
+def document(tokenizer, kind, length, layout, most=math.inf):
     def count(text):
         return len(tokenizer(text, verbose=False)["input_ids"])
 
@@ -169,10 +235,15 @@ def document(tokenizer, kind, length, layout):
         return OPENINGS[kind] + "".join(lines) + pad + question
 
     n, pad = fit(count, length, text, kind)
+    if n > most:  # a text that begins again would be another task
+        raise DataError(
+            f"haystack of {most} words: {length} tokens take about {n}; take a longer text, or a smaller length"
+        )
     lines, places, _, answers = layout(n)
     before = [OPENINGS[kind] + "".join(lines[:p]) for p in places]
     distances = [length - count(part) for part in before]
-    row = {"prompt": text(n, pad), "answers": answers, "answer": " " + ", ".join(answers)}
+    joint = ", VAR " if kind == "variables" else ", "
+    row = {"prompt": text(n, pad), "answers": answers, "answer": f" {joint.join(answers)}"}
     return row | {"distances": distances, "kind": kind, "length": length}
 
 
@@ -183,12 +254,15 @@ def fit(count, length, text, kind, least=4):
         raise DataError(
             f"{kind}: a prompt has at least {base} tokens with this tokenizer, {length} were asked for; ask for a greater length"
         )
-    n = least + int((length - base) / average)
-    for _ in range(32):
+    n, low, high = least + int((length - base) / average), least, math.inf
+    for _ in range(64):
         gap = length - count(text(n))
-        if 0 <= gap <= 2 * average:
+        if 0 <= gap <= 2 * average or (high - low <= 1 and n == low):
             break
-        n = max(least, n + math.floor(gap / average))
+        low, high = (n, high) if gap >= 0 else (low, n)
+        n += math.floor(gap / average)
+        if not low < n < high:  # lines of very different lengths
+            n = low if high - low <= 1 else (low + high) // 2 if high < math.inf else low + 1
     for pad in PADS if gap >= 0 else ():
         p = gap
         for _ in range(8):
@@ -200,7 +274,9 @@ def fit(count, length, text, kind, least=4):
     )
 
 
-def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrained=None, **_):
+def dataset(
+    kind, length, samples=40, depths=10, seed=0, haystack=None, hops=None, tokenizer=None, pretrained=None, **_
+):
     """The documents for a task file of lm-eval: `{"test": Dataset}`; as for its RULER a tokenizer is a name.
 
     Raises:
@@ -214,7 +290,7 @@ def dataset(kind, length, samples=40, depths=10, seed=0, tokenizer=None, pretrai
         raise DataError(
             f"{kind}: lengths are counted in tokens, expected the name of a tokenizer; pass --metadata '{{\"tokenizer\": NAME}}' to lm_eval"
         )
-    rows = documents(load_tokenizer(name), kind, length, samples, depths, seed)
+    rows = documents(load_tokenizer(name), kind, length, samples, depths, seed, haystack, hops)
     return {"test": Dataset.from_list(rows)}
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from xlstm_hybrid.checkpoint.digests import weights_hash
+from xlstm_hybrid.checkpoint.digests import file_digest, weights_hash
 from xlstm_hybrid.checkpoint.files import clean_abandoned, read_json, staged, write_json
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.conversion.source import local_source
-from xlstm_hybrid.data.long_context import KINDS, LENGTHS, by_depth, coverage, excess
+from xlstm_hybrid.data.long_context import HOPS, KINDS, LENGTHS, by_depth, coverage, excess, sentences
 from xlstm_hybrid.data.toy_domains import DOMAINS
 from xlstm_hybrid.errors import CheckpointWriteError, CompatibilityWarning, EvaluationError, XLSTMHybridError
 from xlstm_hybrid.evaluation.benchmarks import TASKS as REAL
@@ -98,7 +98,7 @@ class Options:
     """How units are evaluated.
 
     name: of the model in the results; its last name if None.  limit: first documents of each task only.
-    samples, depths, seed: of long-context documents, see `data.long_context.documents`.
+    samples, depths, seed, haystack, hops: of long-context documents, see `data.long_context.documents`.
     max_length: longest input, tokens; what is longer loses its beginning; the model's own, and what a long-context task
     needs, if None.
     include: folder with further task files, such as those of `benchmarks`.  chat: apply the chat template.
@@ -110,6 +110,8 @@ class Options:
     samples: int = 40
     depths: int = 10
     seed: int = 0
+    haystack: Path | None = None
+    hops: int | None = None
     limit: int | None = None
     batch_size: int = 8
     max_length: int | None = None
@@ -133,11 +135,13 @@ def run_harness(model, units, out, options=None, report=print):
         "contradictions" (of a procedural domain, see `scores.contradictions`)}}
     Raises:
         EvaluationError: unknown tasks, data that cannot be read, code that may not run, results that other settings
-            made.
+            made, a haystack that no task reads.
+        DataError: a haystack that cannot be read.
     """
     import lm_eval
 
     options, out = options or Options(), Path(out)
+    check_long_context(units, options)
     source = local_source(model, options.revision)
     shared = {"model": weights_hash(source), "name": options.name or last_part(model)}
     shared |= {key: getattr(options, key) for key in ("dtype", "limit", "chat", "max_length")}
@@ -222,7 +226,32 @@ def long_unit(kind, length):
 
 
 def document_settings(unit, options):
-    return {"samples": options.samples, "depths": options.depths, "seed": options.seed, "length": unit.length}
+    settings = {"samples": options.samples, "depths": options.depths, "seed": options.seed, "length": unit.length}
+    if unit.kind == "variables":
+        settings["hops"] = HOPS if options.hops is None else options.hops
+    if options.haystack is not None:  # by name and content, wherever it lies
+        settings["haystack"] = f"{Path(options.haystack).name} {file_digest(options.haystack)[:16]}"
+    return settings
+
+
+def check_long_context(units, options):
+    """Raise, before a model is loaded, for hops or a haystack that a task would ignore, and for a haystack that cannot be
+    read.
+    """
+    kinds = {u.kind for u in units} - {None}
+    if options.hops is not None and (options.hops < 1 or "variables" not in kinds):
+        raise EvaluationError(
+            f"hops={options.hops}: the links of a chain of the task variables, expected at least 1; ask for that task, or leave it out"
+        )
+    if options.haystack is None:
+        return
+    others = ", ".join(u.name for u in units if u.kind == "recall")
+    if others or not kinds:
+        raise EvaluationError(
+            f"haystack {Path(options.haystack).name}: {others or 'no long-context task is asked for'}; expected tasks that hide answers in "
+            "a text, needle, multikey or variables: name those, or leave the haystack out"
+        )
+    sentences(str(options.haystack))
 
 
 def finished(folder, wanted, redo):
@@ -264,6 +293,7 @@ def task_manager(units, source, options):
         if not unit.kind:
             return every
         told = {**document_settings(unit, options), "tokenizer": str(source)}
+        told |= {"haystack": str(options.haystack)} if options.haystack is not None else {}
         return TaskManager(include_path=paths, include_defaults=False, metadata=told)
 
     return manager
@@ -426,9 +456,10 @@ def write(folder, results, settings, seconds):
     results["config"]["model"] = settings["name"]
     for config in results["configs"].values():
         metadata = config.get("metadata") or {}
-        metadata.update({key: last_part(metadata[key]) for key in ("tokenizer", "config_source") if key in metadata})
         if isinstance(files := (config.get("dataset_kwargs") or {}).get("data_files"), dict):
             files.update({part: last_part(file) for part, file in files.items() if isinstance(file, str)})
+        places = ("tokenizer", "config_source", "haystack")
+        metadata.update({key: last_part(metadata[key]) for key in places if key in metadata})
     with staged(folder, overwrite=True) as temporary:
         tracker = EvaluationTracker(output_path=str(temporary))
         arguments = {"pretrained": settings["name"]}

@@ -20,9 +20,19 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.comparison import compare, plain_floats
 from xlstm_hybrid.evaluation.efficiency import Settings
 from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
-from xlstm_hybrid.evaluation.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
+from xlstm_hybrid.evaluation.harness import (
+    CODE,
+    Options,
+    check_long_context,
+    domains,
+    expand,
+    run_harness,
+    sample_of,
+    task_manager,
+)
 from xlstm_hybrid.evaluation.results import last_part, read_results
 from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, perplexity
+from xlstm_hybrid.recipe.schema import resolve_path
 from xlstm_hybrid.reports.comparison import comparison_pictures, write_comparison
 from xlstm_hybrid.reports.efficiency import machine_and_versions
 
@@ -134,7 +144,9 @@ def harness_options(recipe, **more):
     recipe.
     """
     section, asked = recipe.evaluate, recipe.evaluate.get("long_context") or {}
-    more |= {key: asked[key] for key in ("samples", "depths") if key in asked}
+    more |= {key: asked[key] for key in ("samples", "depths", "hops") if key in asked}
+    if "haystack" in asked:  # relative to the recipe, as its other paths
+        more["haystack"] = resolve_path(recipe, asked["haystack"]) or Path(asked["haystack"])
     more |= {key: section[key] for key in ("limit", "chat", "batch_size") if key in section}
     allowed = os.environ.get(CODE[0]) == CODE[1]
     return Options(seed=recipe.seed, allow_code=allowed, dtype=recipe.teacher_dtype, **more)
@@ -157,6 +169,8 @@ def check_evaluation(recipe):
     if "efficiency" in section:
         efficiency_settings(section)
     units = units_of(section)
+    if units:
+        check_long_context(units, harness_options(recipe))
     asked, limit = [u.name for u in units if u.name in domains()], min(section.get("limit", WHOLE_DOMAIN), WHOLE_DOMAIN)
     if asked and section.get("examples", limit) != limit:
         raise ConfigError(

@@ -95,15 +95,46 @@ def retrieval_rows(tokenizer, documents):
     return (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, answers))
 
 
+@contextmanager
+def passing(layers):
+    """Meanwhile decoder layers hand on what they get."""
+    try:
+        for layer in layers:
+            layer.forward = lambda hidden_states, **_: hidden_states
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def through(student, inputs, j):
+    """What layer j makes of its inputs, a list of batches [B, T, D]."""
+    layers, found = student.get_decoder().layers, []
+    handle = layers[j].register_forward_hook(lambda layer, given, made: found.append(made))
+    try:
+        with passing([layer for layer in layers if layer is not layers[j]]):
+            for x in inputs:
+                student(inputs_embeds=x, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return found
+
+
 @torch.no_grad()
-def answers_of(model, rows, answer_mask, batch_size=8):
+def answers_of(model, rows, answer_mask, batch_size=8, start=None):
     """How a model does on the answers: {"nll": nats per answer token, "token_accuracy", "row_accuracy": share of rows
     with every token right}.
+
+    Args:
+        start: (j, batches [B, T, D]): what comes into layer j of a student, which then begins there.
     """
     nll, right, rows_right = [], [], []
-    for ids, wanted in zip(rows.split(batch_size), answer_mask.split(batch_size), strict=True):
+    early, inputs = (model.get_decoder().layers[: start[0]], start[1]) if start else ((), None)
+    for n, (ids, wanted) in enumerate(zip(rows.split(batch_size), answer_mask.split(batch_size), strict=True)):
         before = pad(wanted[:, 1:], (0, 1)).to(model.device)  # the position that predicts each answer token
-        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=before).logits.float().cpu()
+        given = {"inputs_embeds": inputs[n]} if start else {"input_ids": ids.to(model.device)}
+        with passing(early):
+            logits = model(**given, use_cache=False, logits_to_keep=before).logits.float().cpu()
         target = ids[wanted]
         nll.append(cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(-1) == target)
@@ -130,6 +161,9 @@ def rank_groups(
             "add": none but one, what that one brings; "greedy": one after the other, each the best beside those before
             it, `steps` of them (arXiv 2512.20569), the others behind.
         steps: of "greedy"; None: all.
+    What comes into the layer of a group is the same for all groups of that layer, except in "greedy", and is calculated
+    once: half of the work.
+
     Returns:
         {"method", "rows", "answer_tokens", "length", "layers", "key_value_heads", "none", "all": figures of
         `answers_of` with no and with every group
@@ -153,10 +187,10 @@ def rank_groups(
     training, done = student.training, 0
     student.eval()
 
-    def measure(*chosen):
+    def measure(*chosen, start=None):
         nonlocal done
         with restored(student, chosen):
-            found = answers_of(student, rows, answer_mask, batch_size)
+            found = answers_of(student, rows, answer_mask, batch_size, start)
         progress(done := done + 1, len(groups) + 2)
         return found
 
@@ -170,10 +204,18 @@ def rank_groups(
             found += [(one, before["nll"] - figures["nll"], figures) for one, figures in taken]
             before, rest = taken[0][1], [one for one in rest if one not in [entry[0] for entry in taken]]
         if method != "greedy":
-            for one in groups:
-                figures = measure(one) if method == "add" else measure(*(g for g in groups if g != one))
-                gain = none["nll"] - figures["nll"] if method == "add" else figures["nll"] - every["nll"]
-                found.append((one, gain, figures))
+            others = [] if method == "add" else groups  # what the layers before a group have
+            embed = student.get_input_embeddings()
+            with torch.no_grad():
+                inputs = [embed(ids.to(student.device)) for ids in rows.split(batch_size)]
+            for j in range(config.num_hidden_layers):
+                for one in (group for group in groups if group[0] == j):
+                    chosen = [one] if method == "add" else [group for group in groups if group != one]
+                    figures = measure(*chosen, start=(j, inputs))
+                    gain = none["nll"] - figures["nll"] if method == "add" else figures["nll"] - every["nll"]
+                    found.append((one, gain, figures))
+                with restored(student, others), torch.no_grad():
+                    inputs = through(student, inputs, j)
             found.sort(key=lambda entry: -entry[1])
     finally:
         student.train(training)
@@ -197,6 +239,22 @@ def groups_of(config):
 
 
 # --- choosing ----------------------------------------------------------------------------------------------------
+
+
+def best_groups(ranking, count):
+    """`kept_groups` of the `count` best groups of a ranking of `rank_groups`: per layer a list of their numbers.
+
+    Raises:
+        ConfigError: a count that the ranking has not.
+    """
+    if not 0 <= count <= len(ranking["groups"]):
+        raise ConfigError(
+            f"best_groups: count={count}, expected 0 to {len(ranking['groups'])}, the groups of the ranking"
+        )
+    kept = [[] for _ in range(ranking["layers"])]
+    for entry in ranking["groups"][:count]:
+        kept[entry["layer"]].append(entry["group"])
+    return [sorted(groups) for groups in kept]
 
 
 @dataclass

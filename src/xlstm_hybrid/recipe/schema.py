@@ -137,7 +137,7 @@ class Recipe:
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
         held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
         harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
-        "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+        "depths", "haystack", "hops"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
     """
 
     name: str
@@ -196,7 +196,7 @@ EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size
 # of teacher and student only
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
 FINAL |= {"include_path": str}
-LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
+LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int, "haystack": str, "hops": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"calibrate", "merge", "evaluate", "on_policy", "revision", "teacher_dtype", "teacher_package", "seed"}
 SECTIONS = ("student", "data", "calibrate", "align", "distill", "experts", "merge", "evaluate", "on_policy")
