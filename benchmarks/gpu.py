@@ -336,7 +336,7 @@ def recipe_of(job, **sections):
     import yaml
 
     from xlstm_hybrid.checkpoint.files import write_file
-    from xlstm_hybrid.recipe.schema import TYPES, load_recipe
+    from xlstm_hybrid.recipe.schema import load_recipe
 
     args, file = job.args, job.args.out / "recipe.yaml"
     base, chosen = load_recipe(args.recipe), read(args.work / "steps.json")
@@ -358,8 +358,8 @@ def recipe_of(job, **sections):
         "experts": {EXPERT: {"sources": sources}},
         "evaluate": {"documents": 2 if args.tiny else 64, "batch_size": 8},
     }
-    if "calibrate" in TYPES:
-        content["calibrate"] = getattr(base, "calibrate", None) or {}
+    if (calibrate := getattr(base, "calibrate", None)) is not None:
+        content["calibrate"] = calibrate
     write_file(file, yaml.safe_dump(content | sections, sort_keys=False).encode())
     return load_recipe(file)
 
