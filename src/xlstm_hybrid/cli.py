@@ -41,6 +41,7 @@ COMMANDS = {
     "Evaluate": {
         "verify": "Check that cache, padding, packing, beams, rollback and files change nothing.",
         "evaluate": "Score a model on the recipe's domains or held-out documents.",
+        "agreement": "Compare a student with its teacher on text: KL, top 1, likelihoods.",
         "harness": "Evaluate a model with lm-evaluation-harness.",
         "benchmarks": "Write benchmarks as task files for lm-evaluation-harness.",
         "compare": "Compare students with their teacher: win-and-tie, recovery, paired statistics.",

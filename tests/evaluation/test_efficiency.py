@@ -111,6 +111,17 @@ def test_models_of_two_dtypes_are_not_compared(llama, student):
         )
 
 
+def test_without_memory_apart_each_model_is_loaded_once_and_every_row_is_told(llama, student):
+    loaded, told = [], []
+    sides = [Side("s", lambda: loaded.append("s") or student), Side("t", lambda: loaded.append("t") or llama)]
+    settings = Settings(lengths=(12,), contexts=(20,), rounds=1, steps=2)
+    keep = lambda pair: told.append([sorted(row.keys() & {"prefill", "decode"}) for row in pair["rows"]])  # noqa: E731
+    pair = measure_pair(*sides, settings, lambda *_: [GREEN], memory=False, keep=keep)
+    assert sorted(loaded) == ["s", "t"] and told == [[["decode", "prefill"], []], [["decode", "prefill"], ["decode"]]]
+    assert all("memory" not in row and row["decode"]["gain"]["tokens_per_second"] > 0 for row in pair["rows"])
+    assert "Peak memory and cache: not measured." in list(efficiency_report.efficiency_notes(pair))
+
+
 # --- figures by hand -------------------------------------------------------------------------------------------------
 
 

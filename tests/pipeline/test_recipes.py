@@ -245,6 +245,13 @@ def test_all_stages_of_a_recipe_run_on_a_tiny_teacher_of_its_family(tmp_path, na
     perplexities = results["students"]["student"]["perplexity"]
     assert len(perplexities) == len(recipe.data["sources"]) + sum(len(e["sources"]) for e in recipe.experts.values())
     assert all(1 < p < 1e6 for p in perplexities.values())
+    for name in ("converted", "aligned", "student"):
+        scores = results["students"][name]
+        assert scores["kl"].keys() == scores["top1"].keys() == perplexities.keys(), "beside the teacher, every source"
+        assert all(kl > 0 for kl in scores["kl"].values()) and all(0 <= t <= 1 for t in scores["top1"].values())
+    assert "kl" not in results["teacher_scores"]
+    assert "## KL from the teacher" in (out / "report.md").read_text(encoding="utf-8")
+    assert "KL to the teacher | same most likely token" in (out / "student/README.md").read_text(encoding="utf-8")
     log = json.loads((out / "experts" / next(iter(recipe.experts)) / "training_log.json").read_text())
     assert [e["learning_rate"] for e in log if "loss" in e][-1] == pytest.approx(recipe.distill["learning_rate"])
     assert not [p.name for p in out.rglob(".*")], "nothing hidden is left behind"

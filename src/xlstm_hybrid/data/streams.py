@@ -4,14 +4,17 @@ import copy
 import hashlib
 import warnings
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 
 from xlstm_hybrid.data.documents import IGNORE, content_of, encode_chat, encode_text
 from xlstm_hybrid.errors import DataError
-from xlstm_hybrid.recipe.schema import HUB_ID, resolve_path
+from xlstm_hybrid.recipe.schema import HUB_ID, Source, resolve_path
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+PACKED = (".gz", ".xz")  # which `datasets` opens by itself
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are shuffled together
 EMPTY_SHARE, EMPTY_FLOOR = 0.5, 200  # of rows that may be empty, checked after so many
 START = {"pass": 0, "block": 0, "position": 0, "dataset": None, "seen": 0, "empty": 0, "given": 0}
@@ -35,9 +38,10 @@ def open_source(source, recipe, test=False):
     streaming = source.streaming if source.streaming is not None else local is None
     where, files = local if local is not None and local.is_dir() else source.path, source.data_files
     if local is not None and local.is_file():
-        if local.suffix not in FORMATS:
-            raise DataError(f"{local.name}: expected a file of one of {sorted(FORMATS)}")
-        where, files = FORMATS[local.suffix], str(local)
+        suffix = Path(local.stem).suffix if local.suffix in PACKED else local.suffix
+        if suffix not in FORMATS:
+            raise DataError(f"{local.name}: expected a file of one of {sorted(FORMATS)}, as it is or as {PACKED}")
+        where, files = FORMATS[suffix], str(local)
     try:
         if local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = load_from_disk(local)
@@ -165,3 +169,18 @@ class Stream:
 def whole_number(text, below):
     """A whole number from a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % below
+
+
+def text_rows(path, column, tokenizer, length, count):
+    """`count` documents of a file, drawn by a fixed seed, as (ids, labels), each cut to `length` tokens.
+
+    Raises:
+        DataError: see `open_source`; fewer documents than that.
+    """
+    source, rows = Source(path=str(path), text=column), []
+    stream = Stream("text", source, open_source(source, SimpleNamespace(path=Path(path))), tokenizer)
+    for ids, labels in islice(stream, count):
+        if stream.state["pass"]:
+            raise DataError(f"{path}: {len(rows)} documents with text, expected at least {count}; ask for fewer")
+        rows.append((ids[:length], labels[:length]))
+    return rows

@@ -339,7 +339,7 @@ def timed(models, settings, meter, row, vocab_size):
     """Fill in `prefill` and `decode` of a row, for the sides whose memory sufficed before."""
     L, B, device = row["length"], row["batch"], meter.device
     ids = token_rows(settings, L, B, vocab_size, device)
-    able = {side: model for side, model in models.items() if side in row["memory"]}
+    able = {side: model for side, model in models.items() if side in row.get("memory", SIDES)}
 
     def read(model):
         first_token(model, ids, new_cache(model, settings.cache, L))
@@ -389,13 +389,15 @@ def checked(models, checks):
     return [{key: getattr(r, key) for key in ("name", "dtype", "difference", "allowed", "passed")} for r in results]
 
 
-def measure_pair(student, teacher, settings, checks, report=lambda text: None):
+def measure_pair(student, teacher, settings, checks, report=lambda text: None, memory=True, keep=lambda pair: None):
     """Measure a student beside its teacher.
 
     Args:
         student, teacher: `Side`.
         checks: called with both models; returns results as `xlstm_hybrid.evaluation.equivalence` does. They come first.
         report: called with a line on what is under way.
+        memory: measure peaks and cache as well, for which every model is loaded anew per length and batch.
+        keep: called after each row with all that is returned in the end; rows that are still to come have no times.
     Returns:
         dict of `teacher`, `student` (see `about`), `checks`, `settings`, `energy` and `rows`, one per length and batch:
         `memory`, `prefill` and `decode`, each with figures per side and the student's `gain` (above 1: cheaper, or
@@ -410,15 +412,21 @@ def measure_pair(student, teacher, settings, checks, report=lambda text: None):
     report("checks")
     pair = {name: {"name": sides[name].name} | about(model) for name, model in models.items()}
     pair["checks"] = checked(models, checks)
-    del models
-    release()  # a GPU is empty for what is measured apart
-    for B, L in product(settings.batches, (*settings.lengths, *settings.contexts)):
-        report(f"memory, {L} tokens, batch {B}")
-        rows.append(with_memory(sides, settings, L, B, vocab_size))
-    meter, models = Meter(device), {name: side.load() for name, side in sides.items()}
+    places = list(product(settings.batches, (*settings.lengths, *settings.contexts)))
+    if memory:
+        del models
+        release()  # a GPU is empty for what is measured apart
+        for B, L in places:
+            report(f"memory, {L} tokens, batch {B}")
+            rows.append(with_memory(sides, settings, L, B, vocab_size))
+        models = {name: side.load() for name, side in sides.items()}
+    else:
+        rows = [{"length": L, "batch": B, "absent": {}} for B, L in places]
+    meter = Meter(device)
+    pair |= {"settings": asdict(settings), "energy": {"source": meter.source, "absent": meter.absent}, "rows": rows}
     with one_thread(device):
         for row in rows:
             report(f"time, {row['length']} tokens, batch {row['batch']}")
             timed(models, settings, meter, row, vocab_size)
-    energy = {"source": meter.source, "absent": meter.absent}
-    return pair | {"settings": asdict(settings), "energy": energy, "rows": rows}
+            keep(pair)
+    return pair

@@ -75,6 +75,13 @@ def affordable(config, rounds, batches, rate):
     return tuple(chosen), line
 
 
+def shape_pair(shape, dtype, device, settings):
+    """`(student Side, teacher Side, Settings, checks)` of random weights in a shape; checked on two of its layers."""
+    load = partial(random_model, shape, dtype=dtype, device=device)
+    sides = [Side(f"{shape} {role}, random weights", partial(load, role)) for role in ("student", "teacher")]
+    return *sides, settings, partial(checks, cache=settings.cache, proof=partial(load, "student", layers=2))
+
+
 def planned_pairs(teacher, student, shapes, dtype, device, cache, asked, say):
     """`(student Side, teacher Side, Settings, checks)` of each pair: the checkpoints, then random weights in each
     shape.
@@ -108,9 +115,5 @@ def planned_pairs(teacher, student, shapes, dtype, device, cache, asked, say):
     load = partial(load_checkpoint, dtype=dtype, device=device)
     sides = [Side(Path(path).resolve().name, partial(load, path)) for path in (student, teacher)]
     plans = [(*sides, settings(small), partial(checks, cache=cache))]
-    for shape in shapes:
-        load = partial(random_model, shape, dtype=dtype, device=device)
-        sides = [Side(f"{shape} {role}, random weights", partial(load, role)) for role in ("student", "teacher")]
-        proof = partial(load, "student", layers=2)
-        plans.append((*sides, settings(LONG), partial(checks, cache=cache, proof=proof)))
+    plans += [shape_pair(shape, dtype, device, settings(LONG)) for shape in shapes]
     return plans

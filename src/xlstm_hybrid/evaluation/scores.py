@@ -271,17 +271,7 @@ def perplexity(model, rows, *, tokenizer=None, batch_size=32):
         EvaluationError: nothing is scored, a row whose labels do not fit, or a model whose log-likelihoods are not
             numbers.
     """
-    if wrong := [j for j, (ids, labels) in enumerate(rows) if len(ids) != len(labels)]:
-        raise EvaluationError(
-            f"perplexity: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many"
-        )
-    scored = [row for row in rows if any(label != NOT_SCORED for label in row[1][1:])]
-    count = sum(label != NOT_SCORED for _, labels in scored for label in labels[1:])
-    if not count or batch_size < 1:
-        raise EvaluationError(
-            f"perplexity: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
-        )
-    scored.sort(key=lambda row: len(row[0]))
+    scored, count = scored_rows(rows, batch_size, "perplexity")
     with evaluating(model, tokenizer):
         total = sum(
             negative_log_likelihood(model, scored[first : first + batch_size])
@@ -292,6 +282,25 @@ def perplexity(model, rows, *, tokenizer=None, batch_size=32):
             "perplexity: the model's log-likelihoods are not numbers; it has diverged, take an earlier checkpoint"
         )
     return math.exp(total / count) if total / count < 709 else math.inf
+
+
+def scored_rows(rows, batch_size, caller):
+    """`(rows with a scored token, the shortest first; number of scored tokens)`; rows as in `perplexity`.
+
+    Raises:
+        EvaluationError: a row whose labels do not fit, nothing scored, a batch size below 1.
+    """
+    if wrong := [j for j, (ids, labels) in enumerate(rows) if len(ids) != len(labels)]:
+        raise EvaluationError(
+            f"{caller}: row {wrong[0]} has {len(rows[wrong[0]][0])} tokens and {len(rows[wrong[0]][1])} labels, expected as many"
+        )
+    scored = [row for row in rows if any(label != NOT_SCORED for label in row[1][1:])]
+    count = sum(label != NOT_SCORED for _, labels in scored for label in labels[1:])
+    if not count or batch_size < 1:
+        raise EvaluationError(
+            f"{caller}: {count} tokens of {len(rows)} rows are scored, batch_size={batch_size}; expected at least 1 of each"
+        )
+    return sorted(scored, key=lambda row: len(row[0])), count
 
 
 def right_padded(rows, value, device):

@@ -17,6 +17,7 @@ from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.long_context import KINDS
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.evaluation.agreement import agreement
 from xlstm_hybrid.evaluation.comparison import compare, plain_floats
 from xlstm_hybrid.evaluation.efficiency import Settings
 from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
@@ -40,25 +41,27 @@ MISSING = (
     "lm-eval is not installed (pip install 'xlstm-hybrid[eval]'): this package's own exact match stands for it, its other "
     "tasks are left out."
 )
-NOTHING = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}}
+NOTHING = {"exact_match": {}, "perplexity": {}, "samples": {}, "contradictions": {}, "agreement": {}}
 WHOLE_DOMAIN = 200  # prompts of a domain's task file
 
 
-def evaluate(model_dir, recipe, progress=None, known=None):
+def evaluate(model_dir, recipe, progress=None, known=None, teacher=None):
     """Scores of one checkpoint as the recipe's section `evaluate` asks for them.
 
     With "examples": exact match (greedy, batched, through the cache) and perplexity on every domain of `tasks`, and
     perplexity of real text. What is `known` already, {"exact_match": {domain: share}, "samples": ..., "contradictions":
     ...}, is not measured again. With "documents": perplexity of so many held-out documents of every source of the
-    recipe, each cut to a row's length.
+    recipe, each cut to a row's length, and beside a `teacher` (a student's: directory or hub id) how far the model is
+    from it.
 
     Returns:
         {"exact_match": {domain: share}, "perplexity": {domain or source: value}, "samples": {domain: [...]},
-        "contradictions": {domain: those of the samples that cannot be, see `scores.contradictions`}}
+        "contradictions": {domain: those of the samples that cannot be, see `scores.contradictions`}, "agreement":
+        {source: see `agreement`}}
     """
     model, tokenizer = load(model_dir)
     if "documents" in recipe.evaluate:
-        return evaluate_sources(model, tokenizer, recipe, progress)
+        return evaluate_sources(model, tokenizer, recipe, progress, teacher)
     return evaluate_domains(model, tokenizer, recipe.evaluate, progress, known or {"exact_match": {}})
 
 
@@ -85,17 +88,27 @@ def evaluate_domains(model, tokenizer, settings, progress, known):
     return result
 
 
-def evaluate_sources(model, tokenizer, recipe, progress=None):
+def evaluate_sources(model, tokenizer, recipe, progress=None, teacher=None):
+    """The teacher is held as it taught, in the recipe's `teacher_dtype`."""
     result, settings = deepcopy(NOTHING), recipe.evaluate
+    how = {"tokenizer": tokenizer, "batch_size": settings["batch_size"]}
+    if teacher is not None:
+        its, its_tokenizer = load(teacher, recipe.teacher_dtype, None if Path(teacher).exists() else recipe.revision)
     for expert in (None, *recipe.experts):
         if "sources" not in recipe.mix(expert):
             continue
         for stream in open_streams(recipe, tokenizer, expert, test=True):
             name = stream.name if expert is None else f"{expert}/{stream.name}"
             rows = held_out_rows(stream, recipe.length, settings["documents"])
-            result["perplexity"][name] = perplexity(model, rows, tokenizer=tokenizer, batch_size=settings["batch_size"])
+            if teacher is None:
+                result["perplexity"][name] = perplexity(model, rows, **how)
+            else:  # one forward is enough for both
+                found = agreement(model, its, rows, teacher_tokenizer=its_tokenizer, **how)
+                result["agreement"][name] = found
+                result["perplexity"][name] = torch.tensor(found["nll_student"]).double().exp().item()
             if progress:
-                progress(name, f"perplexity {result['perplexity'][name]:.4g}")
+                beside = f", KL {found['kl']:.4g}, top 1 {found['top1']:.1%}" if teacher is not None else ""
+                progress(name, f"perplexity {result['perplexity'][name]:.4g}{beside}")
     return result
 
 

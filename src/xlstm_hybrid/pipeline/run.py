@@ -289,10 +289,11 @@ class Run(Runner):
         return settings | ({"known": known["exact_match"]} if (known := self.known(name)) else {})
 
     def evaluate(self, name, model):
-        known = self.known(name)
-        return {
-            "result": evaluate(model, self.recipe, lambda what, score: self.say(name, f"{what:<12} {score}"), known)
-        }
+        def progress(what, score):
+            self.say(name, f"{what:<12} {score}")
+
+        beside = None if name == "teacher" else self.teacher
+        return {"result": evaluate(model, self.recipe, progress, self.known(name), beside)}
 
     def evaluations(self):
         """{model: what `evaluate` found}."""
@@ -426,7 +427,15 @@ def contradictions_in(evaluations):
 
 def report_scores(evaluations):
     """The part of the results that comes from evaluations; {} where there is none."""
-    scores = {name: {k: result[k] for k in ("exact_match", "perplexity")} for name, result in evaluations.items()}
+    scores = {
+        name: {k: result[k] for k in ("exact_match", "perplexity")}
+        | {
+            k: {source: a[k] for source, a in found.items()}
+            for k in ("kl", "top1")
+            if (found := result.get("agreement"))
+        }
+        for name, result in evaluations.items()
+    }
     if not scores:
         return {}
     teacher, wrong = scores.pop("teacher"), contradictions_in(evaluations)
@@ -444,6 +453,7 @@ def figures_of(results):
     figures = {
         "exact_match": student["exact_match"],
         "perplexity": student["perplexity"],
+        **{k: student[k] for k in ("kl", "top1") if k in student},
         "teacher_exact_match": results["teacher_scores"]["exact_match"],
         "teacher_perplexity": results["teacher_scores"]["perplexity"],
         **{k: verdict[k] for k in ("alpha_star", "c_0", "recovery", "resampled") if verdict.get(k) is not None},

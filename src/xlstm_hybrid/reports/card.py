@@ -247,6 +247,8 @@ def figures(directory, scored, compared, results):
         ("recovery", "recovery", percent),
         ("perplexity", "perplexity", number),
         ("teacher's perplexity", "teacher_perplexity", number),
+        ("KL to the teacher", "kl", number),
+        ("same most likely token", "top1", percent),
     )
     columns = [(label, part(scored, key), show) for label, key, show in columns if part(scored, key)]
     domains = list(dict.fromkeys(d for _, scores, _ in columns for d in scores))

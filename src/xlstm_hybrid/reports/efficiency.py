@@ -84,7 +84,9 @@ def efficiency_notes(pair):
         yield f"Energy: no figure, no round took the {MIN_ENERGY_SECONDS} s that {energy['source']} needs."
     else:
         yield f"Energy from {energy['source']}: the whole device's, whoever used it, in rounds of at least {MIN_ENERGY_SECONDS} s."
-    if all(value_of(row, "memory", name, "decode_peak_bytes") is None for row in rows for name in SIDES):
+    if all("memory" not in row for row in rows):
+        yield "Peak memory and cache: not measured."
+    elif all(value_of(row, "memory", name, "decode_peak_bytes") is None for row in rows for name in SIDES):
         yield "Peak memory: no figure, this platform has no counter of it."
     for row in rows:
         for what, why in row["absent"].items():

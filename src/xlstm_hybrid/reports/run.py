@@ -14,6 +14,11 @@ from xlstm_hybrid.reports.sections import LONG_CONTEXT, comparison_parts, cost_p
 from xlstm_hybrid.reports.text import NONE, between, c_0_and_alpha, fenced, number, percent, terminal_table
 
 TEACHER, FINAL, OTHERS = INK, BLUE, PALETTE[1:]  # the final student has a colour of its own
+# title, key of the scores, form; on held-out documents
+AGREEMENT = (
+    ("KL from the teacher to the student, nats per token", "kl", number),
+    ("Tokens at which teacher and student have the same most likely one", "top1", percent),
+)
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 
 
@@ -244,7 +249,7 @@ def write_report(results, run_dir):
         results: any of these parts; what is missing is left out of the report. "title": text.  "teacher": its name.
             "contradictions": {model: {domain: samples}}, see `scores.contradictions`: the scores are none.
             "teacher_scores": {"exact_match": {domain: share}, "perplexity": {domain: value}}. "students": {name: the
-            same form}, in the order of the stages, the final student last. "win_and_tie": {student:
+            same form, and "kl" and "top1" {source: value}}, in the order of the stages, the final student last. "win_and_tie": {student:
             `dataclasses.asdict` of a `WinAndTie`}. "alignment": {"layers": [{"layer", "before", "after"}], "curve":
             [{"step", "error": [per layer]}]}, relative squared errors. "distillation": {expert: [{"step", "loss", "ce",
             "kl"}]}, nats per token. "gates": [[mean output gate per head] per hybrid layer]. "comparison":
@@ -284,6 +289,9 @@ def report_markdown(results, pictures=()):
         parts += shown("domains.png", "win_and_tie.png")
     if len(perplexities) > 1:
         parts += ["## Perplexity", markdown_table(perplexities)]
+    for title, kind, show in AGREEMENT:
+        rows = score_rows(results, kind, show)
+        parts += [f"## {title}", markdown_table(rows)] if len(rows) > 1 else []
     far = long_context_parts(results.get(LONG_CONTEXT))
     parts += [*comparison_parts(results), *(["## Long context", *far] if far else [])]
     for title, name in (("Alignment", "alignment.png"), ("Distillation", "losses.png"), ("Output gates", "gates.png")):
