@@ -316,6 +316,27 @@ def test_decoding_with_a_draft_model_is_greedy_decoding(any_student, name):
     assert name != "near" or len(rounds) < 18  # drafts are accepted at all
 
 
+@pytest.mark.parametrize("length", [2, W, W + 1, 40])  # of the prompt: inside the window, as long, beyond it
+def test_drafts_are_greedy_decoding_whatever_the_prompt_is_long(any_student, length):
+    ids, draft = token_ids(1, length), near(any_student)
+    want = any_student.generate(ids, **GREEDY)
+    for options in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": draft}):
+        assert torch.equal(any_student.generate(ids, **options, **GREEDY), want), options
+
+
+@pytest.mark.parametrize("drafts", ["prompt", "model"])
+@torch.no_grad()
+def test_sampling_with_drafts_chooses_by_the_probabilities_of_a_model_without_a_cache(any_student, drafts):
+    # which drafted tokens are then accepted is transformers' rejection sampling
+    ids, sampling = token_ids(1, 6).repeat(1, 3), {"do_sample": True, "temperature": 0.5, "top_k": 0}
+    options = {"prompt": {"prompt_lookup_num_tokens": 4}, "model": {"assistant_model": near(any_student)}}[drafts]
+    torch.manual_seed(3)
+    out = any_student.generate(ids, **(GREEDY | sampling), **options, output_logits=True, return_dict_in_generate=True)
+    want = any_student(out.sequences, use_cache=False).logits[:, 17:-1]
+    assert not torch.equal(want.argmax(-1), out.sequences[:, 18:])  # it was sampled
+    torch.testing.assert_close(torch.stack(out.logits, 1), want.float(), atol=1e-5, rtol=1e-5)
+
+
 def test_a_student_drafts_for_a_transformer(any_student):
     main, ids = llama(), token_ids(1, 12)
     assert torch.equal(main.generate(ids, assistant_model=any_student, **GREEDY), main.generate(ids, **GREEDY))
