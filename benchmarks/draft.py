@@ -13,7 +13,8 @@ rounds: each runs all ways one after the other, prompt included, and the ratio i
 CPU it is CPU time of one thread, which other work on the machine disturbs least; on a GPU the clock.
 
 A draft pays if what is accepted in a round, and one token more, costs less than as many steps:
-n x `draft step` + `pass` < `tokens per pass`, in steps of the student. Weights that a draft step reads, as a share of those
+n x `draft step` + `pass` < `tokens per pass`, in steps of the student; `expected` is the ratio that follows from these, which
+were timed alone, for the decoding without the prompt. Weights that a draft step reads, as a share of those
 that a step of the student reads, are `draft step` where memory is what limits (GPU, one row). Source of the idea of
 drafting with one branch: arXiv 2605.01106, which accepts .68.
 """
@@ -174,13 +175,25 @@ def bench(model, ids, args):
             row |= {"draft step": 0.0 if kind == "lookup" else cost[way] / cost[name] if way in cost else None}
             part = weights_read(model, int(layers or depth), kind == "window") / weights_read(model, depth, False)
             row["weights read"] = 0.0 if kind == "lookup" else part
+            if row["draft step"] is not None:  # passes that draft cost `pass`, others a step; the prompt is left out
+                extra = guessed / n * (row["pass"] - 1) + guessed * row["draft step"]
+                row["expected"] = args.tokens / (len(drafted) + extra)
         rows.append(row)
     return rows, cost
 
 
 def show(rows):
     """A table in Markdown."""
-    columns = ["drafted at once", "acceptance", "tokens per pass", "draft step", "pass", "weights read", "ratio"]
+    columns = [
+        "drafted at once",
+        "acceptance",
+        "tokens per pass",
+        "draft step",
+        "pass",
+        "weights read",
+        "expected",
+        "ratio",
+    ]
     print("| way | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
     for row in rows:
         cells = [row.get(c) if row["way"] != "plain" or c == "ratio" else None for c in columns]

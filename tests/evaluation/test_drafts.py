@@ -84,6 +84,9 @@ def test_the_script_prints_a_table_and_writes_the_same_figures(checkpoint, monke
         row = rows[way]
         assert row["acceptance"] == row["accepted"] / row["drafted"] and 1 <= row["tokens per pass"] <= 3
         assert 0.4 < row["weights read"] < 1
+    row = rows["window"]  # what 8 tokens cost in steps: passes, each with 2 drafted, but where fewer were wanted
+    cost = (8 - row["accepted"]) + row["drafted"] * ((row["pass"] - 1) / 2 + row["draft step"])
+    assert row["expected"] == pytest.approx(8 / cost) and "expected" not in rows["early:2"]
     shown = capsys.readouterr().out
     assert f"| window | 2 | {rows['window']['acceptance']:.2f} | {rows['window']['tokens per pass']:.2f} |" in shown
 
