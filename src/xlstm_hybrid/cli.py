@@ -28,7 +28,7 @@ COMMANDS = {
         "convert": "Make a student of a teacher: weights copied, new parameters initialised.",
         "prepare": "Write the packed rows that a stage of the recipe will read.",
         "cache-teacher": "Store what a teacher says about every scored token of some rows.",
-        "calibrate": "Stage 0: set the new parameters in closed form, from the teacher's own attention.",
+        "calibrate": "Stage 0: set the new parameters in closed form, from the teacher's attention.",
         "align": "Stage I: train the new parameters against the attention that they replace.",
         "distill": "Stage II: distil one domain expert of the recipe from its teacher.",
         "on-policy": "Distil a teacher into a student on the student's own samples.",

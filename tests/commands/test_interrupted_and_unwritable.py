@@ -38,6 +38,7 @@ UNWRITABLE = {  # command: its arguments, OUT where it writes
     "convert": [[T, "OUT"]],
     "prepare": [[T, "OUT", *R]],
     "cache-teacher": [[T, SMOKE, "OUT"], [T, SMOKE, "OUT", "--processes", "2"]],
+    "calibrate": [[T, "OUT", *R]],
     "align": [[T, "OUT", *R]],
     "distill": [[T, T, "OUT", *R, "--expert", "memory"]],
     "on-policy": [[T, T, "OUT", *R, "--expert", "memory"]],

@@ -189,7 +189,7 @@ def test_a_start_without_a_manifest_a_damaged_one_and_an_unknown_expert_are_refu
 
 def test_a_launch_waits_for_another_that_makes_the_same_stage_and_keeps_its_result(recipe, both, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    for part in ("converted", "aligned"):
+    for part in ("converted", "calibrated", "aligned"):
         shutil.copytree(both[0] / part, out / part)
     (out / "stages").mkdir()
     for note in ("convert", "align"):

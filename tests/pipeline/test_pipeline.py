@@ -129,7 +129,7 @@ def test_every_stage_leaves_its_record(finished):
 def test_the_report_shows_what_was_measured(finished):
     out, results = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert set(results["students"]) == {"converted", "aligned", "expert symbols", "expert memory", "student"}
+    assert set(results["students"]) == {"converted", "calibrated", "aligned", "expert symbols", "expert memory", "student"}
     for name, scores in results["students"].items():
         verdict = win_and_tie(scores["exact_match"], results["teacher_scores"]["exact_match"])
         assert results["win_and_tie"][name]["alpha_star"] == verdict.alpha_star
@@ -262,7 +262,7 @@ def names_of(recipe, **changes):
 def test_a_run_is_a_list_of_stages_from_the_teacher_to_the_card():
     recipe = load_recipe(RECIPES / "smoke.yaml")
     trained = ["convert", "align", "distill:symbols", "distill:memory"]
-    models = ["teacher", "converted", "aligned", "expert symbols", "expert memory", "student"]
+    models = ["teacher", "converted", "calibrated", "aligned", "expert symbols", "expert memory", "student"]
     evaluated = [f"evaluate:{name}" for name in models]
     assert names_of(recipe, evaluate=None) == [*trained, "merge", "verify", "report", "card"]
     assert names_of(recipe, evaluate=SCORES) == [
@@ -290,7 +290,7 @@ def test_a_run_is_a_list_of_stages_from_the_teacher_to_the_card():
             "card",
         ]
     one = {"experts": {"all": {"code": 1.0}}, "merge": None, "on_policy": {"max_steps": 1}, "evaluate": SCORES}
-    models = ["teacher", "converted", "aligned", "student"]
+    models = ["teacher", "converted", "calibrated", "aligned", "student"]
     evaluated = [f"evaluate:{name}" for name in models]
     assert names_of(recipe, **one) == [
         "convert",

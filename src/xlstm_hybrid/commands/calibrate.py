@@ -14,7 +14,7 @@ Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens to f
 
 
 def calibrate(student: Student, out: Out, recipe: Recipe = TINY, tokens: Tokens = None, overwrite: Overwrite = False):
-    """Stage 0: set the new parameters in closed form, from the teacher's own attention.
+    """Stage 0: set the new parameters in closed form, from the teacher's attention.
 
     Layer by layer, without gradients. Interrupted, it goes on behind the last finished layer.
 

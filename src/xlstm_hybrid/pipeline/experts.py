@@ -36,7 +36,7 @@ def make_experts(recipe, out=None, only=(), start=None, redo=False, merge=False,
     run = Run(recipe, out, redo, console, start)
     if start is not None:
         verify_files(start)
-    run.make(*run.named("convert", "align"))
+    run.make(*run.named("convert", "calibrate", "align"))
     aligned, chosen = run.path(run.aligned), [name for name in recipe.experts if name in only or not only]
     before = digest(aligned / MANIFEST)
     others = from_another_start(run, before, [name for name in recipe.experts if name not in chosen])

@@ -52,6 +52,9 @@ def kept_at(out):
     for folder in (out.with_name(f"{out.name}.streaming"), *out.glob("*.streaming")):
         if groups := content(folder / "streaming.json").get("groups"):
             yield f"{len(groups)} groups of layers in {folder}"
+    for folder in (out.with_name(f".calibrating-{out.name}"), *out.glob(".calibrating-*")):
+        if layers := content(folder / "calibration.json").get("layers"):
+            yield f"{len(layers)} calibrated layers in {folder}"
 
 
 def out_of(recipe):
