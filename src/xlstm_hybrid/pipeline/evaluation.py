@@ -23,6 +23,7 @@ from xlstm_hybrid.evaluation.efficiency_checks import measure_checkpoints
 from xlstm_hybrid.evaluation.harness import CODE, Options, domains, expand, run_harness, sample_of, task_manager
 from xlstm_hybrid.evaluation.results import last_part, read_results
 from xlstm_hybrid.evaluation.scores import ExactMatch, contradictions, exact_match, perplexity
+from xlstm_hybrid.recipe.schema import resolve_path
 from xlstm_hybrid.reports.comparison import comparison_pictures, write_comparison
 from xlstm_hybrid.reports.efficiency import machine_and_versions
 
@@ -134,6 +135,8 @@ def harness_options(recipe, **more):
     recipe.
     """
     section, asked = recipe.evaluate, recipe.evaluate.get("long_context") or {}
+    if folder := section.get("include_path"):
+        more["include"] = resolve_path(recipe, folder) or recipe.path.parent / folder
     more |= {key: asked[key] for key in ("samples", "depths") if key in asked}
     more |= {key: section[key] for key in ("limit", "chat", "batch_size") if key in section}
     allowed = os.environ.get(CODE[0]) == CODE[1]
@@ -225,7 +228,8 @@ def long_context_rows(of_teacher, of_student):
 def compare_with_teacher(recipe, teacher, folder, out, units=None):
     """The verdict on the student, written into the folder `out`; None where there is nothing to compare.
 
-    Long-context tasks have no part in it: what student and teacher both fail would count as tied.
+    Long-context tasks have no part in it: what student and teacher both fail would count as tied. Nor have those of which
+    only less is better, bits per byte.
 
     Args:
         folder: `evaluation` of the run.  units: of the teacher, what `run_lm_eval` returned; None compares the run's
@@ -242,6 +246,7 @@ def compare_with_teacher(recipe, teacher, folder, out, units=None):
     (its,), (mine,) = (read_results(path) for path in paths)
     its.name, mine.name = last_part(teacher), "student"
     chosen = [task for task in its.scores if tasks_of is None or task in tasks_of]
+    chosen = [task for task in chosen if set(its.scores[task]) - set(its.smaller.get(task, ()))]
     if not chosen:
         return None
     found = compare(its, [mine], alpha=recipe.evaluate.get("alpha", 0.0), tasks=chosen)

@@ -126,7 +126,8 @@ class Recipe:
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
         held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
         harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
-        "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+        "depths"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}; "include_path", a folder with
+        further task files for "harness" (relative to the recipe).
     """
 
     name: str
@@ -182,6 +183,7 @@ DATA_OPTIONS = {"shuffle_buffer": (int, 1, math.inf), "held_out": (float, 0, 0.5
 EVALUATE = ({"examples", "text_chunks", "batch_size"}, {"documents", "batch_size"})  # keys of its two kinds
 # of teacher and student only
 FINAL = {"harness": list, "limit": int, "chat": bool, "long_context": dict, "alpha": (int, float), "efficiency": dict}
+FINAL |= {"include_path": str}
 LONG_CONTEXT = {"lengths": list, "kinds": list, "samples": int, "depths": int}
 EFFICIENCY = {"lengths": list, "contexts": list, "batches": list, "rounds": int, "steps": int, "cache": str}
 OPTIONAL = {"merge", "evaluate", "on_policy", "revision", "teacher_dtype", "seed"}
@@ -306,6 +308,8 @@ def evaluate_faults(section):
         wrong.append(f"evaluate.harness={names!r}: expected {expected}")
     if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
         wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
+    if "include_path" in section and "harness" not in section:
+        wrong.append("evaluate: include_path without harness; name the tasks that it holds, or leave it out")
     return wrong
 
 
