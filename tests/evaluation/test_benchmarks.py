@@ -18,7 +18,15 @@ from xlstm_hybrid.checkpoint.files import read_json
 from xlstm_hybrid.cli import app
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError
-from xlstm_hybrid.evaluation.benchmarks import MANIFEST, TASKS, bits_per_byte, passes, same_answer, write_benchmarks
+from xlstm_hybrid.evaluation.benchmarks import (
+    MANIFEST,
+    TASKS,
+    bits_per_byte,
+    last_word,
+    passes,
+    same_answer,
+    write_benchmarks,
+)
 from xlstm_hybrid.evaluation.comparison import compare
 from xlstm_hybrid.evaluation.harness import SUITES, Options, expand, run_harness, task_manager
 from xlstm_hybrid.evaluation.results import Results, read_results
@@ -276,8 +284,9 @@ def test_documents_stand_in_an_order_drawn_once(installed, written, tmp_path):
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_answer():
-    found = bits_per_byte({"text": " né"}, [(-8 * math.log(2), True)])  # a space, n, and two bytes
-    assert found == {"bits_per_byte": pytest.approx(2.0), "acc": 1.0}
+    answer, found = {"text": " né"}, [(-8 * math.log(2), True)]  # a space, n, and two bytes
+    assert bits_per_byte(answer, found) == {"bits_per_byte": pytest.approx(2.0)}
+    assert last_word(answer, found) == {"bits_per_byte": pytest.approx(2.0), "acc": 1.0}
 
 
 @pytest.fixture(scope="module")
