@@ -50,6 +50,7 @@ UNWRITABLE = {  # command: its arguments, OUT where it writes
     "verify": [[T, "--json", "OUT"]],
     "evaluate": [[T, *R, "--out", "OUT"]],
     "harness": [[T, "--tasks", "needle_1k", "--out", "OUT"]],
+    "benchmarks": [["OUT"]],
     "compare": [["a", "b", "--out", "OUT"], ["a", "b", "--record", "b=OUT"]],
     "efficiency": [[T, T, "--out", "OUT"], [T, "OUT", "--out", "new", "--record"]],
     "export": [[T, "OUT"]],

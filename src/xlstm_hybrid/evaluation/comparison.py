@@ -227,6 +227,12 @@ def compare(
         notes.append(
             f"long-context tasks stay out of the win-and-tie rate: {', '.join(far)}; compare them by name, with --tasks"
         )
+    small = [
+        t for t in chosen if tasks is None and all(not set(s.scores[t]) - set(s.smaller.get(t, ())) for s in sides)
+    ]
+    if small and len(small) < len(chosen):
+        chosen = [task for task in chosen if task not in small]
+        notes.append(f"less is better, so that they have no part in the win-and-tie rate: {', '.join(small)}")
     used = {task: choose_metric(task, sides, (metrics or {}).get(task)) for task in chosen}
     chance, smaller = {}, []
     wrong += [f"{task} is asked for by metric, but is not compared" for task in metrics or {} if task not in used]

@@ -275,10 +275,15 @@ def task_manager(units, source, options):
     if one is asked for.
 
     Raises:
-        EvaluationError: tasks that nobody knows, all of them.
+        EvaluationError: tasks that nobody knows, all of them; no such folder of task files; documents that are not there.
     """
     from lm_eval.tasks import TaskManager
 
+    if options.include and not Path(options.include).is_dir():
+        raise EvaluationError(
+            f"{options.include}: no such folder of task files; `xlstm-hybrid benchmarks FOLDER` writes one, or correct --include "
+            "(include_path in a recipe)"
+        )
     paths = [str(TASKS), *([str(options.include)] if options.include else [])]
     ours = TaskManager(include_path=paths, include_defaults=False)
     builtin = [u for u in units if not u.kind and u.name not in ours.all_tasks]
@@ -288,6 +293,14 @@ def task_manager(units, source, options):
         if set(unknown) & set(REAL):
             step = "`xlstm-hybrid benchmarks FOLDER` writes those of this package, --include FOLDER adds them (include_path in a recipe)"
         raise EvaluationError(f"{', '.join(unknown)}: lm-eval knows no such task; {step}")
+    for name in [u.name for u in units if not u.kind]:
+        files = ((every.task_index[name].cfg or {}).get("dataset_kwargs") or {}).get("data_files")
+        for file in files.values() if isinstance(files, dict) else ():
+            if isinstance(file, str) and Path(file).is_absolute() and "*" not in file and not Path(file).is_file():
+                raise EvaluationError(
+                    f"{name}: its documents are not at {file}; was the folder moved? Write it again with `xlstm-hybrid benchmarks`, "
+                    f"or correct data_files in {name}.yaml"
+                )
 
     def manager(unit):
         if not unit.kind:

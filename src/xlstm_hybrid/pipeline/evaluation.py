@@ -160,6 +160,8 @@ def harness_options(recipe, **more):
     more |= {key: asked[key] for key in ("samples", "depths", "hops") if key in asked}
     if "haystack" in asked:  # relative to the recipe, as its other paths
         more["haystack"] = resolve_path(recipe, asked["haystack"]) or Path(asked["haystack"])
+    if folder := section.get("include_path"):
+        more["include"] = resolve_path(recipe, folder) or recipe.path.parent / folder
     more |= {key: section[key] for key in ("limit", "chat", "batch_size") if key in section}
     allowed = os.environ.get(CODE[0]) == CODE[1]
     return Options(seed=recipe.seed, allow_code=allowed, dtype=recipe.teacher_dtype, **more)
@@ -252,7 +254,8 @@ def long_context_rows(of_teacher, of_student):
 def compare_with_teacher(recipe, teacher, folder, out, units=None):
     """The verdict on the student, written into the folder `out`; None where there is nothing to compare.
 
-    Long-context tasks have no part in it: what student and teacher both fail would count as tied.
+    Long-context tasks have no part in it: what student and teacher both fail would count as tied. Nor have those of which
+    only less is better, bits per byte.
 
     Args:
         folder: `evaluation` of the run.  units: of the teacher, what `run_lm_eval` returned; None compares the run's
@@ -269,6 +272,7 @@ def compare_with_teacher(recipe, teacher, folder, out, units=None):
     (its,), (mine,) = (read_results(path) for path in paths)
     its.name, mine.name = last_part(teacher), "student"
     chosen = [task for task in its.scores if tasks_of is None or task in tasks_of]
+    chosen = [task for task in chosen if set(its.scores[task]) - set(its.smaller.get(task, ()))]
     if not chosen:
         return None
     found = compare(its, [mine], alpha=recipe.evaluate.get("alpha", 0.0), tasks=chosen)

@@ -137,7 +137,8 @@ class Recipe:
     evaluate: {"examples", "text_chunks", "batch_size"} for the domains of `tasks`, {"documents", "batch_size"} for
         held-out documents of the sources, or None. For teacher and final student also: "harness" [names of the command
         harness], "limit" (first documents of each), "chat", "long_context" {"lengths", and "kinds", "samples",
-        "depths", "haystack", "hops"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}.
+        "depths", "haystack", "hops"}, "alpha" of the comparison, "efficiency" {fields of `efficiency.Settings`}; "include_path", a folder with
+        further task files for "harness" (relative to the recipe).
     """
 
     name: str
@@ -357,6 +358,8 @@ def evaluate_faults(section):
         wrong.append(f"evaluate.harness={names!r}: expected {expected}")
     if not {"harness", "long_context"} & set(section) and (idle := sorted({"limit", "chat", "alpha"} & set(section))):
         wrong.append(f"evaluate: {idle} without harness or long_context; name what they are for, or leave them out")
+    if "include_path" in section and "harness" not in section:
+        wrong.append("evaluate: include_path without harness; name the tasks that it holds, or leave it out")
     return wrong
 
 
