@@ -129,7 +129,14 @@ def test_every_stage_leaves_its_record(finished):
 def test_the_report_shows_what_was_measured(finished):
     out, results = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert set(results["students"]) == {"converted", "calibrated", "aligned", "expert symbols", "expert memory", "student"}
+    assert set(results["students"]) == {
+        "converted",
+        "calibrated",
+        "aligned",
+        "expert symbols",
+        "expert memory",
+        "student",
+    }
     for name, scores in results["students"].items():
         verdict = win_and_tie(scores["exact_match"], results["teacher_scores"]["exact_match"])
         assert results["win_and_tie"][name]["alpha_star"] == verdict.alpha_star
