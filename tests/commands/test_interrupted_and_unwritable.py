@@ -191,7 +191,10 @@ def test_run_names_its_finished_stages(recipe, tmp_path, monkeypatch):
 
     patched(monkeypatch, run, "distill")
     again = "Start the same command again to go on"
-    assert said(call("run", recipe)) == f"interrupted; finished and kept: convert, calibrate, align in {tmp_path / 'run'}. {again}"
+    assert (
+        said(call("run", recipe))
+        == f"interrupted; finished and kept: convert, calibrate, align in {tmp_path / 'run'}. {again}"
+    )
     assert not list(tmp_path.rglob(".*"))
     monkeypatch.undo()
     patched(monkeypatch, run, "multi_teacher")

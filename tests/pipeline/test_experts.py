@@ -90,7 +90,7 @@ def test_experts_of_several_launches_have_one_start_and_their_own_record(recipe,
     assert list(found) == ["symbols", "memory"] and found["memory"] == out / "experts" / "memory"
     for name, directory in found.items():
         record = read_provenance(directory)[-1]
-        assert [s["stage"] for s in read_provenance(directory)] == ["convert", "align", f"distill:{name}"]
+        assert [s["stage"] for s in read_provenance(directory)] == ["convert", "calibrate", "align", f"distill:{name}"]
         assert record["parent_manifest"] == digest(out / "aligned" / MANIFEST) and record["parent"] == "aligned"
         assert record["data"] == recipe.experts[name] and record["config"] == recipe.distill | {"seed": recipe.seed}
     assert any(not torch.equal(x, weights(found["memory"])[key]) for key, x in weights(found["symbols"]).items())
@@ -192,7 +192,7 @@ def test_a_launch_waits_for_another_that_makes_the_same_stage_and_keeps_its_resu
     for part in ("converted", "calibrated", "aligned"):
         shutil.copytree(both[0] / part, out / part)
     (out / "stages").mkdir()
-    for note in ("convert", "align"):
+    for note in ("convert", "calibrate", "align"):
         shutil.copy(both[0] / "stages" / f"{note}.json", out / "stages")
     lock, waits = out / "stages" / ".claim-distill-memory", []
     lock.write_text(owner(os.getppid()))  # a process that lives

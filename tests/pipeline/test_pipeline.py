@@ -112,6 +112,7 @@ def test_every_stage_leaves_its_record(finished):
     found = [s["stage"] for s in read_provenance(out / "student")]
     assert found == [
         "convert",
+        "calibrate",
         "align",
         "distill:symbols",
         "distill:memory",
@@ -268,7 +269,7 @@ def names_of(recipe, **changes):
 
 def test_a_run_is_a_list_of_stages_from_the_teacher_to_the_card():
     recipe = load_recipe(RECIPES / "smoke.yaml")
-    trained = ["convert", "align", "distill:symbols", "distill:memory"]
+    trained = ["convert", "calibrate", "align", "distill:symbols", "distill:memory"]
     models = ["teacher", "converted", "calibrated", "aligned", "expert symbols", "expert memory", "student"]
     evaluated = [f"evaluate:{name}" for name in models]
     assert names_of(recipe, evaluate=None) == [*trained, "merge", "verify", "report", "card"]
@@ -301,6 +302,7 @@ def test_a_run_is_a_list_of_stages_from_the_teacher_to_the_card():
     evaluated = [f"evaluate:{name}" for name in models]
     assert names_of(recipe, **one) == [
         "convert",
+        "calibrate",
         "align",
         "distill:all",
         "on-policy:all",
@@ -625,6 +627,7 @@ def test_a_student_learns_from_its_own_samples_as_a_stage_of_a_run(tmp_path):
     Run(load_recipe(path), out, console=Console(file=open(tmp_path / "console.txt", "w"))).run()  # noqa: SIM115
     assert [s["stage"] for s in read_provenance(out / "student")] == [
         "convert",
+        "calibrate",
         "align",
         "distill:memory",
         "on-policy:memory",

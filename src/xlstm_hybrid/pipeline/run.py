@@ -51,7 +51,7 @@ from xlstm_hybrid.reports.run import score_table, write_report
 from xlstm_hybrid.reports.sections import time_rows
 from xlstm_hybrid.reports.text import terminal_table
 
-NO_STAGE_I = "No stage I (align.max_steps is 0): stage II began with the converted student, whose memory is untrained."
+NO_STAGE_I = "No stage I (align.max_steps is 0): stage II began with the {} student."
 # What a student passes before anything is scored
 CHECKS = {*GENERATION, "cached decoding = uncached", "left padding, beside another row = none"}
 
@@ -360,7 +360,7 @@ class Run(Runner):
     def against_the_teacher(self):
         """The parts of the results that lm-eval, the comparison and the efficiency report bring."""
         section = self.recipe.evaluate or {}
-        notes = [NO_STAGE_I] * ("aligned" not in self.models)
+        notes = [] if self.recipe.align["max_steps"] else [NO_STAGE_I.format(self.path(self.aligned).name)]
         notes += [MISSING] * (bool(units_of(section)) and not harness_installed())
         found = {"notes": notes} if notes else {}
         if "harness:student" in self.outcomes:
