@@ -5,8 +5,8 @@
 
 Every run begins with the converted student of the recipe's teacher, on the CPU in float32. A run is a start and the
 learning rate of stage I, "plain:0.01" or "calibrated:0.003"; both read the same rows for a seed. What is measured is
-written after each run, and a run that is in the file is not made again. `--ablate` measures stage 0 alone, with one part
-of it changed at a time. The figure is beside the file.
+written after each run, and a run that is in the file is not made again. `--ablate` measures stage 0 alone: what its parts
+are worth one after the other, and tokens. The figure is beside the file.
 """
 
 import argparse
@@ -33,40 +33,79 @@ from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, m
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of stage I's steps, after which the error is measured
+TOKENS = (2048, 8192, 32768)  # that stage 0 is fitted to
 RUNS = ("plain:0.01", "calibrated:0.01", "calibrated:0.005", "calibrated:0.003")
 QUIET = {"disable_tqdm": True, "bf16": False, "logging_steps": 50, "save_strategy": "no", "report_to": "none"}
 
 
-def constant_gates(self):
-    """The best constant output gate in the place of the ridge."""
-    self.mixer.ogate_weight.zero_()
-    self.mixer.ogate_bias.copy_(torch.logit(self.constant_gate()[1].clamp(3e-4, 0.98)))
+GATES = {"ridge": {}, "ridge .005": {"GATE_RIDGE": 0.005}, "ridge .5": {"GATE_RIDGE": 0.5}}
+GATES |= {"1 step": {"GATE_STEPS": 1}, "2 steps": {"GATE_STEPS": 2}}
 
 
-def identity_maps(self):
-    """Scaled identities in the place of centroids."""
-    start = self.mixer.first_map().to(self.mixer.q_map).expand_as(self.mixer.q_map)
-    scales = calibration.START_SCALES
-    yield from ({"q_map": q * start, "k_map": k * start} for q in scales for k in scales)
+class Parts(calibration.Calibration):
+    """What each part of stage 0 is worth: relative errors on the held-out batches, heads that are worse than their window
+    counted as the window.
+    """
 
+    def run(self):
+        mixer, longest = self.mixer, self.mixer.forget_bias().max()
+        target = sum(seen.target for seen in self.held_out)
+        alone = sum(calibration.per_head(seen.missing.square()) for seen in self.held_out)
+        found = {"window": (alone.sum() / target).item()}
 
-# name: {name in the module, or of `Calibration`'s method: what stands in its place}
-PARTS = {
-    "as it is": {},
-    "identity maps": {"feature_maps": identity_maps},
-    "constant gate": {"fit_gate": constant_gates},
-    "no shorter time constants": {"WINDOWS": ()},
-    "sharpness 2": {"SHARPNESS": (2.0,)},
-    "sharpness 8": {"SHARPNESS": (8.0,)},
-    "sharpness 1, 2, 4, 8": {"SHARPNESS": (1.0, 2.0, 4.0, 8.0)},
-    "query scale 1": {"QUERY_SCALES": (1.0,)},
-    "query scale .5": {"QUERY_SCALES": (0.5,)},
-    "1 gate step": {"GATE_STEPS": 1},
-    "2 gate steps": {"GATE_STEPS": 2},
-    "ridge .005": {"GATE_RIDGE": 0.005},
-    "ridge .5": {"GATE_RIDGE": 0.5},
-    "2 k-means steps": {"KMEANS_STEPS": 2},
-}
+        def note(name, constant=True):
+            if constant:
+                mixer.ogate_weight.zero_()
+                mixer.ogate_bias.copy_(torch.logit(self.constant_gate()[1].clamp(3e-4, 0.98)))
+            found[name] = (torch.minimum(self.error(self.held_out), alone).sum() / target).item()
+
+        start, scales = mixer.first_map().expand_as(mixer.q_map), calibration.START_SCALES
+        self.choose([{"q_map": q * start, "k_map": k * start} for q in scales for k in scales])
+        note("identity maps")
+        candidates = list(self.feature_maps())
+        pairs = [(q, b) for q in calibration.QUERY_SCALES for b in calibration.SHARPNESS]
+        for (q, b), candidate in zip(pairs, candidates, strict=True):
+            self.choose([candidate])
+            note(f"centroids: query scale {q}, sharpness {b}")
+        self.choose(candidates)
+        note("centroids: the best for each head")
+        mixer.igate_weight.zero_()
+        mixer.fgate_weight.zero_()
+        self.choose([{"fgate_bias": longest.expand_as(mixer.fgate_bias)}])
+        note("longest time constant")
+        chosen = self.choose(self.time_constants()).tolist()
+        note("time constants: the best for each head")
+        for name, changes in GATES.items():
+            own = {key: getattr(calibration, key) for key in changes}
+            vars(calibration).update(changes)
+            self.fit_gate()
+            vars(calibration).update(own)
+            note(f"gate: {name}", constant=False)
+        self.fit_gate()
+        found["linear map before W_o"] = (self.corrected() / target).item()
+        found["heads of a shorter time constant"] = sum(choice > 0 for choice in chosen) / len(chosen)
+        return found
+
+    def corrected(self, ridge=1e-2):
+        """Squared error on the held-out batches after a [V, V] map of each head's mix, by ridge from the identity."""
+        gram = cross = 0
+        for seen in self.fitted:
+            mixed, wanted = self.mixed(seen)
+            gram = gram + torch.einsum("nhv,nhw->hvw", mixed, mixed)
+            cross = cross + torch.einsum("nhv,nhw->hvw", mixed, wanted - mixed)
+        size = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
+        change = torch.linalg.solve(gram + torch.diag_embed(size[:, None].expand(-1, gram.shape[-1])), cross)
+        total = 0
+        for seen in self.held_out:
+            mixed, wanted = self.mixed(seen)
+            total = total + (wanted - mixed - torch.einsum("nhv,hvw->nhw", mixed, change)).square().sum()
+        return total
+
+    def mixed(self, seen):
+        """`(mix, the teacher's attention)` at the real tokens, each [n, H, V]."""
+        memory, o = self.memory(seen)
+        mixed = seen.window + o[..., None] * (memory - seen.window)
+        return (x[seen.tokens.real].double() for x in (mixed, seen.window + seen.missing))
 
 
 class Bench:
@@ -82,12 +121,12 @@ class Bench:
         return XLSTMHybridForCausalLM.from_teacher(self.teacher, **self.recipe.student).eval()
 
     def calibrated(self, model, seed, tokens=None):
-        """Calibrate in place; returns CPU seconds."""
+        """Calibrate in place; `(CPU seconds, figures by layer)`."""
         recipe, start = self.seeded(seed), time.process_time()
         count = max(4, -(-(tokens or calibration_tokens(recipe)) // recipe.length))
         parts = (packed_rows(recipe, self.tokenizer, n, test=t) for n, t in ((count, False), (-(-count // 4), True)))
-        calibration.calibrate_model(model, *(without_labels(batches_of(rows, 16)) for rows in parts))
-        return round(time.process_time() - start, 2)
+        figures = calibration.calibrate_model(model, *(without_labels(batches_of(rows, 16)) for rows in parts))
+        return round(time.process_time() - start, 2), figures
 
     def seeded(self, seed):
         return replace(self.recipe, seed=self.recipe.seed + 1000 * seed)
@@ -137,7 +176,7 @@ class Bench:
     def run(self, start, rate, seed, stage_two, examples):
         model, result = self.student(), {"seconds": 0.0}
         if start == "calibrated":
-            result["seconds"] = self.calibrated(model, seed)
+            result["seconds"], _ = self.calibrated(model, seed)
         cpu = time.process_time()
         result["curve"] = self.align(model, seed, learning_rate=rate)
         result["align_seconds"] = round(time.process_time() - cpu, 2)
@@ -146,22 +185,20 @@ class Bench:
             result["distilled"] = self.scores(self.distill(model, seed, stage_two), examples)
         return result
 
-    def ablation(self, changes, seed, tokens=None):
-        """`(held-out error, seconds)` of stage 0 with something in the place of a part of it."""
-        own = {name: getattr(place_of(name), name) for name in changes}
+    def parts(self, seed):
+        """{part: mean error over the layers}, see `Parts`."""
+        own, calibration.Calibration = calibration.Calibration, Parts
         try:
-            for name, value in changes.items():
-                setattr(place_of(name), name, value)
-            model = self.student()
-            seconds = self.calibrated(model, seed, tokens)
+            layers = list(self.calibrated(self.student(), seed)[1].values())
         finally:
-            for name, value in own.items():
-                setattr(place_of(name), name, value)
+            calibration.Calibration = own
+        return {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+
+    def tokens(self, seed, count):
+        """Held-out error of stage 0 on so many tokens, and its CPU seconds."""
+        model = self.student()
+        seconds, _ = self.calibrated(model, seed, count)
         return {"error": self.error(model), "seconds": seconds}
-
-
-def place_of(name):
-    return calibration.Calibration if hasattr(calibration.Calibration, name) else calibration
 
 
 def needed(curve, error):
@@ -223,14 +260,12 @@ def main():
         write_json(options.out, results)
 
     if options.ablate:
-        jobs = [(name, changes, None) for name, changes in PARTS.items()]
-        jobs += [(f"{tokens} tokens", {}, tokens) for tokens in (2048, 32768)]
-        for seed in options.seeds:
-            for name, changes, tokens in jobs:
-                place = results["ablations"].setdefault(name, {})
-                if str(seed) not in place:
-                    place[str(seed)] = bench.ablation(changes, seed, tokens)
-                    print(f"{name}, seed {seed}: {place[str(seed)]}", flush=True)
+        for seed in map(str, options.seeds):
+            for name in ("parts", *TOKENS):
+                place = results["ablations"].setdefault(str(name), {})
+                if seed not in place:
+                    place[seed] = bench.parts(int(seed)) if name == "parts" else bench.tokens(int(seed), name)
+                    print(f"{name}, seed {seed}: {place[seed]}", flush=True)
                     save()
         return
     for seed in options.seeds:
