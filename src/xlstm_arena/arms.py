@@ -18,9 +18,13 @@ from xlstm_hybrid.recipe.merge_settings import METHODS, NEED_STATISTICS, is_numb
 from xlstm_hybrid.recipe.schema import NAME, SHIPPED, read_yaml
 
 # of each kind of student, in their order
-STAGES = {"hybrid": ("align", "distill", "delta", "on_policy"), "distil": ("delta",)}
+STAGES = {"hybrid": ("calibrate", "align", "distill", "delta", "on_policy"), "distil": ("delta",)}
 DEFAULT_STAGES = {"hybrid": ("align", "distill"), "distil": ("delta",)}
-TRAINED = ("align", "distill", "on_policy", "delta")  # sections of the trainers' settings
+TRAINED = ("calibrate", "align", "distill", "on_policy", "delta")  # sections of the stages' settings
+CALIBRATED = {
+    "max_steps",
+    "per_device_train_batch_size",
+}  # keys of stage 0: batches that it is fitted to, and their rows
 ROWS = {"length": (1, 2**20), "recall_share": (0, 1)}  # keys of `data`; a section of a stage may have them as well
 EVALUATE = {"lengths": list, "rows": int, "tokens": int, "batch_tokens": int, "short_rows": int, "text_rows": int}
 KEPT_BY = ("ablate", "add", "greedy", "worst")
@@ -48,6 +52,7 @@ class Arm:
     data: {"length", "recall_share"} of the rows of every stage.
     stages: those that are run, in order; none: the student is evaluated as it was converted. With `start` they have to
     be named.
+    calibrate: CALIBRATED, and `length`, `recall_share`; a quarter as many rows are held out.
     align, distill, on_policy, delta: fields of the trainers' configs, and `length`, `recall_share` where a stage has
     its own.
     lora: options of `adapters.lora_config` (targets, r, ...) for stage II.
@@ -73,6 +78,7 @@ class Arm:
     keep: dict | None = None
     data: dict = field(default_factory=dict)
     stages: list | None = None
+    calibrate: dict = field(default_factory=dict)
     align: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
     on_policy: dict = field(default_factory=dict)
@@ -120,6 +126,7 @@ class Arena:
     data: dict
     evaluate: dict
     arms: dict
+    calibrate: dict = field(default_factory=dict)
     align: dict = field(default_factory=dict)
     distill: dict = field(default_factory=dict)
     on_policy: dict = field(default_factory=dict)
@@ -333,6 +340,8 @@ def combined_faults(arena):
                 wrong.append(f"{where}.{stage}.max_steps={steps!r}: expected a number of steps, here or in the setting")
             elif stage in ("distill", *(arm.expert_stages or ())) and arm.experts and steps % len(arm.experts):
                 wrong.append(f"{where}: {steps} steps are not {len(arm.experts)} equal parts, one for each expert")
+            if stage == "calibrate" and (odd := sorted(set(given) - CALIBRATED)):
+                wrong.append(f"{where}.calibrate: unknown keys {odd}, expected some of {sorted({*CALIBRATED, *ROWS})}")
     return wrong
 
 

@@ -177,7 +177,7 @@ def check_trainer_settings(arena, arms):
     for name in arms:
         arm = arm_of(arena, name)
         training = Training(arena, arm, next(iter(arena.teachers)), 0, Path(".tmp-arena-check"), None)
-        for stage in arm.every_stage:
+        for stage in (stage for stage in arm.every_stage if stage != "calibrate"):  # that has no trainer
             mark = hashed([stage, arena.settings(arm, stage)[0]])
             try:
                 if mark not in seen:

@@ -29,6 +29,7 @@ from xlstm_hybrid.pipeline.settings import batch_of, trainer_config
 from xlstm_hybrid.planning.layers import keep_groups, rank_groups, set_kept_groups
 from xlstm_hybrid.recipe.merge_settings import NEED_BASE
 from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment
+from xlstm_hybrid.training.calibration import calibrate_model
 from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 from xlstm_hybrid.training.on_policy import OnPolicyKDConfig, OnPolicyKDTrainer
 
@@ -37,7 +38,17 @@ FACTS = "arena.json"  # in a student's directory: what its training cost and wha
 OURS = {"bf16": False, "disable_tqdm": True, "logging_steps": 25}  # an arm may say otherwise
 HELD_OUT_ROWS = 8  # on which an alignment is measured
 # rows of stages and tests come from seeds of their own
-SEEDS = {"align": 1, "distill": 2, "on_policy": 3, "delta": 2, "held out": 8, "ranking": 7, "test": 9}
+SEEDS = {
+    "calibrate": 5,
+    "closing": 6,
+    "align": 1,
+    "distill": 2,
+    "on_policy": 3,
+    "delta": 2,
+    "held out": 8,
+    "ranking": 7,
+    "test": 9,
+}
 RANKING = {"length": 512, "rows": 16}  # on which KV groups are ranked
 LOGGED = ("loss", "ce", "kl", "divergence", "nll", "frobenius", "top1_agreement", "kept_mass")
 LOGGED = (*LOGGED, "completions/mean_length")
@@ -131,6 +142,21 @@ class Training:
         from datasets import Dataset
 
         return {"train_dataset": Dataset.from_list(rows), "data_collator": collate, "processing_class": tokenizer()}
+
+    def calibrate(self, model):
+        """Stage 0: the new parameters in closed form."""
+        given, _ = self.arena.settings(self.arm, "calibrate")
+        rows = self.rows_of("calibrate")
+        length, size = len(rows[0]["input_ids"]), given.get("per_device_train_batch_size", 8)
+        held_out = data.rows(seed_for(self.seed, "closing"), length, -(-len(rows) // 4))
+        with self.timed("calibrate", length * len(rows)):
+            parts = (
+                [{"input_ids": collate(x[n : n + size])["input_ids"]} for n in range(0, len(x), size)]
+                for x in (rows, held_out)
+            )
+            figures = calibrate_model(model, *parts)
+            self.facts["figures"]["calibrate"] = {"relative_error": [{"layer": n, **x} for n, x in figures.items()]}
+        return model
 
     def align(self, model):
         args, rows = self.args_of("align"), self.rows_of("align")

@@ -92,6 +92,11 @@ def minute(tmp_path_factory):
             "3 steps are not 2 equal parts",
         ),
         ({"arms": {"a": {"kind": "distil"}}}, "delta.max_steps=None"),
+        ({"arms": {"a": {"stages": ["calibrate"]}}}, "calibrate.max_steps=None"),
+        (
+            {"arms": {"a": {"stages": ["calibrate"], "calibrate": {"max_steps": 1, "learning_rate": 1}}}},
+            r"a.calibrate: unknown keys \['learning_rate'\]",
+        ),
         ({"arms": {"a": {"delta": {"max_steps": 3}}}}, "delta: settings of a stage that it does not run"),
         ({"data": {"length": 48, "recall_share": 1.5}}, "recall_share=1.5: expected 0 to 1"),
         ({"arms": {"a": {"keep": {"groups": 0, "by": "ablate"}}}}, "keep=.*expected groups"),
@@ -130,7 +135,7 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
     usual, more = arena.tokens(arena.arms["hybrid"]), arena.tokens(arena.arms["on-policy"])
     steps = {
         stage: getattr(arena, stage)["max_steps"] * getattr(arena, stage)["per_device_train_batch_size"]
-        for stage in ("align", "distill", "on_policy")
+        for stage in ("calibrate", "align", "distill", "on_policy")
     }
     assert (usual, more) == (
         (steps["align"] + steps["distill"]) * arena.data["length"],
@@ -141,7 +146,9 @@ def test_the_shipped_arms_read_equal_tokens_unless_they_say_so():
     begun = {arm.start for arm in arena.arms.values()} - {"hybrid"}  # half a way: other arms go on from them
     others = {name: tokens for name, tokens in whole.items() if tokens != usual and name not in begun}
     extended = {"on-policy", "on-policy-jsd", "off-policy", "experts-on-policy"}
-    assert others == {"window-untrained": 0} | dict.fromkeys(extended, usual + more)
+    half = {"aligned": steps["align"], "calibrated-aligned": steps["align"], "calibrated-alone": steps["calibrate"]}
+    half = {name: rows * arena.data["length"] for name, rows in half.items()}
+    assert others == {"window-untrained": 0} | half | dict.fromkeys(extended, usual + more)
     assert 12 <= sum(arm.tier == 1 for arm in arena.arms.values()) <= 20 and list(arena.arms)[0] == "hybrid"
 
 
@@ -161,6 +168,17 @@ def test_every_arm_reads_the_same_rows_for_a_seed_and_other_ones_for_another(min
     assert rows("a", 0, "distill") == rows("b", 0, "distill") and len(rows("a", 0, "distill")) == 8
     assert rows("a", 0, "distill") != rows("a", 1, "distill") and rows("a", 0, "distill") != rows("a", 0, "align")
     assert rows("a", 0, "distill") != rows("c", 0, "distill")
+
+
+def test_stage_0_is_a_stage_of_an_arm(minute, tmp_path):
+    """The student is no worse than its window; a shut gate leaks three parts in ten thousand."""
+    stage = {"calibrate": {"max_steps": 2, "per_device_train_batch_size": 4}}
+    arena = arena_of(minute, **stage, arms={"a": {"stages": ["calibrate"]}})
+    facts = Training(arena, arena.arms["a"], "llama", 0, tmp_path / "work", None, lambda line: None).run(tmp_path / "a")
+    (layer,) = facts["figures"]["calibrate"]["relative_error"]
+    assert facts["tokens"] == {"calibrate": 2 * 4 * 48} and layer["after"] <= 1.01 * layer["window"]
+    mixer = load_float32(tmp_path / "a").model.layers[0].self_attn.mlstm
+    assert mixer.igate_weight.abs().sum() == 0 and mixer.ogate_bias.isfinite().all()
 
 
 # --- runner ------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_at_the_layer_it_was_at(where, checkpoint, joint, t
 
 def test_a_work_directory_of_another_run_is_refused(checkpoint, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "write_aligned", lambda *a: (_ for _ in ()).throw(Killed))
+        patch.setattr(streaming, "write_trained", lambda *a: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             streamed(checkpoint, tmp_path, 4)
     with pytest.raises(ConfigError, match="belongs to another run: learning_rate was 0.03, is 0.02"):

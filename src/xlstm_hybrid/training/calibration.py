@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from xlstm_hybrid.checkpoint.digests import require_intact
+from xlstm_hybrid.checkpoint.digests import require_intact, weights_hash
 from xlstm_hybrid.checkpoint.files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -60,7 +60,7 @@ QUERY_SCALES = (0.5, 1.0)  # of the queries' exponents: below 1 where the centro
 START_SCALES = (0.25, 1.0, 4.0)  # of the maps that a mixer begins with, where a map has no centroids
 WINDOWS = (4, 16)  # time constants that are tried, in windows
 CLOSED = -8.0  # bias of a closed output gate: three parts in ten thousand of the memory, and Adam can open it
-KMEANS_STEPS, GATE_STEPS, GATE_RIDGE = 8, 4, 0.05
+KMEANS_STEPS, GATE_STEPS, GATE_RIDGE, GATE_BOUND = 8, 4, 0.05, 2.0
 WANTED = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
 PROGRESS = "calibration.json"
 
@@ -83,7 +83,7 @@ class Seen:
 
     x: input of the attention, [B, T, D].  projected: of `HybridAttention.project`.  tokens: `Tokens`.
     window: what the window gives, [B, T, H, V].  missing: the teacher's attention minus that, 0 where nothing counts.
-    target: [H] sum of squares of the teacher's attention.  received: attention that each key receives from beyond the
+    target: sum of squares of the teacher's attention, kept groups included.  received: attention that each key receives from beyond the
     window, [B, H, T].
     """
 
@@ -111,14 +111,16 @@ def observe(layer, x, position_embeddings, tokens, mask, teacher_mask, position_
     following = layer.finish(states, attention.o_proj(target.flatten(-2)))
     if not isinstance(getattr(attention, "mlstm", None), MLSTMMixer):
         return None, following
+    real = tokens.real[..., None, None]
+    target = torch.where(real, target.float(), 0.0)
+    squares = target.square().sum(dtype=torch.float64)
     if attention.split is not None:
         target = attention.split.take(target, False, 2, attention.num_key_value_groups)
         projected = attention.split.projected(projected, kept=False)
     window, _ = attention.window(*projected[:3], tokens, mask)
-    real = tokens.real[..., None, None]
-    target, window = torch.where(real, target.float(), 0.0), torch.where(real, window.float(), 0.0)
+    window = torch.where(real, window.float(), 0.0)
     received = beyond_window(attention, projected, tokens, reach)
-    return Seen(x, projected, tokens, window, target - window, per_head(target.square()), received), following
+    return Seen(x, projected, tokens, window, target - window, squares, received), following
 
 
 def beyond_window(attention, projected, tokens, reach):
@@ -243,39 +245,50 @@ class Calibration:
         return nn.functional.pad(z[seen.tokens.real].float(), (0, 1), value=1.0)
 
     def fit_gate(self):
-        """The output gate by Gauss-Newton steps with a ridge, from the best constant.
+        """The output gate by Gauss-Newton steps with a ridge, from the best constant, which stays where they end worse.
 
         With e = memory - window and d = teacher - window, |d - o e|^2 is |e|^2 (o - o*)^2 and a constant, o* = d e /
         |e|^2: weighted least squares in o, linear in the parameters but for the sigmoid.
         """
-        surpluses = [self.surplus(seen) for seen in self.fitted]
+        heads, sums = len(self.mixer.q_map), []
+        for seen in self.fitted:
+            surplus, real = self.surplus(seen), seen.tokens.real
+            sums.append([x.sum(-1)[real].double() for x in (surplus.square(), surplus * seen.missing)])
         _, start = self.constant_gate()
-        heads = len(self.mixer.q_map)
         solution = None
-        for _ in range(GATE_STEPS):
-            gram = vector = 0
-            for seen, surplus in zip(self.fitted, surpluses, strict=True):
-                z, real = self.gate_inputs(seen), seen.tokens.real
-                weight = surplus.square().sum(-1)[real].double()
-                product = (surplus * seen.missing).sum(-1)[real].double()
+        for step in range(GATE_STEPS + 1):
+            gram = vector = error = 0
+            for seen, (weight, product) in zip(self.fitted, sums, strict=True):
+                z = self.gate_inputs(seen)
                 if solution is None:
                     solution = weight.new_zeros(heads, z.shape[-1])
                     solution[:, -1] = torch.logit(start.clamp(0.02, 0.98))
                 o = torch.sigmoid((z.double() * solution).sum(-1))
-                slope = o * (1 - o)
-                sums = [
-                    gauss_newton(z[:, h], weight[:, h], slope[:, h], (product - weight * o)[:, h]) for h in range(heads)
-                ]
-                gram, vector = (
-                    x + torch.stack(part) for x, part in zip((gram, vector), zip(*sums, strict=True), strict=True)
-                )
-            ridge = GATE_RIDGE * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True).expand(-1, z.shape[-1])
-            ridge = torch.cat([ridge[:, :-1], 1e-9 * ridge[:, -1:]], 1).clamp_min(1e-12)
-            step = torch.linalg.solve(gram + torch.diag_embed(ridge), vector - ridge * solution)
-            solution = solution + step
-        if torch.isfinite(solution).all():
-            self.mixer.ogate_weight.copy_(solution[:, :-1])
-            self.mixer.ogate_bias.copy_(solution[:, -1])
+                error = error + (weight * o.square() - 2 * o * product).sum(0)
+                if step < GATE_STEPS:
+                    slope, rest = o * (1 - o), product - weight * o
+                    parts = [gauss_newton(z[:, h], weight[:, h], slope[:, h], rest[:, h]) for h in range(heads)]
+                    g, v = (torch.stack(part) for part in zip(*parts, strict=True))
+                    gram, vector = gram + g, vector + v
+            if step == 0:
+                constant, before = solution, error
+            if step < GATE_STEPS:
+                solution = solution + self.bounded(ridge_step(gram, vector, solution))
+        solution = torch.where((error <= before)[:, None], solution, constant)
+        self.mixer.ogate_weight.copy_(solution[:, :-1])
+        self.mixer.ogate_bias.copy_(solution[:, -1])
+
+    def bounded(self, step):
+        """A step [H, C] of the gates, shortened where it moves their logits by more than GATE_BOUND (root mean square):
+        where no gate is open or closed enough, least squares would go on until its slope is 0, and nothing could train
+        it.
+        """
+        moved = count = 0
+        for seen in self.fitted:
+            logits = (self.gate_inputs(seen).double() * step).sum(-1)
+            moved, count = moved + logits.square().sum(0), count + len(logits)
+        size = (moved / count).sqrt()
+        return step * (GATE_BOUND / size.clamp_min(GATE_BOUND))[:, None]
 
     def close_gates(self):
         """Close the gates of the heads that the held-out batches do not speak for; returns [H] bool."""
@@ -289,7 +302,7 @@ class Calibration:
         """`{"window", "before", "after"}`: relative errors on the held-out batches of the window alone, of the mixer as
         it was and as it is now; and "closed", how many of its "heads" have a closed gate.
         """
-        target = sum(seen.target for seen in self.held_out).sum().clamp_min(1e-30)
+        target = sum(seen.target for seen in self.held_out).clamp_min(1e-30)
         alone = sum(per_head(seen.missing.square()) for seen in self.held_out).sum()
         before = self.error(self.held_out).sum()
         self.choose(self.feature_maps())
@@ -308,6 +321,13 @@ def gauss_newton(z, weight, slope, rest):
     """A batch's part of the normal equations of one head's gate, `([C, C], [C])` in float64."""
     z = z.double()
     return z.T @ (z * (weight * slope.square())[:, None]), z.T @ (slope * rest)
+
+
+def ridge_step(gram, vector, solution):
+    """[H, C] steps of heads' gates from their normal equations [H, C, C] and [H, C]; the last entry, the bias, is free."""
+    ridge = GATE_RIDGE * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True).expand_as(solution)
+    ridge = torch.cat([ridge[:, :-1], 1e-9 * ridge[:, -1:]], 1).clamp_min(1e-12)
+    return torch.linalg.solve(gram + torch.diag_embed(ridge), vector - ridge * solution)
 
 
 def centroids(queries, keys, received, count, scaling):
@@ -334,7 +354,7 @@ def centroids(queries, keys, received, count, scaling):
         centers = torch.where(mass[:, None] > 0, found[:, : keys.shape[1]], again)
     original = torch.where(mass[:, None] > 0, found[:, keys.shape[1] :], keys.mean(0))
     gram = (keys.T @ keys).double()
-    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ridge = 1e-2 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     ones = torch.linalg.solve(gram + ridge, keys.sum(0, dtype=torch.float64)).to(keys)  # ones k ~ 1
     constant = ones[:, None] * (centers.square().sum(1) / 2)[None]
     return original.T * scaling, metric @ centers.T, constant
@@ -360,6 +380,11 @@ def calibrate_layer(trunk, j, states, batches, fitted):
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         tokens, where, masks = trunk.prepare(states[n], mask, positions, None, teacher=True)
         found, states[n] = observe(layer, states[n], teacher_mask=masks[kind], **where[j])
+        if not torch.isfinite(states[n][tokens.real]).all():
+            raise CheckpointError(
+                f"layer {j}: its hidden states are not finite on the text that stage 0 reads; its weights are damaged: convert the "
+                "teacher again"
+            )
         seen.append(found)
     return None if seen[0] is None else Calibration(layer, seen[:fitted], seen[fitted:]).run()
 
@@ -432,8 +457,9 @@ def calibrate_streamed(
     check(config, fitted, held_out)
     needed = sum(path.stat().st_size for path in set(files.values()))
     check_space(out, needed)
-    manifest, inputs = checkpoint / MANIFEST, [batch["input_ids"].tolist() for batch in [*fitted, *held_out]]
-    spec = {"checkpoint": digest(manifest) if manifest.is_file() else short_digest(sorted(files))}
+    manifest = checkpoint / MANIFEST
+    inputs = [{name: x.tolist() for name, x in batch.items()} for batch in [*fitted, *held_out]]
+    spec = {"checkpoint": digest(manifest) if manifest.is_file() else weights_hash(checkpoint)}
     spec |= {"text": short_digest(inputs), "fitted": len(fitted)}
     progress = {"format_version": FORMAT_VERSION, "spec": spec, "layers": {}}
     if (work / PROGRESS).is_file():
