@@ -73,7 +73,9 @@ class Parts(calibration.Calibration):
         mixer.fgate_weight.zero_()
         self.choose([{"fgate_bias": longest.expand_as(mixer.fgate_bias)}])
         note("longest time constant")
-        chosen = self.choose(self.time_constants()).tolist()
+        windows = (self.attention.sliding_window * torch.tensor([4.0, 16.0]) - 1).log()
+        shorter = [{"fgate_bias": torch.full_like(mixer.fgate_bias, bias)} for bias in windows]
+        chosen = self.choose([{"fgate_bias": longest.expand_as(mixer.fgate_bias)}, *shorter]).tolist()
         note("time constants: the best for each head")
         for name, changes in GATES.items():
             own = {key: getattr(calibration, key) for key in changes}

@@ -10,12 +10,12 @@ Without gradients, layer by layer and head by head, on the teacher's own hidden 
    u with u k ~ 1. Distances are in the metric M = E[q q^T] / K, in which they are the expected square of what a
    replaced key changes of the exponent. Centroids are k-means', each key weighed by the attention that it receives from
    beyond the window.
-2. Time constants: none, or shorter ones where they are better.
+2. Time constants: the longest that a mixer begins with. Where heads could choose, none chose a shorter one.
 3. Output gate: sigmoid of a linear map of [q; k; v] that brings o M + (1 - o) A closest to the teacher's attention, M
    the mLSTM and A the window: least squares with a ridge, repeated from the sigmoid's slope (Gauss-Newton).
 4. A head whose memory does not help on text that nothing was fitted to has its gate closed.
 
-Steps 2 to 4 are chosen by the squared error that stage I minimises. The idea of setting gates and time scales from a
+Maps and gates are chosen by the squared error that stage I minimises. The idea of setting gates and time scales from a
 teacher's statistics is that of Taylor-Calibrate (arXiv 2606.16429), closed-form fits per layer that of Neural Block
 Linearization (2505.21077); the fit is ours.
 
@@ -58,7 +58,6 @@ from xlstm_hybrid.training.run_spec import short_digest
 SHARPNESS = (2.0, 8.0)  # b of the soft assignment
 QUERY_SCALES = (0.5, 1.0)  # of the queries' exponents: below 1 where the centroids are far from their keys
 START_SCALES = (0.25, 1.0, 4.0)  # of the maps that a mixer begins with, where a map has no centroids
-WINDOWS = (4, 16)  # time constants that are tried, in windows
 CLOSED = -8.0  # bias of a closed output gate: three parts in ten thousand of the memory, and Adam can open it
 KMEANS_STEPS, GATE_STEPS, GATE_RIDGE, GATE_BOUND = 8, 4, 0.05, 2.0
 WANTED = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
@@ -228,13 +227,6 @@ class Calibration:
 
     # --- gates -------------------------------------------------------------------------------------------------------
 
-    def time_constants(self):
-        """Candidates for `fgate_bias`: the longest that a mixer begins with, and shorter ones."""
-        window, longest = self.attention.sliding_window, self.mixer.forget_bias().max()
-        for windows in (None, *WINDOWS):
-            bias = longest if windows is None else torch.tensor(float(windows * window - 1)).log()
-            yield {"fgate_bias": bias.expand_as(self.mixer.fgate_bias)}
-
     def gate_inputs(self, seen):
         """[n, H, C] what the output gate reads at the real tokens, and a 1 at the end."""
         if self.config.mixer_gate_input == "qkv":
@@ -305,11 +297,11 @@ class Calibration:
         target = sum(seen.target for seen in self.held_out).clamp_min(1e-30)
         alone = sum(per_head(seen.missing.square()) for seen in self.held_out).sum()
         before = self.error(self.held_out).sum()
-        self.choose(self.feature_maps())
         if self.config.memory_cell != "linear":
             self.mixer.igate_weight.zero_()
             self.mixer.fgate_weight.zero_()
-            self.choose(self.time_constants())
+            self.mixer.fgate_bias.fill_(self.mixer.forget_bias().max())
+        self.choose(self.feature_maps())
         self.fit_gate()
         closed = self.close_gates()
         after = self.error(self.held_out).sum()
