@@ -38,7 +38,7 @@ def recall(folder):
     for kind in KINDS if folder else ():
         if lengths := long_context_of(folder, kind):
             keys = ("recall", "coverage", "excess", "cache_bytes", "documents")
-            found[kind] = {n: {key: of[key] for key in keys if key in of} for n, of in sorted(lengths.items())}
+            found[kind] = {str(n): {key: of[key] for key in keys if key in of} for n, of in sorted(lengths.items())}
     return found
 
 
@@ -130,7 +130,34 @@ def markdown(result):
             one = next(of for n, of in sides.items() if n != "teacher" and kind in of["recall"])["recall"][kind]
             rows.append(["window's coverage", *(number(one[n]["coverage"], 2) if n in one else "" for n in lengths)])
             far.append(f"{kind}\n\n{table(['tokens', *map(str, lengths)], rows)}")
-    return "\n\n".join([*agreement, scores, *far]) + "\n"
+    return "\n\n".join([short_table(result), *agreement, scores, *far]) + "\n"
+
+
+STAGES = {  # columns of the README's table: what each student is called there
+    "converted": "converted",
+    "calibrated": "stage 0",
+    "calibrated, aligned": "stage I",
+    "calibrated, distilled": "stage II",
+}
+SHOWN = {"real_piqa": "PIQA", "real_arc_easy": "ARC-easy", "real_hellaswag": "HellaSwag", "real_lambada": "LAMBADA"}
+
+
+def short_table(result):
+    """The README's table: the stages of one student, as Markdown."""
+    students = [result["students"][name] for name in STAGES]
+    of = [student["agreement"]["peps"] for student in students]
+    rows = [
+        ["KL to the teacher, held-out text", "0", *(number(a["kl"]) for a in of)],
+        ["same most likely token", "1", *(number(a["top1"]) for a in of)],
+        ["nats per token", number(of[0]["nll_teacher"]), *(number(a["nll_student"]) for a in of)],
+    ]
+    for task, name in SHOWN.items():
+        if scores := result["scores"].get(task):
+            rows.append([name, number(scores["teacher"]), *(number(scores.get(student)) for student in STAGES)])
+    needle = [side["recall"].get("needle", {}).get("512", {}) for side in (result["teacher"], *students)]
+    rows.append(["needle, 512 tokens", *(number(found.get("recall"), 2) for found in needle)])
+    rows.append(["training tokens", "", *(f"{sum(student['tokens'].values()):,}" for student in students)])
+    return table(["", "teacher", *STAGES.values()], rows)
 
 
 COLOURS = {"teacher": INK, "converted": SKY, "distilled": VERMILION, "calibrated, distilled": BLUE}
@@ -156,12 +183,12 @@ def draw(result):
     for name, of in {"teacher": result["teacher"], **result["students"]}.items():
         if points := of["recall"].get("needle"):
             colour = COLOURS.get(name, GREY)
-            right.plot(list(points), [p["recall"] for p in points.values()], marker="o", color=colour)
+            right.plot([int(n) for n in points], [p["recall"] for p in points.values()], marker="o", color=colour)
             ends.append((list(points.values())[-1]["recall"], name, colour))
     covered = next(s["recall"]["needle"] for s in result["students"].values() if "needle" in s["recall"])
-    right.plot(list(covered), [p["coverage"] for p in covered.values()], linestyle=":", color=GREY)
+    right.plot([int(n) for n in covered], [p["coverage"] for p in covered.values()], linestyle=":", color=GREY)
     right.set_xscale("log", base=2)
-    right.set_xticks(list(covered), [str(n) for n in covered])
+    right.set_xticks([int(n) for n in covered], list(covered))
     right.set(
         title="a needle in real text", xlabel="context, tokens", ylabel="recall (dotted: coverage)", ylim=(-0.04, 1.06)
     )

@@ -313,7 +313,7 @@ def test_a_run_is_a_list_of_stages_from_the_teacher_to_the_card():
         "card",
     ]
     taught = recipe.merge | {"method": "on_policy", "on_policy": {"max_steps": 1}}
-    assert names_of(recipe, merge=taught, evaluate=None)[4:] == ["multi-teacher", "verify", "report", "card"]
+    assert names_of(recipe, merge=taught, evaluate=None)[5:] == ["multi-teacher", "verify", "report", "card"]
 
 
 def test_a_stage_is_made_again_where_its_inputs_or_settings_change_and_not_otherwise(tmp_path):

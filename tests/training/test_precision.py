@@ -489,8 +489,8 @@ def test_groups_are_ranked_in_what_the_machine_does_well(narrow, machine, monkey
     monkeypatch.setattr(
         "xlstm_hybrid.commands.plan_layers.rank_groups", lambda student, *rest, **how: seen.append(student.dtype) or {}
     )
-    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.documents", lambda *what: [])
-    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.retrieval_rows", lambda *what: (None, None))
+    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.documents", lambda *what, **more: [])
+    monkeypatch.setattr("xlstm_hybrid.commands.plan_layers.retrieval_rows", lambda *what, **more: (None, None))
     for rate in (SLOW, QUICK):
         machine(rate)
         for side in ("student", "teacher"):
