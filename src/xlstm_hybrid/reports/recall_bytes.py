@@ -10,6 +10,7 @@ from xlstm_hybrid.evaluation.results import last_part
 from xlstm_hybrid.reports.plots import GREY, MEANING, PALETTE, figure, label_ends
 
 ARMS = ("hybrid", "kept-1", "kept-ranked", "teacher")  # of the arena: in the order of their bytes
+SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)  # that the axis of bytes names
 DOTS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -98,6 +99,8 @@ def draw_recall_bytes(curves, windows=(8, 16, 32)):
         axes.set(
             xscale="log", ylim=(-0.04, 1.06), title=f"{n} windows", xlabel="bytes of the cache, share of the teacher's"
         )
+        axes.set_xticks(SHARES, [f"{100 * share:g} %" for share in SHARES])
+        axes.minorticks_off()
         if n == shown[-1]:
             label_ends(axes, ends, gap=0.07)
     panels[0].set_ylabel("recall of one fact (dotted: the window's coverage)")
