@@ -530,7 +530,10 @@ def tasks(job):
     both_sides(job, expand(names), "tasks", include=Path(job.args.tasks).resolve(), limit=limit, batch_size=32)
     (its,), (mine,) = (read_results(job.args.out / "tasks" / side) for side in ("teacher", "student"))
     verdict = plain_floats(compare(its, [mine], alpha=0.0, tasks=[t for t in its.scores if t in mine.scores]))
-    return verdict | {"summary": f"C_0 {verdict['students']['student']['c_0']:.2f} on {len(its.scores)} tasks"}
+    c_0 = verdict["students"]["student"]["c_0"]
+    return verdict | {
+        "summary": f"C_0 {'of none, no task counts' if c_0 is None else format(c_0, '.2f')} on {len(its.scores)} tasks"
+    }
 
 
 MODEL = ("text", "source")  # `source`: --teacher, or the pieces of --join

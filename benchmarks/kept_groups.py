@@ -57,7 +57,9 @@ def main(arguments=None):
     if asked.out:
         write_json(asked.out, figures)
     if asked.picture:
-        curves = {Path(asked.teacher).stem.partition(".")[0]: points} | curves_of_arena(json.loads(ARENA.read_text(encoding="utf-8")))
+        curves = {Path(asked.teacher).stem.partition(".")[0]: points} | curves_of_arena(
+            json.loads(ARENA.read_text(encoding="utf-8"))
+        )
         write_file(asked.picture, as_png(draw_recall_bytes, curves))
 
 

@@ -76,6 +76,7 @@ def collect(spec, folder):
         student["tokens"] = trained(folder / of["checkpoint"])
         student["agreement"] = {text: read_json(folder / file, text) for text, file in of.get("agreement", {}).items()}
         student["recall"] = recall(folder / of["far"]) if "far" in of else {}
+    result["students"] = {name: result["students"][name] for name in spec["students"]}
     return result | {"rates": spec.get("rates", {}), "about": spec.get("about", {})}
 
 
@@ -111,12 +112,12 @@ def markdown(result):
         agreement.append(
             f"{text}\n\n{table(['', 'nats per token', 'KL to the teacher', 'same top token', 'tokens'], rows)}"
         )
-    rows = []
+    rows, scored = [], [name for name in names if "c_0" in result["students"][name]]
     for task, of in result["scores"].items():
         at_chance = "" if of["counts"] else " (teacher at chance)"
-        rows.append([f"{task}{at_chance}", number(of["chance"], 2), *(number(of.get(n)) for n in ("teacher", *names))])
-    rated = [["C_0", "", "", *(number(result["students"][n].get("c_0"), 2) for n in names)]]
-    scores = table(["", "chance", "teacher", *names], rows + rated)
+        rows.append([f"{task}{at_chance}", number(of["chance"], 2), *(number(of.get(n)) for n in ("teacher", *scored))])
+    rated = [["C_0", "", "", *(number(result["students"][n].get("c_0"), 2) for n in scored)]]
+    scores = table(["", "chance", "teacher", *scored], rows + rated)
     far = []
     for kind in KINDS:
         lengths = list(result["teacher"]["recall"].get(kind, {}))

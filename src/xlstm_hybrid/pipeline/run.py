@@ -230,6 +230,9 @@ class Run(Runner):
             from xlstm_hybrid.training.calibration import why_not
 
             self.uncalibrated = why_not(SimpleNamespace(**self.recipe.student))
+            notes = self.out / "stages"
+            if (notes / "align.json").is_file() and not (notes / "calibrate.json").is_file():
+                self.uncalibrated = f"{self.out.name} was begun without it, and goes on so"
         return asked and self.uncalibrated is None
 
     def calibrate(self, out, again, converted):
