@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 import real_results
 
 ROOT = Path(__file__).parents[2]
