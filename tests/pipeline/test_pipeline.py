@@ -229,10 +229,10 @@ def test_scores_that_contradict_the_student_are_called_so_and_fail_the_run(
     results, sound = json.loads((unscored / "results.json").read_text()), finished[1]
     assert "teacher" not in results["contradictions"] and "student" in results["contradictions"]
     for name, domains in results["contradictions"].items():
-        right = results["students"][name]["exact_match"]  # a short answer may be right even so
-        assert {d: len(domains.get(d, ())) / 6 + right[d] for d in right} == {
-            d: pytest.approx(score) for d, score in sound["students"][name]["exact_match"].items()
-        }  # each answer that a sound student gives, and no other
+        given = {d: 6 * score for d, score in sound["students"][name]["exact_match"].items()}
+        unseen = {d: round(count) - len(domains.get(d, ())) for d, count in given.items()}
+        # each answer that a sound student gives, and no other; one may be ahead by no more than rounding explains
+        assert min(unseen.values()) == 0 and sum(unseen.values()) <= 1, unseen
         assert results["students"][name]["perplexity"] == pytest.approx(sound["students"][name]["perplexity"])
     report = (unscored / "report.md").read_text()
     assert "## A contradiction, not a score" in report and "no score here tells of a model" in report
