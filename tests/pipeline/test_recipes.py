@@ -241,7 +241,7 @@ def test_all_stages_of_a_recipe_run_on_a_tiny_teacher_of_its_family(tmp_path, na
     verify_files(out / "student")
     stages = [s["stage"] for s in read_provenance(out / "student")]
     merged = ["merge"] if recipe.merge else []
-    assert stages == ["convert", "calibrate", "align", *(f"distill:{e}" for e in recipe.experts), *merged, "evaluate"]
+    assert stages == ["convert", "align", *(f"distill:{e}" for e in recipe.experts), *merged, "evaluate"]
     perplexities = results["students"]["student"]["perplexity"]
     assert len(perplexities) == len(recipe.data["sources"]) + sum(len(e["sources"]) for e in recipe.experts.values())
     assert all(1 < p < 1e6 for p in perplexities.values())

@@ -9,7 +9,6 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -96,7 +95,6 @@ class Run(Runner):
         super().__init__(out or recipe.out, recipe.seed, redo, console)
         self.recipe, self.teacher, self.begin = recipe, resolve_teacher(recipe), time.time()
         self.revision = {"revision": recipe.revision} if recipe.revision else {}
-        self.uncalibrated = None
         self.training, self.models = self.training_stages(start and Path(start))
 
     # --- the stages --------------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ class Run(Runner):
             settings = recipe.student | self.revision
             models["converted"] = add("convert", (teacher,), self.convert, settings, "converted")
             aligned = models["converted"]
-            if self.calibrates():
+            if calibration_tokens(recipe):
                 settings = {"tokens": calibration_tokens(recipe), "data": recipe.data}
                 aligned = models["calibrated"] = add("calibrate", (aligned,), self.calibrate, settings, "calibrated")
             if recipe.align["max_steps"]:
@@ -197,10 +195,6 @@ class Run(Runner):
         """
         check_trainer_settings(self.recipe)
         check_evaluation(self.recipe)
-        if self.uncalibrated:
-            self.console.print(
-                f"stage 0 is left out: {self.uncalibrated}", style="yellow", markup=False, soft_wrap=True
-            )
         if package := self.recipe.teacher_package:
             held = package_of(self.teacher) if is_gguf(self.teacher) else None
             place = (
@@ -222,18 +216,6 @@ class Run(Runner):
 
     def convert(self, out, again, teacher):
         self.console.print(str(convert(teacher, out, overwrite=again, **self.recipe.student, **self.revision)))
-
-    def calibrates(self):
-        """Whether the recipe has a stage 0: if nothing is said of it, where the student can be calibrated."""
-        asked, self.uncalibrated = calibration_tokens(self.recipe) > 0, None
-        if asked and self.recipe.calibrate is None:
-            from xlstm_hybrid.training.calibration import why_not
-
-            self.uncalibrated = why_not(SimpleNamespace(**self.recipe.student))
-            notes = self.out / "stages"
-            if (notes / "align.json").is_file() and not (notes / "calibrate.json").is_file():
-                self.uncalibrated = f"{self.out.name} was begun without it, and goes on so"
-        return asked and self.uncalibrated is None
 
     def calibrate(self, out, again, converted):
         def report(layer, figures):

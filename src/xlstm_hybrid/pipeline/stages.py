@@ -38,7 +38,7 @@ from xlstm_hybrid.recipe.schema import resolve_path
 from xlstm_hybrid.teacher_store.writer import read_index
 
 HELD_OUT_ROWS = 16  # on which an alignment is measured before and after
-CALIBRATION_TOKENS = 8192  # that stage 0 is fitted to: more did not help on SmolLM2-135M, see docs/real.md
+CALIBRATION_TOKENS = 8192  # that stage 0 is fitted to where nothing else is said
 CALIBRATION_BATCH = 4096  # tokens at a time
 log = logging.getLogger(__name__)
 RESERVED = "reserved"  # file of a workspace that keeps room for the student
@@ -167,7 +167,7 @@ def calibrate(student, out, recipe, overwrite=False, tokens=None, report=lambda 
     from xlstm_hybrid.training.calibration import calibrate_streamed
 
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
-    rows = max(4, -(-(tokens or calibration_tokens(recipe)) // recipe.length))
+    rows = max(4, -(-(tokens or calibration_tokens(recipe) or CALIBRATION_TOKENS) // recipe.length))
     size = max(1, CALIBRATION_BATCH // recipe.length)
     parts = (packed_rows(recipe, tokenizer, count, test=test) for count, test in ((rows, False), (-(-rows // 4), True)))
     fitted, held_out = (without_labels(batches_of(part, size)) for part in parts)
@@ -176,8 +176,8 @@ def calibrate(student, out, recipe, overwrite=False, tokens=None, report=lambda 
 
 
 def calibration_tokens(recipe):
-    """Tokens that stage 0 is fitted to; 0: the recipe leaves it out."""
-    return (recipe.calibrate or {}).get("tokens", CALIBRATION_TOKENS)
+    """Tokens that stage 0 is fitted to; 0: the recipe has none."""
+    return 0 if recipe.calibrate is None else recipe.calibrate.get("tokens", CALIBRATION_TOKENS)
 
 
 def align(student, out, recipe, overwrite=False, overrides=None):

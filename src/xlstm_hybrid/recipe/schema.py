@@ -127,8 +127,7 @@ class Recipe:
     data: "sequence_length" and either "mixture" {domain of `tasks`: share} or "sources" {name: fields of `Source`},
         what stage I reads; the length and the optional "shuffle_buffer" (rows of a stream that are shuffled together)
         and "held_out" (share of documents that nothing trains on) hold for every stage.
-    calibrate: {"tokens": that stage 0 is fitted to}; 0: no stage 0. None: some thousand tokens, where the student can be
-    calibrated.
+    calibrate: {"tokens": that stage 0 is fitted to, 8192 if it says nothing}; None, or 0 tokens: no stage 0.
     align, distill, on_policy: fields of the trainers' configs, and "sequences_per_step", from which the accumulation is
     calculated. align {"max_steps": 0}: no stage I, stage II begins with the converted student.
     experts: {name: mixture, or {"sources": ...}}: what stage II distils; one expert is the student itself, several are

@@ -384,9 +384,7 @@ def calibrate_layer(trunk, j, states, batches, fitted):
 def check(config, fitted, held_out):
     """Raise ConfigError for a student that cannot be calibrated, or too little text."""
     if (reason := why_not(config)) is not None:
-        raise ConfigError(
-            f"calibration: {reason}; leave stage 0 out (calibrate: {{tokens: 0}}) and begin with alignment"
-        )
+        raise ConfigError(f"calibration: {reason}; leave stage 0 out (no section calibrate) and begin with alignment")
     if "hybrid_sliding" not in config.layer_types:
         raise ConfigError("nothing to calibrate: no layer is hybrid_sliding; convert the teacher with hybrid layers")
     if not fitted or not held_out:
