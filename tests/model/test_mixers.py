@@ -455,8 +455,8 @@ def test_a_gate_of_the_input_is_a_linear_layer_with_a_sigmoid():
     mixer = MLSTMMixer(tiny_config(mixer_gate_input="x"), 0)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
-    x, qkv = torch.randn(2, 3, 48), torch.randn(2, 3, 4, 48)
-    o = mixer.gates(x, qkv)[2]
+    x, raw = torch.randn(2, 3, 48), [torch.randn(2, 3, n, 16) for n in (4, 2, 2)]
+    o = mixer.gates(x, raw)[2]
     want = 1 / (1 + math.exp(-(x[1, 2] @ mixer.ogate_weight[3] + mixer.ogate_bias[3]).item()))
     assert o[1, 2, 3].item() == pytest.approx(want, rel=1e-5)
-    assert torch.equal(mixer.gates(x, qkv + 1)[2], o)
+    assert torch.equal(mixer.gates(x, [a + 1 for a in raw])[2], o)
