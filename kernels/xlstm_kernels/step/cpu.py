@@ -30,7 +30,9 @@ def step_memory(q, k, v, i, f, C, n, m):
 def step_window(q, k, v, keys, values, index, sinks, scale):
     """h [B, 1, H, V] of the window; the new key and value are written into the slots."""
     (B, _, H, K), G, slots = q.shape, k.shape[2], keys.shape[2]
-    window, row, oldest = slots - sinks, torch.arange(B, device=q.device), int(index.min())
+    window, row = slots - sinks, torch.arange(B, device=q.device)
+    # elsewhere looking would wait for the device, in every layer of every token
+    oldest = int(index.min()) if index.device.type == "cpu" else -1
     ring, dtype, mask, padding = index.clamp_min(0) % window + sinks, calculation_dtype(q, keys, values), None, None
     with torch.no_grad(), without_autocast(q.device):
         if oldest < 0:
