@@ -1,4 +1,4 @@
-"""The results of a real model in one place: docs/real/results.json, its tables and its picture.
+"""The results of a real model in one place: docs/real/results.json and its picture; the tables are printed.
 
 Reads a JSON that names folders, relative to it: {"teacher": {"harness": FOLDER, "far": FOLDER}, "students": {NAME:
 {"checkpoint": FOLDER, "harness": FOLDER, "far": FOLDER, "agreement": {TEXT: FILE}}}, "rates": {STAGE: tokens per second}},
@@ -205,7 +205,6 @@ def main(arguments=None):
     result = collect(read_json(asked.specification, "specification"), asked.specification.parent)
     asked.out.mkdir(parents=True, exist_ok=True)
     write_json(asked.out / "results.json", result)
-    write_file(asked.out / "tables.md", markdown(result).encode())
     write_file(asked.out / "results.png", as_png(draw, result))
     print(markdown(result))
 
