@@ -50,14 +50,13 @@ class Parts(calibration.Calibration):
     def run(self):
         mixer, longest = self.mixer, self.mixer.forget_bias().max()
         target = sum(seen.target for seen in self.held_out)
-        alone = sum(calibration.per_head(seen.missing.square()) for seen in self.held_out)
-        found = {"window": (alone.sum() / target).item()}
+        found = {"window": (self.alone.sum() / target).item()}
 
         def note(name, constant=True):
             if constant:
                 mixer.ogate_weight.zero_()
                 mixer.ogate_bias.copy_(torch.logit(self.constant_gate()[1].clamp(3e-4, 0.98)))
-            found[name] = (torch.minimum(self.error(self.held_out), alone).sum() / target).item()
+            found[name] = (torch.minimum(self.error(self.held_out), self.alone).sum() / target).item()
 
         start, scales = mixer.first_map().expand_as(mixer.q_map), calibration.START_SCALES
         self.choose([{"q_map": q * start, "k_map": k * start} for q in scales for k in scales])

@@ -358,8 +358,8 @@ def recipe_of(job, **sections):
         "experts": {EXPERT: {"sources": sources}},
         "evaluate": {"documents": 2 if args.tiny else 64, "batch_size": 8},
     }
-    if (calibrate := getattr(base, "calibrate", None)) is not None:
-        content["calibrate"] = calibrate
+    if base.calibrate is not None:
+        content["calibrate"] = base.calibrate
     write_file(file, yaml.safe_dump(content | sections, sort_keys=False).encode())
     return load_recipe(file)
 

@@ -14,6 +14,7 @@ from xlstm_hybrid.reports.plots import BLUE, GREY, INK, SKY, VERMILION, as_png, 
 from xlstm_hybrid.reports.recall_bytes import long_context_of
 
 KINDS = ("needle", "multikey", "variables")
+LENGTH = 512  # of a row in both recipes for CPUs
 
 
 def trained(checkpoint):
@@ -27,9 +28,6 @@ def trained(checkpoint):
             rows = config.get("sequences_per_step") or config.get("per_device_train_batch_size", 8)
             tokens[name] = config["max_steps"] * rows * LENGTH
     return tokens
-
-
-LENGTH = 512  # of a row in both recipes for CPUs
 
 
 def recall(folder):

@@ -166,7 +166,7 @@ def calibrate(student, out, recipe, overwrite=False, tokens=None, report=lambda 
     """
     from xlstm_hybrid.training.calibration import calibrate_streamed
 
-    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    tokenizer = load_tokenizer(student)
     rows = max(4, -(-(tokens or calibration_tokens(recipe) or CALIBRATION_TOKENS) // recipe.length))
     size = max(1, CALIBRATION_BATCH // recipe.length)
     parts = (packed_rows(recipe, tokenizer, count, test=test) for count, test in ((rows, False), (-(-rows // 4), True)))

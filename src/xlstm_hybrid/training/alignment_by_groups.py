@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -47,7 +46,7 @@ from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.trained import trained_values, warn_if_edited
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
-from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, write_trained
+from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained
 from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
 PROGRESS = "streaming.json"
@@ -341,16 +340,3 @@ def align_streamed(
         write_manifest(folder)
     discard(work)
     return figures
-
-
-def trained_files(work, groups):
-    """{name of a trained tensor: its file}, each file as it was written."""
-    trained = {}
-    for group in groups:
-        if group["file"]:
-            path = work / group["file"]
-            if digest(path) != group["sha256"]:
-                raise CheckpointError(f"{path.name}: differs from what was written; remove {work.name} to start again")
-            with safe_open(path, framework="pt") as file:
-                trained |= dict.fromkeys(file.keys(), path)
-    return trained

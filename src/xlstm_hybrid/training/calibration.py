@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from xlstm_hybrid.checkpoint.digests import require_intact, weights_hash
@@ -52,7 +52,7 @@ from xlstm_hybrid.model.experimental.cells import CELLS
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.trained import trained_values
 from xlstm_hybrid.training.alignment import new_parameters
-from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, write_trained
+from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained
 from xlstm_hybrid.training.run_spec import short_digest
 
 SHARPNESS = (2.0, 8.0)  # b of the soft assignment
@@ -62,18 +62,6 @@ CLOSED = -8.0  # bias of a closed output gate: three parts in ten thousand of th
 KMEANS_STEPS, GATE_STEPS, GATE_RIDGE, GATE_BOUND = 8, 4, 0.05, 2.0
 WANTED = {"mixer_combine": "gate", "mixer_branches": "both", "mixer_norm": False, "sparse_memory": 0}
 PROGRESS = "calibration.json"
-
-
-def why_not(settings):
-    """What keeps students of these settings, those of a config or some of them, from being calibrated, in words; None if
-    nothing does.
-    """
-    for field, value in WANTED.items():
-        if (found := getattr(settings, field, value)) != value:
-            return f"{field}={found!r}, expected {value!r}"
-    if getattr(settings, "memory_cell", "mlstm") == "delta":
-        return "memory_cell='delta', expected 'mlstm' or 'linear'"
-    return None
 
 
 @dataclass
@@ -149,6 +137,7 @@ class Calibration:
     def __init__(self, layer, fitted, held_out):
         self.attention, self.mixer = layer.self_attn, layer.self_attn.mlstm
         self.config, self.fitted, self.held_out = self.attention.config, fitted, held_out
+        self.alone = sum(per_head(seen.missing.square()) for seen in held_out)  # [H] squared error of the window alone
         self.run_cell, self.repeats = CELLS[self.config.memory_cell].run, self.attention.num_key_value_groups
 
     def memory(self, seen):
@@ -284,8 +273,7 @@ class Calibration:
 
     def close_gates(self):
         """Close the gates of the heads that the held-out batches do not speak for; returns [H] bool."""
-        alone = sum(per_head(seen.missing.square()) for seen in self.held_out)
-        worse = ~(self.error(self.held_out) < alone)
+        worse = ~(self.error(self.held_out) < self.alone)
         self.mixer.ogate_weight[worse] = 0.0
         self.mixer.ogate_bias[worse] = CLOSED
         return worse
@@ -295,7 +283,6 @@ class Calibration:
         it was and as it is now; and "closed", how many of its "heads" have a closed gate.
         """
         target = sum(seen.target for seen in self.held_out).clamp_min(1e-30)
-        alone = sum(per_head(seen.missing.square()) for seen in self.held_out).sum()
         before = self.error(self.held_out).sum()
         if self.config.memory_cell != "linear":
             self.mixer.igate_weight.zero_()
@@ -305,7 +292,7 @@ class Calibration:
         self.fit_gate()
         closed = self.close_gates()
         after = self.error(self.held_out).sum()
-        figures = {"window": alone / target, "before": before / target, "after": after / target}
+        figures = {"window": self.alone.sum() / target, "before": before / target, "after": after / target}
         return {k: x.item() for k, x in figures.items()} | {"closed": int(closed.sum()), "heads": len(closed)}
 
 
@@ -383,8 +370,15 @@ def calibrate_layer(trunk, j, states, batches, fitted):
 
 def check(config, fitted, held_out):
     """Raise ConfigError for a student that cannot be calibrated, or too little text."""
-    if (reason := why_not(config)) is not None:
-        raise ConfigError(f"calibration: {reason}; leave stage 0 out (no section calibrate) and begin with alignment")
+    wrong = [
+        f"{field}={getattr(config, field)!r}, expected {value!r}"
+        for field, value in WANTED.items()
+        if getattr(config, field) != value
+    ]
+    if config.memory_cell == "delta":
+        wrong.append("memory_cell='delta', expected 'mlstm' or 'linear'")
+    if wrong:
+        raise ConfigError(f"calibration: {wrong[0]}; leave stage 0 out (no section calibrate) and begin with alignment")
     if "hybrid_sliding" not in config.layer_types:
         raise ConfigError("nothing to calibrate: no layer is hybrid_sliding; convert the teacher with hybrid layers")
     if not fitted or not held_out:
@@ -468,10 +462,10 @@ def calibrate_streamed(
         model, file = model_of(config, files, [j], torch.float32).to(device), work / f"layer-{j:04}.safetensors"
         done = progress["layers"].get(str(j))
         if done is None:
-            done = {"figures": calibrate_layer(model.model, j, states, batches, len(fitted)), "sha256": None}
+            done = {"figures": calibrate_layer(model.model, j, states, batches, len(fitted)), "file": None}
             if done["figures"] is not None:
                 write_file(file, save({name: p.cpu().contiguous() for name, p in new_parameters(model).items()}))
-                done["sha256"] = digest(file)
+                done |= {"file": file.name, "sha256": digest(file)}
             progress["layers"][str(j)] = done
             write_json(work / PROGRESS, progress)
         else:
@@ -480,9 +474,7 @@ def calibrate_streamed(
                 given = {k: x for k, x in batch.items() if k in ("attention_mask", "position_ids")}
                 states[n] = model.model.teacher_forced(None, hidden_states=states[n], **given).hidden_states
         if done["figures"] is not None:
-            if digest(file) != done["sha256"]:
-                raise CheckpointError(f"{file.name}: differs from what was written; remove {work.name} to start again")
-            trained |= dict.fromkeys(load_file(file), file)
+            trained |= trained_files(work, [done])
             report(j, done["figures"])
     found = {int(j): done["figures"] for j, done in progress["layers"].items() if done["figures"] is not None}
     with staged(out, overwrite, needed) as folder:

@@ -5,7 +5,7 @@ from functools import partial
 from safetensors import safe_open
 from torch import nn
 
-from xlstm_hybrid.checkpoint.files import read_json, weight_files, write_json
+from xlstm_hybrid.checkpoint.files import digest, read_json, weight_files, write_json
 from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_weights
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.load import parameter_dtype
@@ -36,6 +36,23 @@ def model_of(config, files, layers, dtype):
     model.load_state_dict(state, assign=True)
     model.streamed_layers = sorted(layers)
     return model.eval()
+
+
+def trained_files(work, groups):
+    """{name of a trained tensor: its file in `work`}, of groups {"file": name or None, "sha256"}.
+
+    Raises:
+        CheckpointError: a file is not as it was written.
+    """
+    trained = {}
+    for group in groups:
+        if group["file"]:
+            path = work / group["file"]
+            if digest(path) != group["sha256"]:
+                raise CheckpointError(f"{path.name}: differs from what was written; remove {work.name} to start again")
+            with safe_open(path, framework="pt") as file:
+                trained |= dict.fromkeys(file.keys(), path)
+    return trained
 
 
 def write_trained(checkpoint, folder, trained, values):
