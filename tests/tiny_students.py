@@ -5,7 +5,7 @@ only, or copy them.
 import functools
 
 import torch
-from conftest import enlarge
+from conftest import enlarge, tiny_student
 from tiny_teachers import FAMILIES, WINDOWED, teacher
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
@@ -42,3 +42,14 @@ def left_padded(rows):
     pad = torch.nn.functional.pad
     ids = torch.cat([pad(r, (longest - r.shape[1], 0), value=5) for r in rows])
     return ids, torch.cat([pad(torch.ones_like(r), (longest - r.shape[1], 0)) for r in rows])
+
+
+MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
+
+
+def mixed_checkpoint(folder):
+    """`folder` with a student of four layers, one of which keeps the teacher's attention, with tied embeddings."""
+    model = tiny_student(torch.float32, gain=1.0, num_hidden_layers=4, layer_types=MIXED, tie_word_embeddings=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return folder

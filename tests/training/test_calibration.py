@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_student, token_ids
 from safetensors.torch import load_file
-from tiny_students import every_family, ids_of, left_padded
+from tiny_students import MIXED, every_family, ids_of, left_padded, mixed_checkpoint
 from tiny_students import student as student_of
 from tiny_teachers import rewrite
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,6 @@ from xlstm_hybrid.training.calibration import (
 )
 
 LENGTH = 40
-MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
 
 
 def text(rows=6, seed=0, length=LENGTH):
@@ -369,11 +368,7 @@ def test_too_little_text_is_refused():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student") / "student"
-    model = tiny_student(torch.float32, gain=1.0, num_hidden_layers=4, layer_types=MIXED, tie_word_embeddings=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    return folder
+    return mixed_checkpoint(tmp_path_factory.mktemp("student") / "student")
 
 
 @pytest.fixture(scope="module")

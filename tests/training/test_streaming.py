@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_student, token_ids
+from conftest import token_ids
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_alignment import LENGTH, aligned, arguments, collate, tokenizer
+from tiny_students import mixed_checkpoint
 from tiny_teachers import edit_config
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,6 @@ SETTINGS = {
     "learning_rate": 3e-2,
     "warmup_steps": 2,
 }
-MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
 HELD_OUT = {"input_ids": token_ids(4, LENGTH, seed=9)}
 
 
@@ -42,12 +42,7 @@ def rows(count=24):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A student of four layers, one of which keeps the teacher's attention, with tied embeddings."""
-    folder = tmp_path_factory.mktemp("student") / "student"
-    model = tiny_student(torch.float32, gain=1.0, num_hidden_layers=4, layer_types=MIXED, tie_word_embeddings=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    return folder
+    return mixed_checkpoint(tmp_path_factory.mktemp("student") / "student")
 
 
 @pytest.fixture(scope="module")
