@@ -131,12 +131,12 @@ def decoder(model, ids, settings):
 class Meter:
     """Seconds and joules of a call. source: the counter of energy; None where `absent` says why there is none.
 
-    Seconds are those of the process on a CPU, and from the call to its end on a GPU, launches included. Joules are the
-    whole device's.
+    Seconds are those of the process on a CPU, and from the call to its end on a GPU, launches included, or wherever
+    `wall` is asked for. Joules are the whole device's.
     """
 
-    def __init__(self, device):
-        self.device, self.source, self.absent = device, None, None
+    def __init__(self, device, wall=False):
+        self.device, self.source, self.absent, self.wall = device, None, None, wall or device.type == "cuda"
         try:
             self.source, self.read, self.spans, self.unit = nvml(device) if device.type == "cuda" else rapl()
         except (ImportError, OSError) as error:
@@ -153,7 +153,7 @@ class Meter:
         wall, used = time.perf_counter() - begin, time.process_time() - used
         if self.source and wall >= MIN_ENERGY_SECONDS:
             joules = self.unit * sum((b - a) % span for a, b, span in zip(before, self.read(), self.spans, strict=True))
-        return (wall if self.device.type == "cuda" else used), joules
+        return (wall if self.wall else used), joules
 
 
 def nvml(device):

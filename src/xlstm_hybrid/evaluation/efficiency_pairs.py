@@ -39,11 +39,13 @@ REACHED = 0.5  # share of a product's rate at which a CPU reads prompts: 0.9 in 
 # --- random weights in published shapes ------------------------------------------------------------------------------
 
 
-def random_model(shape, role, dtype, device, layers=None):
-    """A teacher or student with random weights in one of `SHAPES`; `layers`: fewer than it has."""
+def random_model(shape, role, dtype, device, layers=None, **student):
+    """A teacher or student with random weights in one of `SHAPES`; `layers`: fewer than it has; `student`: options of
+    `student_config`.
+    """
     kind, fields = SHAPES[shape]
     config = AutoConfig.for_model(kind, **fields | ({"num_hidden_layers": layers} if layers else {}))
-    config = student_config(config) if role == "student" else config
+    config = student_config(config, **student) if role == "student" else config
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
