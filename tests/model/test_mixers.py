@@ -455,8 +455,20 @@ def test_a_gate_of_the_input_is_a_linear_layer_with_a_sigmoid():
     mixer = MLSTMMixer(tiny_config(mixer_gate_input="x"), 0)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
-    x, qkv = torch.randn(2, 3, 48), torch.randn(2, 3, 4, 48)
-    o = mixer.gates(x, qkv)[2]
+    x, raw = torch.randn(2, 3, 48), [torch.randn(2, 3, heads, 16) for heads in (4, 2, 2)]
+    o = mixer.gates(x, raw)[2]
     want = 1 / (1 + math.exp(-(x[1, 2] @ mixer.ogate_weight[3] + mixer.ogate_bias[3]).item()))
     assert o[1, 2, 3].item() == pytest.approx(want, rel=1e-5)
-    assert torch.equal(mixer.gates(x, qkv + 1)[2], o)
+    assert torch.equal(mixer.gates(x, [part + 1 for part in raw])[2], o)
+
+
+def test_a_gate_of_q_k_v_reads_the_heads_own_query_and_the_key_and_value_of_its_group():
+    mixer = MLSTMMixer(tiny_config(), 0).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    q, k, v = (torch.randn(2, 3, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    o = mixer.gates(torch.randn(2, 3, 48, dtype=torch.float64), (q, k, v))[2]
+    for head, group in enumerate((0, 0, 1, 1)):
+        read = torch.cat([q[1, 2, head], k[1, 2, group], v[1, 2, group]])
+        want = 1 / (1 + math.exp(-(read @ mixer.ogate_weight[head] + mixer.ogate_bias[head]).item()))
+        assert o[1, 2, head].item() == pytest.approx(want, rel=1e-9)

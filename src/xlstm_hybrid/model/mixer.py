@@ -100,9 +100,8 @@ class MLSTMMixer(nn.Module):
             activation, and the output gate itself, always last. The features are None if there is no memory branch to
             read them.
         """
-        q, k, v = raw
-        n = q.shape[2] // k.shape[2]
-        i, f, o = self.gates(hidden_states, torch.cat([q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)], -1))
+        n = raw[0].shape[2] // raw[1].shape[2]
+        i, f, o = self.gates(hidden_states, raw)
         if tokens.blind is not None or self.config.mixer_branches != "both":
             o = clamped(o, tokens, self.config.mixer_branches)
         if self.config.mixer_branches == "window":
@@ -112,20 +111,26 @@ class MLSTMMixer(nn.Module):
         f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
         return self.read(query, self.q_map), self.read(repeat_kv(key, n), self.k_map), i, f, o
 
-    def gates(self, hidden_states, qkv):
+    def gates(self, hidden_states, raw):
         """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
 
         Args:
             hidden_states: input of the layer, [B, T, D].
-            qkv: projections before QK-norm and RoPE, heads repeated, [B, T, H, 3 K].
+            raw: q, k and v before QK-norm and RoPE, [B, T, H | G, K].
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             x = hidden_states.to(dtype)
             i, f = self.input_and_forget_gates(x, dtype)
             weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
-            read_qkv = self.config.mixer_gate_input == "qkv"
-            o = (qkv.to(dtype) * weight).sum(-1) + bias if read_qkv else nn.functional.linear(x, weight, bias)
+            if self.config.mixer_gate_input == "qkv":
+                (q, *kv), K = raw, weight.shape[-1] // 3
+                # [B, G, T, 2 K] by [G, 2 K, R]: keys and values are not repeated for the R heads that share them
+                shared = weight[:, K:].unflatten(0, (kv[0].shape[2], -1)).transpose(1, 2)
+                shared = (torch.cat(kv, -1).to(dtype).transpose(1, 2) @ shared).transpose(1, 2).flatten(2)
+                o = (q.to(dtype) * weight[:, :K]).sum(-1) + shared + bias
+            else:
+                o = nn.functional.linear(x, weight, bias)
         return i, f, torch.sigmoid(o)
 
     def input_and_forget_gates(self, x, dtype):
