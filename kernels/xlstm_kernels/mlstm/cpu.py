@@ -443,7 +443,8 @@ def gate_gradients(own, later, through, f):
 
 def mlstm_streaming(q, k, v, i, f, state=None, chunk_size=64):
     """The chunkwise form for a CPU, with its own backward: O(T) time, memory for one state per segment."""
-    dtype, L = calculation_dtype(q, k, v, i, f, *(state or ())), min(chunk_size, q.shape[1])
+    dtype, T = calculation_dtype(q, k, v, i, f, *(state or ())), q.shape[1]
+    L = T if 2 * chunk_size >= T else chunk_size  # a second chunk costs more calls than one twice as long has work
     C, n, m = fresh_state(q, v, dtype) if state is None else (x.to(dtype) for x in state)
     keep = wants_gradients(q, k, v, i, f, C, n)
     inputs, rows = (q, k, v, i, f, C, n, m.detach()), rows_at_once(q, v, L)
