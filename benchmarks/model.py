@@ -213,7 +213,7 @@ def training(models, args):
         ids = token_rows(Settings(), L, 1, models["student"].config.vocab_size, models["student"].device)
 
         def forward(ids=ids):
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
+            with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=args.autocast):
                 models["teacher"](input_ids=ids, use_cache=False)
 
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"), torch.enable_grad():
@@ -221,9 +221,9 @@ def training(models, args):
             row = {"stage": stage, "tokens": L} | measured({"teacher": forward, "student": step}, args, L)
             del step
         models["student"].eval().requires_grad_(False)
-        row["multiple"] = statistics.median(
-            s / t for s, t in zip(*(row[side]["rounds"] for side in ("student", "teacher")), strict=True)
-        )
+        if all(side in row for side in SIDES):  # neither ran out of memory
+            rounds = zip(*(row[side]["rounds"] for side in ("student", "teacher")), strict=True)
+            row["multiple"] = statistics.median(s / t for s, t in rounds)
         if not args.no_memory:
             row["peak_bytes"] = apart(train_peak, stage, args, dtype, L)
         gc.collect()
@@ -245,7 +245,7 @@ def table(results):
             per = 1e3 / (results["settings"]["steps"] if part == "decode" else 1)
             values = [f"{row[side]['seconds'] * per:.4g} ms" if side in row else "–" for side in SIDES]
         gain = row["gain"]["seconds"] if isinstance(row.get("gain"), dict) else row.get("gain")
-        last = f"{row['multiple']:.2f} forwards" if part == "training" else "–" if gain is None else f"{gain:.2f}"
+        last = f"{row['multiple']:.2f} forwards" if "multiple" in row else "–" if gain is None else f"{gain:.2f}"
         what += f", {row['peak_bytes']['step'] / 2**20:.0f} MiB" if (row.get("peak_bytes") or {}).get("step") else ""
         rows.append(
             [part, row["dtype"], row["threads"], row.get("batch", 1), row.get("tokens", ""), what, *values, last]
