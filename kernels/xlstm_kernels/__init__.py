@@ -10,6 +10,7 @@ from xlstm_kernels.mlstm.op import BACKENDS, mlstm
 from xlstm_kernels.mlstm.reference import MLSTMState, fresh_state, mlstm_chunkwise, mlstm_parallel, mlstm_recurrent
 from xlstm_kernels.slstm.op import slstm
 from xlstm_kernels.slstm.reference import SLSTMState
+from xlstm_kernels.step.cpu import place_token
 from xlstm_kernels.step.op import hybrid_step, mlstm_step, window_step
 from xlstm_kernels.window.op import window_attention
 
@@ -30,6 +31,7 @@ __all__ = [
     "mlstm_parallel",
     "mlstm_recurrent",
     "mlstm_step",
+    "place_token",
     "slstm",
     "window_attention",
     "window_step",

@@ -24,7 +24,7 @@ from xlstm_hybrid.model.cache_names import named, takes_cache
 from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER
 from xlstm_hybrid.model.kept_groups import DOCUMENT
 
-FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "1"
+FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "2"
 OURS = HybridCacheLayer, SlidingLayer, PlacedLayer
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
@@ -231,7 +231,7 @@ def load_state(path, model):
     refuse_parts(model, name)
     try:
         with safe_open(path, framework="pt") as file:
-            seen = check_header(file.metadata() or {}, model, name)
+            seen, version = check_header(file.metadata() or {}, model, name)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no dict)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{name}: cannot be read as a state ({error}); make it again with save_state") from error
@@ -241,6 +241,8 @@ def load_state(path, model):
         parts = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
         if "place" in parts and isinstance(layer, SlidingLayer):
             layer = cache.layers[j] = PlacedLayer(layer.sliding_window)
+        if version == "1" and isinstance(layer, HybridCacheLayer):
+            parts = of_version_1(parts, layer, seen)
         check_layer_tensors(parts, layer, j, model.config, seen, name)
         rows.add(parts["keys"].shape[0])
         device = next(layers[j].parameters()).device
@@ -261,8 +263,8 @@ def load_state(path, model):
 
 
 def check_header(header, model, name):
-    """The number of tokens in the header; CacheError unless it was written for this model."""
-    if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
+    """`(the number of tokens in the header, the format's version)`; CacheError unless it was written for this model."""
+    if header.get("format") != FORMAT or header.get("format_version") not in ("1", FORMAT_VERSION):
         given = f"{header.get('format')} version {header.get('format_version')}"
         raise CacheError(
             f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {given}; make it again with this version's save_state"
@@ -283,11 +285,26 @@ def check_header(header, model, name):
             "or read the text again"
         )
     try:
-        return int(header["seen_tokens"])
+        return int(header["seen_tokens"]), header["format_version"]
     except (KeyError, ValueError) as error:
         raise CacheError(
             f"{name}: the header has no number of tokens, it is damaged; make it again with save_state"
         ) from error
+
+
+def of_version_1(tensors, layer, seen):
+    """A hybrid layer's tensors in today's slots; version 1 wrote S + W of them at any length, and token t into the ring's
+    slot S + t mod W, sinks into their own as well. What does not look like that is left for the checks that follow.
+    """
+    S, W, count = layer.num_sink_tokens, layer.sliding_window, tensors.get("count")
+    held = {name: x for name, x in tensors.items() if name in ("keys", "values", "scores")}
+    if count is None or count.dim() != 1 or any(x.dim() < 3 or x.shape[2] != S + W for x in held.values()):
+        return tensors
+    index = layer.index_of_slots(count[:, None], layer.slots_after(seen)).clamp_min(0)
+    slot = torch.where(index < S, index, S + index % W)  # [B, slots]
+    return tensors | {
+        n: x.take_along_dim(slot[:, None, :, None] if x.dim() == 4 else slot[:, None], 2) for n, x in held.items()
+    }
 
 
 def check_layer_tensors(tensors, layer, j, config, seen, name):
@@ -296,7 +313,7 @@ def check_layer_tensors(tensors, layer, j, config, seen, name):
     H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
     G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
-        slots = layer.num_sink_tokens + layer.sliding_window
+        slots = layer.slots_after(seen)
     elif isinstance(layer, PlacedLayer):
         slots = tensors["place"].shape[-1]
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:

@@ -172,7 +172,7 @@ def sinks_forgotten(original):
 
 
 def window_off_by_one(original):
-    return lambda self, count: original(self, count + 1)
+    return lambda self, count, slots: original(self, count + 1, slots)
 
 
 def state_stays_when_beams_move(original):

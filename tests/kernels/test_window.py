@@ -309,7 +309,7 @@ def test_steps_refuse_what_does_not_fit():
             r"keys: expected .*'G': 2.*got torch.float64 \[2, 1, 11, 8\]",
         ),
         (lambda: window_step(q, k, v, keys, values, index[:1], sinks=4), r"index \[1\]"),
-        (lambda: window_step(q, k, v, keys, values, index, sinks=11), "sinks=11, slots=11"),
+        (lambda: window_step(q, k, v, keys, values, index, sinks=-1), "sinks=-1, slots=11"),
         (lambda: window_step(q.clone().requires_grad_(), k, v, keys, values, index, sinks=4), "no gradients"),
     ]:
         with pytest.raises(ValueError, match=said):

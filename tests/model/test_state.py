@@ -421,7 +421,7 @@ def rewritten(path, change_tensors=lambda t: None, change_header=lambda h: None)
         (
             lambda t: None,
             lambda h: h.update(format_version="9"),
-            "expected xlstm-hybrid-state version 1, found xlstm-hybrid-state version 9",
+            "expected xlstm-hybrid-state version 2, found xlstm-hybrid-state version 9",
         ),
         (lambda t: None, lambda h: h.pop("seen_tokens"), "no number of tokens"),
         (lambda t: None, lambda h: h.update(config="[]"), "another model wrote|no config"),

@@ -39,8 +39,9 @@ def resolve_backend(backend, backends, device, choose):
 
 def kernel_is_right(kernel, x, calculation, dtype, **dims):
     """True if a `Kernel` has tiles for these dims, and gives right results where x is, calculating in float32."""
-    fits = all(size <= kernel.largest[name] for name, size in dims.items())
-    return fits and runs_right(kernel, x, calculation, dtype, dims)
+    if any(size > kernel.largest[name] for name, size in dims.items()):
+        return False
+    return runs_right(kernel, x, calculation, dtype, dims)
 
 
 def runs_right(kernel, x, calculation, dtype, dims):

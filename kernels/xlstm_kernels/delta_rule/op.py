@@ -52,7 +52,7 @@ def delta_step(q, k, v, i, f, state):
     return h.to(v.dtype)
 
 
-def delta_hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None):
+def delta_hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, place=None):
     """`hybrid_step`, h [B, 1, H, V], with the gated delta rule instead of the mLSTM; the same arguments and errors."""
     memory = delta_step(phi_q, phi_k, v.repeat_interleave(q.shape[2] // v.shape[2], 2), i, f, state)
-    return mix(memory, window_step(q, k, v, keys, values, index, sinks=sinks, scale=scale), o).to(v.dtype)
+    return mix(memory, window_step(q, k, v, keys, values, index, sinks=sinks, scale=scale, place=place), o).to(v.dtype)

@@ -32,11 +32,33 @@ def check_slots(q, k, v, keys, values, index, sinks):
     expect("v", v, B=B, T=1, G=G, V=values.shape[3])
     expect("keys", keys, B=B, G=G, slots=slots, K=K)
     expect("values", values, B=B, G=G, slots=slots, V=values.shape[3])
-    if H % G or not 0 <= sinks < slots or tuple(index.shape) != (B,):
+    if H % G or sinks < 0 or not slots or tuple(index.shape) != (B,):
         raise ValueError(
-            f"expected H a multiple of G, fewer sinks than slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, "
+            f"expected H a multiple of G, 0 sinks or more, slots and index [{B}]; got H={H}, G={G}, sinks={sinks}, "
             f"slots={slots}, index {list(index.shape)}"
         )
+
+
+def fits(*tensors):
+    """Whether all of a hybrid step's tensors have the shapes and kinds that go together, in one comparison: asked for
+    each token and layer. What is wrong, `expect` says.
+    """
+    q, _, _, phi_q, _, i, _, _, C, keys, values, _ = tensors
+    (B, _, H, K), (_, G, slots, _), F, V = q.shape, keys.shape, phi_q.shape[-1], values.shape[-1]
+    gates, queries, phi = (B, 1, H), (B, 1, H, K), (B, 1, H, F)
+    wanted = (
+        queries,
+        (B, 1, G, K),
+        (B, 1, G, V),
+        phi,
+        phi,
+        *[gates] * 3,
+        (B, H, F, V),
+        (B, G, slots, K),
+        (B, G, slots, V),
+    )
+    floating = all(x.is_floating_point() for x in tensors[:-1])
+    return floating and G and H % G == 0 and tuple(tuple(x.shape) for x in tensors) == (*wanted, (B,))
 
 
 def refuse_gradients(*tensors):
@@ -60,32 +82,34 @@ def mlstm_step(q, k, v, i, f, state):
     return step_memory(q, k, v, i, f, *state), state
 
 
-def window_step(q, k, v, keys, values, index, *, sinks, scale=None):
+def window_step(q, k, v, keys, values, index, *, sinks, scale=None, place=None):
     """`window_attention` for one token without gradients; its key and value are written into the slots. Returns h [B,
     1, H, V].
 
-    Slot j < S holds the j-th token of the row's document, slot S + j the latest token whose index is j mod W. A sink is
-    read from the ring while it is inside the window and from its own slot afterwards. Empty slots must be finite; they
-    are not read.
+    Slot j < S holds the j-th token of the row's document, slot S + j the latest of its tokens S + j, S + j + W, S + j +
+    2 W ... A token that comes before the ring is full needs a slot of its own number and no more: with S + W slots or,
+    while documents are shorter, with as many as they have tokens. Empty slots must be finite; they are not read.
 
     Args:
         q: [B, 1, H, K]; k: [B, 1, G, K]; v: [B, 1, G, V].
-        keys, values: the slots, [B, G, S + W, K | V], written in place; keys have been rotated before they come here.
+        keys, values: the slots, [B, G, S + W or fewer, K | V], written in place; keys have been rotated before they come
+            here.
         index: [B] int64, number of tokens of the row's document before this one; 0 starts a document, -1 is padding:
             nothing is written, h is 0.
         sinks: S, of the S + W slots.
         scale: of the scores, 1 / sqrt(K) if None.
+        place: what `place_token(index, slots, sinks)` gives, if another layer has asked already.
     Raises:
         ValueError: a shape does not fit, more than one token, or an input that wants gradients.
     """
     check_slots(q, k, v, keys, values, index, sinks)
     refuse_gradients(q, k, v)
-    return (window_in_graphs if torch.compiler.is_compiling() else step_window)(
-        q, k, v, keys, values, index, sinks, scale
-    )
+    if torch.compiler.is_compiling():
+        return window_in_graphs(q, k, v, keys, values, index, sinks, scale)
+    return step_window(q, k, v, keys, values, index, sinks, scale, place)
 
 
-def step_triton(*args):
+def step_triton(*args, place=None):  # it looks at the index itself
     from xlstm_kernels.step.triton import hybrid_step_triton  # needs triton
 
     return hybrid_step_triton(*args)
@@ -100,7 +124,9 @@ def choose_backend(q, v, C, keys):
     return "triton" if kernel_is_right(KERNEL, q, calculation_dtype(C, keys), keys.dtype, **sizes) else "torch"
 
 
-def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto"):
+def hybrid_step(
+    q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, sinks, scale=None, backend="auto", place=None
+):
     """One token of a hybrid layer, o * mLSTM + (1 - o) * window, without gradients; state and slots are overwritten.
     Returns h [B, 1, H, V].
 
@@ -108,18 +134,20 @@ def hybrid_step(q, k, v, phi_q, phi_k, i, f, o, state, keys, values, index, *, s
         q: [B, 1, H, K]; k: [B, 1, G, K]; v: [B, 1, G, V]: the window's, rotated, key/value heads not repeated.
         phi_q, phi_k: features for the mLSTM, [B, 1, H, F]; i, f: its gates before activation, [B, 1, H]; o: output gate
             in [0, 1], [B, 1, H].
-        state, keys, values, index, sinks, scale: as in `mlstm_step` and `window_step`.
+        state, keys, values, index, sinks, scale, place: as in `mlstm_step` and `window_step`.
         backend: a key of `BACKENDS`, which runs or raises, or "auto".
     Raises:
         ValueError: a shape does not fit, more than one token, or an input that wants gradients.
     """
-    check_slots(q, k, v, keys, values, index, sinks)
-    (B, _, H, _), (C, n, m) = q.shape, state
-    expect("phi_q", phi_q, B=B, T=1, H=H, K=C.shape[2])
-    expect("phi_k", phi_k, B=B, T=1, H=H, K=C.shape[2])
-    for name, gate in (("i", i), ("f", f), ("o", o)):
-        expect(name, gate, B=B, T=1, H=H)
-    expect("state.C", C, B=B, H=H, K=phi_q.shape[3], V=v.shape[3])
+    C, n, m = state
+    if not fits(q, k, v, phi_q, phi_k, i, f, o, C, keys, values, index) or sinks < 0:
+        check_slots(q, k, v, keys, values, index, sinks)
+        B, H = q.shape[0], q.shape[2]
+        expect("phi_q", phi_q, B=B, T=1, H=H, K=C.shape[2])
+        expect("phi_k", phi_k, B=B, T=1, H=H, K=C.shape[2])
+        for name, gate in (("i", i), ("f", f), ("o", o)):
+            expect(name, gate, B=B, T=1, H=H)
+        expect("state.C", C, B=B, H=H, K=phi_q.shape[3], V=v.shape[3])
     refuse_gradients(q, k, v, phi_q, phi_k, i, f, o, *state)
     backend = resolve_backend(backend, BACKENDS, q.device, lambda: choose_backend(q, v, C, keys))
-    return BACKENDS[backend](q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale)
+    return BACKENDS[backend](q, k, v, phi_q, phi_k, i, f, o, C, n, m, keys, values, index, sinks, scale, place=place)

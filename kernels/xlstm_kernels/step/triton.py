@@ -68,7 +68,8 @@ def attend_slots(tensors, strides, H, R, W, P, rate, i, S, K, V, BR, BK, BV, EXA
     index = tl.load(p_index + i_b)
     o_r, o_k, o_v, o_s = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BS)
     p_keys, p_values = p_keys + i_bg * (S + W) * K, p_values + i_bg * (S + W) * V
-    new = S + index % W  # the slot of this token
+    slots = S + W
+    new = tl.where(index < slots, index, S + (index - S) % tl.maximum(W, 1))  # the slot of this token
     inside = (o_r < R)[:, None] & (o_k < K)[None, :]
     b_q = tl.load(p_q + i_b * q_b + (i_g * R + o_r)[:, None] * q_h + o_k[None, :], mask=inside, other=0.0)
     b_h = tl.zeros([BR, BV], tl.float32)
@@ -79,17 +80,14 @@ def attend_slots(tensors, strides, H, R, W, P, rate, i, S, K, V, BR, BK, BV, EXA
         b_v = tl.load(p_v + i_b * v_b + i_g * v_g + o_v, mask=o_v < V, other=0.0).to(p_values.dtype.element_ty)
         tl.store(p_keys + new * K + o_k, b_k, mask=o_k < K)
         tl.store(p_values + new * V + o_v, b_v, mask=o_v < V)
-        if index < S:
-            tl.store(p_keys + index * K + o_k, b_k, mask=o_k < K)
-            tl.store(p_values + index * V + o_v, b_v, mask=o_v < V)
         b_m = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32)[None, :], 1) * rate
         b_l += 1.0
         b_h += b_v.to(tl.float32)[None, :]
-    n_tiles = tl.cdiv(S + W, BS)
-    filled = tl.where(index < 0, 0, tl.minimum(index + 1, W) + S).to(tl.int32)  # slots from here on are empty
+    n_tiles = tl.cdiv(slots, BS)
+    filled = tl.where(index < 0, 0, tl.minimum(index, slots)).to(tl.int32)  # slots from here on are empty
     for j in range(i_p * n_tiles // P, tl.minimum((i_p + 1) * n_tiles // P, tl.cdiv(filled, BS))):
         s = j * BS + o_s
-        valid = tl.where(s < S, s <= index - W, s - S <= index) & (s != new) & (s < S + W)
+        valid = (s < filled) & (s != new)
         b_k = tl.load(p_keys + s[:, None] * K + o_k[None, :], mask=valid[:, None] & (o_k < K)[None, :], other=0.0)
         b_v = tl.load(p_values + s[:, None] * V + o_v[None, :], mask=valid[:, None] & (o_v < V)[None, :], other=0.0)
         if EXACT:

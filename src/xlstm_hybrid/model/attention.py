@@ -13,10 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, apply_rotary_pos_emb
 from xlstm_kernels import mix, window_attention
 
-from xlstm_hybrid.model.cache import PlacedLayer
+from xlstm_hybrid.model.cache import PlacedLayer, place_of
 from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
+from xlstm_hybrid.model.mixer import cast
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
@@ -38,9 +39,10 @@ class HybridAttention(nn.Module):
         self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_dim, D, bias=config.attention_output_bias)
-        if config.qk_norm == "head":
+        self.qk_norm = config.qk_norm
+        if self.qk_norm == "head":
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
-        elif config.qk_norm == "full":
+        elif self.qk_norm == "full":
             self.q_norm, self.k_norm = (Olmo2RMSNorm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
@@ -80,10 +82,12 @@ class HybridAttention(nn.Module):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         raw = q.view(heads), k.view(heads), v.view(heads)
-        if self.config.qk_norm == "full":
+        if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.view(heads), k.view(heads)
-        if self.config.qk_norm == "head":
+            q, k = q.view(heads), k.view(heads)
+        else:
+            q, k, _ = raw
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         unrotated = q.transpose(1, 2), k.transpose(1, 2)
         query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
@@ -95,11 +99,12 @@ class HybridAttention(nn.Module):
         """`(h [B, T, H, V], attention weights or None)`: o * mLSTM + (1 - o) * window attention. Takes the tokens into
         the cache layer.
         """
-        config, (query, key, value, *_) = self.config, projected
-        variant = VARIANTS.get((config.mixer_combine, config.mixer_branches, config.sparse_memory > 0))
+        query, key, value, *_ = projected
+        config = vars(self.config)  # transformers' configs look every attribute up in Python
+        variant = VARIANTS.get((config["mixer_combine"], config["mixer_branches"], config["sparse_memory"] > 0))
         if variant is not None:
             return variant.mix_heads(self, hidden_states, projected, tokens, mask, cache)
-        cell, chunk_size = CELLS[config.memory_cell], config.mlstm_chunk_size
+        cell, chunk_size = CELLS[config["memory_cell"]], config["mlstm_chunk_size"]
         mlstm, hybrid_step = cell.run, cell.step  # the paper's, unless `memory_cell` names another recurrence
         phi_q, phi_k, i, f, o = self.read(hidden_states, projected, tokens)
 
@@ -108,8 +113,11 @@ class HybridAttention(nn.Module):
             inputs = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi_q, phi_k, i, f, o
             if cache.depth:  # tokens that may be taken back
                 cache.note(Step(hybrid_step, inputs, tokens, self.scaling))
-            place = {"sinks": cache.num_sink_tokens, "scale": self.scaling}
-            h = hybrid_step(*inputs, cache.state, cache.keys, cache.values, tokens.index[:, 0], **place)
+            if (slots := cache.keys.shape[2]) < cache.slots:
+                slots = cache.grow(1)
+            index, place = tokens.places.get((slots, cache.num_sink_tokens)) or place_of(tokens, cache)
+            where = {"sinks": cache.num_sink_tokens, "scale": self.scaling, "place": place}
+            h = hybrid_step(*inputs, cache.state, cache.keys, cache.values, index, **where)
             cache.advance(tokens)
             return h, None
 
@@ -119,7 +127,7 @@ class HybridAttention(nn.Module):
             if cache.depth:
                 cache.note(RecordedCall(mlstm, written, key, value, tokens, chunk_size))
             key, value = cache.update(key, value, tokens, state)
-        if config.mixer_branches == "memory":  # a baseline: o = 1
+        if config["mixer_branches"] == "memory":  # a baseline: o = 1
             return memory, None
         window, weights = self.window(query, key, value, tokens, mask)
         return mix(memory, window, o), weights
@@ -127,7 +135,7 @@ class HybridAttention(nn.Module):
     def read(self, hidden_states, projected, tokens):
         """`(phi_q, phi_k, i, f, o)`: features of queries and keys [B, T, H, F], and the gates [B, T, H]."""
         query, key, _, raw, unrotated = projected
-        query, key = (query, key) if self.config.memory_rope else unrotated
+        query, key = (query, key) if vars(self.config)["memory_rope"] else unrotated
         return self.mlstm(hidden_states, raw, query, key, tokens=tokens)
 
     def window(self, query, key, value, tokens, mask):
@@ -147,7 +155,7 @@ class HybridAttention(nn.Module):
         """
         mixed = projected if self.split is None else self.split.projected(projected, kept=False)
         h, weights = self.mix_heads(hidden_states, mixed, tokens, mask, cache)
-        h = (normed(self.mlstm, h) if self.config.mixer_norm else h).to(projected[2].dtype)
+        h = cast(normed(self.mlstm, h) if vars(self.config)["mixer_norm"] else h, projected[2].dtype)
         if self.split is not None:
             full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
             h, weights = self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)

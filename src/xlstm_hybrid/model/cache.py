@@ -1,4 +1,5 @@
-"""The cache of a hybrid layer: mLSTM state, ring buffer of the window, sinks. Its size does not depend on the context.
+"""The cache of a hybrid layer: mLSTM state, sinks, ring buffer of the window. It grows with the first S + W tokens and
+then stays as large as it is, whatever the context.
 
 It stores: kernels write into its tensors, and it says which token stands where. Dims: B batch, T new tokens, H query
 heads, G key/value heads, K query/key dim, V value dim, W window, S sinks.
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
-from xlstm_kernels import MLSTMState
+from xlstm_kernels import MLSTMState, place_token
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.kept_groups import KeptKeys
@@ -49,7 +50,7 @@ class Placing(NamedTuple):
 
     count: [B, 1] tokens of the row's document after the call.  restarted: [B, 1] bool, whether a document begins in it.
     inside: [B, T] bool, tokens of the document that the row ends with.
-    written: [B, S + W] bool, slots that hold another token afterwards; source: [B, S + W], the column of the call that
+    written: [B, slots] bool, slots that hold another token afterwards; source: [B, slots], the column of the call that
     they take.
     """
 
@@ -60,24 +61,43 @@ class Placing(NamedTuple):
     source: torch.Tensor
 
     def take(self, new, old):
-        """`old` [B, G, S + W, ...] with what comes from `new` [B, G, T, ...]."""
+        """`old` [B, G, slots or fewer, ...] with what comes from `new` [B, G, T, ...]."""
+        old = with_slots(old, self.source.shape[1])
         at, written = self.source[:, None], self.written[:, None]
         if new.ndim == 4:
             at, written = at[..., None].expand(-1, new.shape[1], -1, new.shape[-1]), written[..., None]
         return torch.where(written, new.gather(2, at.expand(-1, new.shape[1], *at.shape[2:])), old)
 
 
+def with_slots(x, slots):
+    """x [B, G, slots or fewer, ...] with empty slots, which are 0, at the end."""
+    more = slots - x.shape[2]
+    return x if more <= 0 else torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2)
+
+
+def place_of(tokens, layer):
+    """`(index [B] of one token per row, its `place_token` in the slots of `layer`)`, for all layers of the call that have
+    as many slots. No place where finding it is the kernel's matter: on a GPU, and in a graph.
+    """
+    index, slots, sinks = tokens.index[:, 0], layer.keys.shape[2], layer.num_sink_tokens
+    here = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    tokens.places[slots, sinks] = index, place_token(index, slots, sinks) if here else None
+    return tokens.places[slots, sinks]
+
+
 class HybridCacheLayer(Rollback, StateLayer):
     """mLSTM state and [sinks | ring] of one hybrid layer.
 
     state: `MLSTMState`, None where the layer has no memory.
-    keys, values: [B, G, S + W, K | V]; slot j < S holds the document's j-th token, slot S + j the latest token whose
-    index is j mod W.
+    keys, values: [B, G, slots, K | V]; slot j < S holds the document's j-th token, slot S + j the latest of the tokens
+    S + j, S + j + W, S + j + 2 W ... There are as many slots as columns have come, at most S + W; in a static layer S +
+    W from the beginning.
     count: [B] real tokens of the present document; it says which token each slot holds (`slot_index`).
     kept: `KeptKeys` of groups that keep full attention, or None; they grow with the context and are none of the G
     groups here.
     cell: the config's `memory_cell`, whose state it is.
     room: where a static layer's state stays; what a decode step writes keeps its address, as CUDA graphs demand.
+    kind: window, sinks, cell, whether it keeps groups, tokens of a sparse memory: what a model compares with its own.
     """
 
     is_compileable = False  # `static=True` sets it
@@ -91,11 +111,8 @@ class HybridCacheLayer(Rollback, StateLayer):
         super().__init__()
         self.sliding_window, self.num_sink_tokens, self.is_compileable = sliding_window, num_sink_tokens, static
         self.cell, self.kept, self.state, self.room, self.count, self.seen_tokens = cell, kept, None, None, None, 0
-
-    @property
-    def kind(self):
-        """Window, sinks, cell, whether it keeps groups, tokens of a sparse memory: what a model compares with its own."""
-        return self.sliding_window, self.num_sink_tokens, self.cell, self.kept is not None, self.capacity
+        self.slots = num_sink_tokens + sliding_window  # once the ring is full
+        self.kind = sliding_window, num_sink_tokens, cell, kept is not None, self.capacity
 
     def take_over(self, other):
         """Become what `other` is, its tensors included; the record stays."""
@@ -104,7 +121,7 @@ class HybridCacheLayer(Rollback, StateLayer):
 
     def lazy_initialization(self, key_states, value_states):
         B, G = key_states.shape[:2]
-        slots = self.num_sink_tokens + self.sliding_window
+        slots = self.slots if self.is_compileable else self.slots_after(key_states.shape[2])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         shape = B, G, slots, key_states.shape[-1]
         if self.room is not None and self.keys.shape == shape and self.keys.dtype == self.dtype:
@@ -125,26 +142,33 @@ class HybridCacheLayer(Rollback, StateLayer):
 
     @property
     def slot_index(self):
-        """[B, S + W] index of the token in each slot, -1 where empty."""
-        return self.index_of_slots(self.count[:, None])
+        """[B, slots] index of the token in each slot, -1 where empty."""
+        return self.index_of_slots(self.count[:, None], self.keys.shape[2])
 
-    def index_of_slots(self, count):
+    def index_of_slots(self, count, slots):
         """The same for a row that holds `count` [B, 1] tokens."""
         S, W, last = self.num_sink_tokens, self.sliding_window, count - 1
-        slot = torch.arange(S + W, device=count.device)[None]
-        index = torch.where(slot < S, slot, last - (last - (slot - S)) % W)
-        return torch.where((index > last) | (index < 0), -1, index)
+        slot = torch.arange(slots, device=count.device)[None]
+        index = torch.where(slot < S, slot, last - (last - slot) % W)
+        return torch.where((index > last) | (index < slot), -1, index)
+
+    def slots_after(self, columns):
+        """How many slots there are once so many columns have come."""
+        return min(columns, self.slots)
+
+    def grow(self, columns):
+        """Make room for `columns` more, as far as the ring is not full; returns the number of slots."""
+        slots = self.slots_after(self.seen_tokens + columns)
+        self.keys, self.values = with_slots(self.keys, slots), with_slots(self.values, slots)
+        return self.keys.shape[2]
 
     def visible(self, tokens):
-        """[B, T, S + W] bool: which slots each new token attends to, before they are updated. A sink is read from its
-        ring slot while it is inside the window and from its sink slot afterwards, never from both.
-        """
+        """[B, T, slots] bool: which slots each new token attends to, before they are updated."""
         slot_index = self.slot_index
-        distance = tokens.index[:, :, None] - slot_index[:, None]
-        inside = distance < self.sliding_window
-        sink = torch.arange(slot_index.shape[1], device=distance.device) < self.num_sink_tokens
+        inside = tokens.index[:, :, None] - slot_index[:, None] < self.sliding_window
+        sink = torch.arange(slot_index.shape[1], device=inside.device) < self.num_sink_tokens
         there = (slot_index >= 0)[:, None] & (tokens.document == 0)[:, :, None]
-        return (there & (inside != sink)) | ~tokens.real[:, :, None]
+        return (there & (inside | sink)) | ~tokens.real[:, :, None]
 
     def placing(self, tokens):
         """`Placing` of new tokens: padding writes nothing, a document start empties the slots."""
@@ -153,7 +177,8 @@ class HybridCacheLayer(Rollback, StateLayer):
         before = torch.where(restarted, 0, self.count[:, None])
         last = tokens.index.masked_fill(~inside, -1).amax(-1, keepdim=True)
         count = torch.where(inside.any(-1, keepdim=True), last + 1, before)
-        wanted = self.index_of_slots(count)  # index that each slot holds from now on
+        slots = max(self.slots_after(self.seen_tokens + tokens.real.shape[1]), self.keys.shape[2])
+        wanted = self.index_of_slots(count, slots)  # index that each slot holds from now on
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1))
@@ -164,8 +189,7 @@ class HybridCacheLayer(Rollback, StateLayer):
 
     def advance(self, tokens):
         """Count one token that a kernel has written into state, keys and values."""
-        index = tokens.index[:, 0]
-        self.count.copy_(torch.where(index < 0, self.count, index + 1))
+        self.count.copy_(tokens.count)
         self.seen_tokens += 1
 
     def update(self, key_states, value_states, tokens, state=None):
@@ -174,7 +198,7 @@ class HybridCacheLayer(Rollback, StateLayer):
         Args:
             key_states, value_states: [B, G, T, K | V].
         Returns:
-            `(keys, values)` that the new tokens may attend to, [B, G, (S + W) + T, K | V]: the slots as they were,
+            `(keys, values)` that the new tokens may attend to, [B, G, slots + T, K | V]: the slots as they were,
             unless the layer was empty, then the tokens themselves (see `visible`).
         """
         seen = key_states, value_states
@@ -182,8 +206,8 @@ class HybridCacheLayer(Rollback, StateLayer):
             seen = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         else:
             self.lazy_initialization(key_states, value_states)
-        self.seen_tokens += key_states.shape[2]
         place = self.placing(tokens)
+        self.seen_tokens += key_states.shape[2]
         keys, values = place.take(key_states, self.keys), place.take(value_states, self.values)
         self.put(keys, values, place.count[:, 0].clone(), state)
         return seen
@@ -234,7 +258,7 @@ class HybridCacheLayer(Rollback, StateLayer):
 
     def fill(self, tensors, seen):
         """Take `named_tensors` of a layer that had `seen` tokens."""
-        self.lazy_initialization(tensors["keys"][:, :, :1], tensors["values"][:, :, :1])
+        self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values, self.count = (tensors[name] for name in ("keys", "values", "count"))
         self.seen_tokens = seen
         self.state = MLSTMState(*(tensors[name] for name in MLSTMState._fields)) if "C" in tensors else None

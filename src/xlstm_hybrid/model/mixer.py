@@ -4,6 +4,8 @@ Dims: B batch, T tokens, D hidden size, H query heads, K query/key/value dim, P 
 Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et al. 2024.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
@@ -65,6 +67,18 @@ def wide(*shape):
     return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
+def cast(x, dtype):
+    """x in `dtype`; nothing is called where it is already: each token asks this of each tensor of each layer."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def without_autocast(x):
+    """A context in which autocast rounds nothing where x is; free without autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class MLSTMMixer(nn.Module):
     """What conversion adds to an attention layer: feature maps for the mLSTM, its input and forget gates, and the gate
     that mixes it with the window.
@@ -78,7 +92,7 @@ class MLSTMMixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         H, K, D = len(config.mixed_heads(layer_idx)), config.head_dim, config.hidden_size
-        P = config.memory_feature_dim or K
+        P, self.reads_qkv = config.memory_feature_dim or K, config.mixer_gate_input == "qkv"
         self.q_map, self.k_map = nn.Parameter(torch.empty(H, K, P)), nn.Parameter(torch.empty(H, K, P))
         if config.memory_cell != "linear":
             self.igate_weight, self.fgate_weight, self.fgate_bias = wide(H, D), wide(H, D), wide(H)
@@ -100,16 +114,18 @@ class MLSTMMixer(nn.Module):
             activation, and the output gate itself, always last. The features are None if there is no memory branch to
             read them.
         """
-        n = raw[0].shape[2] // raw[1].shape[2]
+        branches = vars(self.config)["mixer_branches"]  # transformers' configs look every attribute up in Python
         i, f, o = self.gates(hidden_states, raw)
-        if tokens.blind is not None or self.config.mixer_branches != "both":
-            o = clamped(o, tokens, self.config.mixer_branches)
-        if self.config.mixer_branches == "window":
+        if tokens.blind is not None or branches != "both":
+            o = clamped(o, tokens, branches)
+        if branches == "window":
             return None, None, i, f, o
-        real, start = tokens.real[..., None], tokens.start[..., None]
-        i = torch.where(real, i, float("-inf"))
-        f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
-        return self.read(query, self.q_map), self.read(repeat_kv(key, n), self.k_map), i, f, o
+        if not tokens.plain:
+            real, start = tokens.real[..., None], tokens.start[..., None]
+            i = torch.where(real, i, float("-inf"))
+            f = torch.where(start, float("-inf"), torch.where(real, f, float("inf")))
+        key = repeat_kv(key, query.shape[1] // key.shape[1])
+        return self.read(query, self.q_map), self.read(key, self.k_map), i, f, o
 
     def gates(self, hidden_states, raw):
         """`(i, f, o)`, each [B, T, H] in float32 at least: gate pre-activations, and the output gate itself.
@@ -118,28 +134,28 @@ class MLSTMMixer(nn.Module):
             hidden_states: input of the layer, [B, T, D].
             raw: q, k and v before QK-norm and RoPE, [B, T, H | G, K].
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            x = hidden_states.to(dtype)
+            x = cast(hidden_states, dtype)
             i, f = self.input_and_forget_gates(x, dtype)
-            weight, bias = self.ogate_weight.to(dtype), self.ogate_bias.to(dtype)
-            if self.config.mixer_gate_input == "qkv":
+            weight, bias = cast(self.ogate_weight, dtype), cast(self.ogate_bias, dtype)
+            if self.reads_qkv:
                 (q, *kv), K = raw, weight.shape[-1] // 3
                 # [B, G, T, 2 K] by [G, 2 K, R]: keys and values are not repeated for the R heads that share them
                 shared = weight[:, K:].unflatten(0, (kv[0].shape[2], -1)).transpose(1, 2)
-                shared = (torch.cat(kv, -1).to(dtype).transpose(1, 2) @ shared).transpose(1, 2).flatten(2)
-                o = (q.to(dtype) * weight[:, :K]).sum(-1) + shared + bias
+                shared = (cast(torch.cat(kv, -1), dtype).transpose(1, 2) @ shared).transpose(1, 2).flatten(2)
+                o = (cast(q, dtype) * weight[:, :K]).sum(-1) + shared + bias
             else:
                 o = nn.functional.linear(x, weight, bias)
         return i, f, torch.sigmoid(o)
 
     def input_and_forget_gates(self, x, dtype):
-        i = nn.functional.linear(x, self.igate_weight.to(dtype))
-        return i, nn.functional.linear(x, self.fgate_weight.to(dtype), self.fgate_bias.to(dtype))
+        i = nn.functional.linear(x, cast(self.igate_weight, dtype))
+        return i, nn.functional.linear(x, cast(self.fgate_weight, dtype), cast(self.fgate_bias, dtype))
 
     def read(self, x, feature_map):
         """Features [B, T, H, F] of queries or keys x [B, H, T, K] as the cell takes them."""
-        return self.features(x, feature_map, self.config.memory_feature_map == "softmax_signed")
+        return self.features(x, feature_map, vars(self.config)["memory_feature_map"] == "softmax_signed")
 
     @staticmethod
     def features(x, feature_map, signed=False):
@@ -150,10 +166,11 @@ class MLSTMMixer(nn.Module):
         normaliser would be lost.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            exponents = x.to(dtype) @ feature_map.to(dtype)  # a rounded exponent is a relative error of the feature
+        with without_autocast(x):
+            # a rounded exponent is a relative error of the feature
+            exponents = cast(x, dtype) @ cast(feature_map, dtype)
             features = torch.softmax(torch.cat([exponents, -exponents], -1) if signed else exponents, -1)
-        return (features if x.dtype == torch.float16 else features.to(x.dtype)).transpose(1, 2)
+        return (features if x.dtype == torch.float16 else cast(features, x.dtype)).transpose(1, 2)
 
     def first_map(self):
         """[K, P] a feature map to begin with: the identity, cut or repeated to the right width, with a sign and a scale

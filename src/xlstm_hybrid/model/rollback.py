@@ -46,6 +46,7 @@ class Step:
         return 1
 
     def repeat(self, layer):
+        layer.grow(1)
         tensors = [layer.keys, layer.values] if len(self.inputs) == 3 else [layer.state, layer.keys, layer.values]
         index, sinks = self.tokens.index[:, 0], layer.num_sink_tokens
         self.kernel(*self.inputs, *tensors, index, sinks=sinks, scale=self.scale)

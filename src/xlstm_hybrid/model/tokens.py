@@ -1,6 +1,6 @@
 """Where the tokens of a call stand in their documents. Dims: B batch, T tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,8 @@ class Tokens:
     uneven: whether padding stands between tokens, so that their distance is not that of their columns; looked at where a
     layer's window counts columns.
     blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
+    count: [B] tokens of each row's document after a call of one token; None after a longer one.
+    places: what the kernels' `place_token` gave in this call, by slots and sinks: layers that have as many share it.
     """
 
     real: torch.Tensor
@@ -26,6 +28,8 @@ class Tokens:
     plain: bool = False
     blind: torch.Tensor | None = None
     uneven: bool = False
+    count: torch.Tensor | None = None
+    places: dict = field(default_factory=dict)
 
     @classmethod
     def locate(
@@ -49,6 +53,8 @@ class Tokens:
         real = torch.ones(B, T, dtype=torch.bool, device=device)
         real = real if attention_mask is None else attention_mask[:, -T:].to(device, torch.bool)
         seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
+        if T == 1:
+            return cls.of_one(real, position_ids, seen, attention_mask is None and position_ids is None)
         order = torch.arange(T, device=device)
         latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
         previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
@@ -72,6 +78,25 @@ class Tokens:
         plain = not given or (looked_at and not bool((start | ~real).any()))
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
+    @classmethod
+    def of_one(cls, real, position_ids, seen, plain):
+        """The same of one token per row, which is the first of its call: it starts a document if its position is 0
+        although the row has seen tokens. `plain`: nothing says otherwise; else a CPU looks, which waits for nothing.
+        """
+        if not plain:
+            start = torch.zeros_like(real)
+            if position_ids is not None:
+                start = (position_ids.to(real.device) == 0) & (seen > 0)[:, None] & real
+            if real.device.type == "cpu" and not torch.compiler.is_compiling():
+                plain = not bool((start | ~real).any())
+        if plain:
+            index = seen[:, None].expand_as(real)
+            nowhere = torch.zeros_like(index)
+            return cls(real, nowhere.bool(), index, nowhere, True, count=seen + 1)
+        index = torch.where(real, torch.where(start, 0, seen[:, None]), -1)
+        count = torch.where(real, index + 1, seen[:, None])[:, 0]
+        return cls(real, start, index, start.long(), False, count=count)
+
     def gaps(self, before):
         """`(after, between)`, [B, T] bool: padding that stands after a token of its row, and what of it stands before
         one of the same call; `before` [B] is the number of tokens in the cache.
@@ -87,7 +112,8 @@ class Tokens:
 
     def map(self, change):
         parts = (change(x) for x in (self.real, self.start, self.index, self.document))
-        return Tokens(*parts, self.plain, None if self.blind is None else change(self.blind), self.uneven)
+        blind, count = (None if x is None else change(x) for x in (self.blind, self.count))
+        return Tokens(*parts, self.plain, blind, self.uneven, count)
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""

@@ -59,7 +59,7 @@ def hybrid_layer_bytes(config, j, length, dtype):
     exact = torch.promote_types(dtype, torch.float32).itemsize
     H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
     G, L, branches = config.num_key_value_heads - E, config.sparse_memory, config.mixer_branches
-    slots = 1 if branches == "memory" else config.window_of(j) + config.sinks_of(j)
+    slots = min(length, 1 if branches == "memory" else config.window_of(j) + config.sinks_of(j))
     state = 0 if branches == "window" else H * (F * K + F + 1) * exact
     sparse = G * L * (pair_bytes(config, dtype) + exact + INDEX) + G * slots * exact if L else 0
     window = config.kept_window_of(j)

@@ -9,6 +9,7 @@ heads.
 import torch
 from xlstm_kernels import window_step
 
+from xlstm_hybrid.model.cache import place_of
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
@@ -27,7 +28,8 @@ def window_alone(attention, hidden_states, projected, tokens, mask, cache):
         inputs, where = tuple(x.transpose(1, 2) for x in (query, key, value)), {"sinks": attention.num_sink_tokens}
         if cache.depth:
             cache.note(Step(window_step, inputs, tokens, attention.scaling))
-        index, where["scale"] = tokens.index[:, 0], attention.scaling
+        cache.grow(1)
+        (index, where["place"]), where["scale"] = place_of(tokens, cache), attention.scaling
         cache.state, h = None, window_step(*inputs, cache.keys, cache.values, index, **where)
         cache.advance(tokens)
         return h, None

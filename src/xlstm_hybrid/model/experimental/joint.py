@@ -96,7 +96,7 @@ class JointCacheLayer(HybridCacheLayer):
     """A layer whose state is of the tokens that have left the window."""
 
     def left(self, tokens):
-        """[B, T, S + W] bool: tokens in the ring that are no longer in the window of each new token, sinks aside."""
+        """[B, T, slots] bool: tokens in the ring that are no longer in the window of each new token, sinks aside."""
         slot_index, S = self.slot_index[:, None], self.num_sink_tokens
         ring = torch.arange(slot_index.shape[-1], device=slot_index.device) >= S
         far = tokens.index[:, :, None] - slot_index >= self.sliding_window

@@ -110,7 +110,7 @@ def sparse_attention(query, key, value, tokens, scores, layer, attend=None, scal
 
 
 def visible_pairs(layer, key, value, scores, tokens):
-    """`(keys, values [B, G, N, K | V], mask [B, G, T, N])` of one block, N = [S + W slots | L chosen | T new], of an
+    """`(keys, values [B, G, N, K | V], mask [B, G, T, N])` of one block, N = [slots | L chosen | T new], of an
     empty layer T new.
     """
     W, S, L, T = layer.sliding_window, layer.num_sink_tokens, layer.capacity, key.shape[2]
@@ -118,7 +118,8 @@ def visible_pairs(layer, key, value, scores, tokens):
     if layer.is_initialized:
         slot = layer.slot_index
         mask = torch.cat([layer.visible(tokens), mask.new_zeros(*mask.shape[:2], L), mask], -1)
-        ring = torch.where(torch.arange(S + W, device=slot.device) < S, -1, slot)[:, None].expand(-1, key.shape[1], -1)
+        ring = torch.where(torch.arange(slot.shape[1], device=slot.device) < S, -1, slot)[:, None]
+        ring = ring.expand(-1, key.shape[1], -1)
         old = torch.cat([ring, layer.sparse.index], -1)
         index = torch.cat([old, index[:, None].expand(-1, key.shape[1], -1)], -1)
         document = torch.cat([torch.zeros_like(old[:, 0]), document], -1)[:, None]
@@ -272,15 +273,15 @@ class SparseCall(RecordedCall):
 
 
 class SparseCacheLayer(HybridCacheLayer):
-    """Besides: sparse, `SparseSlots` of `capacity` chosen tokens, and scores [B, G, S + W], what the tokens in the
+    """Besides: sparse, `SparseSlots` of `capacity` chosen tokens, and scores [B, G, slots], what the tokens in the
     slots are worth.
     """
 
     fields = (*HybridCacheLayer.fields, "scores", "sparse")
 
     def __init__(self, *args, capacity, **kwargs):
-        super().__init__(*args, **kwargs)
         self.capacity, self.scores, self.sparse = capacity, None, None
+        super().__init__(*args, **kwargs)
 
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
