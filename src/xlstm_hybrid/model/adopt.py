@@ -53,7 +53,11 @@ def adopt_cache(cache, config):
             more = {"capacity": capacity} if capacity else {}
             kept = KeptKeys(config.kept_window_of(j)) if kept else None
             cache.layers[j] = make(window, sinks, static=static, cell=cell, kept=kept, **more)
-        elif isinstance(layer, SlidingLayer | PlacedLayer) or layer.get_seq_length() > 0:
+        elif isinstance(layer, SlidingLayer | PlacedLayer):
+            continue
+        elif kind == "full_attention" and not (moving and isinstance(layer, StaticLayer)):
+            continue  # transformers' own serves; a static one's length is on the GPU, and looking would wait
+        elif layer.get_seq_length() > 0:
             continue
         elif kind == "sliding_attention":
             if isinstance(layer, StaticSlidingWindowLayer) and not moving:

@@ -325,6 +325,8 @@ def attention_mask_of(config, kind, window, layer_idx, tokens, packed, **kwargs)
     """
     if packed and config._attn_implementation in ("eager", "sdpa"):
         return tokens.visible(window or tokens.real.shape[1], 0)[:, None]
+    if not packed:
+        kwargs["position_ids"] = None  # transformers would look for documents in them, which waits for the GPU
     if kind == "full_attention":
         return create_causal_mask(config=config, layer_idx=layer_idx, **kwargs)
     config = copy.copy(config)
