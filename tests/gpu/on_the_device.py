@@ -5,10 +5,15 @@ the CPU's numbers, mixes no devices, and waits no more often than it is said her
 import copy
 
 import pytest
+import test_alignment
+import test_on_policy
+import test_sparse_kd
 import torch
+from accelerate import Accelerator
 from conftest import tiny_student, token_ids
+from datasets import Dataset
 from second_device import GPU, Disguised, Watch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, TrainingArguments
 
 from xlstm_hybrid import state
 from xlstm_hybrid.training.calibration import calibrate_model
@@ -136,3 +141,75 @@ def test_calibration_gives_the_cpu_s_figures():
     with Watch():
         got = calibrate_model(moved(model), batches[:1], batches[1:])
     assert {j: x["after"] for j, x in got.items()} == pytest.approx({j: x["after"] for j, x in want.items()}, rel=1e-3)
+
+
+# --- trainers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    setup = TrainingArguments.device.fget
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: (setup(self), GPU)[1]))
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: GPU))
+
+
+def trained(make):
+    """Waits in our files of four steps with two logs, and the losses."""
+    with Watch():
+        trainer = make()
+    with Watch() as watch:
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+    return places(watch)
+
+
+SETTINGS = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 2, "report_to": "none"}
+SETTINGS |= {"bf16": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.01}
+TRAINERS = "xlstm_hybrid/training/"
+EACH_STEP = {TRAINERS + "resume.py:on_pre_optimizer_step": 4, TRAINERS + "metrics.py:on_pre_optimizer_step": 2}
+
+
+def test_alignment_waits_once_a_step_and_twice_a_log(on_device, tmp_path):
+    found = trained(lambda: test_alignment.trainer_of(moved(small()), tmp_path, **SETTINGS))
+    looks = {LOOK: 4, "xlstm_hybrid/model/modeling.py:prepare": 4}  # two documents in a row
+    assert found == EACH_STEP | looks | {TRAINERS + "alignment.py:log": 2}
+
+
+def test_distillation_waits_once_a_step_and_for_what_is_scored(on_device, tmp_path):
+    words = test_on_policy.word_tokenizer()
+    args = test_sparse_kd.SparseKDConfig(
+        output_dir=str(tmp_path), max_length=32, top_k=40, gradient_checkpointing=False, **SETTINGS
+    )
+    found = trained(
+        lambda: test_sparse_kd.SparseKDTrainer(
+            moved(small()),
+            moved(test_sparse_kd.llama(2)),
+            args,
+            processing_class=words,
+            train_dataset=test_sparse_kd.document_dataset(test_sparse_kd.documents()),
+        )
+    )
+    assert {place: found[place] for place in EACH_STEP} == EACH_STEP
+    # each micro-batch: which places are scored, that none is a document's first token, its metrics
+    others = {place: count for place, count in found.items() if place not in EACH_STEP and place != LOOK}
+    assert set(others) == {TRAINERS + f"distillation.py:{name}" for name in ("compute_loss", "check_targets", "record")}
+    assert set(others.values()) == {4}
+
+
+def test_on_policy_distillation_runs(on_device, tmp_path):
+    args = test_on_policy.OnPolicyKDConfig(
+        output_dir=str(tmp_path), max_completion_length=3, log_completions=False, num_completions_to_print=0, **SETTINGS
+    )
+    rows = Dataset.from_dict({"prompt": test_on_policy.PROMPTS, "completion": test_on_policy.COMPLETIONS})
+    found = trained(
+        lambda: test_on_policy.OnPolicyKDTrainer(
+            moved(small()),
+            moved(test_on_policy.llama(2)),
+            args,
+            processing_class=test_on_policy.word_tokenizer(),
+            train_dataset=rows,
+        )
+    )
+    assert {place: found[place] for place in EACH_STEP} == EACH_STEP
+    assert found[TRAINERS + "on_policy.py:record_completions"] == 4  # was eleven numbers each

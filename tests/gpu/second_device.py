@@ -79,6 +79,9 @@ class Disguised(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def untyped_storage(self):  # tells tensors that share memory from others
+        return self.here.untyped_storage()
+
 
 class Generator(torch.Generator):
     """On the device it is the CPU's."""

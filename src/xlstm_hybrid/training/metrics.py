@@ -93,25 +93,26 @@ class Insight(TrainerCallback):
         self.watching = False
         if not self.will_log(args, state):
             return
-        metrics = self.trainer._metrics["train"]
-        for layer, norm in self.gradient_norms().items():
-            metrics[f"layer_{layer}/grad_norm"].append(norm)
+        values = {f"layer_{layer}/grad_norm": norm for layer, norm in self.gradient_norms().items()}
         for layer, (total, count) in sorted(self.gates.items()):
             both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(args.device)
             if args.world_size > 1:
                 torch.distributed.all_reduce(both)
-            metrics[f"layer_{layer}/output_gate"].append((both[0] / both[1].clamp_min(1)).item())
+            values[f"layer_{layer}/output_gate"] = both[0] / both[1].clamp_min(1)
         self.gates.clear()
+        numbers = torch.stack([x.to(args.device) for x in values.values()]).tolist() if values else []  # waits once
+        for name, value in zip(values, numbers, strict=True):
+            self.trainer._metrics["train"][name].append(value)
 
     @torch.no_grad()
     def gradient_norms(self):
-        """`{layer: norm}` of the gradients of a layer's trained parameters."""
+        """`{layer: norm}` of the gradients of a layer's trained parameters, as tensors."""
         squares = defaultdict(list)
         for name, parameter in self.trainer.model.named_parameters():
             match = re.search(r"\blayers\.(\d+)\.", plain_name(name))
             if match and parameter.grad is not None:
                 squares[int(match[1])].append(unsharded(parameter.grad.norm()).double().square())
-        return {layer: torch.stack(parts).sum().sqrt().item() for layer, parts in sorted(squares.items())}
+        return {layer: torch.stack(parts).sum().sqrt() for layer, parts in sorted(squares.items())}
 
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_log:

@@ -382,17 +382,19 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             facts.append([len(p), len(c), c[-1] in ends, empty, s in OWN, *(s == name for name in SOURCES)])
         facts = self.accelerator.gather(torch.tensor(facts, dtype=torch.float32, device=self.accelerator.device))
         before, length, ended, empty, own, *written = facts.T
-        if mode == "train":
-            self.state.num_input_tokens_seen += int((before + length).sum().item())
-        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         values = {"mean_length": length.mean(), "min_length": length.min(), "max_length": length.max()}
         values |= {"clipped_ratio": 1 - ended.mean(), "empty_ratio": empty.sum() / own.sum().clamp_min(1)}
-        for name, value in values.items():
-            metrics[f"completions/{name}"].append(value.item())
-        for name, chosen in zip(SOURCES, written, strict=True):
-            metrics[f"source/{name}"].append(chosen.mean().item())
+        values = {f"completions/{name}": value for name, value in values.items()}
+        values |= {f"source/{name}": chosen.mean() for name, chosen in zip(SOURCES, written, strict=True)}
+        # one wait for the device
+        tokens, *numbers = torch.stack([(before + length).sum(), *values.values()]).tolist()
         if mode == "train":
-            self.check_empty(values["empty_ratio"].item())
+            self.state.num_input_tokens_seen += int(tokens)
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        for name, value in zip(values, numbers, strict=True):
+            metrics[name].append(value)
+        if mode == "train":
+            self.check_empty(metrics["completions/empty_ratio"][-1])
         if self.log_completions:
             for name, ids in ("prompt", prompts), ("completion", completions):
                 texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)

@@ -17,7 +17,6 @@ dict` for the run spec, and `resume_state() -> dict` and `load_resume_state(dict
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import signal
 import threading
@@ -86,12 +85,15 @@ class Guard(TrainerCallback):
         self.window.append((inputs, loss))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        bad = bool(self.bad_loss) if self.bad_loss is not None else False
-        bad |= self.norm is not None and not math.isfinite(self.norm)
-        flags = torch.tensor([float(bad), float(self.requested)], device=args.device)
+        flags = torch.zeros(2, device=args.device)
+        if self.bad_loss is not None:
+            flags[0] += self.bad_loss
+        if self.norm is not None:
+            flags[0] += ~torch.isfinite(torch.as_tensor(self.norm, device=args.device))
+        flags[1] += float(self.requested)
         if args.world_size > 1:  # of any process: one small reduction per step
             torch.distributed.all_reduce(flags)
-        bad, self.stopping = flags.gt(0).tolist()
+        bad, self.stopping = flags.gt(0).tolist()  # the one place where a step waits for the device
         if bad:
             self.skip(args, state)
         else:
@@ -101,6 +103,7 @@ class Guard(TrainerCallback):
     def skip(self, args, state):
         """Leave parameters and optimiser as they are: an optimiser passes over what has no gradient."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.norm = None if self.norm is None else float(self.norm)
         where = self.dump(args, state)
         # a scaler skips by itself, and insists on gradients
         if getattr(self.trainer.accelerator, "scaler", None) is None:
@@ -290,7 +293,7 @@ class Resumable:
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if hasattr(self, "guard"):
-            self.guard.norm = None if norm is None else float(checkpoints.unsharded(norm))
+            self.guard.norm = None if norm is None else checkpoints.unsharded(norm)
         return norm
 
     def _run_epoch(self, *args, **kwargs):
