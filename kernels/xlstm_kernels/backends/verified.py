@@ -59,7 +59,7 @@ def warn(question, verdict, path, dtype):
     wrong = {name: float(f"{error:.2g}") for name, error in verdict["errors"].items() if not error <= ALLOWED[dtype]}
     found = f"its results differ from the plain form by {wrong} where {ALLOWED[dtype]} is allowed"
     warnings.warn(
-        f"the Triton kernel of {question} is wrong on this machine: {verdict.get('reason') or found}. The torch form "
+        f"the compiled kernel of {question} is wrong on this machine: {verdict.get('reason') or found}. The torch form "
         f"runs instead, slower. The verdict is saved in {path.name} in the cache folder (XLSTM_KERNELS_CACHE); "
         'delete it to check again, or name backend="triton" to use the kernel all the same',
         RuntimeWarning,
