@@ -41,6 +41,7 @@ setup(
     package_dir={"": "src", "xlstm_kernels": "kernels/xlstm_kernels", "xlstm_hybrid.recipes": "recipes"},
     packages=[*find_packages("src", exclude=EXCLUDED), *find_packages("kernels"), "xlstm_hybrid.recipes"],
     package_data={
+        "xlstm_kernels": ["*/*.c"],
         "xlstm_hybrid": ["reports/card_template.md", "evaluation/lm_eval_tasks/*"],
         "xlstm_hybrid.recipes": [
             "*.yaml",

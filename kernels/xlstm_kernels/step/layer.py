@@ -18,10 +18,11 @@ from xlstm_kernels.step.cpu import step_both
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = torch.float32, torch.bfloat16
-POINTERS = (
-    "x raw_q raw_k v q k cos sin q_map k_map i_weight f_weight f_bias o_weight o_bias C n m keys values out index count"
-).split()
-NUMBERS = "B D H G K P slots sinks rope_rows flags".split()
+POINTERS = [
+    *("x", "raw_q", "raw_k", "v", "q", "k", "cos", "sin", "q_map", "k_map"),
+    *("i_weight", "f_weight", "f_bias", "o_weight", "o_bias", "C", "n", "m", "keys", "values", "out", "index", "count"),
+]
+NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "flags"]
 # as in layer.c
 BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X = (1 << j for j in range(7))
 NO_MEMORY, NO_SLOT = 1, 2  # what it returns, 0 where all is well
@@ -72,7 +73,9 @@ def layer_step_torch(
     """What `layer_step` calculates, as torch operations; float64 throughout if x is."""
     (B, G, _, K), H, dtype = keys.shape, len(q_map), calculation_dtype(x)
     R, out_dtype = H // G, x.dtype
-    x, raw_q, raw_k, v, q, k = (a.reshape(B, 1, -1, K) if a is not x else a.reshape(B, 1, -1) for a in (x, raw_q, raw_k, v, q, k))
+    x, raw_q, raw_k, v, q, k = (
+        a.reshape(B, 1, -1, K) if a is not x else a.reshape(B, 1, -1) for a in (x, raw_q, raw_k, v, q, k)
+    )
 
     def rotated(y):
         y, (one, other) = y.to(dtype), y.to(dtype).chunk(2, -1)
@@ -161,7 +164,7 @@ def layer_step(
     given = (*token, cos, sin, *others)
     if (
         tuple([a.numel() for a in given]) != sizes
-        or not all([a.is_contiguous() for a in others])
+        or not all(a.is_contiguous() for a in others)
         or not {a.dtype for a in token} <= {x.dtype}
         or not {a.dtype for a in (*gates, C, n, m)} <= {torch.float32}
         or not {x.dtype, cos.dtype, q_map.dtype, keys.dtype} <= {*DTYPES}
@@ -190,7 +193,9 @@ def layer_step(
     numbers = B, D, H, G, K, P, slots, sinks, rope_rows, flags
     wrong = built.functions.layer_step(ctypes.byref(Token(*pointers, *numbers, scale, FORGET_ALL)), threads)
     if wrong == NO_SLOT:
-        raise ValueError(f"keys: {slots} slots, of them {sinks} sinks, have none for token {index.max().item()} of its document")
+        raise ValueError(
+            f"keys: {slots} slots, of them {sinks} sinks, have none for token {index.max().item()} of its document"
+        )
     if wrong == NO_MEMORY:
         raise MemoryError("layer_step: no memory for the work space of one token")
     return out
@@ -199,8 +204,12 @@ def layer_step(
 def refuse(given, sizes, sinks, slots):
     """Raise the ValueError of arguments that do not fit, each with its place."""
     names = [name for name in POINTERS if name != "out"]
-    described = [f"{name} {str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for name, a in zip(names, given, strict=True)]
-    wrong = [f"{name} of {size} numbers" for name, a, size in zip(names, given, sizes, strict=True) if a.numel() != size]
+    described = [
+        f"{name} {str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for name, a in zip(names, given, strict=True)
+    ]
+    wrong = [
+        f"{name} of {size} numbers" for name, a, size in zip(names, given, sizes, strict=True) if a.numel() != size
+    ]
     raise ValueError(
         f"layer_step: expected {', '.join(wrong) or 'dtypes and layouts as documented'}, heads a multiple of key/value heads and sinks >= 0, "
         f"got {', '.join(described)}, sinks={sinks}"
@@ -228,7 +237,13 @@ def check_layer(device, dtype, K, P):
         make, (B, D, H, G, S, W) = torch.Generator().manual_seed(K * 1000 + P + number), (3, 24, 4, 2, 2, 5)
         numbers = partial(draw_numbers, make, dtype=torch.float32, device=device)
         maps = [(numbers(H, K, P) * K**-0.5).to(kept) for _ in range(2)]
-        gates = [numbers(H, D) * 0.2, numbers(H, D) * 0.2, numbers(H), numbers(H, D if gate_of_x else 3 * K) * 0.2, numbers(H)]
+        gates = [
+            numbers(H, D) * 0.2,
+            numbers(H, D) * 0.2,
+            numbers(H),
+            numbers(H, D if gate_of_x else 3 * K) * 0.2,
+            numbers(H),
+        ]
         F = 2 * P if signed else P
         state = [torch.zeros(B, H, F, K), torch.zeros(B, H, F), torch.full((B, H), float("-inf"))]
         state += [torch.zeros(B, G, S + W, K, dtype=kept) for _ in range(2)]
@@ -239,7 +254,13 @@ def check_layer(device, dtype, K, P):
             x, rope = numbers(B, 1, D).to(dtype), numbers(B, 1, K)
             heads = [numbers(B, 1, n, K).to(dtype) for n in (H, G, G, H, G)]
             rope = [rope.cos().to(dtype), rope.sin().to(dtype)]
-            names = {"sinks": S, "scale": K**-0.5, "signed": signed, "rotated_memory": rotated_memory, "gate_of_x": gate_of_x}
+            names = {
+                "sinks": S,
+                "scale": K**-0.5,
+                "signed": signed,
+                "rotated_memory": rotated_memory,
+                "gate_of_x": gate_of_x,
+            }
             got = layer_step(x, *heads, *rope, *maps, *gates, *state, index, counts[0], **names)
             doubles = [a.double() for a in (x, *heads, *rope, *maps, *gates)]
             want = layer_step_torch(*doubles, *truth, index, counts[1], **names)
@@ -247,7 +268,9 @@ def check_layer(device, dtype, K, P):
                 errors["count"] = float("inf")
             real = index >= 0
             pairs = {"h": (got[real], want[real])}
-            pairs |= {name: (state[j], truth[j]) for j, name in enumerate(("C", "n", "m", "keys", "values")) if name != "m"}
+            pairs |= {
+                name: (state[j], truth[j]) for j, name in enumerate(("C", "n", "m", "keys", "values")) if name != "m"
+            }
             for name, pair in pairs.items():
                 errors[name] = max(errors.get(name, 0.0), largest_error(*pair))
     return errors

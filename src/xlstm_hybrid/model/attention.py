@@ -18,6 +18,7 @@ from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
 from xlstm_hybrid.model.mixer import cast
+from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
@@ -51,9 +52,14 @@ class HybridAttention(nn.Module):
 
     def forward(self, hidden_states, position_embeddings, tokens, mask, cache=None, **kwargs):
         """`(output [B, T, D], attention weights or None)`; `cache` is that of all layers."""
-        projected = self.project(hidden_states, position_embeddings)
-        if self.layer_type == "hybrid_sliding":
-            layer = None if cache is None else cache.layers[self.layer_idx]
+        heads, hybrid = self.heads(hidden_states), self.layer_type == "hybrid_sliding"
+        layer = cache.layers[self.layer_idx] if hybrid and cache is not None else None
+        if layer is not None and mask is None and tokens.compiled is not None:
+            h = compiled_step(self, hidden_states, heads, position_embeddings, tokens, layer)
+            if h is not None:
+                return self.o_proj(h.flatten(-2)), None
+        projected = self.rotated(heads, position_embeddings)
+        if hybrid:
             h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
         else:
             h, weights = self.teacher_attention(projected, tokens, mask, cache, **kwargs)
@@ -75,10 +81,8 @@ class HybridAttention(nn.Module):
             return self.attend(query, key, value, mask, implementation=self.masked_implementation)
         return self.attend(query, key, value, mask, window, **kwargs)
 
-    def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm
-        and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
-        """
+    def heads(self, hidden_states):
+        """`((q, k), (q, k, v))` before RoPE, the second before QK-norm, too; each [B, T, H | G, K]."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         raw = q.view(heads), k.view(heads), v.view(heads)
@@ -89,6 +93,18 @@ class HybridAttention(nn.Module):
             q, k, _ = raw
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k), raw
+
+    def project(self, hidden_states, position_embeddings):
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm
+        and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
+        """
+        return self.rotated(self.heads(hidden_states), position_embeddings)
+
+    @staticmethod
+    def rotated(heads, position_embeddings):
+        """What `project` returns, of `heads`."""
+        (q, k), raw = heads
         unrotated = q.transpose(1, 2), k.transpose(1, 2)
         query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
         return query, key, raw[2].transpose(1, 2), raw, unrotated

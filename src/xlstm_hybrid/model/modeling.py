@@ -37,6 +37,7 @@ from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, nam
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
+from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
@@ -530,6 +531,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             cache = adopt_cache(cache, self.config)
         tokens, where, _ = self.prepare(hidden_states, attention_mask, position_ids, cache, **kwargs)
         tokens.blind = self.blind_rows(tokens.real)
+        if cache is not None:
+            tokens.compiled = compiled_index(self.config, hidden_states, tokens)
         # layers that run again in the backward would fill it twice
         kwargs["cache"] = None if self.checkpointed else cache
         for layer, arguments in zip(self.layers, where, strict=False):  # of fewer layers while the early ones draft

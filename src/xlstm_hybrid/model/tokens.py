@@ -18,6 +18,7 @@ class Tokens:
     layer's window counts columns.
     blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
     count: [B] tokens of each row's document after a call of one token; None after a longer one.
+    compiled: [B] index of a call of one token whose layers may run compiled, see `one_token`.
     places: what the kernels' `place_token` gave in this call, by slots and sinks: layers that have as many share it.
     """
 
@@ -29,6 +30,7 @@ class Tokens:
     blind: torch.Tensor | None = None
     uneven: bool = False
     count: torch.Tensor | None = None
+    compiled: torch.Tensor | None = None
     places: dict = field(default_factory=dict)
 
     @classmethod

@@ -1,0 +1,81 @@
+"""One token of a hybrid layer in one compiled call, `xlstm_kernels.layer_step`: on a CPU, for the paper's layer as it is.
+
+Whatever else is asked for (other cells, hooks on the mixer, adapters, tokens that may be taken back, gradients, a graph)
+runs through the operations that a longer call runs through. Dims: B batch, D hidden size, H query heads, G key/value
+heads, K head dim.
+"""
+
+import torch
+from torch.nn.modules import module as hooks
+from xlstm_kernels import layer_step, layer_step_runs
+
+from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.mixer import MLSTMMixer
+
+# the fields of a config under which a layer is the paper's, and what they have to be
+PAPER = {
+    "memory_cell": "mlstm",
+    "mixer_combine": "gate",
+    "mixer_branches": "both",
+    "mixer_norm": False,
+    "sparse_memory": 0,
+}
+GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
+
+
+def compiled_index(config, hidden_states, tokens):
+    """[B] index of each row's token if the layers of this call may run compiled, else None; asked once per call.
+
+    Args:
+        hidden_states: the call's input, [B, T, D]; tokens: `Tokens`.
+    """
+    if hidden_states.shape[1] != 1 or not hidden_states.is_cpu or torch.compiler.is_compiling():
+        return None
+    fields, K = vars(config), config.head_dim
+    usual = type(hidden_states) is torch.Tensor and not torch.is_grad_enabled() and tokens.blind is None
+    usual = usual and all(fields[name] == value for name, value in PAPER.items()) and not any(GLOBAL_HOOKS)
+    if not usual or torch.is_autocast_enabled("cpu"):
+        return None
+    if not layer_step_runs(hidden_states.dtype, K, config.memory_feature_dim or K):
+        return None
+    return tokens.index[:, 0].clone(
+        memory_format=torch.contiguous_format
+    )  # the first layer counts in what it is a view of
+
+
+def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, layer):
+    """h [B, 1, H, K] before W_o, taken into the cache layer, or None where this layer has to run operation by operation.
+
+    Args:
+        heads: `HybridAttention.heads` of the layer's input.
+        layer: its `HybridCacheLayer`.
+    """
+    mixer, index = attention.mlstm, tokens.compiled
+    if (
+        type(layer) is not HybridCacheLayer
+        or not layer.is_initialized
+        or layer.depth
+        or type(mixer) is not MLSTMMixer  # adapters and parametrizations derive from it, or wrap it
+        or mixer._forward_hooks
+        or mixer._forward_pre_hooks
+        or "forward" in vars(mixer)  # offloaded
+        or attention.split is not None
+        or not hidden_states.is_cpu
+        or layer.keys.dtype not in (torch.float32, hidden_states.dtype)
+    ):
+        return None
+    own, config = mixer._parameters, vars(attention.config)
+    (q, k), (raw_q, raw_k, raw_v) = heads
+    layer.grow(1)
+    h = layer_step(
+        *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),
+        *(own["q_map"], own["k_map"], own["igate_weight"], own["fgate_weight"], own["fgate_bias"]),
+        *(own["ogate_weight"], own["ogate_bias"], *layer.state, layer.keys, layer.values, index, layer.count),
+        sinks=layer.num_sink_tokens,
+        scale=attention.scaling,
+        signed=config["memory_feature_map"] == "softmax_signed",
+        rotated_memory=config["memory_rope"],
+        gate_of_x=not mixer.reads_qkv,
+    )
+    layer.seen_tokens += 1
+    return h
