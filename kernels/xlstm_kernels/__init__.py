@@ -12,6 +12,7 @@ from xlstm_kernels.slstm.op import slstm
 from xlstm_kernels.slstm.reference import SLSTMState
 from xlstm_kernels.step.cpu import place_token
 from xlstm_kernels.step.layer import layer_step, layer_step_runs
+from xlstm_kernels.step.linear import linear_step, linear_step_runs
 from xlstm_kernels.step.op import hybrid_step, mlstm_step, window_step
 from xlstm_kernels.window.op import window_attention
 
@@ -28,6 +29,8 @@ __all__ = [
     "hybrid_step",
     "layer_step",
     "layer_step_runs",
+    "linear_step",
+    "linear_step_runs",
     "mix",
     "mlstm",
     "mlstm_chunkwise",

@@ -16,21 +16,21 @@ from xlstm_kernels.backends.verified import draw_numbers, largest_error, verifie
 from xlstm_kernels.mlstm.reference import FORGET_ALL
 from xlstm_kernels.step.cpu import step_both
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("compiled.c")
 DTYPES = torch.float32, torch.bfloat16
 POINTERS = [
     *("x", "raw_q", "raw_k", "v", "q", "k", "cos", "sin", "q_map", "k_map"),
     *("i_weight", "f_weight", "f_bias", "o_weight", "o_bias", "C", "n", "m", "keys", "values", "out", "index", "count"),
 ]
 NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "flags"]
-# as in layer.c
+# as in compiled.c
 BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X = (1 << j for j in range(7))
 NO_MEMORY, NO_SLOT = 1, 2  # what it returns, 0 where all is well
 WORTH_THREADS = 1 << 18  # multiplications of a call, from which on other threads are woken
 
 
 class Token(ctypes.Structure):
-    """`struct token` of layer.c."""
+    """`struct token` of compiled.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),

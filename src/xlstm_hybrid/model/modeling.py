@@ -37,7 +37,7 @@ from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, nam
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
-from xlstm_hybrid.model.one_token import compiled_index
+from xlstm_hybrid.model.one_token import Linear, compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
@@ -111,8 +111,8 @@ class HybridMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, F, bias=config.mlp_bias), nn.Linear(D, F, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+        self.gate_proj, self.up_proj = Linear(D, F, bias=config.mlp_bias), Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = Linear(F, D, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
@@ -615,7 +615,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         super().__init__(config)
         self.model = XLSTMHybridModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     # Conversion imports the model, so the model cannot import it: the package's `__init__` registers the function here,

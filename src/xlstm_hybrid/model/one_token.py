@@ -1,4 +1,4 @@
-"""One token of a hybrid layer in one compiled call, `xlstm_kernels.layer_step`: on a CPU, for the paper's layer as it is.
+"""One token per row on a CPU, through what is compiled for it: the paper's layer in one call, and linear maps.
 
 Whatever else is asked for (other cells, hooks on the mixer, adapters, tokens that may be taken back, gradients, a graph)
 runs through the operations that a longer call runs through. Dims: B batch, D hidden size, H query heads, G key/value
@@ -6,8 +6,9 @@ heads, K head dim.
 """
 
 import torch
+from torch import nn
 from torch.nn.modules import module as hooks
-from xlstm_kernels import layer_step, layer_step_runs
+from xlstm_kernels import layer_step, layer_step_runs, linear_step, linear_step_runs
 
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.mixer import MLSTMMixer
@@ -23,24 +24,42 @@ PAPER = {
 GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
 
 
+def one_token_on_cpu(x):
+    """Whether x [B, T, D] is one token per row on a CPU, of a call that nobody differentiates, traces or casts."""
+    return (
+        type(x) is torch.Tensor
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+class Linear(nn.Linear):
+    """torch's, compiled for one token per row on a CPU; a weight that is quantised or spread out goes torch's way."""
+
+    def forward(self, x):
+        if one_token_on_cpu(x) and type(self.weight) is nn.Parameter and linear_step_runs(x.dtype, len(x)):
+            return linear_step(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 def compiled_index(config, hidden_states, tokens):
     """[B] index of each row's token if the layers of this call may run compiled, else None; asked once per call.
 
     Args:
         hidden_states: the call's input, [B, T, D]; tokens: `Tokens`.
     """
-    if hidden_states.shape[1] != 1 or not hidden_states.is_cpu or torch.compiler.is_compiling():
+    if not one_token_on_cpu(hidden_states) or tokens.blind is not None or any(GLOBAL_HOOKS):
         return None
     fields, K = vars(config), config.head_dim
-    usual = type(hidden_states) is torch.Tensor and not torch.is_grad_enabled() and tokens.blind is None
-    usual = usual and all(fields[name] == value for name, value in PAPER.items()) and not any(GLOBAL_HOOKS)
-    if not usual or torch.is_autocast_enabled("cpu"):
+    if any(fields[name] != value for name, value in PAPER.items()):
         return None
-    if not layer_step_runs(hidden_states.dtype, K, config.memory_feature_dim or K):
-        return None
-    return tokens.index[:, 0].clone(
-        memory_format=torch.contiguous_format
-    )  # the first layer counts in what it is a view of
+    right = layer_step_runs(hidden_states.dtype, K, config.memory_feature_dim or K)
+    return tokens.index[:, 0].contiguous() if right else None
 
 
 def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, layer):

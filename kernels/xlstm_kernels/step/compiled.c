@@ -1,8 +1,5 @@
-/* One token of a hybrid layer for all rows and heads: RoPE, feature maps, gates, mLSTM, window attention and their mix.
-
-   What it calculates is `layer_step_torch` in layer.py. B rows, D hidden size, H query heads, G key/value heads, R = H / G,
-   K head dim, P columns of a feature map, F features, S sinks. It calculates in float32; bfloat16 is widened where it is
-   read and rounded where it is written. A group of R query heads is one unit of work: it reads its keys and values once. */
+/* One token of each row on a CPU. It calculates in float32; bfloat16 is widened where it is read and rounded where it is
+   written. `layer_step` and `linear_step` return 0, or what is wrong, and then have written nothing. */
 
 #include <float.h>
 #include <math.h>
@@ -13,18 +10,7 @@
 enum { NO_MEMORY = 1, NO_SLOT = 2 };
 enum { BF16_TOKEN = 1, BF16_ROPE = 2, BF16_MAPS = 4, BF16_SLOTS = 8, SIGNED_MAP = 16, ROTATED_MEMORY = 32, GATE_OF_X = 64 };
 
-struct token {
-    const void *x, *raw_q, *raw_k, *v, *q, *k, *cos, *sin; /* of the token; raw: before QK-norm */
-    const void *q_map, *k_map;                             /* [H, K, P] */
-    const float *i_weight, *f_weight, *f_bias, *o_weight, *o_bias;
-    float *C, *n, *m; /* [B, H, F, K], [B, H, F], [B, H] */
-    void *keys, *values, *out; /* [B, G, slots, K], twice; [B, H, K] */
-    const int64_t *index; /* [B], -1 at padding */
-    int64_t *count;       /* [B] */
-    int64_t B, D, H, G, K, P, slots, sinks, rope_rows, flags;
-    float scale, forget_all;
-};
-
+/* --- numbers ------------------------------------------------------------------------------------------------------- */
 static inline float widen(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float y;
@@ -83,6 +69,24 @@ static inline void softmax(float *x, int64_t n) {
     for (int64_t j = 0; j < n; j++) sum += x[j] = exp_of(x[j] - largest);
     for (int64_t j = 0; j < n; j++) x[j] /= sum;
 }
+
+/* --- a hybrid layer: RoPE, feature maps, gates, mLSTM, window attention and their mix ----------------------------------
+
+   What it calculates is `layer_step_torch` in layer.py. B rows, D hidden size, H query heads, G key/value heads, R = H / G,
+   K head dim, P columns of a feature map, F features, S sinks. A group of R query heads is one unit of work: it reads its
+   keys and values once. */
+
+struct token {
+    const void *x, *raw_q, *raw_k, *v, *q, *k, *cos, *sin; /* of the token; raw: before QK-norm */
+    const void *q_map, *k_map;                             /* [H, K, P] */
+    const float *i_weight, *f_weight, *f_bias, *o_weight, *o_bias;
+    float *C, *n, *m; /* [B, H, F, K], [B, H, F], [B, H] */
+    void *keys, *values, *out; /* [B, G, slots, K], twice; [B, H, K] */
+    const int64_t *index; /* [B], -1 at padding */
+    int64_t *count;       /* [B] */
+    int64_t B, D, H, G, K, P, slots, sinks, rope_rows, flags;
+    float scale, forget_all;
+};
 
 /* phi[F] = softmax(x P) or, if signed, softmax([x P, -x P]) */
 static inline void features(const struct token *a, const float *x, const void *map, int64_t h, int64_t K, float *phi, float *room) {
@@ -199,7 +203,6 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
     if (!g && !padding) a->count[b] = index + 1;
 }
 
-/* 0, or what is wrong; nothing has been written then */
 int layer_step(const struct token *a, int threads) {
     const int64_t units = a->B * a->G, size = room_of(a);
     for (int64_t b = 0; b < a->B; b++)
@@ -217,5 +220,49 @@ int layer_step(const struct token *a, int threads) {
         }
     }
     free(rooms);
+    return 0;
+}
+
+/* --- a linear map: y[rows, N] = x[rows, D] W^T + bias, W [N, D] read once ------------------------------------------- */
+
+static inline float number(const void *from, int64_t at, const int bf16) {
+    return bf16 ? widen(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+/* Products of one row of W with `rows` of x, four rows of x at a time */
+static inline __attribute__((always_inline)) void products(const void *W, int64_t at, const float *x, int64_t rows, int64_t D, const int bf16,
+                                                           float *y) {
+    for (; rows >= 4; rows -= 4, x += 4 * D, y += 4) {
+        float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+        for (int64_t j = 0; j < D; j++) {
+            const float w = number(W, at + j, bf16);
+            a += w * x[j], b += w * x[D + j], c += w * x[2 * D + j], d += w * x[3 * D + j];
+        }
+        y[0] = a, y[1] = b, y[2] = c, y[3] = d;
+    }
+    for (; rows; rows--, x += D, y++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < D; j++) sum += number(W, at + j, bf16) * x[j];
+        *y = sum;
+    }
+}
+
+int linear_step(const void *x, const void *W, const void *bias, void *y, int64_t rows, int64_t N, int64_t D, int bf16, int threads) {
+    float *wide = malloc((rows * D + threads * rows) * sizeof *wide);
+    if (!wide) return NO_MEMORY;
+    const float *in = read_row(x, 0, rows * D, bf16, wide);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        float *found = wide + rows * D + thread * rows, one;
+        for (int64_t i = N * thread / threads; i < N * (thread + 1) / threads; i++) {
+            if (bf16) products(W, i * D, in, rows, D, 1, found);
+            else products(W, i * D, in, rows, D, 0, found);
+            const float added = bias ? *read_row(bias, i, 1, bf16, &one) : 0;
+            for (int64_t r = 0; r < rows; r++) found[r] += added, write_row(y, r * N + i, 1, bf16, found + r);
+        }
+    }
+    free(wide);
     return 0;
 }
