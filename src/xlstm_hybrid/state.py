@@ -241,9 +241,9 @@ def load_state(path, model):
         parts = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"layers.{j}.")}
         if "place" in parts and isinstance(layer, SlidingLayer):
             layer = cache.layers[j] = PlacedLayer(layer.sliding_window)
+        check_layer_tensors(parts, layer, j, model.config, seen, name, version)
         if version == "1" and isinstance(layer, HybridCacheLayer):
             parts = of_version_1(parts, layer, seen)
-        check_layer_tensors(parts, layer, j, model.config, seen, name)
         rows.add(parts["keys"].shape[0])
         device = next(layers[j].parameters()).device
         # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on
@@ -267,7 +267,7 @@ def check_header(header, model, name):
     if header.get("format") != FORMAT or header.get("format_version") not in ("1", FORMAT_VERSION):
         given = f"{header.get('format')} version {header.get('format_version')}"
         raise CacheError(
-            f"{name}: expected {FORMAT} version {FORMAT_VERSION}, found {given}; make it again with this version's save_state"
+            f"{name}: expected {FORMAT} version 1 or {FORMAT_VERSION}, found {given}; make it again with this version's save_state"
         )
     try:
         theirs, ours = dict(json.loads(header["config"])), behaviour(model.config)
@@ -294,26 +294,24 @@ def check_header(header, model, name):
 
 def of_version_1(tensors, layer, seen):
     """A hybrid layer's tensors in today's slots; version 1 wrote S + W of them at any length, and token t into the ring's
-    slot S + t mod W, sinks into their own as well. What does not look like that is left for the checks that follow.
+    slot S + t mod W, sinks into their own as well.
     """
-    S, W, count = layer.num_sink_tokens, layer.sliding_window, tensors.get("count")
-    held = {name: x for name, x in tensors.items() if name in ("keys", "values", "scores")}
-    if count is None or count.dim() != 1 or any(x.dim() < 3 or x.shape[2] != S + W for x in held.values()):
-        return tensors
-    index = layer.index_of_slots(count[:, None], layer.slots_after(seen)).clamp_min(0)
+    S, W = layer.num_sink_tokens, layer.sliding_window
+    index = layer.index_of_slots(tensors["count"][:, None], layer.slots_after(seen)).clamp_min(0)
     slot = torch.where(index < S, index, S + index % W)  # [B, slots]
+    held = {name: tensors[name] for name in ("keys", "values", "scores") if name in tensors}
     return tensors | {
-        n: x.take_along_dim(slot[:, None, :, None] if x.dim() == 4 else slot[:, None], 2) for n, x in held.items()
+        name: x.take_along_dim(slot[:, None, :, None] if x.dim() == 4 else slot[:, None], 2) for name, x in held.items()
     }
 
 
-def check_layer_tensors(tensors, layer, j, config, seen, name):
-    """Raise CacheError unless the tensors make up layer j after `seen` tokens."""
+def check_layer_tensors(tensors, layer, j, config, seen, name, version):
+    """Raise CacheError unless the tensors make up layer j after `seen` tokens, as this version of the format has them."""
     B, slots = len(tensors["keys"]) if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
     H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
     G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
     if hybrid:
-        slots = layer.slots_after(seen)
+        slots = layer.slots if version == "1" else layer.slots_after(seen)
     elif isinstance(layer, PlacedLayer):
         slots = tensors["place"].shape[-1]
     elif isinstance(layer, SlidingLayer) and seen >= layer.sliding_window:

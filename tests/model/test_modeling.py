@@ -85,13 +85,15 @@ def test_a_stock_static_cache_serves_as_well(student):
 
 
 @torch.no_grad()
-def test_the_cache_does_not_grow_with_the_context(student):
+def test_the_cache_does_not_grow_with_the_context_once_its_ring_is_full(student):
     def size(T):
         cache = in_pieces(student, token_ids(1, T), [T])[1]
         assert all(isinstance(layer, HybridCacheLayer) for layer in cache.layers)
         return [t.numel() for layer in cache.layers for t in (layer.keys, layer.values, layer.slot_index, *layer.state)]
 
-    assert size(3) == size(100)
+    slots, state = [2 * 16, 2 * 16, 1], [4 * 16 * 16, 4 * 16, 4]
+    assert size(3) == ([3 * n for n in slots] + state) * 3
+    assert size(10) == size(100) == ([10 * n for n in slots] + state) * 3
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])

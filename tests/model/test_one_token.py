@@ -13,6 +13,7 @@ from xlstm_hybrid.state import prefill
 
 PACKAGE, KERNELS = (str(Path(module.__file__).parent) for module in (xlstm_hybrid, xlstm_kernels))
 PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]  # the last one is the MLP after the attention
+FULL = 10  # tokens that fill the window's ring and the sinks
 
 
 def place(file):
@@ -57,7 +58,7 @@ def moves(calls):
 @pytest.fixture(scope="module")
 def one_token():
     model = tiny_student(torch.float32, num_hidden_layers=2)
-    cache = prefill(model, token_ids(1, 9))
+    cache = prefill(model, token_ids(1, FULL))
     trace(model, cache)  # what is looked up once
     return trace(model, cache)
 
@@ -82,7 +83,7 @@ def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_ba
 
 def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_nothing_else(one_token):
     model = tiny_student(torch.float32, num_hidden_layers=2)
-    recording = trace(model, prefill(model, token_ids(1, 9), rollback=40))
+    recording = trace(model, prefill(model, token_ids(1, FULL), rollback=40))
     plain, noted = (
         [callee[1] for caller, callee in calls if caller and caller[1] == "HybridAttention.mix_heads"]
         for calls in (one_token, recording)
@@ -91,3 +92,13 @@ def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_noth
     assert [name for name in noted if "Rollback.note" not in name and "Step" not in name] == plain and noted.index(
         "Rollback.note"
     ) < noted.index(plain[1])
+
+
+def test_a_ring_that_is_not_full_grows_before_the_kernel_and_nothing_else_differs(one_token):
+    model = tiny_student(torch.float32, num_hidden_layers=2)
+    grown = [
+        callee[1]
+        for caller, callee in trace(model, prefill(model, token_ids(1, FULL - 1)))
+        if caller and caller[1] == "HybridAttention.mix_heads"
+    ]
+    assert grown == ["HybridAttention.read", "HybridCacheLayer.grow", "hybrid_step", "HybridCacheLayer.advance"]

@@ -420,8 +420,8 @@ def rewritten(path, change_tensors=lambda t: None, change_header=lambda h: None)
         (lambda t: t.update({"layers.0.C": t["layers.0.C"].bfloat16()}), lambda h: None, "below float32"),
         (
             lambda t: None,
-            lambda h: h.update(format_version="9"),
-            "expected xlstm-hybrid-state version 2, found xlstm-hybrid-state version 9",
+            lambda h: h.update(format_version="3"),
+            "expected xlstm-hybrid-state version 1 or 2, found xlstm-hybrid-state version 3",
         ),
         (lambda t: None, lambda h: h.pop("seen_tokens"), "no number of tokens"),
         (lambda t: None, lambda h: h.update(config="[]"), "another model wrote|no config"),

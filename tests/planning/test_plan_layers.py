@@ -72,6 +72,26 @@ def test_bytes_from_the_config_are_the_bytes_of_the_tensors(name, dtype):
             assert allocated_bytes(cache) == filled_bytes(cache) == held
 
 
+@pytest.mark.parametrize("kept", [None, [[1], []]])
+@torch.no_grad()
+def test_a_short_context_does_not_pay_for_the_window(kept):
+    """At any length no more than the teacher's bytes and the state's, and what the formula says."""
+    fields = {"num_hidden_layers": 2, "sliding_window": 256, "num_sink_tokens": 4} | (
+        {"kept_groups": kept} if kept else {}
+    )
+    model, held = tiny_student(torch.float32, **fields), 1 if kept else 0
+    pair, groups = 2 * 16 * 4, 4  # bytes of a key and its value, key/value heads of both layers
+    for length, slots in ((30, 30), (300, 260), (3000, 260)):
+        cache = prefill(model, token_ids(1, length), piece=1000)
+        found = cache_bytes(model.config, length, "float32")
+        assert sum(found.values()) == filled_bytes(cache) == allocated_bytes(cache), length
+        assert found["state"] == (8 - 2 * held) * (16 * 16 + 16 + 1) * 4 + 2 * 8
+        assert found["window"] == (groups - held) * slots * pair and found["kept"] == held * length * (pair + 8)
+        teacher = sum(cache_bytes(model.config, length, "float32", teacher=True).values())
+        assert teacher == length * groups * pair
+        assert sum(found.values()) <= teacher + found["state"] + held * length * 8  # the kept columns' places
+
+
 def test_the_plan_of_a_run_names_the_cache():
     found = plan(teacher("llama").config, machine_of(1, 80e9)).cache
     length, K, G, H = 4096, 10, 2, 6

@@ -17,7 +17,6 @@ from xlstm_hybrid.model.cache import PlacedLayer, place_of
 from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
-from xlstm_hybrid.model.mixer import cast
 from xlstm_hybrid.model.one_token import Linear, compiled_step
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
@@ -131,7 +130,8 @@ class HybridAttention(nn.Module):
                 cache.note(Step(hybrid_step, inputs, tokens, self.scaling))
             if (slots := cache.keys.shape[2]) < cache.slots:
                 slots = cache.grow(1)
-            index, place = tokens.places.get((slots, cache.num_sink_tokens)) or place_of(tokens, cache)
+            known = not torch.compiler.is_compiling() and tokens.places.get((slots, cache.num_sink_tokens))
+            index, place = known or place_of(tokens, cache)
             where = {"sinks": cache.num_sink_tokens, "scale": self.scaling, "place": place}
             h = hybrid_step(*inputs, cache.state, cache.keys, cache.values, index, **where)
             cache.advance(tokens)
@@ -171,7 +171,8 @@ class HybridAttention(nn.Module):
         """
         mixed = projected if self.split is None else self.split.projected(projected, kept=False)
         h, weights = self.mix_heads(hidden_states, mixed, tokens, mask, cache)
-        h = cast(normed(self.mlstm, h) if vars(self.config)["mixer_norm"] else h, projected[2].dtype)
+        h, dtype = normed(self.mlstm, h) if vars(self.config)["mixer_norm"] else h, projected[2].dtype
+        h = h if h.dtype == dtype else h.to(dtype)
         if self.split is not None:
             full, full_weights = self.keep(self.split.projected(projected, kept=True), tokens, cache)
             h, weights = self.split.join(h, full, 2), join_weights(self.split, weights, full_weights)

@@ -80,8 +80,9 @@ def place_of(tokens, layer):
     as many slots. No place where finding it is the kernel's matter: on a GPU, and in a graph.
     """
     index, slots, sinks = tokens.index[:, 0], layer.keys.shape[2], layer.num_sink_tokens
-    here = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    tokens.places[slots, sinks] = index, place_token(index, slots, sinks) if here else None
+    if torch.compiler.is_compiling():  # as a key, a number of slots would be a constant of the graph
+        return index, None
+    tokens.places[slots, sinks] = index, place_token(index, slots, sinks) if index.device.type == "cpu" else None
     return tokens.places[slots, sinks]
 
 
