@@ -8,7 +8,8 @@
 #include <string.h>
 
 enum { NO_MEMORY = 1, NO_SLOT = 2 };
-enum { BF16_TOKEN = 1, BF16_ROPE = 2, BF16_MAPS = 4, BF16_SLOTS = 8, SIGNED_MAP = 16, ROTATED_MEMORY = 32, GATE_OF_X = 64 };
+enum { BF16_TOKEN = 1, BF16_ROPE = 2, BF16_MAPS = 4, BF16_SLOTS = 8, SIGNED_MAP = 16, ROTATED_MEMORY = 32, GATE_OF_X = 64,
+       BF16_GATES = 128 };
 
 /* --- numbers ------------------------------------------------------------------------------------------------------- */
 static inline float widen(uint16_t x) {
@@ -79,7 +80,7 @@ static inline void softmax(float *x, int64_t n) {
 struct token {
     const void *x, *raw_q, *raw_k, *v, *q, *k, *cos, *sin; /* of the token; raw: before QK-norm */
     const void *q_map, *k_map;                             /* [H, K, P] */
-    const float *i_weight, *f_weight, *f_bias, *o_weight, *o_bias;
+    const void *i_weight, *f_weight, *f_bias, *o_weight, *o_bias;
     float *C, *n, *m; /* [B, H, F, K], [B, H, F], [B, H] */
     void *keys, *values, *out; /* [B, G, slots, K], twice; [B, H, K] */
     const int64_t *index; /* [B], -1 at padding */
@@ -155,7 +156,7 @@ static inline void window(const struct token *a, int64_t at, int64_t visible, in
 static int64_t room_of(const struct token *a) {
     const int64_t R = a->H / a->G, K = a->K, P = a->P;
     const int64_t widest = a->D > P ? a->D : P;
-    return widest + (4 * R + 7) * K + 4 * P + (K > P ? K : P) + R * a->slots;
+    return widest + (4 * R + 7) * K + 4 * P + (K > P ? K : P) + a->D + 3 * K + R * a->slots;
 }
 
 static inline __attribute__((always_inline)) void group(const struct token *a, int64_t b, int64_t g, const int64_t K, float *room) {
@@ -168,7 +169,7 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
     const float *raw_k = read_row(a->raw_k, at_k, K, bf16, TAKE(K)), *k = read_row(a->k, at_k, K, bf16, TAKE(K));
     const float *v = read_row(a->v, at_k, K, bf16, TAKE(K));
     const float *cos = read_row(a->cos, rope, K, a->flags & BF16_ROPE, TAKE(K)), *sin = read_row(a->sin, rope, K, a->flags & BF16_ROPE, TAKE(K));
-    float *rotated_q = TAKE(R * K), *rotated_k = TAKE(K), *phi_q = TAKE(2 * P), *phi_k = TAKE(2 * P), *row = TAKE(K > P ? K : P);
+    float *rotated_q = TAKE(R * K), *rotated_k = TAKE(K), *phi_q = TAKE(2 * P), *phi_k = TAKE(2 * P), *row = TAKE(K > P ? K : P), *gate = TAKE(D + 3 * K);
     float *near = TAKE(R * K), *far = TAKE(K), *scores = TAKE(R * slots);
 #undef TAKE
 
@@ -186,10 +187,13 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
         const int64_t h = g * R + r;
         features(a, q + r * K, a->q_map, h, K, phi_q, row);
         features(a, k, a->k_map, h, K, phi_k, row);
-        float i = dot(x, a->i_weight + h * D, D), f = dot(x, a->f_weight + h * D, D) + a->f_bias[h], o = a->o_bias[h];
-        if (a->flags & GATE_OF_X) o += dot(x, a->o_weight + h * D, D);
+        const int64_t narrow_gates = a->flags & BF16_GATES;
+        float i = dot(x, read_row(a->i_weight, h * D, D, narrow_gates, gate), D);
+        float f = dot(x, read_row(a->f_weight, h * D, D, narrow_gates, gate), D) + *read_row(a->f_bias, h, 1, narrow_gates, gate);
+        float o = *read_row(a->o_bias, h, 1, narrow_gates, gate);
+        if (a->flags & GATE_OF_X) o += dot(x, read_row(a->o_weight, h * D, D, narrow_gates, gate), D);
         else {
-            const float *weight = a->o_weight + h * 3 * K;
+            const float *weight = read_row(a->o_weight, h * 3 * K, 3 * K, narrow_gates, gate);
             o += dot(raw_q + r * K, weight, K) + dot(raw_k, weight + K, K) + dot(v, weight + 2 * K, K);
         }
         o = 1 / (1 + expf(-o));

@@ -24,7 +24,9 @@ POINTERS = [
 ]
 NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "flags"]
 # as in compiled.c
-BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X = (1 << j for j in range(7))
+BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X, BF16_GATES = (
+    1 << j for j in range(8)
+)
 NO_MEMORY, NO_SLOT = 1, 2  # what it returns, 0 where all is well
 WORTH_THREADS = 1 << 18  # multiplications of a call, from which on other threads are woken
 
@@ -138,7 +140,7 @@ def layer_step(
             before RoPE; v: values; B H K or B G K numbers each, all of one dtype, float32 or bfloat16.
         cos, sin: of RoPE, [B or 1, 1, K].
         q_map, k_map: feature maps, [H, K, P].
-        i_weight, f_weight: [H, D], f_bias: [H]; o_weight: [H, 3 K], or [H, D] with `gate_of_x`; o_bias: [H]; float32.
+        i_weight, f_weight: [H, D], f_bias: [H]; o_weight: [H, 3 K], or [H, D] with `gate_of_x`; o_bias: [H]; of one dtype.
         C, n, m: state, [B, H, F, K], [B, H, F], [B, H], float32.
         keys, values: slots, [B, G, slots, K]; index: [B] int64 as in `window_step`; count: [B] int64, becomes index + 1.
         sinks, scale: as in `window_step`.
@@ -166,8 +168,9 @@ def layer_step(
         tuple([a.numel() for a in given]) != sizes
         or not all(a.is_contiguous() for a in others)
         or not {a.dtype for a in token} <= {x.dtype}
-        or not {a.dtype for a in (*gates, C, n, m)} <= {torch.float32}
-        or not {x.dtype, cos.dtype, q_map.dtype, keys.dtype} <= {*DTYPES}
+        or not {a.dtype for a in (C, n, m)} <= {torch.float32}
+        or not {a.dtype for a in gates} <= {o_bias.dtype}
+        or not {x.dtype, cos.dtype, q_map.dtype, keys.dtype, o_bias.dtype} <= {*DTYPES}
         or (sin.dtype, k_map.dtype, values.dtype) != (cos.dtype, q_map.dtype, keys.dtype)
         or not index.dtype == count.dtype == torch.int64
         or rope_rows not in (1, B)
@@ -184,6 +187,7 @@ def layer_step(
         | SIGNED_MAP * signed
         | ROTATED_MEMORY * rotated_memory
         | GATE_OF_X * gate_of_x
+        | BF16_GATES * (o_bias.dtype == torch.bfloat16)
     )
     built = library(SOURCE)
     work = B * H * K * (F + 2 * P + 2 * slots)
@@ -244,6 +248,7 @@ def check_layer(device, dtype, K, P):
             numbers(H, D if gate_of_x else 3 * K) * 0.2,
             numbers(H),
         ]
+        gates = [a.to(kept) for a in gates]
         F = 2 * P if signed else P
         state = [torch.zeros(B, H, F, K), torch.zeros(B, H, F), torch.full((B, H), float("-inf"))]
         state += [torch.zeros(B, G, S + W, K, dtype=kept) for _ in range(2)]
