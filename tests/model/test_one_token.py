@@ -7,12 +7,16 @@ import pytest
 import torch
 import xlstm_kernels
 from conftest import tiny_student, token_ids
+from xlstm_kernels import layer_step_runs
 
 import xlstm_hybrid
+from xlstm_hybrid.model import one_token as compiled
 from xlstm_hybrid.state import prefill
 
 PACKAGE, KERNELS = (str(Path(module.__file__).parent) for module in (xlstm_hybrid, xlstm_kernels))
-PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]  # the last one is the MLP after the attention
+# the last one is the MLP after the attention; below, where a CPU runs a layer compiled
+PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]
+COMPILED = ["modeling", "attention", "one_token", "cache", "kernels", "modeling"]
 FULL = 10  # tokens that fill the window's ring and the sinks
 
 
@@ -55,23 +59,45 @@ def moves(calls):
     return [file for n, file in enumerate(files) if n == 0 or file != files[n - 1]]
 
 
+def traced(length=FULL, run_compiled=False, **options):
+    model = tiny_student(torch.float32, num_hidden_layers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if run_compiled else ("layer_step_runs", "linear_step_runs"):
+            patch.setattr(compiled, name, lambda *_: False)
+        cache = prefill(model, token_ids(1, length), **options)
+        trace(model, cache)  # what is looked up once
+        return trace(model, cache)
+
+
 @pytest.fixture(scope="module")
 def one_token():
-    model = tiny_student(torch.float32, num_hidden_layers=2)
-    cache = prefill(model, token_ids(1, FULL))
-    trace(model, cache)  # what is looked up once
-    return trace(model, cache)
+    return traced()
 
 
 def test_the_flow_moves_between_files_five_times_and_climbs_back_once(one_token):
-    found = moves(one_token)
+    found = [file for file in moves(one_token) if file != "one_token"]  # each linear map asks there
+    found = [file for n, file in enumerate(found) if n == 0 or file != found[n - 1]]
     assert found == PATH
     assert len(found) - 1 <= 5 and sum(file in found[:n] for n, file in enumerate(found)) <= 2
 
 
+@pytest.mark.skipif(not layer_step_runs(torch.float32, 16, 16), reason="nothing compiles here")
+def test_a_compiled_layer_is_one_call_of_the_kernels_between_its_linear_maps():
+    calls = [
+        call
+        for call in traced(run_compiled=True)
+        if "Linear" not in call[1][1] and (call[0] is None or "Linear" not in call[0][1])
+    ]
+    calls = [(caller, callee) for caller, callee in calls if callee[1] != "one_token_on_cpu"]
+    inner = [n for n, (caller, _) in enumerate(calls) if caller and caller[0] == "kernels"]
+    found = moves([call for n, call in enumerate(calls) if n not in inner])
+    assert found == COMPILED
+
+
 def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_back(one_token):
     """Whoever calls into another file is the decoder layer or the attention; what they call stays in its own file."""
-    between = [(caller, callee) for caller, callee in one_token if caller and caller[0] != callee[0]]
+    calls = [(caller, callee) for caller, callee in one_token if caller and "one_token" not in (caller[0], callee[0])]
+    between = [(caller, callee) for caller, callee in calls if caller[0] != callee[0]]
     assert [caller[0] for caller, _ in between] == ["modeling", "attention", "attention", "attention"]
     assert [callee[1] for _, callee in between] == [
         "HybridAttention.forward",
@@ -82,8 +108,7 @@ def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_ba
 
 
 def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_nothing_else(one_token):
-    model = tiny_student(torch.float32, num_hidden_layers=2)
-    recording = trace(model, prefill(model, token_ids(1, FULL), rollback=40))
+    recording = traced(rollback=40)
     plain, noted = (
         [callee[1] for caller, callee in calls if caller and caller[1] == "HybridAttention.mix_heads"]
         for calls in (one_token, recording)
@@ -95,10 +120,9 @@ def test_a_cache_that_records_is_told_of_the_token_before_the_kernel_and_of_noth
 
 
 def test_a_ring_that_is_not_full_grows_before_the_kernel_and_nothing_else_differs(one_token):
-    model = tiny_student(torch.float32, num_hidden_layers=2)
     grown = [
         callee[1]
-        for caller, callee in trace(model, prefill(model, token_ids(1, FULL - 1)))
+        for caller, callee in traced(FULL - 2)  # one token, and the one that is traced
         if caller and caller[1] == "HybridAttention.mix_heads"
     ]
     assert grown == ["HybridAttention.read", "HybridCacheLayer.grow", "hybrid_step", "HybridCacheLayer.advance"]
