@@ -159,10 +159,35 @@ def cpu():
         yield Finding(
             "ATEN_CPU_CAPABILITY", capability, NOTE, "torch is told to use these instructions and no better ones"
         )
+    yield compiled_steps()
     yield threads(torch.get_num_threads(), cores())
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
         slow = "waiting threads spin: beside other work each step becomes several times slower"
         yield Finding("OMP_WAIT_POLICY", "active", NOTE, slow, "export OMP_WAIT_POLICY=passive")
+
+
+def compiled_steps():
+    """Whether a decoded token on this CPU runs through C functions, which are built for it, and right."""
+    import torch
+    from xlstm_kernels.backends.compiled import library
+    from xlstm_kernels.backends.verified import verdict_of
+    from xlstm_kernels.step.layer import SOURCE, check_layer
+    from xlstm_kernels.step.linear import check_linear
+
+    name, built, slower = (
+        "compiled steps",
+        library(SOURCE),
+        "a decoded token runs as torch operations, right and slower",
+    )
+    if built.functions is None:
+        mend = "apt install gcc" if "no C compiler" in built.reason else ""
+        return Finding(name, "none", NOTE, f"{without_home(built.reason)}: {slower}", mend)
+    checks = (check_layer, {"K": 64, "P": 64}), (check_linear, {})
+    if not all(verdict_of(check, torch.device("cpu"), torch.float32, dims)["right"] for check, dims in checks):
+        return Finding(name, "wrong", NOTE, f"their check failed: {slower}")
+    return Finding(
+        name, "right", OK, "several threads" if built.threads else "one thread: torch's OpenMP was not found"
+    )
 
 
 def threads(used, available):

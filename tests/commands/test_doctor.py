@@ -13,7 +13,8 @@ import torch
 import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
-from xlstm_kernels.backends import verified
+from xlstm_kernels.backends import compiled, verified
+from xlstm_kernels.step import layer, linear
 
 from xlstm_hybrid import cli, doctor
 from xlstm_hybrid.doctor import MISSING, NOTE, OK, WRONG, Finding, diagnose, quota, threads, unwritable
@@ -282,6 +283,36 @@ def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
         and "beams" in found[0].note
         and "transformers" in found[0].mend
     )
+
+
+@pytest.mark.parametrize(
+    ("built", "found", "verdict", "note", "mend"),
+    [
+        ((None, "no C compiler was found: install gcc"), "none", NOTE, "no C compiler was found", "apt install gcc"),
+        (
+            (None, "XLSTM_KERNELS_COMPILED=0"),
+            "none",
+            NOTE,
+            "XLSTM_KERNELS_COMPILED=0: a decoded token runs as torch",
+            "",
+        ),
+        ((object(), ""), "right", OK, "one thread: torch's OpenMP was not found", ""),
+        ((object(), "", True), "right", OK, "several threads", ""),
+    ],
+)
+def test_whether_decoding_is_compiled_is_told(machine, monkeypatch, built, found, verdict, note, mend):
+    monkeypatch.setattr(compiled, "library", lambda source: compiled.Library(*built))
+    monkeypatch.setattr(layer, "check_layer", lambda device, dtype, K, P: {"h": 1e-6})
+    monkeypatch.setattr(linear, "check_linear", lambda device, dtype: {"y": 1e-6})
+    row = rows(doctor.cpu)["compiled steps"]
+    assert (row.found, row.verdict, row.mend) == (found, verdict, mend) and note in row.note
+
+
+def test_compiled_steps_that_are_wrong_here_are_noted(machine, monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda source: compiled.Library(object()))
+    monkeypatch.setattr(layer, "check_layer", lambda device, dtype, K, P: {"h": 0.1})
+    row = rows(doctor.cpu)["compiled steps"]
+    assert (row.found, row.verdict) == ("wrong", NOTE) and "their check failed" in row.note
 
 
 def test_threads_that_spin_and_instructions_that_are_held_back_are_noted(machine, monkeypatch):
