@@ -30,6 +30,7 @@ from xlstm_hybrid.evaluation.efficiency import (
     take_turns,
 )
 from xlstm_hybrid.evaluation.equivalence import Result, bound
+from xlstm_hybrid.model import attention
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.planning.cache_size import allocated_bytes
@@ -91,13 +92,18 @@ def test_a_red_check_leaves_no_figure(llama, student, monkeypatch):
 def test_what_is_timed_is_one_call_for_both_and_is_not_when_steps_lose_the_state(llama, student, cache, monkeypatch):
     for model in (llama, student):
         assert efficiency_checks.decoding_difference(model, cache, length=40) < bound(torch.float32, 3)
-    advance = HybridCacheLayer.advance
+    advance, step = HybridCacheLayer.advance, attention.compiled_step
 
     def forgetful(self, tokens):
         self.state.C.zero_()
         return advance(self, tokens)
 
+    def forgetful_step(module, *args):
+        args[-1].state.C.zero_()
+        return step(module, *args)
+
     monkeypatch.setattr(HybridCacheLayer, "advance", forgetful)
+    monkeypatch.setattr(attention, "compiled_step", forgetful_step)
     assert efficiency_checks.decoding_difference(student, cache, length=40) > 100 * bound(torch.float32, 3)
 
 
