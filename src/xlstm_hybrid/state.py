@@ -4,8 +4,9 @@
     for question in questions:
         model.generate(**tokenizer(document + question, return_tensors="pt"), cache=snapshot(cache))
 
-A state is the transformers `Cache` that the model returns; nothing wraps it. Its size does not depend on the document
-where all layers are hybrid. Dims: B rows, H query heads, G key/value heads, K key dim, V value dim, W window, S sinks.
+A state is the transformers `Cache` that the model returns; nothing wraps it. Where all layers are hybrid, its size
+does not depend on the document once S + W tokens have come. Dims: B rows, H query heads, G key/value heads, K key dim, V
+value dim, W window, S sinks.
 """
 
 import copy

@@ -61,6 +61,21 @@ def test_steps_are_the_sequence_past_every_wrap_of_the_ring():
     torch.testing.assert_close(state, want[1])
 
 
+def test_slots_that_come_with_their_tokens_are_as_good_as_all_slots_at_once():
+    """Row 1 begins with padding, so that its tokens leave slots behind them empty."""
+    T, x = 2 * W + S + 4, inputs(2 * W + S + 4)
+    index = torch.stack([torch.arange(T), torch.arange(T) - 4]).clamp_min(-1)
+    x[5][1, :4], x[6][1, :4] = -INF, INF
+    want, (state, *whole_slots) = steps(x, index)[0], memory_of()
+    grown = [a[:, :, :0] for a in whole_slots]
+    for t in range(T):
+        if t < S + W:  # 9: nobody reads what is empty
+            grown = [torch.cat([a, a.new_full((*a.shape[:2], 1, a.shape[3]), 9.0)], 2) for a in grown]
+        h = hybrid_step(*(a[:, t : t + 1] for a in x), state, *grown, index[:, t], sinks=S)
+        torch.testing.assert_close(h[:, 0], want[:, t])
+    assert [a.shape[2] for a in grown] == [S + W] * 2
+
+
 def test_padding_writes_nothing_and_a_restart_forgets_everything():
     T = 24
     x, index = inputs(T), torch.arange(T).expand(2, T).clone()

@@ -93,6 +93,18 @@ def test_steps_are_the_whole_sequence_past_the_wrap_of_the_ring(heads):
     assert [a.data_ptr() for a in held] == addresses
 
 
+def test_slots_that_come_with_their_tokens_are_as_good_as_all_slots_at_once():
+    """Row 1 begins with two columns of padding; with fewer slots than sinks, too."""
+    T, x = S + W + 4, inputs(S + W + 4, B=2, H=2, G=1)
+    held, grown = memory(x), memory(x, window=1 - S)
+    for t in range(T):
+        index = [t, max(t - 2, -1)]
+        if grown[3].shape[2] <= t < S + W:
+            grown[3:] = [torch.cat([a, torch.full_like(a[:, :, :1], 99.0)], 2) for a in grown[3:]]
+        torch.testing.assert_close(step(x, t, grown, index), step(x, t, held, index), rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(grown[3:], held[3:], strict=True))
+
+
 @pytest.mark.parametrize(("window", "sinks", "tokens"), [(1, 0, 4), (1, 3, 6), (2, 5, 9), (30, 4, 38)])
 def test_any_window_and_number_of_sinks(window, sinks, tokens):
     """A window of the token alone, more sinks than window, no sinks, and slots for more than one program."""
