@@ -17,6 +17,7 @@ from xlstm_hybrid.model.cache import PlacedLayer, place_of
 from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
+from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import cast
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
@@ -35,10 +36,10 @@ class HybridAttention(nn.Module):
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
         D, q_dim = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_dim = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(D, q_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_dim, D, bias=config.attention_output_bias)
+        self.q_proj = Linear(D, q_dim, bias=config.attention_bias)
+        self.k_proj = Linear(D, kv_dim, bias=config.attention_bias)
+        self.v_proj = Linear(D, kv_dim, bias=config.attention_bias)
+        self.o_proj = Linear(q_dim, D, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm == "head":
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
