@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from xlstm_kernels import layer_step_runs
 
+from xlstm_hybrid.model import linear as linear_module
 from xlstm_hybrid.model import one_token
-from xlstm_hybrid.model.one_token import Linear, compiled_step
+from xlstm_hybrid.model.linear import Linear
+from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.state import prefill, remember
 
 pytestmark = pytest.mark.skipif(not layer_step_runs(torch.float32, 16, 16), reason="nothing compiles here")
@@ -23,22 +25,22 @@ pytestmark = pytest.mark.skipif(not layer_step_runs(torch.float32, 16, 16), reas
 def counted(monkeypatch):
     """Numbers of the compiled calls that were made: {"layers": n, "maps": n}."""
     calls = {"layers": 0, "maps": 0}
-    for name, kind in (("layer_step", "layers"), ("linear_step", "maps")):
-        run = getattr(one_token, name)
+    for module, name, kind in ((one_token, "layer_step", "layers"), (linear_module, "linear_step", "maps")):
+        run = getattr(module, name)
 
         def step(*args, run=run, kind=kind, **kwargs):
             calls[kind] += 1
             return run(*args, **kwargs)
 
-        monkeypatch.setattr(one_token, name, step)
+        monkeypatch.setattr(module, name, step)
     return calls
 
 
 @contextlib.contextmanager
 def uncompiled():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("layer_step_runs", "linear_step_runs"):
-            patch.setattr(one_token, name, lambda *_: False)
+        patch.setattr(one_token, "layer_step_runs", lambda *_: False)
+        patch.setattr(linear_module, "linear_step_runs", lambda *_: False)
         yield
 
 

@@ -17,7 +17,8 @@ from xlstm_hybrid.model.cache import PlacedLayer, place_of
 from xlstm_hybrid.model.experimental.cells import CELLS, normed
 from xlstm_hybrid.model.experimental.variants import VARIANTS, mixer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_scaled
-from xlstm_hybrid.model.one_token import Linear, compiled_step
+from xlstm_hybrid.model.linear import Linear
+from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 

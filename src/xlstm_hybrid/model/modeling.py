@@ -36,8 +36,9 @@ from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
-from xlstm_hybrid.model.one_token import Linear, compiled_index
+from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
@@ -105,6 +106,9 @@ def rms_norm(config):
     return (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
 
 
+MLP_TOKENS = 512  # that a CPU takes at once without gradients: more of them leave its cache
+
+
 class HybridMLP(nn.Module):
     """The teacher's gated MLP."""
 
@@ -116,7 +120,13 @@ class HybridMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        parts = [
+            self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
+            for part in x.split(MLP_TOKENS, -2)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 class CheckpointedLayer(GradientCheckpointingLayer):

@@ -1,4 +1,4 @@
-"""One token per row on a CPU, through what is compiled for it: the paper's layer in one call, and linear maps.
+"""One token per row on a CPU in one compiled call a layer, `xlstm_kernels.layer_step`: for the paper's layer as it is.
 
 Whatever else is asked for (other cells, hooks on the mixer, adapters, tokens that may be taken back, gradients, a graph)
 runs through the operations that a longer call runs through. Dims: B batch, D hidden size, H query heads, G key/value
@@ -6,11 +6,11 @@ heads, K head dim.
 """
 
 import torch
-from torch import nn
 from torch.nn.modules import module as hooks
-from xlstm_kernels import layer_step, layer_step_runs, linear_step, linear_step_runs
+from xlstm_kernels import layer_step, layer_step_runs
 
 from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.linear import one_token_on_cpu
 from xlstm_hybrid.model.mixer import MLSTMMixer
 
 # the fields of a config under which a layer is the paper's, and what they have to be
@@ -22,29 +22,6 @@ PAPER = {
     "sparse_memory": 0,
 }
 GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
-
-
-def one_token_on_cpu(x):
-    """Whether x [B, T, D] is one token per row on a CPU, of a call that nobody differentiates, traces or casts."""
-    return (
-        type(x) is torch.Tensor
-        and x.ndim == 3
-        and x.shape[1] == 1
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-    )
-
-
-class Linear(nn.Linear):
-    """torch's, compiled for one token per row on a CPU; a weight that is quantised or spread out goes torch's way."""
-
-    def forward(self, x):
-        if one_token_on_cpu(x) and type(self.weight) is nn.Parameter and linear_step_runs(x.dtype, len(x)):
-            return linear_step(x, self.weight, self.bias)
-        return super().forward(x)
 
 
 def compiled_index(config, hidden_states, tokens):
