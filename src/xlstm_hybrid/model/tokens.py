@@ -90,7 +90,7 @@ class Tokens:
             if real.device.type == "cpu" and not torch.compiler.is_compiling():
                 plain = not bool((start | ~real).any())
         if plain:
-            index = seen[:, None].expand_as(real)
+            index = seen[:, None].clone()  # `seen` is a layer's own count, which moves on before other layers read
             nowhere = torch.zeros_like(index)
             return cls(real, nowhere.bool(), index, nowhere, True, count=seen + 1)
         index = torch.where(real, torch.where(start, 0, seen[:, None]), -1)
