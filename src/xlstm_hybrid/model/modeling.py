@@ -373,6 +373,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             started = not isinstance(seen, int) or seen > 0  # a static cache has a tensor, which is not looked at
             if started and attention_mask is not None and attention_mask.shape[1] > T:
                 before = attention_mask[:, :-T].to(before.device, torch.bool).sum(-1)
+        # a training step does not wait for the GPU: what may hold several documents is taken for packed
+        look = inputs_embeds.device.type == "cpu" or not (self.training or torch.is_grad_enabled())
         tokens = Tokens.locate(
             (B, T),
             inputs_embeds.device,
@@ -381,9 +383,14 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             seq_idx=kwargs.get("seq_idx"),
             seen=before,
+            look=look,
         )
         needs_packing = teacher or any(keys[j][0] != "hybrid_sliding" for j in present)
-        packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
+        packed = needs_packing and T > 1 and not tokens.plain
+        if packed and look:
+            packed = bool(tokens.start.any())
+        elif packed:
+            packed = any(x is not None for x in (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")))
         if packed and seen > 0:
             raise CacheError(
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
