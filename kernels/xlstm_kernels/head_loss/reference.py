@@ -91,7 +91,9 @@ class Task:
             kl = torch.zeros_like(kl)
         label, kl = label.flatten(), kl.flatten()
         # `nonzero` waits for a GPU
-        self.place = torch.arange(len(label), device=label.device) if every else ((label != IGNORE) | kl).nonzero()[:, 0]
+        self.place = (
+            torch.arange(len(label), device=label.device) if every else ((label != IGNORE) | kl).nonzero()[:, 0]
+        )
         self.label, self.kl = label[self.place], kl[self.place]
         self.ce = self.label != IGNORE
         self.outcomes, self.dtype = outcomes, dtype

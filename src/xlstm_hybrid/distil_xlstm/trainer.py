@@ -21,7 +21,7 @@ from xlstm_hybrid.training.distillation import INPUTS, check_pair
 from xlstm_hybrid.training.distributed import prepare_teacher
 from xlstm_hybrid.training.lm_head import Objective, attach, check_head, head_of
 from xlstm_hybrid.training.losses import IGNORE
-from xlstm_hybrid.training.resume import Resumable, look
+from xlstm_hybrid.training.resume import Resumable
 
 
 @dataclass
@@ -106,7 +106,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
         self.add_callback(schedules.DeltaCallback(args.schedule, partial(set_objective, self)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs, seen = look(inputs)
+        seen = self.look(inputs)
         if not len(seen.place) and num_items_in_batch is not None and num_items_in_batch == 0:
             raise DataError(
                 f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)"

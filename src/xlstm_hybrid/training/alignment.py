@@ -17,7 +17,7 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import HybridDecoderLayer
 from xlstm_hybrid.training import option
-from xlstm_hybrid.training.resume import Resumable, look
+from xlstm_hybrid.training.resume import Resumable
 
 TRUNK_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx", "hidden_states")
 
@@ -151,7 +151,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        inputs, seen = look(inputs)
+        seen = self.look(inputs)
         names = [name for name in TRUNK_INPUTS if not (seen.full and name == "attention_mask")]
         out = model(**{k: v for k, v in inputs.items() if k in names}, teacher_forced=True, terms=terms, onward=False)
         self.record(out)

@@ -31,7 +31,7 @@ from xlstm_hybrid.training.lm_head import (
     virtual_tokens,
 )
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
-from xlstm_hybrid.training.resume import Resumable, look
+from xlstm_hybrid.training.resume import Resumable
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
 # What a batch may bring for the forward of both models; BOUNDARIES: how padding-free batches mark documents.
@@ -280,7 +280,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward makes hidden states and hands them, with its LM head, to the objective."""
-        inputs, seen = look(inputs)
+        seen = self.look(inputs)
         self.check_targets(seen, num_items_in_batch)
         names = [name for name in INPUTS if name in inputs and not (seen.full and name == "attention_mask")]
         forward, labels, T = {name: inputs[name] for name in names}, inputs["labels"], inputs["labels"].shape[1]

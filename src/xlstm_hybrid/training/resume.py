@@ -242,19 +242,9 @@ class Seen:
         return cls(tuple(ids.shape), mask is None or bool(mask.all()), place, first)
 
 
-def look(inputs):
-    """`(inputs without the collator's note, Seen)`: the note, or what can be seen now, where accelerate has cut the batch for
-    several processes, or no collator of ours made it.
-    """
-    seen = inputs.get(SEEN)
-    inputs = {name: x for name, x in inputs.items() if name != SEEN}
-    same = seen is not None and seen.shape == tuple(inputs["input_ids"].shape)
-    return inputs, seen if same else Seen.of(inputs)
-
-
 class CheckedRows:
     """A collator whose ids all have a row in the embedding; otherwise a ConfigError names the token, see `check_rows`. Its
-    batches have a note of what they hold, see `look`.
+    batches have a note of what they hold, see `Resumable.look`.
     """
 
     def __init__(self, collate, tokenizer, rows):
@@ -283,7 +273,7 @@ class Resumable:
             if getattr(settings[0], name, False):
                 raise ConfigError(f"{name}=True: {why}")
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
-        self.readings = Readings()
+        self.readings, self.seen = Readings(), (None, None)
         super().__init__(model, *args, **kwargs)
         rows = self.model.config.get_text_config().vocab_size
         check_rows(self.processing_class, rows, "student")
@@ -327,6 +317,20 @@ class Resumable:
                 "start the same command again to go on"
             )
         return result
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if isinstance(inputs, Mapping) and SEEN in inputs:  # no input of a model
+            self.seen = inputs["input_ids"], inputs.pop(SEEN)
+        return inputs
+
+    def look(self, inputs):
+        """`Seen` of a batch: what its collator saw; or what can be seen now, where accelerate has cut it for several
+        processes, or no collator of ours made it.
+        """
+        ids, seen = self.seen
+        same = ids is inputs["input_ids"] and seen.shape == tuple(ids.shape)
+        return seen if same else Seen.of(inputs)
 
     def training_step(self, model, inputs, *args, **kwargs):
         seen = dict(inputs) if hasattr(inputs, "keys") else {}
