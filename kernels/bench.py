@@ -6,6 +6,9 @@ time of the process. On a GPU: bfloat16, events around each call after the cache
 before outputs and gradients have been checked against float64. Peak memory is measured in a process of its own for each
 candidate.
 
+Bytes and FLOPs are counted from shapes (`roofline.py`); the output says what was reached of them, and on a device whose
+peak is known the share of its roofline.
+
 The baseline is causal softmax attention over the whole sequence (`sdpa`), which is what a teacher's layer does.
 `hybrid` is mLSTM, window attention and their gated sum on given queries, keys, values and gates; `layer` includes the
 two feature maps.
@@ -24,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import roofline
 import torch
 import torch.nn.functional as F
 from baselines import all_of, reason_against
@@ -233,7 +237,19 @@ def row(operation, which, T, d, times, baseline):
     targets = [(a, b) for _, _, _, _, a, b, _, _ in CPU_TARGETS + CUDA_TARGETS if a != baseline]
     ratios |= {f"{a}/{b}": over(a, b) for a, b in sorted(set(targets)) if a in times and b in times}
     result = {"operation": operation, "pass": which, "T": T, "d": d, "rounds": len(times[baseline]), "ms": ms}
+    result["work"] = {name: found for name in times if (found := reached(operation, which, T, d, name, ms[name]))}
     return result | {"ratio": {name: round(r, 3) for name, r in ratios.items()}}
+
+
+def reached(operation, which, T, d, name, ms):
+    """Bytes and FLOPs of a candidate and what a time of `ms` means for them; None where they are not counted."""
+    size, sizes = HERE.dtype.itemsize, (HERE.B, T, HERE.H, d, WINDOW, SINKS)
+    if operation == "decode":
+        work = roofline.decode(name, *sizes, size, torch.promote_types(HERE.dtype, torch.float32).itemsize)
+    else:
+        work = roofline.sequence(name, *sizes, size, backward=which == BOTH)
+    gpu = torch.cuda.get_device_name() if HERE.device == "cuda" else ""
+    return work and work.figures(ms / 1e3, roofline.peak_of(gpu, size))
 
 
 def once(candidate, x, dh=None):
@@ -349,6 +365,15 @@ def show(r):
     unit = "ms" if "ms" in r else "MiB"
     cells = "  ".join(f"{n} {v:.4g}" + (f" ({r['ratio'][n]:.2f}x)" if "ratio" in r else "") for n, v in values.items())
     print(f"{r['operation']:9} {r['pass']:17} T {r['T']:6} d {r['d']:4} {unit}:  {cells}", flush=True)
+    show_work(r.get("work", {}))
+
+
+def show_work(work):
+    """A line for what was reached: GB/s, GFLOP/s, and the share of the roofline where it is known."""
+    shares = {name: f", {x['roofline']:.0%} of the roofline" if "roofline" in x else "" for name, x in work.items()}
+    cells = "  ".join(f"{n} {x['GB/s']:.3g} GB/s, {x['GFLOP/s']:.3g} GFLOP/s{shares[n]}" for n, x in work.items())
+    if work:
+        print(f"{'':10}reached:  {cells}", flush=True)
 
 
 def surroundings():

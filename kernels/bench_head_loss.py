@@ -21,9 +21,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import roofline
 import torch
 import torch.nn.functional as F
-from bench import cost, error, finish, peak_of, refuse_wrong, surroundings
+from bench import cost, error, finish, peak_of, refuse_wrong, show_work, surroundings
 from torch.utils.checkpoint import checkpoint
 from xlstm_kernels import head_loss
 
@@ -126,7 +127,10 @@ def bench_time(M, rounds, names, sizes):
     over = {name: statistics.median(a / b for a, b in zip(t, base, strict=True)) for name, t in times.items() if base}
     result = {"operation": "head_loss", "pass": "forward+backward", "M": M, **sizes, "rounds": rounds}
     result["over_gathered"] = {name: round(ratio, 3) for name, ratio in over.items()}
-    return result | {"s": {name: round(statistics.median(t), 3) for name, t in times.items()}}
+    seconds = {name: round(statistics.median(t), 3) for name, t in times.items()}
+    work = {name: roofline.head_loss(**sizes, M=M, size=4, frozen=name == "frozen") for name in seconds}
+    reached = {name: work[name].figures(s) for name, s in seconds.items()}
+    return result | {"s": seconds, "work": reached}
 
 
 def peak(name, M, sizes):
@@ -175,6 +179,7 @@ def show(r):
     ratio = r.get("over_gathered", {})
     cells = "  ".join(f"{n} {v:.4g}" + (f" ({ratio[n]:.2f}x)" if n in ratio else "") for n, v in values.items())
     print(f"{r['operation']:17} N {r['N']} D {r['D']} V {r['V']} M {r['M']:4} {unit}:  {cells}", flush=True)
+    show_work(r.get("work", {}))
 
 
 def main():

@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 pytest.importorskip("triton")
 
 from test_head_loss import ALL, INF, NAN, OUTCOMES, assert_same, everything, gap, inputs, plain, settings
+from true_bfloat16 import true_bfloat16  # noqa: F401, a fixture
 from xlstm_kernels import head_loss
 from xlstm_kernels.backends import launch
 from xlstm_kernels.backends.launch import Tile, recording, using
@@ -149,7 +150,8 @@ def chunk(outcomes="tail", N=7, V=150, M=7):
 
 
 @pytest.mark.parametrize("rule", [PLAIN, Rule(True, 0.7, 5.0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16], ids=str)
+@pytest.mark.usefixtures("true_bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_gradients_are_written_into_the_memory_of_the_logits(rule, dtype):
     workspace, logits, targets = chunk("renormalise" if rule.support else "tail")
     want_terms, want = rows_step(logits.clone(), targets, rule, torch.float32)

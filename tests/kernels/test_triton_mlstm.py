@@ -16,6 +16,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from true_bfloat16 import true_bfloat16  # noqa: E402, F401, a fixture
 from xlstm_kernels import MLSTMState, mlstm  # noqa: E402
 from xlstm_kernels.backends.launch import Tile, using  # noqa: E402
 from xlstm_kernels.mlstm import triton as gpu  # noqa: E402
@@ -150,10 +151,11 @@ def test_strong_gates_change_nothing_about_agreement(gate):
     assert_close(triton(inputs(129, gate=gate), carried(), tile=BLOCKS), truth(129, gate))
 
 
+@pytest.mark.usefixtures("true_bfloat16")
 def test_every_corner_of_the_gates_has_finite_gradients():
     q, k, v, _, _ = inputs(T=20, H=4)
     i, f = torch.tensor(list(product([-100.0, 100.0], repeat=2))).double().T[:, None, None].expand(2, 1, 20, 4)
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         got = triton((q, k, v, i, f), dtype=dtype)
         assert all(a.isfinite().all() for a in got.values())
         assert got["h"].abs().max() <= 1.01  # a convex combination of v
@@ -359,9 +361,11 @@ def eager(q, k, v, i, f):
     return torch.einsum("bhts,bshv->bthv", scores / scores.sum(-1, keepdim=True), v)
 
 
+@pytest.mark.usefixtures("true_bfloat16")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", [2.0, 20.0])
-def test_half_precision_is_within_twice_the_error_of_plain_code(gate):
-    x = [a.half() for a in inputs(100, gate=gate)]
+def test_half_precision_is_within_twice_the_error_of_plain_code(gate, half):
+    x = [a.to(half) for a in inputs(100, gate=gate)]
     C = [a.double().clone().requires_grad_() for a in x]
     truth = recurrent(*C, None)[0]
     weight = waves(*truth.shape, step=0.3)
@@ -370,7 +374,7 @@ def test_half_precision_is_within_twice_the_error_of_plain_code(gate):
     with using(BLOCKS):
         moved = [a.to(DEVICE) for a in ours]
         h = mlstm_triton(*moved)[0].cpu()
-        assert h.dtype == torch.float16
+        assert h.dtype == half
         for y in (truth, h_plain, h):
             (y.double() * weight).sum().backward()
     pairs = [(h, h_plain, truth), *((a.grad, b.grad, c.grad) for a, b, c in zip(ours, plain, C, strict=True))]

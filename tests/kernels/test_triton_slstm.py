@@ -12,6 +12,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
+from true_bfloat16 import true_bfloat16  # noqa: F401, a fixture
 from xlstm_kernels import SLSTMState, slstm
 from xlstm_kernels.backends.launch import Tile, using
 from xlstm_kernels.slstm import triton as kernels
@@ -87,9 +88,8 @@ def test_a_head_that_is_multiplied_in_parts():
         torch.testing.assert_close(got, want, rtol=5e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "r_dtype", [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
-)  # the interpreter has no bfloat16
+@pytest.mark.usefixtures("true_bfloat16")
+@pytest.mark.parametrize("r_dtype", [torch.bfloat16, torch.float16])
 def test_recurrent_weights_in_half_precision_cost_no_precision(r_dtype):
     """h is multiplied in two parts: the error stays that of float32, far below the 2^-9 of rounding h to bfloat16."""
     leaves, m, rows = problem(dtype=r_dtype)

@@ -12,6 +12,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
+from true_bfloat16 import true_bfloat16  # noqa: F401, a fixture
 from xlstm_kernels import mlstm, window_attention
 from xlstm_kernels.backends.launch import Tile, recording, using
 from xlstm_kernels.step.cpu import step_both
@@ -163,16 +164,17 @@ def test_before_anything_was_written_the_memory_is_zero():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_half_precision_slots_are_within_twice_the_error_of_eager_code(dtype):
-    T, x = W + S + 3, inputs(W + S + 3)
-    held, eager, want = memory(x, dtype=torch.float16), memory(x, dtype=torch.float16), whole(x)[0]
+@pytest.mark.usefixtures("true_bfloat16")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("single", [True, False], ids=["float32 inputs", "half inputs"])
+def test_half_precision_slots_are_within_twice_the_error_of_eager_code(single, half):
+    T, x = W + S + 3, {name: a.to(half).double() for name, a in inputs(W + S + 3).items()}
+    dtype = torch.float32 if single else half
+    held, eager, want = memory(x, dtype=half), memory(x, dtype=half), whole(x)[0]
     ours, theirs = torch.zeros_like(want), torch.zeros_like(want)
     for t in range(T):
         ours[:, t] = step(x, t, held, [t], dtype)
-        now = {
-            name: a[:, t : t + 1].to(DEVICE, torch.float16 if name in ("k", "v") else dtype) for name, a in x.items()
-        }
+        now = {name: a[:, t : t + 1].to(DEVICE, half if name in ("k", "v") else dtype) for name, a in x.items()}
         theirs[:, t] = step_both(*now.values(), *eager, torch.tensor([t], device=DEVICE), S, 0.3)[:, 0].double().cpu()
     assert (ours - want).abs().max() <= 2 * (theirs - want).abs().max() + 1e-6
     assert torch.equal(held[3], eager[3]) and torch.equal(held[4], eager[4])

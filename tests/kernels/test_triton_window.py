@@ -13,6 +13,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 pytest.importorskip("triton")
 
+from true_bfloat16 import true_bfloat16  # noqa: F401, a fixture
 from xlstm_kernels import window_attention
 from xlstm_kernels.backends.launch import Tile, using
 from xlstm_kernels.window.triton import layout, window_triton
@@ -195,11 +196,13 @@ def test_tensors_may_lie_in_memory_in_any_order():
     assert torch.equal(h, again)
 
 
-def test_half_precision_is_within_twice_the_error_of_eager_code():
-    x, settings = inputs(100, K=32, V=32), {"window": 24, "sinks": 4}
+@pytest.mark.usefixtures("true_bfloat16")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_within_twice_the_error_of_eager_code(half):
+    x, settings = [a.to(half).double() for a in inputs(100, K=32, V=32)], {"window": 24, "sinks": 4}
     want = everything(reference, x, **settings)
-    got = triton(x, Tile({"BT": 32, "BS": 32}), torch.float16, **settings)
-    for name, a, b, c in zip(("h", "dq", "dk", "dv"), got, eager(x, torch.float16, 24, 4), want, strict=True):
+    got = triton(x, Tile({"BT": 32, "BS": 32}), half, **settings)
+    for name, a, b, c in zip(("h", "dq", "dk", "dv"), got, eager(x, half, 24, 4), want, strict=True):
         assert error(a, c) <= 2 * error(b, c), name
 
 

@@ -97,6 +97,8 @@ def check_ids(labels, task, V):
     if labels.device.type != "cpu":
         return
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= V))
+    if not (task.ce | task.kl).all():
+        raise ValueError(f"every=True: expected a label at each position, got {IGNORE}")
     if wrong.any():
         raise ValueError(f"labels: expected {IGNORE} or 0..{V - 1}, got {labels[wrong][0].item()}")
     ids, _, _ = task.entries(task.place, task.kl, V)
@@ -123,6 +125,7 @@ def head_loss(
     logit_scale=1.0,
     softcap=None,
     rows=None,
+    every=False,
     backend="auto",
 ):  # too many for a line each
     """Cross-entropy, forward KL(teacher || student) and reverse KL of an LM head's predictions, without a [B, T, V].
@@ -149,6 +152,7 @@ def head_loss(
         logit_scale, softcap: z = softcap tanh(logit_scale u / softcap); no tanh if softcap is None.
         rows: tokens whose logits are alive at once, None for what fits the workspace; changes time and memory, not the
             result.
+        every: the caller knows that each label counts (none is -100, no mask, no shift): a GPU is not asked.
         backend: a key of `BACKENDS`, which runs or raises, or "auto".
     Raises:
         ValueError: an argument does not fit, with what was expected and what came. Ids are looked at on a CPU only.
@@ -161,14 +165,16 @@ def head_loss(
     run = run_backend
     if torch.compiler.is_compiling():  # which rows there are is read from the data: there is nothing to trace
         run = torch.compiler.disable(run_backend)
+    if every and (shift or mask is not None):
+        raise ValueError(f"every=True: expected shift=False and no mask, got shift={shift}, mask={mask is not None}")
     counted = labels, teacher, mask, shift, weights, outcomes, num_items
-    return run(hidden, weight, bias, counted, logit_scale, softcap, rows, backend)
+    return run(hidden, weight, bias, counted, every, logit_scale, softcap, rows, backend)
 
 
-def run_backend(hidden, weight, bias, counted, logit_scale, softcap, rows, backend):
+def run_backend(hidden, weight, bias, counted, every, logit_scale, softcap, rows, backend):
     """`head_loss` of arguments whose shapes and settings fit."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would run the matrix products in half precision
-        task = Task(*counted, calculation_dtype(hidden, weight))
+        task = Task(*counted, calculation_dtype(hidden, weight), every)
         check_ids(counted[0], task, len(weight))
         rule = Rule(task.outcomes == "renormalise", float(logit_scale), softcap)
         return BACKENDS[backend](hidden.flatten(0, 1), weight, bias, task, rule, rows)

@@ -82,7 +82,7 @@ class Task:
     weights: of ce, forward KL and reverse KL, [3], over their counts
     """
 
-    def __init__(self, labels, teacher, mask, shift, weights, outcomes, num_items, dtype):
+    def __init__(self, labels, teacher, mask, shift, weights, outcomes, num_items, dtype, every=False):
         label = following(labels, IGNORE) if shift else labels
         kl = label != IGNORE if mask is None else mask.clone()
         if shift:
@@ -90,7 +90,10 @@ class Task:
         if teacher is None:
             kl = torch.zeros_like(kl)
         label, kl = label.flatten(), kl.flatten()
-        self.place = ((label != IGNORE) | kl).nonzero()[:, 0]
+        # `nonzero` waits for a GPU
+        self.place = (
+            torch.arange(len(label), device=label.device) if every else ((label != IGNORE) | kl).nonzero()[:, 0]
+        )
         self.label, self.kl = label[self.place], kl[self.place]
         self.ce = self.label != IGNORE
         self.outcomes, self.dtype = outcomes, dtype

@@ -106,14 +106,15 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
         self.add_callback(schedules.DeltaCallback(args.schedule, partial(set_objective, self)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if num_items_in_batch is not None and num_items_in_batch == 0:
+        seen = self.look(inputs)
+        if not len(seen.place) and num_items_in_batch is not None and num_items_in_batch == 0:
             raise DataError(
                 f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)"
             )
-        forward, labels = {key: inputs[key] for key in INPUTS if key in inputs}, inputs["labels"]
-        scored = torch.zeros_like(labels, dtype=torch.bool)
-        scored[:, :-1] = labels[:, 1:] != IGNORE
-        place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
+        names = [name for name in INPUTS if name in inputs and not (seen.full and name == "attention_mask")]
+        forward, labels = {name: inputs[name] for name in names}, inputs["labels"]
+        scored = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
+        place = seen.place.to(labels.device, non_blocking=True)
         labels, count = labels.flatten()[place + 1], len(place)
         items = labels.new_tensor(max(count, 1)) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         with torch.no_grad(), self.accelerator.autocast():
@@ -142,15 +143,18 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
     def record(self, terms, distance, count):
         sums = [x.detach().float() for x in (terms.ce, terms.kl, terms.agreement, distance * count)]
         everywhere = self.accelerator.gather(torch.stack([*sums, torch.full_like(sums[0], count)]))
-        *sums, total = everywhere.view(-1, 5).sum(0).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        schedule = {"alpha": self.objective.kl_weight, "temperature": self.objective.temperature}
+        name = partial(self.means, schedule, self.state.global_step)
+        self.readings.note("train" if self.model.training else "eval", everywhere.view(-1, 5).sum(0), name)
+
+    def means(self, schedule, step, sums):
+        """`{metric: value}` of a micro-batch's sums and their count, with what the schedule said in its step."""
+        *sums, total = sums
         if not total:
-            warnings.warn(f"step {self.state.global_step}: a micro-batch without a scored token", stacklevel=2)
-            return
-        for name, value in zip(("ce", "kl", "top1_agreement", "frobenius"), sums, strict=True):
-            metrics[name].append(value / total)
-        metrics["alpha"].append(self.objective.kl_weight)
-        metrics["temperature"].append(self.objective.temperature)
+            warnings.warn(f"step {step}: a micro-batch without a scored token", stacklevel=2)
+            return {}
+        names = "ce", "kl", "top1_agreement", "frobenius"
+        return {name: value / total for name, value in zip(names, sums, strict=True)} | schedule
 
     def run_facts(self):
         """For `Resumable`: a run with another teacher is another run."""

@@ -190,7 +190,7 @@ class HybridAttention(nn.Module):
             query, key = unrotated
             query = log_scaled(query, tokens.index, self.config.kept_log_base)
         keys = KeptKeys(self.config.kept_window_of(self.layer_idx)) if cache is None else cache.kept
-        spare, masked = 0 if cache is None else cache.depth, self.masked_implementation == "eager"
+        spare, masked = None if cache is None else cache.depth, self.masked_implementation == "eager"
         key, value, mask = keys.append(key, value, tokens, spare, masked)
         return self.attend(query, key, value, mask, implementation=self.masked_implementation)
 

@@ -78,7 +78,7 @@ class KeptKeys:
     """
 
     def __init__(self, window=None):
-        self.window, self.keys, self.values, self.place = window, None, None, None
+        self.window, self.keys, self.values, self.place, self.room = window, None, None, None, 0
 
     def append(self, key, value, tokens, spare=0, masked=False):
         """Take T tokens in; returns what they attend to, `(keys, values, mask [B, 1, T, N] or None)`. None: everything
@@ -86,7 +86,7 @@ class KeptKeys:
 
         Args:
             key, value: [B, E, T, K | V].
-            spare: tokens that may be taken back, whose past must stay.
+            spare: tokens that may be taken back, whose past must stay; None: nothing follows, and nothing is dropped.
             masked: whether a mask is wanted in any case.
         """
         T, before = tokens.real.shape[1], 0
@@ -101,7 +101,7 @@ class KeptKeys:
             self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
             self.place = torch.cat([self.place, place], -1)
         seen = self.keys, self.values, self.visible(place, tokens) if masked else None
-        if self.window is not None or (T > 1 and not tokens.plain):
+        if spare is not None and (self.window is not None or (T > 1 and not tokens.plain)):
             self.trim(spare)
         return seen
 
@@ -113,10 +113,10 @@ class KeptKeys:
 
     def trim(self, spare):
         """Drop leading columns that no later token attends to, neither now nor after `spare` tokens have been taken
-        back.
+        back. A GPU, which looking waits for, is asked when the columns have doubled since it was last asked.
         """
         place = self.place[:, : self.place.shape[1] - spare]
-        if not place.shape[1]:
+        if not place.shape[1] or (place.device.type != "cpu" and place.shape[1] < self.room):
             return
         last = place.amax(-1, keepdim=True)
         low = last // DOCUMENT * DOCUMENT
@@ -128,6 +128,7 @@ class KeptKeys:
         if begin:
             self.keys, self.values = self.keys[:, :, begin:].clone(), self.values[:, :, begin:].clone()
             self.place = self.place[:, begin:].clone()
+        self.room = 2 * (place.shape[1] - begin)
 
     def crop(self, tokens):
         """Take the last columns back."""
@@ -141,3 +142,4 @@ class KeptKeys:
 
     def reset(self):
         self.keys = self.values = self.place = None
+        self.room = 0

@@ -363,7 +363,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, **kwargs):
+    def prepare(self, inputs_embeds, attention_mask, position_ids, cache, teacher=False, training=False, **kwargs):
         """What the layers are called with: `(tokens, [keyword arguments of each layer], {layer type: mask} of the
         teacher's attention, empty unless `teacher`)`.
         """
@@ -384,6 +384,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             started = not isinstance(seen, int) or seen > 0  # a static cache has a tensor, which is not looked at
             if started and attention_mask is not None and attention_mask.shape[1] > T:
                 before = attention_mask[:, :-T].to(before.device, torch.bool).sum(-1)
+        # a training step does not wait for the GPU: what may hold several documents is taken for packed
+        look = inputs_embeds.device.type == "cpu" or not (training or self.training or torch.is_grad_enabled())
         tokens = Tokens.locate(
             (B, T),
             inputs_embeds.device,
@@ -392,9 +394,11 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             cu_seq_lens=kwargs.get("cu_seq_lens_q"),
             seq_idx=kwargs.get("seq_idx"),
             seen=before,
+            look=look,
         )
         needs_packing = teacher or any(keys[j][0] != "hybrid_sliding" for j in present)
-        packed = needs_packing and T > 1 and not tokens.plain and bool(tokens.start.any())
+        starts = any(x is not None for x in (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")))
+        packed = needs_packing and T > 1 and starts and not tokens.plain and (not look or bool(tokens.start.any()))
         if packed and seen > 0:
             raise CacheError(
                 "packed documents after a filled cache: layers with full attention keep the keys of earlier documents; "
@@ -584,7 +588,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             with torch.no_grad():
                 hidden_states = self.embed_tokens(input_ids) if hidden_states is None else hidden_states
                 tokens, where, masks = self.prepare(
-                    hidden_states, attention_mask, position_ids, None, teacher=True, **kwargs
+                    hidden_states, attention_mask, position_ids, None, teacher=True, training=training, **kwargs
                 )
             counted = tokens.real if counted is None else counted & tokens.real
             sums, last = [], [layer for layer in self.layers if not isinstance(layer, nn.Identity)][-1]

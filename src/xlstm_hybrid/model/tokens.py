@@ -35,7 +35,16 @@ class Tokens:
 
     @classmethod
     def locate(
-        cls, shape, device, *, attention_mask=None, position_ids=None, cu_seq_lens=None, seq_idx=None, seen=None
+        cls,
+        shape,
+        device,
+        *,
+        attention_mask=None,
+        position_ids=None,
+        cu_seq_lens=None,
+        seq_idx=None,
+        seen=None,
+        look=True,
     ):
         """Find padding and document starts.
 
@@ -50,6 +59,7 @@ class Tokens:
             cu_seq_lens: [documents + 1] cumulative lengths, for a batch of one row.
             seq_idx: [B, T] number of each token's document.
             seen: [B] real tokens that the row's present document has in the cache.
+            look: whether to see if all rows are plain, which waits for a GPU; never for one token.
         """
         B, T = shape
         real = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -75,8 +85,7 @@ class Tokens:
         base = torch.where(start, ordinal, 0).cummax(-1).values
         index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
         given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
-        # looking waits for the GPU: once per call, and never for one token
-        looked_at = T > 1 and not torch.compiler.is_compiling()
+        looked_at = look and not torch.compiler.is_compiling()
         plain = not given or (looked_at and not bool((start | ~real).any()))
         return cls(real, start, torch.where(real, index, -1), document, plain)
 

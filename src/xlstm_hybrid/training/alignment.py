@@ -140,8 +140,8 @@ class AlignmentTrainer(Resumable, SFTTrainer):
         count = 0
         for batch in batch_samples:
             mask = batch.get("attention_mask")
-            count += batch["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
-        return self.over_processes(torch.tensor(float(count), device=device))
+            count = count + (batch["input_ids"].numel() if mask is None else mask.ne(0).sum())
+        return self.over_processes(torch.as_tensor(count, device=device).to(torch.get_default_dtype(), copy=True))
 
     def over_processes(self, x):
         """The sum of a tensor over all processes."""
@@ -151,9 +151,9 @@ class AlignmentTrainer(Resumable, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
-        out = model(
-            **{k: v for k, v in inputs.items() if k in TRUNK_INPUTS}, teacher_forced=True, terms=terms, onward=False
-        )
+        seen = self.look(inputs)
+        names = [name for name in TRUNK_INPUTS if not (seen.full and name == "attention_mask")]
+        out = model(**{k: v for k, v in inputs.items() if k in names}, teacher_forced=True, terms=terms, onward=False)
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":
@@ -196,12 +196,14 @@ class AlignmentTrainer(Resumable, SFTTrainer):
         mode = "train" if self.model.training else "eval"
         sums = self.sums.pop(mode, None)
         if sums is not None:
-            sums = self.over_processes(sums).tolist()
-            errors = {n: sums[n][0] / sums[n][1] for n in self.layers if sums[n][1] > 0} | self.stopped
-            for n, value in sorted(errors.items()):
-                self._metrics[mode][f"layer_{n}/relative_error"].append(value)
+            self.readings.note(mode, self.over_processes(sums)[:, :2], self.errors)
             self._metrics[mode]["layers_stopped"].append(float(len(self.stopped)))
         super().log(logs, start_time)
+
+    def errors(self, sums):
+        """`{metric: value}` of the layers' (squared errors, squared norms of targets), one layer after the other."""
+        errors = {n: sums[2 * n] / sums[2 * n + 1] for n in self.layers if sums[2 * n + 1] > 0} | self.stopped
+        return {f"layer_{n}/relative_error": value for n, value in sorted(errors.items())}
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Where every gradient is there and no parameter has moved yet: a stopped layer gets none."""

@@ -280,10 +280,11 @@ class SparseKDTrainer(Resumable, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward makes hidden states and hands them, with its LM head, to the objective."""
-        forward, labels = {key: inputs[key] for key in INPUTS if key in inputs}, inputs["labels"]
-        self.check_targets(labels[:, 1:], forward, num_items_in_batch)
-        T, scored = labels.shape[1], torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
-        place = scored.flatten().nonzero()[:, 0]  # [N], the positions that predict a scored token
+        seen = self.look(inputs)
+        self.check_targets(seen, num_items_in_batch)
+        names = [name for name in INPUTS if name in inputs and not (seen.full and name == "attention_mask")]
+        forward, labels, T = {name: inputs[name] for name in names}, inputs["labels"], inputs["labels"].shape[1]
+        place = seen.place.to(labels.device, non_blocking=True)
         targets, labels = self.teacher_targets(inputs, place), labels.flatten()[place + 1]
         teacher_head = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None
         items = labels.new_tensor(max(len(place), 1)) if num_items_in_batch is None else num_items_in_batch
@@ -304,17 +305,12 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         with torch.no_grad():
             return loss, model(**forward, use_cache=False)
 
-    def check_targets(self, targets, inputs, num_items):
-        if num_items is not None and num_items == 0:
+    def check_targets(self, seen, num_items):
+        if not len(seen.place) and num_items is not None and num_items == 0:
             raise DataError(
                 f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)"
             )
-        first = torch.zeros_like(targets, dtype=torch.bool)
-        if "position_ids" in inputs:
-            first |= inputs["position_ids"][:, 1:] == 0
-        if "attention_mask" in inputs:
-            first |= inputs["attention_mask"][:, :-1] == 0
-        if ((targets != IGNORE) & first).any():
+        if seen.first:
             raise DataError(
                 f"step {self.state.global_step} scores the first token of a document, which padding or another document predicts: "
                 f"label it {IGNORE}"
@@ -326,16 +322,20 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         sums = {"ce": terms.ce, "kl": terms.kl, "top1_agreement": terms.agreement}
         if self.args.outcomes != "dense" and self.args.targets == "topk":
             sums["kept_mass"] = targets[1].exp().sum()
-        stacked = torch.stack([x.detach().float() for x in (*sums.values(), terms.ce.new_tensor(count))])
-        *totals, count = self.accelerator.gather(stacked).view(-1, len(stacked)).sum(0).tolist()
-        values = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=True)}
-        if count and values.get("kept_mass", 1) < LOW_MASS:
+        stacked = torch.stack([*(x.detach().float() for x in sums.values()), terms.ce.new_full((), count).float()])
+        totals = self.accelerator.gather(stacked).view(-1, len(stacked)).sum(0)
+        self.readings.note("train" if self.model.training else "eval", totals, partial(self.means, tuple(sums)))
+
+    def means(self, names, totals):
+        """`{metric: value}` of a micro-batch's sums and their count; none where nothing is scored."""
+        *totals, count = totals
+        values = {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
+        if values.get("kept_mass", 1) < LOW_MASS:
             warnings.warn(
                 f"top_k={self.args.top_k} keeps less than {LOW_MASS:.0%} of the teacher's probability: raise it",
                 stacklevel=2,
             )
-        for name, value in values.items() if count else ():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return values
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

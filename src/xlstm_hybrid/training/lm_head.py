@@ -281,7 +281,8 @@ class Objective:
         weights = {f"{name}_weight": self.kl_weight if name == self.divergence else 0.0 for name in FUSED_DIVERGENCES}
         weights |= {"ce_weight": self.ce_weight, "outcomes": self.outcomes, "num_items": items, "rows": rows}
         bend = {"bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap}
-        out = head_loss(x[None], head.weight, labels[None], ids[None], logp[None], rest, shift=False, **bend, **weights)
+        given = x[None], head.weight, labels[None], ids[None], logp[None], rest
+        out = head_loss(*given, shift=False, every=True, **bend, **weights)
         kl = out.forward_kl if self.divergence == "forward_kl" else out.reverse_kl
         return ObjectiveTerms(out.loss, out.ce * items, kl * items, out.agreement * len(labels))
 

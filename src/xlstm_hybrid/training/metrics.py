@@ -1,7 +1,7 @@
 """What a person steers a run by: metrics that go wherever `report_to` says (TensorBoard, W&B, trackio), and pictures in
 the run directory.
 
-`Insight(trainer)` is a callback that adds to what a trainer logs: `tokens_per_second` (of all processes), `memory_gb`
+`Insight(trainer)` is a callback that adds to what a `Resumable` trainer logs: `tokens_per_second` (of all processes), `memory_gb`
 (peak of this process), `layer_<n>/output_gate` (mean over real tokens and heads: 1 is the mLSTM, 0 the window),
 `layer_<n>/grad_norm` and `skipped_steps`. At the end of training, and when it saves, the first process draws everything
 that was logged into `plots/`.
@@ -43,8 +43,29 @@ HEAT = {  # metric of layers -> title, colours, logarithmic, limits
 # --- metrics ---------------------------------------------------------------------------------------------------
 
 
+class Readings:
+    """Numbers on the device that the host has to see when something is logged, and no sooner: reading them all at once is
+    the one time that a log waits.
+    """
+
+    def __init__(self):
+        self.noted = {"train": [], "eval": []}
+
+    def note(self, mode, values, name):
+        """Remember a tensor of any shape; once it is read, `name(its numbers, flat)` gives `{metric: value}`."""
+        self.noted[mode].append((values.detach().flatten().double(), name))
+
+    def read(self, mode, metrics):
+        """Append what was noted to `metrics`, lists by name."""
+        noted, self.noted[mode] = self.noted[mode], []
+        numbers = iter(torch.cat([values for values, _ in noted]).tolist() if noted else ())
+        for values, name in noted:
+            for metric, value in name([next(numbers) for _ in range(len(values))]).items():
+                metrics[metric].append(value)
+
+
 class Insight(TrainerCallback):
-    """See the module. Add it once: `trainer.add_callback(Insight(trainer))`, or let `Resumable` do so.
+    """See the module; `Resumable` adds it.
 
     Everything but the token count is measured in the steps that are logged, so that the others cost nothing.
     """
@@ -93,16 +114,16 @@ class Insight(TrainerCallback):
         self.watching = False
         if not self.will_log(args, state):
             return
-        values = {f"layer_{layer}/grad_norm": norm for layer, norm in self.gradient_norms().items()}
+        values = {f"layer_{layer}/grad_norm": norm.double() for layer, norm in self.gradient_norms().items()}
         for layer, (total, count) in sorted(self.gates.items()):
             both = torch.stack([torch.as_tensor(total).double(), torch.as_tensor(count).double()]).to(args.device)
             if args.world_size > 1:
                 torch.distributed.all_reduce(both)
             values[f"layer_{layer}/output_gate"] = both[0] / both[1].clamp_min(1)
         self.gates.clear()
-        numbers = torch.stack([x.to(args.device) for x in values.values()]).tolist() if values else []  # waits once
-        for name, value in zip(values, numbers, strict=True):
-            self.trainer._metrics["train"][name].append(value)
+        if values:
+            both = torch.stack([x.to(args.device) for x in values.values()])
+            self.trainer.readings.note("train", both, lambda numbers: dict(zip(values, numbers, strict=True)))
 
     @torch.no_grad()
     def gradient_norms(self):

@@ -37,6 +37,7 @@ from xlstm_hybrid.training.rollouts import (
 
 SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
 OWN = SOURCES[:2]  # the student itself, now or before
+FORWARD = "input_ids", "attention_mask"
 PATIENCE = 10  # generation batches in a row with too many empty completions, after which training stops
 
 
@@ -347,9 +348,9 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
             "own": torch.tensor([source in OWN for source in sources]),
             "teacher": torch.tensor(numbers),
         }
-        batch = {name: x.to(self.accelerator.device) for name, x in batch.items()}
         if self.args.teacher_offload:
             batch["targets"] = self.states_ahead(batch)
+        # still on the host, where looking at it waits for nothing
         return {**batch, "num_items_in_batch": self.accelerator.gather(scored).sum()}
 
     @torch.no_grad()
@@ -362,7 +363,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                 continue
             with self.at_work(teacher) as network, self.accelerator.autocast():
                 for rows in places.split(size):
-                    forward = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
+                    forward = self.on_device({name: batch[name][rows] for name in FORWARD})
                     hidden = network(**forward, use_cache=False, with_head=lambda hidden, teacher: hidden).cpu()
                     if targets is None:
                         targets = hidden.new_zeros(len(batch["teacher"]), *hidden.shape[1:])
@@ -370,8 +371,11 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                         raise ConfigError(
                             f"teacher_offload: teachers of hidden sizes {targets.shape[2]} and {hidden.shape[2]}; expected one size"
                         )
-                    targets[rows.cpu()] = hidden
+                    targets[rows] = hidden
         return targets
+
+    def on_device(self, tensors):
+        return {name: x.to(self.accelerator.device, non_blocking=True) for name, x in tensors.items()}
 
     def record_completions(self, prompts, completions, sources):
         """Metrics and tables of a generation batch, over all ranks; what is odd about it is said here."""
@@ -380,13 +384,14 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         for p, c, s in zip(prompts, completions, sources, strict=True):
             empty = len(c) == 1 and c[0] in ends and s in OWN
             facts.append([len(p), len(c), c[-1] in ends, empty, s in OWN, *(s == name for name in SOURCES)])
-        facts = self.accelerator.gather(torch.tensor(facts, dtype=torch.float32, device=self.accelerator.device))
+        # of one process they stay on the host
+        device = self.accelerator.device if self.accelerator.num_processes > 1 else None
+        facts = self.accelerator.gather(torch.tensor(facts, dtype=torch.float32, device=device))
         before, length, ended, empty, own, *written = facts.T
         values = {"mean_length": length.mean(), "min_length": length.min(), "max_length": length.max()}
         values |= {"clipped_ratio": 1 - ended.mean(), "empty_ratio": empty.sum() / own.sum().clamp_min(1)}
         values = {f"completions/{name}": value for name, value in values.items()}
         values |= {f"source/{name}": chosen.mean() for name, chosen in zip(SOURCES, written, strict=True)}
-        # one wait for the device
         tokens, *numbers = torch.stack([(before + length).sum(), *values.values()]).tolist()
         if mode == "train":
             self.state.num_input_tokens_seen += int(tokens)
@@ -416,8 +421,8 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Divergence of each row from its own teacher, per completion token of the whole step."""
         self.scored_inputs = {name: x for name, x in inputs.items() if name != "targets"}
-        forward = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-        # [B, T]: the token that each position predicts
+        forward = self.on_device({name: inputs[name] for name in FORWARD}) | {"use_cache": False}
+        # [B, T]: the token that each position predicts; inputs are on the host, where looking at them waits for nothing
         labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
         scored = labels != IGNORE
         labels = torch.where(inputs["own"][:, None], IGNORE, labels) if self.args.ce_weight else labels
@@ -427,58 +432,69 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         numbers = inputs["teacher"].unique().tolist()
         groups = [(inputs["teacher"] == number).nonzero()[:, 0] for number in numbers]  # rows of each teacher
         ahead = inputs.get("targets")
-        targets = [
-            self.targets_of(n, rows, scored[rows], forward, ahead) for n, rows in zip(numbers, groups, strict=True)
-        ]
-        named = [labels[rows].flatten()[place] for rows, (place, *_) in zip(groups, targets, strict=True)]
+        parts = []
+        for number, rows in zip(numbers, groups, strict=True):
+            place = scored[rows].flatten().nonzero()[:, 0]  # [N]
+            label = labels[rows].flatten()[place]
+            counts = (label != IGNORE).sum().item(), len(label)
+            here = self.on_device({"rows": rows, "place": place, "label": label})
+            target, head = self.targets_of(number, rows, here["rows"], here["place"], forward, ahead)
+            parts.append((*here.values(), target, head, counts))
 
         def objective(hidden, student):
             return [
                 self.objective(hidden[rows], student, place, label, target, items, self.size, head)
-                for rows, label, (place, target, head) in zip(groups, named, targets, strict=True)
+                for rows, place, label, target, head, _ in parts
             ]
 
         terms = model(**forward, with_head=objective)
-        self.record_loss(numbers, terms, named)
+        self.record_loss(numbers, terms, [counts for *_, counts in parts])
         loss = sum(term.loss for term in terms)
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
-    def targets_of(self, number, rows, scored, forward, ahead):
-        """`(place [N], targets, LMHead)` of one teacher's rows, from its forward or from the states that it left."""
-        place, device = scored.flatten().nonzero()[:, 0], self.accelerator.device
-        select = Selection("dense", size=self.size)
+    def targets_of(self, number, rows, rows_here, place, forward, ahead):
+        """`(targets, LMHead)` of one teacher's rows, from its forward or from the states that it left; `rows` on the host
+        and on the device, `place` [N] on the device.
+        """
+        device, select = self.accelerator.device, Selection("dense", size=self.size)
         if ahead is not None:
             head = head_of(self.teachers[number], self.size)
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-            return place, select(ahead[rows.cpu()].to(device), None, place), head
+            return select(ahead[rows].to(device, non_blocking=True), None, place), head
 
         def states(hidden, teacher):
-            return place, select(hidden, teacher, place), head_of(teacher, self.size)
+            return select(hidden, teacher, place), head_of(teacher, self.size)
 
-        own = {k: x[rows] if torch.is_tensor(x) else x for k, x in forward.items()}
+        own = {k: x[rows_here] if torch.is_tensor(x) else x for k, x in forward.items()}
         with self.accelerator.autocast():
             return self.teachers[number](**own, with_head=states)
 
     @torch.no_grad()
-    def record_loss(self, numbers, terms, labels):
-        """Metrics of a micro-batch over all ranks, and where there are several teachers of each one's tokens."""
+    def record_loss(self, numbers, terms, counts):
+        """Metrics of a micro-batch over all ranks, and where there are several teachers of each one's tokens; counts: of
+        those that have a label, and of all.
+        """
         sums = torch.zeros(len(self.teachers), 5, device=self.accelerator.device)
-        for number, term, label in zip(numbers, terms, labels, strict=True):
-            parts = (term.kl, term.agreement, term.ce, (label != IGNORE).sum(), torch.full_like(term.kl, len(label)))
+        for number, term, (labelled, count) in zip(numbers, terms, counts, strict=True):
+            parts = (term.kl, term.agreement, term.ce, *(torch.full_like(term.kl, n) for n in (labelled, count)))
             sums[number] = torch.stack([x.detach().float() for x in parts])
-        sums = self.accelerator.gather(sums[None]).sum(0)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        kl, agreement, ce, labelled, count = sums.sum(0).tolist()
-        metrics["divergence"].append(kl / max(count, 1))
-        metrics["top1_agreement"].append(agreement / max(count, 1))
+        self.readings.note(
+            "train" if self.model.training else "eval", self.accelerator.gather(sums[None]).sum(0), self.means
+        )
+
+    def means(self, sums):
+        """`{metric: value}` of the teachers' sums, five numbers of each."""
+        rows = [sums[j : j + 5] for j in range(0, len(sums), 5)]
+        kl, agreement, ce, labelled, count = map(sum, zip(*rows, strict=True))
+        values = {"divergence": kl / max(count, 1), "top1_agreement": agreement / max(count, 1)}
         if labelled:
-            metrics["ce" if self.args.ce_weight else "nll"].append(ce / labelled)
-        for name, (kl, agreement, _, _, count) in zip(self.names, sums.tolist(), strict=True):
+            values["ce" if self.args.ce_weight else "nll"] = ce / labelled
+        for name, (kl, agreement, _, _, count) in zip(self.names, rows, strict=True):
             if name is not None and count:
-                metrics[f"{name}/divergence"].append(kl / count)
-                metrics[f"{name}/top1_agreement"].append(agreement / count)
+                values |= {f"{name}/divergence": kl / count, f"{name}/top1_agreement": agreement / count}
+        return values
 
     def run_facts(self):
         """For `Resumable`: a run with another teacher is another run."""

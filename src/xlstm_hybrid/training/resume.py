@@ -21,6 +21,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,11 +39,13 @@ from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.training import checkpoints, save_weights
 from xlstm_hybrid.training import distributed as scale
-from xlstm_hybrid.training.metrics import Insight
+from xlstm_hybrid.training.losses import IGNORE
+from xlstm_hybrid.training.metrics import Insight, Readings
 from xlstm_hybrid.training.run_spec import allowed_changes, check_run_spec, run_spec
 
 DUMPS = "non_finite"
 SKIPS = 3  # steps in a row
+SEEN = "seen"  # the collator's note in a batch
 REFUSED = {  # settings that a trainer of ours cannot have, and why
     "push_to_hub": "the trainer publishes nothing; share the finished student's directory instead",
     "auto_find_batch_size": "the Trainer would start again with weights that are partly trained, and with other batches than "
@@ -211,8 +214,38 @@ def find_checkpoint(trainer, wanted):
     return path
 
 
+@dataclass
+class Seen:
+    """What a collator saw of a batch on the host, which a trainer would have to wait for on a GPU.
+
+    shape: of the ids.  full: whether no token is padding.
+    place: [N] flat positions that predict a scored token, on the CPU; None without labels.
+    first: whether one of those tokens is the first of its document.
+    """
+
+    shape: tuple
+    full: bool
+    place: torch.Tensor | None
+    first: bool
+
+    @classmethod
+    def of(cls, batch):
+        ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+        place, first = None, False
+        if labels is not None:
+            scored = labels[:, 1:] != IGNORE
+            place = torch.nn.functional.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
+            if "position_ids" in batch:
+                first |= bool((scored & (batch["position_ids"][:, 1:] == 0)).any())
+            if mask is not None:
+                first |= bool((scored & (mask[:, :-1] == 0)).any())
+        return cls(tuple(ids.shape), mask is None or bool(mask.all()), place, first)
+
+
 class CheckedRows:
-    """A collator whose ids all have a row in the embedding; otherwise a ConfigError names the token, see `check_rows`."""
+    """A collator whose ids all have a row in the embedding; otherwise a ConfigError names the token, see `check_rows`. Its
+    batches have a note of what they hold, see `Resumable.look`.
+    """
 
     def __init__(self, collate, tokenizer, rows):
         self.collate, self.tokenizer, self.rows = collate, tokenizer, rows
@@ -222,6 +255,8 @@ class CheckedRows:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if torch.is_tensor(ids) and ids.numel() and int(ids.max()) >= self.rows:
             check_rows(self.tokenizer, self.rows, "student", ids.flatten().tolist())
+        if torch.is_tensor(ids) and ids.dim() == 2:
+            batch[SEEN] = Seen.of(batch)
         return batch
 
 
@@ -238,6 +273,7 @@ class Resumable:
             if getattr(settings[0], name, False):
                 raise ConfigError(f"{name}=True: {why}")
         wanted = getattr(getattr(model, "config", None), "use_cache", None)
+        self.readings, self.seen = Readings(), (None, None)
         super().__init__(model, *args, **kwargs)
         rows = self.model.config.get_text_config().vocab_size
         check_rows(self.processing_class, rows, "student")
@@ -282,6 +318,20 @@ class Resumable:
             )
         return result
 
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if isinstance(inputs, Mapping) and SEEN in inputs:  # no input of a model
+            self.seen = inputs["input_ids"], inputs.pop(SEEN)
+        return inputs
+
+    def look(self, inputs):
+        """`Seen` of a batch: what its collator saw; or what can be seen now, where accelerate has cut it for several
+        processes, or no collator of ours made it.
+        """
+        ids, seen = self.seen
+        same = ids is inputs["input_ids"] and seen.shape == tuple(ids.shape)
+        return seen if same else Seen.of(inputs)
+
     def training_step(self, model, inputs, *args, **kwargs):
         seen = dict(inputs) if hasattr(inputs, "keys") else {}
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -322,9 +372,15 @@ class Resumable:
                 log.warning(text, self.state.best_global_step, best.name, what)
         return super()._finalize_training(*args, **kwargs)
 
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        self.readings.read(mode, self._metrics[mode])
+        super().log(logs, start_time)
+
     def predict(self, *args, **kwargs):
         output = super().predict(*args, **kwargs)
         self._metrics["eval"].clear()  # nothing logs them; the next evaluation would
+        self.readings.noted["eval"].clear()
         return output
 
     def hyperparameter_search(self, *args, **kwargs):
