@@ -34,6 +34,7 @@ from xlstm_hybrid.distil_xlstm.transfer import new_student
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, NAMES, cache_of, named, refuse_unknown, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
+from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import wide
 from xlstm_hybrid.model.modeling import (
     CheckpointedLayer,
@@ -117,7 +118,7 @@ class BlockDiagonal(nn.Module):
         return torch.einsum("btnv,nvw->btnw", parts, self.weight.to(x.dtype)).flatten(-2)
 
 
-class DownProjection(nn.Linear):
+class DownProjection(Linear):
     """Writes into the residual stream; starts smaller the more layers do so."""
 
 
@@ -131,7 +132,7 @@ class MLSTMCore(nn.Module):
         self.config = config
         D, E, H = config.hidden_size, config.inner_size, config.mlstm_num_heads
         self.heads, self.head_dim = H, E // H
-        self.up_proj = nn.Linear(D, 2 * E, bias=False)
+        self.up_proj = Linear(D, 2 * E, bias=False)
         self.conv = CausalConv(E, config.conv_kernel_size)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, config.mlstm_projection_block) for _ in range(3))
         self.igate_weight, self.fgate_weight = wide(H, 3 * E), wide(H, 3 * E)
@@ -208,7 +209,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, N = config.hidden_size, config.slstm_intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, N, bias=False), nn.Linear(D, N, bias=False)
+        self.gate_proj, self.up_proj = Linear(D, N, bias=False), Linear(D, N, bias=False)
         self.down_proj = DownProjection(N, D, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -371,7 +372,7 @@ class DistilXLSTMForCausalLM(DistilXLSTMPreTrainedModel, StudentGenerationMixin)
         super().__init__(config)
         self.model = DistilXLSTMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
