@@ -4,11 +4,14 @@ import pytest
 import torch
 from conftest import tiny_config
 from torch.nn.functional import linear
+from xlstm_kernels.backends.onednn import right_operation
 
-from xlstm_hybrid.model.linear import ROWS, Linear, onednn
+from xlstm_hybrid.model.linear import ROWS, Linear
 from xlstm_hybrid.model.modeling import MLP_TOKENS, HybridMLP
 
-needs_onednn = pytest.mark.skipif(onednn() is None, reason="this torch or CPU has no product that would be quicker")
+needs_onednn = pytest.mark.skipif(
+    right_operation() is None, reason="this torch or CPU has no product that would be quicker"
+)
 
 
 def waves(*shape, step):
@@ -50,17 +53,15 @@ def test_products_and_gradients_are_as_exact_as_torchs(bias, rows):
 
 
 @needs_onednn
-@pytest.mark.parametrize("trained", ["weight", "x"])
+@pytest.mark.parametrize("trained", ["weight", "bias", "x"])
 def test_only_the_gradients_that_are_wanted_are_calculated(trained):
     made, x = layer().requires_grad_(False), waves(ROWS, 24, step=0.1).float()
-    wanted = x if trained == "x" else made.weight
-    wanted.requires_grad_()
+    inputs = {"x": x, **dict(made.named_parameters())}
+    inputs[trained].requires_grad_()
     made(x).sum().backward()
-    assert {name for name, p in made.named_parameters() if p.grad is not None} | (
-        {"x"} if x.grad is not None else set()
-    ) == {trained}
-    expected = made.weight.sum(0).expand_as(x) if trained == "x" else x.sum(0).expand_as(made.weight)
-    torch.testing.assert_close(wanted.grad, expected.detach(), rtol=1e-5, atol=1e-4)
+    assert [name for name, z in inputs.items() if z.grad is not None] == [trained]
+    expected = {"x": made.weight.sum(0), "weight": x.sum(0), "bias": torch.tensor(float(ROWS))}[trained].detach()
+    torch.testing.assert_close(inputs[trained].grad, expected.expand_as(inputs[trained]), rtol=1e-5, atol=1e-4)
 
 
 def test_torchs_own_products_where_they_are_wanted():

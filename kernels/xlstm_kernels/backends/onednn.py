@@ -1,0 +1,40 @@
+"""Matrix products of float32 on an x86 CPU by oneDNN.
+
+torch gives them to MKL, which leaves half of an AMD CPU's AVX-512 unused; half precision it gives to oneDNN itself.
+"""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def right_operation():
+    """oneDNN's x W^T + b as a function of (x, W, b=None), None where torch has none or gains nothing by it."""
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if operation is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+
+    def product(x, weight, bias=None):
+        return operation(x, weight, bias, "none", [], "")
+
+    # torch does not document it: both layouts of a weight that are used have to come out right
+    x, weight = torch.arange(48.0).view(3, 16), torch.arange(32.0).view(2, 16)
+    try:
+        right = [product(x, w, torch.ones(2)).equal(x @ w.t() + 1) for w in (weight, weight.t().contiguous().t())]
+    except (RuntimeError, TypeError):
+        return None
+    return product if all(right) else None
+
+
+def onednn_product(*tensors):
+    """The product of `right_operation` for plain tensors and parameters, None where torch's own is to be used: another
+    dtype or device, a graph that is being compiled, or `torch.backends.mkldnn.flags(enabled=False)`.
+    """
+    plain = all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+        for x in tensors
+    )
+    if not plain or torch.compiler.is_compiling() or not torch._C._get_mkldnn_enabled():
+        return None
+    return right_operation()
