@@ -64,6 +64,11 @@ def test_only_the_gradients_that_are_wanted_are_calculated(trained):
     torch.testing.assert_close(inputs[trained].grad, expected.expand_as(inputs[trained]), rtol=1e-5, atol=1e-4)
 
 
+@needs_onednn
+def test_no_rows_give_no_rows():
+    assert right_operation()(torch.ones(0, 24), torch.ones(40, 24)).shape == (0, 40)
+
+
 def test_torchs_own_products_where_they_are_wanted():
     made = layer()
     few, many = waves(ROWS - 1, 24, step=0.1).float(), waves(64, 24, step=0.1).float()
