@@ -402,8 +402,7 @@ def test_new_parameters_follow_the_seed_and_leave_the_global_generator_alone():
     want = torch.rand(3)
     torch.manual_seed(5)
     a, b, c = (
-        DistilXLSTMForCausalLM.from_teacher(mentor, seed=seed).model.layers[0].mixer.input_weight
-        for seed in (1, 1, 2)
+        DistilXLSTMForCausalLM.from_teacher(mentor, seed=seed).model.layers[0].mixer.input_weight for seed in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.rand(3), want)
 

@@ -4,11 +4,15 @@ import pytest
 import torch
 from conftest import tiny_config
 from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
+from xlstm_kernels.backends.onednn import right_operation
 
-from xlstm_hybrid.model.linear import ROWS, Linear, onednn
+from xlstm_hybrid.model.linear import ROWS, Linear
 from xlstm_hybrid.model.modeling import MLP_TOKENS, HybridMLP
 
-needs_onednn = pytest.mark.skipif(onednn() is None, reason="this torch or CPU has no product that would be quicker")
+needs_onednn = pytest.mark.skipif(
+    right_operation() is None, reason="this torch or CPU has no product that would be quicker"
+)
 
 
 def waves(*shape, step):
@@ -50,17 +54,20 @@ def test_products_and_gradients_are_as_exact_as_torchs(bias, rows):
 
 
 @needs_onednn
-@pytest.mark.parametrize("trained", ["weight", "x"])
+@pytest.mark.parametrize("trained", ["weight", "bias", "x"])
 def test_only_the_gradients_that_are_wanted_are_calculated(trained):
     made, x = layer().requires_grad_(False), waves(ROWS, 24, step=0.1).float()
-    wanted = x if trained == "x" else made.weight
-    wanted.requires_grad_()
+    inputs = {"x": x, **dict(made.named_parameters())}
+    inputs[trained].requires_grad_()
     made(x).sum().backward()
-    assert {name for name, p in made.named_parameters() if p.grad is not None} | (
-        {"x"} if x.grad is not None else set()
-    ) == {trained}
-    expected = made.weight.sum(0).expand_as(x) if trained == "x" else x.sum(0).expand_as(made.weight)
-    torch.testing.assert_close(wanted.grad, expected.detach(), rtol=1e-5, atol=1e-4)
+    assert [name for name, z in inputs.items() if z.grad is not None] == [trained]
+    expected = {"x": made.weight.sum(0), "weight": x.sum(0), "bias": torch.tensor(float(ROWS))}[trained].detach()
+    torch.testing.assert_close(inputs[trained].grad, expected.expand_as(inputs[trained]), rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+def test_no_rows_give_no_rows():
+    assert right_operation()(torch.ones(0, 24), torch.ones(40, 24)).shape == (0, 40)
 
 
 def test_torchs_own_products_where_they_are_wanted():
@@ -82,3 +89,27 @@ def test_an_mlp_in_parts_without_gradients_is_the_whole_one():
         whole = mlp(x)
     torch.testing.assert_close(parts, whole.detach(), rtol=1e-12, atol=1e-12)
     assert x.equal(kept) and not parts.requires_grad
+
+
+@needs_onednn
+def test_gradients_of_gradients_and_transforms_are_torchs():
+    made, x = layer(), waves(ROWS, 24, step=0.1).float().requires_grad_()
+    found, want = [], []
+    for product, gradients in ((made, found), (lambda x: linear(x, made.weight, made.bias), want)):
+        (dx,) = torch.autograd.grad(product(x).tanh().sum(), x, create_graph=True)
+        gradients += torch.autograd.grad(dx.square().sum(), [x, made.weight])
+    for ours, torchs in zip(found, want, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+    rows = torch.func.vmap(torch.func.grad(lambda row: made(row.expand(ROWS, -1)).tanh().sum()))(x.detach())
+    want = torch.autograd.grad(linear(x, made.weight, made.bias).tanh().sum() * ROWS, x)[0]
+    torch.testing.assert_close(rows, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_counter_of_flops_sees_every_product():
+    made = layer()
+    for rows in (1, ROWS):
+        with FlopCounterMode(display=False) as counter:
+            made(torch.ones(1, rows, 24))
+        assert counter.get_total_flops() == 2 * rows * 24 * 40

@@ -11,12 +11,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from xlstm_kernels.backends.numerics import wants_gradients
+from xlstm_kernels.backends.onednn import onednn_product
 from xlstm_kernels.head_loss.cpu import rows_step
 from xlstm_kernels.head_loss.reference import HeadLoss, Terms
 
 # bytes of logits that are alive at once: 160 rows of 128k on a CPU, 1040 on a GPU
 WORKSPACE = {"cpu": 80 * 2**20, "cuda": 512 * 2**20}
-# ids per product that sums over the vocabulary on a CPU: MKL is a quarter faster than on the whole (128 to 176 rows)
+# ids per product on a CPU: faster than on the whole by a quarter, with MKL where it sums over the vocabulary
 SLICE = 512
 
 
@@ -44,6 +45,7 @@ class Head:
         self.weight = weight.to(half) if half else weight
         self.bias = None if bias is None else bias.to(dtype)
         self.dtype, self.half = dtype, half
+        self.onednn = onednn_product(weight) if dtype == torch.float32 else None
 
     def slices(self):
         """(slice of the vocabulary, its part of the head)"""
@@ -57,6 +59,9 @@ class Head:
         """x W^T + b, [R, V]."""
         if self.half:
             torch.mm(x, self.weight.t(), out_dtype=self.dtype, out=out)
+        elif self.onednn is not None:
+            for ids, weight in self.slices():
+                out[:, ids] = self.onednn(x, weight)
         elif self.weight.dtype == self.dtype:
             torch.mm(x, self.weight.t(), out=out)
         else:
@@ -70,13 +75,20 @@ class Head:
             return torch.mm(dlogits, self.weight)
         dx = dlogits.new_zeros(len(dlogits), self.weight.shape[1])
         for ids, weight in self.slices():
-            dx.addmm_(dlogits[:, ids], weight)
+            if self.onednn is None:
+                dx.addmm_(dlogits[:, ids], weight)
+            else:
+                dx += self.onednn(dlogits[:, ids], weight.t())
         return dx
 
     def add_dweight(self, dweight, dlogits, x, first):
         """dweight += dlogits^T x; what `first` finds there is not read."""
         if self.half:
             torch.addmm(dweight, dlogits.t(), x, beta=float(not first), out_dtype=self.dtype, out=dweight)
+        elif self.onednn is not None:
+            for ids, _ in self.slices():
+                part = self.onednn(dlogits[:, ids].t(), x.t())
+                dweight[ids] = part if first else part.add_(dweight[ids])
         else:
             dweight.addmm_(dlogits.t(), x, beta=float(not first))
 

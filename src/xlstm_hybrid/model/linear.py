@@ -3,40 +3,26 @@
 Dims: R rows (all but the last dim of the input), D inputs, N outputs.
 """
 
-from functools import cache
-
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from xlstm_kernels import linear_step, linear_step_runs
+from xlstm_kernels.backends.numerics import wants_gradients
+from xlstm_kernels.backends.onednn import onednn_product
 
 ROWS = 16  # fewer are read as fast as the weights can be, by whatever library
 
 
-@cache
-def onednn():
-    """oneDNN's x W^T + b in float32 as a function of (x, W, b), None where torch has none or gains nothing by it.
+def counts_flops():
+    """Whether torch's counter of FLOPs watches: it sees what torch dispatches, and no C function of ours."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    torch gives such products to MKL, which leaves half of an AMD CPU's AVX-512 unused.
-    """
-    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if operation is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return None
-
-    def product(x, weight, bias=None):
-        return operation(x, weight, bias, "none", [], "")
-
-    # an operation without a promise: both layouts of a weight that are used here have to come out right
-    x, weight = torch.arange(48.0).view(3, 16), torch.arange(32.0).view(2, 16)
-    try:
-        right = [product(x, w, torch.ones(2)).equal(x @ w.t() + 1) for w in (weight, weight.t().contiguous().t())]
-    except (RuntimeError, TypeError):
-        return None
-    return product if all(right) else None
+    return any(type(mode).__name__ == "_FlopCounterMode" for mode in _get_current_dispatch_mode_stack())
 
 
 def one_token_on_cpu(x):
-    """Whether x [B, T, D] is one token per row on a CPU, of a call that nobody differentiates, traces or casts."""
+    """Whether x [B, T, D] is one token per row on a CPU, of a call that nobody differentiates, traces, casts or counts."""
     return (
         type(x) is torch.Tensor
         and x.ndim == 3
@@ -46,52 +32,45 @@ def one_token_on_cpu(x):
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not counts_flops()
     )
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b with gradients, all three products by oneDNN."""
+    """x W^T + b with gradients, all three products by `product`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, product):
         ctx.save_for_backward(x, weight)
-        return onednn()(x, weight, bias)
+        ctx.product = product
+        return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        (x, weight), (wants_x, wants_weight, wants_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight), (wants_x, wants_weight, wants_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+        product = nn.functional.linear if torch.is_grad_enabled() else ctx.product  # gradients of gradients are torch's
         dy = dy.contiguous()
         rows = dy.flatten(0, -2)  # [R, N]
-        dx = onednn()(dy, weight.t()) if wants_x else None
-        dweight = onednn()(rows.t(), x.contiguous().flatten(0, -2).t()) if wants_weight else None
-        return dx, dweight, rows.sum(0) if wants_bias else None
-
-
-def suits_onednn(x, weight):
-    """Whether a product is to be oneDNN's: plain float32 tensors on a CPU, and nobody who wants to see through it."""
-    return (
-        type(x) is torch.Tensor
-        and type(weight) in (nn.Parameter, torch.Tensor)
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags(enabled=False) is the user's way out
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and onednn() is not None
-    )
+        dx = product(dy, weight.t()) if wants_x else None
+        dweight = product(rows.t(), x.contiguous().flatten(0, -2).t()) if wants_weight else None
+        return dx, dweight, rows.sum(0) if wants_bias else None, None
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose products on a CPU are compiled for one token per row, and in float32 oneDNN's from `ROWS` rows on.
-    A weight that is quantised or spread out, and whoever wants to see through a product, has torch's.
+    """`nn.Linear` whose products on a CPU are compiled for one token per row, and in float32 oneDNN's from `ROWS` rows on,
+    where that is quicker. A weight that is quantised or spread out, and whoever wants to see through a product, has
+    torch's.
     """
 
     def forward(self, x):
-        weight, bias = self.weight, self.bias
+        weight, bias, product = self.weight, self.bias, None
         if one_token_on_cpu(x) and type(weight) is nn.Parameter and linear_step_runs(x.dtype, len(x)):
             return linear_step(x, weight, bias)
-        if x.numel() < ROWS * self.in_features or not suits_onednn(x, weight):
+        if x.numel() >= ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
+            product = onednn_product(x, weight)
+        if product is None:
             return nn.functional.linear(x, weight, bias)
-        watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return (Product.apply if watched else onednn())(x, weight, bias)
+        if wants_gradients(x, weight, bias):
+            return Product.apply(x, weight, bias, product)
+        return product(x, weight, bias)
