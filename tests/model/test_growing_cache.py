@@ -256,3 +256,15 @@ def test_a_state_of_version_1_in_other_slots_and_one_of_version_3_are_refused_by
         save_file(load_file(path), path, header | {"format_version": version})
         with pytest.raises(CacheError, match=f"a.safetensors: {message}"):
             load_state(path, model)
+
+
+def test_layers_that_are_alike_find_the_slots_of_a_call_once(monkeypatch):
+    calls, placing = [], HybridCacheLayer.placing
+    monkeypatch.setattr(HybridCacheLayer, "placing", lambda self, tokens: calls.append(self) or placing(self, tokens))
+    model, ids = tiny_student(num_hidden_layers=4, layer_windows=[5, 7, 5, 7]), token_ids(2, 13)
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).cache
+        assert calls == cache.layers[:2]
+        logits = model(ids[:, 9:], use_cache=True, cache=cache).logits
+        assert calls == [*cache.layers[:2], *cache.layers[:2]]
+        torch.testing.assert_close(logits, model(ids).logits[:, 9:], atol=1e-9, rtol=1e-9)

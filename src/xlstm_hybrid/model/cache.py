@@ -186,6 +186,15 @@ class HybridCacheLayer(Rollback, StateLayer):
         source = source.clamp_max(tokens.index.shape[1] - 1)
         return Placing(count, restarted, inside, wanted >= before, source)
 
+    def shared_placing(self, tokens):
+        """`placing`, once for all layers of a call that hold as many tokens in as many slots."""
+        if torch.compiler.is_compiling():
+            return self.placing(tokens)
+        alike = self.seen_tokens, self.keys.shape[2], self.sliding_window, self.num_sink_tokens
+        if alike not in tokens.places:
+            tokens.places[alike] = self.placing(tokens)
+        return tokens.places[alike]
+
     # --- taking tokens in ------------------------------------------------------------------------------------------
 
     def advance(self, tokens):
@@ -207,7 +216,7 @@ class HybridCacheLayer(Rollback, StateLayer):
             seen = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         else:
             self.lazy_initialization(key_states, value_states)
-        place = self.placing(tokens)
+        place = self.shared_placing(tokens)
         self.seen_tokens += key_states.shape[2]
         keys, values = place.take(key_states, self.keys), place.take(value_states, self.values)
         self.put(keys, values, place.count[:, 0].clone(), state)

@@ -19,7 +19,8 @@ class Tokens:
     blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
     count: [B] tokens of each row's document after a call of one token; None after a longer one.
     compiled: [B] index of a call of one token whose layers may run compiled, see `one_token`.
-    places: what the kernels' `place_token` gave in this call, by slots and sinks: layers that have as many share it.
+    places: which slots the tokens take, found once for all cache layers that are alike: the kernels' `place_token` by slots
+    and sinks, `HybridCacheLayer.placing` by what it depends on.
     """
 
     real: torch.Tensor
