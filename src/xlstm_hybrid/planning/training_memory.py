@@ -14,8 +14,8 @@ FP32, BF16 = 4, 2
 ADAM = 8  # bytes per trained parameter: two moments in float32
 # Bytes per token and layer that autograd keeps, by the width of what they belong to; fitted, see tests/planning/test_plan.py.
 ACTIVATIONS = {  # (stage, bfloat16): least squares over eight shapes each, residuals of at most 3 %
-    ("align", False): {"D": 3.4, "HK": 45.9},
-    ("align", True): {"D": 3.4, "HK": 44.1},
+    ("align", False): {"D": 3.4, "HK": 42.8},
+    ("align", True): {"D": 3.4, "HK": 39.6},
     ("distill", False): {"D": 20.7, "F": 16.9, "HK": 55.1},
     ("distill", True): {"D": 24.9, "F": 9.5, "HK": 47.4},
 }
