@@ -71,7 +71,9 @@ def config_of(fields):
     """The GenerationConfig of a dict; ConfigError for fields that it does not have, or values that it refuses."""
     unknown = sorted(fields.keys() - vars(GenerationConfig()).keys() - {"transformers_version"})
     if unknown:
-        raise ConfigError(f"generation_config: {', '.join(unknown)}: transformers' GenerationConfig has no such field")
+        raise ConfigError(
+            f"generation_config: expected fields of transformers' GenerationConfig, found {', '.join(unknown)}"
+        )
     try:
         return GenerationConfig(**fields)
     except (TypeError, ValueError) as error:
@@ -106,12 +108,14 @@ class ChatBody(Body):
 
     def prompt_ids(self, tokenizer):
         if tokenizer.chat_template is None:
-            raise ConfigError("the checkpoint's tokenizer has no chat template; send a prompt to /v1/completions")
+            raise ConfigError(
+                "the checkpoint's tokenizer has no chat template: pass a prompt to /v1/completions instead"
+            )
         options = {"add_generation_prompt": True} | self.chat_template_kwargs | {"tokenize": True, "return_dict": True}
         try:
             return tokenizer.apply_chat_template([message.plain() for message in self.messages], **options)["input_ids"]
         except (TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"messages: the checkpoint's chat template refuses them ({error})") from error
+            raise ConfigError(f"messages: expected what the checkpoint's chat template takes ({error})") from error
 
     def tokens(self):
         return self.max_completion_tokens or self.max_tokens
