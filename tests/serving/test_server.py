@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
 from xlstm_hybrid.conversion.convert import convert
+from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.hub.export import export
 from xlstm_hybrid.serving.engine import Engine
 from xlstm_hybrid.serving.rows import Rows
@@ -86,7 +87,8 @@ class Site:
 @contextmanager
 def listening(student, **options):
     engine = Engine(*student, **options)
-    server = uvicorn.Server(uvicorn.Config(build_app(engine, "student"), port=0, log_level="error"))
+    config = uvicorn.Config(build_app(engine, "student"), port=0, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -239,8 +241,9 @@ def test_a_full_queue_gives_429_with_the_limits_and_when_to_come_again(student):
             error = json.loads(text)["error"]
             assert status == 429 and int(headers["retry-after"]) >= 1 and error["type"] == "rate_limit_error"
             assert (error["limit"], error["queue"]) == (1, 1) and "--max-rows" in error["message"]
+        site.until("rows", 1)  # it may still be on its way from the queue
         found = site.metrics()
-        assert (found["xlstm_hybrid_rows"], found["xlstm_hybrid_queue"]) == (1, 1)
+        assert found["xlstm_hybrid_queue"] == 1
         assert (found["xlstm_hybrid_rows_limit"], found["xlstm_hybrid_queue_limit"]) == (1, 1)
         assert found['xlstm_hybrid_finished_total{reason="refused"}'] == 2
         response.close()
@@ -265,20 +268,31 @@ def test_a_failed_answer_is_an_error_of_the_server(student, monkeypatch):
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def test_the_command_serves_a_checkpoint_with_its_options(checkpoint, monkeypatch, tmp_path):
+def test_the_command_serves_an_exported_checkpoint_with_its_options(checkpoint, monkeypatch, tmp_path):
     export(checkpoint, tmp_path / "exported")
-    for folder in (checkpoint, tmp_path / "exported"):
-        calls = []
-        monkeypatch.setattr(uvicorn, "run", lambda app, calls=calls, **options: calls.append((app, options)))
-        monkeypatch.setattr(
-            "xlstm_hybrid.serving.server.build_app", lambda engine, name, calls=calls: calls.append((engine, name))
-        )
-        chosen = {"port": 8123, "device": "cpu", "dtype": "float64", "max-rows": 3, "queue": 5, "seed": 7}
-        options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-        ran = CliRunner().invoke(cli.app, ["serve", str(folder), *options, "--log-level", "error"])
-        assert ran.exit_code == 0, ran.output
-        (engine, name), (_, options) = calls
-        assert (
-            name == str(folder) and options.items() >= {"host": "localhost", "port": 8123, "log_level": "error"}.items()
-        )
-        assert (engine.max_rows, engine.queue, engine.seed, engine.model.dtype) == (3, 5, 7, torch.float64)
+    calls = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append(options))
+    monkeypatch.setattr("xlstm_hybrid.serving.server.build_app", lambda engine, name: calls.append((engine, name)))
+    chosen = {"port": 8123, "device": "cpu", "dtype": "float64", "max-rows": 3, "queue": 5, "seed": 7}
+    options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    ran = CliRunner().invoke(cli.app, ["serve", f"{tmp_path}/exported", *options, "--log-level", "error"])
+    assert ran.exit_code == 0, ran.output
+    (engine, name), given = calls
+    assert name == f"{tmp_path}/exported" and type(engine.model) is XLSTMHybridForCausalLM
+    assert (given["host"], given["port"], given["log_level"]) == ("localhost", 8123, "error")
+    assert (engine.max_rows, engine.queue, engine.seed, engine.model.dtype) == (3, 5, 7, torch.float64)
+
+
+WRONG = {
+    "a teacher": (str(TEACHER), (), "is a model of type llama, expected a student"),
+    "a level": ("student", ("--log-level", "loud"), "--log-level loud, expected one of debug, info, warning, error"),
+    "no rows": ("student", ("--max-rows", "0"), "max_rows=0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_command_refuses_what_it_cannot_serve(what, checkpoint):
+    folder, options, message = WRONG[what]
+    folder = checkpoint if folder == "student" else folder
+    ran = CliRunner().invoke(cli.app, ["serve", str(folder), "--device", "cpu", *options])
+    assert isinstance(ran.exception, ConfigError) and message in str(ran.exception)
