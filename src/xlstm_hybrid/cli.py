@@ -48,7 +48,7 @@ COMMANDS = {
         "efficiency": "Measure a student beside its teacher: latency, speed, memory, cache, energy.",
     },
     "Use and share": {
-        "serve": "Serve a model with `transformers serve`, an OpenAI-compatible server.",
+        "serve": "Serve a student to many clients at once, with OpenAI's interface.",
         "export": "Copy a checkpoint together with the code of its architecture.",
         "card": "Write the model card of a checkpoint from what its stages recorded.",
         "push": "Check a folder for keys, paths, code and damage, then upload it in one commit.",

@@ -1,8 +1,5 @@
-"""Serving: what transformers offers works with a recurrent state or is refused by name, and its server answers for a
-student.
-"""
+"""Serving: what transformers offers works with a recurrent state or is refused by name."""
 
-import json
 import threading
 from pathlib import Path
 
@@ -11,14 +8,9 @@ import torch
 import transformers
 from conftest import tiny_student, token_ids
 from transformers import AutoTokenizer, GenerationConfig, QuantizedCache, TextIteratorStreamer, pipeline
-from transformers.cli.serving.model_manager import ModelManager
-from typer.testing import CliRunner
 
-from xlstm_hybrid import cli
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CacheError
-from xlstm_hybrid.hub.export import export
-from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.state import fork, prefill
 
 TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
@@ -150,72 +142,3 @@ def test_a_stream_brings_the_text_piece_by_piece(checkpoint):
     thread.join()
     whole = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "".join(pieces).strip() == chat.tokenizer.decode(whole, skip_special_tokens=True).strip() and pieces
-
-
-# --- transformers serve ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """Runs the command with a server that does not listen; what `transformers serve` was asked for, in a list."""
-    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)  # taken back after the test
-    monkeypatch.delattr(transformers, "XLSTMHybridForCausalLM")
-    calls = []
-    monkeypatch.setattr("transformers.cli.serve.Serve", lambda *args, **kwargs: calls.append((args, kwargs)))
-    return calls
-
-
-def test_transformers_server_does_not_know_classes_outside_of_transformers(checkpoint, started):
-    """Why there is a command: `transformers serve` finds neither registered nor remote code. If this fails, the command is
-    not needed any more.
-    """
-    with pytest.raises(AttributeError, match="XLSTMHybridForCausalLM"):
-        ModelManager(device="cpu")._load_model(f"{checkpoint}@main")
-
-
-def test_the_command_makes_the_student_known_to_the_server(checkpoint, started, tmp_path):
-    ran = CliRunner().invoke(
-        cli.app, ["serve", str(checkpoint), "--port", "8123", "--device", "cpu", "--dtype", "float32"]
-    )
-    assert ran.exit_code == 0, ran.output
-    ((args, options),) = started
-    assert args == (str(checkpoint),) and (options["port"], options["device"], options["dtype"]) == (
-        8123,
-        "cpu",
-        "float32",
-    )
-    export(checkpoint, tmp_path / "exported")
-    for folder in (checkpoint, tmp_path / "exported"):
-        model, tokenizer = ModelManager(device="cpu").load_model_and_processor(f"{folder}@main")
-        assert type(model) is XLSTMHybridForCausalLM
-        assert ModelManager.get_model_modality(model, processor=tokenizer).name == "LLM"
-
-
-def test_without_its_dependencies_the_command_says_what_to_install(checkpoint, monkeypatch):
-    monkeypatch.setattr("transformers.cli.serve.is_serve_available", lambda: False)
-    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)
-    ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint)])
-    assert "pip install transformers[serving]" in str(ran.exception) and type(ran.exception).__name__ == "ConfigError"
-
-
-def test_the_server_answers_chat_completions_whole_and_as_a_stream(checkpoint, monkeypatch):
-    uvicorn = pytest.importorskip("uvicorn", reason="pip install 'transformers[serving]'")
-    testclient = pytest.importorskip("fastapi.testclient", reason="pip install 'transformers[serving]'")
-    monkeypatch.setattr(transformers, "XLSTMHybridForCausalLM", None, raising=False)
-    apps = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self: apps.append(self.config.app))
-    ran = CliRunner().invoke(cli.app, ["serve", str(checkpoint), "--device", "cpu"])
-    assert ran.exit_code == 0, ran.output
-    request = {"model": str(checkpoint), "messages": CHAT, "temperature": 0.0, "max_tokens": 8}
-    with testclient.TestClient(apps[0]) as client:
-        answer = client.post("/v1/chat/completions", json=request).json()["choices"][0]["message"]
-        lines = client.post("/v1/chat/completions", json=request | {"stream": True}).text.splitlines()
-    chunks = [
-        json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content")
-        for line in lines
-        if line.startswith("data: {")
-    ]
-    chat = pipeline("text-generation", model=str(checkpoint), device="cpu")
-    want = chat(CHAT, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]["content"]
-    assert answer == {"role": "assistant", "content": want}
-    assert "".join(filter(None, chunks)) == want and len([c for c in chunks if c]) > 1

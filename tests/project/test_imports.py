@@ -22,6 +22,7 @@ ROOMS = [  # each imports only what stands behind it
     "training",
     "planning",
     "hub",
+    "serving",
     "teacher_store",
     "data",
     "conversion",

@@ -37,8 +37,7 @@ WITHOUT_BOUNDS = {
     "mkdocstrings",
     "fastapi",
     "uvicorn",
-    "openai",
-}  # tools, and what transformers' server names itself
+}  # tools, and a server that asks little of its library
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`xlstm-hybrid serve`: transformers' OpenAI-compatible server for a student."""
+"""`xlstm-hybrid serve`: an OpenAI-compatible server for a student."""
 
 from typing import Annotated
 
@@ -7,9 +7,13 @@ import transformers
 from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.digests import require_intact
+from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
+
+LEVELS = "debug", "info", "warning", "error"
+LAST_SECONDS = 10  # that answers have once the server is told to stop
 
 
 def serve(
@@ -18,28 +22,36 @@ def serve(
     port: Annotated[int, Option(help="Port to listen at.")] = 8000,
     device: Annotated[str, Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
     dtype: Annotated[str, Option(help="Of the weights; auto: as stored, unless that is slow here.")] = "auto",
-    compile: Annotated[bool, Option("--compile", help="Static cache and torch.compile for decoding.")] = False,
-    seed: Annotated[int | None, Option(help="Of sampling.")] = None,
+    max_rows: Annotated[int, Option(help="Requests that share decode steps.")] = 32,
+    queue: Annotated[int, Option(help="Requests that wait beside them; one more gets status 429.")] = 64,
+    seed: Annotated[int | None, Option(help="Of sampling: the n-th request has it plus n.")] = None,
     log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "warning",
 ):
-    """Serve a model with `transformers serve`, an OpenAI-compatible server.
+    """Serve a student to many clients at once, with OpenAI's interface.
 
-    Chat completions, completions and responses, streamed or not; `transformers chat` talks to it.
+    Chat completions and completions, streamed or not; requests that run at the same time share decode steps.
 
     Example: xlstm-hybrid serve runs/tiny/student --port 8000
     """
+    if log_level not in LEVELS:
+        raise ConfigError(f"serve: --log-level {log_level}, expected one of {', '.join(LEVELS)}")
     require_intact(model)
-    # its server finds classes in this namespace, and in no Auto class
-    transformers.XLSTMHybridForCausalLM = XLSTMHybridForCausalLM
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype_for(where, None if dtype == "auto" else dtype, stored_dtype(model)) or "auto"
-    settings = {"host": host, "port": port, "device": device, "dtype": dtype, "compile": compile}
-    try:
-        from transformers.cli.serve import Serve  # with packages that not everybody has
+    import uvicorn  # with packages that not everybody has
 
-        Serve(model, **settings, default_seed=seed, log_level=log_level)
-    except ImportError as error:  # transformers' own text names the extra
-        raise ConfigError(f"serve: {error}; pip install 'xlstm-hybrid[serve]' brings all of it") from error
+    from xlstm_hybrid.serving.engine import Engine
+    from xlstm_hybrid.serving.server import build_app
+
+    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype_for(where, None if dtype == "auto" else dtype, stored_dtype(model)) or "float32"
+    student, tokenizer = load(model, dtype, device=where)
+    if not isinstance(student, XLSTMHybridForCausalLM):
+        raise ConfigError(
+            f"serve: {model} is a model of type {student.config.model_type}, expected a student (xlstm_hybrid); "
+            "others have `transformers serve`"
+        )
+    engine = Engine(student, tokenizer, max_rows=max_rows, queue=queue, seed=seed)
+    settings = {"host": host, "port": port, "log_level": log_level, "timeout_graceful_shutdown": LAST_SECONDS}
+    uvicorn.run(build_app(engine, model), **settings)
 
 
 def stored_dtype(model):

@@ -66,7 +66,7 @@ EXTRAS = {
     "real": Extra(("gguf", "accelerate"), "make real: a real teacher from an installed package"),
     "gpu": Extra(("triton",), "the fused kernels on a GPU, where torch has not brought it"),
     "energy": Extra(("nvidia-ml-py",), "energy of a GPU in efficiency"),
-    "serve": Extra(("fastapi", "uvicorn", "openai"), "serve, an OpenAI-compatible server"),
+    "serve": Extra(("fastapi", "uvicorn"), "serve, an OpenAI-compatible server"),
     "quant": Extra(("bitsandbytes",), "loading in 8 and 4 bits"),
 }
 

@@ -674,7 +674,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         """
         raise CacheError(
             "continuous batching (generate_batch, cache_implementation='paged'): its paged cache has no place for the state of an mLSTM; pass a "
-            "left-padded batch to generate(), or read a common prefix once with xlstm_hybrid.state.prefill and answer from fork(cache, rows)"
+            "left-padded batch to generate(), read a common prefix once with xlstm_hybrid.state.prefill and answer from fork(cache, rows), or let "
+            "`xlstm-hybrid serve` batch requests by their states"
         )
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose concurrent requests share decode steps."""
