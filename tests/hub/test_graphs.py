@@ -130,6 +130,7 @@ def test_another_models_state_is_refused_by_the_name_of_its_first_misfit():
         ({"mixer_branches": "memory"}, "mixer_branches='memory', expected 'both'"),
         ({"sparse_memory": 4}, "sparse_memory=4, expected 0"),
         ({"mixer_norm": True}, "mixer_norm=True, expected False"),
+        ({"quantization_config": {"quant_method": "x"}}, "its weights are quantised"),
         ({"kept_groups": [[], [1], []]}, r"layers \[1\] have kept_groups"),
         ({"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]}, r"layers \[1\] keep the teacher's"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),

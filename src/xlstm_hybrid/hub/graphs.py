@@ -66,12 +66,14 @@ class GraphsReport:
 
 def refuse_config(config, what):
     """Raise one ConfigError that lists what of a student no graph of ours can hold."""
-    wrong = [f"{name}={getattr(config, name)!r}, expected {value!r}" for name, value in PAPER.items()]
-    wrong = [text for text, (name, value) in zip(wrong, PAPER.items(), strict=True) if getattr(config, name) != value]
+    fields = [(name, getattr(config, name), value) for name, value in PAPER.items()]
+    wrong = [f"{name}={found!r}, expected {value!r}" for name, found, value in fields if found != value]
     if kept := [j for j, kind in enumerate(config.layer_types) if kind != "hybrid_sliding"]:
         wrong.append(f"layers {kept} keep the teacher's attention, whose keys grow with the text")
     if kept := [j for j, groups in enumerate(config.kept_groups or ()) if groups]:
         wrong.append(f"layers {kept} have kept_groups, whose keys grow with the text")
+    if getattr(config, "quantization_config", None):
+        wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
     for kind in sorted(set(config.teacher_layer_types)):
         if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in ROPE:
             wrong.append(f"rope_type={rope!r}, whose frequencies depend on the text's length; expected one of {ROPE}")
@@ -232,12 +234,14 @@ def save_onnx(programs, directory, config):
     names, places = list(state_shapes(config)), {}
     with open(directory / WEIGHTS, "wb") as file:
         for graph, program in programs.items():
+            axes = {0: "batch"} if graph == "step" else {0: "batch", 1: "tokens"}
             model = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["input_ids", *names],
                 output_names=["logits", *(f"next.{name}" for name in names)],
+                dynamic_shapes={"input_ids": axes, "state": dict.fromkeys(names)},  # what the dims are called
                 verbose=False,
             ).model
             for part in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
