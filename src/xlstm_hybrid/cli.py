@@ -49,7 +49,7 @@ COMMANDS = {
     },
     "Use and share": {
         "serve": "Serve a student to many clients at once, with OpenAI's interface.",
-        "export": "Copy a checkpoint together with the code of its architecture.",
+        "export": "Write a student for places where this package is not installed.",
         "card": "Write the model card of a checkpoint from what its stages recorded.",
         "push": "Check a folder for keys, paths, code and damage, then upload it in one commit.",
         "mergekit-architecture": "Describe a student's architecture for users of mergekit.",

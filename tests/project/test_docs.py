@@ -39,7 +39,7 @@ BESIDE = [
 ]
 HUB = re.compile(r"(?<=\")(meta-llama|Qwen|allenai)/[\w.-]+(?=\")")
 TINY = "recipes/tiny_teacher/tiny-llama"
-OPTIONAL = ("trl", "peft", "datasets", "bitsandbytes")
+OPTIONAL = ("trl", "peft", "datasets", "onnxruntime", "bitsandbytes")
 TRAINERS = {  # commands that take the fields of a trainer's config behind their own arguments
     "align": ("xlstm_hybrid.training.alignment", "AlignmentConfig"),
     "distill": ("xlstm_hybrid.training.distillation", "SparseKDConfig"),
@@ -134,7 +134,7 @@ def run_programs(path):
     torch.manual_seed(0)
     for block in of(path, "python"):
         program = HUB.sub(TINY, block.text)
-        for module in OPTIONAL[:3]:
+        for module in OPTIONAL[:4]:
             if re.search(rf"^(from|import) {module}\b", program, re.MULTILINE):
                 pytest.importorskip(module)
         with contextlib.redirect_stdout(printed):

@@ -71,7 +71,10 @@ def choose_backend(q, k, v, i, f, state):
     calculation, dtype = calculation_dtype(q, k, v, i, f, *(state or ())), widest(q, k, v)
     if kernel_is_right(KERNEL, q, calculation, dtype, K=q.shape[-1], V=v.shape[-1]):
         return "triton"
-    return "recurrent" if q.shape[1] == 1 else "streaming"
+    if q.shape[1] == 1:
+        return "recurrent"
+    # a graph for other runtimes has torch's own operations alone, and one chunk: they know neither our operators nor loops
+    return "parallel" if torch.compiler.is_exporting() else "streaming"
 
 
 def one_by_one(form, q, k, v, i, f, state, chunk_size, cu_seqlens):

@@ -121,4 +121,7 @@ def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
 
 def mlstm_parallel(q, k, v, i, f, state=None, chunk_size=None):
     """All tokens at once: O(T^2) time and memory. The form that compares to softmax attention line by line."""
-    return mlstm_chunkwise(q, k, v, i, f, state, chunk_size=q.shape[1])
+    out_dtype = v.dtype
+    q, k, v, i, f, state = for_calculation(q, k, v, i, f, state)
+    h, state = one_chunk(*(x.transpose(1, 2) for x in (q, k, v, i, *forget_gate(f))), state)
+    return h.transpose(1, 2).to(out_dtype), state

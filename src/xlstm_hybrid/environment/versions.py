@@ -43,6 +43,9 @@ PACKAGES = {
     "gguf": Package("0.17", "0.19.0"),
     "matplotlib": Package("3.9", "3.11.2"),  # 3.8 holds numpy below 2, which pyarrow refuses
     "triton": Package("3.6", "3.9.0"),
+    "onnx": Package("1.20", None),
+    "onnxscript": Package("0.6", None),
+    "onnxruntime": Package("1.23", None),
     "nvidia-ml-py": Package("12", None),
     "bitsandbytes": Package("0.50", None),
 }
@@ -66,6 +69,7 @@ EXTRAS = {
     "real": Extra(("gguf", "accelerate"), "make real: a real teacher from an installed package"),
     "gpu": Extra(("triton",), "the fused kernels on a GPU, where torch has not brought it"),
     "energy": Extra(("nvidia-ml-py",), "energy of a GPU in efficiency"),
+    "onnx": Extra(("onnx", "onnxscript", "onnxruntime"), "export --format onnx, and running what it writes"),
     "serve": Extra(("fastapi", "uvicorn"), "serve, an OpenAI-compatible server"),
     "quant": Extra(("bitsandbytes",), "loading in 8 and 4 bits"),
 }

@@ -227,8 +227,13 @@ def copied_files(checkpoint):
     """Names of the checkpoint's files that are copied as they are: weights, index, card, pictures, licences."""
     weights = sorted({file.name for file in weight_files(checkpoint).values()})
     index = [INDEX] if (checkpoint / INDEX).is_file() else []
-    others = sorted(p.name for p in checkpoint.iterdir() if CARRIED.fullmatch(p.name))
-    return [name for name in (*weights, *index, *others) if contained(checkpoint, name).is_file()]
+    return [name for name in (*weights, *index) if contained(checkpoint, name).is_file()] + card_files(checkpoint)
+
+
+def card_files(checkpoint):
+    """Names of a checkpoint's card, pictures and licences."""
+    names = sorted(p.name for p in checkpoint.iterdir() if CARRIED.fullmatch(p.name))
+    return [name for name in names if contained(checkpoint, name).is_file()]
 
 
 def write_loading(directory, count):

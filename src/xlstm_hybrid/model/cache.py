@@ -180,6 +180,9 @@ class HybridCacheLayer(Rollback, StateLayer):
         count = torch.where(inside.any(-1, keepdim=True), last + 1, before)
         slots = max(self.slots_after(self.seen_tokens + tokens.real.shape[1]), self.keys.shape[2])
         wanted = self.index_of_slots(count, slots)  # index that each slot holds from now on
+        if tokens.plain:  # each column is a token
+            source = (wanted - before).clamp(0, tokens.index.shape[1] - 1)
+            return Placing(count, restarted, inside, wanted >= before, source)
         ordinal = tokens.real.long().cumsum(-1)  # 1 + number of real tokens before
         skipped = ordinal[:, -1:] - inside.sum(-1, keepdim=True)  # real tokens of earlier documents in this call
         source = torch.searchsorted(ordinal, (wanted - before + skipped + 1).clamp_min(1))

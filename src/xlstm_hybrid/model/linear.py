@@ -67,7 +67,8 @@ class Linear(nn.Linear):
         weight, bias, product = self.weight, self.bias, None
         if one_token_on_cpu(x) and type(weight) is nn.Parameter and linear_step_runs(x.dtype, len(x)):
             return linear_step(x, weight, bias)
-        if x.numel() >= ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
+        plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        if plain and x.numel() >= ROWS * self.in_features:
             product = onednn_product(x, weight)
         if product is None:
             return nn.functional.linear(x, weight, bias)

@@ -376,7 +376,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
         first = cache.layers[present[0]] if cache is not None and present else None
         held = getattr(first, "count", None) if first in layers else getattr(first, "keys", None)
-        cached = len(held) if held is not None and first.is_initialized and held.numel() else None
+        cached = held.shape[0] if held is not None and first.is_initialized and held.numel() else None
         self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen, cached)
         before = filled[0].count.to(inputs_embeds.device) if filled else None
         if cache is not None and present and not layers:  # no hybrid layer counts tokens

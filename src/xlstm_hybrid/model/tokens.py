@@ -69,6 +69,9 @@ class Tokens:
         if T == 1:
             return cls.of_one(real, position_ids, seen, attention_mask is None and position_ids is None)
         order = torch.arange(T, device=device)
+        if all(x is None for x in (attention_mask, position_ids, cu_seq_lens, seq_idx)):
+            index, nowhere = seen[:, None] + order, torch.zeros_like(real)
+            return cls(real, nowhere, index, nowhere.long(), True)
         latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
         previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
         first, previous = previous < 0, previous.clamp_min(0)
@@ -85,9 +88,7 @@ class Tokens:
         document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
         base = torch.where(start, ordinal, 0).cummax(-1).values
         index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
-        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
-        looked_at = look and not torch.compiler.is_compiling()
-        plain = not given or (looked_at and not bool((start | ~real).any()))
+        plain = look and not torch.compiler.is_compiling() and not bool((start | ~real).any())
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
     @classmethod

@@ -1,0 +1,320 @@
+"""A student as graphs for other runtimes: one token, and a chunk of tokens, each with the state as input and output.
+
+The graphs are traced from the model as it is, in float32, and hold torch's own operations alone. What a graph cannot
+hold is refused by name. Dims: B rows ("batch"), T tokens, H query heads, G key/value heads, F features, K head dim, S
+sinks, W window.
+"""
+
+import hashlib
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from xlstm_hybrid.checkpoint.files import MANIFEST, add_provenance, staged, write_json, write_manifest
+from xlstm_hybrid.checkpoint.weights import copy_settings
+from xlstm_hybrid.conversion.load import load_model
+from xlstm_hybrid.errors import CacheError, ConfigError
+from xlstm_hybrid.hub.export import card_files, config_values
+from xlstm_hybrid.model.adopt import adopt_cache
+from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.one_token import PAPER
+
+GRAPHS, WEIGHTS = "graphs.json", "weights.bin"
+OPSET = 18  # of ONNX: what torch writes without a conversion
+EMPTY_M = -1e30  # log-scale of a state in which nothing is written: -inf, which JSON does not have, works as well
+INLINE = 1024  # bytes up to which a constant stays in its graph's file
+PAGE = 4096  # bytes: where a weight begins, so that it can be mapped
+TRACED_ROWS, TRACED_TOKENS = 2, 5  # of the example that is traced; the graphs take others
+ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text's length
+UNABLE = {  # what no file of ours would run in, and why
+    "gguf": (
+        "llama.cpp has no mLSTM, so that nothing would run the file: none of the 126 architectures of the package gguf 0.19.0 "
+        "and none in src/llama-arch.cpp of llama.cpp (commit 00395eb) has one, its issue 7764 that asked for xLSTM was closed "
+        "without it, and an architecture is C++ code in there, not part of a file"
+    ),
+    "mlx": (
+        "mlx-lm has no mLSTM: mlx_lm/models of version 0.32.0 (commit d78bf58) has no file that names one, and its issue 805 that "
+        "asked for xLSTM was closed without it; MLX's own operations would do, but a model file of ours for it would be "
+        "untested, as this project has no Apple GPU"
+    ),
+}
+
+
+@dataclass
+class GraphsReport:
+    """files: names of what was written.  bytes: of all of them.  state_bytes: of one row's state, at any length of its
+    text.
+    """
+
+    files: list
+    bytes: int
+    state_bytes: int
+
+    def __str__(self):
+        return f"{', '.join(self.files)}: {self.bytes / 1e6:,.1f} MB; the state of a row has {self.state_bytes / 1e6:,.2f} MB"
+
+
+# --- what a graph can hold ---------------------------------------------------------------------------------------
+
+
+def refuse_config(config, what):
+    """Raise one ConfigError that lists what of a student no graph of ours can hold."""
+    fields = [(name, getattr(config, name), value) for name, value in PAPER.items()]
+    wrong = [f"{name}={found!r}, expected {value!r}" for name, found, value in fields if found != value]
+    if kept := [j for j, kind in enumerate(config.layer_types) if kind != "hybrid_sliding"]:
+        wrong.append(f"layers {kept} keep the teacher's attention, whose keys grow with the text")
+    if kept := [j for j, groups in enumerate(config.kept_groups or ()) if groups]:
+        wrong.append(f"layers {kept} have kept_groups, whose keys grow with the text")
+    if getattr(config, "quantization_config", None):
+        wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
+    for kind in sorted(set(config.teacher_layer_types)):
+        if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in ROPE:
+            wrong.append(f"rope_type={rope!r}, whose frequencies depend on the text's length; expected one of {ROPE}")
+    if wrong:
+        raise ConfigError(
+            f"{what}: {'; '.join(wrong)}. A graph has the paper's layer and a state of constant size; serve this student with "
+            "xlstm-hybrid serve, or take it elsewhere with its code (export --format code)"
+        )
+
+
+# --- the state as tensors ----------------------------------------------------------------------------------------
+
+
+def state_shapes(config):
+    """`{name: (shape of a row, dtype, value of an empty state)}` of all layers, in the order of a graph's inputs.
+
+    The names are those of `state.save_state`; keys and values have all S + W slots from the beginning.
+    """
+    K, G, F, shapes = config.head_dim, config.num_key_value_heads, config.memory_features, {}
+    for j, (_, window, sinks) in enumerate(config.spans()):
+        H, slots = len(config.mixed_heads(j)), window + sinks
+        layer = {"keys": (G, slots, K), "values": (G, slots, K), "count": (), "C": (H, F, K), "n": (H, F), "m": (H,)}
+        for name, shape in layer.items():
+            dtype = torch.long if name == "count" else torch.float32
+            shapes[f"layers.{j}.{name}"] = shape, dtype, EMPTY_M if name == "m" else 0
+    return shapes
+
+
+def empty_state(config, rows=1):
+    """The state of rows that have read nothing, `{name: tensor}`."""
+    return {
+        name: torch.full((rows, *shape), value, dtype=dtype)
+        for name, (shape, dtype, value) in state_shapes(config).items()
+    }
+
+
+def layers_of(state):
+    """A state layer by layer: `[{name in the layer: tensor}]`."""
+    layers = {}
+    for name, x in state.items():
+        _, j, part = name.split(".")
+        layers.setdefault(int(j), {})[part] = x
+    return [layers[j] for j in sorted(layers)]
+
+
+def state_of(cache, config):
+    """What `cache` of a student has read, as its graphs take it: `{name: tensor}`, float32 and int64.
+
+    Raises:
+        CacheError: an empty cache, or one of another model.
+    """
+    state = {}
+    for j, layer in enumerate(cache.layers):
+        if not layer.is_initialized:
+            raise CacheError(f"state_of: layer {j} of the cache is empty: read something first, or take empty_state")
+        for name, x in layer.named_tensors().items():
+            state[f"layers.{j}.{name}"] = x.detach().cpu() if name == "count" else x.detach().cpu().float()
+    shapes = state_shapes(config)
+    for name, x in state.items():
+        if name.endswith((".keys", ".values")) and name in shapes:  # an unfilled ring has fewer slots
+            state[name] = nn.functional.pad(x, (0, 0, 0, shapes[name][0][1] - x.shape[2]))
+    check_state(state, config, "state_of")
+    return state
+
+
+def check_state(state, config, what):
+    """Raise CacheError unless a state has the tensors of a model of this configuration, for any number of rows."""
+    found = {name: (tuple(x.shape[1:]), x.dtype) for name, x in state.items()}
+    expected = {name: (shape, dtype) for name, (shape, dtype, _) in state_shapes(config).items()}
+    if found != expected:
+        name = next(name for name in (*expected, *found) if found.get(name) != expected.get(name))
+        raise CacheError(
+            f"{what}: {name} is {found.get(name)} (shape of a row, dtype), expected {expected.get(name)}: the state is another "
+            "model's; take it of the model that its graphs are exported from"
+        )
+    if len({len(x) for x in state.values()}) != 1:
+        raise CacheError(
+            f"{what}: its tensors have {sorted({len(x) for x in state.values()})} rows, expected one number"
+        )
+
+
+def cache_of(state, model):
+    """The cache that goes on from a state of the model's graphs, `{name: tensor}`, on the model's device and in its dtype.
+
+    Raises:
+        CacheError: a state of another model.
+    """
+    check_state(state, model.config, "cache_of")
+    cache = adopt_cache(DynamicCache(config=model.config), model.config)
+    seen = max(int(x.max()) for name, x in state.items() if name.endswith(".count"))
+    for layer, tensors in zip(cache.layers, layers_of(state) if seen else (), strict=False):
+        slots = layer.slots_after(seen)
+        ring = {name: tensors[name][:, :, :slots].to(model.dtype) for name in ("keys", "values")}
+        layer.fill({name: x.to(model.device, copy=True) for name, x in (tensors | ring).items()}, seen)
+    return cache
+
+
+# --- tracing -----------------------------------------------------------------------------------------------------
+
+
+class StateGraph(nn.Module):
+    """A student as a function: tokens and state in, logits and state out; nothing is changed in place.
+
+    step: whether it is the graph of one token, whose logits are [B, V]; those of a chunk are [B, T, V].
+    """
+
+    def __init__(self, model, step):
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, input_ids, state):
+        config = self.model.config
+        cache = adopt_cache(DynamicCache(config=config), config)
+        for layer, tensors in zip(cache.layers, layers_of(state), strict=True):
+            layer.fill(tensors, layer.slots)  # `count` says how many of the slots are in use
+        logits = self.model(input_ids, use_cache=True, **named(cache)).logits
+        after = {
+            f"layers.{j}.{name}": x for j, layer in enumerate(cache.layers) for name, x in layer.named_tensors().items()
+        }
+        return logits[:, -1] if self.step else logits, after
+
+
+@torch.no_grad()
+def trace(model, step):
+    """The `ExportedProgram` of a `StateGraph`, for any number of rows and, unless `step`, of tokens."""
+    model.set_attn_implementation("eager")  # plain products, and one form of the layer for a token and for many
+    state, batch = empty_state(model.config, TRACED_ROWS), torch.export.Dim("batch", min=1)
+    ids = torch.zeros(TRACED_ROWS, 1 if step else TRACED_TOKENS, dtype=torch.long)
+    tokens = {0: batch} if step else {0: batch, 1: torch.export.Dim("tokens", min=1)}
+    program = torch.export.export(
+        StateGraph(model, step),
+        (ids, state),
+        dynamic_shapes={"input_ids": tokens, "state": {name: {0: batch} for name in state}},
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,  # torch cannot prove strides of an unknown T to be what they are
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    program.example_inputs = None  # zeros, which a file would hold as a pickle
+    return program
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def save_torch(programs, directory, config):
+    """`step.pt2` and `chunk.pt2`, each with its weights: archives of JSON and plain numbers. Returns their format."""
+    for name, program in programs.items():
+        torch.export.save(program, directory / f"{name}.pt2")
+    return {"format": "torch-export"}, ".pt2"
+
+
+def save_onnx(programs, directory, config):
+    """`step.onnx` and `chunk.onnx`, which share the weights in `weights.bin`. Returns their format."""
+    import onnx_ir
+
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision's operators
+    names, places = list(state_shapes(config)), {}
+    with open(directory / WEIGHTS, "wb") as file:
+        for graph, program in programs.items():
+            axes = {0: "batch"} if graph == "step" else {0: "batch", 1: "tokens"}
+            model = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input_ids", *names],
+                output_names=["logits", *(f"next.{name}" for name in names)],
+                dynamic_shapes={"input_ids": axes, "state": dict.fromkeys(names)},  # what the dims are called
+                verbose=False,
+            ).model
+            for part in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
+                part.metadata_props.clear()  # where in our source it comes from, by paths of this machine
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor.nbytes < INLINE:
+                    continue
+                content = tensor.tobytes()
+                key = hashlib.sha256(content).digest()
+                if key not in places:
+                    file.write(bytes(-file.tell() % PAGE))
+                    places[key] = file.tell(), len(content)
+                    file.write(content)
+                where = {"dtype": tensor.dtype, "shape": tensor.shape, "name": name, "base_dir": directory}
+                value.const_value = onnx_ir.ExternalTensor(WEIGHTS, *places[key], **where)
+            onnx_ir.save(model, directory / f"{graph}.onnx")
+    return {"format": "onnx", "opset": OPSET, "weights": WEIGHTS}, ".onnx"
+
+
+SAVED = {"onnx": save_onnx, "torch-export": save_torch}
+
+
+def describe(config, suffix):
+    """What graphs.json says beside the format: files, inputs and outputs of the graphs, and the state."""
+    V = config.vocab_size
+    step = {"file": f"step{suffix}", "input_ids": ["batch", 1], "logits": ["batch", V]}
+    chunk = {"file": f"chunk{suffix}", "input_ids": ["batch", "tokens"], "logits": ["batch", "tokens", V]}
+    state = [
+        {"name": name, "next": f"next.{name}", "dtype": str(dtype)[6:], "shape": ["batch", *shape], "initial": value}
+        for name, (shape, dtype, value) in state_shapes(config).items()
+    ]
+    return {"graphs": {"step": step, "chunk": chunk}, "state": state}
+
+
+def export_graphs(checkpoint, out, kind, overwrite=False):
+    """Write `out`: a student's graphs `step` and `chunk`, `graphs.json` that says how to call them, its configuration,
+    tokenizer, card and record.
+
+    Args:
+        checkpoint: directory of a student.
+        kind: "onnx" or "torch-export".
+        overwrite: replace an existing `out`, once the new one is complete.
+    Returns:
+        GraphsReport
+    Raises:
+        ConfigError: a student that a graph cannot hold.
+        CheckpointError: no checkpoint of ours, or `out` exists; nothing is written.
+        ModuleNotFoundError: a package of the extra `onnx` is missing.
+    """
+    if kind == "onnx":
+        import onnx_ir  # noqa: F401, before the work
+        import onnxscript  # noqa: F401, of torch's exporter
+    started, checkpoint = time.monotonic(), Path(checkpoint).resolve()
+    values = config_values(checkpoint)
+    config = XLSTMHybridConfig.from_dict(dict(values))
+    refuse_config(config, f"{checkpoint.name}: --format {kind}")
+    model = load_model(checkpoint, device="cpu")
+    weights = sum(x.numel() * x.element_size() for x in model.parameters())
+    with staged(out, overwrite, weights * (1 if kind == "onnx" else 2)) as directory:
+        programs = {"step": trace(model, step=True), "chunk": trace(model, step=False)}
+        form, suffix = SAVED[kind](programs, directory, config)
+        write_json(directory / GRAPHS, {"format_version": 1, **form, **describe(config, suffix)})
+        write_json(directory / "config.json", values)
+        copy_settings(checkpoint, directory, checkpoint.name)
+        for name in card_files(checkpoint):
+            shutil.copyfile(checkpoint / name, directory / name)
+        add_provenance(
+            directory, "export", parent=checkpoint, config=form, seconds=round(time.monotonic() - started, 3)
+        )
+        write_manifest(directory)
+        files = [p for p in directory.rglob("*") if p.is_file()]
+        size = sum(p.stat().st_size for p in files)
+        graphs = sorted(p.name for p in files if p.suffix in (suffix, ".bin"))
+    state = sum(x.numel() * x.element_size() for x in empty_state(config).values())
+    return GraphsReport([*graphs, GRAPHS, MANIFEST], size, state)
