@@ -16,6 +16,7 @@ quicker. `--clock cpu` counts the process's CPU seconds, which other work on the
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import tempfile
@@ -253,23 +254,37 @@ def table(results):
     return rows
 
 
-def draw(results):
-    """The student's gain against the context, prompts and decoding; one line per dtype, threads, batch and cache."""
+COLOURS = BLUE, ORANGE, GREEN, PURPLE, SKY
+
+
+def gains(rows, part):
+    """{dtype, threads, batch and cache: [(tokens, gain)]} of a part."""
+    lines = {}
+    for row in (row for row in rows if row["part"] == part and "gain" in row):
+        name = f"{row['dtype']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, batch {row['batch']}"
+        name += f", {row['cache']}" if "cache" in row else ""
+        lines.setdefault(name, []).append((row["tokens"], row["gain"]["seconds"]))
+    return lines
+
+
+def draw(results, before=None):
+    """The student's gain against the context, prompts and decoding; one line per dtype, threads, batch and cache, and a
+    dotted one for results of `before`.
+    """
     kinds = {"prefill": "Reading a prompt", "decode": "Decoding"}
     kinds = {part: title for part, title in kinds.items() if any(row["part"] == part for row in results["rows"])}
     if not kinds:
         return None
     picture, panels = figure(columns=len(kinds), width=4.8 * len(kinds), height=3.6)
     for axes, (part, title) in zip(panels, kinds.items(), strict=True):
-        lines = {}
-        for row in (row for row in results["rows"] if row["part"] == part and "gain" in row):
-            name = f"{row['dtype']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, batch {row['batch']}"
-            name += f", {row['cache']}" if "cache" in row else ""
-            lines.setdefault(name, []).append((row["tokens"], row["gain"]["seconds"]))
-        for (name, points), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, PURPLE, SKY), strict=False):
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", color=colour, label=name)
+        lines, earlier = (gains(x["rows"] if x else [], part) for x in (results, before))
+        colours = dict(zip([*lines, *(name for name in earlier if name not in lines)], COLOURS, strict=False))
+        for points_of, style, when in ((lines, "-", ""), (earlier, ":", ", before")):
+            for name in (name for name in points_of if name in colours):
+                points = zip(*sorted(points_of[name]), strict=True)
+                axes.plot(*points, marker="o", linestyle=style, color=colours[name], label=name + when)
         axes.axhline(1, color=INK, linestyle="--", linewidth=1)
-        lengths = sorted({L for points in lines.values() for L, _ in points})
+        lengths = sorted({L for points in (*lines.values(), *earlier.values()) for L, _ in points})
         axes.set(xscale="log", xlabel="tokens of context", ylabel="teacher's time over the student's", title=title)
         axes.set_xticks(lengths, [f"{L:,}" for L in lengths])
         axes.minorticks_off()
@@ -327,12 +342,15 @@ def arguments(words=None):
     add("--device", default="cpu")
     add("--out", type=Path, help="JSON file")
     add("--picture", type=Path, help="PNG file")
+    add("--before", type=Path, help="JSON file of an earlier run, drawn beside this one")
     args = parser.parse_args(words)
     for name, known in (("parts", PARTS), ("caches", ("dynamic", "static")), ("dtypes", DTYPES)):
         if wrong := [part for part in getattr(args, name) if part not in known] or not getattr(args, name):
             parser.error(f"--{name}: {wrong}, expected some of {', '.join(known)}")
     if args.shape not in SHAPES:
         parser.error(f"--shape {args.shape}: expected one of {', '.join(SHAPES)}")
+    if args.before and not args.before.is_file():
+        parser.error(f"--before {args.before}: no such file; expected what --out wrote in an earlier run")
     if bool(args.student) != bool(args.teacher):
         parser.error("--student and --teacher: expected both checkpoints, or neither for a shape")
     positive = [*args.contexts, *args.batches, *args.threads, *args.training, args.rounds, args.steps, args.check]
@@ -352,7 +370,8 @@ def main(words=None):
     finally:
         torch.set_num_threads(before)
     print("\n" + markdown_table(table(results)))
-    if args.picture and (image := as_png(draw, results)):
+    before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else None
+    if args.picture and (image := as_png(partial(draw, before=before), results)):
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         write_file(args.picture, image)
 

@@ -65,12 +65,30 @@ def test_a_red_check_leaves_no_figure(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "m.json").exists() and "|" not in capsys.readouterr().out
 
 
+def test_earlier_results_are_drawn_beside_these(results):
+    earlier = {
+        "rows": [{**row, "gain": {"seconds": 0.5}} for row in rows(results, "decode") if row["cache"] == "static"]
+    }
+    lines = model.draw(results, earlier).axes[1].get_lines()
+    found = {line.get_label(): line.get_ydata().tolist() for line in lines if not line.get_label().startswith("_")}
+    dynamic, static = rows(results, "decode")
+    name = "float32, 1 thread, batch 2, "
+    assert found == {
+        name + "dynamic": [dynamic["gain"]["seconds"]],
+        name + "static": [static["gain"]["seconds"]],
+        name + "static, before": [0.5],
+    }
+    colours = {line.get_label(): line.get_color() for line in lines}
+    assert colours[name + "static"] == colours[name + "static, before"] != colours[name + "dynamic"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--parts", "prefil"], "--parts: ['prefil'], expected some of prefill, decode, cache, calls, training"),
         (["--student", "somewhere"], "expected both checkpoints"),
         (["--contexts", "0"], "expected at least 1 of each"),
+        (["--before", "nowhere.json"], "--before nowhere.json: no such file"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(words, said, capsys):

@@ -7,8 +7,8 @@ import contextlib
 import pytest
 import torch
 from conftest import tiny_config, tiny_student, token_ids
+from model import Calls
 from tiny_students import S, W, every_family, ids_of, left_padded, student
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from xlstm_kernels import layer_step_runs
 
@@ -272,16 +272,6 @@ def test_a_linear_map_of_a_weight_of_another_kind_is_torchs(counted):
 # --- operations ----------------------------------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def operations(make=tiny_student, **changes):
     """Operations that torch dispatches for one token, per layer and for the rest."""
@@ -289,7 +279,7 @@ def operations(make=tiny_student, **changes):
     for layers in (2, 4):
         model = make(torch.float32, num_hidden_layers=layers, attention_bias=False, **changes)
         held = model(token_ids(1, 12), use_cache=True)
-        with Operations() as counting:
+        with Calls() as counting:
             model(token_ids(1, 1), use_cache=True, past_key_values=held.past_key_values)
         counts.append(counting.count)
     each = (counts[1] - counts[0]) // 2

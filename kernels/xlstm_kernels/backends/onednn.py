@@ -7,7 +7,7 @@ from functools import cache
 from math import prod
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 @cache
@@ -22,9 +22,11 @@ def right_operation():
             return torch.nn.functional.linear(x, weight, bias)
         return operation(x, weight, bias, "none", [], "")
 
-    @register_flop_formula(operation)
-    def flops(x, weight, *_, **__):
-        return 2 * prod(x) * weight[0]
+    if operation not in flop_registry:  # another copy of this code, of an exported checkpoint, may have been here
+
+        @register_flop_formula(operation)
+        def flops(x, weight, *_, **__):
+            return 2 * prod(x) * weight[0]
 
     # torch does not document it: both layouts of a weight that are used have to come out right
     x, weight = torch.arange(48.0).view(3, 16), torch.arange(32.0).view(2, 16)

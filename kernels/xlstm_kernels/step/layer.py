@@ -42,37 +42,10 @@ class Token(ctypes.Structure):
     ]
 
 
-def layer_step_torch(
-    x,
-    raw_q,
-    raw_k,
-    v,
-    q,
-    k,
-    cos,
-    sin,
-    q_map,
-    k_map,
-    i_weight,
-    f_weight,
-    f_bias,
-    o_weight,
-    o_bias,
-    C,
-    n,
-    m,
-    keys,
-    values,
-    index,
-    count,
-    *,
-    sinks,
-    scale,
-    signed=False,
-    rotated_memory=True,
-    gate_of_x=False,
-):
-    """What `layer_step` calculates, as torch operations; float64 throughout if x is."""
+def layer_step_torch(*tensors, sinks, scale, signed=False, rotated_memory=True, gate_of_x=False):
+    """What `layer_step` calculates of the same tensors, as torch operations; float64 throughout if x is."""
+    x, raw_q, raw_k, v, q, k, cos, sin, q_map, k_map, i_weight, f_weight, f_bias, o_weight, o_bias, *written = tensors
+    C, n, m, keys, values, index, count = written
     (B, G, _, K), H, dtype = keys.shape, len(q_map), calculation_dtype(x)
     R, out_dtype = H // G, x.dtype
     x, raw_q, raw_k, v, q, k = (
