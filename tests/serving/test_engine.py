@@ -55,7 +55,7 @@ def engines(tokenizer):
 
     yield make
     for engine in made:
-        if engine.thread is not None:
+        if engine.thread is not None and engine.thread.is_alive():
             engine.stop()
 
 
@@ -153,6 +153,26 @@ def test_a_cancelled_request_frees_its_row_or_its_place_in_the_queue(engines, mo
     engine.cancel(third.request)
     assert third.answer()[1] == "cancelled" and engine.active == 0 and engine.rows.cache is None
     assert len(third.new) < 500 and engine.finished["cancelled"] == 3
+
+
+def test_a_request_that_is_cancelled_while_its_prompt_is_read_leaves_nothing_behind(engines, model):
+    engine = engines(model, started=False, max_rows=1, queue=1, piece=8)
+    long, next_one = Client(engine, prompt(40), settings()), Client(engine, prompt(4), settings(3))
+    with torch.no_grad():
+        engine.read()
+    assert (engine.reading, long.request.read, engine.metrics()["rows"]) == (long.request, 8, 1)
+    engine.cancel(long.request)
+    engine.start()
+    assert long.answer() == ("", "cancelled") and next_one.answer()[1] == "length"
+    assert next_one.new == alone(model, prompt(4), settings(3)) and engine.active == 0
+
+
+def test_an_engine_that_stops_tells_those_who_wait(engines, model):
+    engine = engines(model, max_rows=1, queue=2)
+    clients = [Client(engine, prompt(4), settings(10**6)) for _ in range(3)]
+    clients[0].pieces.get(timeout=60)
+    engine.stop()
+    assert [client.answer()[1] for client in clients] == ["error"] * 3 and engine.active == 0
 
 
 def test_one_request_too_many_is_refused_with_the_limits(engines, model):
