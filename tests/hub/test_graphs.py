@@ -1,6 +1,8 @@
 """The graphs of a student are the model: tokens and state in, logits and state out."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from typer.testing import CliRunner
 
 from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
 from xlstm_hybrid.cli import app
-from xlstm_hybrid.errors import CacheError, CheckpointError, ConfigError
+from xlstm_hybrid.environment.versions import extra_of
+from xlstm_hybrid.errors import CacheError, CheckpointError, CheckpointWriteError, ConfigError
 from xlstm_hybrid.hub.graphs import (
     GRAPHS,
     cache_of,
@@ -157,6 +160,24 @@ def test_a_format_that_would_run_nowhere_is_refused_with_the_reason(tmp_path, ki
 def test_what_the_package_gguf_knows_is_what_the_refusal_says():
     constants = pytest.importorskip("gguf.constants")
     assert not [name for name in constants.MODEL_ARCH_NAMES.values() if "lstm" in name.lower()]
+
+
+def test_a_missing_package_is_said_before_the_work_and_belongs_to_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        export_graphs(tmp_path, tmp_path / "out", "onnx")
+    assert extra_of(caught.value.name) == "onnx" and not (tmp_path / "out").exists()
+
+
+def test_a_refused_student_and_its_own_directory_leave_everything_as_it_is(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "runs" / "student")
+    with pytest.raises(CheckpointWriteError, match="is or holds student"):
+        export_graphs(copy, tmp_path / "runs", "torch-export", overwrite=True)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"layer_types": ["hybrid_sliding", "full_attention"]}))
+    with pytest.raises(ConfigError, match=r"student: --format torch-export: layers \[1\] keep the teacher's attention"):
+        export_graphs(copy, tmp_path / "out", "torch-export")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
 # --- the graphs --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ PACKAGES = {
     "matplotlib": Package("3.9", "3.11.2"),  # 3.8 holds numpy below 2, which pyarrow refuses
     "triton": Package("3.6", "3.9.0"),
     "onnx": Package("1.20", None),
-    "onnxscript": Package("0.6", None),
+    "onnxscript": Package("0.7", None),
     "onnxruntime": Package("1.23", None),
     "nvidia-ml-py": Package("12", None),
     "bitsandbytes": Package("0.50", None),

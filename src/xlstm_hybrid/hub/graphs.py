@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from xlstm_hybrid.checkpoint.files import MANIFEST, add_provenance, staged, write_json, write_manifest
+from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.checkpoint.weights import copy_settings
 from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.errors import CacheError, ConfigError
@@ -220,14 +221,18 @@ def trace(model, step):
 
 
 def save_torch(programs, directory, config):
-    """`step.pt2` and `chunk.pt2`, each with its weights: archives of JSON and plain numbers. Returns their format."""
+    """`step.pt2` and `chunk.pt2`, each with its weights: archives of JSON and plain numbers. Returns `(what graphs.json
+    says of the format, suffix of the files)`.
+    """
     for name, program in programs.items():
         torch.export.save(program, directory / f"{name}.pt2")
     return {"format": "torch-export"}, ".pt2"
 
 
 def save_onnx(programs, directory, config):
-    """`step.onnx` and `chunk.onnx`, which share the weights in `weights.bin`. Returns their format."""
+    """`step.onnx` and `chunk.onnx`, which share the weights in `weights.bin`. Returns `(what graphs.json says of the
+    format, suffix of the files)`.
+    """
     import onnx_ir
 
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision's operators
@@ -290,12 +295,13 @@ def export_graphs(checkpoint, out, kind, overwrite=False):
     Raises:
         ConfigError: a student that a graph cannot hold.
         CheckpointError: no checkpoint of ours, or `out` exists; nothing is written.
+        CheckpointWriteError: `out` cannot be written, or holds the checkpoint; what was there is untouched.
         ModuleNotFoundError: a package of the extra `onnx` is missing.
     """
     if kind == "onnx":
-        import onnx_ir  # noqa: F401, before the work
-        import onnxscript  # noqa: F401, of torch's exporter
+        import onnxscript  # noqa: F401, which torch's exporter imports: what is missing is said before the work
     started, checkpoint = time.monotonic(), Path(checkpoint).resolve()
+    check_output(out, inputs=[checkpoint], overwrite=overwrite)
     values = config_values(checkpoint)
     config = XLSTMHybridConfig.from_dict(dict(values))
     refuse_config(config, f"{checkpoint.name}: --format {kind}")
