@@ -64,6 +64,17 @@ def test_a_linear_map_is_a_matrix_product(dtype):
     assert len(errors) == 8 and max(errors.values()) < (1e-6 if dtype == torch.float32 else 1e-2), errors
 
 
+@needs_compiler
+def test_a_check_has_dtypes_of_its_own():
+    """`torch.set_default_dtype`, as some scripts do before they load a model."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert max(layer.check_layer(CPU, torch.float32, 8, 8).values()) < 2e-5
+        assert max(linear.check_linear(CPU, torch.float32).values()) < 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_check_sees_a_wrong_kernel(monkeypatch):
     """One that leaves the state as it is, and one that adds no bias."""
     plain = layer.layer_step_torch
