@@ -121,6 +121,18 @@ def test_a_forgotten_state_and_an_empty_one_leave_no_trace():
 
 
 @needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
+@pytest.mark.parametrize("name", ["x", "k", "v", "q_map", "i_weight", "f_weight", "f_bias", "o_bias", "n", "m"])
+def test_what_is_no_number_is_none_where_torch_has_none(name, value):
+    given = arguments()
+    given[name].view(-1)[1] = value
+    torchs = copied(given)
+    found, want = layer_step(**given), layer.layer_step_torch(**torchs)
+    for ours, theirs in ((found, want), *((given[part], torchs[part]) for part in ("C", "n", "m"))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@needs_compiler
 def test_padding_writes_nothing():
     given = arguments()
     given["index"] = torch.tensor([-1, 9])

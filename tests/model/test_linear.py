@@ -96,6 +96,21 @@ def test_an_mlp_in_parts_without_gradients_is_the_whole_one():
     assert x.equal(kept) and not parts.requires_grad
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["gate_proj", "act_fn", "up_proj", "down_proj"])
+def test_whoever_looks_into_an_mlp_sees_all_tokens_at_once_and_what_was_there(part):
+    mlp, seen = HybridMLP(tiny_config()).double(), []
+    x = waves(1, MLP_TOKENS + 9, tiny_config().hidden_size, step=0.3)
+    want = mlp(x)
+    hook = getattr(mlp, part).register_forward_hook(lambda module, args, y: seen.append(y))
+    torch.testing.assert_close(mlp(x), want)
+    hook.remove()
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    there = {"gate_proj": gate, "act_fn": mlp.act_fn(gate), "up_proj": up, "down_proj": want}
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], there[part])
+
+
 @needs_onednn
 def test_gradients_of_gradients_and_transforms_are_torchs():
     made, x = layer(), waves(ROWS, 24, step=0.1).float().requires_grad_()

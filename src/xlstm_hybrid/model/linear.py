@@ -5,11 +5,13 @@ Dims: R rows (all but the last dim of the input), D inputs, N outputs.
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks
 from xlstm_kernels import linear_step, linear_step_runs
 from xlstm_kernels.backends.arguments import in_memory
 from xlstm_kernels.backends.numerics import seen_through, wants_gradients
 from xlstm_kernels.backends.onednn import onednn_product
 
+GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
 ROWS = 16  # fewer are read as fast as the weights can be, by whatever library
 
 
@@ -23,6 +25,11 @@ def fit(x, weight, bias):
         and x.shape[-1:] == weight.shape[1:]
         and (bias is None or (in_memory(bias, x.dtype) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
     )
+
+
+def hooked(*modules):
+    """Whether somebody looks at what goes into the modules or comes out of them."""
+    return any(GLOBAL_HOOKS) or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def watched():

@@ -6,14 +6,13 @@ heads, K head dim.
 """
 
 import torch
-from torch.nn.modules import module as hooks
 from transformers.utils import output_capturing
 from xlstm_kernels import layer_step, layer_step_runs
 from xlstm_kernels.backends.arguments import PLAIN
 from xlstm_kernels.step.layer import DTYPES
 
 from xlstm_hybrid.model.cache import HybridCacheLayer
-from xlstm_hybrid.model.linear import one_token_on_cpu
+from xlstm_hybrid.model.linear import hooked, one_token_on_cpu
 from xlstm_hybrid.model.mixer import MLSTMMixer
 
 # the fields of a config under which a layer is the paper's, and what they have to be
@@ -26,7 +25,6 @@ PAPER = {
 }
 MAPS = "q_map", "k_map"
 GATES = "igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"
-GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
 
 
 def compiled_index(config, hidden_states, tokens):
@@ -35,7 +33,7 @@ def compiled_index(config, hidden_states, tokens):
     Args:
         hidden_states: the call's input, [B, T, D]; tokens: `Tokens`.
     """
-    if not one_token_on_cpu(hidden_states) or tokens.blind is not None or any(GLOBAL_HOOKS):
+    if not one_token_on_cpu(hidden_states) or tokens.blind is not None or hooked():
         return None
     fields, K = vars(config), config.head_dim
     if any(fields[name] != value for name, value in PAPER.items()):
