@@ -64,6 +64,17 @@ def test_a_linear_map_is_a_matrix_product(dtype):
     assert len(errors) == 8 and max(errors.values()) < (1e-6 if dtype == torch.float32 else 1e-2), errors
 
 
+@needs_compiler
+def test_a_check_has_dtypes_of_its_own():
+    """`torch.set_default_dtype`, as some scripts do before they load a model."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert max(layer.check_layer(CPU, torch.float32, 8, 8).values()) < 2e-5
+        assert max(linear.check_linear(CPU, torch.float32).values()) < 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_check_sees_a_wrong_kernel(monkeypatch):
     """One that leaves the state as it is, and one that adds no bias."""
     plain = layer.layer_step_torch
@@ -107,6 +118,18 @@ def test_a_forgotten_state_and_an_empty_one_leave_no_trace():
     given["C"].zero_()
     given["n"].zero_()
     assert layer_step(**given).isfinite().all() and given["m"].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
+@pytest.mark.parametrize("name", ["x", "k", "v", "q_map", "i_weight", "f_weight", "f_bias", "o_bias", "n", "m"])
+def test_what_is_no_number_is_none_where_torch_has_none(name, value):
+    given = arguments()
+    given[name].view(-1)[1] = value
+    torchs = copied(given)
+    found, want = layer_step(**given), layer.layer_step_torch(**torchs)
+    for ours, theirs in ((found, want), *((given[part], torchs[part]) for part in ("C", "n", "m"))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @needs_compiler
@@ -172,13 +195,34 @@ def test_where_torch_is_as_quick_or_nothing_is_compiled_nobody_is_sent_here():
 @needs_compiler
 def test_a_library_is_built_once_and_found_again(fresh, monkeypatch):
     first = compiled.library(layer.SOURCE)
-    assert [path.name for path in fresh.iterdir()] == [f"{first.name}.so"]  # nothing half-written beside it
+    (kept,) = fresh.iterdir()  # nothing half-written beside it
+    assert kept.name == f"{first.name}-{compiled.digest(kept.read_bytes())}.so"
     compiled.library.cache_clear()
     monkeypatch.setattr(
         compiled, "run", lambda *command: subprocess.check_output(command[:2], text=True)
     )  # no building
     again = compiled.library(layer.SOURCE)
     assert again.name == first.name and again.functions is not None and again.threads == first.threads
+
+
+@needs_compiler
+@pytest.mark.parametrize("share", [0.0, 0.6, None], ids=["empty", "cut short", "a folder"])
+def test_a_damaged_library_is_built_again(fresh, share, tmp_path):
+    """Loading one that is cut short ends the process with SIGBUS."""
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    first = compiled.library(source)
+    (kept,) = fresh.iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # this process has loaded it: another file of its name
+    if share is None:
+        kept.mkdir()
+    else:
+        kept.write_bytes(whole[: int(len(whole) * share)])
+    compiled.library.cache_clear()
+    again = compiled.library(source)
+    assert again.functions.two() == 2 and (again.name, again.threads) == (first.name, first.threads)
+    assert [path.name for path in fresh.iterdir()] == [kept.name] and kept.is_dir() == (share is None)
 
 
 @needs_compiler
@@ -218,6 +262,7 @@ def test_a_runtime_that_is_not_there_leaves_one_thread(fresh, monkeypatch, tmp_p
     [
         ("XLSTM_KERNELS_COMPILED", "0", "XLSTM_KERNELS_COMPILED=0"),
         ("CC", "no-such-compiler", "the C compiler does not run: .*no-such-compiler"),
+        ("CC", "gcc '", "the C compiler does not run: .*gcc '"),
         ("CC", f"{sys.executable} -c 0", "compiled.c did not build"),
         ("PATH", "", "no C compiler was found: install gcc or clang, or name one in CC"),
     ],
@@ -227,6 +272,19 @@ def test_without_a_library_there_is_a_reason(fresh, monkeypatch, variable, value
     found = compiled.library(layer.SOURCE)
     assert found.functions is None and not found.threads
     assert re.search(reason, found.reason), found.reason
+
+
+@needs_compiler
+def test_a_compiler_may_have_spaces_in_its_name_and_speak_in_any_encoding(fresh, monkeypatch, tmp_path):
+    named = tmp_path / "a compiler"
+    named.write_bytes(
+        b"#!/bin/sh\nprintf '\\377 warning' >&2\nprintf '\\377'\nexec " + compiled.compiler()[0].encode() + b' "$@"\n'
+    )
+    named.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{named}' -Wall")
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    assert compiled.library(source).functions.two() == 2
 
 
 def test_an_exported_folder_without_the_source_has_a_reason(fresh, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_config, tiny_student, token_ids
 from model import Calls
 from tiny_students import S, W, every_family, ids_of, left_padded, student
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from xlstm_kernels import layer_step_runs
 
@@ -145,6 +146,10 @@ def test_a_document_begins_in_one_row_of_a_batch(counted):
         close(found, run())
 
 
+class Twice(torch.Tensor):
+    """A weight of a kind of its own, as quantised ones are."""
+
+
 # --- what goes the long way ----------------------------------------------------------------------------------------
 
 
@@ -175,7 +180,43 @@ def wide(model, cache):
     return 2
 
 
-@pytest.mark.parametrize("change", [hooked, wrapped, parametrized, recording, wide])
+def spread(model, cache):
+    mixer = model.model.layers[1].self_attn.mlstm
+    mixer.q_map.data = torch.stack([mixer.q_map.data, mixer.k_map.data], -1)[..., 0]
+    return 2
+
+
+def of_two_dtypes(model, cache):
+    model.model.layers[1].self_attn.mlstm.fgate_bias.data = model.model.layers[
+        1
+    ].self_attn.mlstm.fgate_bias.data.bfloat16()
+    return 2
+
+
+def half_precision_alone(model, cache):
+    model.model.layers[1].self_attn.mlstm.half()
+    return 2
+
+
+def of_a_kind_of_its_own(model, cache):
+    mixer = model.model.layers[1].self_attn.mlstm
+    mixer.k_map = torch.nn.Parameter(mixer.k_map.detach().as_subclass(Twice), requires_grad=False)
+    return 2
+
+
+def every_other_row(model, cache):
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(slice(0, 4, 2))  # which leaves views
+    return 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(hooked, wrapped, parametrized, recording, wide),
+        *(spread, of_two_dtypes, half_precision_alone, of_a_kind_of_its_own, every_other_row),
+    ],
+)
 def test_a_layer_that_somebody_looks_into_or_changes_runs_operation_by_operation(change, counted):
     model, ids = tiny_student(torch.float32), token_ids(2, 12)
     cache, other = prefill(model, ids), prefill(model, ids)
@@ -226,6 +267,29 @@ def test_gradients_autocast_float64_and_longer_calls_run_operation_by_operation(
     assert counted == {"layers": 0, "maps": maps + 1}  # a prompt's head again
 
 
+def test_a_mode_sees_every_operation(counted):
+    model, ids = tiny_student(torch.float32), token_ids(1, 9)
+    cache = prefill(model, ids)
+    calls = dict(counted)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(ids[:, :1], use_cache=True, cache=cache)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    assert counted == calls and flops.get_total_flops() > 2 * products
+
+
+def test_outputs_that_were_asked_for_once_leave_the_next_token_compiled(counted):
+    model, ids = tiny_student(torch.float32), token_ids(2, 9)
+    cache = prefill(model, ids)
+    with torch.no_grad():
+        asked = model(ids[:, :1], use_cache=True, cache=cache, output_gates=True)
+        assert counted["layers"] == 0 and [gates.shape for gates in asked.gates] == 3 * [(2, 1, 4)]
+        asked = model(ids[:, :1], use_cache=True, cache=cache, output_hidden_states=True)
+        assert counted["layers"] == 3 and len(asked.hidden_states) == 4
+        model.model.layers[0].self_attn.mlstm.register_forward_hook(lambda *_: None)
+        model(ids[:, :1], use_cache=True, cache=cache)
+    assert counted["layers"] == 3 + 2
+
+
 def test_a_global_hook_sees_every_module(counted):
     model, ids = tiny_student(torch.float32), token_ids(1, 9)
     cache, seen = prefill(model, ids), []
@@ -249,10 +313,6 @@ def test_a_layer_says_no_before_it_touches_its_cache():
 
 
 # --- linear maps ---------------------------------------------------------------------------------------------------
-
-
-class Twice(torch.Tensor):
-    """A weight of a kind of its own, as quantised ones are."""
 
 
 @torch.no_grad()

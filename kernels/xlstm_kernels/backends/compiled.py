@@ -1,10 +1,12 @@
 """C functions of ours, built on first use by the system's compiler: for what torch can say in many small calls only.
 
 No compiler, one that fails, or a CPU without its instructions: a reason, and the torch form runs. A library stands in
-the cache folder under what it depends on: the source, the compiler and the CPU. It has no dependency of its own: its
-threads are those of the OpenMP runtime that torch has loaded, and where there is none it runs in one.
+the cache folder under what it depends on, the source, the compiler and the CPU, and under the digest of its own bytes:
+loading a file that was cut short would end the process. It has no dependency of its own: its threads are those of the
+OpenMP runtime that torch has loaded, and where there is none it runs in one.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -41,7 +43,10 @@ class Library(NamedTuple):
 
 def compiler():
     """The command `$CC`, or the system's C compiler; None if there is neither."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation without an end: a name that is not found says so
+        named = [os.environ["CC"]]
     found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     return named or ([found] if found else None)
 
@@ -74,7 +79,7 @@ def library(source):
     for kind in KINDS:
         flags, content = (*COMMON, *kind), source.read_bytes()
         facts = "\n".join((*command, version, *flags, cpu())).encode()
-        name = f"{source.stem}-{hashlib.sha256(facts + content).hexdigest()[:16]}"
+        name = f"{source.stem}-{digest(facts + content)}"
         try:
             return Library(load(command, source, name, flags), threads="-fopenmp" in kind, name=name)
         except (OSError, subprocess.SubprocessError) as error:
@@ -83,26 +88,33 @@ def library(source):
 
 
 def load(command, source, name, flags):
-    """The library, from the cache folder if it is there; it appears there whole or not at all."""
-    path = cache_folder() / f"{name}.so"
-    if path.exists():
-        return bind(path)
+    """The library, from the cache folder if it is there whole; what was damaged there is built again."""
+    kept = cache_folder()
+    for path in kept.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):
+            if path.stem == f"{name}-{digest(path.read_bytes())}":
+                return bind(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=path.parent, prefix=".tmp-")
+        kept.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=kept, prefix=".tmp-")
     except OSError:  # no place to keep it: for this process alone
-        path, folder = None, tempfile.mkdtemp()
+        kept, folder = None, tempfile.mkdtemp()
     try:
         part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
         run(*command, *flags, "-c", str(source), "-o", str(part))
         # linked without OpenMP's flag: a runtime of the system's would stand beside torch's, with threads of its own
         run(*command, "-shared", str(part), "-o", str(whole), "-lm")
         functions = bind(whole)
-        if path is not None:
-            os.replace(whole, path)
+        if kept is not None:
+            with contextlib.suppress(OSError):  # a folder stands in its place
+                os.replace(whole, kept / f"{name}-{digest(whole.read_bytes())}.so")
         return functions
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def bind(path):
@@ -111,7 +123,10 @@ def bind(path):
 
 
 def run(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    """What a command says, whatever encoding it says it in."""
+    return subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    ).stdout
 
 
 def said(error):

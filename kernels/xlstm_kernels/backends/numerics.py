@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.autograd import forward_ad
 
 LOG2E = 1.4426950408889634  # a GPU's fast exponential is that of 2
 
@@ -23,6 +24,16 @@ def widest(first, *others):
 def wants_gradients(*tensors):
     """True if autograd watches and any of the tensors (None where there is none) is to be differentiated by."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def seen_through():
+    """True if somebody follows every operation: a transform of `torch.func`, dual numbers, a trace or a compiled graph."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
 def without_autocast(device):

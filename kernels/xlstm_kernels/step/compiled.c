@@ -116,7 +116,8 @@ static inline void rotate(const float *x, const float *cos, const float *sin, in
 static inline void memory(const struct token *a, int64_t b, int64_t h, int64_t F, int64_t K, float i, float log_f, const float *phi_q,
                           const float *phi_k, const float *v, float *y) {
     float *C = a->C + (b * a->H + h) * F * K, *n = a->n + (b * a->H + h) * F, *m = a->m + b * a->H + h, den = 0;
-    const float new_m = fmaxf(log_f + *m, i), base = fmaxf(new_m, -FLT_MAX); /* finite, also where nothing has been written */
+    const float kept = log_f + *m, new_m = kept > i || isnan(kept) ? kept : i; /* what is no number stays none */
+    const float base = fmaxf(new_m, -FLT_MAX);                                 /* finite, also where nothing has been written */
     const float decay = expf(*m - base + log_f), write = expf(i - base);
     *m = new_m;
     memset(y, 0, K * sizeof *y);

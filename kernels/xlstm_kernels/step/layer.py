@@ -5,13 +5,14 @@ sinks. Forward only, in place as `hybrid_step`, which is the same from the featu
 """
 
 import ctypes
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from xlstm_kernels.backends.compiled import library
 from xlstm_kernels.backends.numerics import calculation_dtype
+from xlstm_kernels.backends.once import once
 from xlstm_kernels.backends.verified import draw_numbers, largest_error, verified
 from xlstm_kernels.mlstm.reference import FORGET_ALL
 from xlstm_kernels.step.cpu import step_both
@@ -198,7 +199,7 @@ def layer_step_runs(dtype, K, P):
     return dtype in DTYPES and K % 2 == 0 and is_right(dtype, K, P)
 
 
-@cache
+@once
 def is_right(dtype, K, P):
     built = library(SOURCE)
     return built.functions is not None and verified(built.name, check_layer, torch.device("cpu"), dtype, K=K, P=P)
@@ -223,7 +224,8 @@ def check_layer(device, dtype, K, P):
         ]
         gates = [a.to(kept) for a in gates]
         F = 2 * P if signed else P
-        state = [torch.zeros(B, H, F, K), torch.zeros(B, H, F), torch.full((B, H), float("-inf"))]
+        state = [torch.zeros(size, dtype=torch.float32) for size in ((B, H, F, K), (B, H, F), (B, H))]
+        state[2].fill_(float("-inf"))
         state += [torch.zeros(B, G, S + W, K, dtype=kept) for _ in range(2)]
         truth, counts = [a.double() for a in state], [torch.zeros(B, dtype=torch.long) for _ in range(2)]
         for t in range(2 * W + S):

@@ -5,11 +5,11 @@ Dims: B batch, D input size, N output size. Forward only.
 """
 
 import ctypes
-from functools import cache
 
 import torch
 
 from xlstm_kernels.backends.compiled import library
+from xlstm_kernels.backends.once import once
 from xlstm_kernels.backends.verified import draw_numbers, largest_error, verified
 from xlstm_kernels.step.layer import NO_MEMORY, SOURCE
 
@@ -54,7 +54,7 @@ def linear_step_runs(dtype, rows):
     return rows <= MOST_ROWS.get(dtype, 0) and is_right(dtype)
 
 
-@cache
+@once
 def is_right(dtype):
     built = library(SOURCE)
     name = f"linear {built.name}"

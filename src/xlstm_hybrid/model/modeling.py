@@ -36,7 +36,7 @@ from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.linear import Linear
+from xlstm_hybrid.model.linear import Linear, hooked
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
 from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
@@ -120,7 +120,8 @@ class HybridMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu"
+        if whole or hooked(*self.children()):  # a hook sees all tokens, and what it keeps is not written over
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         parts = [
             self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))

@@ -6,11 +6,13 @@ heads, K head dim.
 """
 
 import torch
-from torch.nn.modules import module as hooks
+from transformers.utils import output_capturing
 from xlstm_kernels import layer_step, layer_step_runs
+from xlstm_kernels.backends.arguments import PLAIN
+from xlstm_kernels.step.layer import DTYPES
 
 from xlstm_hybrid.model.cache import HybridCacheLayer
-from xlstm_hybrid.model.linear import one_token_on_cpu
+from xlstm_hybrid.model.linear import hooked, one_token_on_cpu
 from xlstm_hybrid.model.mixer import MLSTMMixer
 
 # the fields of a config under which a layer is the paper's, and what they have to be
@@ -21,7 +23,8 @@ PAPER = {
     "mixer_norm": False,
     "sparse_memory": 0,
 }
-GLOBAL_HOOKS = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
+MAPS = "q_map", "k_map"
+GATES = "igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias"
 
 
 def compiled_index(config, hidden_states, tokens):
@@ -30,13 +33,34 @@ def compiled_index(config, hidden_states, tokens):
     Args:
         hidden_states: the call's input, [B, T, D]; tokens: `Tokens`.
     """
-    if not one_token_on_cpu(hidden_states) or tokens.blind is not None or any(GLOBAL_HOOKS):
+    if not one_token_on_cpu(hidden_states) or tokens.blind is not None or hooked():
         return None
     fields, K = vars(config), config.head_dim
     if any(fields[name] != value for name, value in PAPER.items()):
         return None
     right = layer_step_runs(hidden_states.dtype, K, config.memory_feature_dim or K)
     return tokens.index[:, 0].contiguous() if right else None
+
+
+def looked_into(mixer):
+    """Whether a mixer has hooks. transformers' recorder stays once `output_gates` was asked for, and looks where it is."""
+    hooks = mixer._forward_hooks
+    if hooks and "gates" not in (output_capturing._active_collector.get() or ()):
+        hooks = [hook for hook in hooks.values() if getattr(hook, "__module__", None) != output_capturing.__name__]
+    return bool(hooks or mixer._forward_pre_hooks)
+
+
+def readable(token, maps, gates, state, slots, count):
+    """Whether C may read and write the tensors of a layer where they lie, each kind of them in one dtype that it knows."""
+    if not all(type(a) in PLAIN and a.is_cpu for kind in (token, maps, gates, state, slots, count) for a in kind):
+        return False
+    dtypes = [{a.dtype for a in kind} for kind in (token, maps, gates, state, slots)]
+    return (
+        all(a.is_contiguous() for kind in (maps, gates, state, slots, count) for a in kind)
+        and all(len(kind) == 1 and kind <= {*DTYPES} for kind in dtypes)
+        and dtypes[3] == {torch.float32}
+        and dtypes[4] <= {torch.float32, *dtypes[0]}
+    )
 
 
 def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, layer):
@@ -52,21 +76,20 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
         or not layer.is_initialized
         or layer.depth
         or type(mixer) is not MLSTMMixer  # adapters and parametrizations derive from it, or wrap it
-        or mixer._forward_hooks
-        or mixer._forward_pre_hooks
+        or looked_into(mixer)
         or "forward" in vars(mixer)  # offloaded
         or attention.split is not None
-        or not hidden_states.is_cpu
-        or layer.keys.dtype not in (torch.float32, hidden_states.dtype)
     ):
         return None
-    own, config = mixer._parameters, vars(attention.config)
     (q, k), (raw_q, raw_k, raw_v) = heads
+    token = hidden_states, raw_q, raw_k, raw_v, q, k
+    maps, gates = ([mixer._parameters.get(name) for name in names] for names in (MAPS, GATES))
+    if not readable(token, maps, gates, layer.state, (layer.keys, layer.values), (layer.count,)):
+        return None
+    config = vars(attention.config)
     layer.grow(1)
     h = layer_step(
-        *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),
-        *(own["q_map"], own["k_map"], own["igate_weight"], own["fgate_weight"], own["fgate_bias"]),
-        *(own["ogate_weight"], own["ogate_bias"], *layer.state, layer.keys, layer.values, index, layer.count),
+        *(*token, *position_embeddings, *maps, *gates, *layer.state, layer.keys, layer.values, index, layer.count),
         sinks=layer.num_sink_tokens,
         scale=attention.scaling,
         signed=config["memory_feature_map"] == "softmax_signed",
