@@ -60,18 +60,26 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
         or layer.keys.dtype not in (torch.float32, hidden_states.dtype)
     ):
         return None
-    own, config = mixer._parameters, vars(attention.config)
-    (q, k), (raw_q, raw_k, raw_v) = heads
     layer.grow(1)
-    h = layer_step(
-        *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),
-        *(own["q_map"], own["k_map"], own["igate_weight"], own["fgate_weight"], own["fgate_bias"]),
-        *(own["ogate_weight"], own["ogate_bias"], *layer.state, layer.keys, layer.values, index, layer.count),
-        sinks=layer.num_sink_tokens,
-        scale=attention.scaling,
-        signed=config["memory_feature_map"] == "softmax_signed",
-        rotated_memory=config["memory_rope"],
-        gate_of_x=not mixer.reads_qkv,
+    where = {"index": index, "count": layer.count, "sinks": layer.num_sink_tokens}
+    h = paper_step(
+        attention, hidden_states, heads, position_embeddings, *layer.state, layer.keys, layer.values, **where
     )
     layer.seen_tokens += 1
     return h
+
+
+def paper_step(attention, hidden_states, heads, position_embeddings, C, n, m, keys, values, **where):
+    """`layer_step` with the parameters of a layer, whose last tensors and keywords these are."""
+    (q, k), (raw_q, raw_k, raw_v) = heads
+    own, config = attention.mlstm._parameters, vars(attention.config)
+    return layer_step(
+        *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),
+        *(own["q_map"], own["k_map"], own["igate_weight"], own["fgate_weight"], own["fgate_bias"]),
+        *(own["ogate_weight"], own["ogate_bias"], C, n, m, keys, values),
+        scale=attention.scaling,
+        signed=config["memory_feature_map"] == "softmax_signed",
+        rotated_memory=config["memory_rope"],
+        gate_of_x=not attention.mlstm.reads_qkv,
+        **where,
+    )

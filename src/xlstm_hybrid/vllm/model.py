@@ -19,7 +19,7 @@ from xlstm_hybrid.model.experimental.cells import normed
 from xlstm_hybrid.model.kept_groups import log_scaled
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridRotaryEmbedding, rms_norm
-from xlstm_hybrid.model.one_token import compiled_index, compiled_step
+from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.vllm.state import LayerStates, state_dtypes, state_shapes
 
 
@@ -127,23 +127,23 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         out = heads[1][0].new_zeros(hidden_states.shape[:2].numel(), len(attention.mlstm.q_map), attention.head_dim)
         for part in parts:
-            layer, rows, where = states.read(part), part.rows(hidden_states), [part.rows(x) for x in rope]
-            own, h = [[part.rows(x) for x in kind] for kind in heads], None
-            if part.tokens.compiled is not None:
-                h = compiled_step(attention, rows, own, where, part.tokens, layer)
+            rows, own = part.rows(hidden_states), [[part.rows(x) for x in kind] for kind in heads]
+            where = [part.rows(x) for x in rope]
+            h = states.step(part, attention, rows, own, where)
             if h is None:
-                projected = attention.rotated(own, where)
+                projected, layer = attention.rotated(own, where), states.read(part)
                 if attention.split is not None:
                     projected = attention.split.projected(projected, kept=False)
                 h, _ = attention.mix_heads(rows, projected, part.tokens, part.mask(layer), layer)
+                states.write(part, layer)
             if attention.config.mixer_norm:
                 h = normed(attention.mlstm, h)
-            states.write(part, layer)
             out[part.begin : part.end] = h.flatten(0, 1).view(-1, *out.shape[1:])
         return out
 
     def compute_logits(self, hidden_states):
-        return self.lm_head(hidden_states)
+        """[tokens, V] of hidden states [tokens, D]; one row each, as in `forward`."""
+        return self.lm_head(hidden_states[:, None])[:, 0]
 
     def load_weights(self, weights):
         """Take the tensors of a checkpoint, which have the model's own names; returns the names.

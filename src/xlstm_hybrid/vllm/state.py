@@ -16,6 +16,7 @@ from xlstm_kernels import MLSTMState
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.cache import HybridCacheLayer, with_slots
+from xlstm_hybrid.model.one_token import paper_step
 from xlstm_hybrid.model.tokens import Tokens
 
 
@@ -129,9 +130,9 @@ class LayerStates(MambaBase):
     def __init__(self, vllm_config, layer_idx, name):
         self.config, self.dtype = vllm_config.model_config.hf_config, vllm_config.model_config.dtype
         self.window, self.sinks = self.config.window_of(layer_idx), self.config.sinks_of(layer_idx)
-        self.own = [
-            tuple(map(slice, shape)) for shape in layer_shapes(self.config, layer_idx)
-        ]  # of what all layers have
+        own = layer_shapes(self.config, layer_idx)
+        self.own = [tuple(map(slice, shape)) for shape in own]  # of what all layers have
+        self.whole = own == state_shapes(self.config)
         self.name, self.kv_cache = name, ()
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -168,6 +169,20 @@ class LayerStates(MambaBase):
         new = *layer.state, layer.count[:, None], keys, values
         for x, own, y in zip(self.kv_cache, self.own, new, strict=True):
             x[part.slots, *own] = y.to(x.dtype)
+
+    def step(self, part, attention, hidden_states, heads, rope):
+        """h [B, 1, H, K] of one token per row, compiled and in the slots themselves; None where that does not work. The
+        arguments are those of `paper_step`.
+        """
+        index = part.tokens.compiled
+        if index is None or part.fresh or not self.whole or attention.split is not None:
+            return None
+        C, n, m, count, keys, values = self.kv_cache
+        self.expect_own(part, count[part.slots, 0])
+        where = {"index": index, "count": index.clone(), "sinks": self.sinks, "where": part.slots}
+        h = paper_step(attention, hidden_states, heads, rope, C, n, m, keys, values, **where)
+        count[part.slots, 0] = where["count"].to(count.dtype)
+        return h
 
     def expect_own(self, part, count):
         """Raise CacheError unless the states are as long as the scheduler says; a GPU is not waited for, and asserts."""
