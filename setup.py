@@ -53,5 +53,8 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"]},
+    entry_points={
+        "console_scripts": ["xlstm-hybrid=xlstm_hybrid.cli:main"],
+        "vllm.general_plugins": ["xlstm_hybrid=xlstm_hybrid.vllm:register"],
+    },
 )

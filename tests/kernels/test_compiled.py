@@ -103,6 +103,27 @@ def test_threads_share_the_work_and_change_no_bit(monkeypatch):
 
 
 @needs_compiler
+def test_rows_may_lie_anywhere_in_a_larger_store():
+    """What pages of a server are: state and slots side by side, five requests' worth, of which three have a token."""
+    given, where = arguments(B=3), torch.tensor([4, 0, 3])
+    kept = [given[name] for name in ("C", "n", "m", "keys", "values")]
+    pages = torch.full((5, sum(a[0].numel() for a in kept) + 3), 7.0)
+    parts = pages.split([*(a[0].numel() for a in kept), 3], 1)[:-1]
+    stored = {
+        name: part.unflatten(1, a.shape[1:])
+        for name, a, part in zip(("C", "n", "m", "keys", "values"), kept, parts, strict=True)
+    }
+    for name, a in stored.items():
+        a[where] = given[name]
+    elsewhere = layer_step(**(copied(given) | stored), where=where)
+    assert torch.equal(elsewhere, layer_step(**given))
+    assert all(torch.equal(a[where], given[name]) for name, a in stored.items())
+    assert (pages[[1, 2]] == 7).all() and (pages[:, -3:] == 7).all()
+    with pytest.raises(ValueError, match="layer_step"):
+        layer_step(**(given | stored), where=where + 1)
+
+
+@needs_compiler
 def test_a_forgotten_state_and_an_empty_one_leave_no_trace():
     """A document begins: what the state held is gone, and gates too far apart for float32 stay in order."""
     given = arguments()

@@ -85,7 +85,9 @@ struct token {
     void *keys, *values, *out; /* [B, G, slots, K], twice; [B, H, K] */
     const int64_t *index; /* [B], -1 at padding */
     int64_t *count;       /* [B] */
+    const int64_t *where; /* [B], the row of C, n, m, keys and values that is the token's; or none: its own number */
     int64_t B, D, H, G, K, P, slots, sinks, rope_rows, flags;
+    int64_t C_row, n_row, m_row, slots_row; /* numbers from one row to the next */
     float scale, forget_all;
 };
 
@@ -112,10 +114,10 @@ static inline void rotate(const float *x, const float *cos, const float *sin, in
     rounded(y, K, bf16);
 }
 
-/* The mLSTM of head h in row b: writes phi_k and v with the gates i and log f, reads phi_q into y[K] */
-static inline void memory(const struct token *a, int64_t b, int64_t h, int64_t F, int64_t K, float i, float log_f, const float *phi_q,
+/* The mLSTM of head h in row `at`: writes phi_k and v with the gates i and log f, reads phi_q into y[K] */
+static inline void memory(const struct token *a, int64_t at, int64_t h, int64_t F, int64_t K, float i, float log_f, const float *phi_q,
                           const float *phi_k, const float *v, float *y) {
-    float *C = a->C + (b * a->H + h) * F * K, *n = a->n + (b * a->H + h) * F, *m = a->m + b * a->H + h, den = 0;
+    float *C = a->C + at * a->C_row + h * F * K, *n = a->n + at * a->n_row + h * F, *m = a->m + at * a->m_row + h, den = 0;
     const float kept = log_f + *m, new_m = kept > i || isnan(kept) ? kept : i; /* what is no number stays none */
     const float base = fmaxf(new_m, -FLT_MAX);                                 /* finite, also where nothing has been written */
     const float decay = expf(*m - base + log_f), write = expf(i - base);
@@ -135,18 +137,18 @@ static inline void memory(const struct token *a, int64_t b, int64_t h, int64_t F
     for (int64_t j = 0; j < K; j++) y[j] *= over;
 }
 
-/* Softmax attention of the group's R queries to its first `visible` slots, into y[R, K]; scores is [R, visible] */
+/* Softmax attention of the group's R queries to its first `visible` slots, which begin `at` so many numbers, into y[R, K]; scores is [R, visible] */
 static inline void window(const struct token *a, int64_t at, int64_t visible, int64_t R, int64_t K, const float *q, float *scores, float *y,
                           float *room) {
     const int64_t bf16 = a->flags & BF16_SLOTS;
     for (int64_t s = 0; s < visible; s++) {
-        const float *key = read_row(a->keys, (at + s) * K, K, bf16, room);
+        const float *key = read_row(a->keys, at + s * K, K, bf16, room);
         for (int64_t r = 0; r < R; r++) scores[r * visible + s] = dot(q + r * K, key, K) * a->scale;
     }
     for (int64_t r = 0; r < R && visible; r++) softmax(scores + r * visible, visible);
     memset(y, 0, R * K * sizeof *y);
     for (int64_t s = 0; s < visible; s++) {
-        const float *value = read_row(a->values, (at + s) * K, K, bf16, room);
+        const float *value = read_row(a->values, at + s * K, K, bf16, room);
         for (int64_t r = 0; r < R; r++) {
             const float weight = scores[r * visible + s];
             for (int64_t j = 0; j < K; j++) y[r * K + j] += weight * value[j];
@@ -164,6 +166,7 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
     const int64_t R = a->H / a->G, D = a->D, P = a->P, F = a->flags & SIGNED_MAP ? 2 * P : P, slots = a->slots, S = a->sinks;
     const int64_t bf16 = a->flags & BF16_TOKEN, index = a->index[b], at_q = (b * a->H + g * R) * K, at_k = (b * a->G + g) * K;
     const int64_t rope = (a->rope_rows > 1 ? b : 0) * K, padding = index < 0;
+    const int64_t at = a->where ? a->where[b] : b, at_slots = at * a->slots_row + g * slots * K;
 #define TAKE(n) (room += (n), room - (n))
     const float *x = read_row(a->x, b * D, D, bf16, TAKE(D > P ? D : P));
     const float *raw_q = read_row(a->raw_q, at_q, R * K, bf16, TAKE(R * K)), *q = read_row(a->q, at_q, R * K, bf16, TAKE(R * K));
@@ -177,11 +180,11 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
     for (int64_t r = 0; r < R; r++) rotate(q + r * K, cos, sin, K, bf16, rotated_q + r * K);
     rotate(k, cos, sin, K, bf16, rotated_k);
     if (!padding) {
-        const int64_t slot = (b * a->G + g) * slots + (index < slots ? index : (index - S) % (slots - S) + S);
-        write_row(a->keys, slot * K, K, a->flags & BF16_SLOTS, rotated_k);
-        write_row(a->values, slot * K, K, a->flags & BF16_SLOTS, v);
+        const int64_t slot = at_slots + (index < slots ? index : (index - S) % (slots - S) + S) * K;
+        write_row(a->keys, slot, K, a->flags & BF16_SLOTS, rotated_k);
+        write_row(a->values, slot, K, a->flags & BF16_SLOTS, v);
     }
-    window(a, (b * a->G + g) * slots, padding ? 0 : index < slots ? index + 1 : slots, R, K, rotated_q, scores, near, row);
+    window(a, at_slots, padding ? 0 : index < slots ? index + 1 : slots, R, K, rotated_q, scores, near, row);
 
     if (a->flags & ROTATED_MEMORY) q = rotated_q, k = rotated_k;
     for (int64_t r = 0; r < R; r++) {
@@ -201,7 +204,7 @@ static inline __attribute__((always_inline)) void group(const struct token *a, i
         float log_f = f < 0 ? f - log1pf(expf(f)) : -log1pf(expf(-f));
         if (log_f <= a->forget_all || index == 0) log_f = -INFINITY; /* a document begins: everything is forgotten */
         if (padding) i = -INFINITY, log_f = 0;
-        memory(a, b, h, F, K, i, log_f, phi_q, phi_k, v, far);
+        memory(a, at, h, F, K, i, log_f, phi_q, phi_k, v, far);
         for (int64_t j = 0; j < K; j++) far[j] = o * far[j] + (1 - o) * near[r * K + j];
         write_row(a->out, (b * a->H + h) * K, K, bf16, far);
     }

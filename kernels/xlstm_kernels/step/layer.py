@@ -21,9 +21,11 @@ SOURCE = Path(__file__).with_name("compiled.c")
 DTYPES = torch.float32, torch.bfloat16
 POINTERS = [
     *("x", "raw_q", "raw_k", "v", "q", "k", "cos", "sin", "q_map", "k_map"),
-    *("i_weight", "f_weight", "f_bias", "o_weight", "o_bias", "C", "n", "m", "keys", "values", "out", "index", "count"),
+    *("i_weight", "f_weight", "f_bias", "o_weight", "o_bias", "C", "n", "m", "keys", "values", "out", "index"),
+    *("count", "where"),
 ]
 NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "flags"]
+NUMBERS += ["C_row", "n_row", "m_row", "slots_row"]
 # as in compiled.c
 BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X, BF16_GATES = (
     1 << j for j in range(8)
@@ -105,6 +107,7 @@ def layer_step(
     signed=False,
     rotated_memory=True,
     gate_of_x=False,
+    where=None,
 ):
     """One token of a hybrid layer, o * mLSTM + (1 - o) * window, without gradients: RoPE, features and gates as well.
     State, slots and count are overwritten. Returns h [B, 1, H, K] before W_o. Only where `layer_step_runs`.
@@ -120,11 +123,14 @@ def layer_step(
         sinks, scale: as in `window_step`.
         signed: whether the features are softmax([x P, -x P]); rotated_memory: whether they are of rotated q and k;
         gate_of_x: whether the output gate reads x, and not q, k and v.
+        where: [B] int64, each token's own row of C, n, m, keys and values, which then have as many rows as they like, any
+            distance apart, of which no two tokens have the same; None: one row each, side by side.
     Raises:
         ValueError: sizes, dtypes or the layout of a tensor that is written do not fit together.
         MemoryError: nothing has been written.
     """
-    (B, G, slots, K), (H, _, P), D = keys.shape, q_map.shape, x.shape[-1]
+    (N, G, slots, K), (H, _, P), D = keys.shape, q_map.shape, x.shape[-1]
+    B = N if where is None else len(where)
     F = 2 * P if signed else P
     x, raw_q, raw_k, v, q, k, cos, sin = (
         a if a.is_contiguous() else a.contiguous() for a in (x, raw_q, raw_k, v, q, k, cos, sin)
@@ -134,13 +140,15 @@ def layer_step(
     sizes = (
         *(B * D, queries, pairs, pairs, queries, pairs, rope_rows * K, rope_rows * K, H * K * P, H * K * P),
         *(H * D, H * D, H, H * (D if gate_of_x else 3 * K), H),
-        *(queries * F, B * H * F, B * H, pairs * slots, pairs * slots, B, B),
+        *(N * H * K * F, N * H * F, N * H, N * G * K * slots, N * G * K * slots, B, B),
     )
-    others = q_map, k_map, *gates, C, n, m, keys, values, index, count
-    given = (*token, cos, sin, *others)
+    kept, others = (C, n, m, keys, values), (q_map, k_map, *gates, index, count)
+    given = (*token, cos, sin, *others[:-2], *kept, index, count)
+    rows = kept if where is None else [a[:1] for a in kept]  # each by itself
     if (
         tuple([a.numel() for a in given]) != sizes
-        or not all(a.is_contiguous() for a in others)
+        or not all(a.is_contiguous() for a in (*others, *rows))
+        or (N > 1 and keys.stride(0) != values.stride(0))
         or not {a.dtype for a in token} <= {x.dtype}
         or not {a.dtype for a in (C, n, m)} <= {torch.float32}
         or not {a.dtype for a in gates} <= {o_bias.dtype}
@@ -150,6 +158,7 @@ def layer_step(
         or rope_rows not in (1, B)
         or H % G
         or sinks < 0
+        or not (where is None or (where.dtype == torch.int64 and where.min() >= 0 and where.max() < N))
     ):
         refuse(given, sizes, sinks, slots)
     out = x.new_empty(B, 1, H, K)
@@ -168,7 +177,8 @@ def layer_step(
     threads = min(torch.get_num_threads(), B * G) if built.threads and work >= WORTH_THREADS else 1
     pointers = [a.data_ptr() for a in given]
     pointers.insert(POINTERS.index("out"), out.data_ptr())
-    numbers = B, D, H, G, K, P, slots, sinks, rope_rows, flags
+    pointers.append(None if where is None else where.data_ptr())
+    numbers = B, D, H, G, K, P, slots, sinks, rope_rows, flags, *(a.stride(0) for a in kept[:-1])
     wrong = built.functions.layer_step(ctypes.byref(Token(*pointers, *numbers, scale, FORGET_ALL)), threads)
     if wrong == NO_SLOT:
         raise ValueError(
@@ -181,7 +191,7 @@ def layer_step(
 
 def refuse(given, sizes, sinks, slots):
     """Raise the ValueError of arguments that do not fit, each with its place."""
-    names = [name for name in POINTERS if name != "out"]
+    names = [name for name in POINTERS if name not in ("out", "where")]
     described = [
         f"{name} {str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for name, a in zip(names, given, strict=True)
     ]

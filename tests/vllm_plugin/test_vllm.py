@@ -1,0 +1,239 @@
+"""vLLM writes what `generate` writes: prompts in pieces, rows that come and go, preemption; no slot is lost or mixed up."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="make test-vllm installs it")
+
+from types import SimpleNamespace
+
+import torch
+from conftest import tiny_config, tiny_student
+from engines import NEW, Engine, ours, prompts, student
+
+from xlstm_hybrid.errors import CacheError, CheckpointError, CompatibilityError, CompatibilityWarning, ConfigError
+from xlstm_hybrid.vllm import state
+from xlstm_hybrid.vllm.checks import StudentSettings
+from xlstm_hybrid.vllm.model import XLSTMHybridForCausalLM
+
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"
+STUDENTS = {
+    **{f"{family}, hybrid": {"family": family} for family in FAMILIES},
+    **{f"{family}, mixed": {"family": family, "kinds": "mixed"} for family in ("llama", "qwen2", "olmo3")},
+    "kept groups": {"family": "qwen3", "kept_groups": [[0], [], [1]]},
+    "unlike layers": {
+        "family": "olmo3",
+        "kept_groups": [[0], [1], []],
+        "kept_positions": "log",
+        "layer_windows": [5, 7, 9],
+        "layer_sinks": [0, 3, 1],
+    },
+    "other mixers": {
+        "mixer_norm": True,
+        "memory_feature_map": "softmax_signed",
+        "memory_feature_dim": 24,
+        "memory_rope": False,
+        "mixer_gate_input": "x",
+    },
+    "linear memory": {"memory_cell": "linear"},
+    "the teacher's layers": {"family": "mistral", "kinds": ["sliding_attention"] * 3},
+}
+LENGTHS = 5, 20, 1, 40, 33, 2, 7, 9, 12, 31, 17, 8
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A function that makes an `Engine` and takes the one before away."""
+    made = []
+
+    def make(model, **settings):
+        while made:
+            made.pop().close()
+        made.append(Engine(model, tmp_path_factory.mktemp("student"), **settings))
+        return made[0]
+
+    yield make
+    while made:
+        made.pop().close()
+
+
+@pytest.mark.parametrize("fields", STUDENTS.values(), ids=STUDENTS)
+def test_greedy_tokens_are_those_of_generate(engine, fields):
+    """12 prompts, some in pieces of at most 32 tokens beside rows that are written, 8 at a time."""
+    model, texts = student(**fields), prompts(LENGTHS)
+    served = engine(model)
+    free = served.free
+    assert served.write(texts) == [ours(model, text) for text in texts]
+    assert served.free == free
+
+
+class TestManyRequests:
+    """One student, one engine: every test leaves it empty."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        return student("qwen3")
+
+    @pytest.fixture(scope="class")
+    def served(self, engine, model):
+        return engine(model, max_num_seqs=16, max_num_batched_tokens=48)
+
+    def test_64_prompts_of_different_lengths(self, served, model):
+        texts = prompts(range(1, 129, 2))
+        assert len({len(text) for text in texts}) == 64
+        assert served.write(texts, 24) == [ours(model, text, 24) for text in texts]
+
+    def test_rows_join_and_leave(self, served, model):
+        """One request more in each step, every third is aborted two steps after it came."""
+        texts, free = prompts([(7 * j) % 61 + 1 for j in range(30)], seed=1), served.free
+        for j, text in enumerate(texts):
+            served.add(f"row {j}", text, 5 + j % 11)
+            served.step()
+            if j >= 2 and j % 3 == 2:
+                served.engine.abort_request([f"row {j - 2}"])
+        written = served.finish()
+        whole = [j for j in range(30) if j % 3 or j >= 28]
+        assert {j: written[f"row {j}"] for j in whole} == {j: ours(model, texts[j], 5 + j % 11) for j in whole}
+        assert served.free == free
+
+    def test_preempted_requests_go_on_as_if_nothing_had_been(self, served, model):
+        texts = prompts((3, 50, 29, 11, 64, 1), seed=2)
+        for j, text in enumerate(texts):
+            served.add(f"again {j}", text)
+        for _ in range(3):
+            for _ in range(4):
+                served.step()
+            assert served.llm.reset_prefix_cache(reset_running_requests=True)
+        written = served.finish()
+        assert [written[f"again {j}"] for j in range(6)] == [ours(model, text) for text in texts]
+
+    def test_1000_requests_lose_no_slot(self, served, model):
+        lengths, free = [(5 * j) % 23 + 1 for j in range(1000)], served.free
+        texts = prompts(lengths, seed=3)
+        written = served.write(texts, 3)
+        assert served.free == free and len(served.runner.requests) <= 16  # the last step's leave with the next
+        assert [written[j] for j in range(0, 1000, 50)] == [ours(model, texts[j], 3) for j in range(0, 1000, 50)]
+
+    def test_a_slot_that_is_another_texts_is_an_error(self, served, monkeypatch):
+        parts_of = state.parts_of
+        for j, text in enumerate(prompts((5, 9))):
+            served.add(f"mixed up {j}", text)
+        served.step()
+        monkeypatch.setattr(state, "parts_of", lambda starts, lengths, slots: parts_of(starts, lengths, slots.flip(0)))
+        with pytest.raises(
+            CacheError, match="after 5 tokens, expected 9.*another text|after 9 tokens, expected 5.*another"
+        ):
+            served.step()
+        monkeypatch.undo()
+        served.engine.abort_request(["mixed up 0", "mixed up 1"])
+        served.finish()
+
+    def test_tokens_show_a_slot_that_is_another_texts_of_the_same_length(self, served, model, monkeypatch):
+        """What the comparison with `generate` would see if slots were mixed up in a way that no count tells."""
+        texts, parts_of = prompts((9, 9), seed=4), state.parts_of
+        for j, text in enumerate(texts):
+            served.add(f"swapped {j}", text)
+        served.step()
+        monkeypatch.setattr(state, "parts_of", lambda starts, lengths, slots: parts_of(starts, lengths, slots.flip(0)))
+        served.step()
+        monkeypatch.undo()
+        written = served.finish()
+        assert [written[f"swapped {j}"] for j in (0, 1)] != [ours(model, text) for text in texts]
+
+
+def test_pages_that_run_out_preempt_and_resume(engine):
+    """A mixed student whose pages do not suffice for the rows that run: vLLM takes some back and reads them anew."""
+    model, texts = student("llama", "mixed"), prompts((40, 33, 50, 21), seed=5)
+    served = engine(model, block_size=32, num_gpu_blocks_override=11)
+    free, taken = served.free, []
+    take = served.scheduler._preempt_request
+    served.scheduler._preempt_request = lambda *args, **kwargs: (taken.append(1), take(*args, **kwargs))[1]
+    assert served.write(texts, 60) == [ours(model, text, 60) for text in texts]
+    assert taken and served.free == free
+
+
+def test_prefix_caching_is_off_and_a_warning_says_so(engine):
+    model, text = student(), prompts((60,))[0]
+    with pytest.warns(CompatibilityWarning, match="prefix caching is switched off"):
+        served = engine(model, enable_prefix_caching=True)
+    assert not served.engine.vllm_config.cache_config.enable_prefix_caching
+    assert served.write([text, text[:40] + [5], text]) == [ours(model, x) for x in (text, text[:40] + [5], text)]
+
+
+def test_states_are_float32_in_a_bfloat16_model(engine):
+    served = engine(student("qwen3").bfloat16(), dtype="bfloat16")
+    own = served.runner.model
+    C, n, m, count, keys, values = own.states[0].kv_cache
+    assert [x.dtype for x in (C, n, m, count, keys, values)] == [torch.float32] * 3 + [torch.int32] + [
+        torch.bfloat16
+    ] * 2
+    assert own.model.layers[0].self_attn.mlstm.igate_weight.dtype == torch.float32
+    assert [len(tokens) for tokens in served.write(prompts((40, 3)))] == [NEW, NEW]
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def settings(config, **changes):
+    """As much of vLLM's settings as the checks read."""
+    found = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "speculative_config": None, "quant_config": None}
+    found |= {"lora_config": None, "cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"} | changes
+    everything = SimpleNamespace(**found, enable_prefix_caching=False)
+    everything.parallel_config = everything.cache_config = everything
+    everything.model_config = SimpleNamespace(hf_config=config)
+    return everything
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2, expected 1"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2, expected 1"),
+        ({"speculative_config": "ngram"}, "speculative_config='ngram', expected None"),
+        ({"quant_config": SimpleNamespace(get_name=lambda: "fp8")}, "quantization='fp8', expected None"),
+        ({"lora_config": "any"}, "lora_config='any', expected None"),
+        ({"cache_dtype": "fp8"}, "kv_cache_dtype='fp8', expected 'auto'"),
+        ({"mamba_ssm_cache_dtype": "bfloat16"}, "mamba_ssm_cache_dtype='bfloat16', expected 'auto' or 'float32'"),
+    ],
+)
+def test_settings_under_which_a_state_would_be_wrong_are_refused(changes, said):
+    with pytest.raises(CompatibilityError, match=said):
+        StudentSettings.verify_and_update_config(settings(tiny_config(), **changes))
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"memory_cell": "delta"}, "memory_cell='delta'"),
+        ({"mixer_combine": "joint", "memory_cell": "linear"}, "mixer_combine='joint'"),
+        ({"mixer_branches": "window"}, "mixer_branches='window'"),
+        ({"sparse_memory": 4}, "sparse_memory=4"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),
+    ],
+)
+def test_students_that_vllm_cannot_hold_are_refused(fields, said):
+    with pytest.raises(ConfigError, match=f"vLLM cannot serve this student.*{said}.*xlstm-hybrid serve"):
+        StudentSettings.verify_and_update_config(settings(tiny_config(**fields)))
+
+
+def test_a_refusal_reaches_who_starts_vllm(engine):
+    with pytest.raises(Exception, match="memory_cell='delta'"):
+        engine(tiny_student(torch.float32, memory_cell="delta"))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda weights: weights.pop("model.norm.weight"), "lacks 1 tensors, first model.norm.weight"),
+        (lambda weights: weights.update(more=torch.ones(2)), "more: the checkpoint has .2., expected no such tensor"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(2)}),
+            "model.norm.weight: the checkpoint has .2., expected .48.",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, said):
+    model = tiny_student(torch.float32)
+    weights = dict(model.state_dict())
+    change(weights)
+    with pytest.raises(CheckpointError, match=said):
+        XLSTMHybridForCausalLM.load_weights(model, weights.items())
