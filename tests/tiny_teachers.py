@@ -36,7 +36,26 @@ FAMILIES = {  # every hidden size but Llama's, which insists, is no multiple of 
     "olmo2": ("Olmo2", {"hidden_size": 50, "attention_bias": True}),
     "olmo3": ("Olmo3", {"hidden_size": 50, "layer_types": MIXED, "tie_word_embeddings": True}),
 }
-WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3")
+WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3", "ministral")
+# Families that repeat the path of one above, but for what `configuration.TRAITS` names: they are not in the tests that go
+# over families, stacks and RoPE variants at once, see `model/test_traits.py`
+WITH_TRAITS = {
+    "ministral": ("Ministral", {"hidden_size": 50, "layer_types": MIXED}),
+    "smollm3": ("SmolLM3", {"hidden_size": 50, "no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": False}),
+    "granite": (
+        "Granite",
+        {
+            "hidden_size": 50,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 2.5,
+            "residual_multiplier": 0.75,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 1.5,
+        },
+    ),
+}
+EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -79,7 +98,7 @@ def tokens(length=45, rows=2):
 
 
 def teacher_config(family, rope="default", window=7, **changes):
-    name, fields = FAMILIES[family]
+    name, fields = EVERY[family]
     fields = {**SHARED, **fields, "rope_parameters": rope_parameters(family, rope)}
     if family in WINDOWED:
         fields["sliding_window"] = window
@@ -89,7 +108,7 @@ def teacher_config(family, rope="default", window=7, **changes):
 
 
 def model_class(family):
-    return getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")
+    return getattr(transformers, f"{EVERY[family][0]}ForCausalLM")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_teachers import FAMILIES, edit_config, model_class, rewrite, stored, teacher, teacher_config, tokens
+from tiny_teachers import EVERY, edit_config, model_class, rewrite, stored, teacher, teacher_config, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import xlstm_hybrid.conversion.source
@@ -23,7 +23,7 @@ from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import CheckpointError
 
 GATES = ("igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", EVERY)
 
 
 @pytest.fixture

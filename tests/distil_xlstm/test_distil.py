@@ -396,6 +396,11 @@ def test_a_student_of_every_family_has_its_embeddings_frozen_and_half_its_layers
     ) and f"trainable {report.parameters['trainable']:,}" in str(report)
 
 
+def test_a_teacher_that_scales_its_embeddings_is_refused():
+    with pytest.raises(UnsupportedTeacherError, match=r"\(granite\): embedding_multiplier is 2.5, expected 1.0"):
+        DistilXLSTMForCausalLM.from_teacher(teacher("granite"))
+
+
 def test_new_parameters_follow_the_seed_and_leave_the_global_generator_alone():
     mentor = teacher("llama")  # made once: that draws numbers
     torch.manual_seed(5)

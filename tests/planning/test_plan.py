@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_teachers import FAMILIES, teacher, teacher_config
+from tiny_teachers import EVERY, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
@@ -59,7 +59,7 @@ def test_parameters_are_those_that_the_papers_models_have():
     assert shape.teacher == 7_615_616_512 and (shape.L, shape.H, shape.K) == (28, 28, 128)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_family_is_counted_as_its_model_has_it(family):
     config = teacher_config(family)
     shape, student = plan.student_shape(config), XLSTMHybridForCausalLM(student_config(config))

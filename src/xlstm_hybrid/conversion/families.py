@@ -6,10 +6,20 @@ number.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.configuration import LAYER_TYPES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
@@ -37,6 +47,16 @@ def per_layer(config):
     return list(config.layer_types)
 
 
+def per_layer_if_used(config):
+    """SmolLM3: `layer_types` count only with `use_sliding_window`."""
+    return per_layer(config) if config.use_sliding_window else all_full(config)
+
+
+def rotating(config):
+    """SmolLM3: 1 for each layer with RoPE, and maybe more entries than layers."""
+    return [bool(rotates) for rotates in config.no_rope_layers[: config.num_hidden_layers]]
+
+
 @dataclass(frozen=True)
 class Family:
     """One teacher family.
@@ -44,6 +64,8 @@ class Family:
     layer_types: from the teacher's configuration to each layer's attention type.
     tensors: teacher -> students, as far as the configuration asks for them; None: recomputed, not loaded.
     The three biases are values, or the name of the teacher's field that holds the value.
+    traits: what a Llama does not have, {field of the student: name of the teacher's field, or a function of its
+        configuration}; `configuration.TRAITS` lists the fields, each of which is tested on its own.
     """
 
     config_class: type
@@ -54,6 +76,7 @@ class Family:
     attention_bias: bool | str = False
     attention_output_bias: bool | str = False
     mlp_bias: bool | str = False
+    traits: dict = field(default_factory=dict)
 
     def fields(self, config):
         """The student's fields that differ between families, from the teacher's configuration."""
@@ -61,6 +84,8 @@ class Family:
         for name in ("attention_bias", "attention_output_bias", "mlp_bias"):
             value = getattr(self, name)
             fields[name] = getattr(config, value) if isinstance(value, str) else value
+        for name, source in self.traits.items():
+            fields[name] = source(config) if callable(source) else getattr(config, source)
         window = config.sliding_window if "sliding_attention" in kinds else None
         return fields | {"teacher_layer_types": kinds, "teacher_sliding_window": window}
 
@@ -120,6 +145,17 @@ FAMILIES = {
     ),
 }
 FAMILIES["olmo3"] = replace(FAMILIES["olmo2"], config_class=Olmo3Config, layer_types=per_layer)
+FAMILIES["ministral"] = replace(FAMILIES["mistral"], config_class=MinistralConfig, layer_types=per_layer)
+FAMILIES["smollm3"] = replace(
+    FAMILIES["llama"], config_class=SmolLM3Config, layer_types=per_layer_if_used, traits={"rope_layers": rotating}
+)
+FAMILIES["granite"] = replace(
+    FAMILIES["llama"],
+    config_class=GraniteConfig,
+    traits={
+        name: name for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    },
+)
 # Fields that have one name and one meaning in all families and in the student
 EVERY_FAMILY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -31,7 +31,7 @@ class HybridAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx, self.layer_type = config, layer_idx, config.layer_types[layer_idx]
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.attention_scaling, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
         D, q_dim = config.hidden_size, config.num_attention_heads * self.head_dim

@@ -106,6 +106,22 @@ def rms_norm(config):
     return (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
 
 
+def scaled(x, factor):
+    """x times a factor of the teacher's, which is rounded to the dtype of x first; x itself where it is 1, as in most."""
+    return x if factor == 1 else x * x.new_full((), factor)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embeddings times `embedding_multiplier`: `inputs_embeds` that come from here have it, and get it once."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_scale = config.embedding_multiplier  # the name that PEFT looks for
+
+    def forward(self, input_ids):
+        return scaled(super().forward(input_ids), self.embed_scale)
+
+
 MLP_TOKENS = 512  # that a CPU takes at once without gradients: more of them leave its cache
 
 
@@ -153,7 +169,7 @@ class HybridDecoderLayer(CheckpointedLayer):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
+        self.pre_norm, self.residual_multiplier = config.norm_position == "pre", config.residual_multiplier
         self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
         if self.pre_norm:
             self.input_layernorm = rms_norm(config)
@@ -173,11 +189,12 @@ class HybridDecoderLayer(CheckpointedLayer):
 
     def finish(self, hidden_states, attention):
         """Residual stream after attention output and MLP."""
+        factor = self.residual_multiplier
         if self.pre_norm:
-            hidden_states = hidden_states + attention
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        hidden_states = hidden_states + self.post_attention_layernorm(attention)
-        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+            hidden_states = hidden_states + scaled(attention, factor)
+            return hidden_states + scaled(self.mlp(self.post_attention_layernorm(hidden_states)), factor)
+        hidden_states = hidden_states + scaled(self.post_attention_layernorm(attention), factor)
+        return hidden_states + scaled(self.post_feedforward_layernorm(self.mlp(hidden_states)), factor)
 
     def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
         """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
@@ -356,7 +373,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         config.check()  # its fields may have been changed since it was checked
         super().__init__(config)
         self.checked = copy.deepcopy(config.choices())
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = ScaledEmbedding(config)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
         self.norm, kinds = rms_norm(config), sorted(set(config.teacher_layer_types))
         self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kind) for kind in kinds})
@@ -425,9 +442,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 config, kind, window, None, tokens, packed or tokens.uneven, **shared
             )
         rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
+        rope = [rope[kind] for kind in config.teacher_layer_types]
+        if config.rope_layers is not None:  # without: a rotation by nothing, cos 1 and sin 0
+            still = torch.ones_like(rope[0][0]), torch.zeros_like(rope[0][1])
+            rope = [x if rotates else still for x, rotates in zip(rope, config.rope_layers, strict=True)]
         where = [
-            {"position_embeddings": rope[kind], "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
-            for key, kind in zip(keys, config.teacher_layer_types, strict=False)
+            {"position_embeddings": x, "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
+            for key, x in zip(keys, rope, strict=False)
         ]
         return tokens, where, teacher_masks
 
@@ -723,8 +744,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         Args:
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
             with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits:
-                losses that go over the head in chunks. It runs in here because FSDP gathers the head's weight only
-                inside of `forward`.
+                losses that go over the head in chunks, and divide by `logits_scaling` themselves. It runs in here
+                because FSDP gathers the head's weight only inside of `forward`.
         """
         if teacher_forced:
             if (self._tp_size or 1) > 1:
@@ -738,6 +759,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         if with_head is not None:
             return with_head(hidden_states, self)
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
