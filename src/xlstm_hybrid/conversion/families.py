@@ -16,8 +16,11 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -55,6 +58,12 @@ def per_layer_if_used(config):
 def rotating(config):
     """SmolLM3: 1 for each layer with RoPE, and maybe more entries than layers."""
     return [bool(rotates) for rotates in config.no_rope_layers[: config.num_hidden_layers]]
+
+
+def layers_without_experts(config):
+    """Qwen's two ways to say it, and both count."""
+    layers, step = range(config.num_hidden_layers), config.decoder_sparse_step
+    return [j for j in layers if j in config.mlp_only_layers or (j + 1) % step]
 
 
 @dataclass(frozen=True)
@@ -100,20 +109,30 @@ def in_layers(*names):
     return same(*(f"model.layers.{{n}}.{name}" for name in names))
 
 
-TRUNK = {
+WITHOUT_MLP = {
     **same("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
     # window attention and mLSTM share the four projections
     **in_layers(*(f"self_attn.{name}_proj.weight" for name in "qkvo")),
-    **in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     "model.rotary_emb.inv_freq": None,  # buffers of RoPE, stored by old versions of transformers
     "model.layers.{n}.self_attn.rotary_emb.inv_freq": None,
 }
+TRUNK = WITHOUT_MLP | in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 PRE_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight")
 POST_NORMS = in_layers("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 QK_NORMS = in_layers("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 QKV_BIASES = in_layers("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 O_BIAS = in_layers("self_attn.o_proj.bias")
 MLP_BIASES = in_layers("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
+# as in transformers' models; in checkpoints each expert has tensors of its own, which `source.DirectoryTeacher` joins
+EXPERTS = in_layers("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+SHARED_EXPERT = in_layers(
+    *(f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")), "mlp.shared_expert_gate.weight"
+)
+CHOICE_OF_EXPERTS = {name: name for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
+QWEN_EXPERTS = CHOICE_OF_EXPERTS | {
+    "moe_intermediate_size": "moe_intermediate_size",
+    "mlp_only_layers": layers_without_experts,
+}
 
 FAMILIES = {
     "llama": Family(
@@ -156,6 +175,31 @@ FAMILIES["granite"] = replace(
         name: name for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     },
 )
+FAMILIES["qwen3_moe"] = replace(
+    FAMILIES["qwen3"],
+    config_class=Qwen3MoeConfig,
+    layer_types=one_kind,
+    tensors=FAMILIES["qwen3"].tensors | EXPERTS,
+    traits=QWEN_EXPERTS,
+)
+FAMILIES["qwen2_moe"] = replace(
+    FAMILIES["qwen2"],
+    config_class=Qwen2MoeConfig,
+    attention_bias="qkv_bias",
+    tensors=FAMILIES["qwen2"].tensors | EXPERTS | SHARED_EXPERT,
+    traits=QWEN_EXPERTS | {"shared_expert_intermediate_size": "shared_expert_intermediate_size"},
+)
+FAMILIES["olmoe"] = Family(
+    OlmoeConfig,
+    qk_norm="full",
+    attention_bias="attention_bias",
+    attention_output_bias="attention_bias",
+    layer_types=all_full,
+    tensors=WITHOUT_MLP | EXPERTS | PRE_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
+    traits=CHOICE_OF_EXPERTS | {"moe_intermediate_size": "intermediate_size"},
+)
+# Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
+WITHOUT = {"olmoe": {"clip_qkv": (None,)}}
 # Fields that have one name and one meaning in all families and in the student
 EVERY_FAMILY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -168,8 +212,8 @@ def family_of(config):
     """The `Family` of a teacher's configuration.
 
     Raises:
-        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE or layer type that we do not
-            have.
+        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE, a layer type or a field of
+            `WITHOUT` that we do not have.
     """
     kind = getattr(config, "model_type", None)
     if kind in STUDENTS:
@@ -190,6 +234,12 @@ def family_of(config):
             f"teacher configuration ({kind}): {method}, quantization_config is set, expected unquantised weights; start from "
             f"the original checkpoint{f', or dequantise it (M: AutoModelForCausalLM): {undo}' if undo else ''}"
         )
+    for name, allowed in WITHOUT.get(kind, {}).items():
+        if (value := getattr(config, name)) not in allowed:
+            raise UnsupportedTeacherError(
+                f"teacher configuration ({kind}): {name} is {value}, expected {allowed[0]}: the student has no such thing; "
+                "choose another teacher"
+            )
     check_rope(config)
     check_layer_types(config)
     return FAMILIES[kind]

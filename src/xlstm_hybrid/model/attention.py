@@ -44,7 +44,8 @@ class HybridAttention(nn.Module):
         if self.qk_norm == "head":
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         elif self.qk_norm == "full":
-            self.q_norm, self.k_norm = (Olmo2RMSNorm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
+            norm = LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm  # OLMoE rounds as Llama does
+            self.q_norm, self.k_norm = (norm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
         kept = config.kept_of(layer_idx)

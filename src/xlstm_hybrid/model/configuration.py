@@ -33,6 +33,12 @@ TRAITS = {  # what some teachers have beyond a Llama, and what a Llama has
     "residual_multiplier": 1.0,
     "attention_multiplier": None,
     "logits_scaling": 1.0,
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": None,
+    "shared_expert_intermediate_size": None,
+    "mlp_only_layers": None,
 }
 # what the checks of mixer and exact memories read
 CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")
@@ -77,6 +83,12 @@ class XLSTMHybridConfig(StudentConfig):
             residual stream (Granite).
         attention_multiplier: factor of the products of queries and keys; None: head_dim^-0.5.
         logits_scaling: divisor of the logits; TRL reads it under this name as well.
+        num_experts, num_experts_per_tok: experts of a layer's MLP, and how many of them a token goes through; None: one MLP
+            for all tokens.
+        norm_topk_prob: whether the chosen experts' weights sum to 1.
+        moe_intermediate_size, shared_expert_intermediate_size: width of an expert, and of the one that all tokens go
+            through beside (Qwen2-MoE; None: there is none).
+        mlp_only_layers: numbers of the layers without experts.
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
             "sliding_attention".
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
@@ -169,6 +181,12 @@ class XLSTMHybridConfig(StudentConfig):
     residual_multiplier: float | int = 1.0
     attention_multiplier: float | int | None = None
     logits_scaling: float | int = 1.0
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    mlp_only_layers: list[int] | None = None
 
     layer_types: list[str] | None = None
     teacher_layer_types: list[str] | None = None
@@ -280,6 +298,12 @@ class XLSTMHybridConfig(StudentConfig):
         for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
             if (factor := getattr(self, name)) is not None and not factor > 0:
                 wrong.append(f"{name}={factor}: expected a number above 0")
+        if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
+            wrong.append(
+                f"num_experts_per_tok={self.num_experts_per_tok}: expected 1 to num_experts={self.num_experts}"
+            )
+        if self.num_experts and not self.moe_intermediate_size:
+            wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
         wrong += self.wrong_mixer() or ([] if wrong else self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
@@ -355,6 +379,10 @@ class XLSTMHybridConfig(StudentConfig):
     def attention_scaling(self):
         """Factor of the products of queries and keys."""
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def has_experts(self, layer_idx):
+        """Whether the MLP of a layer is one of experts."""
+        return bool(self.num_experts) and layer_idx not in (self.mlp_only_layers or ())
 
     @property
     def memory_features(self):

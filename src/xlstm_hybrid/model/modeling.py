@@ -26,6 +26,8 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -42,6 +44,7 @@ from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
+EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
 
 
@@ -145,6 +148,16 @@ class HybridMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
+def mlp_of(config, layer_idx):
+    """The MLP of a layer; with experts it is transformers' own, whose router's logits go nowhere: there is no loss that
+    balances the experts.
+    """
+    if not config.has_experts(layer_idx):
+        return HybridMLP(config)
+    shared = config.shared_expert_intermediate_size
+    return (Qwen2MoeSparseMoeBlock if shared else Qwen3MoeSparseMoeBlock)(config)
+
+
 class CheckpointedLayer(GradientCheckpointingLayer):
     """A layer that is checkpointed only where gradients are wanted."""
 
@@ -170,7 +183,7 @@ class HybridDecoderLayer(CheckpointedLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.pre_norm, self.residual_multiplier = config.norm_position == "pre", config.residual_multiplier
-        self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
+        self.self_attn, self.mlp = HybridAttention(config, layer_idx), mlp_of(config, layer_idx)
         if self.pre_norm:
             self.input_layernorm = rms_norm(config)
         self.post_attention_layernorm = rms_norm(config)
@@ -333,9 +346,22 @@ class XLSTMHybridPreTrainedModel(StudentModel):
         super().post_init()
         drop_absent_names(self)
 
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return True  # transformers looks for its decorator in our source; the experts are its own
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """As in transformers, but one expert after the other unless asked: its grouped product takes no float64, and no
+        row that is not a multiple of 16 bytes.
+        """
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        if isinstance(module, EXPERTS):  # parameters of their own, and not of linear maps
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
                 init.copy_(feature_map, module.first_map().expand_as(feature_map))
