@@ -36,7 +36,7 @@ FAMILIES = {  # every hidden size but Llama's, which insists, is no multiple of 
     "olmo2": ("Olmo2", {"hidden_size": 50, "attention_bias": True}),
     "olmo3": ("Olmo3", {"hidden_size": 50, "layer_types": MIXED, "tie_word_embeddings": True}),
 }
-WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3", "ministral", "qwen3_moe")
+WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3", "ministral", "qwen3_moe", "gemma3_text")
 # Families that repeat the path of one above, but for what `configuration.TRAITS` names: they are not in the tests that go
 # over families, stacks and RoPE variants at once, see `model/test_traits.py`
 WITH_TRAITS = {
@@ -52,6 +52,18 @@ WITH_TRAITS = {
             "residual_multiplier": 0.75,
             "attention_multiplier": 0.5,
             "logits_scaling": 1.5,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "hidden_size": 42,
+            "layer_types": MIXED,
+            "hidden_activation": "gelu",
+            "attention_bias": True,
+            "query_pre_attn_scalar": 5,
+            "final_logit_softcapping": 6.0,
+            "tie_word_embeddings": False,
         },
     ),
     "qwen3_moe": (
@@ -90,6 +102,7 @@ WITH_TRAITS = {
         },
     ),
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
@@ -123,7 +136,7 @@ def rope_parameters(family, rope):
     scaled = {**ROPES[rope], "rope_theta": 5000.0}
     return (
         {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
-        if family == "olmo3"
+        if family in ("olmo3", "gemma3_text")
         else scaled
     )
 
@@ -139,7 +152,7 @@ def teacher_config(family, rope="default", window=7, **changes):
         fields["sliding_window"] = window
     if rope == "dynamic":
         fields["max_position_embeddings"] = 32  # it scales past this
-    return getattr(transformers, f"{name}Config")(**{**fields, **changes})
+    return getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**{**fields, **changes})
 
 
 def model_class(family):

@@ -8,8 +8,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MinistralConfig,
@@ -58,6 +60,11 @@ def per_layer_if_used(config):
 def rotating(config):
     """SmolLM3: 1 for each layer with RoPE, and maybe more entries than layers."""
     return [bool(rotates) for rotates in config.no_rope_layers[: config.num_hidden_layers]]
+
+
+def root_of_width(config):
+    """Gemma 3: the square root of the hidden size, which its model holds in float32."""
+    return torch.tensor(config.hidden_size**0.5, dtype=torch.float32).item()
 
 
 def layers_without_experts(config):
@@ -119,6 +126,7 @@ WITHOUT_MLP = {
 TRUNK = WITHOUT_MLP | in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 PRE_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight")
 POST_NORMS = in_layers("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+BOTH_NORMS = PRE_NORMS | POST_NORMS | in_layers("pre_feedforward_layernorm.weight")
 QK_NORMS = in_layers("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 QKV_BIASES = in_layers("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 O_BIAS = in_layers("self_attn.o_proj.bias")
@@ -198,8 +206,36 @@ FAMILIES["olmoe"] = Family(
     tensors=WITHOUT_MLP | EXPERTS | PRE_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
     traits=CHOICE_OF_EXPERTS | {"moe_intermediate_size": "intermediate_size"},
 )
+FAMILIES["gemma3_text"] = Family(
+    Gemma3TextConfig,
+    norm_position="both",
+    qk_norm="head",
+    attention_bias="attention_bias",
+    attention_output_bias="attention_bias",
+    layer_types=per_layer,
+    tensors=TRUNK | BOTH_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
+    traits={
+        "hidden_act": "hidden_activation",
+        "norm_plus_one": lambda config: True,
+        "embedding_multiplier": root_of_width,
+        "attention_multiplier": lambda config: config.query_pre_attn_scalar**-0.5,
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+)
 # Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
-WITHOUT = {"olmoe": {"clip_qkv": (None,)}}
+WITHOUT = {
+    "olmoe": {"clip_qkv": (None,)},
+    "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
+}
+LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
+REFUSED = {  # families that one may well ask for, and what they have that no student has
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), LINEAR
+    ),
+    **dict.fromkeys(("gemma3", "mistral3"), PICTURES),
+    "gemma2": "attention scores with a cap",
+    "ministral3": "queries that are scaled by their position",
+}
 # Fields that have one name and one meaning in all families and in the student
 EVERY_FAMILY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -222,8 +258,9 @@ def family_of(config):
             "distill), or convert the Transformer that its provenance.json names"
         )
     if kind not in FAMILIES:
+        what = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
         raise UnsupportedTeacherError(
-            f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
+            f"teacher configuration: model_type {kind!r} is not one of the supported families{what}: {', '.join(FAMILIES)}; "
             "choose a teacher of one of them, or add it as docs/add-teacher-family.md shows"
         )
     if quantised := getattr(config, "quantization_config", None):
@@ -321,7 +358,8 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
         ConfigError: layer types, window, sinks or overrides that describe no student of this teacher.
     """
     family = family_of(teacher_config)
-    fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY} | family.fields(teacher_config)
+    fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY if name not in family.traits}
+    fields |= family.fields(teacher_config)
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     )

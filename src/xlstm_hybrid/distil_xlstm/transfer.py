@@ -71,7 +71,7 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
     """
     family, kind = family_of(teacher_config), teacher_config.model_type
     values = family.fields(teacher_config)
-    for name in ("embedding_multiplier", "logits_scaling"):
+    for name in ("embedding_multiplier", "logits_scaling", "final_logit_softcapping"):
         if values.get(name, TRAITS[name]) != TRAITS[name]:
             raise UnsupportedTeacherError(
                 f"teacher configuration ({kind}): {name} is {values[name]}, expected {TRAITS[name]}: this student has the "

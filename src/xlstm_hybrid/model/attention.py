@@ -7,6 +7,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, repeat_kv
 
 # this one rounds to the dtype of q and k
@@ -20,6 +21,12 @@ from xlstm_hybrid.model.kept_groups import KeptKeys, Split, join_weights, log_sc
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.model.rollback import RecordedCall, Step
+
+
+def rms_norm(config, dim):
+    """A norm over `dim` features: OLMo 2 and 3 multiply by the weight before they round, Llama and OLMoE afterwards."""
+    usual = LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm
+    return (Gemma3RMSNorm if config.norm_plus_one else usual)(dim, config.rms_norm_eps)
 
 
 class HybridAttention(nn.Module):
@@ -42,10 +49,10 @@ class HybridAttention(nn.Module):
         self.o_proj = Linear(q_dim, D, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm == "head":
-            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+            norm = Gemma3RMSNorm if config.norm_plus_one else LlamaRMSNorm
+            self.q_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         elif self.qk_norm == "full":
-            norm = LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm  # OLMoE rounds as Llama does
-            self.q_norm, self.k_norm = (norm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
+            self.q_norm, self.k_norm = (rms_norm(config, dim) for dim in (q_dim, kv_dim))
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
         kept = config.kept_of(layer_idx)

@@ -33,6 +33,8 @@ TRAITS = {  # what some teachers have beyond a Llama, and what a Llama has
     "residual_multiplier": 1.0,
     "attention_multiplier": None,
     "logits_scaling": 1.0,
+    "final_logit_softcapping": None,
+    "norm_plus_one": False,
     "num_experts": None,
     "num_experts_per_tok": None,
     "norm_topk_prob": False,
@@ -75,14 +77,17 @@ class XLSTMHybridConfig(StudentConfig):
 
     Args:
         qk_norm: None; "head" (one RMS norm per head, Qwen3); "full" (over all heads at once, OLMo 2 and 3).
-        norm_position: "pre" (Llama, Mistral, Qwen) or "post" (OLMo 2 and 3: the norm follows attention and MLP).
+        norm_position: "pre" (Llama, Mistral, Qwen), "post" (OLMo 2 and 3: the norm follows attention and MLP) or "both"
+            (Gemma 3).
         attention_bias: biases of q, k and v; `attention_output_bias` is that of o.
         rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`.
         rope_layers: per layer whether the teacher rotates queries and keys (SmolLM3: not all do); None: every layer.
         embedding_multiplier, residual_multiplier: factors of the embeddings, and of what attention and MLP add to the
             residual stream (Granite).
         attention_multiplier: factor of the products of queries and keys; None: head_dim^-0.5.
-        logits_scaling: divisor of the logits; TRL reads it under this name as well.
+        logits_scaling, final_logit_softcapping: divisor of the logits, and c of c tanh(logits / c) (Gemma); TRL reads them
+            under these names as well.
+        norm_plus_one: whether norms multiply by 1 + weight (Gemma 3).
         num_experts, num_experts_per_tok: experts of a layer's MLP, and how many of them a token goes through; None: one MLP
             for all tokens.
         norm_topk_prob: whether the chosen experts' weights sum to 1.
@@ -181,6 +186,8 @@ class XLSTMHybridConfig(StudentConfig):
     residual_multiplier: float | int = 1.0
     attention_multiplier: float | int | None = None
     logits_scaling: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+    norm_plus_one: bool = False
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     norm_topk_prob: bool = False
@@ -293,9 +300,12 @@ class XLSTMHybridConfig(StudentConfig):
             wrong.append(f"mlstm_chunk_size={self.mlstm_chunk_size}: expected at least 1 token")
         if self.qk_norm not in (None, "head", "full"):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
-        if self.norm_position not in ("pre", "post"):
-            wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
-        for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+        if self.norm_position not in ("pre", "post", "both"):
+            wrong.append(f"norm_position={self.norm_position!r}: expected 'pre', 'post' or 'both'")
+        for name in (
+            *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+            *("logits_scaling", "final_logit_softcapping"),
+        ):
             if (factor := getattr(self, name)) is not None and not factor > 0:
                 wrong.append(f"{name}={factor}: expected a number above 0")
         if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
