@@ -48,8 +48,10 @@ MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
 
 
 def mixed_checkpoint(folder):
-    """`folder` with a student of four layers, one of which keeps the teacher's attention, with tied embeddings."""
-    model = tiny_student(torch.float32, gain=1.0, num_hidden_layers=4, layer_types=MIXED, tie_word_embeddings=True)
+    """`folder` with a student of four layers, one of which keeps the teacher's attention, with tied embeddings and traits."""
+    traits = {"embedding_multiplier": 1.5, "residual_multiplier": 0.75, "rope_layers": [True, True, False, True]}
+    options = traits | {"num_hidden_layers": 4, "layer_types": MIXED, "tie_word_embeddings": True}
+    model = tiny_student(torch.float32, gain=1.0, **options)
     model.tie_weights()
     model.save_pretrained(folder)
     return folder

@@ -22,7 +22,7 @@ from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.adopt import adopt_cache
 from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
 from xlstm_hybrid.model.cache_names import named, takes_cache
-from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER
+from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER, TRAITS
 from xlstm_hybrid.model.kept_groups import DOCUMENT
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "2"
@@ -141,8 +141,8 @@ def rollback(cache, tokens):
 
 def behaviour(config):
     """The fields of a config that decide what a state means, as JSON has them."""
-    # older states lack fields of the mixer, which then have the values of MIXER
-    fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in MIXER and v == MIXER[k])}
+    usual = MIXER | TRAITS  # older states lack these fields, which then have these values
+    fields = {k: v for k, v in config.to_dict().items() if k not in INDIFFERENT and not (k in usual and v == usual[k])}
     return json.loads(json.dumps(dict(sorted(fields.items()))))
 
 

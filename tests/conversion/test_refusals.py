@@ -74,6 +74,12 @@ REFUSALS = {
         UnsupportedTeacherError,
         r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
     ),
+    "linear layers": (
+        lambda d: edit_config(d, model_type="qwen3_next"),
+        UnsupportedTeacherError,
+        r"'qwen3_next' is not one of the supported families \(it has linear layers beside attention, .* holds\): llama.*"
+        r"olmoe.*docs/add-teacher-family.md",
+    ),
     "no family": (
         lambda d: edit_config(d, model_type=None),
         UnsupportedTeacherError,

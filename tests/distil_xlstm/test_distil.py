@@ -396,6 +396,12 @@ def test_a_student_of_every_family_has_its_embeddings_frozen_and_half_its_layers
     ) and f"trainable {report.parameters['trainable']:,}" in str(report)
 
 
+@pytest.mark.parametrize("family", ["granite", "gemma3_text"])
+def test_a_teacher_that_scales_its_embeddings_is_refused(family):
+    with pytest.raises(UnsupportedTeacherError, match=rf"\({family}\): embedding_multiplier is .*, expected 1.0"):
+        DistilXLSTMForCausalLM.from_teacher(teacher(family))
+
+
 def test_new_parameters_follow_the_seed_and_leave_the_global_generator_alone():
     mentor = teacher("llama")  # made once: that draws numbers
     torch.manual_seed(5)

@@ -18,7 +18,17 @@ from peft import (
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from xlstm_hybrid.errors import AdapterError, CacheError
-from xlstm_hybrid.model.adapters import ATTENTION, GATES, MAPS, MLP, PRESETS, adaptable, coverage, lora_config
+from xlstm_hybrid.model.adapters import (
+    ATTENTION,
+    GATES,
+    MAPS,
+    MLP,
+    PRESETS,
+    adaptable,
+    coverage,
+    lora_config,
+    target_names,
+)
 
 LAYERS, D, F, H, G, K, R = 3, 48, 56, 4, 2, 16, 2  # of conftest's tiny student; R: rank in these tests
 COUNTS = {  # numbers per group in the whole student
@@ -267,7 +277,7 @@ GROUPS = {
 GROUPS["all"] = BOTH + MIXER
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "whole_mixer"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("experts", "whole_mixer")])
 def test_a_preset_adapts_all_of_its_groups_and_no_other(preset):
     model = adapted(preset)
     assert grouped(model, "adapted") == {name: COUNTS[name] for name in GROUPS[preset]}
@@ -437,3 +447,18 @@ def test_an_adapter_that_transformers_adds_is_the_one_that_peft_adds():
     model, direct = adapted(["q_proj", "v_proj"]), tiny_student(tie_word_embeddings=False)
     direct.add_adapter(lora_config(direct, ["q_proj", "v_proj"], r=R))
     assert coverage(direct).as_dict() == coverage(model).as_dict()
+
+
+@torch.no_grad()
+def test_experts_are_adapted_by_rank_for_each_and_merge():
+    made = lambda: tiny_student(  # noqa: E731
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False
+    )
+    model, ids = adapted("experts", made()), token_ids(2, 12)
+    assert coverage(model).groups["mlp"]["adapter"] == LAYERS * 4 * R * (D + 2 * 24 + 24 + D)
+    want = forward(model, ids)
+    assert float((want - forward(made(), ids)).std()) > 0.01
+    torch.testing.assert_close(forward(model.merge_and_unload(), ids), want, **TIGHT)
+    assert target_names(made(), "projections") == list(ATTENTION)
+    with pytest.raises(AdapterError, match="'gate' matches nothing"):
+        target_names(made(), "gate")

@@ -3,18 +3,21 @@ teacher.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
-from tiny_teachers import FAMILIES, ROPES, WINDOWED, teacher, tokens
+from tiny_teachers import EVERY, FAMILIES, ROPES, WINDOWED, WITH_TRAITS, teacher, tokens
 from transformers import AutoModelForCausalLM
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, convert
 
 torch.set_num_threads(1)
 CLOSED = {"mlstm_output_gate_bias": -1e4}  # the output gate's weight starts at zero, so this closes it for every token
-every_family = pytest.mark.parametrize("family", FAMILIES)
-every_rope = pytest.mark.parametrize("rope", ROPES)
+every_family = pytest.mark.parametrize("family", EVERY)
+families_and_ropes = pytest.mark.parametrize(
+    ("family", "rope"), [*itertools.product(FAMILIES, ROPES), *itertools.product(WITH_TRAITS, ["yarn"])]
+)
 
 
 @torch.no_grad()
@@ -44,8 +47,7 @@ def test_the_teachers_are_ones_that_a_wrong_layer_would_show(family):
     assert float((logits(narrow) - logits(original)).std()) > 0.3
 
 
-@every_family
-@every_rope
+@families_and_ropes
 def test_a_student_with_the_teachers_layer_types_is_the_teacher(family, rope):
     original = teacher(family, rope)
     student = XLSTMHybridForCausalLM.from_teacher(original, layer_types="teacher")
@@ -53,8 +55,7 @@ def test_a_student_with_the_teachers_layer_types_is_the_teacher(family, rope):
     assert torch.equal(greedy(student), greedy(original))
 
 
-@every_family
-@every_rope
+@families_and_ropes
 def test_a_student_with_wide_windows_and_closed_gates_is_the_teacher(family, rope):
     original = teacher(family, rope, window=45)  # a teacher's own window ends the identity
     student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=45, num_sink_tokens=2, **CLOSED)
@@ -84,7 +85,7 @@ def test_a_mixed_stack_keeps_each_layers_own_window_and_rope(family):
         assert_same_function(student, original, length=7)
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_identities_hold_from_disk(family, tied, tmp_path):
     original = teacher(family, "yarn", tied=tied)

@@ -35,6 +35,7 @@ KINDS = {
 KEPT = {"kept_groups": [[0], [], []]}
 LOG = KEPT | {"kept_positions": "log"}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 EDITS = {  # field: (what the student was trained with, another value)
     "vocab_size": ({}, 62),
     "hidden_size": ({}, 64),
@@ -59,6 +60,19 @@ EDITS = {  # field: (what the student was trained with, another value)
     "eos_token_id": ({}, 7),
     "qk_norm": ({}, "head"),
     "norm_position": ({}, "post"),
+    "rope_layers": ({}, [True, False, True]),
+    "embedding_multiplier": ({}, 2.5),
+    "residual_multiplier": ({}, 0.5),
+    "attention_multiplier": ({}, 0.75),
+    "logits_scaling": ({}, 2.0),
+    "final_logit_softcapping": ({}, 2.0),
+    "norm_plus_one": ({}, True),
+    "num_experts": (MOE, 3),
+    "num_experts_per_tok": (MOE, 1),
+    "norm_topk_prob": (MOE, True),
+    "moe_intermediate_size": (MOE, 32),
+    "shared_expert_intermediate_size": (MOE, 16),
+    "mlp_only_layers": (MOE, [1]),
     "layer_types": (KINDS, ["hybrid_sliding", "sliding_attention", "sliding_attention"]),
     "teacher_layer_types": (KINDS | KEPT, ["sliding_attention", "full_attention", "sliding_attention"]),
     "teacher_sliding_window": (KINDS, 8),

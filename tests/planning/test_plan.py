@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_teachers import FAMILIES, teacher, teacher_config
+from tiny_teachers import EVERY, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
 from typer.testing import CliRunner
 from xlstm_kernels.backends import choose
 from xlstm_kernels.backends.scratch import LOCAL
@@ -18,6 +18,7 @@ from xlstm_kernels.mlstm import op as mlstm
 from xlstm_kernels.step import op as step
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, cli
+from xlstm_hybrid.commands.plan import plan_lines
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.data import collate
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
@@ -59,7 +60,7 @@ def test_parameters_are_those_that_the_papers_models_have():
     assert shape.teacher == 7_615_616_512 and (shape.L, shape.H, shape.K) == (28, 28, 128)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_family_is_counted_as_its_model_has_it(family):
     config = teacher_config(family)
     shape, student = plan.student_shape(config), XLSTMHybridForCausalLM(student_config(config))
@@ -70,6 +71,26 @@ def test_every_family_is_counted_as_its_model_has_it(family):
         teacher(family)(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert 2 * (shape.matmul + shape.head) == counted.get("aten.mm", 0) + counted.get("aten.addmm", 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [
+        (
+            Qwen3MoeConfig(num_hidden_layers=48, head_dim=128, vocab_size=151936, tie_word_embeddings=False),
+            30_532_122_624,
+            30_532_122_624 - 48 * 120 * 3 * 768 * 2048,
+        ),
+        (Qwen2MoeConfig(), 14_315_784_192, 14_315_784_192 - 24 * 56 * 3 * 1408 * 2048),
+        (OlmoeConfig(intermediate_size=1024), 6_919_161_856, 6_919_161_856 - 16 * 56 * 3 * 1024 * 2048),
+    ],
+    ids=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B", "OLMoE-1B-7B"],
+)
+def test_parameters_of_experts_are_active_as_far_as_a_token_goes_through_them(config, total, active):
+    made = plan.plan(config, H100S)
+    assert (made.shape.teacher, made.shape.teacher - made.shape.idle) == (total, active)
+    text = " ".join(line for line in plan_lines(made) if isinstance(line, str))
+    assert f"{active:,} parameters of the teacher" in text and "not measured" in " ".join(made.assumptions)
 
 
 def test_a_layer_that_keeps_attention_costs_no_mixer():

@@ -367,6 +367,8 @@ def test_a_student_is_proven_on_one_layer_of_each_layout():
     with torch.no_grad():
         seen = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         torch.testing.assert_close(short.model(ids, use_cache=False).last_hidden_state, model.model.norm(seen[3]))
+    still = tiny_student(rope_layers=[True, True, False])
+    assert efficiency_checks.first_layers(still).config.rope_layers == [True, True, False]
     kept = tiny_student(kept_groups=[[], [], [1]], layer_windows=[7, 7, 5])
     assert efficiency_checks.first_layers(kept).config.kept_groups == [[], [], [1]]
     assert efficiency_checks.first_layers(

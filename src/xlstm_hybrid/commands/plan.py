@@ -114,6 +114,9 @@ def plan_lines(found):
     """The plan as tables and lines for the terminal."""
     s, machine = found.shape, found.machine
     yield f"[bold]{s.name}[/bold]: {s.teacher:,} parameters; its student {s.student:,}, {s.new:,} of them new ({s.hybrid} of {s.L} layers hybrid)"
+    if s.idle:
+        active = f"{s.teacher - s.idle:,} parameters of the teacher, {s.student - s.idle:,} of the student"
+        yield f"active in a token, which goes through some experts only: {active}"
     stages = Table("stage", "fits", "peak per GPU", "settings", "tokens", "tokens/s", "time")
     parts = Table("memory per GPU", *found.stages)
     for kind, e in found.stages.items():

@@ -6,10 +6,25 @@ number.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.configuration import LAYER_TYPES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
@@ -37,6 +52,27 @@ def per_layer(config):
     return list(config.layer_types)
 
 
+def per_layer_if_used(config):
+    """SmolLM3: `layer_types` count only with `use_sliding_window`."""
+    return per_layer(config) if config.use_sliding_window else all_full(config)
+
+
+def rotating(config):
+    """SmolLM3: 1 for each layer with RoPE, and maybe more entries than layers."""
+    return [bool(rotates) for rotates in config.no_rope_layers[: config.num_hidden_layers]]
+
+
+def root_of_width(config):
+    """Gemma 3: the square root of the hidden size, which its model holds in float32."""
+    return torch.tensor(config.hidden_size**0.5, dtype=torch.float32).item()
+
+
+def layers_without_experts(config):
+    """Qwen's two ways to say it, and both count."""
+    layers, step = range(config.num_hidden_layers), config.decoder_sparse_step
+    return [j for j in layers if j in config.mlp_only_layers or (j + 1) % step]
+
+
 @dataclass(frozen=True)
 class Family:
     """One teacher family.
@@ -44,6 +80,8 @@ class Family:
     layer_types: from the teacher's configuration to each layer's attention type.
     tensors: teacher -> students, as far as the configuration asks for them; None: recomputed, not loaded.
     The three biases are values, or the name of the teacher's field that holds the value.
+    traits: what a Llama does not have, {field of the student: name of the teacher's field, or a function of its
+        configuration}; `configuration.TRAITS` lists the fields, each of which is tested on its own.
     """
 
     config_class: type
@@ -54,6 +92,7 @@ class Family:
     attention_bias: bool | str = False
     attention_output_bias: bool | str = False
     mlp_bias: bool | str = False
+    traits: dict = field(default_factory=dict)
 
     def fields(self, config):
         """The student's fields that differ between families, from the teacher's configuration."""
@@ -61,6 +100,8 @@ class Family:
         for name in ("attention_bias", "attention_output_bias", "mlp_bias"):
             value = getattr(self, name)
             fields[name] = getattr(config, value) if isinstance(value, str) else value
+        for name, source in self.traits.items():
+            fields[name] = source(config) if callable(source) else getattr(config, source)
         window = config.sliding_window if "sliding_attention" in kinds else None
         return fields | {"teacher_layer_types": kinds, "teacher_sliding_window": window}
 
@@ -75,20 +116,31 @@ def in_layers(*names):
     return same(*(f"model.layers.{{n}}.{name}" for name in names))
 
 
-TRUNK = {
+WITHOUT_MLP = {
     **same("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
     # window attention and mLSTM share the four projections
     **in_layers(*(f"self_attn.{name}_proj.weight" for name in "qkvo")),
-    **in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     "model.rotary_emb.inv_freq": None,  # buffers of RoPE, stored by old versions of transformers
     "model.layers.{n}.self_attn.rotary_emb.inv_freq": None,
 }
+TRUNK = WITHOUT_MLP | in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 PRE_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight")
 POST_NORMS = in_layers("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+BOTH_NORMS = PRE_NORMS | POST_NORMS | in_layers("pre_feedforward_layernorm.weight")
 QK_NORMS = in_layers("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 QKV_BIASES = in_layers("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 O_BIAS = in_layers("self_attn.o_proj.bias")
 MLP_BIASES = in_layers("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
+# as in transformers' models; in checkpoints each expert has tensors of its own, which `source.DirectoryTeacher` joins
+EXPERTS = in_layers("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+SHARED_EXPERT = in_layers(
+    *(f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")), "mlp.shared_expert_gate.weight"
+)
+CHOICE_OF_EXPERTS = {name: name for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
+QWEN_EXPERTS = CHOICE_OF_EXPERTS | {
+    "moe_intermediate_size": "moe_intermediate_size",
+    "mlp_only_layers": layers_without_experts,
+}
 
 FAMILIES = {
     "llama": Family(
@@ -120,6 +172,70 @@ FAMILIES = {
     ),
 }
 FAMILIES["olmo3"] = replace(FAMILIES["olmo2"], config_class=Olmo3Config, layer_types=per_layer)
+FAMILIES["ministral"] = replace(FAMILIES["mistral"], config_class=MinistralConfig, layer_types=per_layer)
+FAMILIES["smollm3"] = replace(
+    FAMILIES["llama"], config_class=SmolLM3Config, layer_types=per_layer_if_used, traits={"rope_layers": rotating}
+)
+FAMILIES["granite"] = replace(
+    FAMILIES["llama"],
+    config_class=GraniteConfig,
+    traits={
+        name: name for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    },
+)
+FAMILIES["qwen3_moe"] = replace(
+    FAMILIES["qwen3"],
+    config_class=Qwen3MoeConfig,
+    layer_types=one_kind,
+    tensors=FAMILIES["qwen3"].tensors | EXPERTS,
+    traits=QWEN_EXPERTS,
+)
+FAMILIES["qwen2_moe"] = replace(
+    FAMILIES["qwen2"],
+    config_class=Qwen2MoeConfig,
+    attention_bias="qkv_bias",
+    tensors=FAMILIES["qwen2"].tensors | EXPERTS | SHARED_EXPERT,
+    traits=QWEN_EXPERTS | {"shared_expert_intermediate_size": "shared_expert_intermediate_size"},
+)
+FAMILIES["olmoe"] = Family(
+    OlmoeConfig,
+    qk_norm="full",
+    attention_bias="attention_bias",
+    attention_output_bias="attention_bias",
+    layer_types=all_full,
+    tensors=WITHOUT_MLP | EXPERTS | PRE_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
+    traits=CHOICE_OF_EXPERTS | {"moe_intermediate_size": "intermediate_size"},
+)
+FAMILIES["gemma3_text"] = Family(
+    Gemma3TextConfig,
+    norm_position="both",
+    qk_norm="head",
+    attention_bias="attention_bias",
+    attention_output_bias="attention_bias",
+    layer_types=per_layer,
+    tensors=TRUNK | BOTH_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
+    traits={
+        "hidden_act": "hidden_activation",
+        "norm_plus_one": lambda config: True,
+        "embedding_multiplier": root_of_width,
+        "attention_multiplier": lambda config: config.query_pre_attn_scalar**-0.5,
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+)
+# Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
+WITHOUT = {
+    "olmoe": {"clip_qkv": (None,)},
+    "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
+}
+LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
+REFUSED = {  # families that one may well ask for, and what they have that no student has
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), LINEAR
+    ),
+    **dict.fromkeys(("gemma3", "mistral3"), PICTURES),
+    "gemma2": "attention scores with a cap",
+    "ministral3": "queries that are scaled by their position",
+}
 # Fields that have one name and one meaning in all families and in the student
 EVERY_FAMILY = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -132,8 +248,8 @@ def family_of(config):
     """The `Family` of a teacher's configuration.
 
     Raises:
-        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE or layer type that we do not
-            have.
+        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE, a layer type or a field of
+            `WITHOUT` that we do not have.
     """
     kind = getattr(config, "model_type", None)
     if kind in STUDENTS:
@@ -142,8 +258,9 @@ def family_of(config):
             "distill), or convert the Transformer that its provenance.json names"
         )
     if kind not in FAMILIES:
+        what = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
         raise UnsupportedTeacherError(
-            f"teacher configuration: model_type {kind!r} is not one of the supported families: {', '.join(FAMILIES)}; "
+            f"teacher configuration: model_type {kind!r} is not one of the supported families{what}: {', '.join(FAMILIES)}; "
             "choose a teacher of one of them, or add it as docs/add-teacher-family.md shows"
         )
     if quantised := getattr(config, "quantization_config", None):
@@ -154,6 +271,12 @@ def family_of(config):
             f"teacher configuration ({kind}): {method}, quantization_config is set, expected unquantised weights; start from "
             f"the original checkpoint{f', or dequantise it (M: AutoModelForCausalLM): {undo}' if undo else ''}"
         )
+    for name, allowed in WITHOUT.get(kind, {}).items():
+        if (value := getattr(config, name)) not in allowed:
+            raise UnsupportedTeacherError(
+                f"teacher configuration ({kind}): {name} is {value}, expected {allowed[0]}: the student has no such thing; "
+                "choose another teacher"
+            )
     check_rope(config)
     check_layer_types(config)
     return FAMILIES[kind]
@@ -235,7 +358,8 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
         ConfigError: layer types, window, sinks or overrides that describe no student of this teacher.
     """
     family = family_of(teacher_config)
-    fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY} | family.fields(teacher_config)
+    fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY if name not in family.traits}
+    fields |= family.fields(teacher_config)
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     )

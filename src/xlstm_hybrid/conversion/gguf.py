@@ -88,8 +88,9 @@ def gguf_config(path, name=None):
     name = name or Path(path).name
     values, tensors = open_gguf(path, name)
     kind = values.get("general.architecture")
-    others = f"take a model of {', '.join(FAMILIES)}, or its checkpoint in safetensors"
-    if kind not in FAMILIES:
+    plain = [name for name, family in FAMILIES.items() if not family.traits]  # headers are not known to tell traits
+    others = f"take a model of {', '.join(plain)}, or its checkpoint in safetensors"
+    if kind not in plain:
         raise UnsupportedTeacherError(f"{name}: architecture {kind!r} is none that can be converted; {others}")
     own = {key.removeprefix(f"{kind}."): value for key, value in values.items() if key.startswith(f"{kind}.")}
     if unknown := sorted(set(own) - READ):

@@ -3,6 +3,7 @@ once, tensors one by one.
 """
 
 import copy
+import math
 import re
 from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
@@ -23,6 +24,7 @@ from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigErr
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 # what a `GenerationConfig` has from any config.json, a student's too
 OF_CONFIG = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states"}
 OF_CONFIG |= {"_from_model_config", "transformers_version"}
@@ -32,7 +34,7 @@ class DirectoryTeacher:
     """A checkpoint directory.
 
     tensors: name -> (shape, dtype; None if it is not a plain float); those of a trunk under the names of the whole
-    model.  config: the teacher's configuration, of its own class.
+    model, those of experts joined.  config: the teacher's configuration, of its own class.
 
     Raises:
         CheckpointError: not a checkpoint of a language model (see `checkpoint.kinds`); a missing, unreadable or truncated
@@ -56,6 +58,28 @@ class DirectoryTeacher:
                     f"{self.name}/{file}: lacks {stored}, which the index places there; download the checkpoint again"
                 ) from error
             self.tensors[name] = list(described.get_shape()), STORED.get(str(described.get_dtype()))
+        self.join_experts()
+
+    def join_experts(self):
+        """Have one tensor for all experts of a layer, [E, 2 F, D] and [E, D, F], as transformers' models have, in the
+        place of those of each expert. Experts that are incomplete or unlike stay as they are, for the table to name.
+        """
+        found, self.parts = {}, {}
+        for name in self.tensors:
+            if match := EXPERT.fullmatch(name):
+                found.setdefault(match[1], {})[int(match[2]), match[3]] = name
+        for prefix, names in found.items():
+            experts = range(1 + max(number for number, _ in names))
+            for joined, kinds in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+                parts = [names.get((number, kind)) for number in experts for kind in kinds]
+                described = [self.tensors.get(part) for part in parts]
+                if any(x is None or x != described[0] for x in described):
+                    continue
+                (rows, columns), dtype = described[0]
+                self.parts[f"{prefix}.{joined}"] = parts
+                self.tensors[f"{prefix}.{joined}"] = [len(experts), len(kinds) * rows, columns], dtype
+                for part in parts:
+                    del self.tensors[part]
 
     def read_json(self, file):
         path = self.path / file
@@ -98,6 +122,12 @@ class DirectoryTeacher:
         return self.files[file]
 
     def load(self, name):
+        if name in self.parts:  # one part at a time beside the whole
+            shape, dtype = self.tensors[name]
+            whole = torch.empty(len(self.parts[name]), math.prod(shape) // len(self.parts[name]), dtype=dtype)
+            for row, part in zip(whole, self.parts[name], strict=True):
+                row.copy_(self.load(part).flatten())
+            return whole.view(shape)
         stored, file = self.names[name]
         return self.handle(file).get_tensor(stored)
 

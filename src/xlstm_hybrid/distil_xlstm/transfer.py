@@ -12,7 +12,8 @@ from xlstm_hybrid.conversion.convert import TensorReport
 from xlstm_hybrid.conversion.families import family_of, refuse_loading
 from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
 from xlstm_hybrid.distil_xlstm.configuration import DistilXLSTMConfig
-from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
+from xlstm_hybrid.model.configuration import TRAITS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FROM_TEACHER = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps")
@@ -65,11 +66,17 @@ def distil_config(teacher_config, *, num_hidden_layers=None, tie_word_embeddings
             count of parameters needs.
         overrides: other fields of `DistilXLSTMConfig`, such as block_pattern.
     Raises:
-        UnsupportedTeacherError: see `family_of`.
+        UnsupportedTeacherError: see `family_of`; or embeddings or logits that are scaled.
         ConfigError: fields that the teacher decides, or that describe no student.
     """
-    family_of(teacher_config)
-    kind = teacher_config.model_type
+    family, kind = family_of(teacher_config), teacher_config.model_type
+    values = family.fields(teacher_config)
+    for name in ("embedding_multiplier", "logits_scaling", "final_logit_softcapping"):
+        if values.get(name, TRAITS[name]) != TRAITS[name]:
+            raise UnsupportedTeacherError(
+                f"teacher configuration ({kind}): {name} is {values[name]}, expected {TRAITS[name]}: this student has the "
+                "teacher's embeddings and head as they are; choose another teacher, or the hybrid student"
+            )
     taken = {name: getattr(teacher_config, name) for name in FROM_TEACHER}
     taken |= {"teacher_model_type": kind, "use_cache": True}  # False is a leftover of the teacher's training
     allowed = sorted(set(DistilXLSTMConfig.__annotations__) - set(taken))

@@ -18,7 +18,7 @@ from xlstm_hybrid.evaluation.equivalence import Result, bound, default_length, v
 from xlstm_hybrid.model.cache_names import named
 
 # Fields of a student's config with an entry per layer.
-PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups")
+PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups", "rope_layers")
 
 
 def load_checkpoint(path, dtype, device):
@@ -55,7 +55,8 @@ def decoding_difference(model, cache="dynamic", *, length=64, steps=4, seed=0):
 def first_layers(model):
     """A copy of a student with as many of its layers, two at least, as bring one of each layout that it has."""
     config = model.config
-    parts = config.window_of, config.sinks_of, config.kept_of
+    rotates = lambda j: config.rope_layers is None or config.rope_layers[j]  # noqa: E731
+    parts = config.window_of, config.sinks_of, config.kept_of, rotates, config.has_experts
     kinds = zip(config.layer_types, config.teacher_layer_types, strict=True)
     layouts = [(*kind, *(part(j) for part in parts)) for j, kind in enumerate(kinds)]
     count, whole = max(2, 1 + max(map(layouts.index, layouts))), model.model.layers

@@ -27,11 +27,13 @@ from xlstm_hybrid.errors import AdapterError
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # of all experts of a layer, [E, 2 F, D] and [E, D, F]
 MAPS, GATES = ("mlstm.q_map", "mlstm.k_map"), ("mlstm.igate_weight", "mlstm.fgate_weight", "mlstm.ogate_weight")
 WHOLE = "mlstm"  # the mixer itself, as a name for `modules_to_save`
 PRESETS = {
     "attention": ATTENTION,
     "mlp": MLP,
+    "experts": EXPERTS,  # in no other preset: they are most of the model
     "projections": ATTENTION + MLP,
     "feature_maps": MAPS,
     "gates": GATES,  # their biases are vectors, of no rank to lower: they stay frozen
@@ -41,6 +43,7 @@ PRESETS = {
 }
 GROUP_OF = {"q_map": "feature maps", "k_map": "feature maps", "embed_tokens": "embeddings", "lm_head": "head"}
 GROUP_OF |= dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp")
+GROUP_OF |= {"gate_up_proj": "mlp", "gate": "mlp", "shared_expert_gate": "mlp"}
 GROUP_OF |= dict.fromkeys((*GATE_PARAMETERS, "norm_weight"), "gates")
 TIED = ("embed_tokens", "lm_head")
 WRAPPERS = (".base_layer", ".original_module")  # what peft puts into the names of what it wraps
@@ -73,7 +76,9 @@ def adaptable(model):
         if owner == WHOLE:
             names[f"{WHOLE}.{leaf}"] += 1
             names[WHOLE] += leaf == "q_map"
-        elif leaf == "weight":
+        elif owner == "experts":
+            names[f"{owner}.{leaf}"] += 1
+        elif leaf == "weight" and owner != "gate":  # a router is no linear map to peft
             names[owner] += 1
     return dict(names)
 
@@ -127,7 +132,7 @@ def lora_config(model, targets="projections", *, r=16, lora_alpha=None, lora_dro
     if named := sorted({"target_modules", "target_parameters"} & kwargs.keys()):
         raise AdapterError(f"{named[0]}: name modules and parameters in `targets`, which finds out what they are")
     names = target_names(model, targets)
-    parameters = [name for name in names if name.startswith(f"{WHOLE}.")]
+    parameters = [name for name in names if "." in name]
     modules = [name for name in names if name not in (WHOLE, *parameters)]
     if not (isinstance(r, int) and r >= 1):
         raise AdapterError(f"r={r!r}: expected a rank of at least 1")

@@ -7,6 +7,7 @@ Source: Hauzenberger et al. 2026 (arXiv 2603.15590), with an mLSTM as in Beck et
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, repeat_kv
 
 # this one rounds to the dtype of q and k
@@ -22,6 +23,12 @@ from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.model.rollback import RecordedCall, Step
 
 
+def rms_norm(config, dim):
+    """A norm over `dim` features: OLMo 2 and 3 multiply by the weight before they round, Llama and OLMoE afterwards."""
+    usual = LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm
+    return (Gemma3RMSNorm if config.norm_plus_one else usual)(dim, config.rms_norm_eps)
+
+
 class HybridAttention(nn.Module):
     """Attention layer of the student: "hybrid_sliding" mixes, any other type is the teacher's own attention."""
 
@@ -31,7 +38,7 @@ class HybridAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx, self.layer_type = config, layer_idx, config.layer_types[layer_idx]
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.attention_scaling, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
         D, q_dim = config.hidden_size, config.num_attention_heads * self.head_dim
@@ -42,9 +49,10 @@ class HybridAttention(nn.Module):
         self.o_proj = Linear(q_dim, D, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm == "head":
-            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+            norm = Gemma3RMSNorm if config.norm_plus_one else LlamaRMSNorm
+            self.q_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         elif self.qk_norm == "full":
-            self.q_norm, self.k_norm = (Olmo2RMSNorm(dim, config.rms_norm_eps) for dim in (q_dim, kv_dim))
+            self.q_norm, self.k_norm = (rms_norm(config, dim) for dim in (q_dim, kv_dim))
         if self.layer_type == "hybrid_sliding":
             self.mlstm = mixer_of(config)(config, layer_idx)
         kept = config.kept_of(layer_idx)

@@ -27,6 +27,21 @@ MIXER = {  # fields of the mixer and of exact memories, and what they were befor
     "sparse_memory": 0,
     "sparse_memory_score": "residual",
 }
+TRAITS = {  # what some teachers have beyond a Llama, and what a Llama has
+    "rope_layers": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "logits_scaling": 1.0,
+    "final_logit_softcapping": None,
+    "norm_plus_one": False,
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": None,
+    "shared_expert_intermediate_size": None,
+    "mlp_only_layers": None,
+}
 # what the checks of mixer and exact memories read
 CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")
 # Fields in which a model and what it wrote, weights or states, may differ: no result depends on them but by rounding
@@ -62,9 +77,23 @@ class XLSTMHybridConfig(StudentConfig):
 
     Args:
         qk_norm: None; "head" (one RMS norm per head, Qwen3); "full" (over all heads at once, OLMo 2 and 3).
-        norm_position: "pre" (Llama, Mistral, Qwen) or "post" (OLMo 2 and 3: the norm follows attention and MLP).
+        norm_position: "pre" (Llama, Mistral, Qwen), "post" (OLMo 2 and 3: the norm follows attention and MLP) or "both"
+            (Gemma 3).
         attention_bias: biases of q, k and v; `attention_output_bias` is that of o.
         rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`.
+        rope_layers: per layer whether the teacher rotates queries and keys (SmolLM3: not all do); None: every layer.
+        embedding_multiplier, residual_multiplier: factors of the embeddings, and of what attention and MLP add to the
+            residual stream (Granite).
+        attention_multiplier: factor of the products of queries and keys; None: head_dim^-0.5.
+        logits_scaling, final_logit_softcapping: divisor of the logits, and c of c tanh(logits / c) (Gemma); TRL reads them
+            under these names as well.
+        norm_plus_one: whether norms multiply by 1 + weight (Gemma 3).
+        num_experts, num_experts_per_tok: experts of a layer's MLP, and how many of them a token goes through; None: one MLP
+            for all tokens.
+        norm_topk_prob: whether the chosen experts' weights sum to 1.
+        moe_intermediate_size, shared_expert_intermediate_size: width of an expert, and of the one that all tokens go
+            through beside (Qwen2-MoE; None: there is none).
+        mlp_only_layers: numbers of the layers without experts.
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
             "sliding_attention".
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
@@ -151,6 +180,20 @@ class XLSTMHybridConfig(StudentConfig):
     eos_token_id: int | list[int] | None = None
     qk_norm: str | None = None
     norm_position: str = "pre"
+
+    rope_layers: list[bool] | None = None
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
+    logits_scaling: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+    norm_plus_one: bool = False
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    mlp_only_layers: list[int] | None = None
 
     layer_types: list[str] | None = None
     teacher_layer_types: list[str] | None = None
@@ -239,7 +282,10 @@ class XLSTMHybridConfig(StudentConfig):
         wrong, n, H, G = [], self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads
         if H % G:
             wrong.append(f"num_attention_heads={H} is no multiple of num_key_value_heads={G}")
-        for name in ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"):
+        for name in (
+            *("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"),
+            "rope_layers",
+        ):
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
@@ -254,8 +300,20 @@ class XLSTMHybridConfig(StudentConfig):
             wrong.append(f"mlstm_chunk_size={self.mlstm_chunk_size}: expected at least 1 token")
         if self.qk_norm not in (None, "head", "full"):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
-        if self.norm_position not in ("pre", "post"):
-            wrong.append(f"norm_position={self.norm_position!r}: expected 'pre' or 'post'")
+        if self.norm_position not in ("pre", "post", "both"):
+            wrong.append(f"norm_position={self.norm_position!r}: expected 'pre', 'post' or 'both'")
+        for name in (
+            *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+            *("logits_scaling", "final_logit_softcapping"),
+        ):
+            if (factor := getattr(self, name)) is not None and not factor > 0:
+                wrong.append(f"{name}={factor}: expected a number above 0")
+        if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
+            wrong.append(
+                f"num_experts_per_tok={self.num_experts_per_tok}: expected 1 to num_experts={self.num_experts}"
+            )
+        if self.num_experts and not self.moe_intermediate_size:
+            wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
         wrong += self.wrong_mixer() or ([] if wrong else self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
@@ -326,6 +384,15 @@ class XLSTMHybridConfig(StudentConfig):
             plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixer.py
         mlp = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
         return plan | {f"layers.*.mlp.{name}_proj": style for name, style in mlp.items()}
+
+    @property
+    def attention_scaling(self):
+        """Factor of the products of queries and keys."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def has_experts(self, layer_idx):
+        """Whether the MLP of a layer is one of experts."""
+        return bool(self.num_experts) and layer_idx not in (self.mlp_only_layers or ())
 
     @property
     def memory_features(self):

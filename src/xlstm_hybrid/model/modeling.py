@@ -24,14 +24,16 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.adopt import adopt_cache, place_tokens
-from xlstm_hybrid.model.attention import HybridAttention
+from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
@@ -42,6 +44,7 @@ from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
+EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
 KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
 
 
@@ -101,9 +104,20 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
         return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
 
 
-def rms_norm(config):
-    """A norm over the hidden size: OLMo multiplies by the weight before it rounds, Llama afterwards."""
-    return (LlamaRMSNorm if config.norm_position == "pre" else Olmo2RMSNorm)(config.hidden_size, config.rms_norm_eps)
+def scaled(x, factor):
+    """x times a factor of the teacher's, which is rounded to the dtype of x first; x itself where it is 1, as in most."""
+    return x if factor == 1 else x * x.new_full((), factor)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embeddings times `embedding_multiplier`: `inputs_embeds` that come from here have it, and get it once."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_scale = config.embedding_multiplier  # the name that PEFT looks for
+
+    def forward(self, input_ids):
+        return scaled(super().forward(input_ids), self.embed_scale)
 
 
 MLP_TOKENS = 512  # that a CPU takes at once without gradients: more of them leave its cache
@@ -130,6 +144,16 @@ class HybridMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
+def mlp_of(config, layer_idx):
+    """The MLP of a layer; with experts it is transformers' own, whose router's logits go nowhere: there is no loss that
+    balances the experts.
+    """
+    if not config.has_experts(layer_idx):
+        return HybridMLP(config)
+    shared = config.shared_expert_intermediate_size
+    return (Qwen2MoeSparseMoeBlock if shared else Qwen3MoeSparseMoeBlock)(config)
+
+
 class CheckpointedLayer(GradientCheckpointingLayer):
     """A layer that is checkpointed only where gradients are wanted."""
 
@@ -147,20 +171,24 @@ class CheckpointedLayer(GradientCheckpointingLayer):
         self.checkpointing = on
 
 
+NORMS = {  # of a layer, by `norm_position`
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
 class HybridDecoderLayer(CheckpointedLayer):
-    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen) or after (OLMo 2 and 3)."""
+    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen), after (OLMo 2 and 3) or both (Gemma 3)."""
 
     aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
-        self.self_attn, self.mlp = HybridAttention(config, layer_idx), HybridMLP(config)
-        if self.pre_norm:
-            self.input_layernorm = rms_norm(config)
-        self.post_attention_layernorm = rms_norm(config)
-        if not self.pre_norm:
-            self.post_feedforward_layernorm = rms_norm(config)
+        self.norm_position, self.residual_multiplier = config.norm_position, config.residual_multiplier
+        self.self_attn, self.mlp = HybridAttention(config, layer_idx), mlp_of(config, layer_idx)
+        for name in NORMS[config.norm_position]:
+            self.add_module(name, rms_norm(config, config.hidden_size))
 
     def forward(self, hidden_states, align=None, **kwargs):
         """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
@@ -170,15 +198,17 @@ class HybridDecoderLayer(CheckpointedLayer):
         return self.finish(hidden_states, attention)
 
     def attention_input(self, hidden_states):
-        return self.input_layernorm(hidden_states) if self.pre_norm else hidden_states
+        return hidden_states if self.norm_position == "post" else self.input_layernorm(hidden_states)
 
     def finish(self, hidden_states, attention):
         """Residual stream after attention output and MLP."""
-        if self.pre_norm:
-            hidden_states = hidden_states + attention
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        hidden_states = hidden_states + self.post_attention_layernorm(attention)
-        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+        factor = self.residual_multiplier
+        if self.norm_position == "pre":
+            hidden_states = hidden_states + scaled(attention, factor)
+            return hidden_states + scaled(self.mlp(self.post_attention_layernorm(hidden_states)), factor)
+        hidden_states = hidden_states + scaled(self.post_attention_layernorm(attention), factor)
+        x = self.pre_feedforward_layernorm(hidden_states) if self.norm_position == "both" else hidden_states
+        return hidden_states + scaled(self.post_feedforward_layernorm(self.mlp(x)), factor)
 
     def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
         """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
@@ -317,9 +347,24 @@ class XLSTMHybridPreTrainedModel(StudentModel):
         super().post_init()
         drop_absent_names(self)
 
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return True  # transformers looks for its decorator in our source; the experts are its own
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """As in transformers, but one expert after the other unless asked: its grouped product takes no float64, and no
+        row that is not a multiple of 16 bytes.
+        """
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        if isinstance(module, EXPERTS):  # parameters of their own, and not of linear maps
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
+        if isinstance(module, Gemma3RMSNorm):  # to which 1 is added
+            init.zeros_(module.weight)
         if isinstance(module, MLSTMMixer):
             for feature_map in (module.q_map, module.k_map):
                 init.copy_(feature_map, module.first_map().expand_as(feature_map))
@@ -357,9 +402,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         config.check()  # its fields may have been changed since it was checked
         super().__init__(config)
         self.checked = copy.deepcopy(config.choices())
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = ScaledEmbedding(config)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
-        self.norm, kinds = rms_norm(config), sorted(set(config.teacher_layer_types))
+        self.norm, kinds = rms_norm(config, config.hidden_size), sorted(set(config.teacher_layer_types))
         self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kind) for kind in kinds})
         self.gradient_checkpointing = False
         self.post_init()
@@ -426,9 +471,13 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 config, kind, window, None, tokens, packed or tokens.uneven, **shared
             )
         rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
+        rope = [rope[kind] for kind in config.teacher_layer_types]
+        if config.rope_layers is not None:  # without: a rotation by nothing, cos 1 and sin 0
+            still = torch.ones_like(rope[0][0]), torch.zeros_like(rope[0][1])
+            rope = [x if rotates else still for x, rotates in zip(rope, config.rope_layers, strict=True)]
         where = [
-            {"position_embeddings": rope[kind], "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
-            for key, kind in zip(keys, config.teacher_layer_types, strict=False)
+            {"position_embeddings": x, "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
+            for key, x in zip(keys, rope, strict=False)
         ]
         return tokens, where, teacher_masks
 
@@ -725,8 +774,8 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         Args:
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
             with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits:
-                losses that go over the head in chunks. It runs in here because FSDP gathers the head's weight only
-                inside of `forward`.
+                losses that go over the head in chunks, and scale and cap its products themselves. It runs in here
+                because FSDP gathers the head's weight only inside of `forward`.
         """
         if teacher_forced:
             if (self._tp_size or 1) > 1:
@@ -740,6 +789,10 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         if with_head is not None:
             return with_head(hidden_states, self)
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -37,7 +37,8 @@ class Shape:
     head: of the LM head;
     matmul: of all matrices that every token is multiplied with, the LM head left out; hybrid: layers that are
     hybrid_sliding; columns: of a
-    head's feature map; features: of a head, which the memory's state has rows for.
+    head's feature map; features: of a head, which the memory's state has rows for; idle: parameters of experts that a
+    token does not go through, which are in no count of FLOPs. F is the width of the experts that it goes through.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Shape:
     tied: bool
     columns: int
     features: int
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,15 +207,21 @@ def student_shape(teacher_config, name="teacher", **student):
     model, c = empty_student(config), config
     count = {n: p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys}
     new = sum(p.numel() for m in model.modules() if isinstance(m, MLSTMMixer) for p in m.parameters(recurse=False))
-    layer = sum(n for key, n in count.items() if key.startswith("model.layers.0."))
+    layers = range(c.num_hidden_layers)
+    layer = max(sum(n for key, n in count.items() if key.startswith(f"model.layers.{j}.")) for j in layers)
     inside = [(n, p) for n, p in model.named_parameters() if n.startswith("model.layers.")]
-    matmul = sum(p.numel() for n, p in inside if p.ndim == 2 and ".mlstm." not in n)
+    experts = sum(p.numel() for n, p in inside if ".mlp.experts." in n)
+    idle = experts - experts * c.num_experts_per_tok // c.num_experts if experts else 0
+    matmul = sum(p.numel() for n, p in inside if p.ndim == 2 and ".mlstm." not in n) + experts - idle
+    widths = [c.intermediate_size] * any(not c.has_experts(j) for j in layers)
+    if experts:
+        widths.append(c.num_experts_per_tok * c.moe_intermediate_size + (c.shared_expert_intermediate_size or 0))
     total, window = sum(count.values()), (c.sliding_window or 0) + c.num_sink_tokens
-    layers = c.num_hidden_layers, c.layer_types.count("hybrid_sliding"), c.hidden_size, c.intermediate_size
+    layers = c.num_hidden_layers, c.layer_types.count("hybrid_sliding"), c.hidden_size, max(widths)
     heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, window, c.mlstm_chunk_size
     sizes = total - new, total, new, layer, c.vocab_size * c.hidden_size, matmul
     features = c.memory_feature_dim or c.head_dim, c.memory_features
-    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features)
+    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features, idle)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------
@@ -349,7 +357,7 @@ def plan(teacher_config, machine, recipe=None, name="teacher"):
     cache = {side: cache_bytes(config, job.length, teacher=side == "teacher") for side in ("student", "teacher")}
     cache = {"length": job.length, **cache}
     disk, store = disk_of(shape, job), store_costs(shape, job, machine)
-    return Plan(shape, machine, jobs, stages, disk, store, cache, assumptions(machine), slow_paths(shape))
+    return Plan(shape, machine, jobs, stages, disk, store, cache, assumptions(machine, shape), slow_paths(shape))
 
 
 def slow_paths(shape):
@@ -394,8 +402,11 @@ def store_costs(shape, job, machine):
     return {"online_seconds": seconds, "stores": {k: store_bytes(tokens, k) for k in entries}, "fill_seconds": seconds}
 
 
-def assumptions(machine):
-    return [
+def assumptions(machine, shape):
+    experts = (
+        "experts: memory of activations as of an MLP that is as wide as those that a token goes through: not measured"
+    )
+    return [experts] * bool(shape.idle) + [
         f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
         "documents fill their rows: shorter ones make the teacher's attention cheaper",
         f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",

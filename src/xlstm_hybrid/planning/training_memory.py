@@ -71,7 +71,7 @@ def training_bytes(shape, job, setting, machine):
     if setting.strategy == "FSDP2":  # two layers gathered at a time, and the root (embedding and head) throughout
         parts["gathered layers"] = FP32 * (2 * shape.layer + shape.head * (1 if shape.tied else 2))
     if job.kind == "distill" and job.bf16:
-        parts["bfloat16 copies"] = BF16 * shape.matmul  # autocast keeps them from the forward to its end
+        parts["bfloat16 copies"] = BF16 * (shape.matmul + shape.idle)  # autocast keeps them from the forward to its end
     if job.kind == "align":
         parts["activations"] = tokens * shape.hybrid * layer_activations(shape, job)
         # targets, and the mixer's backward

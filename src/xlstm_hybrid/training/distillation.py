@@ -40,7 +40,8 @@ INPUTS = "input_ids", "attention_mask", "position_ids", *BOUNDARIES
 STORED = ("teacher_ids", "teacher_logp", "teacher_rest")  # what a batch brings of a teacher store
 LOW_MASS = 0.9  # share of the teacher's probability below which the kept tokens are too few
 # what a parameter's name contains if it is trained
-TRAINED = {"all": "", "attention": ".self_attn.", "mixer": ".self_attn.mlstm."}
+TRAINED = {"all": "", "all_and_routers": "", "attention": ".self_attn.", "mixer": ".self_attn.mlstm."}
+ROUTER = ".mlp.gate."  # chooses experts: they were trained for its choice, and nothing balances them here
 TARGETS = "topk", "sampled"
 SAMPLED = ("forward_kl", "tail"), ("forward_kl", "gemma")  # divergence and outcomes that draws serve
 
@@ -63,7 +64,10 @@ class SparseKDConfig(SFTConfig):
     jsd_beta: float = option(0.5, "Share of the teacher in the mixture of jsd.")
     csd_weights: str = option("us", "Weights of csd: ss, us, ts, tt or uu.")
     csd_temperature: float = option(1.5, "Of the student's weights in csd.")
-    train: str = option("all", "all; attention: projections and mixers; mixer: what conversion added. PEFT: all.")
+    train: str = option(
+        "all",
+        "all but routers of experts; all_and_routers; attention: projections and mixers; mixer: what conversion added. PEFT: all.",
+    )
     head_rows: int | None = option(None, "Tokens whose logits exist at once; by default what a fixed workspace holds.")
     window_dropout: float | None = option(None, "Share of rows that do without their window; None: the student's own.")
     window_dropout_end: float | None = option(None, "What it comes to, on a line, in the run's last step.")
@@ -393,6 +397,8 @@ def choose_trained(model, train, peft_config):
             raise ConfigError(f"train={train!r} with PEFT: the adapter's config says what learns; leave train at 'all'")
         return
     chosen = {name for name, p in model.named_parameters() if TRAINED[train] in f".{name}" and p.is_floating_point()}
+    if train != "all_and_routers":
+        chosen = {name for name in chosen if ROUTER not in name}
     if not chosen:
         raise ConfigError(
             f"train={train!r}: no parameter of {type(model).__name__} has {TRAINED[train]!r} in its name; choose of {list(TRAINED)}"

@@ -1,0 +1,145 @@
+"""What teachers have beyond a Llama, each on its own: the student is the teacher with it and another model without it, in
+every way that a student runs.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from tiny_students import CLOSE, W, ids_of, left_padded, student
+from tiny_teachers import WITH_TRAITS, teacher, teacher_config, tokens
+from torch import nn
+
+from xlstm_hybrid import XLSTMHybridForCausalLM
+from xlstm_hybrid.conversion.families import student_config
+from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model import one_token
+from xlstm_hybrid.model.configuration import TRAITS
+from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
+from xlstm_hybrid.training.lm_head import attach, check_head
+
+families = pytest.mark.parametrize("family", WITH_TRAITS)
+stacks = pytest.mark.parametrize("stack", ["hybrid", "mixed"])
+
+
+# traits without which the weights have other shapes: a student that lacks one loads none of them
+SHAPES = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"}
+OTHER = TRAITS | {"num_experts_per_tok": 1}
+
+
+def traits(family):
+    """Those that the family's tiny teacher has."""
+    config = student_config(teacher_config(family))
+    return [name for name, usual in TRAITS.items() if getattr(config, name) != usual]
+
+
+@pytest.mark.parametrize(
+    ("family", "trait"), [(family, trait) for family in WITH_TRAITS for trait in traits(family) if trait not in SHAPES]
+)
+@torch.no_grad()
+def test_a_student_without_the_trait_is_another_model(family, trait):
+    same = XLSTMHybridForCausalLM.from_teacher(teacher(family), layer_types="teacher")
+    config = copy.deepcopy(same.config)
+    setattr(config, trait, OTHER[trait])
+    other = XLSTMHybridForCausalLM(config)
+    other.load_state_dict(same.state_dict())
+    assert float((same(tokens()).logits - other.eval()(tokens()).logits).std()) > 0.1
+
+
+@families
+@stacks
+@torch.no_grad()
+def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack):
+    model, ids = student(family, stack), ids_of(3 * W + 2)
+    whole = model(ids).logits
+    out = model(ids[:, :W], use_cache=True)
+    pieces = [out.logits]
+    for part in (ids[:, W : 2 * W + 3], *ids[:, 2 * W + 3 :].split(1, 1)):
+        out = model(part, use_cache=True, cache=out.cache)
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **CLOSE)
+    rows = [ids[:1], ids[1:, : W + 2]]
+    padded, mask = left_padded(rows)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[1, -W - 2 :], model(rows[1]).logits[0], **CLOSE
+    )
+    packed = torch.cat(rows, 1)
+    position_ids = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    alone = torch.cat([model(row).logits for row in rows], 1)
+    torch.testing.assert_close(model(packed, position_ids=position_ids).logits, alone, **CLOSE)
+
+
+@families
+@torch.no_grad()
+def test_a_compiled_token_is_that_of_the_operations(family, monkeypatch):
+    model, ids = student(family, "hybrid", torch.float32), ids_of(W + 3)
+
+    def last():
+        out = model(ids[:, :-1], use_cache=True)
+        return model(ids[:, -1:], use_cache=True, cache=out.cache).logits
+
+    found = last()
+    monkeypatch.setattr(one_token, "layer_step_runs", lambda *_: False)
+    want = last()
+    assert (found - want).abs().max() < 2e-4 * want.abs().max()
+
+
+@families
+@torch.no_grad()
+def test_the_trunk_of_the_alignment_is_the_teacher_and_its_target_the_teachers_attention(family):
+    original, ids = copy.deepcopy(teacher(family)).double(), tokens()
+    model = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=45, mlstm_output_gate_bias=-1e4)
+    out = model(ids, teacher_forced=True)
+    states = model.model.norm(out.hidden_states)
+    torch.testing.assert_close(states, original.model(ids).last_hidden_state, **CLOSE)
+    if "sliding_attention" not in model.config.teacher_layer_types:
+        assert float(out.loss) < 1e-12 * float(out.target.sum())
+    else:
+        assert float(out.loss) > 0.01 * float(out.target.sum())
+
+
+@families
+@torch.no_grad()
+def test_the_loss_over_the_head_in_chunks_has_the_logits_of_the_model(family):
+    original = copy.deepcopy(teacher(family))
+    attach(original)
+    for model, name in ((student(family), "student"), (original, "teacher")):
+        check_head(model, name)
+
+
+@families
+def test_saved_models_and_states_are_read_again(family, tmp_path):
+    model, ids = student(family, "mixed", torch.float32), ids_of(W + 3)
+    model.save_pretrained(tmp_path / "model")
+    again = XLSTMHybridForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(again(ids).logits, copy.deepcopy(model)(ids).logits)
+    save_state(prefill(model, ids), tmp_path / "state.safetensors", model)
+    load_state(tmp_path / "state.safetensors", again)
+    assert set(traits(family)) <= behaviour(model.config).keys()
+    assert not behaviour(student("llama").config).keys() & TRAITS.keys()  # states of older versions are read as before
+
+
+def test_embeddings_that_are_given_have_their_factor_already_and_a_new_vocabulary_keeps_it():
+    model, ids = copy.deepcopy(student("granite")), ids_of(W)
+    given = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(given, 2.5 * nn.functional.embedding(ids, model.get_input_embeddings().weight))
+    torch.testing.assert_close(model(inputs_embeds=given).logits, model(ids).logits)
+    before = model(ids).logits
+    model.resize_token_embeddings(120)
+    torch.testing.assert_close(model(ids).logits[..., :101], before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_layers": [True]}, "rope_layers has 1 entries for num_hidden_layers=3"),
+        ({"logits_scaling": 0}, "logits_scaling=0: expected a number above 0"),
+        ({"num_experts": 4, "moe_intermediate_size": 8}, "num_experts_per_tok=None: expected 1 to num_experts=4"),
+        ({"num_experts": 4, "num_experts_per_tok": 2}, "moe_intermediate_size=None: expected the width"),
+        ({"attention_multiplier": -0.5}, "attention_multiplier=-0.5: expected a number above 0"),
+    ],
+)
+def test_traits_that_no_teacher_has_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**changes)
