@@ -17,7 +17,7 @@ from xlstm_hybrid.state import prefill
 PACKAGE, KERNELS = (str(Path(module.__file__).parent) for module in (xlstm_hybrid, xlstm_kernels))
 # the last one is the MLP after the attention; below, where a CPU runs a layer compiled
 PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]
-COMPILED = ["modeling", "attention", "one_token", "cache", "kernels", "modeling"]
+COMPILED = ["modeling", "attention", "one_token", "cache", "one_token", "kernels", "modeling"]
 FULL = 10  # tokens that fill the window's ring and the sinks
 
 
