@@ -22,7 +22,7 @@ def olmoe(tmp_path):
     return tmp_path / "olmoe"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])  # some layers without experts, and a shared one
 def test_experts_of_their_own_files_are_those_of_the_model_bit_by_bit(family, tmp_path):
     original = teacher(family)
     original.save_pretrained(tmp_path / "teacher")

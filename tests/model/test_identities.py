@@ -7,16 +7,17 @@ import itertools
 
 import pytest
 import torch
-from tiny_teachers import EVERY, FAMILIES, ROPES, WINDOWED, WITH_TRAITS, teacher, tokens
+from tiny_teachers import FAMILIES, ROPES, WINDOWED, WITH_TRAITS, teacher, tokens
 from transformers import AutoModelForCausalLM
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, convert
 
 torch.set_num_threads(1)
 CLOSED = {"mlstm_output_gate_bias": -1e4}  # the output gate's weight starts at zero, so this closes it for every token
-every_family = pytest.mark.parametrize("family", EVERY)
+with_traits_if_slow = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in WITH_TRAITS)]
+every_family = pytest.mark.parametrize("family", with_traits_if_slow)
 families_and_ropes = pytest.mark.parametrize(
-    ("family", "rope"), [*itertools.product(FAMILIES, ROPES), *itertools.product(WITH_TRAITS, ["yarn"])]
+    ("family", "rope"), [*itertools.product(FAMILIES, ROPES), *((family, "yarn") for family in WITH_TRAITS)]
 )
 
 
@@ -64,7 +65,7 @@ def test_a_student_with_wide_windows_and_closed_gates_is_the_teacher(family, rop
     assert torch.equal(greedy(student), greedy(original))
 
 
-@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("family", [family for family in WINDOWED if family in FAMILIES])
 def test_past_the_teachers_own_window_the_wide_student_sees_more(family):
     original = teacher(family, window=7)
     student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=45, **CLOSED)
