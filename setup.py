@@ -20,6 +20,7 @@ CORE = [bounds(name) for name in ("torch", "transformers", "safetensors", "numpy
 EXTRAS = {extra: of_extra(extra) for extra in TABLE["EXTRAS"]}
 # Triton's interpreter and compiler need no GPU
 EXTRAS["test"] = [
+    *EXTRAS["serve"],
     "pytest>=8",
     "pytest-xdist>=3",
     "ruff>=0.9",
