@@ -3,6 +3,7 @@ every way that a student runs.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
 from xlstm_hybrid.model.configuration import TRAITS
+from xlstm_hybrid.model.mixer import HeadsParallel
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
 from xlstm_hybrid.training.lm_head import attach, check_head
 
@@ -151,3 +153,9 @@ def test_embeddings_that_are_given_have_their_factor_already_and_a_new_vocabular
 def test_traits_that_no_teacher_has_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
+
+
+def test_experts_are_not_shared_out_to_several_processes():
+    mixer, mesh = student("olmoe").model.layers[0].self_attn.mlstm, SimpleNamespace(size=lambda: 2)
+    with pytest.raises(ConfigError, match="num_experts=4 with tp_size=2: experts are not shared out"):
+        HeadsParallel().validate_param(mixer, mixer.q_map, mesh, "q_map")
