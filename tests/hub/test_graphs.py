@@ -89,6 +89,9 @@ def decoded(step, chunk, ids, state, tokens):
 # --- the state ---------------------------------------------------------------------------------------------------
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "teacher_model_type": "qwen3_moe"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_goes_into_tensors_and_back_before_and_behind_the_rings_end(dtype):
     model = student().to(dtype)
@@ -134,6 +137,7 @@ def test_another_models_state_is_refused_by_the_name_of_its_first_misfit():
         ({"sparse_memory": 4}, "sparse_memory=4, expected 0"),
         ({"mixer_norm": True}, "mixer_norm=True, expected False"),
         ({"quantization_config": {"quant_method": "x"}}, "its weights are quantised"),
+        (EXPERTS, "its MLPs have 4 experts"),
         ({"kept_groups": [[], [1], []]}, r"layers \[1\] have kept_groups"),
         ({"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]}, r"layers \[1\] keep the teacher's"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),

@@ -207,6 +207,9 @@ def test_settings_under_which_a_state_would_be_wrong_are_refused(changes, said):
         ({"mixer_combine": "joint", "memory_cell": "linear"}, "mixer_combine='joint'"),
         ({"mixer_branches": "window"}, "mixer_branches='window'"),
         ({"sparse_memory": 4}, "sparse_memory=4"),
+        ({"embedding_multiplier": 2.0}, "embedding_multiplier=2.0"),
+        ({"rope_layers": [True, False, True]}, "rope_layers="),
+        ({"norm_position": "both"}, "norm_position='both'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )

@@ -73,6 +73,10 @@ def refuse_config(config, what):
         wrong.append(f"layers {kept} keep the teacher's attention, whose keys grow with the text")
     if kept := [j for j, groups in enumerate(config.kept_groups or ()) if groups]:
         wrong.append(f"layers {kept} have kept_groups, whose keys grow with the text")
+    if config.num_experts:
+        wrong.append(
+            f"its MLPs have {config.num_experts} experts, and which of them a token takes depends on its values"
+        )
     if getattr(config, "quantization_config", None):
         wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
     for kind in sorted(set(config.teacher_layer_types)):

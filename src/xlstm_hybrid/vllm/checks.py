@@ -5,6 +5,7 @@ import warnings
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from xlstm_hybrid.errors import CompatibilityError, CompatibilityWarning, ConfigError
+from xlstm_hybrid.model.configuration import TRAITS
 from xlstm_hybrid.model.experimental.variants import VARIANTS
 
 DEPENDENT = "dynamic", "longrope"  # RoPE that asks for the longest text of the batch
@@ -46,6 +47,12 @@ def wrong_student(config):
             f"its mixer is {', '.join(f'{name}={getattr(config, name)!r}' for name in fields)}: expected the paper's, an mLSTM and a window "
             "that a gate mixes"
         )
+    traits = {name: getattr(config, name) for name, usual in TRAITS.items() if getattr(config, name) != usual}
+    if config.norm_position == "both":
+        traits["norm_position"] = "both"
+    if traits:
+        found = ", ".join(f"{name}={value!r}" for name, value in traits.items())
+        wrong.append(f"its teacher has traits that the plugin does not calculate: {found}")
     for kind in sorted(set(config.teacher_layer_types)):
         if (name := config.rope_parameters_of(kind).get("rope_type")) in DEPENDENT:
             wrong.append(
