@@ -206,6 +206,7 @@ def test_settings_under_which_a_state_would_be_wrong_are_refused(changes, said):
         ({"memory_cell": "delta"}, "memory_cell='delta'"),
         ({"mixer_combine": "joint", "memory_cell": "linear"}, "mixer_combine='joint'"),
         ({"mixer_branches": "window"}, "mixer_branches='window'"),
+        ({"mixer_branches": "memory"}, "mixer_branches='memory'"),
         ({"sparse_memory": 4}, "sparse_memory=4"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier=2.0"),
         ({"rope_layers": [True, False, True]}, "rope_layers="),

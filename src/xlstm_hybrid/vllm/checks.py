@@ -41,7 +41,7 @@ class StudentSettings(VerifyAndUpdateConfig):
 def wrong_student(config):
     """Fields of the student that stand in the way, a list of messages."""
     wrong, kind = [], (config.mixer_combine, config.mixer_branches, config.sparse_memory > 0)
-    if kind in VARIANTS or config.memory_cell == "delta":
+    if kind in VARIANTS or config.memory_cell == "delta" or config.mixer_branches != "both":
         fields = "memory_cell", "mixer_combine", "mixer_branches", "sparse_memory"
         wrong.append(
             f"its mixer is {', '.join(f'{name}={getattr(config, name)!r}' for name in fields)}: expected the paper's, an mLSTM and a window "
