@@ -3,12 +3,13 @@
 import torch
 
 KERNEL_DTYPES = torch.float32, torch.float16, torch.bfloat16
-PLAIN = torch.Tensor, torch.nn.Parameter
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+STRIDED = torch.strided
 
 
 def in_memory(x, dtype):
     """Whether C may read x where it lies: a tensor of `dtype` in a CPU's memory, not sparse, and of no kind of its own."""
-    return type(x) in PLAIN and x.dtype == dtype and x.is_cpu and x.layout == torch.strided
+    return type(x) in PLAIN and x.dtype == dtype and x.is_cpu and x.layout is STRIDED
 
 
 def expect(name, x, kind="floating", **dims):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 from xlstm_kernels import linear_step, linear_step_runs
-from xlstm_kernels.backends.arguments import in_memory
+from xlstm_kernels.backends.arguments import PLAIN, in_memory
 from xlstm_kernels.backends.numerics import seen_through, wants_gradients
 from xlstm_kernels.backends.onednn import onednn_product
 
@@ -19,11 +19,12 @@ def fit(x, weight, bias):
     """Whether x W^T + b is one of plain tensors on a CPU whose sizes and dtypes go together; anything else is torch's, and
     so is the error.
     """
-    return (
-        in_memory(x, x.dtype)
-        and in_memory(weight, x.dtype)
-        and x.shape[-1:] == weight.shape[1:]
-        and (bias is None or (in_memory(bias, x.dtype) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+    dtype = x.dtype
+    if type(x) not in PLAIN or not in_memory(weight, dtype) or weight.ndim != 2:
+        return False
+    N, D = weight.shape
+    return x.shape[-1] == D and (
+        bias is None or (in_memory(bias, dtype) and bias.shape == (N,) and bias.is_contiguous())
     )
 
 

@@ -52,15 +52,20 @@ def looked_into(mixer):
 
 def readable(token, maps, gates, state, slots, count):
     """Whether C may read and write the tensors of a layer where they lie, each kind of them in one dtype that it knows."""
-    if not all(type(a) in PLAIN and a.is_cpu for kind in (token, maps, gates, state, slots, count) for a in kind):
+    for a in (*maps, *gates, *state, *slots, count):
+        if type(a) not in PLAIN or not a.is_cpu or not a.is_contiguous():
+            return False
+    dtype, kept = token[0].dtype, slots[0].dtype
+    for a in token:
+        if type(a) is not torch.Tensor or a.dtype != dtype or not a.is_cpu:
+            return False
+    if dtype not in DTYPES or kept not in (torch.float32, dtype) or state[0].dtype != torch.float32:
         return False
-    dtypes = [{a.dtype for a in kind} for kind in (token, maps, gates, state, slots)]
-    return (
-        all(a.is_contiguous() for kind in (maps, gates, state, slots, count) for a in kind)
-        and all(len(kind) == 1 and kind <= {*DTYPES} for kind in dtypes)
-        and dtypes[3] == {torch.float32}
-        and dtypes[4] <= {torch.float32, *dtypes[0]}
-    )
+    for tensors in (maps, gates, state, slots):
+        dtypes = [a.dtype for a in tensors]
+        if dtypes[0] not in DTYPES or dtypes.count(dtypes[0]) != len(dtypes):
+            return False
+    return True
 
 
 def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, layer):
@@ -84,7 +89,7 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
     (q, k), (raw_q, raw_k, raw_v) = heads
     token = hidden_states, raw_q, raw_k, raw_v, q, k
     maps, gates = ([mixer._parameters.get(name) for name in names] for names in (MAPS, GATES))
-    if not readable(token, maps, gates, layer.state, (layer.keys, layer.values), (layer.count,)):
+    if not readable(token, maps, gates, layer.state, (layer.keys, layer.values), layer.count):
         return None
     layer.grow(1)
     where = {"index": index, "count": layer.count, "sinks": layer.num_sink_tokens}
