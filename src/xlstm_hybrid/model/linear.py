@@ -47,8 +47,8 @@ def one_token_on_cpu(x):
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not seen_through()  # a compiler cannot trace what comes after it
         and not watched()
-        and not seen_through()
     )
 
 
