@@ -5,6 +5,7 @@ the same bytes.
 import os
 import shutil
 
+import pytest
 from file_faults import FAULTS, each_fails
 from test_store import build, bytes_of, data
 
@@ -19,6 +20,7 @@ ALLOWED["SIGINT"] = {"finished", "KeyboardInterrupt"}
 ALLOWED["SIGKILL"] = {"killed"}
 
 
+@pytest.mark.slow
 def test_a_store_whose_files_fail_one_by_one_has_the_same_bytes_in_the_end(tmp_path):
     rows, wanted, out = data(4), tmp_path / "wanted", tmp_path / "store"
     build(wanted, rows)
