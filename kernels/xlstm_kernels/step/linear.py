@@ -11,10 +11,9 @@ import torch
 from xlstm_kernels.backends.compiled import library
 from xlstm_kernels.backends.once import once
 from xlstm_kernels.backends.verified import draw_numbers, largest_error, verified
-from xlstm_kernels.step.layer import NO_MEMORY, SOURCE
+from xlstm_kernels.step.layer import NO_MEMORY, SOURCE, WORTH_THREADS
 
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4}  # with more, a product in blocks is quicker
-WORTH_THREADS = 1 << 18  # multiplications of a call, from which on other threads are woken
 
 
 def linear_step(x, weight, bias=None):

@@ -111,8 +111,7 @@ class DeltaKDTrainer(Resumable, SFTTrainer):
             raise DataError(
                 f"step {self.state.global_step} has no scored token, every label is {IGNORE}: drop such rows (`document_dataset` does)"
             )
-        names = [name for name in INPUTS if name in inputs and not (seen.full and name == "attention_mask")]
-        forward, labels = {name: inputs[name] for name in names}, inputs["labels"]
+        forward, labels = seen.forwarded(inputs, INPUTS), inputs["labels"]
         scored = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
         place = seen.place.to(labels.device, non_blocking=True)
         labels, count = labels.flatten()[place + 1], len(place)

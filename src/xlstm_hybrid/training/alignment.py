@@ -152,8 +152,7 @@ class AlignmentTrainer(Resumable, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = bool(self.args.cosine_weight or self.args.frobenius_weight)
         seen = self.look(inputs)
-        names = [name for name in TRUNK_INPUTS if not (seen.full and name == "attention_mask")]
-        out = model(**{k: v for k, v in inputs.items() if k in names}, teacher_forced=True, terms=terms, onward=False)
+        out = model(**seen.forwarded(inputs, TRUNK_INPUTS), teacher_forced=True, terms=terms, onward=False)
         self.record(out)
         error, cosine, frobenius = out.sums[:, 0], out.sums[:, 2], out.sums[:, 3]
         if self.args.loss_form == "relative":

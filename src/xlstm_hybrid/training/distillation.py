@@ -286,8 +286,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
         """The student's forward makes hidden states and hands them, with its LM head, to the objective."""
         seen = self.look(inputs)
         self.check_targets(seen, num_items_in_batch)
-        names = [name for name in INPUTS if name in inputs and not (seen.full and name == "attention_mask")]
-        forward, labels, T = {name: inputs[name] for name in names}, inputs["labels"], inputs["labels"].shape[1]
+        forward, labels, T = seen.forwarded(inputs, INPUTS), inputs["labels"], inputs["labels"].shape[1]
         place = seen.place.to(labels.device, non_blocking=True)
         targets, labels = self.teacher_targets(inputs, place), labels.flatten()[place + 1]
         teacher_head = head_of(self.teacher, self.size) if self.args.outcomes == "dense" else None

@@ -241,6 +241,10 @@ class Seen:
                 first |= bool((scored & (mask[:, :-1] == 0)).any())
         return cls(tuple(ids.shape), mask is None or bool(mask.all()), place, first)
 
+    def forwarded(self, inputs, names):
+        """Those of the batch's `inputs` that a forward takes, by `names`; a mask that masks nothing is none of them."""
+        return {name: inputs[name] for name in names if name in inputs and not (self.full and name == "attention_mask")}
+
 
 class CheckedRows:
     """A collator whose ids all have a row in the embedding; otherwise a ConfigError names the token, see `check_rows`. Its
