@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from xlstm_hybrid import DistilXLSTMConfig, XLSTMHybridConfig, XLSTMHybridForCausalLM, XLSTMHybridModel
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import CACHE, cache_of
-from xlstm_hybrid.model.modeling import XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
 
 families = pytest.mark.parametrize("family", every_family)
 stacks = pytest.mark.parametrize("stack", STACKS)

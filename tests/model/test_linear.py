@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 from xlstm_kernels.backends.onednn import right_operation
 
+from xlstm_hybrid.model.layers import MLP_TOKENS, HybridMLP
 from xlstm_hybrid.model.linear import ROWS, Linear
-from xlstm_hybrid.model.modeling import MLP_TOKENS, HybridMLP
 
 needs_onednn = pytest.mark.skipif(
     right_operation() is None, reason="this torch or CPU has no product that would be quicker"

@@ -16,8 +16,8 @@ from xlstm_hybrid.state import prefill
 
 PACKAGE, KERNELS = (str(Path(module.__file__).parent) for module in (xlstm_hybrid, xlstm_kernels))
 # the last one is the MLP after the attention; below, where a CPU runs a layer compiled
-PATH = ["modeling", "attention", "mixer", "kernels", "cache", "modeling"]
-COMPILED = ["modeling", "attention", "one_token", "cache", "one_token", "kernels", "modeling"]
+PATH = ["layers", "attention", "mixer", "kernels", "cache", "layers"]
+COMPILED = ["layers", "attention", "one_token", "cache", "one_token", "kernels", "layers"]
 FULL = 10  # tokens that fill the window's ring and the sinks
 
 
@@ -97,7 +97,7 @@ def test_the_layer_calls_mixer_kernel_and_cache_itself_and_none_of_them_calls_ba
     """Whoever calls into another file is the decoder layer or the attention; what they call stays in its own file."""
     calls = [(caller, callee) for caller, callee in one_token if caller and "linear" not in (caller[0], callee[0])]
     between = [(caller, callee) for caller, callee in calls if caller[0] != callee[0]]
-    assert [caller[0] for caller, _ in between] == ["modeling", "attention", "attention", "attention"]
+    assert [caller[0] for caller, _ in between] == ["layers", "attention", "attention", "attention"]
     assert [callee[1] for _, callee in between] == [
         "HybridAttention.forward",
         "MLSTMMixer.forward",

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from xlstm_hybrid.errors import ConfigError, DataError
-from xlstm_hybrid.model.modeling import output_terms
+from xlstm_hybrid.model.layers import output_terms
 from xlstm_hybrid.training.alignment import AlignmentConfig, AlignmentTrainer, measure_alignment, new_parameters
 
 LENGTH = 24

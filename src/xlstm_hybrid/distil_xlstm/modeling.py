@@ -34,15 +34,10 @@ from xlstm_hybrid.distil_xlstm.transfer import new_student
 from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.model.cache_names import ACCEPTED, NAMES, cache_of, named, refuse_unknown, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
+from xlstm_hybrid.model.layers import CheckpointedLayer
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import wide
-from xlstm_hybrid.model.modeling import (
-    CheckpointedLayer,
-    StudentGenerationMixin,
-    StudentModel,
-    drop_absent_names,
-    keep_positions,
-)
+from xlstm_hybrid.model.modeling import StudentGenerationMixin, StudentModel, drop_absent_names, keep_positions
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.training.losses import at_least_float32
 

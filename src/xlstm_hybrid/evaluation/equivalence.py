@@ -24,7 +24,8 @@ from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError, ConfigWarning
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
-from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridForCausalLM
+from xlstm_hybrid.model.layers import HybridDecoderLayer
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import edited_fields, recorded_values, told
 
 # the one check whose ways must differ; and a pair of checks named by dtype

@@ -20,7 +20,7 @@ from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.families import family_of, student_config
 from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.errors import CheckpointError, ConfigError
-from xlstm_hybrid.model.modeling import MLSTMMixer
+from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.planning.cache_size import cache_bytes
 from xlstm_hybrid.planning.training_memory import BF16, ERROR, FP32, training_bytes
 from xlstm_hybrid.teacher_store import store_bytes

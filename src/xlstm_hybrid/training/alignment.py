@@ -14,8 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from xlstm_hybrid.environment.precision import settle_bf16
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.layers import HybridDecoderLayer
 from xlstm_hybrid.model.mixer import MLSTMMixer
-from xlstm_hybrid.model.modeling import HybridDecoderLayer
 from xlstm_hybrid.training import option
 from xlstm_hybrid.training.resume import Resumable
 

@@ -44,7 +44,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.modeling import scaled
+from xlstm_hybrid.model.layers import scaled
 from xlstm_hybrid.model.trained import trained_values, warn_if_edited
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
 from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained

@@ -49,8 +49,8 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.experimental.cells import CELLS
+from xlstm_hybrid.model.layers import scaled
 from xlstm_hybrid.model.mixer import MLSTMMixer
-from xlstm_hybrid.model.modeling import scaled
 from xlstm_hybrid.model.trained import trained_values
 from xlstm_hybrid.training.alignment import new_parameters
 from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained

@@ -10,7 +10,8 @@ from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_we
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM, XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import save_weights
 
 

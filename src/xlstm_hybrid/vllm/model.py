@@ -17,8 +17,8 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.model.experimental.cells import normed
 from xlstm_hybrid.model.kept_groups import log_scaled
+from xlstm_hybrid.model.layers import HybridDecoderLayer, XLSTMHybridRotaryEmbedding, rms_norm
 from xlstm_hybrid.model.linear import Linear
-from xlstm_hybrid.model.modeling import HybridDecoderLayer, XLSTMHybridRotaryEmbedding, rms_norm
 from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.vllm.state import LayerStates, state_dtypes, state_shapes
 

@@ -1,0 +1,205 @@
+"""One layer of the student: norms, hybrid attention, the teacher's MLP or experts, and what stage I asks of it.
+
+Dims: B batch, T tokens, D hidden size, F width of the MLP.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
+
+from xlstm_hybrid.model.attention import HybridAttention, rms_norm
+from xlstm_hybrid.model.linear import Linear, hooked
+
+EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
+
+
+class Align(NamedTuple):
+    """What stage I asks of a decoder layer.
+
+    counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.
+    output_terms: whether cosine and
+    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are
+    returned, which cost nothing.
+    """
+
+    counted: torch.Tensor
+    teacher_mask: torch.Tensor | None
+    output_terms: bool = False
+    onward: bool = True
+
+
+ALIGNMENT_TERMS = ("error", "target", "cosine", "frobenius")  # what a layer sums over counted tokens in stage I
+
+
+class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
+
+    def __init__(self, config, layer_type=None):
+        # LlamaConfig wants hidden_size to be a multiple of them, other families do not
+        heads = config.num_attention_heads
+        super().__init__(
+            LlamaConfig(
+                hidden_size=heads * config.head_dim,
+                num_attention_heads=heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=dict(config.rope_parameters_of(layer_type or config.teacher_layer_types[0])),
+            )
+        )
+        self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
+
+    def forward(self, x, position_ids):
+        return super().forward(x.new_empty(0, dtype=torch.float32) if self.in_float32 else x, position_ids)
+
+
+def scaled(x, factor):
+    """x times a factor of the teacher's, which is rounded to the dtype of x first; x itself where it is 1, as in most."""
+    return x if factor == 1 else x * x.new_full((), factor)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embeddings times `embedding_multiplier`: `inputs_embeds` that come from here have it, and get it once."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_scale = config.embedding_multiplier  # the name that PEFT looks for
+
+    def forward(self, input_ids):
+        return scaled(super().forward(input_ids), self.embed_scale)
+
+
+MLP_TOKENS = 512  # that a CPU takes at once without gradients: more of them leave its cache
+
+
+class HybridMLP(nn.Module):
+    """The teacher's gated MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = Linear(D, F, bias=config.mlp_bias), Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = Linear(F, D, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu"
+        if whole or hooked(*self.children()):  # a hook sees all tokens, and what it keeps is not written over
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        parts = [
+            self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
+            for part in x.split(MLP_TOKENS, -2)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def mlp_of(config, layer_idx):
+    """The MLP of a layer; with experts it is transformers' own, whose router's logits go nowhere: there is no loss that
+    balances the experts.
+    """
+    if not config.has_experts(layer_idx):
+        return HybridMLP(config)
+    shared = config.shared_expert_intermediate_size
+    return (Qwen2MoeSparseMoeBlock if shared else Qwen3MoeSparseMoeBlock)(config)
+
+
+class CheckpointedLayer(GradientCheckpointingLayer):
+    """A layer that is checkpointed only where gradients are wanted."""
+
+    checkpointing = False
+
+    @property
+    def gradient_checkpointing(self):
+        """Without gradients there is nothing to save, and a checkpointed layer works without its cache: `generate`
+        would lose the context.
+        """
+        return self.checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.checkpointing = on
+
+
+NORMS = {  # of a layer, by `norm_position`
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
+class HybridDecoderLayer(CheckpointedLayer):
+    """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen), after (OLMo 2 and 3) or both (Gemma 3)."""
+
+    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.norm_position, self.residual_multiplier = config.norm_position, config.residual_multiplier
+        self.self_attn, self.mlp = HybridAttention(config, layer_idx), mlp_of(config, layer_idx)
+        for name in NORMS[config.norm_position]:
+            self.add_module(name, rms_norm(config, config.hidden_size))
+
+    def forward(self, hidden_states, align=None, **kwargs):
+        """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
+        if align is not None:
+            return self.align(hidden_states, align, **kwargs)
+        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
+        return self.finish(hidden_states, attention)
+
+    def attention_input(self, hidden_states):
+        return hidden_states if self.norm_position == "post" else self.input_layernorm(hidden_states)
+
+    def finish(self, hidden_states, attention):
+        """Residual stream after attention output and MLP."""
+        factor = self.residual_multiplier
+        if self.norm_position == "pre":
+            hidden_states = hidden_states + scaled(attention, factor)
+            return hidden_states + scaled(self.mlp(self.post_attention_layernorm(hidden_states)), factor)
+        hidden_states = hidden_states + scaled(self.post_attention_layernorm(attention), factor)
+        x = self.pre_feedforward_layernorm(hidden_states) if self.norm_position == "both" else hidden_states
+        return hidden_states + scaled(self.post_feedforward_layernorm(self.mlp(x)), factor)
+
+    def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
+        """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
+        states.
+
+        Only the mixer's own parameters receive gradients: layers stay independent.
+
+        Returns:
+            `(the teacher's hidden states after the layer [B, T, D], sums [4] of ALIGNMENT_TERMS over the counted
+            tokens)`.
+        """
+        attention, config = self.self_attn, self.self_attn.config
+        with torch.no_grad():
+            x = self.attention_input(hidden_states)
+            projected = attention.project(x, position_embeddings)
+            window = config.kept_window_of(attention.layer_idx)  # the teacher's own
+            target, _ = attention.attend(*projected[:3], align.teacher_mask, window, position_ids=position_ids)
+            output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
+            following = self.finish(hidden_states, output) if align.onward else hidden_states
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        if attention.layer_type != "hybrid_sliding" or self.aligned:
+            return following, target.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype)
+        h, _ = attention.mix(x, projected, tokens, mask)
+        counted = align.counted[..., None, None]
+        error = torch.where(counted, h.to(dtype) - target.to(dtype), 0.0).square().sum()
+        sums = [error, torch.where(counted, target.to(dtype), 0.0).square().sum(), *target.new_zeros(2, dtype=dtype)]
+        if align.output_terms:
+            sums[2:] = output_terms(attention.o_proj(h.flatten(-2)).to(dtype), output.to(dtype), align.counted)
+        return following, torch.stack(sums)
+
+
+def output_terms(student, teacher, counted):
+    """`(sum of 1 - cosine, sum of |difference| / sqrt(D))` over the `counted` [B, T] tokens of two [B, T, D] attention
+    outputs.
+    """
+    student, teacher = (torch.where(counted[..., None], x, 0.0) for x in (student, teacher))
+    cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)  # 0 where one of them is
+    norm = torch.linalg.vector_norm(student - teacher, dim=-1) / student.shape[-1] ** 0.5  # its gradient at 0 is 0
+    return torch.where(counted, 1 - cosine, 0.0).sum(), norm.sum()
