@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_student, token_ids
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.serving.engine import Engine, EngineFull
@@ -60,7 +61,7 @@ def engines(tokenizer):
 
 
 def settings(new=8, **options):
-    return GenerationConfig(max_new_tokens=new, **({"do_sample": False, "eos_token_id": NEVER} | options))
+    return GenerationConfig(**({"max_new_tokens": new, "do_sample": False, "eos_token_id": NEVER} | options))
 
 
 def prompt(length, seed=0):
@@ -137,6 +138,19 @@ def test_a_long_prompt_holds_up_nobody(engines, model):
     assert engine.running == [short]
 
 
+def test_a_long_prompt_and_many_short_ones_do_not_keep_each_other_waiting(engines, model):
+    """Prompts that come while a long one is read get their first token before it, and it is read on meanwhile."""
+    engine = engines(model, started=False, max_rows=4, piece=8)
+    long = engine.submit(prompt(60), settings(2), lambda *piece: None)
+    with torch.no_grad():
+        engine.read()
+        for turn in range(1, 4):
+            short = engine.submit(prompt(8), settings(1), lambda *piece: None)
+            engine.read()
+            engine.read()
+            assert len(short.tokens) == short.prompt + 1 and long.read == 8 + 8 * turn
+
+
 def test_a_cancelled_request_frees_its_row_or_its_place_in_the_queue(engines, model):
     engine = engines(model, started=False, max_rows=1, queue=2)
     first, second, third = (Client(engine, prompt(4), settings(500)) for _ in range(3))
@@ -160,7 +174,7 @@ def test_a_request_that_is_cancelled_while_its_prompt_is_read_leaves_nothing_beh
     long, next_one = Client(engine, prompt(40), settings()), Client(engine, prompt(4), settings(3))
     with torch.no_grad():
         engine.read()
-    assert (engine.reading, long.request.read, engine.metrics()["rows"]) == (long.request, 8, 1)
+    assert (engine.reading, long.request.read, engine.metrics()["rows"]) == ([long.request], 8, 1)
     engine.cancel(long.request)
     engine.start()
     assert long.answer() == ("", "cancelled") and next_one.answer()[1] == "length"
@@ -173,6 +187,10 @@ def test_an_engine_that_stops_tells_those_who_wait(engines, model):
     clients[0].pieces.get(timeout=60)
     engine.stop()
     assert [client.answer()[1] for client in clients] == ["error"] * 3 and engine.active == 0
+    engine.cancel(clients[2].request)  # whose client hangs up only now
+    assert engine.active == 0 and engine.finished["cancelled"] == 0 and clients[2].pieces.empty()
+    with pytest.raises(EngineFull, match="about to stop"):
+        Client(engine, prompt(4), settings())
 
 
 def test_one_request_too_many_is_refused_with_the_limits(engines, model):
@@ -201,6 +219,8 @@ CHOICES = {
     "without repetition": {"repetition_penalty": 1.8},
     "biased": {"sequence_bias": {(7,): 3.0}},
     "ended": {"eos_token_id": list(range(3, 40))},
+    "not ended too early": {"eos_token_id": list(range(3, 40)), "min_new_tokens": 5, "min_length": 40},
+    "as long as the whole may be": {"max_new_tokens": None, "max_length": 15},
 }
 
 
@@ -217,7 +237,11 @@ def test_each_row_follows_its_own_settings_and_seed(choice, engines, model):
     reasons = [x.answer()[1] for x in (before, client, after)]
     torch.manual_seed(11)
     want = alone(model, ids, chosen)
-    assert client.new == want and reasons == ["length", "stop" if choice == "ended" else "length", "length"]
+    assert client.new == want and reasons == [
+        "length",
+        "stop" if "eos_token_id" in CHOICES[choice] else "length",
+        "length",
+    ]
     assert before.new == alone(model, ids, settings(12)) != client.new
 
 
@@ -249,12 +273,41 @@ def test_pieces_of_text_are_the_decoded_tokens_and_end_before_a_stop_string(toke
     assert "".join(pieces((), ids[:cut])) == tokenizer.decode(ids[:cut])
 
 
+def test_settings_that_leave_no_probabilities_end_their_request_alone(engines, model):
+    """torch would say so on a CPU, and end the process on a GPU."""
+    engine, wild = engines(model), settings(do_sample=True, sequence_bias={(7,): float("inf")})
+    beside, client = Client(engine, prompt(9), settings()), Client(engine, prompt(4), wild)
+    assert client.answer() == ("", "error") and beside.answer()[1] == "length"
+    with pytest.raises(ValueError, match="no probabilities"):
+        client.request.choose(torch.zeros(61))
+
+
+def test_bytes_that_make_no_character_end_no_answer():
+    """Where a run of bytes is no text, tokenizers with byte fallback take back what they have shown of it."""
+    letters = {name: n for n, name in enumerate(["<0x0A>", "<0xE2>", "<0x82>", "<0xAC>", "\u2581a"])}
+    raw = Tokenizer(models.BPE(letters, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+
+    def said(*ids):
+        text = Text(tokenizer, ("never",))
+        return [text.push(token)[0] for token in ids] + [text.rest(list(ids))]
+
+    assert said(0, 1, 2, 3, 4) == ["\n", "", "", "\u20ac", " a", ""]
+    assert said(0, 1, 2, 4, 4) == ["\n", "", "", "\ufffd\ufffd a", " a", ""]
+    assert said(4, 0, 1) == [" a", "\n", "", "\ufffd"]
+
+
 BAD = {
     "an empty prompt": ([], {}, "the prompt has no tokens"),
     "beams": ([5], {"num_beams": 2}, "beam_search.*expected greedy search or sampling"),
     "drafts": ([5], {"prompt_lookup_num_tokens": 2}, "assisted_generation"),
     "several answers": ([5], {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
     "guidance": ([5], {"guidance_scale": 2.0}, "guidance_scale"),
+    "another prompt": ([5], {"token_healing": True}, "token_healing"),
+    "stop strings that are none": ([5], {"stop_strings": ["a", 5]}, "stop_strings=.*expected a string or a list"),
+    "no room for an answer": ([5] * 9, {"max_new_tokens": None, "max_length": 9}, "max_length=9 with a prompt of 9"),
+    "a token that the model does not have": ([5, 61], {}, "token 61, expected less than 61"),
 }
 
 
@@ -270,6 +323,9 @@ def test_what_rows_cannot_follow_is_refused_by_name(what, engines, model):
 def test_students_and_limits_that_the_engine_cannot_serve_are_refused_by_name(tokenizer, model):
     with pytest.raises(ConfigError, match=r"sparse_memory=4, expected 'gate' and 0.*generate\(\)"):
         Engine(tiny_student(sparse_memory=4), tokenizer)
+    uneven = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    with pytest.raises(ConfigError, match=r"rope_type='dynamic', expected one whose angles.*generate\(\)"):
+        Engine(tiny_student(rope_parameters=uneven), tokenizer)  # a long row would turn the others' keys
     with pytest.raises(ConfigError, match="max_rows=0, expected at least 1"):
         Engine(model, tokenizer, max_rows=0)
     with pytest.raises(ConfigError, match="object is written in Python, expected a fast tokenizer"):

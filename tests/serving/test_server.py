@@ -22,7 +22,7 @@ from xlstm_hybrid.serving.rows import Rows
 
 uvicorn = pytest.importorskip("uvicorn", reason="pip install 'xlstm-hybrid[serve]'")
 pytest.importorskip("fastapi", reason="pip install 'xlstm-hybrid[serve]'")
-from xlstm_hybrid.serving.server import build_app  # noqa: E402 (after what it needs)
+from xlstm_hybrid.serving.server import CompletionBody, build_app  # noqa: E402 (after what it needs)
 
 TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
 CHAT = [{"role": "user", "content": "Reverse the letters.\nInput: a b c"}]
@@ -60,10 +60,14 @@ class Site:
     def __init__(self, engine, port):
         self.engine, self.port = engine, port
 
-    def open(self, path, body=None):
+    def send(self, path, body=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = None if body is None else json.dumps(body)
+        data = body if body is None or isinstance(body, str) else json.dumps(body)
         connection.request("GET" if body is None else "POST", path, data, {"content-type": "application/json"})
+        return connection
+
+    def open(self, path, body=None):
+        connection = self.send(path, body)
         return connection, connection.getresponse()
 
     def ask(self, path, body=None):
@@ -177,16 +181,62 @@ BAD = {
     "settings that do not exist": ({"prompt": "k", "generation_config": '{"tempratur": 2}'}, 400, "tempratur"),
     "another model": ({"prompt": "k", "model": "gpt-4"}, 404, "'gpt-4': this server has 'student'"),
     "an id beyond the vocabulary": ({"prompt": "k", "logit_bias": {"4711": 2}}, 400, "4711"),
+    "a bias without measure": ('{"prompt": "k", "logit_bias": {"7": NaN}}', 400, "logit_bias.7: .*finite"),
+    "half a character": ({"prompt": "a\ud800"}, 400, "prompt: expected text, without halves"),
+    "no JSON": ('{"prompt": ', 400, "expected a JSON object.*Expecting value"),
+    "a list": ([1], 400, "expected a JSON object"),
+    "a template of its own": (
+        {"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}", "truncation": True}},
+        400,
+        "chat_template_kwargs: .*found chat_template, truncation",
+    ),
+    "messages that the template breaks at": (
+        {"messages": CHAT, "chat_template_kwargs": {"messages": 3}},
+        400,
+        "chat template takes",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_request_is_told_what_is_wrong(what, site):
     body, status, message = BAD[what]
-    got, text, _ = site.ask("/v1/completions", body)
+    got, text, _ = site.ask("/v1/chat/completions" if "messages" in body else "/v1/completions", body)
     error = json.loads(text)["error"]
     assert got == status and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"])
+
+
+def test_what_is_null_was_not_sent(site):
+    """Clients send back messages as they came, and fields that they leave alone."""
+    body = {"messages": CHAT, "temperature": 0, "max_tokens": 4}
+    nulls = {"tools": None, "seed": None, "messages": [CHAT[0] | {"refusal": None, "tool_calls": None}]}
+    one, other = (json.loads(site.ask("/v1/chat/completions", body | more)[1]) for more in ({}, nulls))
+    assert one["choices"] == other["choices"]
+
+
+def test_what_the_server_does_not_have_is_an_error_as_clients_read_it(site):
+    for path, status in (("/v1/embeddings", 404), ("/v1/completions", 405)):
+        got, text, _ = site.ask(path)
+        assert got == status and json.loads(text)["error"]["code"] == status
+
+
+def test_a_prompt_that_takes_long_to_be_tokenised_keeps_nobody_waiting(site, monkeypatch):
+    read, ids = threading.Event(), CompletionBody.prompt_ids
+    monkeypatch.setattr(CompletionBody, "prompt_ids", lambda *given: read.wait(30) and ids(*given))
+    statuses = []
+    asking = threading.Thread(
+        target=lambda: statuses.append(site.ask("/v1/completions", {"prompt": "k", "max_tokens": 1})[0])
+    )
+    asking.start()
+    gone = site.send("/v1/completions", {"prompt": "k", "max_tokens": 10**6, "logit_bias": {2: -100}, "stream": True})
+    gone.close()
+    before = site.engine.counts["requests"]
+    assert site.ask("/health")[0] == 200 and not statuses
+    read.set()
+    asking.join()
+    assert statuses == [200] and site.ask("/v1/completions", {"prompt": "k", "max_tokens": 1})[0] == 200
+    assert site.engine.counts["requests"] == before + 2 and site.engine.active == 0  # one had gone by then
 
 
 # --- many clients ------------------------------------------------------------------------------------------------
@@ -263,6 +313,18 @@ def test_a_failed_answer_is_an_error_of_the_server(student, monkeypatch):
         assert status == 500 and json.loads(text)["error"]["type"] == "server_error"
         assert '"server_error"' in site.ask("/v1/completions", body | {"stream": True})[1].splitlines()[-2]
         assert site.ask("/health")[0] == 200
+
+
+def test_an_answer_that_the_servers_end_cuts_short_is_an_error(student):
+    answers = []
+    with listening(student) as site:
+        endless = {"prompt": "k", "max_tokens": 10**6, "temperature": 0, "logit_bias": {2: -100}}
+        asking = threading.Thread(target=lambda: answers.append(site.ask("/v1/completions", endless)))
+        asking.start()
+        site.until("rows", 1)
+    asking.join()
+    assert answers[0][0] == 503 and json.loads(answers[0][1])["error"]["type"] == "server_error"
+    assert site.engine.active == 0
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ LAST_SECONDS = 10  # that answers have once the server is told to stop
 def serve(
     model: Annotated[str, Argument(help="Student: checkpoint directory or hub id. Requests name it in the same way.")],
     host: Annotated[str, Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[int, Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     device: Annotated[str, Option(help="Where to run: auto, cpu, cuda, cuda:0.")] = "auto",
     dtype: Annotated[str, Option(help="Of the weights; auto: as stored, unless that is slow here.")] = "auto",
     max_rows: Annotated[int, Option(help="Requests that share decode steps.")] = 32,

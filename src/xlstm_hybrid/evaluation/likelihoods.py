@@ -15,12 +15,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.model.cache import SlidingLayer, StateLayer
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.configuration import UNEVEN_ROPES
 from xlstm_hybrid.state import fork, prefill, snapshot
 
 # Tokens that a beginning must save to be read by itself: two calls more, each of which costs as much as so many tokens
 WORTH = {"cpu": 64}
 WORTH_ELSEWHERE = 4096  # accelerators: a call costs its launches, whatever its size
-UNEVEN_ROPES = ("dynamic", "longrope")  # angles depend on the length of the whole input: none is read in pieces
 KNOWN = DynamicLayer, DynamicSlidingWindowLayer, SlidingLayer  # beside ours: caches that are copied and gone on from
 
 # ids: a tuple.  keep: number of last positions that are scored.  asked: [(number of the request, continuation)]

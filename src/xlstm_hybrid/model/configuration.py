@@ -52,6 +52,7 @@ INDIFFERENT = {
     *("teacher_model_type", "freeze_embeddings"),
 }
 SCORES = ("residual", "weighted", "recency", "random")
+UNEVEN_ROPES = ("dynamic", "longrope")  # angles depend on the longest text of a call, its pieces and neighbours included
 
 
 class StudentConfig(PreTrainedConfig):

@@ -1,8 +1,8 @@
 """The scheduler: one thread in which all requests share a model's decode steps.
 
 A request waits, is read in pieces into a cache of its own, joins the running rows, and leaves them with its last token or
-when it is cancelled. Between two decode steps at most one piece of prompts is read, so that a long prompt holds up
-nobody.
+when it is cancelled. Between two decode steps about one piece of prompts is read, by turns of the oldest prompt and of the
+one that is nearest to its end, so that a long prompt holds up nobody and many short ones do not keep it waiting.
 """
 
 import logging
@@ -55,7 +55,7 @@ class Engine:
         self.model, self.tokenizer, self.rows = model, tokenizer, Rows(model)
         self.max_rows, self.queue, self.piece = max_rows, queue, piece
         self.seed = torch.seed() if seed is None else seed
-        self.waiting, self.reading, self.running = deque(), None, []
+        self.waiting, self.reading, self.running, self.oldest = deque(), [], [], False
         self.active, self.counts = 0, dict.fromkeys(COUNTS, 0)
         self.finished = dict.fromkeys(REASONS, 0)
         self.changed, self.stopping, self.thread = threading.Condition(), False, None
@@ -97,6 +97,8 @@ class Engine:
         return request
 
     def refuse_if_full(self):
+        if self.stopping:
+            raise EngineFull("the server is about to stop and takes no more requests; ask another one")
         if self.active >= self.max_rows + self.queue:
             self.finished["refused"] += 1
             raise EngineFull(
@@ -117,13 +119,13 @@ class Engine:
     def metrics(self):
         """`{name: number}` of now and of all that was done."""
         with self.changed:
-            now = {"rows": len(self.running) + (self.reading is not None), "queue": len(self.waiting)}
+            now = {"rows": len(self.running) + len(self.reading), "queue": len(self.waiting)}
             return now | {"rows_limit": self.max_rows, "queue_limit": self.queue} | self.counts
 
     def retry_after(self):
         """Whole seconds until a place should be free: what a request has taken so far, shared by the rows."""
-        answered = sum(self.finished[reason] for reason in ("stop", "length"))
-        return max(1, round(self.counts["request_seconds"] / max(answered, 1) / self.max_rows))
+        ended = sum(self.finished.values()) - self.finished["refused"]
+        return max(1, round(self.counts["request_seconds"] / max(ended, 1) / self.max_rows))
 
     # --- in the engine's thread ------------------------------------------------------------------------------------
 
@@ -138,7 +140,10 @@ class Engine:
                 log.exception("a step of %d rows failed; their requests end", len(self.running))
                 self.fail(self.running)
                 self.running, self.rows = [], Rows(self.model)
-        self.fail([*self.running, *self.waiting, *([self.reading] if self.reading else [])])
+        with self.changed:  # who cancels meanwhile finds nothing to take back
+            left = [*self.running, *self.reading, *self.waiting]
+            self.waiting.clear()
+        self.fail(left)
 
     def fail(self, requests):
         for request in requests:
@@ -150,29 +155,33 @@ class Engine:
             self.changed.wait_for(lambda: self.stopping or self.waiting or self.reading or self.running)
             return not self.stopping
 
-    def next_request(self):
-        """The request whose prompt is to be read on, or None."""
+    def next_request(self, joining):
+        """The request whose prompt is to be read on, or None; `joining` rows are taken beside those that run."""
         with self.changed:
-            if self.reading is None and self.waiting:
-                self.reading = self.waiting.popleft()
-            return self.reading
+            while self.waiting and len(self.running) + joining + len(self.reading) < self.max_rows:
+                self.reading.append(self.waiting.popleft())
+        self.oldest = not self.oldest
+        return min(self.reading, key=lambda request: 0 if self.oldest else request.prompt - request.read, default=None)
 
     def read(self):
         """Read up to a piece of prompts; those that end in it get their first token, and a row."""
         budget, joining = self.piece, []
-        while budget > 0 and len(self.running) + len(joining) < self.max_rows and (request := self.next_request()):
+        for request in [request for request in self.reading if request.cancelled]:
+            self.reading.remove(request)
+            self.finish(request, "cancelled")
+        while budget > 0 and (request := self.next_request(len(joining))):
             ids = request.tokens[request.read : request.read + self.piece]  # cut alike, whoever else is there
             budget -= len(ids)
             try:
-                logits = None if request.cancelled else self.read_piece(request, ids)
+                logits = self.read_piece(request, ids)
             except Exception:
                 log.exception("a prompt of %d tokens could not be read", request.prompt)
-                self.reading = None
+                self.reading.remove(request)
                 self.finish(request, "error")
                 continue
-            if logits is None or request.read == request.prompt:
-                self.reading = None
-                reason = "cancelled" if logits is None else self.follow([request], logits)[0]
+            if request.read == request.prompt:
+                self.reading.remove(request)
+                reason = self.follow([request], logits)[0]
                 joining += [] if reason else [request]
                 if reason:
                     self.finish(request, reason)

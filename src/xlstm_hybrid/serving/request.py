@@ -8,25 +8,40 @@ from xlstm_hybrid.errors import ConfigError
 
 DEFAULT_TOKENS = 1024  # of an answer where neither request nor checkpoint says how many
 MODES = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
-NOT_SHARED = {"guidance_scale": 1.0, "max_time": None, "num_return_sequences": 1}  # settings, and where they do nothing
+# settings, and where they do nothing
+NOT_SHARED = {"guidance_scale": 1.0, "max_time": None, "num_return_sequences": 1, "token_healing": False}
 
 
 class Text:
     """The text of tokens as they come, up to the first of the strings in `stop`.
 
-    Joined, the pieces are what the tokenizer decodes the tokens to, special ones left out.
+    Joined, the pieces are what the tokenizer decodes the tokens to, special ones left out. With bytes that make no
+    character some tokenizers would change what has been sent, which stays: what follows is decoded by itself.
     """
 
     def __init__(self, tokenizer, stop):
         self.tokenizer, self.stop = tokenizer, stop
         self.stream, self.sent, self.held = DecodeStream(skip_special_tokens=True), "", ""
+        self.unread = []  # tokens since the last that made text
 
     def push(self, token):
         """`(piece, whether a stop string ended it)`; what may be the beginning of a stop string is held back."""
-        self.held += self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        self.held += self.decoded(token)
         found = [at for text in self.stop if (at := self.held.find(text)) >= 0]
         end = min(found) if found else len(self.held) - self.begun()
         return self.send(end), bool(found)
+
+    def decoded(self, token):
+        """The text that a token adds, which is empty where a character is not complete."""
+        self.unread.append(token)
+        try:
+            piece = self.stream.step(self.tokenizer.backend_tokenizer, token)
+        except Exception:  # of no class of its own: text before is another one now
+            piece = self.tokenizer.decode(self.unread, skip_special_tokens=True)
+            self.stream = DecodeStream(self.unread, skip_special_tokens=True)
+        if piece is not None:
+            self.unread = []
+        return piece or ""
 
     def begun(self):
         """How many of the last characters begin a stop string."""
@@ -42,7 +57,9 @@ class Text:
     def rest(self, tokens):
         """What has been held back; a character whose bytes have not all come is in it as the tokenizer shows it."""
         whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return whole[len(self.sent) :] if whole.startswith(self.sent) else self.held
+        if whole.startswith(self.sent):
+            return whole[len(self.sent) :]
+        return self.held + self.tokenizer.decode(self.unread, skip_special_tokens=True)
 
 
 class Request:
@@ -59,22 +76,32 @@ class Request:
         """settings: a GenerationConfig, of which everything counts that chooses the next token of a row.
 
         Raises:
-            ConfigError: an empty prompt, settings that one row at a time cannot follow (beams, drafts), or values that
-                are none.
+            ConfigError: a prompt without tokens, or with some that the model does not have, settings that one row at a
+                time cannot follow (beams, drafts), or values that are none.
         """
         if not ids:
             raise ConfigError("the prompt has no tokens, expected at least one: write something")
+        if max(ids) >= model.config.vocab_size:  # on a GPU it would end the process
+            raise ConfigError(
+                f"the prompt has token {max(ids)}, expected less than {model.config.vocab_size}, the model's vocabulary: leave it out"
+            )
         self.tokens, self.prompt, self.deliver = list(ids), len(ids), deliver
         self.read, self.cache, self.cancelled, self.came, self.last = 0, None, False, None, ""
+        self.device, before = model.device, torch.tensor([self.tokens], device=model.device)
+        longest = settings.max_length or model.generation_config.max_length  # a default of 20 stands there below
         settings, _ = model._prepare_generation_config(settings)
         refuse_unshared(settings)
-        self.limit = settings.max_new_tokens or DEFAULT_TOKENS
-        settings.max_length = self.prompt + self.limit
-        ends = settings.eos_token_id
-        self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
-        self.device, before = model.device, torch.tensor([self.tokens], device=model.device)
         try:
+            self.limit = settings.max_new_tokens or (longest - self.prompt if longest else DEFAULT_TOKENS)
+            if self.limit < 1:
+                raise ValueError(f"max_length={longest} with a prompt of {self.prompt} tokens")
+            settings.max_length = self.prompt + self.limit
+            if settings.min_new_tokens is not None:
+                settings.min_length = self.prompt + settings.min_new_tokens
+            self.text = Text(tokenizer, (*stop, *strings(settings.stop_strings)))
             model._prepare_special_tokens(settings, True, device=model.device)
+            ends = settings._eos_token_tensor
+            self.ends = frozenset([] if ends is None else ends.flatten().tolist())
             self.processors = model._get_logits_processor(
                 settings, input_ids_seq_length=self.prompt, encoder_input_ids=before, device=model.device
             )
@@ -83,8 +110,6 @@ class Request:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"generation settings: {error}; correct them or leave them out") from error
         self.generator = torch.Generator(model.device).manual_seed(seed) if settings.do_sample else None
-        more = settings.stop_strings or ()
-        self.text = Text(tokenizer, (*stop, *([more] if isinstance(more, str) else more)))
 
     @property
     def greedy(self):
@@ -92,11 +117,18 @@ class Request:
         return self.generator is None and not self.processors
 
     def choose(self, logits):
-        """The id that follows by `logits` [vocabulary]."""
+        """The id that follows by `logits` [vocabulary].
+
+        Raises:
+            ValueError: settings that leave no probabilities to draw by.
+        """
         scores = self.processors(torch.tensor([self.tokens], device=self.device), logits[None].float())
         if self.generator is None:
             return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+        probabilities = scores.softmax(-1)
+        if probabilities.isnan().any():  # a draw would end a GPU's process
+            raise ValueError("no probabilities: logits, or what the settings make of them, are not finite")
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
     def take(self, token):
         """Add a token and deliver its text; returns why the request ends with it, or None. The last text stays in `last`
@@ -114,6 +146,14 @@ class Request:
         elif piece:
             self.deliver(piece, None)
         return reason
+
+
+def strings(value):
+    """`stop_strings` as a list."""
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        raise TypeError(f"stop_strings={value!r}, expected a string or a list of them")
+    return [text for text in found if text]
 
 
 def refuse_unshared(settings):

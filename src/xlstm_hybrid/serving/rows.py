@@ -12,6 +12,7 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer, with_slots
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.configuration import UNEVEN_ROPES
 from xlstm_hybrid.model.experimental.variants import cache_layer_of
 
 
@@ -21,6 +22,12 @@ def refuse_unshared(config):
         raise ConfigError(
             f"serve: a student with mixer_combine={config.mixer_combine!r} and sparse_memory={config.sparse_memory}, expected 'gate' and 0: "
             "the rows of its cache cannot join; answer with generate()"
+        )
+    ropes = {config.rope_parameters_of(kind).get("rope_type") for kind in set(config.teacher_layer_types)}
+    if uneven := sorted(ropes & set(UNEVEN_ROPES)):
+        raise ConfigError(
+            f"serve: a student with rope_type={uneven[0]!r}, expected one whose angles do not depend on the longest text of a step: a row would "
+            "change its neighbours' answers; answer with generate()"
         )
 
 

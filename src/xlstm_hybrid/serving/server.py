@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import inspect
 import json
 import time
 import uuid
@@ -11,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from jinja2 import TemplateError
-from pydantic import BaseModel, Field, Json
-from transformers import GenerationConfig
+from pydantic import BaseModel, Field, FiniteFloat, Json, model_validator
+from starlette.exceptions import HTTPException
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.serving.engine import EngineFull
@@ -24,7 +25,16 @@ Positive = Annotated[int, Field(ge=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]  # what clients send that send every field
 
 
-class Body(BaseModel, extra="forbid"):
+class Named(BaseModel, extra="forbid"):
+    """A JSON object of whose fields all are named here; null is for a field that was not sent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, data):
+        return {name: x for name, x in data.items() if x is not None} if isinstance(data, dict) else data
+
+
+class Body(Named):
     """What both kinds of requests share. What is not named here is refused."""
 
     model: str | None = None
@@ -36,7 +46,7 @@ class Body(BaseModel, extra="forbid"):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, FiniteFloat] | None = None
     stop: str | list[str] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     generation_config: Json[dict[str, Any]] | None = None  # transformers' own, as JSON: `transformers chat` sends it
@@ -80,12 +90,18 @@ def config_of(fields):
         raise ConfigError(f"generation_config: {error}") from error
 
 
-class TextPart(BaseModel, extra="forbid"):
+class TextPart(Named):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel, extra="forbid"):
+# what `chat_template_kwargs` may not name: how the prompt is made of the checkpoint's template is the server's matter
+OF_THE_TOKENIZER = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    *("self", "tools", "documents", "add_generation_prompt", "continue_final_message", "kwargs")
+}
+
+
+class Message(Named):
     role: str
     content: str | list[TextPart]
     name: str | None = None
@@ -111,10 +127,14 @@ class ChatBody(Body):
             raise ConfigError(
                 "the checkpoint's tokenizer has no chat template: pass a prompt to /v1/completions instead"
             )
+        if wrong := sorted(OF_THE_TOKENIZER & self.chat_template_kwargs.keys()):
+            raise ConfigError(
+                f"chat_template_kwargs: expected variables of the checkpoint's chat template, found {', '.join(wrong)}: leave them out"
+            )
         options = {"add_generation_prompt": True} | self.chat_template_kwargs | {"tokenize": True, "return_dict": True}
         try:
             return tokenizer.apply_chat_template([message.plain() for message in self.messages], **options)["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program
             raise ConfigError(f"messages: expected what the checkpoint's chat template takes ({error})") from error
 
     def tokens(self):
@@ -139,7 +159,10 @@ class CompletionBody(Body):
     chunk: ClassVar = kind
 
     def prompt_ids(self, tokenizer):
-        return tokenizer(self.prompt)["input_ids"]
+        try:
+            return tokenizer(self.prompt)["input_ids"]
+        except (TypeError, UnicodeError) as error:
+            raise ConfigError(f"prompt: expected text, without halves of surrogate pairs ({error})") from error
 
     def tokens(self):
         return self.max_tokens
@@ -164,7 +187,7 @@ def failure(status, message, kind="invalid_request_error", headers=None, **more)
 class Answer:
     """A request in the engine, seen from the event loop: its pieces of text arrive in a queue."""
 
-    def __init__(self, engine, name, body):
+    def __init__(self, engine, name, body, ids):
         self.engine, self.body, self.pieces = engine, body, asyncio.Queue()
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         loop = asyncio.get_running_loop()
@@ -173,7 +196,6 @@ class Answer:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-        ids = body.prompt_ids(engine.tokenizer)
         self.request = engine.submit(ids, body.settings(engine.model, body.tokens()), deliver, body.stops(), body.seed)
 
     async def __aiter__(self):
@@ -215,7 +237,9 @@ class Answer:
 
 
 async def unless_gone(http, answer):
-    """What `answer`, a coroutine, returns; it is cancelled when the client hangs up, and there is nothing to return."""
+    """What `answer`, a coroutine, returns; it is cancelled when the client hangs up, and there is nothing to return, and when
+    the server ends before it does.
+    """
 
     async def hung_up():
         while (await http.receive())["type"] != "http.disconnect":
@@ -225,6 +249,8 @@ async def unless_gone(http, answer):
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else PlainTextResponse("", 499)
+    except asyncio.CancelledError:  # it has had its time, and the connection is open
+        return failure(503, "the server stops before the answer is complete: ask again", "server_error")
     finally:
         for task in tasks:
             task.cancel()
@@ -273,10 +299,18 @@ def build_app(engine, name):
     @app.exception_handler(RequestValidationError)
     async def malformed(_, error):
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        no_json = first["type"] == "json_invalid" and isinstance(first["loc"][-1], int)  # at which character
+        if no_json or len(first["loc"]) == 1:
+            found = first.get("ctx", {}).get("error", first["msg"])
+            return failure(400, f"expected a JSON object, content-type: application/json ({found})")
+        where = ".".join(str(part) for part in first["loc"][1:])
         accepted = ", ".join({**ChatBody.model_fields, **CompletionBody.model_fields})
-        hint = f"; accepted are {accepted}" if first["type"] == "extra_forbidden" else ""
+        hint = f"; accepted are {accepted}" if first["type"] == "extra_forbidden" and "." not in where else ""
         return failure(400, f"{where}: {first['msg']}{hint}", param=where)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(_, error):
+        return failure(error.status_code, error.detail, headers=error.headers)
 
     @app.exception_handler(ConfigError)
     async def wrong(_, error):
@@ -290,7 +324,10 @@ def build_app(engine, name):
     async def answer(http, body):
         if body.model not in (None, name):
             return failure(404, f"model {body.model!r}: this server has {name!r}", param="model")
-        found = Answer(engine, name, body)
+        ids = await asyncio.to_thread(body.prompt_ids, engine.tokenizer)  # a long prompt takes seconds
+        if await http.is_disconnected():  # nothing is read for it
+            return PlainTextResponse("", 499)
+        found = Answer(engine, name, body, ids)
         if body.stream:
             return StreamingResponse(found.events(), media_type="text/event-stream")
         return await unless_gone(http, found.whole())
