@@ -90,6 +90,19 @@ WITH_TRAITS = {
             "mlp_only_layers": [0],
         },
     ),
+    "qwen3_5_text": ("Qwen3_5", {"hidden_size": 50, "layer_types": ["full_attention"] * 3, "attention_bias": True}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "hidden_size": 50,
+            "layer_types": ["full_attention"] * 3,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 31,
+            "mlp_only_layers": [1],
+        },
+    ),
     "olmoe": (
         "Olmoe",
         {
@@ -102,7 +115,8 @@ WITH_TRAITS = {
         },
     ),
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
+PARTIAL = {"qwen3_5_text": 0.6, "qwen3_next": 0.4}  # of a head's 10 dims 6 and 4 rotate
 EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
@@ -134,6 +148,8 @@ ROPES = {  # with 45 tokens all of them are past their original context
 
 def rope_parameters(family, rope):
     scaled = {**ROPES[rope], "rope_theta": 5000.0}
+    if family in PARTIAL:
+        scaled["partial_rotary_factor"] = PARTIAL[family]
     return (
         {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
         if family in ("olmo3", "gemma3_text")

@@ -75,10 +75,15 @@ REFUSALS = {
         r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
     ),
     "linear layers": (
+        lambda d: edit_config(d, model_type="olmo_hybrid"),
+        UnsupportedTeacherError,
+        r"'olmo_hybrid' is not one of the supported families \(it has linear layers beside attention, .* holds\): llama.*"
+        r"olmoe.*docs/add-teacher-family.md",
+    ),
+    "linear layers of a family that has others": (
         lambda d: edit_config(d, model_type="qwen3_next"),
         UnsupportedTeacherError,
-        r"'qwen3_next' is not one of the supported families \(it has linear layers beside attention, .* holds\): llama.*"
-        r"olmoe.*docs/add-teacher-family.md",
+        r"teacher configuration \(qwen3_next\): layer_types holds \['linear_attention'\], expected only \['full_attention'",
     ),
     "no family": (
         lambda d: edit_config(d, model_type=None),
@@ -101,6 +106,15 @@ REFUSALS = {
         ),
         UnsupportedTeacherError,
         "partial rotary embeddings, expected the whole head to rotate",
+    ),
+    "a part of a head that is none": (
+        lambda d: edit_config(
+            d,
+            model_type="qwen3_5_text",
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.0},
+        ),
+        UnsupportedTeacherError,
+        "partial_rotary_factor=0.0, expected a part above 0 and at most 1",
     ),
     "unknown RoPE": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
