@@ -19,6 +19,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
+    OlmoHybridConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.model.configuration import LAYER_TYPES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
+from xlstm_hybrid.model.configuration import LAYER_TYPES, LINEAR_SIZES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
 
 STUDENTS = ("xlstm_hybrid", "distil_xlstm")  # model_type of what conversion makes
 FP8 = "FineGrainedFP8Config(dequantize=True)"
@@ -71,6 +72,17 @@ def layers_without_experts(config):
     """Qwen's two ways to say it, and both count."""
     layers, step = range(config.num_hidden_layers), config.decoder_sparse_step
     return [j for j in layers if j in config.mlp_only_layers or (j + 1) % step]
+
+
+def rotating_if_theta(config):
+    """OLMo-Hybrid: without a theta no layer rotates."""
+    return None if config.rope_parameters.get("rope_theta") is not None else [False] * config.num_hidden_layers
+
+
+def rope_or_none(config):
+    """OLMo-Hybrid: the parameters of a RoPE that is not used where there is none."""
+    rope = config.rope_parameters
+    return rope if rope.get("rope_theta") is not None else {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)
@@ -222,6 +234,30 @@ FAMILIES["gemma3_text"] = Family(
         "final_logit_softcapping": "final_logit_softcapping",
     },
 )
+# in its checkpoints the norms of linear layers have other names; transformers writes the second of them for every layer
+OLMO_HYBRID_NORMS = {
+    f"model.layers.{{n}}.{stored}.weight": [f"model.layers.{{n}}.{name}.weight"]
+    for stored, name in (
+        ("attention_layer_norm", "input_layernorm"),
+        ("feedforward_layer_norm", "post_attention_layernorm"),
+    )
+}
+# three convolutions of a checkpoint, which `source.DirectoryTeacher` joins, are one here
+GATED_DELTA = in_layers("linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias")
+OLMO_LINEAR = GATED_DELTA | in_layers(
+    *(f"linear_attn.{name}_proj.weight" for name in "qkvabgo"), "linear_attn.o_norm.weight"
+)
+FAMILIES["olmo_hybrid"] = replace(
+    FAMILIES["olmo3"],
+    config_class=OlmoHybridConfig,
+    tensors=FAMILIES["olmo3"].tensors | PRE_NORMS | OLMO_HYBRID_NORMS | OLMO_LINEAR,
+    traits={
+        "linear_attention": lambda config: "olmo_hybrid",
+        **{name: name for name in (*LINEAR_SIZES, "linear_allow_neg_eigval")},
+        "rope_layers": rotating_if_theta,
+        "rope_parameters": rope_or_none,
+    },
+)
 # Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
 WITHOUT = {
     "olmoe": {"clip_qkv": (None,)},
@@ -230,7 +266,7 @@ WITHOUT = {
 LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
     **dict.fromkeys(
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), LINEAR
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), LINEAR
     ),
     **dict.fromkeys(("gemma3", "mistral3"), PICTURES),
     "gemma2": "attention scores with a cap",
@@ -363,7 +399,7 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     )
-    fields["rope_parameters"] = copy.deepcopy(teacher_config.rope_parameters)
+    fields["rope_parameters"] = copy.deepcopy(fields.get("rope_parameters", teacher_config.rope_parameters))
     fields["attention_dropout"] = teacher_config.attention_dropout or 0.0
     # in a teacher's, False is a leftover of its training
     fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True
