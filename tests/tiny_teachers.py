@@ -3,6 +3,7 @@ and awkward shapes.
 """
 
 import functools
+import importlib
 import json
 
 import torch
@@ -90,6 +91,19 @@ WITH_TRAITS = {
             "mlp_only_layers": [0],
         },
     ),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        {
+            "hidden_size": 50,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "attention_bias": True,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 8,
+        },
+    ),
     "olmoe": (
         "Olmoe",
         {
@@ -102,6 +116,7 @@ WITH_TRAITS = {
         },
     ),
 }
+WITH_LINEAR = {"olmo_hybrid": "olmo_hybrid"}  # and whose linear attention the student has
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
@@ -171,6 +186,22 @@ def teacher(family, rope="default", window=7, tied=None):
     """The same model for the same arguments: tests read it only."""
     changes = {} if tied is None else {"tie_word_embeddings": tied}
     return one_by_one(enlarge(model_class(family)(teacher_config(family, rope, window, **changes))).eval())
+
+
+class Double:
+    """torch, with a float32 that is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def in_float64(monkeypatch, family):
+    """Let the linear attention of a family calculate in float64: then what differs is not rounding."""
+    if family in WITH_LINEAR:
+        kind = WITH_LINEAR[family]
+        monkeypatch.setattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), "torch", Double())
 
 
 def stored(directory):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import tiny_config
 from tiny_students import CLOSE, W, ids_of, left_padded, student
-from tiny_teachers import WITH_TRAITS, teacher, teacher_config, tokens
+from tiny_teachers import WITH_TRAITS, in_float64, teacher, teacher_config, tokens
 from torch import nn
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
-from xlstm_hybrid.model.configuration import TRAITS
+from xlstm_hybrid.model.configuration import LINEAR_SIZES, TRAITS
 from xlstm_hybrid.model.mixer import HeadsParallel
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
 from xlstm_hybrid.training.lm_head import attach, check_head
@@ -28,7 +28,14 @@ families = pytest.mark.parametrize("family", [pytest.param(f, marks=slow if f ==
 
 
 # traits without which the weights have other shapes: a student that lacks one loads none of them
-SHAPES = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"}
+SHAPES = {
+    "num_experts",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mlp_only_layers",
+    "linear_attention",
+}
+SHAPES |= set(LINEAR_SIZES)
 OTHER = TRAITS | {"num_experts_per_tok": 1}
 
 
@@ -60,7 +67,8 @@ def test_a_student_without_the_trait_is_another_model(family, trait):
     ],
 )
 @torch.no_grad()
-def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack):
+def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack, monkeypatch):
+    in_float64(monkeypatch, family)
     model, ids = student(family, stack), ids_of(3 * W + 2)
     whole = model(ids).logits
     out = model(ids[:, :W], use_cache=True)

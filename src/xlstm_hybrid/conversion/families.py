@@ -265,9 +265,7 @@ WITHOUT = {
 }
 LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
-    **dict.fromkeys(
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), LINEAR
-    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), LINEAR),
     **dict.fromkeys(("gemma3", "mistral3"), PICTURES),
     "gemma2": "attention scores with a cap",
     "ministral3": "queries that are scaled by their position",

@@ -4,8 +4,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSli
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
-from xlstm_hybrid.model.experimental.variants import cache_layer_of
 from xlstm_hybrid.model.configuration import LINEAR
+from xlstm_hybrid.model.experimental.variants import cache_layer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys
 from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 from xlstm_hybrid.model.rollback import ROLLBACK_TOKENS

@@ -427,6 +427,8 @@ class XLSTMHybridConfig(StudentConfig):
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
             plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixer.py
+        if LINEAR in self.layer_types:
+            plan["layers.*.linear_attn"] = "linear_attention"  # which refuses, see mixer.py
         mlp = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
         return plan | {f"layers.*.mlp.{name}_proj": style for name, style in mlp.items()}
 

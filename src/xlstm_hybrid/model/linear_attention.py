@@ -47,7 +47,9 @@ def gated_delta_net(config):
             "the newest transformers that `xlstm-hybrid doctor` calls tested"
         )
     # alone in a cache of its own, see `LinearCacheLayer`: hence layer 0
-    return found(SimpleNamespace(**{field: getattr(config, field) for field in READ}, layer_types=[LINEAR], **FIRST), 0), keyword
+    return found(
+        SimpleNamespace(**{field: getattr(config, field) for field in READ}, layer_types=[LINEAR], **FIRST), 0
+    ), keyword
 
 
 @dataclass

@@ -274,7 +274,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             look=look,
         )
         if linear and not tokens.plain and tokens.real.shape[1] > 1:
-            tokens.find_runs(tokens.real.new_zeros(B, dtype=torch.long) if before is None else before, cache is not None)
+            tokens.find_runs(
+                tokens.real.new_zeros(B, dtype=torch.long) if before is None else before, cache is not None
+            )
         needs_packing = teacher or any(keys[j][0] not in ("hybrid_sliding", LINEAR) for j in present)
         starts = any(x is not None for x in (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")))
         packed = needs_packing and T > 1 and starts and not tokens.plain and (not look or bool(tokens.start.any()))
@@ -296,7 +298,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 kind, window, sinks = keys[j]
                 if kind == "hybrid_sliding":
                     masks[keys[j]] = self.hybrid_mask(tokens, window, sinks, cache.layers[j] if filled else None)
-                elif kind != LINEAR and (kind == "full_attention" or not tokens.uneven):  # else the layer's own, by places
+                elif kind != LINEAR and (
+                    kind == "full_attention" or not tokens.uneven
+                ):  # else the layer's own, by places
                     masks[keys[j]] = attention_mask_of(config, kind, window, j, tokens, packed, **shared)
         for kind in config.attention_types if teacher else ():
             window = config.teacher_sliding_window
