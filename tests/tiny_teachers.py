@@ -38,6 +38,20 @@ FAMILIES = {  # every hidden size but Llama's, which insists, is no multiple of 
     "olmo3": ("Olmo3", {"hidden_size": 50, "layer_types": MIXED, "tie_word_embeddings": True}),
 }
 WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3", "ministral", "qwen3_moe", "gemma3_text")
+LINEAR = {  # before each layer of attention one of linear attention
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 31,
+}
 # Families that repeat the path of one above, but for what `configuration.TRAITS` names: they are not in the tests that go
 # over families, stacks and RoPE variants at once, see `model/test_traits.py`
 WITH_TRAITS = {
@@ -91,19 +105,10 @@ WITH_TRAITS = {
             "mlp_only_layers": [0],
         },
     ),
-    "olmo_hybrid": (
-        "OlmoHybrid",
-        {
-            "hidden_size": 50,
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "attention_bias": True,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 8,
-        },
-    ),
+    "olmo_hybrid": ("OlmoHybrid", {"hidden_size": 50, "attention_bias": True, **LINEAR}),
+    "qwen3_5_text": ("Qwen3_5", {"hidden_size": 50, "attention_bias": True, **LINEAR}),
+    "qwen3_next": ("Qwen3Next", {"hidden_size": 50, **LINEAR, **EXPERTS, "mlp_only_layers": [1]}),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {"hidden_size": 50, **LINEAR, **EXPERTS}),
     "olmoe": (
         "Olmoe",
         {
@@ -116,8 +121,14 @@ WITH_TRAITS = {
         },
     ),
 }
-WITH_LINEAR = {"olmo_hybrid": "olmo_hybrid"}  # and whose linear attention the student has
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+WITH_LINEAR = {  # and whose linear attention the student has
+    "olmo_hybrid": "olmo_hybrid",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_next": "qwen3_next",
+    "qwen3_5_moe_text": "qwen3_5",
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}
+PARTIAL = {"qwen3_5_text": 0.6, "qwen3_next": 0.4, "qwen3_5_moe_text": 0.6}  # of a head's 10 dims so many rotate
 EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
@@ -149,6 +160,8 @@ ROPES = {  # with 45 tokens all of them are past their original context
 
 def rope_parameters(family, rope):
     scaled = {**ROPES[rope], "rope_theta": 5000.0}
+    if family in PARTIAL:
+        scaled["partial_rotary_factor"] = PARTIAL[family]
     return (
         {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
         if family in ("olmo3", "gemma3_text")

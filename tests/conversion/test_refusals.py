@@ -74,10 +74,10 @@ REFUSALS = {
         UnsupportedTeacherError,
         r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
     ),
-    "linear layers": (
-        lambda d: edit_config(d, model_type="qwen3_next"),
+    "pictures": (
+        lambda d: edit_config(d, model_type="qwen3_5_moe"),
         UnsupportedTeacherError,
-        r"'qwen3_next' is not one of the supported families \(it has linear layers beside attention, .* holds\): llama.*"
+        r"'qwen3_5_moe' is not one of the supported families \(it has pictures beside text\): llama.*"
         r"olmoe.*docs/add-teacher-family.md",
     ),
     "no family": (
@@ -101,6 +101,15 @@ REFUSALS = {
         ),
         UnsupportedTeacherError,
         "partial rotary embeddings, expected the whole head to rotate",
+    ),
+    "a part of a head that is none": (
+        lambda d: edit_config(
+            d,
+            model_type="qwen3_5_text",
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.0},
+        ),
+        UnsupportedTeacherError,
+        "partial_rotary_factor=0.0, expected a part above 0 and at most 1",
     ),
     "unknown RoPE": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),

@@ -163,7 +163,7 @@ def test_without_positions_attention_follows_its_definition():
         torch.sin(torch.arange(30 * 48.0, dtype=torch.float64)).view(1, 30, 48),
     )
     tokens, (where,), _ = model.model.prepare(hidden, None, None, None)
-    projected = attention.project(hidden, where["position_embeddings"])
+    projected = attention.rotated(attention.heads(hidden), where["position_embeddings"])
     h, _ = attention.mix(hidden, projected, tokens, where["mask"])
     q, k, v = (
         m(hidden)[0].unflatten(-1, (-1, 16)).transpose(0, 1)

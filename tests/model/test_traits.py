@@ -23,19 +23,14 @@ from xlstm_hybrid.training.lm_head import attach, check_head
 
 slow = pytest.mark.slow
 OWN = [family for family in WITH_TRAITS if family != "ministral"]  # which has no trait
+REPEATED = "olmoe", "qwen3_next", "qwen3_5_moe_text"
 # one family per trait and for experts with and without a shared one; the others repeat them
-families = pytest.mark.parametrize("family", [pytest.param(f, marks=slow if f == "olmoe" else ()) for f in OWN])
+families = pytest.mark.parametrize("family", [pytest.param(f, marks=slow if f in REPEATED else ()) for f in OWN])
 
 
 # traits without which the weights have other shapes: a student that lacks one loads none of them
-SHAPES = {
-    "num_experts",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "mlp_only_layers",
-    "linear_attention",
-}
-SHAPES |= set(LINEAR_SIZES)
+SHAPES = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"}
+SHAPES |= {"attention_output_gate", "linear_attention", *LINEAR_SIZES}
 OTHER = TRAITS | {"num_experts_per_tok": 1}
 
 
@@ -61,7 +56,9 @@ def test_a_student_without_the_trait_is_another_model(family, trait):
 @pytest.mark.parametrize(
     ("family", "stack"),
     [
-        pytest.param(family, stack, marks=slow if (family == "smollm3") == (stack == "hybrid") else ())
+        pytest.param(
+            family, stack, marks=slow if (family == "smollm3") == (stack == "hybrid") or family in REPEATED[1:] else ()
+        )
         for family in OWN
         for stack in ("hybrid", "mixed")
     ],
@@ -88,19 +85,44 @@ def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack, m
     torch.testing.assert_close(model(packed, position_ids=position_ids).logits, alone, **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["smollm3", "granite", "gemma3_text"])
+@pytest.mark.parametrize("family", ["smollm3", "granite", "gemma3_text", "qwen3_5_text"])
 @torch.no_grad()
 def test_a_compiled_token_is_that_of_the_operations(family, monkeypatch):
-    model, ids = student(family, "hybrid", torch.float32), ids_of(W + 3)
+    model, ids, calls = student(family, "hybrid", torch.float32), ids_of(W + 3), []
 
     def last():
         out = model(ids[:, :-1], use_cache=True)
         return model(ids[:, -1:], use_cache=True, cache=out.cache).logits
 
+    run = one_token.layer_step
+    monkeypatch.setattr(one_token, "layer_step", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs))
     found = last()
+    assert len(calls) == model.config.layer_types.count("hybrid_sliding")
     monkeypatch.setattr(one_token, "layer_step_runs", lambda *_: False)
     want = last()
     assert (found - want).abs().max() < 2e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def test_the_teachers_gate_multiplies_the_mix_and_only_the_first_dims_of_a_head_rotate():
+    model, ids = copy.deepcopy(student("qwen3_5_text")), ids_of(W)
+    attention, hidden = model.model.layers[1].self_attn, torch.sin(torch.arange(2.0 * W * 50)).view(2, W, 50).double()
+    tokens, where, _ = model.model.prepare(hidden, None, None, None)
+    heads = attention.heads(hidden)
+    (q, _), (raw, *_), gate = heads
+    rows = nn.functional.linear(hidden, attention.q_proj.weight, attention.q_proj.bias).view(2, W, 6, 2, 10)
+    torch.testing.assert_close(torch.stack([raw, gate], 3), rows, **CLOSE)
+    query, *_ = projected = attention.rotated(heads, where[1]["position_embeddings"])
+    assert torch.equal(query[..., 6:], q.transpose(1, 2)[..., 6:])
+    assert ((query - q.transpose(1, 2)).abs().amax((0, 1))[1:, :6] > 1e-3).all()
+    h, _ = attention.mix(hidden, projected, tokens, None)
+    weighted = (h * torch.sigmoid(rows[..., 1, :])).flatten(-2)
+    torch.testing.assert_close(attention(hidden, **where[1])[0], attention.o_proj(weighted), **CLOSE)
+    whole = copy.deepcopy(model.config)
+    whole.rope_parameters["partial_rotary_factor"] = 1.0
+    other = XLSTMHybridForCausalLM(whole).double().eval()
+    other.load_state_dict(model.state_dict())
+    assert float((other(ids).logits - model(ids).logits).std()) > 0.1
 
 
 @families

@@ -86,7 +86,7 @@ struct token {
     const int64_t *index; /* [B], -1 at padding */
     int64_t *count;       /* [B] */
     const int64_t *where; /* [B], the row of C, n, m, keys and values that is the token's; or none: its own number */
-    int64_t B, D, H, G, K, P, slots, sinks, rope_rows, flags;
+    int64_t B, D, H, G, K, P, slots, sinks, rope_rows, rope_dim, flags;
     int64_t C_row, n_row, m_row, slots_row; /* numbers from one row to the next */
     float scale, forget_all;
 };
@@ -105,12 +105,14 @@ static inline void features(const struct token *a, const float *x, const void *m
     rounded(phi, both ? 2 * P : P, a->flags & BF16_TOKEN);
 }
 
-static inline void rotate(const float *x, const float *cos, const float *sin, int64_t K, int64_t bf16, float *y) {
-    const int64_t half = K / 2;
+/* the first `dim` numbers of x; the others are taken as they are */
+static inline void rotate(const float *x, const float *cos, const float *sin, int64_t dim, int64_t K, int64_t bf16, float *y) {
+    const int64_t half = dim / 2;
     for (int64_t j = 0; j < half; j++) {
         y[j] = x[j] * cos[j] - x[half + j] * sin[j];
         y[half + j] = x[half + j] * cos[half + j] + x[j] * sin[half + j];
     }
+    for (int64_t j = dim; j < K; j++) y[j] = x[j];
     rounded(y, K, bf16);
 }
 
@@ -165,20 +167,21 @@ static int64_t room_of(const struct token *a) {
 static inline __attribute__((always_inline)) void group(const struct token *a, int64_t b, int64_t g, const int64_t K, float *room) {
     const int64_t R = a->H / a->G, D = a->D, P = a->P, F = a->flags & SIGNED_MAP ? 2 * P : P, slots = a->slots, S = a->sinks;
     const int64_t bf16 = a->flags & BF16_TOKEN, index = a->index[b], at_q = (b * a->H + g * R) * K, at_k = (b * a->G + g) * K;
-    const int64_t rope = (a->rope_rows > 1 ? b : 0) * K, padding = index < 0;
+    const int64_t rope_dim = a->rope_dim, rope = (a->rope_rows > 1 ? b : 0) * rope_dim, padding = index < 0;
     const int64_t at = a->where ? a->where[b] : b, at_slots = at * a->slots_row + g * slots * K;
 #define TAKE(n) (room += (n), room - (n))
     const float *x = read_row(a->x, b * D, D, bf16, TAKE(D > P ? D : P));
     const float *raw_q = read_row(a->raw_q, at_q, R * K, bf16, TAKE(R * K)), *q = read_row(a->q, at_q, R * K, bf16, TAKE(R * K));
     const float *raw_k = read_row(a->raw_k, at_k, K, bf16, TAKE(K)), *k = read_row(a->k, at_k, K, bf16, TAKE(K));
     const float *v = read_row(a->v, at_k, K, bf16, TAKE(K));
-    const float *cos = read_row(a->cos, rope, K, a->flags & BF16_ROPE, TAKE(K)), *sin = read_row(a->sin, rope, K, a->flags & BF16_ROPE, TAKE(K));
+    const float *cos = read_row(a->cos, rope, rope_dim, a->flags & BF16_ROPE, TAKE(K));
+    const float *sin = read_row(a->sin, rope, rope_dim, a->flags & BF16_ROPE, TAKE(K));
     float *rotated_q = TAKE(R * K), *rotated_k = TAKE(K), *phi_q = TAKE(2 * P), *phi_k = TAKE(2 * P), *row = TAKE(K > P ? K : P), *gate = TAKE(D + 3 * K);
     float *near = TAKE(R * K), *far = TAKE(K), *scores = TAKE(R * slots);
 #undef TAKE
 
-    for (int64_t r = 0; r < R; r++) rotate(q + r * K, cos, sin, K, bf16, rotated_q + r * K);
-    rotate(k, cos, sin, K, bf16, rotated_k);
+    for (int64_t r = 0; r < R; r++) rotate(q + r * K, cos, sin, rope_dim, K, bf16, rotated_q + r * K);
+    rotate(k, cos, sin, rope_dim, K, bf16, rotated_k);
     if (!padding) {
         const int64_t slot = at_slots + (index < slots ? index : (index - S) % (slots - S) + S) * K;
         write_row(a->keys, slot, K, a->flags & BF16_SLOTS, rotated_k);

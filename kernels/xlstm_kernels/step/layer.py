@@ -24,7 +24,7 @@ POINTERS = [
     *("i_weight", "f_weight", "f_bias", "o_weight", "o_bias", "C", "n", "m", "keys", "values", "out", "index"),
     *("count", "where"),
 ]
-NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "flags"]
+NUMBERS = ["B", "D", "H", "G", "K", "P", "slots", "sinks", "rope_rows", "rope_dim", "flags"]
 NUMBERS += ["C_row", "n_row", "m_row", "slots_row"]
 # as in compiled.c
 BF16_TOKEN, BF16_ROPE, BF16_MAPS, BF16_SLOTS, SIGNED_MAP, ROTATED_MEMORY, GATE_OF_X, BF16_GATES = (
@@ -56,8 +56,10 @@ def layer_step_torch(*tensors, sinks, scale, signed=False, rotated_memory=True, 
     )
 
     def rotated(y):
-        y, (one, other) = y.to(dtype), y.to(dtype).chunk(2, -1)
-        return (y * cos[:, :, None] + torch.cat([-other, one], -1) * sin[:, :, None]).to(out_dtype)
+        y, rest = y.to(dtype).tensor_split([cos.shape[-1]], -1)
+        one, other = y.chunk(2, -1)
+        y = y * cos[:, :, None] + torch.cat([-other, one], -1) * sin[:, :, None]
+        return torch.cat([y, rest], -1).to(out_dtype)
 
     def features(y, feature_map):
         exponents = torch.einsum("bthk,hkp->bthp", y.to(dtype), feature_map.to(dtype))
@@ -115,7 +117,7 @@ def layer_step(
     Args:
         x: the layer's input, [B, 1, D]; raw_q, raw_k: queries and keys as they are projected; q, k: the same after QK-norm,
             before RoPE; v: values; B H K or B G K numbers each, all of one dtype, float32 or bfloat16.
-        cos, sin: of RoPE, [B or 1, 1, K].
+        cos, sin: of RoPE, [B or 1, 1, K], or narrower: then only the first dims of each head rotate.
         q_map, k_map: feature maps, [H, K, P].
         i_weight, f_weight: [H, D], f_bias: [H]; o_weight: [H, 3 K], or [H, D] with `gate_of_x`; o_bias: [H]; of one dtype.
         C, n, m: state, [B, H, F, K], [B, H, F], [B, H], float32.
@@ -135,10 +137,22 @@ def layer_step(
     x, raw_q, raw_k, v, q, k, cos, sin = (
         a if a.is_contiguous() else a.contiguous() for a in (x, raw_q, raw_k, v, q, k, cos, sin)
     )
-    token, gates, rope_rows = (x, raw_q, raw_k, v, q, k), (i_weight, f_weight, f_bias, o_weight, o_bias), len(cos)
+    token, gates = (x, raw_q, raw_k, v, q, k), (i_weight, f_weight, f_bias, o_weight, o_bias)
+    rope_rows, rope_dim = len(cos), cos.shape[-1]
     queries, pairs = B * H * K, B * G * K
     sizes = (
-        *(B * D, queries, pairs, pairs, queries, pairs, rope_rows * K, rope_rows * K, H * K * P, H * K * P),
+        *(
+            B * D,
+            queries,
+            pairs,
+            pairs,
+            queries,
+            pairs,
+            rope_rows * rope_dim,
+            rope_rows * rope_dim,
+            H * K * P,
+            H * K * P,
+        ),
         *(H * D, H * D, H, H * (D if gate_of_x else 3 * K), H),
         *(N * H * K * F, N * H * F, N * H, N * G * K * slots, N * G * K * slots, B, B),
     )
@@ -156,6 +170,8 @@ def layer_step(
         or (sin.dtype, k_map.dtype, values.dtype) != (cos.dtype, q_map.dtype, keys.dtype)
         or not index.dtype == count.dtype == torch.int64
         or rope_rows not in (1, B)
+        or rope_dim % 2
+        or rope_dim > K
         or H % G
         or sinks < 0
         or not (where is None or (where.dtype == torch.int64 and where.min() >= 0 and where.max() < N))
@@ -178,7 +194,7 @@ def layer_step(
     pointers = [a.data_ptr() for a in given]
     pointers.insert(POINTERS.index("out"), out.data_ptr())
     pointers.append(None if where is None else where.data_ptr())
-    numbers = B, D, H, G, K, P, slots, sinks, rope_rows, flags, *(a.stride(0) for a in kept[:-1])
+    numbers = B, D, H, G, K, P, slots, sinks, rope_rows, rope_dim, flags, *(a.stride(0) for a in kept[:-1])
     wrong = built.functions.layer_step(ctypes.byref(Token(*pointers, *numbers, scale, FORGET_ALL)), threads)
     if wrong == NO_SLOT:
         raise ValueError(
@@ -220,8 +236,9 @@ def check_layer(device, dtype, K, P):
     dtype of what is kept.
     """
     errors = {}
-    kinds = ((False, True, False, dtype), (True, False, True, dtype), (False, True, False, torch.float32))
-    for number, (signed, rotated_memory, gate_of_x, kept) in enumerate(kinds):
+    part = max(K // 4 * 2, 2)  # of a head that rotates
+    kinds = ((False, True, False, dtype, K), (True, False, True, dtype, K), (False, True, False, torch.float32, part))
+    for number, (signed, rotated_memory, gate_of_x, kept, rope_dim) in enumerate(kinds):
         make, (B, D, H, G, S, W) = torch.Generator().manual_seed(K * 1000 + P + number), (3, 24, 4, 2, 2, 5)
         numbers = partial(draw_numbers, make, dtype=torch.float32, device=device)
         maps = [(numbers(H, K, P) * K**-0.5).to(kept) for _ in range(2)]
@@ -241,7 +258,7 @@ def check_layer(device, dtype, K, P):
         for t in range(2 * W + S):
             # the second row comes late, the third begins a new document
             index = torch.tensor([t, max(t - 4, -1), t if t < 8 else t - 8])
-            x, rope = numbers(B, 1, D).to(dtype), numbers(B, 1, K)
+            x, rope = numbers(B, 1, D).to(dtype), numbers(B, 1, rope_dim)
             heads = [numbers(B, 1, n, K).to(dtype) for n in (H, G, G, H, G)]
             rope = [rope.cos().to(dtype), rope.sin().to(dtype)]
             names = {

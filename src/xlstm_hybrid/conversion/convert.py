@@ -72,7 +72,7 @@ class TensorReport:
 class TransferReport(TensorReport):
     """What became of every tensor; `str` gives a table.
 
-    teacher_tensors: name -> "copied", "recomputed", or whose duplicate it is.
+    teacher_tensors: name -> "copied", "recomputed", "left out", or whose duplicate it is.
     student_tensors: name -> "copied", "derived: from what" or "new: its initialisation".
     parameters: numbers of elements of teacher, student, new (those that stage I trains); tied ones count once.
     """
@@ -143,8 +143,8 @@ class Transfer:
         for name, (shape, dtype) in self.teacher.tensors.items():
             layer = re.search(r"\.(\d+)\.", name)
             targets = self.family.tensors.get(layerless(name), ())
-            if targets is None:
-                self.placement[name] = "recomputed"
+            if isinstance(targets, str):
+                self.placement[name] = targets
                 continue
             if dtype is None:
                 odd.append(name)

@@ -22,8 +22,11 @@ from transformers import (
     OlmoHybridConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -37,6 +40,8 @@ DEQUANTISE = {  # quant_method -> what undoes it, where transformers can
     "fp8": f"M.from_pretrained('DIR', quantization_config=transformers.{FP8}, dtype='bfloat16').save_pretrained('OUT')",
     "gguf": "XLSTMHybridForCausalLM.from_teacher('DIR', gguf_file='NAME.gguf'), or xlstm-hybrid convert DIR/NAME.gguf OUT",
 }
+# of RoPE: which dims follow a picture's rows and columns; in text all of them count tokens
+OF_PICTURES = ("mrope_section", "mrope_interleaved")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -90,7 +95,8 @@ class Family:
     """One teacher family.
 
     layer_types: from the teacher's configuration to each layer's attention type.
-    tensors: teacher -> students, as far as the configuration asks for them; None: recomputed, not loaded.
+    tensors: teacher -> students, as far as the configuration asks for them; a word: what becomes of it, not loaded.
+    partial_rotary: whether the teacher's model reads `partial_rotary_factor`: only the first dims of a head rotate.
     The three biases are values, or the name of the teacher's field that holds the value.
     traits: what a Llama does not have, {field of the student: name of the teacher's field, or a function of its
         configuration}; `configuration.TRAITS` lists the fields, each of which is tested on its own.
@@ -104,6 +110,7 @@ class Family:
     attention_bias: bool | str = False
     attention_output_bias: bool | str = False
     mlp_bias: bool | str = False
+    partial_rotary: bool = False
     traits: dict = field(default_factory=dict)
 
     def fields(self, config):
@@ -132,8 +139,8 @@ WITHOUT_MLP = {
     **same("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
     # window attention and mLSTM share the four projections
     **in_layers(*(f"self_attn.{name}_proj.weight" for name in "qkvo")),
-    "model.rotary_emb.inv_freq": None,  # buffers of RoPE, stored by old versions of transformers
-    "model.layers.{n}.self_attn.rotary_emb.inv_freq": None,
+    "model.rotary_emb.inv_freq": "recomputed",  # buffers of RoPE, stored by old versions of transformers
+    "model.layers.{n}.self_attn.rotary_emb.inv_freq": "recomputed",
 }
 TRUNK = WITHOUT_MLP | in_layers("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 PRE_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -148,6 +155,15 @@ EXPERTS = in_layers("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.
 SHARED_EXPERT = in_layers(
     *(f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")), "mlp.shared_expert_gate.weight"
 )
+
+
+def with_drafts(tensors):
+    """The same tables for checkpoints with layers that predict several tokens, which transformers leaves out, too."""
+    layers = [name.replace("model.layers", "mtp.layers") for name in tensors if "{n}" in name]
+    own = [f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")]
+    return tensors | dict.fromkeys([*layers, *own], "left out")
+
+
 CHOICE_OF_EXPERTS = {name: name for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
 QWEN_EXPERTS = CHOICE_OF_EXPERTS | {
     "moe_intermediate_size": "moe_intermediate_size",
@@ -242,6 +258,13 @@ OLMO_HYBRID_NORMS = {
         ("feedforward_layer_norm", "post_attention_layernorm"),
     )
 }
+
+
+def linear_of(kind):
+    """Traits of a family whose linear attention is that of `configuration.LINEAR_ATTENTION[kind]`."""
+    return {"linear_attention": lambda config: kind} | {name: name for name in LINEAR_SIZES}
+
+
 # three convolutions of a checkpoint, which `source.DirectoryTeacher` joins, are one here
 GATED_DELTA = in_layers("linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias")
 OLMO_LINEAR = GATED_DELTA | in_layers(
@@ -252,21 +275,58 @@ FAMILIES["olmo_hybrid"] = replace(
     config_class=OlmoHybridConfig,
     tensors=FAMILIES["olmo3"].tensors | PRE_NORMS | OLMO_HYBRID_NORMS | OLMO_LINEAR,
     traits={
-        "linear_attention": lambda config: "olmo_hybrid",
-        **{name: name for name in (*LINEAR_SIZES, "linear_allow_neg_eigval")},
+        **linear_of("olmo_hybrid"),
+        "linear_allow_neg_eigval": "linear_allow_neg_eigval",
         "rope_layers": rotating_if_theta,
         "rope_parameters": rope_or_none,
     },
+)
+# what Qwen3-Next and Qwen3.5 share: attention with a gate on its output, norms with 1 + weight
+GATED = {"norm_plus_one": lambda config: True, "attention_output_gate": lambda config: True}
+QWEN_LINEAR = GATED_DELTA | in_layers("linear_attn.norm.weight", "linear_attn.out_proj.weight")
+FAMILIES["qwen3_5_text"] = replace(
+    FAMILIES["qwen3"],
+    config_class=Qwen3_5TextConfig,
+    partial_rotary=True,
+    tensors=with_drafts(
+        FAMILIES["qwen3"].tensors
+        | QWEN_LINEAR
+        | in_layers(*(f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")))
+    ),
+    traits=GATED | linear_of("qwen3_5"),
+)
+FAMILIES["qwen3_5_moe_text"] = replace(
+    FAMILIES["qwen3_5_text"],
+    config_class=Qwen3_5MoeTextConfig,
+    tensors=with_drafts(FAMILIES["qwen3_5_text"].tensors | EXPERTS | SHARED_EXPERT),
+    traits=FAMILIES["qwen3_5_text"].traits
+    | {name: name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    | {
+        "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+        "norm_topk_prob": lambda config: True,
+        "intermediate_size": "moe_intermediate_size",  # no layer is without experts
+    },
+)
+FAMILIES["qwen3_next"] = replace(
+    FAMILIES["qwen3_5_text"],
+    config_class=Qwen3NextConfig,
+    tensors=with_drafts(
+        FAMILIES["qwen3"].tensors
+        | EXPERTS
+        | SHARED_EXPERT
+        | QWEN_LINEAR
+        | in_layers("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight")
+    ),
+    traits=GATED | linear_of("qwen3_next") | FAMILIES["qwen2_moe"].traits,
 )
 # Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
 WITHOUT = {
     "olmoe": {"clip_qkv": (None,)},
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
 }
-LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
+PICTURES = "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), LINEAR),
-    **dict.fromkeys(("gemma3", "mistral3"), PICTURES),
+    **dict.fromkeys(("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"), PICTURES),
     "gemma2": "attention scores with a cap",
     "ministral3": "queries that are scaled by their position",
 }
@@ -326,9 +386,14 @@ def check_rope(config):
             raise UnsupportedTeacherError(
                 f"{where}: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; choose another teacher"
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        part = rope.get("partial_rotary_factor", 1.0)
+        if part != 1.0 and not FAMILIES[config.model_type].partial_rotary:
             raise UnsupportedTeacherError(
                 f"{where}: partial rotary embeddings, expected the whole head to rotate; choose another teacher"
+            )
+        if not 0 < part <= 1:
+            raise UnsupportedTeacherError(
+                f"{where}: partial_rotary_factor={part}, expected a part above 0 and at most 1; correct the teacher's config.json"
             )
         if nested and rope.get("truncate") is False:  # transformers looks for it one level too high, and rounds
             raise UnsupportedTeacherError(
@@ -397,7 +462,8 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     )
-    fields["rope_parameters"] = copy.deepcopy(fields.get("rope_parameters", teacher_config.rope_parameters))
+    rope = fields.get("rope_parameters", teacher_config.rope_parameters)
+    fields["rope_parameters"] = {name: copy.deepcopy(value) for name, value in rope.items() if name not in OF_PICTURES}
     fields["attention_dropout"] = teacher_config.attention_dropout or 0.0
     # in a teacher's, False is a leftover of its training
     fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True

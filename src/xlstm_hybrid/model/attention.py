@@ -41,9 +41,10 @@ class HybridAttention(nn.Module):
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.attention_scaling, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.sliding_window, self.num_sink_tokens = config.window_of(layer_idx), config.sinks_of(layer_idx)
+        self.gated = config.attention_output_gate
         D, q_dim = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_dim = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(D, q_dim, bias=config.attention_bias)
+        self.q_proj = Linear(D, q_dim * (2 if self.gated else 1), bias=config.attention_bias)
         self.k_proj = Linear(D, kv_dim, bias=config.attention_bias)
         self.v_proj = Linear(D, kv_dim, bias=config.attention_bias)
         self.o_proj = Linear(q_dim, D, bias=config.attention_output_bias)
@@ -65,13 +66,18 @@ class HybridAttention(nn.Module):
         if layer is not None and mask is None and tokens.compiled is not None:
             h = compiled_step(self, hidden_states, heads, position_embeddings, tokens, layer)
             if h is not None:
-                return self.o_proj(h.flatten(-2)), None
+                return self.output(h, heads), None
         projected = self.rotated(heads, position_embeddings)
         if hybrid:
             h, weights = self.mix(hidden_states, projected, tokens, mask, layer)
         else:
             h, weights = self.teacher_attention(projected, tokens, mask, cache, **kwargs)
-        return self.o_proj(h.flatten(-2)), weights
+        return self.output(h, heads), weights
+
+    def output(self, h, heads):
+        """[B, T, D] of what the heads give, h [B, T, H, V]: times the teacher's gate where it has one, then W_o."""
+        *_, gate = heads
+        return self.o_proj((h if gate is None else h * torch.sigmoid(gate)).flatten(-2))
 
     def teacher_attention(self, projected, tokens, mask, cache=None, **kwargs):
         """The attention that a layer keeps: `(h [B, T, H, V], weights or None)`."""
@@ -90,9 +96,14 @@ class HybridAttention(nn.Module):
         return self.attend(query, key, value, mask, window, **kwargs)
 
     def heads(self, hidden_states):
-        """`((q, k), (q, k, v))` before RoPE, the second before QK-norm, too; each [B, T, H | G, K]."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        """`((q, k), (q, k, v), gate)` before RoPE, the second before QK-norm, too; each [B, T, H | G, K]. The gate is that of
+        the teacher's attention output, before its sigmoid; None without `attention_output_gate`.
+        """
+        heads, gate = (*hidden_states.shape[:-1], -1, self.head_dim), None
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.gated:  # each head has its query and then its gate
+            q, gate = q.view(*heads[:-1], 2 * self.head_dim).chunk(2, -1)
+            q = q.flatten(-2)
         raw = q.view(heads), k.view(heads), v.view(heads)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -101,20 +112,23 @@ class HybridAttention(nn.Module):
             q, k, _ = raw
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k), raw
-
-    def project(self, hidden_states, position_embeddings):
-        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)`; raw is (q, k, v) before QK-norm
-        and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
-        """
-        return self.rotated(self.heads(hidden_states), position_embeddings)
+        return (q, k), raw, gate
 
     @staticmethod
     def rotated(heads, position_embeddings):
-        """What `project` returns, of `heads`."""
-        (q, k), raw = heads
-        unrotated = q.transpose(1, 2), k.transpose(1, 2)
-        query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
+        """`(query [B, H, T, K], key [B, G, T, K], value [B, G, T, V], raw, unrotated)` of `heads`; raw is (q, k, v) before
+        QK-norm and RoPE, [B, T, H | G, K], unrotated is (query, key) before RoPE.
+
+        Args:
+            position_embeddings: cos and sin, [B, T, R] of the R first dims of each head, which alone rotate.
+        """
+        (q, k), raw, _ = heads
+        unrotated, R = (q.transpose(1, 2), k.transpose(1, 2)), position_embeddings[0].shape[-1]
+        if R < q.shape[-1]:
+            turned = apply_rotary_pos_emb(*(x[..., :R] for x in unrotated), *position_embeddings)
+            query, key = (torch.cat([y, x[..., R:]], -1) for y, x in zip(turned, unrotated, strict=True))
+        else:
+            query, key = apply_rotary_pos_emb(*unrotated, *position_embeddings)
         return query, key, raw[2].transpose(1, 2), raw, unrotated
 
     # --- the mix of both branches ----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ TRAITS = {  # what some teachers have beyond a Llama, and what a Llama has
     "logits_scaling": 1.0,
     "final_logit_softcapping": None,
     "norm_plus_one": False,
+    "attention_output_gate": False,
     "num_experts": None,
     "num_experts_per_tok": None,
     "norm_topk_prob": False,
@@ -94,14 +95,17 @@ class XLSTMHybridConfig(StudentConfig):
         norm_position: "pre" (Llama, Mistral, Qwen), "post" (OLMo 2 and 3: the norm follows attention and MLP) or "both"
             (Gemma 3).
         attention_bias: biases of q, k and v; `attention_output_bias` is that of o.
-        rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`.
+        rope_parameters: the teacher's dict, flat, or one dict per type in `teacher_layer_types`. With
+            `partial_rotary_factor` only that part of each head rotates, its first dims (Qwen3-Next).
         rope_layers: per layer whether the teacher rotates queries and keys (SmolLM3: not all do); None: every layer.
         embedding_multiplier, residual_multiplier: factors of the embeddings, and of what attention and MLP add to the
             residual stream (Granite).
         attention_multiplier: factor of the products of queries and keys; None: head_dim^-0.5.
         logits_scaling, final_logit_softcapping: divisor of the logits, and c of c tanh(logits / c) (Gemma); TRL reads them
             under these names as well.
-        norm_plus_one: whether norms multiply by 1 + weight (Gemma 3).
+        norm_plus_one: whether norms multiply by 1 + weight (Gemma 3, Qwen3-Next).
+        attention_output_gate: whether the output of attention, before W_o, is multiplied by the sigmoid of a gate, which
+            W_q gives beside each head's query (Qwen3-Next, Qwen3.5). In a hybrid layer it multiplies the mix.
         num_experts, num_experts_per_tok: experts of a layer's MLP, and how many of them a token goes through; None: one MLP
             for all tokens.
         norm_topk_prob: whether the chosen experts' weights sum to 1.
@@ -205,6 +209,7 @@ class XLSTMHybridConfig(StudentConfig):
     logits_scaling: float | int = 1.0
     final_logit_softcapping: float | int | None = None
     norm_plus_one: bool = False
+    attention_output_gate: bool = False
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     norm_topk_prob: bool = False

@@ -32,7 +32,7 @@ class Split:
         return torch.cat([part for part, (chosen, _) in zip(parts, self.runs, strict=True) if chosen == kept], dim)
 
     def projected(self, projected, kept):
-        """The same of what `HybridAttention.project` returns."""
+        """The same of what `HybridAttention.rotated` returns."""
 
         def part(tensors, dim):  # the first has the query heads
             return [self.take(x, kept, dim, 1 if n else self.repeats) for n, x in enumerate(tensors)]

@@ -43,15 +43,18 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
 
     def __init__(self, config, layer_type=None):
+        rope = dict(config.rope_parameters_of(layer_type or config.attention_types[0]))
+        # where a part of a head rotates, it is as a head of that size
+        head_dim = int(config.head_dim * rope.pop("partial_rotary_factor", 1.0))
         # LlamaConfig wants hidden_size to be a multiple of them, other families do not
         heads = config.num_attention_heads
         super().__init__(
             LlamaConfig(
-                hidden_size=heads * config.head_dim,
+                hidden_size=heads * head_dim,
                 num_attention_heads=heads,
-                head_dim=config.head_dim,
+                head_dim=head_dim,
                 max_position_embeddings=config.max_position_embeddings,
-                rope_parameters=dict(config.rope_parameters_of(layer_type or config.attention_types[0])),
+                rope_parameters=rope,
             )
         )
         self.in_float32 = config.norm_position == "post"  # OLMo 2 and 3 rotate in float32 and round afterwards
@@ -205,7 +208,7 @@ class HybridDecoderLayer(DecoderLayer):
 
     def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
         """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden
-        states.
+        states, before the gate that some teachers have on the output of both.
 
         Only the mixer's own parameters receive gradients: layers stay independent.
 
@@ -216,10 +219,11 @@ class HybridDecoderLayer(DecoderLayer):
         attention, config = self.self_attn, self.self_attn.config
         with torch.no_grad():
             x = self.attention_input(hidden_states)
-            projected = attention.project(x, position_embeddings)
+            heads = attention.heads(x)
+            projected = attention.rotated(heads, position_embeddings)
             window = config.kept_window_of(attention.layer_idx)  # the teacher's own
             target, _ = attention.attend(*projected[:3], align.teacher_mask, window, position_ids=position_ids)
-            output = attention.o_proj(target.flatten(-2)) if align.onward or align.output_terms else None
+            output = attention.output(target, heads) if align.onward or align.output_terms else None
             following = self.finish(hidden_states, output) if align.onward else hidden_states
         dtype = torch.promote_types(target.dtype, torch.float32)
         if attention.layer_type != "hybrid_sliding" or self.aligned:
@@ -229,7 +233,7 @@ class HybridDecoderLayer(DecoderLayer):
         error = torch.where(counted, h.to(dtype) - target.to(dtype), 0.0).square().sum()
         sums = [error, torch.where(counted, target.to(dtype), 0.0).square().sum(), *target.new_zeros(2, dtype=dtype)]
         if align.output_terms:
-            sums[2:] = output_terms(attention.o_proj(h.flatten(-2)).to(dtype), output.to(dtype), align.counted)
+            sums[2:] = output_terms(attention.output(h, heads).to(dtype), output.to(dtype), align.counted)
         return following, torch.stack(sums)
 
 

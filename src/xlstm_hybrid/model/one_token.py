@@ -86,7 +86,7 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
         or attention.split is not None
     ):
         return None
-    (q, k), (raw_q, raw_k, raw_v) = heads
+    (q, k), (raw_q, raw_k, raw_v), _ = heads
     token = hidden_states, raw_q, raw_k, raw_v, q, k
     maps, gates = ([mixer._parameters.get(name) for name in names] for names in (MAPS, GATES))
     if not readable(token, maps, gates, layer.state, (layer.keys, layer.values), layer.count):
@@ -102,7 +102,7 @@ def compiled_step(attention, hidden_states, heads, position_embeddings, tokens, 
 
 def paper_step(attention, hidden_states, heads, position_embeddings, C, n, m, keys, values, **where):
     """`layer_step` with the parameters of a layer, whose last tensors and keywords these are."""
-    (q, k), (raw_q, raw_k, raw_v) = heads
+    (q, k), (raw_q, raw_k, raw_v), _ = heads
     own, config = attention.mlstm._parameters, vars(attention.config)
     return layer_step(
         *(hidden_states, raw_q, raw_k, raw_v, q, k, *position_embeddings),

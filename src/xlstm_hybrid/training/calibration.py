@@ -69,7 +69,7 @@ PROGRESS = "calibration.json"
 class Seen:
     """What a layer sees of one batch, and what its heads should give; all heads are those that mix.
 
-    x: input of the attention, [B, T, D].  projected: of `HybridAttention.project`.  tokens: `Tokens`.
+    x: input of the attention, [B, T, D].  projected: of `HybridAttention.rotated`.  tokens: `Tokens`.
     window: what the window gives, [B, T, H, V].  missing: the teacher's attention minus that, 0 where nothing counts.
     target: sum of squares of the teacher's attention, kept groups included.  received: attention that each key receives from beyond the
     window, [B, H, T].
@@ -97,10 +97,11 @@ def observe(layer, x, position_embeddings, tokens, mask, teacher_mask, position_
         return None, layer(x, tokens=tokens)
     attention = layer.self_attn
     states, x = x, layer.attention_input(x)
-    projected = attention.project(x, position_embeddings)
+    heads = attention.heads(x)
+    projected = attention.rotated(heads, position_embeddings)
     reach = attention.config.kept_window_of(attention.layer_idx)
     target, _ = attention.attend(*projected[:3], teacher_mask, reach, position_ids=position_ids)
-    following = layer.finish(states, attention.o_proj(target.flatten(-2)))
+    following = layer.finish(states, attention.output(target, heads))
     if not isinstance(getattr(attention, "mlstm", None), MLSTMMixer):
         return None, following
     real = tokens.real[..., None, None]

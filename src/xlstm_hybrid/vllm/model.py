@@ -30,7 +30,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
-        self.norm = rms_norm(config)
+        self.norm = rms_norm(config, config.hidden_size)
 
 
 class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -127,8 +127,8 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """
         out = heads[1][0].new_zeros(hidden_states.shape[:2].numel(), len(attention.mlstm.q_map), attention.head_dim)
         for part in parts:
-            rows, own = part.rows(hidden_states), [[part.rows(x) for x in kind] for kind in heads]
-            where = [part.rows(x) for x in rope]
+            rows, own = part.rows(hidden_states), [[part.rows(x) for x in kind] for kind in heads[:2]]
+            own, where = (*own, None), [part.rows(x) for x in rope]
             h = states.step(part, attention, rows, own, where)
             if h is None:
                 projected, layer = attention.rotated(own, where), states.read(part)
