@@ -6,7 +6,7 @@ import functools
 
 import torch
 from conftest import enlarge, tiny_student
-from tiny_teachers import FAMILIES, WINDOWED, teacher
+from tiny_teachers import FAMILIES, WINDOWED, WITH_LINEAR, teacher
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
 
@@ -18,9 +18,12 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # float64 models; the families' norms calc
 
 @functools.cache
 def student(family, stack="hybrid", dtype=torch.float64, gain=2.5, **teacher_changes):
-    """Three layers: all hybrid, or one of each kind that the family has."""
+    """Three layers: all hybrid, or one of each kind that the family has; four with linear attention before each other one."""
     last = "sliding_attention" if family in WINDOWED else "hybrid_sliding"
-    kinds = {"hybrid": None, "mixed": ["hybrid_sliding", "full_attention", last]}[stack]
+    mixed = ["hybrid_sliding", "full_attention", last]
+    if family in WITH_LINEAR:
+        mixed = ["linear_attention", "hybrid_sliding", "linear_attention", "full_attention"]
+    kinds = {"hybrid": None, "mixed": mixed}[stack]
     chosen = {
         "sliding_window": W,
         "num_sink_tokens": S,

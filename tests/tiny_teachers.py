@@ -3,6 +3,7 @@ and awkward shapes.
 """
 
 import functools
+import importlib
 import json
 
 import torch
@@ -37,6 +38,20 @@ FAMILIES = {  # every hidden size but Llama's, which insists, is no multiple of 
     "olmo3": ("Olmo3", {"hidden_size": 50, "layer_types": MIXED, "tie_word_embeddings": True}),
 }
 WINDOWED = ("mistral", "qwen2", "qwen3", "olmo3", "ministral", "qwen3_moe", "gemma3_text")
+LINEAR = {  # before each layer of attention one of linear attention
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 31,
+}
 # Families that repeat the path of one above, but for what `configuration.TRAITS` names: they are not in the tests that go
 # over families, stacks and RoPE variants at once, see `model/test_traits.py`
 WITH_TRAITS = {
@@ -90,19 +105,10 @@ WITH_TRAITS = {
             "mlp_only_layers": [0],
         },
     ),
-    "qwen3_5_text": ("Qwen3_5", {"hidden_size": 50, "layer_types": ["full_attention"] * 3, "attention_bias": True}),
-    "qwen3_next": (
-        "Qwen3Next",
-        {
-            "hidden_size": 50,
-            "layer_types": ["full_attention"] * 3,
-            "num_experts": 5,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 31,
-            "mlp_only_layers": [1],
-        },
-    ),
+    "olmo_hybrid": ("OlmoHybrid", {"hidden_size": 50, "attention_bias": True, **LINEAR}),
+    "qwen3_5_text": ("Qwen3_5", {"hidden_size": 50, "attention_bias": True, **LINEAR}),
+    "qwen3_next": ("Qwen3Next", {"hidden_size": 50, **LINEAR, **EXPERTS, "mlp_only_layers": [1]}),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {"hidden_size": 50, **LINEAR, **EXPERTS}),
     "olmoe": (
         "Olmoe",
         {
@@ -115,8 +121,14 @@ WITH_TRAITS = {
         },
     ),
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
-PARTIAL = {"qwen3_5_text": 0.6, "qwen3_next": 0.4}  # of a head's 10 dims 6 and 4 rotate
+WITH_LINEAR = {  # and whose linear attention the student has
+    "olmo_hybrid": "olmo_hybrid",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_next": "qwen3_next",
+    "qwen3_5_moe_text": "qwen3_5",
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}
+PARTIAL = {"qwen3_5_text": 0.6, "qwen3_next": 0.4, "qwen3_5_moe_text": 0.6}  # of a head's 10 dims so many rotate
 EVERY = FAMILIES | WITH_TRAITS
 ROPES = {  # with 45 tokens all of them are past their original context
     "default": {"rope_type": "default"},
@@ -187,6 +199,22 @@ def teacher(family, rope="default", window=7, tied=None):
     """The same model for the same arguments: tests read it only."""
     changes = {} if tied is None else {"tie_word_embeddings": tied}
     return one_by_one(enlarge(model_class(family)(teacher_config(family, rope, window, **changes))).eval())
+
+
+class Double:
+    """torch, with a float32 that is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def in_float64(monkeypatch, family):
+    """Let the linear attention of a family calculate in float64: then what differs is not rounding."""
+    if family in WITH_LINEAR:
+        kind = WITH_LINEAR[family]
+        monkeypatch.setattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), "torch", Double())
 
 
 def stored(directory):

@@ -24,9 +24,11 @@ from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
 from xlstm_hybrid.model.cache_names import named, takes_cache
 from xlstm_hybrid.model.configuration import INDIFFERENT, MIXER, TRAITS
 from xlstm_hybrid.model.kept_groups import DOCUMENT
+from xlstm_hybrid.model.linear_attention import LinearCacheLayer
+from xlstm_hybrid.model.rollback import Rollback
 
 FORMAT, FORMAT_VERSION = "xlstm-hybrid-state", "2"
-OURS = HybridCacheLayer, SlidingLayer, PlacedLayer
+OURS = HybridCacheLayer, LinearCacheLayer, SlidingLayer, PlacedLayer
 SAMPLE = 64  # elements of each parameter that go into the digest of a model's weights
 
 
@@ -132,7 +134,7 @@ def rollback(cache, tokens):
             "or keep a snapshot(cache)"
         )
     for layer in cache.layers:
-        layer.rollback(tokens) if isinstance(layer, HybridCacheLayer) else layer.crop(-tokens)
+        layer.rollback(tokens) if isinstance(layer, Rollback) else layer.crop(-tokens)
     return cache
 
 
@@ -245,12 +247,12 @@ def load_state(path, model):
         check_layer_tensors(parts, layer, j, model.config, seen, name, version)
         if version == "1" and isinstance(layer, HybridCacheLayer):
             parts = of_version_1(parts, layer, seen)
-        rows.add(parts["keys"].shape[0])
+        rows.add(next(iter(parts.values())).shape[0])
         device = next(layers[j].parameters()).device
         # In memory of its own: a mapped file lies anywhere, and on some CPUs the last bits of what follows depend on
         # that
         parts = {key: x.to(device, copy=True) for key, x in parts.items()}
-        if isinstance(layer, HybridCacheLayer | PlacedLayer):
+        if isinstance(layer, HybridCacheLayer | LinearCacheLayer | PlacedLayer):
             layer.fill(parts, seen)
             continue
         layer.lazy_initialization(parts["keys"], parts["values"])
@@ -308,6 +310,9 @@ def of_version_1(tensors, layer, seen):
 
 def check_layer_tensors(tensors, layer, j, config, seen, name, version):
     """Raise CacheError unless the tensors make up layer j after `seen` tokens, as this version of the format has them."""
+    if isinstance(layer, LinearCacheLayer):
+        check_linear_tensors(tensors, j, config, name)
+        return
     B, slots = len(tensors["keys"]) if "keys" in tensors and tensors["keys"].dim() == 4 else 0, seen
     H, E, K, F = len(config.mixed_heads(j)), len(config.kept_of(j)), config.head_dim, config.memory_features
     G, hybrid = config.num_key_value_heads - E, isinstance(layer, HybridCacheLayer)
@@ -350,6 +355,18 @@ def check_layer_tensors(tensors, layer, j, config, seen, name, version):
             wrong = f"keeps columns that are not those of its {seen} tokens, it is damaged"
         if wrong:
             raise CacheError(f"{name}: layer {j} {wrong}; make it again with save_state")
+
+
+def check_linear_tensors(tensors, j, config, name):
+    """The same of a layer of linear attention."""
+    B = len(tensors["conv"]) if "conv" in tensors and tensors["conv"].dim() else 0
+    expected = {key: (B, *shape) for key, shape in config.linear_shapes.items()}
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    if B < 1 or shapes != expected or tensors["recurrent"].dtype != torch.float32:
+        raise CacheError(
+            f"{name}: layer {j} holds {shapes}, expected {expected} with recurrent states in float32, it is damaged; make it "
+            "again with save_state"
+        )
 
 
 def fits(place, count, seen):

@@ -10,7 +10,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_teachers import EVERY, edit_config, model_class, one_by_one, rewrite, stored, teacher, teacher_config, tokens
+from tiny_teachers import (
+    EVERY,
+    WITH_LINEAR,
+    edit_config,
+    model_class,
+    one_by_one,
+    rewrite,
+    stored,
+    teacher,
+    teacher_config,
+    tokens,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import xlstm_hybrid.conversion.source
@@ -36,9 +47,10 @@ def llama(tmp_path):
 @every_family
 def test_the_report_accounts_for_every_tensor_of_both_models(family):
     original = teacher(family)
-    student = XLSTMHybridForCausalLM.from_teacher(
-        original, sliding_window=16, layer_types=["hybrid_sliding", "full_attention", "hybrid_sliding"]
-    )
+    kinds = ["hybrid_sliding", "full_attention", "hybrid_sliding"]
+    if family in WITH_LINEAR:
+        kinds = ["linear_attention", "full_attention", "linear_attention", "hybrid_sliding"]
+    student = XLSTMHybridForCausalLM.from_teacher(original, sliding_window=16, layer_types=kinds)
     report = student.transfer_report
     assert set(report.teacher_tensors) == set(original.state_dict())
     assert set(report.student_tensors) == set(student.state_dict())

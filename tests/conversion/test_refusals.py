@@ -74,16 +74,11 @@ REFUSALS = {
         UnsupportedTeacherError,
         r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
     ),
-    "linear layers": (
-        lambda d: edit_config(d, model_type="olmo_hybrid"),
+    "pictures": (
+        lambda d: edit_config(d, model_type="qwen3_5_moe"),
         UnsupportedTeacherError,
-        r"'olmo_hybrid' is not one of the supported families \(it has linear layers beside attention, .* holds\): llama.*"
+        r"'qwen3_5_moe' is not one of the supported families \(it has pictures beside text\): llama.*"
         r"olmoe.*docs/add-teacher-family.md",
-    ),
-    "linear layers of a family that has others": (
-        lambda d: edit_config(d, model_type="qwen3_next"),
-        UnsupportedTeacherError,
-        r"teacher configuration \(qwen3_next\): layer_types holds \['linear_attention'\], expected only \['full_attention'",
     ),
     "no family": (
         lambda d: edit_config(d, model_type=None),

@@ -29,10 +29,11 @@ from xlstm_hybrid.evaluation.efficiency import (
     new_cache,
     take_turns,
 )
-from xlstm_hybrid.evaluation.equivalence import Result, bound
+from xlstm_hybrid.evaluation.equivalence import Result
 from xlstm_hybrid.model import attention
 from xlstm_hybrid.model.cache import HybridCacheLayer
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.generation_checks import bound
 from xlstm_hybrid.planning.cache_size import allocated_bytes
 from xlstm_hybrid.reports import efficiency as efficiency_report
 from xlstm_hybrid.reports.card import write_card

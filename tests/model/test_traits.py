@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import tiny_config
 from tiny_students import CLOSE, W, ids_of, left_padded, student
-from tiny_teachers import WITH_TRAITS, teacher, teacher_config, tokens
+from tiny_teachers import WITH_TRAITS, in_float64, teacher, teacher_config, tokens
 from torch import nn
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
-from xlstm_hybrid.model.configuration import TRAITS
+from xlstm_hybrid.model.configuration import LINEAR_SIZES, TRAITS
 from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
 from xlstm_hybrid.model.mixer import HeadsParallel
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
@@ -24,14 +24,14 @@ from xlstm_hybrid.training.lm_head import attach, check_head
 
 slow = pytest.mark.slow
 OWN = [family for family in WITH_TRAITS if family != "ministral"]  # which has no trait
-REPEATED = "olmoe", "qwen3_next"
+REPEATED = "olmoe", "qwen3_next", "qwen3_5_moe_text"
 # one family per trait and for experts with and without a shared one; the others repeat them
 families = pytest.mark.parametrize("family", [pytest.param(f, marks=slow if f in REPEATED else ()) for f in OWN])
 
 
 # traits without which the weights have other shapes: a student that lacks one loads none of them
 SHAPES = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"}
-SHAPES |= {"attention_output_gate"}
+SHAPES |= {"attention_output_gate", "linear_attention", *LINEAR_SIZES}
 OTHER = TRAITS | {"num_experts_per_tok": 1}
 
 
@@ -58,14 +58,15 @@ def test_a_student_without_the_trait_is_another_model(family, trait):
     ("family", "stack"),
     [
         pytest.param(
-            family, stack, marks=slow if (family == "smollm3") == (stack == "hybrid") or family == "qwen3_next" else ()
+            family, stack, marks=slow if (family == "smollm3") == (stack == "hybrid") or family in REPEATED[1:] else ()
         )
         for family in OWN
         for stack in ("hybrid", "mixed")
     ],
 )
 @torch.no_grad()
-def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack):
+def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack, monkeypatch):
+    in_float64(monkeypatch, family)
     model, ids = student(family, stack), ids_of(3 * W + 2)
     whole = model(ids).logits
     out = model(ids[:, :W], use_cache=True)
@@ -97,7 +98,7 @@ def test_a_compiled_token_is_that_of_the_operations(family, monkeypatch):
     run = one_token.layer_step
     monkeypatch.setattr(one_token, "layer_step", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs))
     found = last()
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == model.config.layer_types.count("hybrid_sliding")
     monkeypatch.setattr(one_token, "layer_step_runs", lambda *_: False)
     want = last()
     assert (found - want).abs().max() < 2e-4 * want.abs().max()

@@ -19,8 +19,10 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
+    OlmoHybridConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -29,7 +31,7 @@ from transformers import (
 )
 
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
-from xlstm_hybrid.model.configuration import LAYER_TYPES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
+from xlstm_hybrid.model.configuration import LAYER_TYPES, LINEAR_SIZES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
 
 STUDENTS = ("xlstm_hybrid", "distil_xlstm")  # model_type of what conversion makes
 FP8 = "FineGrainedFP8Config(dequantize=True)"
@@ -75,6 +77,17 @@ def layers_without_experts(config):
     """Qwen's two ways to say it, and both count."""
     layers, step = range(config.num_hidden_layers), config.decoder_sparse_step
     return [j for j in layers if j in config.mlp_only_layers or (j + 1) % step]
+
+
+def rotating_if_theta(config):
+    """OLMo-Hybrid: without a theta no layer rotates."""
+    return None if config.rope_parameters.get("rope_theta") is not None else [False] * config.num_hidden_layers
+
+
+def rope_or_none(config):
+    """OLMo-Hybrid: the parameters of a RoPE that is not used where there is none."""
+    rope = config.rope_parameters
+    return rope if rope.get("rope_theta") is not None else {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)
@@ -237,28 +250,82 @@ FAMILIES["gemma3_text"] = Family(
         "final_logit_softcapping": "final_logit_softcapping",
     },
 )
-NEXT = {"norm_plus_one": lambda config: True, "attention_output_gate": lambda config: True}
+# in its checkpoints the norms of linear layers have other names; transformers writes the second of them for every layer
+OLMO_HYBRID_NORMS = {
+    f"model.layers.{{n}}.{stored}.weight": [f"model.layers.{{n}}.{name}.weight"]
+    for stored, name in (
+        ("attention_layer_norm", "input_layernorm"),
+        ("feedforward_layer_norm", "post_attention_layernorm"),
+    )
+}
+
+
+def linear_of(kind):
+    """Traits of a family whose linear attention is that of `configuration.LINEAR_ATTENTION[kind]`."""
+    return {"linear_attention": lambda config: kind} | {name: name for name in LINEAR_SIZES}
+
+
+# three convolutions of a checkpoint, which `source.DirectoryTeacher` joins, are one here
+GATED_DELTA = in_layers("linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias")
+OLMO_LINEAR = GATED_DELTA | in_layers(
+    *(f"linear_attn.{name}_proj.weight" for name in "qkvabgo"), "linear_attn.o_norm.weight"
+)
+FAMILIES["olmo_hybrid"] = replace(
+    FAMILIES["olmo3"],
+    config_class=OlmoHybridConfig,
+    tensors=FAMILIES["olmo3"].tensors | PRE_NORMS | OLMO_HYBRID_NORMS | OLMO_LINEAR,
+    traits={
+        **linear_of("olmo_hybrid"),
+        "linear_allow_neg_eigval": "linear_allow_neg_eigval",
+        "rope_layers": rotating_if_theta,
+        "rope_parameters": rope_or_none,
+    },
+)
+# what Qwen3-Next and Qwen3.5 share: attention with a gate on its output, norms with 1 + weight
+GATED = {"norm_plus_one": lambda config: True, "attention_output_gate": lambda config: True}
+QWEN_LINEAR = GATED_DELTA | in_layers("linear_attn.norm.weight", "linear_attn.out_proj.weight")
 FAMILIES["qwen3_5_text"] = replace(
     FAMILIES["qwen3"],
     config_class=Qwen3_5TextConfig,
     partial_rotary=True,
-    tensors=with_drafts(FAMILIES["qwen3"].tensors),
-    traits=NEXT,
+    tensors=with_drafts(
+        FAMILIES["qwen3"].tensors
+        | QWEN_LINEAR
+        | in_layers(*(f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")))
+    ),
+    traits=GATED | linear_of("qwen3_5"),
+)
+FAMILIES["qwen3_5_moe_text"] = replace(
+    FAMILIES["qwen3_5_text"],
+    config_class=Qwen3_5MoeTextConfig,
+    tensors=with_drafts(FAMILIES["qwen3_5_text"].tensors | EXPERTS | SHARED_EXPERT),
+    traits=FAMILIES["qwen3_5_text"].traits
+    | {name: name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    | {
+        "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+        "norm_topk_prob": lambda config: True,
+        "intermediate_size": "moe_intermediate_size",  # no layer is without experts
+    },
 )
 FAMILIES["qwen3_next"] = replace(
     FAMILIES["qwen3_5_text"],
     config_class=Qwen3NextConfig,
-    tensors=with_drafts(FAMILIES["qwen3"].tensors | EXPERTS | SHARED_EXPERT),
-    traits=NEXT | FAMILIES["qwen2_moe"].traits,
+    tensors=with_drafts(
+        FAMILIES["qwen3"].tensors
+        | EXPERTS
+        | SHARED_EXPERT
+        | QWEN_LINEAR
+        | in_layers("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight")
+    ),
+    traits=GATED | linear_of("qwen3_next") | FAMILIES["qwen2_moe"].traits,
 )
 # Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
 WITHOUT = {
     "olmoe": {"clip_qkv": (None,)},
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
 }
-LINEAR, PICTURES = "linear layers beside attention, whose states no cache of ours holds", "pictures beside text"
+PICTURES = "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
-    **dict.fromkeys(("qwen3_5_moe_text", "olmo_hybrid"), LINEAR),
     **dict.fromkeys(("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"), PICTURES),
     "gemma2": "attention scores with a cap",
     "ministral3": "queries that are scaled by their position",
@@ -395,9 +462,8 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads
     )
-    fields["rope_parameters"] = {
-        name: copy.deepcopy(value) for name, value in teacher_config.rope_parameters.items() if name not in OF_PICTURES
-    }
+    rope = fields.get("rope_parameters", teacher_config.rope_parameters)
+    fields["rope_parameters"] = {name: copy.deepcopy(value) for name, value in rope.items() if name not in OF_PICTURES}
     fields["attention_dropout"] = teacher_config.attention_dropout or 0.0
     # in a teacher's, False is a leftover of its training
     fields["teacher_model_type"], fields["use_cache"] = teacher_config.model_type, True

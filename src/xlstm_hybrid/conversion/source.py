@@ -25,6 +25,7 @@ from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigErr
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_BYTES = 2**20
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+CONVOLUTION = re.compile(r"(.*\.linear_attn)\.q_conv1d\.weight")
 # what a `GenerationConfig` has from any config.json, a student's too
 OF_CONFIG = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states"}
 OF_CONFIG |= {"_from_model_config", "transformers_version"}
@@ -58,13 +59,15 @@ class DirectoryTeacher:
                     f"{self.name}/{file}: lacks {stored}, which the index places there; download the checkpoint again"
                 ) from error
             self.tensors[name] = list(described.get_shape()), STORED.get(str(described.get_dtype()))
+        self.parts = {}  # a tensor that the files hold in parts -> their names
         self.join_experts()
+        self.join_convolutions()
 
     def join_experts(self):
         """Have one tensor for all experts of a layer, [E, 2 F, D] and [E, D, F], as transformers' models have, in the
         place of those of each expert. Experts that are incomplete or unlike stay as they are, for the table to name.
         """
-        found, self.parts = {}, {}
+        found = {}
         for name in self.tensors:
             if match := EXPERT.fullmatch(name):
                 found.setdefault(match[1], {})[int(match[2]), match[3]] = name
@@ -80,6 +83,19 @@ class DirectoryTeacher:
                 self.tensors[f"{prefix}.{joined}"] = [len(experts), len(kinds) * rows, columns], dtype
                 for part in parts:
                     del self.tensors[part]
+
+    def join_convolutions(self):
+        """Have one tensor for the convolutions of queries, keys and values, as transformers' OLMo-Hybrid has."""
+        for match in [match for name in self.tensors if (match := CONVOLUTION.fullmatch(name))]:
+            parts = [f"{match[1]}.{kind}_conv1d.weight" for kind in "qkv"]
+            described = [self.tensors.get(part) for part in parts]
+            if any(x is None or x[1] != described[0][1] or x[0][1:] != described[0][0][1:] for x in described):
+                continue
+            rows = sum(shape[0] for shape, _ in described)
+            self.parts[f"{match[1]}.conv1d.weight"] = parts
+            self.tensors[f"{match[1]}.conv1d.weight"] = [rows, *described[0][0][1:]], described[0][1]
+            for part in parts:
+                del self.tensors[part]
 
     def read_json(self, file):
         path = self.path / file
@@ -124,9 +140,11 @@ class DirectoryTeacher:
     def load(self, name):
         if name in self.parts:  # one part at a time beside the whole
             shape, dtype = self.tensors[name]
-            whole = torch.empty(len(self.parts[name]), math.prod(shape) // len(self.parts[name]), dtype=dtype)
-            for row, part in zip(whole, self.parts[name], strict=True):
-                row.copy_(self.load(part).flatten())
+            whole, begin = torch.empty(math.prod(shape), dtype=dtype), 0
+            for part in self.parts[name]:
+                values = self.load(part).flatten()
+                whole[begin : begin + len(values)] = values
+                begin += len(values)
             return whole.view(shape)
         stored, file = self.names[name]
         return self.handle(file).get_tensor(stored)

@@ -14,8 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 from xlstm_hybrid.conversion.load import load_model
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.efficiency import Side, measure_pair, new_cache
-from xlstm_hybrid.evaluation.equivalence import Result, bound, default_length, verify
+from xlstm_hybrid.evaluation.equivalence import Result, default_length, verify
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.generation_checks import bound_of
 
 # Fields of a student's config with an entry per layer.
 PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups", "rope_layers")
@@ -83,7 +84,7 @@ def checks(student, teacher, cache, proof=None):
     length = default_length(student.config)
     for name, model in (("teacher", teacher), ("student", student)):
         begin, difference = time.perf_counter(), decoding_difference(model, cache, length=length)
-        allowed, dtype = bound(model.dtype, model.config.num_hidden_layers), str(model.dtype).removeprefix("torch.")
+        allowed, dtype = bound_of(model), str(model.dtype).removeprefix("torch.")
         yield Result(f"{name}: prompt and steps = one call", difference, allowed, dtype, time.perf_counter() - begin)
     subject = proof() if proof else first_layers(student) if student.device.type == "cpu" else student
     count, of = subject.config.num_hidden_layers, student.config.num_hidden_layers

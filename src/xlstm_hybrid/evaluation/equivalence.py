@@ -1,7 +1,7 @@
 """Proofs on a checkpoint that the student is one function of its tokens, however they reach it.
 
 Each check computes the same hidden states in two ways, or generates, see `generation_checks`; what counts is the largest
-difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound` and
+difference of the logits, in units of their standard deviation. The bound follows from the dtype, see `bound_of` and
 `low_precision`. A check that raises has failed.
 """
 
@@ -23,8 +23,8 @@ from xlstm_hybrid.conversion.load import DTYPES, check_generation, named_faults
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError, ConfigWarning
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
-from xlstm_hybrid.model.generation_checks import GENERATION, bound, difference
-from xlstm_hybrid.model.layers import HybridDecoderLayer
+from xlstm_hybrid.model.generation_checks import GENERATION, bound_of, difference
+from xlstm_hybrid.model.layers import DecoderLayer
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import edited_fields, recorded_values, told
 
@@ -100,7 +100,7 @@ def rounding(model, dtype):
         linear, norm = isinstance(module, torch.nn.Linear), "norm" in name.rpartition(".")[2]
         if linear:
             hooks.append(module.register_forward_pre_hook(lambda _, args: tuple(map(narrow, args))))
-        if linear or norm or isinstance(module, torch.nn.Embedding | HybridDecoderLayer):
+        if linear or norm or isinstance(module, torch.nn.Embedding | DecoderLayer):
             hooks.append(module.register_forward_hook(lambda _, args, out: narrow(out)))
     try:
         yield
@@ -174,11 +174,11 @@ def verify(model, *, length=None, dtype=None, seed=0, only=None, report=lambda r
 
 def planned_checks(model, length, dtype, seed, only):
     """Arguments of `run_check`, one check after the other; copies of the model are made when they are needed."""
-    config, layers = model.config, model.config.num_hidden_layers
+    config = model.config
     own = subject = Subject(model, length, seed)
     if any(p.dtype != dtype for p in model.parameters()):
         subject = Subject(rounded_copy(model, dtype), length, seed)
-    allowed = bound(dtype, layers)
+    allowed = bound_of(subject.model)
 
     def asked(name):
         return only is None or name in only

@@ -12,7 +12,7 @@ from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.results import last_part
 from xlstm_hybrid.evaluation.significance import ROUNDING
-from xlstm_hybrid.model.generation_checks import bound, stock_settings
+from xlstm_hybrid.model.generation_checks import bound_of, stock_settings
 
 ALPHAS = tuple(j / 200 for j in range(201))
 NOT_SCORED = -100
@@ -211,7 +211,7 @@ def contradictions(model, tokenizer, samples, *, encode=None, batch_size=32):
     rows = [(encode(s["prompt"]), tokenizer(s["answer"], add_special_tokens=False)["input_ids"]) for s in missed]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
     spelt = [j for j, text in enumerate(texts) if text.strip() == missed[j]["answer"].strip()]  # others are not it
-    allowed = bound(model.dtype, model.config.get_text_config().num_hidden_layers)
+    allowed = bound_of(model)
     with evaluating(model, tokenizer):
         for first in range(0, len(spelt) if ends else 0, batch_size):
             chosen = spelt[first : first + batch_size]

@@ -24,7 +24,7 @@ from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.hub.export import card_files, config_values
 from xlstm_hybrid.model.adopt import adopt_cache
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.configuration import LINEAR, XLSTMHybridConfig
 from xlstm_hybrid.model.one_token import PAPER
 
 GRAPHS, WEIGHTS = "graphs.json", "weights.bin"
@@ -69,7 +69,9 @@ def refuse_config(config, what):
     """Raise one ConfigError that lists what of a student no graph of ours can hold."""
     fields = [(name, getattr(config, name), value) for name, value in PAPER.items()]
     wrong = [f"{name}={found!r}, expected {value!r}" for name, found, value in fields if found != value]
-    if kept := [j for j, kind in enumerate(config.layer_types) if kind != "hybrid_sliding"]:
+    if linear := [j for j, kind in enumerate(config.layer_types) if kind == LINEAR]:
+        wrong.append(f"layers {linear} are linear attention of transformers' own")
+    if kept := [j for j, kind in enumerate(config.layer_types) if kind not in ("hybrid_sliding", LINEAR)]:
         wrong.append(f"layers {kept} keep the teacher's attention, whose keys grow with the text")
     if kept := [j for j, groups in enumerate(config.kept_groups or ()) if groups]:
         wrong.append(f"layers {kept} have kept_groups, whose keys grow with the text")
@@ -79,7 +81,7 @@ def refuse_config(config, what):
         )
     if getattr(config, "quantization_config", None):
         wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
-    for kind in sorted(set(config.teacher_layer_types)):
+    for kind in config.attention_types:
         if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in ROPE:
             wrong.append(f"rope_type={rope!r}, whose frequencies depend on the text's length; expected one of {ROPE}")
     if wrong:

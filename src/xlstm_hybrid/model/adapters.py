@@ -27,6 +27,14 @@ from xlstm_hybrid.errors import AdapterError
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# of layers of linear attention, beside those that have the names of attention's
+LINEAR = (
+    "a_proj",
+    "b_proj",
+    "g_proj",
+    *(f"in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a")),
+    "out_proj",
+)
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # of all experts of a layer, [E, 2 F, D] and [E, D, F]
 MAPS, GATES = ("mlstm.q_map", "mlstm.k_map"), ("mlstm.igate_weight", "mlstm.fgate_weight", "mlstm.ogate_weight")
 WHOLE = "mlstm"  # the mixer itself, as a name for `modules_to_save`
@@ -34,11 +42,12 @@ PRESETS = {
     "attention": ATTENTION,
     "mlp": MLP,
     "experts": EXPERTS,  # in no other preset: they are most of the model
-    "projections": ATTENTION + MLP,
+    "linear_attention": LINEAR,
+    "projections": ATTENTION + MLP + LINEAR,
     "feature_maps": MAPS,
     "gates": GATES,  # their biases are vectors, of no rank to lower: they stay frozen
     "mixer": MAPS + GATES,
-    "all": ATTENTION + MLP + MAPS + GATES,
+    "all": ATTENTION + MLP + LINEAR + MAPS + GATES,
     "whole_mixer": (WHOLE,),
 }
 GROUP_OF = {"q_map": "feature maps", "k_map": "feature maps", "embed_tokens": "embeddings", "lm_head": "head"}
@@ -78,7 +87,7 @@ def adaptable(model):
             names[WHOLE] += leaf == "q_map"
         elif owner == "experts":
             names[f"{owner}.{leaf}"] += 1
-        elif leaf == "weight" and owner != "gate":  # a router is no linear map to peft
+        elif leaf == "weight" and owner not in ("gate", "conv1d"):  # a router is no linear map to peft
             names[owner] += 1
     return dict(names)
 
@@ -239,6 +248,8 @@ def numel(x):
 
 def parameter_group(name):
     """The group of a parameter by its plain name."""
+    if ".linear_attn." in name:
+        return "linear attention"
     named = [GROUP_OF[part] for part in name.split(".") if part in GROUP_OF]
     return named[-1] if named else "norms" if "norm" in name else "other"
 

@@ -4,8 +4,10 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, StaticSli
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.cache import HybridCacheLayer, PlacedLayer, SlidingLayer
+from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.experimental.variants import cache_layer_of
 from xlstm_hybrid.model.kept_groups import KeptKeys
+from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 from xlstm_hybrid.model.rollback import ROLLBACK_TOKENS
 
 
@@ -30,13 +32,22 @@ def adopt_cache(cache, config):
     # Layers without fixed addresses: the masks beside a static one would be wrong
     moving = any(kept_groups or ()) or capacity > 0 or fields["mixer_combine"] == "joint"
     # less than there are while early layers draft: what nothing will fill cannot be cropped either
-    if not any(layer.is_initialized for layer in cache.layers[depth:]):
+    if not any(in_use(layer) for layer in cache.layers[depth:]):
         del cache.layers[depth:]
     for j, (kind, window, sinks) in enumerate(spans[:depth]):
         if j == len(cache.layers):
             cache.layers.append(DynamicLayer())
         layer = cache.layers[j]
-        if kind == "hybrid_sliding":
+        if kind == LINEAR:
+            if isinstance(layer, LinearCacheLayer):
+                continue
+            if in_use(layer):
+                raise CacheError(
+                    f"cache: layer {j} is a filled {type(layer).__name__}, expected LinearCacheLayer; "
+                    "another model made it: start from DynamicCache(config=model.config)"
+                )
+            cache.layers[j] = LinearCacheLayer()
+        elif kind == "hybrid_sliding":
             kept = bool(kept_groups and kept_groups[j])
             if branches == "memory":  # alone it reads no window
                 window, sinks = 1, 0
@@ -69,6 +80,11 @@ def adopt_cache(cache, config):
         if cache.layers[j] is not layer and getattr(layer, "record_past", False):
             cache.layers[j].record_past, cache.layers[j].depth = True, getattr(layer, "depth", ROLLBACK_TOKENS)
     return cache
+
+
+def in_use(layer):
+    """Whether a cache layer of any kind holds something; transformers' own for linear attention says so per state."""
+    return any(getattr(layer, "has_previous_state", {}).values()) or getattr(layer, "is_initialized", False)
 
 
 def place_tokens(cache, layers, real):

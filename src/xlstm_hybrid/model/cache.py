@@ -115,11 +115,6 @@ class HybridCacheLayer(Rollback, StateLayer):
         self.slots = num_sink_tokens + sliding_window  # once the ring is full
         self.kind = sliding_window, num_sink_tokens, cell, kept is not None, self.capacity
 
-    def take_over(self, other):
-        """Become what `other` is, its tensors included; the record stays."""
-        for name in self.fields:
-            setattr(self, name, getattr(other, name, None))
-
     def lazy_initialization(self, key_states, value_states):
         B, G = key_states.shape[:2]
         slots = self.slots if self.is_compileable else self.slots_after(key_states.shape[2])

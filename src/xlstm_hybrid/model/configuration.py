@@ -6,8 +6,19 @@ from transformers import PreTrainedConfig
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache_names import NAMES
 
-LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
+LINEAR = "linear_attention"
+LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention", LINEAR)
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+# whose linear attention it is -> its module in transformers
+LINEAR_ATTENTION = {
+    "olmo_hybrid": "OlmoHybridGatedDeltaNet",
+    "qwen3_next": "Qwen3NextGatedDeltaNet",
+    "qwen3_5": "Qwen3_5GatedDeltaNet",
+}
+LINEAR_SIZES = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear", "delta")
 FEATURE_MAPS = ("softmax", "softmax_signed", "silu")
@@ -42,6 +53,9 @@ TRAITS = {  # what some teachers have beyond a Llama, and what a Llama has
     "moe_intermediate_size": None,
     "shared_expert_intermediate_size": None,
     "mlp_only_layers": None,
+    "linear_attention": None,
+    **dict.fromkeys(LINEAR_SIZES),
+    "linear_allow_neg_eigval": False,
 }
 # what the checks of mixer and exact memories read
 CHOICES = (*MIXER, "num_key_value_heads", "layer_types", "teacher_layer_types")
@@ -99,8 +113,11 @@ class XLSTMHybridConfig(StudentConfig):
         moe_intermediate_size, shared_expert_intermediate_size: width of an expert, and of the one that all tokens go
             through beside (Qwen2-MoE; None: there is none).
         mlp_only_layers: numbers of the layers without experts.
+        linear_attention: whose module the "linear_attention" layers have, a key of `LINEAR_ATTENTION`; linear_num_key_heads
+            and the other `LINEAR_SIZES` are its sizes, linear_allow_neg_eigval whether its keys may be corrected twice over
+            (OLMo-Hybrid).
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
-            "sliding_attention".
+            "sliding_attention"; "linear_attention" where the teacher's is, and nowhere else.
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
         teacher_sliding_window: window of the teacher's own "sliding_attention" layers.
         sliding_window: window W of the hybrid layers, in tokens, the present one included.
@@ -200,6 +217,13 @@ class XLSTMHybridConfig(StudentConfig):
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     mlp_only_layers: list[int] | None = None
+    linear_attention: str | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = None
+    linear_allow_neg_eigval: bool = False
 
     layer_types: list[str] | None = None
     teacher_layer_types: list[str] | None = None
@@ -232,9 +256,10 @@ class XLSTMHybridConfig(StudentConfig):
         n = self.num_hidden_layers
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        for name, usual in (("teacher_layer_types", "full_attention"), ("layer_types", "hybrid_sliding")):
-            if getattr(self, name) is None:
-                setattr(self, name, [usual] * n)
+        if self.teacher_layer_types is None:
+            self.teacher_layer_types = ["full_attention"] * n
+        if self.layer_types is None:
+            self.layer_types = [LINEAR if kind == LINEAR else "hybrid_sliding" for kind in self.teacher_layer_types]
         self.memory_feature_map = self.memory_feature_map or ("silu" if self.memory_cell == "delta" else "softmax")
         self.check()
         if type(self).__module__ == "xlstm_hybrid.model.configuration":
@@ -298,7 +323,7 @@ class XLSTMHybridConfig(StudentConfig):
             if unknown := sorted(set(getattr(self, name)) - set(allowed)):
                 wrong.append(f"{name} holds {unknown}: expected {list(allowed)}")
         for j, (kind, window, sinks) in enumerate(() if wrong else self.spans()):
-            if kind != "full_attention" and (window is None or window < 1):
+            if kind not in ("full_attention", LINEAR) and (window is None or window < 1):
                 wrong.append(f"layer {j} is {kind} with a window of {window}: expected at least 1 token")
             if sinks < 0:
                 wrong.append(f"layer {j} has {sinks} sink tokens: expected 0 or more")
@@ -320,7 +345,7 @@ class XLSTMHybridConfig(StudentConfig):
             )
         if self.num_experts and not self.moe_intermediate_size:
             wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
-        wrong += self.wrong_mixer() or ([] if wrong else self.wrong_memories())
+        wrong += self.wrong_mixer() or ([] if wrong else self.wrong_linear() + self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
 
@@ -347,6 +372,26 @@ class XLSTMHybridConfig(StudentConfig):
             wrong.append(
                 f"window_dropout={self.window_dropout} with mixer_branches={self.mixer_branches!r}: expected 0, there is one branch only"
             )
+        return wrong
+
+    def wrong_linear(self):
+        """What contradicts itself among the fields of linear attention, a list of messages."""
+        kinds = zip(self.layer_types, self.teacher_layer_types, strict=True)
+        wrong = [
+            f"layer {j} is {kind}, and {teacher} in the teacher: linear layers stay as they are, and no other becomes one"
+            for j, (kind, teacher) in enumerate(kinds)
+            if (kind == LINEAR) != (teacher == LINEAR)
+        ]
+        if LINEAR in self.layer_types and self.linear_attention not in LINEAR_ATTENTION:
+            wrong.append(f"linear_attention={self.linear_attention!r}: expected one of {list(LINEAR_ATTENTION)}")
+        elif LINEAR in self.layer_types:
+            sizes = {name: getattr(self, name) for name in LINEAR_SIZES}
+            wrong += [f"{name}={size}: expected at least 1" for name, size in sizes.items() if (size or 0) < 1]
+            if not wrong and self.linear_num_value_heads % self.linear_num_key_heads:
+                wrong.append(
+                    f"linear_num_value_heads={self.linear_num_value_heads} is no multiple of "
+                    f"linear_num_key_heads={self.linear_num_key_heads}"
+                )
         return wrong
 
     def wrong_memories(self):
@@ -388,6 +433,8 @@ class XLSTMHybridConfig(StudentConfig):
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if "hybrid_sliding" in self.layer_types and not whole:
             plan["layers.*.self_attn.mlstm"] = "mlstm_heads"  # registered in mixer.py
+        if LINEAR in self.layer_types:
+            plan["layers.*.linear_attn"] = "linear_attention"  # which refuses, see mixer.py
         mlp = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
         return plan | {f"layers.*.mlp.{name}_proj": style for name, style in mlp.items()}
 
@@ -437,12 +484,27 @@ class XLSTMHybridConfig(StudentConfig):
         repeats, kept = self.num_attention_heads // self.num_key_value_heads, set(self.kept_of(layer_idx))
         return [h for h in range(self.num_attention_heads) if h // repeats not in kept]
 
+    @property
+    def attention_types(self):
+        """The teacher's kinds of layers that have queries, keys and RoPE, sorted."""
+        return sorted(set(self.teacher_layer_types) - {LINEAR})
+
+    @property
+    def linear_shapes(self):
+        """Of one row's states in a layer of linear attention, (channels, columns) of the convolution and (heads, K, V) of
+        the memory: `{name: shape}`.
+        """
+        key, value = self.linear_key_head_dim, self.linear_value_head_dim
+        channels = 2 * self.linear_num_key_heads * key + self.linear_num_value_heads * value
+        recurrent = self.linear_num_value_heads, key, value
+        return {"conv": (channels, self.linear_conv_kernel_dim), "recurrent": recurrent}
+
     def rope_parameters_of(self, layer_type):
         """The flat RoPE dict of a teacher layer type: its own where the teacher has several."""
         return self.rope_parameters.get(layer_type, self.rope_parameters)
 
 
-def attention_reach(config, kinds=LAYER_TYPES):
+def attention_reach(config, kinds=LAYER_TYPES[:-1]):
     """`(window, sinks)` of the layer of these `kinds` that sees furthest back by attention; window None if one sees
     everything. Of a student's configuration or any other.
     """

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from xlstm_hybrid.model.cache_names import cache_of, named
+from xlstm_hybrid.model.configuration import LINEAR
 
 NEW, BEAMS, PADDING = 6, 3, 5  # new tokens, beams, columns of padding
 BEAM_PROMPT = 32  # tokens: a search without a cache reads its rows again for every token
@@ -42,6 +43,13 @@ def bound(dtype, layers):
     units = {torch.float64: 16, torch.float32: 1024, torch.bfloat16: 8, torch.float16: 16}[dtype]
     eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
     return units * eps * math.sqrt(2 * layers + 1)
+
+
+def bound_of(model):
+    """`bound` of a model as it is; linear attention calculates in float32, whatever the dtype."""
+    config, dtype = model.config.get_text_config(), model.dtype
+    linear = LINEAR in (getattr(config, "layer_types", None) or ())
+    return bound(torch.float32 if linear and dtype == torch.float64 else dtype, config.num_hidden_layers)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.linear import Linear, hooked
+from xlstm_hybrid.model.linear_attention import attend, gated_delta_net
 
 EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
 
@@ -42,7 +43,7 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
 
     def __init__(self, config, layer_type=None):
-        rope = dict(config.rope_parameters_of(layer_type or config.teacher_layer_types[0]))
+        rope = dict(config.rope_parameters_of(layer_type or config.attention_types[0]))
         # where a part of a head rotates, it is as a head of that size
         head_dim = int(config.head_dim * rope.pop("partial_rotary_factor", 1.0))
         # LlamaConfig wants hidden_size to be a multiple of them, other families do not
@@ -136,24 +137,16 @@ NORMS = {  # of a layer, by `norm_position`
 }
 
 
-class HybridDecoderLayer(CheckpointedLayer):
+class DecoderLayer(CheckpointedLayer):
     """Attention and MLP with residuals; norms before them (Llama, Mistral, Qwen), after (OLMo 2 and 3) or both (Gemma 3)."""
 
-    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
-
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, layer_idx, norm_position, **attention):
         super().__init__()
-        self.norm_position, self.residual_multiplier = config.norm_position, config.residual_multiplier
-        self.self_attn, self.mlp = HybridAttention(config, layer_idx), mlp_of(config, layer_idx)
-        for name in NORMS[config.norm_position]:
+        self.norm_position, self.residual_multiplier = norm_position, config.residual_multiplier
+        for name, module in (attention | {"mlp": mlp_of(config, layer_idx)}).items():
+            self.add_module(name, module)
+        for name in NORMS[norm_position]:
             self.add_module(name, rms_norm(config, config.hidden_size))
-
-    def forward(self, hidden_states, align=None, **kwargs):
-        """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
-        if align is not None:
-            return self.align(hidden_states, align, **kwargs)
-        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
-        return self.finish(hidden_states, attention)
 
     def attention_input(self, hidden_states):
         return hidden_states if self.norm_position == "post" else self.input_layernorm(hidden_states)
@@ -167,6 +160,51 @@ class HybridDecoderLayer(CheckpointedLayer):
         hidden_states = hidden_states + scaled(self.post_attention_layernorm(attention), factor)
         x = self.pre_feedforward_layernorm(hidden_states) if self.norm_position == "both" else hidden_states
         return hidden_states + scaled(self.post_feedforward_layernorm(self.mlp(x)), factor)
+
+
+class LinearDecoderLayer(DecoderLayer):
+    """A layer of linear attention, the teacher's own; its norms stand before, in all families that have one."""
+
+    def __init__(self, config, layer_idx):
+        module, cache_name = gated_delta_net(config)
+        super().__init__(config, layer_idx, "pre", linear_attn=module)
+        self.layer_idx, self.cache_name = layer_idx, cache_name
+
+    def forward(self, hidden_states, align=None, tokens=None, cache=None, **kwargs):
+        """Hidden states after the layer [B, T, D]; with `align` also what it adds to the terms of stage I, which is 0."""
+        if align is None:
+            return self.onward(hidden_states, tokens, None if cache is None else cache.layers[self.layer_idx])
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.no_grad():
+            following = self.onward(hidden_states, tokens) if align.onward else hidden_states
+        return following, hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype)
+
+    def onward(self, hidden_states, tokens, layer=None):
+        attention = attend(self.run, self.attention_input(hidden_states), tokens, layer)
+        return self.finish(hidden_states, attention)
+
+    @property
+    def run(self):
+        """The module as a function of (hidden states, mask, cache). A record of calls keeps it, and a copy of the record
+        is to have the same module: functions are not copied, methods are.
+        """
+        return lambda x, mask, cache: self.linear_attn(x, attention_mask=mask, **{self.cache_name: cache})
+
+
+class HybridDecoderLayer(DecoderLayer):
+    """A layer whose attention is mixed with an mLSTM, or the teacher's own."""
+
+    aligned = False  # a layer whose mixer stage I leaves alone: the teacher's attention is all that is calculated
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx, config.norm_position, self_attn=HybridAttention(config, layer_idx))
+
+    def forward(self, hidden_states, align=None, **kwargs):
+        """Hidden states after the layer [B, T, D]; with `align` what `align` returns."""
+        if align is not None:
+            return self.align(hidden_states, align, **kwargs)
+        attention, _ = self.self_attn(self.attention_input(hidden_states), **kwargs)
+        return self.finish(hidden_states, attention)
 
     def align(self, hidden_states, align, position_embeddings, tokens, mask, position_ids=None, **kwargs):
         """Stage I of one layer: how far the student's mixer is from the teacher's attention on the teacher's hidden

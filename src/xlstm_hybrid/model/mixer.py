@@ -59,7 +59,18 @@ class HeadsParallel(TensorParallelLayer):
         return (whole.to_local(grad_placements=[Partial()]), *args[1:]), kwargs
 
 
+class NotParallel(TensorParallelLayer):
+    """Tensor-parallel style of modules that are not shared out, and that refuse it."""
+
+    def validate_param(self, module, param, mesh, parameter_name=None):
+        raise ConfigError(
+            f"{parameter_name}: layers of linear attention with tp_size={mesh.size()}: they are not shared out; load the model without "
+            "tp_plan"
+        )
+
+
 ALL_PARALLEL_STYLES.register("mlstm_heads", HeadsParallel())
+ALL_PARALLEL_STYLES.register("linear_attention", NotParallel())
 # Of the mixer's parameters those that stay in float32, as far as a configuration has them
 GATE_PARAMETERS = ["igate_weight", "fgate_weight", "fgate_bias", "ogate_weight", "ogate_bias", "joint_scale"]
 

@@ -31,12 +31,14 @@ from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.cache import PlacedLayer
 from xlstm_hybrid.model.cache_names import ACCEPTED, CACHE, NAMES, cache_of, named, refuse_unknown, renamed, takes_cache
 from xlstm_hybrid.model.compatibility import ensure_compatible
-from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.configuration import LINEAR, XLSTMHybridConfig
 from xlstm_hybrid.model.layers import (
     ALIGNMENT_TERMS,
     EXPERTS,
     Align,
+    DecoderLayer,
     HybridDecoderLayer,
+    LinearDecoderLayer,
     ScaledEmbedding,
     XLSTMHybridRotaryEmbedding,
 )
@@ -142,9 +144,9 @@ class XLSTMHybridPreTrainedModel(StudentModel):
     config_class = XLSTMHybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HybridDecoderLayer"]
+    _no_split_modules = ["HybridDecoderLayer", "LinearDecoderLayer"]
     _skip_keys_device_placement = NAMES
-    _keep_in_fp32_modules_strict = GATE_PARAMETERS
+    _keep_in_fp32_modules_strict = [*GATE_PARAMETERS, "A_log"]  # the last is the decay of linear attention
     _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -154,7 +156,7 @@ class XLSTMHybridPreTrainedModel(StudentModel):
     # rolling back works: cache layers record what assisted decoding may take back, and refuse what they cannot
     _is_stateful = False
     _can_record_outputs = {
-        "hidden_states": HybridDecoderLayer,
+        "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(HybridAttention, index=1),
         "gates": OutputRecorder(MLSTMMixer, index=-1),
     }
@@ -179,6 +181,9 @@ class XLSTMHybridPreTrainedModel(StudentModel):
         if isinstance(module, EXPERTS):  # parameters of their own, and not of linear maps
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=self.config.initializer_range)
+        if hasattr(module, "A_log"):  # as transformers begins its linear attention
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+            init.ones_(module.dt_bias)
         if isinstance(module, Gemma3RMSNorm):  # to which 1 is added
             init.zeros_(module.weight)
         if isinstance(module, MLSTMMixer):
@@ -219,8 +224,11 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         super().__init__(config)
         self.checked = copy.deepcopy(config.choices())
         self.embed_tokens = ScaledEmbedding(config)
-        self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
-        self.norm, kinds = rms_norm(config, config.hidden_size), sorted(set(config.teacher_layer_types))
+        self.layers = nn.ModuleList(
+            (LinearDecoderLayer if kind == LINEAR else HybridDecoderLayer)(config, j)
+            for j, kind in enumerate(config.layer_types)
+        )
+        self.norm, kinds = rms_norm(config, config.hidden_size), config.attention_types
         self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kind) for kind in kinds})
         self.gradient_checkpointing = False
         self.post_init()
@@ -233,10 +241,17 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         keys = config.spans()[: config.num_hidden_layers]  # fewer while early layers draft, see `assistant_early_exit`
         # a pipeline's stage has some of the layers
         present = [j for j in range(len(keys)) if not isinstance(self.layers[j], nn.Identity)]
+        linear = [j for j in present if keys[j][0] == LINEAR]
+        if linear and torch.compiler.is_compiling():
+            raise ConfigError(
+                "torch.compile: layers of linear attention (linear_attention in layer_types) look at padding and documents; run the "
+                "model as it is"
+            )
         layers = [cache.layers[j] for j in present if keys[j][0] == "hybrid_sliding"] if cache is not None else []
         filled = layers if layers and layers[0].is_initialized else []
-        seen = cache.layers[present[0]].get_seq_length() if cache is not None and present else 0
-        first = cache.layers[present[0]] if cache is not None and present else None
+        attending = [j for j in present if j not in linear] or present
+        first = cache.layers[attending[0]] if cache is not None and present else None
+        seen = 0 if first is None else first.get_seq_length()
         held = getattr(first, "count", None) if first in layers else getattr(first, "keys", None)
         cached = held.shape[0] if held is not None and first.is_initialized and held.numel() else None
         self.check_inputs(B, attention_mask, kwargs.get("cu_seq_lens_q"), seen, cached)
@@ -258,7 +273,11 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             seen=before,
             look=look,
         )
-        needs_packing = teacher or any(keys[j][0] != "hybrid_sliding" for j in present)
+        if linear and not tokens.plain and tokens.real.shape[1] > 1:
+            tokens.find_runs(
+                tokens.real.new_zeros(B, dtype=torch.long) if before is None else before, cache is not None
+            )
+        needs_packing = teacher or any(keys[j][0] not in ("hybrid_sliding", LINEAR) for j in present)
         starts = any(x is not None for x in (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")))
         packed = needs_packing and T > 1 and starts and not tokens.plain and (not look or bool(tokens.start.any()))
         if packed and seen > 0:
@@ -279,17 +298,20 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 kind, window, sinks = keys[j]
                 if kind == "hybrid_sliding":
                     masks[keys[j]] = self.hybrid_mask(tokens, window, sinks, cache.layers[j] if filled else None)
-                elif kind == "full_attention" or not tokens.uneven:  # else the layer's own, by places
+                elif kind != LINEAR and (
+                    kind == "full_attention" or not tokens.uneven
+                ):  # else the layer's own, by places
                     masks[keys[j]] = attention_mask_of(config, kind, window, j, tokens, packed, **shared)
-        for kind in sorted(set(config.teacher_layer_types)) if teacher else ():
+        for kind in config.attention_types if teacher else ():
             window = config.teacher_sliding_window
             teacher_masks[kind] = attention_mask_of(
                 config, kind, window, None, tokens, packed or tokens.uneven, **shared
             )
         rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
-        rope = [rope[kind] for kind in config.teacher_layer_types]
+        rope = [rope.get(kind) for kind in config.teacher_layer_types]
         if config.rope_layers is not None:  # without: a rotation by nothing, cos 1 and sin 0
-            still = torch.ones_like(rope[0][0]), torch.zeros_like(rope[0][1])
+            cos, sin = next(x for x in rope if x is not None)
+            still = torch.ones_like(cos), torch.zeros_like(sin)
             rope = [x if rotates else still for x, rotates in zip(rope, config.rope_layers, strict=True)]
         where = [
             {"position_embeddings": x, "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
@@ -463,7 +485,7 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
                     sums.append(hidden_states.new_zeros(len(ALIGNMENT_TERMS), dtype=dtype))
                     continue
-                align = Align(counted, masks[kind], terms, onward or layer is not last)
+                align = Align(counted, masks.get(kind), terms, onward or layer is not last)
                 hidden_states, summed = layer(hidden_states, align=align, **where[j])
                 sums.append(summed)
         finally:
@@ -549,7 +571,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         """The model derives its masks from the 2-D one and from the cache. Hybrid layers read no more than the call's
         own columns: without the others, a compiled step keeps its shapes.
         """
-        if attention_mask is None or set(config.layer_types) != {"hybrid_sliding"}:
+        if attention_mask is None or not set(config.layer_types) <= {"hybrid_sliding", LINEAR}:
             return attention_mask
         return attention_mask[:, -inputs_embeds.shape[1] :]
 

@@ -102,7 +102,8 @@ class Rollback:
     """The record of a cache layer: base, a copy of the layer from before `calls`; depth, tokens that it reaches back; 0
     records nothing.
 
-    The layer itself has `take_over(other)`, `_tensors(change)`, and `kept`, which takes its own columns back.
+    The layer itself has `fields`, the names of what it holds, `_tensors(change)`, and `kept`, which takes its own columns
+    back.
     """
 
     def __init__(self):
@@ -130,6 +131,11 @@ class Rollback:
     def recorded(self):
         """Number of last tokens that can be taken back."""
         return sum(len(call) for call in self.calls)
+
+    def take_over(self, other):
+        """Become what `other` is, its tensors included; the record stays."""
+        for name in self.fields:
+            setattr(self, name, getattr(other, name, None))
 
     @torch.compiler.disable  # the record is a list that grows: a compiled step calls it as it is
     def note(self, call):

@@ -19,6 +19,7 @@ class Tokens:
     blind: [B] bool, rows that have to do without their window in this call (window dropout); None: no row.
     count: [B] tokens of each row's document after a call of one token; None after a longer one.
     compiled: [B] index of a call of one token whose layers may run compiled, see `one_token`.
+    runs: `[(row, columns [n], whether a document begins with them)]`, see `find_runs`; None: all rows may go at once.
     places: which slots the tokens take, found once for all cache layers that are alike: the kernels' `place_token` by slots
     and sinks, `HybridCacheLayer.placing` by what it depends on.
     """
@@ -32,6 +33,7 @@ class Tokens:
     uneven: bool = False
     count: torch.Tensor | None = None
     compiled: torch.Tensor | None = None
+    runs: list | None = None
     places: dict = field(default_factory=dict)
 
     @classmethod
@@ -117,16 +119,38 @@ class Tokens:
         after = ~self.real & (self.real.cumsum(-1) + before[:, None] > 0)
         return after, after & (self.real.flip(-1).cumsum(-1).flip(-1) > 0)
 
+    def find_runs(self, before, cached):
+        """Set `runs` if a recurrence that can do no more than leave out padding before a row's first token has to take the
+        documents of the rows one by one: where one begins in the call, or where padding stands between tokens.
+
+        Args:
+            before: [B] tokens in the cache; cached: whether what follows will go on from this call, whose padding
+                behind tokens then stands between them.
+        """
+        after, between = self.gaps(before)
+        if self.plain or not bool((self.start | (after if cached else between)).any()):
+            return
+        real, document, self.runs = self.real.cpu(), self.document.cpu(), []
+        for row in range(len(real)):
+            for number in document[row][real[row]].unique():
+                columns = (real[row] & (document[row] == number)).nonzero()[:, 0]
+                self.runs.append((row, columns, bool(number > 0)))
+
     def slice(self, begin, end):
         """The same of the tokens `begin` to `end`, as a call of its own would have it."""
         documents = self.document[:, begin - 1 : begin] if begin else 0
         parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        return Tokens(*parts, self.plain, self.blind, self.uneven)
+        runs = None if self.runs is None else []
+        for row, columns, fresh in self.runs or ():
+            inside = columns[(columns >= begin) & (columns < end)]
+            if len(inside):
+                runs.append((row, inside - begin, fresh and bool(columns[0] >= begin)))
+        return Tokens(*parts, self.plain, self.blind, self.uneven, runs=runs)
 
     def map(self, change):
         parts = (change(x) for x in (self.real, self.start, self.index, self.document))
         blind, count = (None if x is None else change(x) for x in (self.blind, self.count))
-        return Tokens(*parts, self.plain, blind, self.uneven, count)
+        return Tokens(*parts, self.plain, blind, self.uneven, count, runs=self.runs)
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""

@@ -4,9 +4,12 @@ Dims: H query heads that mix, G key/value heads of them, E kept ones, K head dim
 sinks, L chosen tokens.
 """
 
+import math
+
 import torch
 
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.configuration import LINEAR
 
 INDEX = 8  # bytes of an index: of a chosen token, of a kept column, of a row's present document
 
@@ -20,7 +23,7 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
             model.
         teacher: of the teacher instead, whose layers are `teacher_layer_types`.
     Returns:
-        {"state": mLSTM and counters, "window": ring and sinks, "sparse": chosen tokens and scores, "kept": kept groups,
+        {"state": mLSTM and counters, and linear attention, "window": ring and sinks, "sparse": chosen tokens and scores, "kept": kept groups,
         "full": layers that keep the teacher's attention}
     Raises:
         ConfigError: a length below 1, or no such dtype.
@@ -35,6 +38,8 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
         kind = config.teacher_layer_types[j] if teacher else config.layer_types[j]
         if kind == "hybrid_sliding":
             layer = hybrid_layer_bytes(config, j, length, dtype)
+        elif kind == LINEAR:
+            layer = {"state": linear_layer_bytes(config, dtype)}
         else:
             window = config.kept_window_of(j) if teacher else config.window_of(j)
             tokens = columns(length, window if kind == "sliding_attention" else None)
@@ -42,6 +47,12 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
         for name, size in layer.items():
             parts[name] += size
     return parts
+
+
+def linear_layer_bytes(config, dtype):
+    """States of one layer of linear attention: inputs of its convolution, and a memory in float32."""
+    sizes = {name: math.prod(shape) for name, shape in config.linear_shapes.items()}
+    return sizes["conv"] * dtype.itemsize + sizes["recurrent"] * torch.float32.itemsize
 
 
 def pair_bytes(config, dtype):

@@ -47,10 +47,10 @@ def keep_groups(student, kept_groups):
             raise ConfigError(
                 f"kept_groups of layer {j}: groups {lost} have no mixer to go back to; keep them, or convert the teacher again"
             )
-    for layer in changed.get_decoder().layers:
-        attention, j = layer.self_attn, layer.self_attn.layer_idx
+    for j, layer in enumerate(changed.get_decoder().layers):
         if config.kept_of(j) == before.kept_of(j):
             continue
+        attention = layer.self_attn
         attention.split = Split(config.kept_of(j), config.num_key_value_heads, attention.num_key_value_groups)
         rows = [row for row, head in enumerate(before.mixed_heads(j)) if head in config.mixed_heads(j)]
         for mixer in (m for m in attention.modules() if isinstance(m, MLSTMMixer)):
@@ -67,8 +67,9 @@ def restored(student, groups):
     """Meanwhile the `groups` {(layer, group)} of hybrid layers have full attention, in passes without a cache; nothing
     else changes.
     """
-    G, layers = student.config.num_key_value_heads, [layer.self_attn for layer in student.get_decoder().layers]
-    layers = [attention for attention in layers if attention.layer_type == "hybrid_sliding"]
+    config, G = student.config, student.config.num_key_value_heads
+    kinds = zip(student.get_decoder().layers, config.layer_types, strict=True)
+    layers = [layer.self_attn for layer, kind in kinds if kind == "hybrid_sliding"]
     try:
         for attention in layers:
             chosen = torch.tensor([(attention.layer_idx, g) in groups for g in range(G)])

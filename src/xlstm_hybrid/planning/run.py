@@ -9,6 +9,7 @@ heads, K head dim, L layers,
 V vocabulary, M teacher entries kept per token. Bytes unless a name says otherwise.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.families import family_of, student_config
 from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.planning.cache_size import cache_bytes
 from xlstm_hybrid.planning.training_memory import BF16, ERROR, FP32, training_bytes
@@ -39,6 +41,7 @@ class Shape:
     hybrid_sliding; columns: of a
     head's feature map; features: of a head, which the memory's state has rows for; idle: parameters of experts that a
     token does not go through, which are in no count of FLOPs. F is the width of the experts that it goes through.
+    linear: layers of linear attention; recurrence: FLOPs per token of each one's memory.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Shape:
     columns: int
     features: int
     idle: int = 0
+    linear: int = 0
+    recurrence: int = 0
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,10 @@ def student_shape(teacher_config, name="teacher", **student):
     heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, window, c.mlstm_chunk_size
     sizes = total - new, total, new, layer, c.vocab_size * c.hidden_size, matmul
     features = c.memory_feature_dim or c.head_dim, c.memory_features
-    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features, idle)
+    linear, recurrence = c.layer_types.count(LINEAR), 0
+    if linear:  # the memory is read, corrected and read again
+        recurrence = 3 * 2 * math.prod(c.linear_shapes["recurrent"])
+    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features, idle, linear, recurrence)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------
@@ -240,18 +248,26 @@ def mean_visible(window, length):
     return w - w * (w - 1) / (2 * length)
 
 
+def attention_flops(shape, length):
+    """Forward FLOPs per token of all of the teacher's attention: causal attention, an upper bound, as documents are
+    shorter, and linear attention; `(the first, the second)`.
+    """
+    full = 4 * shape.H * shape.K * (length + 1) / 2 * (shape.L - shape.linear)
+    return full, shape.linear * shape.recurrence
+
+
 def flops_per_token(shape, job, checkpointing=False):
     """Training FLOPs per token: a backward costs two forwards, checkpointing one more; one multiplication and addition
     are 2.
     """
-    linear, head = 2 * shape.matmul, 2 * shape.head
-    # causal attention of the teacher, upper bound: documents are shorter
-    full = 4 * shape.H * shape.K * (job.length + 1) / 2 * shape.L
-    mixers = shape.hybrid * mixer_flops(shape, job.length)
+    products, head = 2 * shape.matmul, 2 * shape.head
+    full, linear = attention_flops(shape, job.length)
+    trunk, mixers = products + linear, shape.hybrid * mixer_flops(shape, job.length)
     if job.kind == "align":
-        return linear + full + 3 * mixers
-    student = (linear + head + mixers + full * (shape.L - shape.hybrid) / shape.L) * (4 if checkpointing else 3)
-    return student + (0 if job.stored else linear + head + full)
+        return trunk + full + 3 * mixers
+    kept = full * (shape.L - shape.linear - shape.hybrid) / max(shape.L - shape.linear, 1)
+    student = (trunk + head + mixers + kept) * (4 if checkpointing else 3)
+    return student + (0 if job.stored else trunk + head + full)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------
@@ -394,9 +410,7 @@ def store_costs(shape, job, machine):
     bytes}.
     """
     tokens, rate = job.experts * job.tokens, machine.gpus * machine.flops * machine.utilisation
-    forward = (
-        2 * shape.matmul + 2 * shape.head + 4 * shape.H * shape.K * (job.length + 1) / 2 * shape.L
-    )  # of the teacher
+    forward = 2 * shape.matmul + 2 * shape.head + sum(attention_flops(shape, job.length))  # of the teacher
     seconds = tokens * forward / rate
     entries = sorted({16, 64, min(job.top_k, shape.V)})
     return {"online_seconds": seconds, "stores": {k: store_bytes(tokens, k) for k in entries}, "fill_seconds": seconds}
@@ -406,16 +420,21 @@ def assumptions(machine, shape):
     experts = (
         "experts: memory of activations as of an MLP that is as wide as those that a token goes through: not measured"
     )
-    return [experts] * bool(shape.idle) + [
-        f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
-        "documents fill their rows: shorter ones make the teacher's attention cheaper",
-        f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",
-        "float32 weights, gradients and Adam; bfloat16 compute under autocast, unless the recipe says bf16: false; "
-        "one that does not say trains in what its machine does quicker, bfloat16 on these GPUs; logits in chunks; "
-        f"memory of the GPU kernels as on a CPU, where the model was measured to within {ERROR:.0%}",
-        "time is that of training steps: loading, reading data, evaluation and communication that is not hidden come on top",
-        "a store holds 6 bytes per entry and 8 per token; filling it costs one forward of the teacher, as an online teacher does in every run",
-    ]
+    linear = "layers of linear attention: memory of activations as of a hybrid layer, FLOPs of a token after the other: not measured"
+    return (
+        [experts] * bool(shape.idle)
+        + [linear] * bool(shape.linear)
+        + [
+            f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
+            "documents fill their rows: shorter ones make the teacher's attention cheaper",
+            f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",
+            "float32 weights, gradients and Adam; bfloat16 compute under autocast, unless the recipe says bf16: false; "
+            "one that does not say trains in what its machine does quicker, bfloat16 on these GPUs; logits in chunks; "
+            f"memory of the GPU kernels as on a CPU, where the model was measured to within {ERROR:.0%}",
+            "time is that of training steps: loading, reading data, evaluation and communication that is not hidden come on top",
+            "a store holds 6 bytes per entry and 8 per token; filling it costs one forward of the teacher, as an online teacher does in every run",
+        ]
+    )
 
 
 def human(size):

@@ -12,8 +12,9 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer, with_slots
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.model.configuration import UNEVEN_ROPES
+from xlstm_hybrid.model.configuration import LINEAR, UNEVEN_ROPES
 from xlstm_hybrid.model.experimental.variants import cache_layer_of
+from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 
 
 def refuse_unshared(config):
@@ -55,6 +56,12 @@ def join_hybrid(layers):
     first.seen_tokens = max(layer.seen_tokens for layer in layers)
 
 
+def join_linear(layers):
+    """The same of layers of linear attention."""
+    layers[0].join(layers)
+    layers[0].seen_tokens = max(layer.seen_tokens for layer in layers)
+
+
 def join_columns(layers):
     """The same of layers that keep the teacher's attention."""
     first = layers[0]
@@ -63,9 +70,12 @@ def join_columns(layers):
         first.cumulative_length = max(layer.cumulative_length for layer in layers)
 
 
+JOINS = {HybridCacheLayer: join_hybrid, LinearCacheLayer: join_linear}
+
+
 def shorten(layer, longest):
     """Drop the columns of a layer that no row has, where the longest row has `longest`."""
-    if isinstance(layer, HybridCacheLayer):
+    if isinstance(layer, HybridCacheLayer | LinearCacheLayer):
         layer.seen_tokens = longest
         if layer.kept is not None:
             kept = layer.kept
@@ -83,7 +93,7 @@ class Rows:
     def __init__(self, model):
         refuse_unshared(model.config)
         self.model, self.cache, self.lengths = model, None, []
-        self.masked = set(model.config.layer_types) != {"hybrid_sliding"}
+        self.masked = not set(model.config.layer_types) <= {"hybrid_sliding", LINEAR}
 
     def join(self, caches):
         """Take in caches of one row each, which are used up. They become the last rows."""
@@ -91,7 +101,7 @@ class Rows:
         every = [self.cache, *caches] if self.lengths else caches
         self.cache = every[0]
         for layers in zip(*(cache.layers for cache in every), strict=True) if len(every) > 1 else ():
-            join_hybrid(layers) if isinstance(layers[0], HybridCacheLayer) else join_columns(layers)
+            JOINS.get(type(layers[0]), join_columns)(layers)
         self.lengths += lengths
 
     def keep(self, rows):

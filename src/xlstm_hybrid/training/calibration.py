@@ -49,7 +49,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.experimental.cells import CELLS
-from xlstm_hybrid.model.layers import scaled
+from xlstm_hybrid.model.layers import LinearDecoderLayer, scaled
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.trained import trained_values
 from xlstm_hybrid.training.alignment import new_parameters
@@ -90,7 +90,11 @@ def per_head(x):
 
 
 def observe(layer, x, position_embeddings, tokens, mask, teacher_mask, position_ids=None):
-    """`(Seen, the teacher's hidden states after the layer)` of a `HybridDecoderLayer` and what enters it."""
+    """`(Seen, the teacher's hidden states after the layer)` of a decoder layer and what enters it; no `Seen` where nothing is
+    calibrated.
+    """
+    if isinstance(layer, LinearDecoderLayer):
+        return None, layer(x, tokens=tokens)
     attention = layer.self_attn
     states, x = x, layer.attention_input(x)
     heads = attention.heads(x)
@@ -360,7 +364,7 @@ def calibrate_layer(trunk, j, states, batches, fitted):
     for n, batch in enumerate(batches):
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         tokens, where, masks = trunk.prepare(states[n], mask, positions, None, teacher=True)
-        found, states[n] = observe(layer, states[n], teacher_mask=masks[kind], **where[j])
+        found, states[n] = observe(layer, states[n], teacher_mask=masks.get(kind), **where[j])
         if not torch.isfinite(states[n][tokens.real]).all():
             raise CheckpointError(
                 f"layer {j}: its hidden states are not finite on the text that stage 0 reads; its weights are damaged: convert the "

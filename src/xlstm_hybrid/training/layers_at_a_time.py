@@ -28,7 +28,7 @@ def model_of(config, files, layers, dtype):
     `Identity`.
     """
     model = empty_student(config)
-    trunk, kinds = model.model, sorted(set(config.teacher_layer_types))
+    trunk, kinds = model.model, config.attention_types
     trunk.layers = nn.ModuleList([layer if n in layers else nn.Identity() for n, layer in enumerate(trunk.layers)])
     trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
     rotaries = {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in kinds}

@@ -53,7 +53,7 @@ def wrong_student(config):
     if traits:
         found = ", ".join(f"{name}={value!r}" for name, value in traits.items())
         wrong.append(f"its teacher has traits that the plugin does not calculate: {found}")
-    for kind in sorted(set(config.teacher_layer_types)):
+    for kind in config.attention_types:
         if (name := config.rope_parameters_of(kind).get("rope_type")) in DEPENDENT:
             wrong.append(
                 f"rope_type={name!r} of {kind} depends on the longest text of the batch: expected one that does not"

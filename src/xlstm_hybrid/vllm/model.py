@@ -48,7 +48,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        kinds = sorted(set(config.teacher_layer_types))
+        kinds = config.attention_types
         self.rotary_emb = nn.ModuleDict({kind: XLSTMHybridRotaryEmbedding(config, kind) for kind in kinds})
         self.states, self.pages = {}, nn.ModuleDict()
         for j, kind in enumerate(config.layer_types):
