@@ -283,12 +283,13 @@ def kind_of(model, j):
 
 def layer_nodes(graph, before, after, prefix):
     """Nodes of a layer in order: all that depend on its input `before`, its parameters or its state, whose names have
-    `prefix`, up to its output `after`.
+    `prefix`, up to its output `after`. Masks and places, which depend on the number of rows alone, are everybody's.
     """
     own, nodes = {before}, []
     own |= {x for x in (*graph.inputs, *graph.initializers.values()) if prefix in x.name}
     for node in graph:
-        if before not in node.outputs and not own.isdisjoint(node.inputs):
+        rows = node.op_type == "Shape" and node.inputs[0] in graph.inputs
+        if not rows and not own.isdisjoint(node.inputs):
             nodes.append(node)
             own |= set(node.outputs) - {after}
     return nodes
