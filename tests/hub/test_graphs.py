@@ -21,10 +21,12 @@ from xlstm_hybrid.hub.graphs import (
     describe,
     empty_state,
     export_graphs,
+    kind_of,
     refuse_config,
     state_of,
     state_shapes,
     trace,
+    translations,
 )
 from xlstm_hybrid.model.cache_names import named
 from xlstm_hybrid.state import prefill
@@ -73,6 +75,23 @@ def assert_model(step, chunk, model):
         torch.testing.assert_close(
             read(model, rest, cache_of(state, model))[0], read(model, ids)[0][:, begin + 12 :], **CLOSE
         )
+
+
+@torch.no_grad()
+def assert_padding_changes_nothing(chunk, model):
+    """Rows of unlike lengths, none included, read in two padded calls, are the model's of each row alone."""
+    ids, lengths, state = token_ids(3, 24), ((12, 3, 0), (5, 12, 1)), empty_state(model.config, 3)
+    texts, logits = [[], [], []], [[], [], []]
+    for begin, real in zip((0, 12), lengths, strict=True):
+        found, state = chunk(ids[:, begin : begin + 12], state, torch.tensor(real))
+        for row, n in enumerate(real):
+            texts[row].append(ids[row, begin : begin + n])
+            logits[row].append(found[row, :n])
+    for row, parts in enumerate(texts):
+        want, cache = read(model, torch.cat(parts)[None])
+        torch.testing.assert_close(torch.cat(logits[row])[None], want, **CLOSE)
+        own = {name: x[row : row + 1] for name, x in state.items()}
+        assert_same_state(own, state_of(cache, model.config))
 
 
 @torch.no_grad()
@@ -139,7 +158,10 @@ def test_another_models_state_is_refused_by_the_name_of_its_first_misfit():
         ({"quantization_config": {"quant_method": "x"}}, "its weights are quantised"),
         (EXPERTS, "its MLPs have 4 experts"),
         ({"kept_groups": [[], [1], []]}, r"layers \[1\] have kept_groups"),
-        ({"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]}, r"layers \[1\] keep the teacher's"),
+        (
+            {"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]},
+            r"layers \[1\] are full_attention, expected hybrid",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )
@@ -179,7 +201,7 @@ def test_a_refused_student_and_its_own_directory_leave_everything_as_it_is(check
         export_graphs(copy, tmp_path / "runs", "torch-export", overwrite=True)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"layer_types": ["hybrid_sliding", "full_attention"]}))
-    with pytest.raises(ConfigError, match=r"student: --format torch-export: layers \[1\] keep the teacher's attention"):
+    with pytest.raises(ConfigError, match=r"student: --format torch-export: layers \[1\] are full_attention"):
         export_graphs(copy, tmp_path / "out", "torch-export")
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
@@ -201,7 +223,27 @@ def test_traced_programs_are_the_model_and_hold_torchs_own_operations(traits):
     for program in programs:
         called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         assert not [name for name in called if "xlstm" in name]
-    assert_model(*(program.module() for program in programs), model)
+    step, chunk = programs[0].module(), with_lengths(programs[1].module())
+    assert_model(step, chunk, model)
+    assert_padding_changes_nothing(chunk, model)
+
+
+def test_layers_are_of_one_kind_if_only_their_parameters_differ():
+    model = student(num_hidden_layers=4, layer_windows=[7, 4, 7, 7], layer_sinks=[3, 1, 3, 1])
+    kinds = [kind_of(model, j) for j in range(4)]
+    assert [kinds.index(kind) for kind in kinds] == [0, 1, 0, 3]
+    turned = student(num_hidden_layers=3, layer_windows=None, layer_sinks=None, rope_layers=[True, False, True])
+    kinds = [kind_of(turned, j) for j in range(3)]
+    assert [kinds.index(kind) for kind in kinds] == [0, 1, 0]
+
+
+def with_lengths(chunk):
+    """The graph of a chunk as a function of (ids, state) that reads all tokens, unless told how many of each row."""
+
+    def call(ids, state, lengths=None):
+        return chunk(ids, torch.full([len(ids)], ids.shape[1]) if lengths is None else lengths, state)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -223,17 +265,25 @@ def test_an_export_for_torch_loads_without_this_package_and_is_the_model(checkpo
     out = tmp_path / "out"
     export_graphs(checkpoint, out, "torch-export")
     step, chunk = (torch.export.load(out / f"{name}.pt2").module() for name in ("step", "chunk"))
-    assert_model(step, chunk, student())
+    assert_model(step, with_lengths(chunk), student())
     verify_files(out)
     assert files_with_paths(out) == []
 
 
+def deep():
+    """A student of two kinds of layers, the third and fourth of which are copies in its ONNX graphs."""
+    return student(num_hidden_layers=4, layer_windows=[7, 4, 7, 4], layer_sinks=[3, 1, 3, 1])
+
+
 @pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory):
-    """The directory of an ONNX export and its two graphs as functions."""
+def exported(tmp_path_factory):
+    """The directory of an ONNX export of `deep`, and its two graphs as functions."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    out = tmp_path_factory.mktemp("exported") / "onnx"
+    folder = tmp_path_factory.mktemp("exported")
+    out, checkpoint = folder / "onnx", folder / "deep"
+    deep().save_pretrained(checkpoint)
+    (checkpoint / "README.md").write_text("# A card\n")
     result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), "--format", "onnx"])
     assert result.exit_code == 0, result.output
     listed = json.loads((out / GRAPHS).read_text())
@@ -241,10 +291,14 @@ def exported(checkpoint, tmp_path_factory):
     def function(graph):
         session = onnxruntime.InferenceSession(out / listed["graphs"][graph]["file"])
 
-        def call(ids, state):
-            logits, *after = session.run(None, {"input_ids": ids.numpy(), **{n: x.numpy() for n, x in state.items()}})
+        def call(ids, *given):
+            *lengths, state = given
+            names = [x.name for x in session.get_inputs()]
+            tensors = [x.numpy() for x in (ids, *lengths, *state.values())]
+            logits, *after = session.run(None, dict(zip(names, tensors, strict=True)))
             return torch.from_numpy(logits), dict(zip(state, map(torch.from_numpy, after), strict=True))
 
+        call = call if graph == "step" else with_lengths(call)
         call.session = session
         return call
 
@@ -253,12 +307,13 @@ def exported(checkpoint, tmp_path_factory):
 
 @pytest.mark.slow
 def test_onnxruntime_is_the_model(exported):
-    assert_model(*exported[1:], student())
+    assert_model(*exported[1:], deep())
+    assert_padding_changes_nothing(exported[2], deep())
 
 
 @pytest.mark.slow
 def test_onnxruntime_decodes_the_models_tokens(exported):
-    model, (_, step, chunk) = student(), exported
+    model, (_, step, chunk) = deep(), exported
     ids = token_ids(2, 25)
     want = model.generate(ids, max_new_tokens=20, do_sample=False)[:, 25:]
     assert want.shape == (2, 20) and len(set(want.flatten().tolist())) > 5
@@ -268,7 +323,7 @@ def test_onnxruntime_decodes_the_models_tokens(exported):
 @pytest.mark.slow
 def test_an_empty_state_may_have_an_infinite_log_scale(exported):
     _, step, chunk = exported
-    model, ids = student(), token_ids(2, 9)
+    model, ids = deep(), token_ids(2, 9)
     state = empty_state(model.config, 2)
     infinite = {
         name: x if x.dtype == torch.long or x.max() == 0 else torch.full_like(x, float("-inf"))
@@ -279,8 +334,21 @@ def test_an_empty_state_may_have_an_infinite_log_scale(exported):
 
 
 @pytest.mark.slow
+def test_forget_gates_that_are_almost_open_are_not_rounded_to_open(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x = torch.tensor([15.0, 9.0, 0.0, -200.0, float("inf"), float("-inf")])
+    file, table = tmp_path / "log_sigmoid.onnx", translations()
+    torch.onnx.export(torch.nn.LogSigmoid(), (x,), file, dynamo=True, custom_translation_table=table, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    want = torch.nn.functional.logsigmoid(x.double()).float()
+    torch.testing.assert_close(torch.from_numpy(found), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
 def test_rows_of_different_lengths_go_on_together(exported):
-    model, chunk = student(), exported[2]
+    model, chunk = deep(), exported[2]
     texts = [token_ids(1, n, seed=n) for n in (3, 19)]
     states = [chunk(ids, empty_state(model.config))[1] for ids in texts]
     together = {name: torch.cat([state[name] for state in states]) for name in states[0]}
@@ -292,9 +360,9 @@ def test_rows_of_different_lengths_go_on_together(exported):
 
 
 @pytest.mark.slow
-def test_the_directory_says_how_to_call_the_graphs(exported, checkpoint):
+def test_the_directory_says_how_to_call_the_graphs(exported):
     out, step, chunk = exported
-    config, listed = student().config, json.loads((out / GRAPHS).read_text())
+    config, listed = deep().config, json.loads((out / GRAPHS).read_text())
     assert listed == {
         "format_version": 1,
         "format": "onnx",
@@ -304,12 +372,13 @@ def test_the_directory_says_how_to_call_the_graphs(exported, checkpoint):
     }
     for name, call in (("step", step), ("chunk", chunk)):
         inputs, outputs = call.session.get_inputs(), call.session.get_outputs()
-        assert [x.name for x in inputs] == ["input_ids", *(entry["name"] for entry in listed["state"])]
+        called = {key: value for key, value in listed["graphs"][name].items() if key not in ("file", "logits")}
+        assert [x.name for x in inputs] == [*called, *(entry["name"] for entry in listed["state"])]
         assert [x.name for x in outputs] == ["logits", *(entry["next"] for entry in listed["state"])]
-        shapes = [listed["graphs"][name]["input_ids"], *(entry["shape"] for entry in listed["state"])]
+        shapes = [*called.values(), *(entry["shape"] for entry in listed["state"])]
         assert [x.shape for x in inputs] == shapes
     # both graphs read one copy of the weights
-    size = sum(x.numel() * 4 for x in student().parameters())
+    size = sum(x.numel() * 4 for x in deep().parameters())
     assert (out / "weights.bin").stat().st_size < size + 4096 * 100
     assert max((out / f"{name}.onnx").stat().st_size for name in ("step", "chunk")) < 200_000
     verify_files(out)
@@ -318,9 +387,10 @@ def test_the_directory_says_how_to_call_the_graphs(exported, checkpoint):
 
 
 @pytest.mark.slow
-def test_nothing_is_replaced_unasked(exported, checkpoint):
+def test_nothing_is_replaced_unasked(exported):
     out = exported[0]
     before = (out / GRAPHS).stat().st_mtime_ns
+    checkpoint = out.parent / "deep"
     result = CliRunner().invoke(app, ["export", str(checkpoint), str(out), "--format", "onnx"])
     assert isinstance(result.exception, CheckpointError) and "--overwrite" in str(result.exception)
     assert (out / GRAPHS).stat().st_mtime_ns == before

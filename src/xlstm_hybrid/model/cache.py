@@ -186,7 +186,8 @@ class HybridCacheLayer(Rollback, StateLayer):
 
     def shared_placing(self, tokens):
         """`placing`, once for all layers of a call that hold as many tokens in as many slots."""
-        if torch.compiler.is_compiling():
+        # a compiler's graph would hold their number as a constant; a graph for other runtimes takes full rings alone
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self.placing(tokens)
         alike = self.seen_tokens, self.keys.shape[2], self.sliding_window, self.num_sink_tokens
         if alike not in tokens.places:

@@ -70,14 +70,14 @@ class Tokens:
         seen = torch.zeros(B, dtype=torch.long, device=device) if seen is None else seen
         if T == 1:
             return cls.of_one(real, position_ids, seen, attention_mask is None and position_ids is None)
-        order = torch.arange(T, device=device)
-        if all(x is None for x in (attention_mask, position_ids, cu_seq_lens, seq_idx)):
-            index, nowhere = seen[:, None] + order, torch.zeros_like(real)
-            return cls(real, nowhere, index, nowhere.long(), True)
-        latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
-        previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
-        first, previous = previous < 0, previous.clamp_min(0)
-        start = torch.zeros_like(real)
+        order, start = torch.arange(T, device=device), torch.zeros_like(real)
+        restarts = any(x is not None for x in (position_ids, cu_seq_lens, seq_idx))
+        if not restarts and attention_mask is None:
+            return cls(real, start, seen[:, None] + order, start.long(), True)
+        if restarts:
+            latest = torch.where(real, order, -1).cummax(-1).values  # last real token up to here
+            previous = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], -1)
+            first, previous = previous < 0, previous.clamp_min(0)
         if position_ids is not None:
             position = position_ids.to(device).expand(B, T)
             start = torch.where(first, (position == 0) & (seen > 0)[:, None], position <= position.gather(1, previous))
@@ -87,9 +87,10 @@ class Tokens:
         if cu_seq_lens is not None:
             start = start | (torch.isin(order, cu_seq_lens[1:-1].to(device)) & ~first)
         start = start & real
-        document, ordinal = start.long().cumsum(-1), real.long().cumsum(-1) - 1
-        base = torch.where(start, ordinal, 0).cummax(-1).values
-        index = ordinal - base + torch.where(document == 0, seen[:, None], 0)
+        document, index = start.long().cumsum(-1), real.long().cumsum(-1) - 1
+        if restarts:
+            index = index - torch.where(start, index, 0).cummax(-1).values
+        index = index + torch.where(document == 0, seen[:, None], 0)
         plain = look and not torch.compiler.is_compiling() and not bool((start | ~real).any())
         return cls(real, start, torch.where(real, index, -1), document, plain)
 
