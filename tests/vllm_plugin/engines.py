@@ -6,6 +6,7 @@ import os
 # before vllm is imported: no process of its own, quiet, and no other plugin
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING")
 os.environ["VLLM_PLUGINS"] = "xlstm_hybrid"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # it would want a core for each process and one more
 
 import torch
 from conftest import enlarge
@@ -18,13 +19,16 @@ NEW = 16  # tokens that are written
 GREEDY = {"temperature": 0, "ignore_eos": True, "detokenize": False}
 
 
-def student(family="llama", kinds=None, **changes):
-    """A student of three layers in float32 with large weights; the head dim is one that vLLM's attention knows."""
+def student(family="llama", kinds=None, teacher=None, **changes):
+    """A student of three layers in float32 with large weights; the head dim is one that vLLM's attention knows. teacher:
+    fields of its teacher's configuration.
+    """
     if kinds == "mixed":
         kinds = ["hybrid_sliding", "full_attention", "sliding_attention" if family in WINDOWED else "hybrid_sliding"]
     chosen = {"sliding_window": 7, "num_sink_tokens": 2, "mlstm_context": 64, "mlstm_chunk_size": 8}
-    teacher = enlarge(model_class(family)(teacher_config(family, window=5, head_dim=32, max_position_embeddings=256)))
-    made = XLSTMHybridForCausalLM.from_teacher(teacher, layer_types=kinds, **(chosen | changes))
+    fields = {"window": 5, "head_dim": 32, "max_position_embeddings": 256} | (teacher or {})
+    large = enlarge(model_class(family)(teacher_config(family, **fields)))
+    made = XLSTMHybridForCausalLM.from_teacher(large, layer_types=kinds, **(chosen | changes))
     return enlarge(made.float(), gain=2.0).eval()
 
 

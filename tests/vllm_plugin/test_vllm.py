@@ -14,6 +14,7 @@ from xlstm_hybrid.errors import CacheError, CheckpointError, CompatibilityError,
 from xlstm_hybrid.vllm import state
 from xlstm_hybrid.vllm.checks import StudentSettings
 from xlstm_hybrid.vllm.model import XLSTMHybridForCausalLM
+from xlstm_hybrid.vllm.tensor_parallel import part_of, share_of
 
 FAMILIES = "llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"
 STUDENTS = {
@@ -36,6 +37,24 @@ STUDENTS = {
     },
     "linear memory": {"memory_cell": "linear"},
     "the teacher's layers": {"family": "mistral", "kinds": ["sliding_attention"] * 3},
+}
+CUT = {  # students whose parts two processes calculate
+    "kept groups, as many in each": {
+        "family": "qwen3",
+        "teacher": {"intermediate_size": 40, "num_attention_heads": 8, "num_key_value_heads": 4},
+        "kept_groups": [[0, 2], [], [1, 3]],
+    },
+    "mixed; a norm over all heads, one group in both": {
+        "family": "olmo3",
+        "kinds": "mixed",
+        "teacher": {"intermediate_size": 40, "num_key_value_heads": 1},
+    },
+    "biases, a norm of the mix": {
+        "teacher": {"intermediate_size": 40},
+        "mixer_norm": True,
+        "memory_feature_dim": 24,
+        "mixer_gate_input": "x",
+    },
 }
 LENGTHS = 5, 20, 1, 40, 33, 2, 7, 9, 12, 31, 17, 8
 
@@ -61,6 +80,16 @@ def test_greedy_tokens_are_those_of_generate(engine, fields):
     """12 prompts, some in pieces of at most 32 tokens beside rows that are written, 8 at a time."""
     model, texts = student(**fields), prompts(LENGTHS)
     served = engine(model)
+    free = served.free
+    assert served.write(texts) == [ours(model, text) for text in texts]
+    assert served.free == free
+
+
+@pytest.mark.parametrize("fields", CUT.values(), ids=CUT)
+def test_two_processes_write_what_one_writes(engine, fields):
+    """Each has half of the heads, of every state and of the vocabulary's 97 or 101 rows; prompts in pieces, as above."""
+    model, texts = student(**fields), prompts(LENGTHS)
+    served = engine(model, tensor_parallel_size=2)
     free = served.free
     assert served.write(texts) == [ours(model, text) for text in texts]
     assert served.free == free
@@ -186,7 +215,6 @@ def settings(config, **changes):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2, expected 1"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2, expected 1"),
         ({"speculative_config": "ngram"}, "speculative_config='ngram', expected None"),
         ({"quant_config": SimpleNamespace(get_name=lambda: "fp8")}, "quantization='fp8', expected None"),
@@ -198,6 +226,42 @@ def settings(config, **changes):
 def test_settings_under_which_a_state_would_be_wrong_are_refused(changes, said):
     with pytest.raises(CompatibilityError, match=said):
         StudentSettings.verify_and_update_config(settings(tiny_config(), **changes))
+
+
+@pytest.mark.parametrize(
+    "size, fields, said",
+    [
+        (3, {}, "num_attention_heads=4, expected a multiple, intermediate_size=56, expected a multiple"),
+        (
+            4,
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            "tensor_parallel_size=4, .*num_key_value_heads=6, expected a multiple or a divisor",
+        ),
+        (2, {"kept_groups": [[], [1], []]}, r"kept_groups of layer 1 are \[1\] of 2: .* have \[0, 1\] of them"),
+        (4, {"kept_groups": [[0], [], []]}, r"kept_groups of layer 0 are \[0\] of 2: .* have \[1, 1, 0, 0\] of them"),
+    ],
+)
+def test_students_that_cannot_be_cut_evenly_are_refused(size, fields, said):
+    with pytest.raises(CompatibilityError, match=said):
+        StudentSettings.verify_and_update_config(settings(tiny_config(**fields), tensor_parallel_size=size))
+
+
+def test_parts_make_up_a_tensor():
+    """Of four processes and two key/value groups: neighbours have the same one."""
+    config, x = tiny_config(), torch.arange(61 * 48.0).view(61, 48)
+    share = share_of(config, 4)
+    assert (share.num_attention_heads, share.num_key_value_heads, share.vocab_size) == (1, 1, 16)
+
+    def parts(name, x, *shape):
+        return [part_of(config, f"model.layers.0.{name}", x, torch.Size(shape), 4, rank) for rank in range(4)]
+
+    assert torch.equal(torch.cat(parts("embed_tokens.weight", x, 16, 48))[:61], x)
+    assert torch.equal(torch.cat(parts("o_proj.weight", x, 61, 12), 1), x)
+    first, same, second, _ = parts("k_proj.weight", x[:32], 16, 48)
+    assert torch.equal(first, same) and torch.equal(torch.cat([first, second]), x[:32])
+    assert torch.equal(sum(parts("down_proj.bias", x[0], 48)), x[0])
+    assert all(torch.equal(part, x[0]) for part in parts("input_layernorm.weight", x[0], 48))
+    assert parts("q_proj.weight", x[:32], 16, 48) == parts("k_proj.weight", x[:48], 16, 48) == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -238,6 +302,7 @@ def test_a_refusal_reaches_who_starts_vllm(engine):
 def test_weights_that_do_not_fit_are_named(change, said):
     model = tiny_student(torch.float32)
     weights = dict(model.state_dict())
+    model.whole, model.size, model.rank = model.config, 1, 0
     change(weights)
     with pytest.raises(CheckpointError, match=said):
         XLSTMHybridForCausalLM.load_weights(model, weights.items())

@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from xlstm_hybrid.errors import CompatibilityError, CompatibilityWarning, ConfigError
 from xlstm_hybrid.model.configuration import TRAITS
 from xlstm_hybrid.model.experimental.variants import VARIANTS
+from xlstm_hybrid.vllm.tensor_parallel import wrong_shares
 
 DEPENDENT = "dynamic", "longrope"  # RoPE that asks for the longest text of the batch
 
@@ -26,7 +27,10 @@ class StudentSettings(VerifyAndUpdateConfig):
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
         if wrong := wrong_student(config):
             raise ConfigError("vLLM cannot serve this student: " + "; ".join(wrong) + ". Use `xlstm-hybrid serve`")
-        if wrong := wrong_settings(vllm_config):
+        wrong, size = wrong_settings(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+        if size > 1 and (uncut := wrong_shares(config, size)):
+            wrong.append(f"tensor_parallel_size={size}, by which the student is not cut evenly: {', '.join(uncut)}")
+        if wrong:
             raise CompatibilityError("vLLM with a hybrid xLSTM student: " + "; ".join(wrong))
         if "hybrid_sliding" in config.layer_types and cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
@@ -65,7 +69,6 @@ def wrong_settings(vllm_config):
     """Settings of vLLM that a student's state does not allow, a list of messages with what to do."""
     parallel, cache, quantization = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.quant_config
     found = {
-        "tensor_parallel_size": (parallel.tensor_parallel_size, (1,)),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, (1,)),
         "speculative_config": (vllm_config.speculative_config, (None,)),
         "quantization": (quantization and quantization.get_name(), (None,)),

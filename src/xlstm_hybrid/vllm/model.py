@@ -10,6 +10,11 @@ import copy
 import torch
 from torch import nn
 from transformers import initialization as init
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -21,14 +26,18 @@ from xlstm_hybrid.model.layers import HybridDecoderLayer, XLSTMHybridRotaryEmbed
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.vllm.state import LayerStates, state_dtypes, state_shapes
+from xlstm_hybrid.vllm.tensor_parallel import Vocabulary, part_of, share_layer, share_of
 
 
 class Trunk(nn.Module):
-    """Embeddings, layers and last norm, under the names that they have in a checkpoint."""
+    """Embeddings, layers and last norm, under the names that they have in a checkpoint.
+
+    config: of this process's `share_of` the student.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Vocabulary(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([HybridDecoderLayer(config, j) for j in range(config.num_hidden_layers)])
         self.norm = rms_norm(config, config.hidden_size)
 
@@ -36,15 +45,21 @@ class Trunk(nn.Module):
 class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """What vLLM loads for a student's `architectures`.
 
+    whole: the student's configuration.  config: that of the part which this process calculates, the same without tensor
+    parallelism.
     states: {layer: `LayerStates`} of hybrid layers.  pages: {layer: vLLM's attention} of layers, or of groups of a hybrid
     one, that keep the teacher's.
     """
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
-        self.config = config = vllm_config.model_config.hf_config
+        self.whole = vllm_config.model_config.hf_config
+        self.size, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        self.config = config = share_of(self.whole, self.size, self.rank)
         with init.no_init_weights():
             self.model = Trunk(config)
+            for layer in self.model.layers:
+                share_layer(layer, self.whole, self.size, self.rank)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -57,7 +72,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
             if kind == "hybrid_sliding":
                 if vllm_config.model_config.dtype == torch.float16:
                     self.model.layers[j].self_attn.mlstm.float()  # as `from_pretrained` keeps it
-                self.states[j] = LayerStates(vllm_config, j, f"{name}.state")
+                self.states[j] = LayerStates(vllm_config, config, j, f"{name}.state")
                 groups, window = len(config.kept_of(j)), config.kept_window_of(j)
             if groups:
                 self.pages[str(j)] = self.attention_of(vllm_config, groups, window, f"{name}.attn")
@@ -75,7 +90,9 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config):
-        return state_shapes(vllm_config.model_config.hf_config)
+        return state_shapes(
+            share_of(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
+        )
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config):
@@ -143,10 +160,12 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def compute_logits(self, hidden_states):
         """[tokens, V] of hidden states [tokens, D]; one row each, as in `forward`."""
-        return self.lm_head(hidden_states[:, None])[:, 0]
+        logits = tensor_model_parallel_all_gather(self.lm_head(hidden_states[:, None])[:, 0])
+        return logits[:, : self.whole.vocab_size]
 
     def load_weights(self, weights):
-        """Take the tensors of a checkpoint, which have the model's own names; returns the names.
+        """Take the tensors of a checkpoint, which have the model's own names, or this process's parts of them; returns
+        the names.
 
         Raises:
             CheckpointError: tensors that are missing, or have no place or another shape.
@@ -155,13 +174,17 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         for name, x in weights:
             if name == "lm_head.weight" and tied:
                 continue
-            if name not in own or own[name].shape != x.shape:
+            part = None
+            if name in own:
+                part = part_of(self.whole, name, x, own[name].shape, self.size, self.rank)
+            if part is None:
                 expected = list(own[name].shape) if name in own else "no such tensor"
+                among = f", a part for {self.size} processes," if self.size > 1 and name in own else ""
                 raise CheckpointError(
-                    f"{name}: the checkpoint has {list(x.shape)}, expected {expected} from its config.json; is it another student's?"
+                    f"{name}: the checkpoint has {list(x.shape)}, expected {expected}{among} from its config.json; is it another student's?"
                 )
             with torch.no_grad():
-                own[name].copy_(x)
+                own[name].copy_(part)
             loaded.add(name)
         if missing := sorted(own.keys() - loaded):
             raise CheckpointError(

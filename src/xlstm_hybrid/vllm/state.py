@@ -124,11 +124,11 @@ class PartsBuilder(AttentionMetadataBuilder):
 class LayerStates(MambaBase):
     """The states of all requests in one hybrid layer, as a layer of vLLM's.
 
-    name: by which vLLM knows the layer, and hands out what belongs to it in a step.
+    config: of what this process calculates of the student.  name: by which vLLM knows the layer, and hands out what belongs to it in a step.
     """
 
-    def __init__(self, vllm_config, layer_idx, name):
-        self.config, self.dtype = vllm_config.model_config.hf_config, vllm_config.model_config.dtype
+    def __init__(self, vllm_config, config, layer_idx, name):
+        self.config, self.dtype = config, vllm_config.model_config.dtype
         self.window, self.sinks = self.config.window_of(layer_idx), self.config.sinks_of(layer_idx)
         own = layer_shapes(self.config, layer_idx)
         self.own = [tuple(map(slice, shape)) for shape in own]  # of what all layers have
