@@ -1,7 +1,9 @@
 """Requests share decode steps and none sees the others: the engine's answers are those of `generate` alone."""
 
 import queue
+import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -357,3 +359,35 @@ def test_sixty_four_clients_at_once_lose_nothing_and_change_no_answer(engines, m
             assert clients[n].new == want[n % 6]
     assert engine.active == 0 and engine.metrics() | {"rows": 0, "queue": 0} == engine.metrics()
     assert engine.finished == {"stop": 0, "length": 48, "cancelled": 16, "error": 0, "refused": 0}
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_that_are_cancelled_at_any_moment_end_once_each(engines):
+    """While they wait, are read, run, and after their end; nothing is delivered after an end."""
+    engine = engines(tiny_student(torch.float32, kept_groups=[[0], [], [1]]), max_rows=8, queue=16, piece=8)
+    heard = [[] for _ in range(1000)]
+
+    def ask(numbers):
+        for n in numbers:
+            ended, draw = threading.Event(), random.Random(n)
+
+            def deliver(_, reason, n=n, ended=ended):
+                heard[n].append(reason)
+                if reason:
+                    ended.set()
+
+            chosen = settings(draw.choice((1, 2, 8)), do_sample=n % 3 == 0, eos_token_id=2)
+            request = engine.submit(prompt(draw.choice((1, 5, 20)), seed=n), chosen, deliver)
+            for _ in range(draw.choice((0, 0, 1, 2))):
+                time.sleep(draw.choice((0, 0.001, 0.01)))
+                engine.cancel(request)
+            assert ended.wait(60)
+
+    threads = [threading.Thread(target=ask, args=(range(k, 1000, 20),)) for k in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(reasons[-1] and not any(reasons[:-1]) for reasons in heard)
+    assert engine.active == 0 and engine.rows.cache is None and not engine.reading
+    assert sum(engine.finished.values()) == engine.counts["requests"] == 1000 and engine.finished["error"] == 0

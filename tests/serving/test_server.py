@@ -190,6 +190,8 @@ BAD = {
         400,
         "chat_template_kwargs: .*found chat_template, truncation",
     ),
+    "two limits": ({"messages": CHAT, "max_tokens": 2, "max_completion_tokens": 3}, 400, "expected one of them"),
+    "options of no stream": ({"prompt": "k", "stream_options": {"include_usage": True}}, 400, "beside stream=true"),
     "messages that the template breaks at": (
         {"messages": CHAT, "chat_template_kwargs": {"messages": 3}},
         400,
@@ -338,7 +340,7 @@ def test_the_command_serves_an_exported_checkpoint_with_its_options(checkpoint, 
     chosen = {"port": 8123, "device": "cpu", "dtype": "float64", "max-rows": 3, "queue": 5, "seed": 7}
     options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
     ran = CliRunner().invoke(cli.app, ["serve", f"{tmp_path}/exported", *options, "--log-level", "error"])
-    assert ran.exit_code == 0, ran.output
+    assert ran.exit_code == 0 and f"{tmp_path}/exported: http://localhost:8123/v1" in ran.output, ran.output
     (engine, name), given = calls
     assert name == f"{tmp_path}/exported" and type(engine.model) is XLSTMHybridForCausalLM
     assert (given["host"], given["port"], given["log_level"]) == ("localhost", 8123, "error")
@@ -358,3 +360,7 @@ def test_the_command_refuses_what_it_cannot_serve(what, checkpoint):
     folder = checkpoint if folder == "student" else folder
     ran = CliRunner().invoke(cli.app, ["serve", str(folder), "--device", "cpu", *options])
     assert isinstance(ran.exception, ConfigError) and message in str(ran.exception)
+
+
+def test_a_port_that_is_none_is_refused_before_anything_is_loaded():
+    assert CliRunner().invoke(cli.app, ["serve", "nowhere", "--port", "70000"]).exit_code == 2

@@ -51,6 +51,7 @@ def serve(
         )
     engine = Engine(student, tokenizer, max_rows=max_rows, queue=queue, seed=seed)
     settings = {"host": host, "port": port, "log_level": log_level, "timeout_graceful_shutdown": LAST_SECONDS}
+    print(f"{model}: http://{host}:{port}/v1", flush=True)
     uvicorn.run(build_app(engine, model), **settings)
 
 

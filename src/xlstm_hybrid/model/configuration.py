@@ -67,7 +67,7 @@ INDIFFERENT = {
     *("teacher_model_type", "freeze_embeddings"),
 }
 SCORES = ("residual", "weighted", "recency", "random")
-UNEVEN_ROPES = ("dynamic", "longrope")  # angles depend on the longest text of a call, its pieces and neighbours included
+UNEVEN_ROPES = ("dynamic", "longrope")  # whose angles depend on the longest text of a call
 
 
 class StudentConfig(PreTrainedConfig):

@@ -87,7 +87,7 @@ class Request:
             )
         self.tokens, self.prompt, self.deliver = list(ids), len(ids), deliver
         self.read, self.cache, self.cancelled, self.came, self.last = 0, None, False, None, ""
-        self.device, before = model.device, torch.tensor([self.tokens], device=model.device)
+        before = self.before = torch.tensor([self.tokens], device=model.device)  # of tokens, as processors look at them
         longest = settings.max_length or model.generation_config.max_length  # a default of 20 stands there below
         settings, _ = model._prepare_generation_config(settings)
         refuse_unshared(settings)
@@ -122,7 +122,9 @@ class Request:
         Raises:
             ValueError: settings that leave no probabilities to draw by.
         """
-        scores = self.processors(torch.tensor([self.tokens], device=self.device), logits[None].float())
+        new = self.tokens[self.before.shape[1] :]  # a long prompt is not copied from a list for each token
+        self.before = torch.cat([self.before, self.before.new_tensor([new])], 1)
+        scores = self.processors(self.before, logits[None].float())
         if self.generator is None:
             return int(scores.argmax(-1))
         probabilities = scores.softmax(-1)

@@ -57,6 +57,8 @@ class Body(Named):
 
     def settings(self, model, tokens):
         """The GenerationConfig: that of the checkpoint, or the request's own, with what else the request says."""
+        if self.stream_options and not self.stream:
+            raise ConfigError("stream_options: expected beside stream=true only; leave them out")
         settings = copy.deepcopy(model.generation_config)
         if self.generation_config is not None:
             settings = config_of(self.generation_config)
@@ -138,6 +140,8 @@ class ChatBody(Body):
             raise ConfigError(f"messages: expected what the checkpoint's chat template takes ({error})") from error
 
     def tokens(self):
+        if self.max_completion_tokens and self.max_tokens:
+            raise ConfigError("max_tokens and max_completion_tokens mean the same: expected one of them")
         return self.max_completion_tokens or self.max_tokens
 
     @staticmethod
