@@ -17,7 +17,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.linear import Linear, hooked
 
-EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
+ROUTERS = Qwen2MoeTopKRouter, Qwen3MoeTopKRouter
+EXPERTS = Qwen2MoeExperts, Qwen3MoeExperts, *ROUTERS
 
 
 class Align(NamedTuple):
