@@ -244,6 +244,12 @@ def test_arguments_that_describe_no_student_are_refused(arguments, message, llam
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
+def test_a_configuration_that_its_own_class_divides_by_nothing_with_is_refused(llama, tmp_path):
+    edit_config(llama, model_type="smollm3", no_rope_layer_interval=0)
+    with pytest.raises(CheckpointError, match="not a smollm3 configuration .*modulo by zero"):
+        convert(llama, tmp_path / "out")
+
+
 def test_models_in_memory_are_refused_for_the_same_reasons():
     with pytest.raises(UnsupportedTeacherError, match="model_type 'gpt2'"):
         XLSTMHybridForCausalLM.from_teacher(

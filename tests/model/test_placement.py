@@ -236,9 +236,10 @@ def test_two_processes_are_one(mode, tmp_path):
     for family in families:
         student(family).save_pretrained(tmp_path / family)
     student("llama", "mixed").save_pretrained(tmp_path / "mixed")
-    found, log = launch(tmp_path, mode, *families, "mixed")
+    student("qwen2_moe").save_pretrained(tmp_path / "experts")  # whole in each process
+    found, log = launch(tmp_path, mode, *families, "mixed", "experts")
     assert found is not None, log[-4000:]
-    assert found.keys() == {*families, "mixed"}
+    assert found.keys() == {*families, "mixed", "experts"}
     for family, differences in found.items():
         assert differences.keys() >= WAYS | ({"gradients", "saved"} if mode == "tensor" else set())
         assert all(x <= 1e-5 for x in differences.values()), (family, differences)

@@ -3,7 +3,6 @@ every way that a student runs.
 """
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
 from xlstm_hybrid.model.configuration import LINEAR_SIZES, TRAITS
 from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
-from xlstm_hybrid.model.mixer import HeadsParallel
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
 from xlstm_hybrid.training.lm_head import attach, check_head
 
@@ -179,6 +177,14 @@ def test_embeddings_that_are_given_have_their_factor_already_and_a_new_vocabular
         ({"num_experts": 4, "moe_intermediate_size": 8}, "num_experts_per_tok=None: expected 1 to num_experts=4"),
         ({"num_experts": 4, "num_experts_per_tok": 2}, "moe_intermediate_size=None: expected the width"),
         ({"attention_multiplier": -0.5}, "attention_multiplier=-0.5: expected a number above 0"),
+        ({"residual_multiplier": float("inf")}, "residual_multiplier=inf: expected a number above 0"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": -8},
+            "moe_intermediate_size=-8: expected the width",
+        ),
+        ({"shared_expert_intermediate_size": -3}, "shared_expert_intermediate_size=-3: expected the width"),
+        ({"mlp_only_layers": [1, 7, -1]}, r"mlp_only_layers holds \[-1, 7\]: expected numbers of layers from 0 to"),
+        ({"hidden_act": "foo"}, "hidden_act='foo': expected a name that transformers has in ACT2FN"),
     ],
 )
 def test_traits_that_no_teacher_has_are_refused(changes, message):
@@ -196,7 +202,11 @@ def test_a_part_of_a_head_rotates_as_a_head_of_that_size():
     torch.testing.assert_close(torch.stack([cos, sin])[:, 0], torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2))
 
 
-def test_experts_are_not_shared_out_to_several_processes():
-    mixer, mesh = student("olmoe").model.layers[0].self_attn.mlstm, SimpleNamespace(size=lambda: 2)
-    with pytest.raises(ConfigError, match="num_experts=4 with tp_size=2: experts are not shared out"):
-        HeadsParallel().validate_param(mixer, mixer.q_map, mesh, "q_map")
+@torch.no_grad()
+def test_a_factor_of_the_residual_stream_is_not_rounded_before_it_multiplies():
+    """Granite's .22 is .2197 in bfloat16, and every layer would add too little."""
+    layer = copy.deepcopy(student("granite").model.layers[0]).to(torch.bfloat16)
+    layer.residual_multiplier, x = 0.22, torch.ones(1, 40, 50, dtype=torch.bfloat16)
+    layer.mlp.down_proj.weight.zero_(), layer.mlp.down_proj.bias.zero_()
+    added = ids_of(40 * 50, 1).view(1, 40, 50).to(torch.bfloat16)
+    assert torch.equal(layer.finish(0 * x, added), (added.double() * 0.22).bfloat16())

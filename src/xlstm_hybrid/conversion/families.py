@@ -324,6 +324,11 @@ WITHOUT = {
     "olmoe": {"clip_qkv": (None,)},
     "gemma3_text": {"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
 }
+# fields that a trait divides by, or takes a root of
+ABOVE_ZERO = {
+    "gemma3_text": "query_pre_attn_scalar",
+    **dict.fromkeys(("qwen3_moe", "qwen2_moe"), "decoder_sparse_step"),
+}
 PICTURES = "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
     **dict.fromkeys(("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"), PICTURES),
@@ -342,8 +347,8 @@ def family_of(config):
     """The `Family` of a teacher's configuration.
 
     Raises:
-        UnsupportedTeacherError: no table for its model_type, quantised weights, or a RoPE, a layer type or a field of
-            `WITHOUT` that we do not have.
+        UnsupportedTeacherError: no table for its model_type, quantised weights, a RoPE, a layer type or a field of
+            `WITHOUT` that we do not have, or a field of `ABOVE_ZERO` that is not.
     """
     kind = getattr(config, "model_type", None)
     if kind in STUDENTS:
@@ -371,6 +376,10 @@ def family_of(config):
                 f"teacher configuration ({kind}): {name} is {value}, expected {allowed[0]}: the student has no such thing; "
                 "choose another teacher"
             )
+    if (name := ABOVE_ZERO.get(kind)) and (value := getattr(config, name)) <= 0:
+        raise UnsupportedTeacherError(
+            f"teacher configuration ({kind}): {name} is {value}, expected a number above 0; correct the teacher's config.json"
+        )
     check_rope(config)
     check_layer_types(config)
     return FAMILIES[kind]

@@ -120,7 +120,7 @@ class DirectoryTeacher:
             family_of(type("Unknown", (), {"model_type": kind}))
         try:
             return FAMILIES[kind].config_class.from_dict(values)
-        except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        except (StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{self.name}/config.json: not a {kind} configuration ({reason}); correct or download it again"

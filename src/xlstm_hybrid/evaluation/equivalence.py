@@ -24,7 +24,7 @@ from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError, ConfigWarning
 from xlstm_hybrid.evaluation.equivalence_checks import CHECKS, FILES, Subject, memory_lost
 from xlstm_hybrid.model.generation_checks import GENERATION, bound_of, difference
-from xlstm_hybrid.model.layers import DecoderLayer
+from xlstm_hybrid.model.layers import ROUTERS, DecoderLayer
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import edited_fields, recorded_values, told
 
@@ -109,24 +109,59 @@ def rounding(model, dtype):
             hook.remove()
 
 
+@contextmanager
+def held_experts(model, chosen):
+    """Meanwhile the first forward of a router notes in `chosen` {its name: [B, T, k]} which experts it chooses; where they
+    are noted, its tokens go through those, in one call or piece by piece, with the weights that it gives them itself.
+    """
+    hooks = []
+
+    def hold(name, module, args, out):
+        (logits, _, found), held = out, chosen.get(name)
+        if held is None:
+            chosen[name] = found.view(2, -1, module.top_k)
+            return out
+        first = seen.get(name, 0)
+        seen[name] = first + len(found) // len(held)
+        held = held[:, first : seen[name]].flatten(0, 1)
+        weights = torch.nn.functional.linear(args[0], module.weight).softmax(-1, torch.float32).gather(-1, held)
+        if module.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(args[0].dtype), held
+
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ROUTERS):
+            hooks.append(module.register_forward_hook(partial(hold, name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def low_precision(low, exact):
     """Checks of a bfloat16 or float16 model against the same rounded weights in a wider dtype: `(name, pairs, bound)`.
 
     The bound is `LOW_FACTOR` times the error that rounding between the modules alone would cause: it knows how well the
-    model is conditioned.
+    model is conditioned. Tokens go through the same experts in all runs: which are chosen where two are about as good is
+    for any rounding to say, and another one is no error of the model's.
     """
-    dtype = low.model.dtype
-    want = exact.read(exact.ids[:2])
-    with rounding(exact.model, dtype):
+    dtype, chosen = low.model.dtype, {}
+    with held_experts(exact.model, chosen):
+        want = exact.read(exact.ids[:2])
+    with held_experts(exact.model, chosen), rounding(exact.model, dtype):
         ideal = exact.read(exact.ids[:2])
     allowed = LOW_FACTOR * exact.difference(ideal, want)
 
     def forward():
-        yield low.read(low.ids[:2]), want
+        with held_experts(low.model, chosen):
+            yield low.read(low.ids[:2]), want
 
     def steps():
-        yield low.in_pieces(low.ids[:2], [low.T // 2, *[1] * low.T]), want
+        with held_experts(low.model, chosen):
+            yield low.in_pieces(low.ids[:2], [low.T // 2, *[1] * low.T]), want
 
     name = dtype_name(low.model)
     return [(f"{name}, one forward = exact", forward, allowed), (f"{name}, cached decoding = exact", steps, allowed)]

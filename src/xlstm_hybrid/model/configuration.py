@@ -1,7 +1,10 @@
 """Configuration of the hybrid xLSTM student: the teacher's shape, and what each layer's mixer is."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache_names import NAMES
@@ -337,14 +340,20 @@ class XLSTMHybridConfig(StudentConfig):
             *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
             *("logits_scaling", "final_logit_softcapping"),
         ):
-            if (factor := getattr(self, name)) is not None and not factor > 0:
+            if (factor := getattr(self, name)) is not None and not 0 < factor < math.inf:
                 wrong.append(f"{name}={factor}: expected a number above 0")
         if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
             wrong.append(
                 f"num_experts_per_tok={self.num_experts_per_tok}: expected 1 to num_experts={self.num_experts}"
             )
-        if self.num_experts and not self.moe_intermediate_size:
+        if self.num_experts and (self.moe_intermediate_size or 0) < 1:
             wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
+        if (width := self.shared_expert_intermediate_size) is not None and width < 0:
+            wrong.append(f"shared_expert_intermediate_size={width}: expected the width of the shared expert, or None")
+        if odd := sorted(set(self.mlp_only_layers or ()) - set(range(n))):
+            wrong.append(f"mlp_only_layers holds {odd}: expected numbers of layers from 0 to {n - 1}")
+        if self.hidden_act not in ACT2FN:
+            wrong.append(f"hidden_act={self.hidden_act!r}: expected a name that transformers has in ACT2FN")
         wrong += self.wrong_mixer() or ([] if wrong else self.wrong_linear() + self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))

@@ -18,7 +18,8 @@ from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.linear import Linear, hooked
 from xlstm_hybrid.model.linear_attention import attend, gated_delta_net
 
-EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
+ROUTERS = Qwen2MoeTopKRouter, Qwen3MoeTopKRouter
+EXPERTS = Qwen2MoeExperts, Qwen3MoeExperts, *ROUTERS
 
 
 class Align(NamedTuple):
@@ -64,7 +65,12 @@ class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def scaled(x, factor):
-    """x times a factor of the teacher's, which is rounded to the dtype of x first; x itself where it is 1, as in most."""
+    """x times a factor of the teacher's; x itself where it is 1, as in most."""
+    return x if factor == 1 else x * factor
+
+
+def scaled_embeddings(x, factor):
+    """The same of embeddings, with the factor rounded to their dtype first, as Gemma 3 does; Granite's is a whole number."""
     return x if factor == 1 else x * x.new_full((), factor)
 
 
@@ -76,7 +82,7 @@ class ScaledEmbedding(nn.Embedding):
         self.embed_scale = config.embedding_multiplier  # the name that PEFT looks for
 
     def forward(self, input_ids):
-        return scaled(super().forward(input_ids), self.embed_scale)
+        return scaled_embeddings(super().forward(input_ids), self.embed_scale)
 
 
 MLP_TOKENS = 512  # that a CPU takes at once without gradients: more of them leave its cache

@@ -49,7 +49,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.experimental.cells import CELLS
-from xlstm_hybrid.model.layers import LinearDecoderLayer, scaled
+from xlstm_hybrid.model.layers import LinearDecoderLayer, scaled_embeddings
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.trained import trained_values
 from xlstm_hybrid.training.alignment import new_parameters
@@ -462,7 +462,7 @@ def calibrate_streamed(
     batches = [{k: x.to(device) for k, x in batch.items()} for batch in [*fitted, *held_out]]
     table = read_tensor(files, "model.embed_tokens.weight", torch.float32)
     states = [nn.functional.embedding(batch["input_ids"].cpu(), table) for batch in batches]
-    states = [scaled(x, config.embedding_multiplier).to(device) for x in states]
+    states = [scaled_embeddings(x, config.embedding_multiplier).to(device) for x in states]
     del table
     trained = {}
     for j in range(config.num_hidden_layers):
