@@ -50,7 +50,7 @@ INDIFFERENT = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
-    *("teacher_model_type", "freeze_embeddings"),
+    *("teacher_model_type", "freeze_embeddings", "output_router_logits", "router_aux_loss_coef"),
 }
 SCORES = ("residual", "weighted", "recency", "random")
 
@@ -98,6 +98,8 @@ class XLSTMHybridConfig(StudentConfig):
         moe_intermediate_size, shared_expert_intermediate_size: width of an expert, and of the one that all tokens go
             through beside (Qwen2-MoE; None: there is none).
         mlp_only_layers: numbers of the layers without experts.
+        output_router_logits, router_aux_loss_coef: whether a forward returns the loss that balances experts, and its
+            weight, as in transformers; our trainers ask for it where routers learn.
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
             "sliding_attention".
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
@@ -199,6 +201,8 @@ class XLSTMHybridConfig(StudentConfig):
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     mlp_only_layers: list[int] | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
 
     layer_types: list[str] | None = None
     teacher_layer_types: list[str] | None = None
@@ -319,6 +323,10 @@ class XLSTMHybridConfig(StudentConfig):
             )
         if self.num_experts and not self.moe_intermediate_size:
             wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
+        if not self.router_aux_loss_coef >= 0:
+            wrong.append(f"router_aux_loss_coef={self.router_aux_loss_coef}: expected a weight of at least 0")
+        if self.output_router_logits and not self.num_experts:
+            wrong.append("output_router_logits=True with num_experts=None: expected False, there is no router")
         wrong += self.wrong_mixer() or ([] if wrong else self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))
