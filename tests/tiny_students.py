@@ -53,6 +53,8 @@ MIXED = ["hybrid_sliding", "full_attention", "hybrid_sliding", "hybrid_sliding"]
 def mixed_checkpoint(folder):
     """`folder` with a student of four layers, one of which keeps the teacher's attention, with tied embeddings and traits."""
     traits = {"embedding_multiplier": 1.5, "residual_multiplier": 0.75, "rope_layers": [True, True, False, True]}
+    traits |= {"attention_output_gate": True}
+    traits["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
     options = traits | {"num_hidden_layers": 4, "layer_types": MIXED, "tie_word_embeddings": True}
     model = tiny_student(torch.float32, gain=1.0, **options)
     model.tie_weights()

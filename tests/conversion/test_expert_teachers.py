@@ -38,6 +38,22 @@ def test_experts_of_their_own_files_are_those_of_the_model_bit_by_bit(family, tm
         assert torch.equal(loaded.model.layers[2].mlp.gate.weight, original.model.layers[2].mlp.gate.weight)
 
 
+def test_layers_that_predict_several_tokens_are_left_out_and_told(tmp_path):
+    """Published checkpoints of Qwen3-Next and Qwen3.5 have them; transformers reads past them."""
+    original = teacher("qwen3_next")
+    original.save_pretrained(tmp_path / "teacher")
+    weights = stored(tmp_path / "teacher")
+    drafts = {n.replace("model.layers.0", "mtp.layers.0"): x for n, x in weights.items() if "model.layers.0." in n}
+    drafts |= {"mtp.fc.weight": torch.ones(50, 100)}
+    drafts |= {f"mtp.{n}.weight": torch.ones(50) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    rewrite(tmp_path / "teacher", lambda weights: weights | {n: x.clone() for n, x in drafts.items()})
+    report = convert(tmp_path / "teacher", tmp_path / "out")
+    left = {name for name, what in report.teacher_tensors.items() if what == "left out"}
+    joined = {f"mtp.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+    assert left == {name for name in drafts if ".experts." not in name} | joined
+    assert {n for n in stored(tmp_path / "out") if ".mlstm." not in n} == original.state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -187,8 +187,16 @@ def test_a_refused_student_and_its_own_directory_leave_everything_as_it_is(check
 # --- the graphs --------------------------------------------------------------------------------------------------
 
 
-def test_traced_programs_are_the_model_and_hold_torchs_own_operations():
-    model = student(num_hidden_layers=1, layer_windows=[7], layer_sinks=[3])
+PART = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    "traits",
+    [pytest.param({}, marks=pytest.mark.slow), {"attention_output_gate": True, "rope_parameters": PART}],
+    ids=["paper", "gated"],
+)
+def test_traced_programs_are_the_model_and_hold_torchs_own_operations(traits):
+    model = student(num_hidden_layers=1, layer_windows=[7], layer_sinks=[3], **traits)
     programs = [trace(model, step) for step in (True, False)]
     for program in programs:
         called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}

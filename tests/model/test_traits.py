@@ -17,6 +17,7 @@ from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
 from xlstm_hybrid.model.configuration import LINEAR_SIZES, TRAITS
+from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
 from xlstm_hybrid.model.mixer import HeadsParallel
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
 from xlstm_hybrid.training.lm_head import attach, check_head
@@ -148,7 +149,7 @@ def test_the_loss_over_the_head_in_chunks_has_the_logits_of_the_model(family):
         check_head(model, name)
 
 
-@pytest.mark.parametrize("family", ["granite", "gemma3_text", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["granite", "gemma3_text", "qwen2_moe", "qwen3_5_text"])
 def test_saved_models_and_states_are_read_again(family, tmp_path):
     model, ids = student(family, "mixed", torch.float32), ids_of(W + 3)
     model.save_pretrained(tmp_path / "model")
@@ -183,6 +184,16 @@ def test_embeddings_that_are_given_have_their_factor_already_and_a_new_vocabular
 def test_traits_that_no_teacher_has_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
+
+
+def test_a_part_of_a_head_rotates_as_a_head_of_that_size():
+    original = teacher_config("qwen3_5_text")
+    original.rope_parameters |= {"mrope_section": [1, 1, 1], "mrope_interleaved": True}  # of pictures: no text reads it
+    config = student_config(original)
+    assert config.rope_parameters.keys() == {"rope_type", "rope_theta", "partial_rotary_factor"}
+    cos, sin = XLSTMHybridRotaryEmbedding(config)(torch.zeros(1), torch.arange(9)[None])
+    angles = torch.arange(9.0)[:, None] / 5000.0 ** (torch.arange(3.0) / 3)
+    torch.testing.assert_close(torch.stack([cos, sin])[:, 0], torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2))
 
 
 def test_experts_are_not_shared_out_to_several_processes():

@@ -124,7 +124,7 @@ class HybridAttention(nn.Module):
         """
         (q, k), raw, _ = heads
         unrotated, R = (q.transpose(1, 2), k.transpose(1, 2)), position_embeddings[0].shape[-1]
-        if R < q.shape[-1]:
+        if q.shape[-1] > R:
             turned = apply_rotary_pos_emb(*(x[..., :R] for x in unrotated), *position_embeddings)
             query, key = (torch.cat([y, x[..., R:]], -1) for y, x in zip(turned, unrotated, strict=True))
         else:
