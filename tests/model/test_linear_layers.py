@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_students import CLOSE, W, ids_of, student
 from tiny_teachers import WITH_LINEAR, in_float64, rewrite, stored, teacher, teacher_config, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, convert
@@ -132,6 +132,13 @@ def test_a_file_of_a_state_is_the_state_and_a_damaged_one_is_refused(tmp_path):
     save_state(loaded, path, model)
     with pytest.raises(CacheError, match=r"layer 0 holds \{'conv': \(2, 55, 4\), .*expected \{'conv': \(2, 56, 4\)"):
         load_state(path, model)
+
+
+def test_a_static_cache_holds_what_a_dynamic_one_does(exact):
+    model, ids = student("olmo_hybrid", "mixed"), ids_of(2 * W)
+    cache = StaticCache(config=model.config, max_cache_len=3 * W)
+    found = [model(part, use_cache=True, cache=cache).logits for part in (ids[:, :W], *ids[:, W:].split(1, 1))]
+    close(torch.cat(found, 1), model(ids, use_cache=False).logits)
 
 
 def test_rows_of_a_running_batch_join_and_leave(exact):
