@@ -21,6 +21,7 @@ from xlstm_hybrid.model.adapters import coverage, target_names
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 from xlstm_hybrid.model.mixer import NotParallel
+from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.cache_size import cache_bytes, filled_bytes
 from xlstm_hybrid.planning.run import attention_flops, jobs_of, student_shape
 from xlstm_hybrid.serving.rows import Rows
@@ -266,6 +267,8 @@ def test_a_transformers_without_the_module_is_named(monkeypatch):
     monkeypatch.setitem(linear_attention.LINEAR_ATTENTION, "olmo_hybrid", "OlmoHybridMLP")
     with pytest.raises(CompatibilityError, match=r"'olmo_hybrid': expected OlmoHybridMLP with .* has \['self', 'x'\]"):
         XLSTMHybridForCausalLM(config)
+    with pytest.raises(CompatibilityError, match="keeps no states in a cache of one LinearAttentionLayer"):
+        LinearCacheLayer().update(lambda x, mask, cache: x, torch.ones(1, 2, 3), Tokens.locate((1, 2), "cpu"))
     monkeypatch.setitem(linear_attention.LINEAR_ATTENTION, "olmo_hybrid", "Nothing")
     with pytest.raises(CompatibilityError, match="has no such module; install"):
         XLSTMHybridForCausalLM(config)
