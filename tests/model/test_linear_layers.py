@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_students import CLOSE, W, ids_of, student
 from tiny_teachers import WITH_LINEAR, in_float64, rewrite, stored, teacher, teacher_config, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, convert
@@ -21,6 +21,7 @@ from xlstm_hybrid.model.adapters import coverage, target_names
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 from xlstm_hybrid.model.mixer import NotParallel
+from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.cache_size import cache_bytes, filled_bytes
 from xlstm_hybrid.planning.run import attention_flops, jobs_of, student_shape
 from xlstm_hybrid.serving.rows import Rows
@@ -132,6 +133,13 @@ def test_a_file_of_a_state_is_the_state_and_a_damaged_one_is_refused(tmp_path):
     save_state(loaded, path, model)
     with pytest.raises(CacheError, match=r"layer 0 holds \{'conv': \(2, 55, 4\), .*expected \{'conv': \(2, 56, 4\)"):
         load_state(path, model)
+
+
+def test_a_static_cache_holds_what_a_dynamic_one_does(exact):
+    model, ids = student("olmo_hybrid", "mixed"), ids_of(2 * W)
+    cache = StaticCache(config=model.config, max_cache_len=3 * W)
+    found = [model(part, use_cache=True, cache=cache).logits for part in (ids[:, :W], *ids[:, W:].split(1, 1))]
+    close(torch.cat(found, 1), model(ids, use_cache=False).logits)
 
 
 def test_rows_of_a_running_batch_join_and_leave(exact):
@@ -259,6 +267,8 @@ def test_a_transformers_without_the_module_is_named(monkeypatch):
     monkeypatch.setitem(linear_attention.LINEAR_ATTENTION, "olmo_hybrid", "OlmoHybridMLP")
     with pytest.raises(CompatibilityError, match=r"'olmo_hybrid': expected OlmoHybridMLP with .* has \['self', 'x'\]"):
         XLSTMHybridForCausalLM(config)
+    with pytest.raises(CompatibilityError, match="keeps no states in a cache of one LinearAttentionLayer"):
+        LinearCacheLayer().update(lambda x, mask, cache: x, torch.ones(1, 2, 3), Tokens.locate((1, 2), "cpu"))
     monkeypatch.setitem(linear_attention.LINEAR_ATTENTION, "olmo_hybrid", "Nothing")
     with pytest.raises(CompatibilityError, match="has no such module; install"):
         XLSTMHybridForCausalLM(config)

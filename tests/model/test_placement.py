@@ -232,14 +232,17 @@ def test_two_processes_are_one(mode, tmp_path):
     """Logits, gradients (tensor parallel), padded greedy, chunked and beam generation of every family, against one
     process on the same weights.
     """
-    families = [*every_family, "qwen3_5_text"]  # whose W_q holds a gate beside each query
-    for family in families:
-        student(family).save_pretrained(tmp_path / family)
-    student("llama", "mixed").save_pretrained(tmp_path / "mixed")
-    student("qwen2_moe").save_pretrained(tmp_path / "experts")  # whole in each process
-    found, log = launch(tmp_path, mode, *families, "mixed", "experts")
+    models = {family: student(family) for family in every_family} | {"mixed": student("llama", "mixed")}
+    no_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    models["gated"] = tiny_student(vocab_size=101, attention_output_gate=True, **no_tokens)  # W_q holds gates, too
+    models["experts"] = student("qwen2_moe")  # whole in each process
+    if mode == "pipeline":
+        models["linear"] = student("olmo_hybrid")
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    found, log = launch(tmp_path, mode, *models)
     assert found is not None, log[-4000:]
-    assert found.keys() == {*families, "mixed", "experts"}
+    assert found.keys() == models.keys()
     for family, differences in found.items():
         assert differences.keys() >= WAYS | ({"gradients", "saved"} if mode == "tensor" else set())
         assert all(x <= 1e-5 for x in differences.values()), (family, differences)
@@ -248,9 +251,14 @@ def test_two_processes_are_one(mode, tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused_by_name(tmp_path):
     tiny_student().save_pretrained(tmp_path / "odd")  # 4 query and 2 key/value heads: not for three processes
-    found, log = launch(tmp_path, "refusals", "odd", processes=3)
-    assert found is not None, log[-4000:]
-    assert "4 query and 2 key/value heads cannot be shared out to tp_size=3 processes" in found["heads"]
+    student("olmo_hybrid").save_pretrained(tmp_path / "linear")
+    for name, message in (
+        ("odd", "4 query and 2 key/value heads cannot be shared out to tp_size=3 processes"),
+        ("linear", "layers of linear attention with tp_size=3: they are not shared out"),
+    ):
+        found, log = launch(tmp_path, "refusals", name, processes=3)
+        assert found is not None, log[-4000:]
+        assert message in found["heads"]
 
 
 def test_states_and_alignment_of_a_part_of_a_model_are_refused_by_name(tmp_path):

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from transformers import initialization as init
 
-from xlstm_hybrid.checkpoint.digests import weights_hash
-from xlstm_hybrid.checkpoint.files import add_provenance, staged, write_manifest
+from xlstm_hybrid.checkpoint.digests import require_intact, weights_hash
+from xlstm_hybrid.checkpoint.files import add_provenance, read_json, staged, write_manifest
 from xlstm_hybrid.checkpoint.weights import SHARD_BYTES, write_weights
-from xlstm_hybrid.conversion.families import family_of, student_config
+from xlstm_hybrid.conversion.families import FAMILIES, family_of, student_config
 from xlstm_hybrid.conversion.gguf import is_gguf, package_of
-from xlstm_hybrid.conversion.load import dtype_named, parameter_dtype
-from xlstm_hybrid.conversion.source import open_teacher
+from xlstm_hybrid.conversion.load import dtype_named, load_model, parameter_dtype
+from xlstm_hybrid.conversion.source import local_source, open_teacher
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
@@ -300,3 +300,19 @@ def from_teacher(cls, teacher, *, dtype=None, torch_dtype=None, revision=None, g
         model.generation_config = source.generation_config() or model.generation_config
     model.transfer_report = transfer.report()
     return model
+
+
+def load_teaching(checkpoint, dtype="float32", revision=None, device=None):
+    """A model for targets, on `device`: `load_model`, but a teacher with linear attention as the student that keeps every
+    layer of it. That is the same function, and keeps packed documents apart, which transformers' own does not.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedTeacherError: see `load_model` and `convert`.
+    """
+    source = local_source(checkpoint, None if Path(checkpoint).exists() else revision)
+    kind = None if is_gguf(source) else read_json(source / "config.json", source.name).get("model_type")
+    if kind not in FAMILIES or "linear_attention" not in FAMILIES[kind].traits:
+        return load_model(checkpoint, dtype, revision, device)
+    require_intact(source)
+    model = from_teacher(XLSTMHybridForCausalLM, source, layer_types="teacher", dtype=dtype)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

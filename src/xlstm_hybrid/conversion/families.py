@@ -299,7 +299,11 @@ FAMILIES["qwen3_5_text"] = replace(
 FAMILIES["qwen3_5_moe_text"] = replace(
     FAMILIES["qwen3_5_text"],
     config_class=Qwen3_5MoeTextConfig,
-    tensors=with_drafts(FAMILIES["qwen3_5_text"].tensors | EXPERTS | SHARED_EXPERT),
+    tensors=with_drafts(
+        {name: targets for name, targets in FAMILIES["qwen3_5_text"].tensors.items() if ".mlp." not in name}
+        | EXPERTS
+        | SHARED_EXPERT
+    ),
     traits=FAMILIES["qwen3_5_text"].traits
     | {name: name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
     | {

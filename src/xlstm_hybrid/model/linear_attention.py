@@ -97,11 +97,15 @@ class LinearCacheLayer(Rollback, StateLayer):
         return other
 
     def lazy_initialization(self, conv, recurrent):
-        """Hold these states: conv [B, channels, columns], recurrent [B, heads, K, V]."""
-        stock = self.states.layers[0]
-        stock.lazy_initialization(conv_states=conv, recurrent_states=recurrent)
-        stock.conv_states[0], stock.recurrent_states[0], stock.has_previous_state[0] = conv, recurrent, True
+        """Begin with these states: conv [B, channels, columns], recurrent [B, heads, K, V]."""
+        self.states.layers[0].lazy_initialization(conv_states=conv, recurrent_states=recurrent)
+        self.put(conv, recurrent)
         self.dtype, self.device, self.is_initialized = conv.dtype, conv.device, True
+
+    def put(self, conv, recurrent):
+        """Replace the states of a filled layer."""
+        stock = self.states.layers[0]
+        stock.conv_states[0], stock.recurrent_states[0], stock.has_previous_state[0] = conv, recurrent, True
 
     def tensors(self):
         """`(conv, recurrent)` of a filled layer."""
@@ -117,7 +121,7 @@ class LinearCacheLayer(Rollback, StateLayer):
         if self.depth:
             self.note(LinearCall(run, hidden_states, tokens))
         if self.is_initialized and torch.is_grad_enabled():
-            self.lazy_initialization(*(x.clone() for x in self.tensors()))  # the module writes in place
+            self.put(*(x.clone() for x in self.tensors()))  # the module writes in place
         self.seen_tokens += hidden_states.shape[1]
         if tokens.runs is not None:
             rows = [self.row(j) for j in range(len(hidden_states))]
@@ -129,19 +133,29 @@ class LinearCacheLayer(Rollback, StateLayer):
         before = None  # one token: padding leaves a row as it is, which is found out without waiting for a GPU
         if self.is_initialized:
             before = [torch.where(across(tokens.start, x), 0, x) for x in self.tensors()]
-            self.lazy_initialization(*(x.clone() for x in before))
+            self.put(*(x.clone() for x in before))
         out = self.advance(run, hidden_states, None)
         after = self.tensors()
         before = [torch.zeros_like(x) for x in after] if before is None else before
         pairs = zip(after, before, strict=True)
-        self.lazy_initialization(*(torch.where(across(tokens.real, x), x, y) for x, y in pairs))
+        self.put(*(torch.where(across(tokens.real, x), x, y) for x, y in pairs))
         return out
 
     def advance(self, run, hidden_states, mask):
-        """The module's output, the states are those after it."""
+        """The module's output; the states are those after it.
+
+        Raises:
+            CompatibilityError: the installed transformers' module has left the cache alone.
+        """
         out = run(hidden_states, mask, self.states)
-        conv, _ = self.tensors()
-        self.dtype, self.device, self.is_initialized = conv.dtype, conv.device, True
+        if not self.is_initialized:
+            conv, recurrent = self.tensors()
+            if conv is None or recurrent is None:
+                raise CompatibilityError(
+                    f"linear attention of transformers {transformers.__version__} keeps no states in a cache of one LinearAttentionLayer; "
+                    "install the newest transformers that `xlstm-hybrid doctor` calls tested"
+                )
+            self.dtype, self.device, self.is_initialized = conv.dtype, conv.device, True
         return out
 
     def row(self, j):
@@ -160,14 +174,10 @@ class LinearCacheLayer(Rollback, StateLayer):
 
     def _tensors(self, change):
         if self.is_initialized:
-            self.lazy_initialization(*(change(x) for x in self.tensors()))
+            self.put(*(change(x) for x in self.tensors()))
         if self.base is not None:
             self.base._tensors(change)
             self.calls = [call.map(change) for call in self.calls]
-
-    def prefetch(self):
-        device = self.device  # where it was before `offload`
-        self._tensors(lambda x: x.to(device, non_blocking=True))
 
     def reset(self):
         self.states, self.is_initialized, self.seen_tokens = Cache(layers=[LinearAttentionLayer()]), False, 0

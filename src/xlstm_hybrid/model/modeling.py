@@ -75,6 +75,8 @@ def drop_absent_names(model):
     to say.
     """
     have = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    if getattr(model.config, "linear_attention", None) != "olmo_hybrid":  # the others round it to the model's dtype
+        have.discard("A_log")
     model._keep_in_fp32_modules &= have
     model._keep_in_fp32_modules_strict &= have
 
@@ -148,7 +150,7 @@ class XLSTMHybridPreTrainedModel(StudentModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridDecoderLayer", "LinearDecoderLayer"]
     _skip_keys_device_placement = NAMES
-    _keep_in_fp32_modules_strict = [*GATE_PARAMETERS, "A_log"]  # the last is the decay of linear attention
+    _keep_in_fp32_modules_strict = [*GATE_PARAMETERS, "A_log"]  # the last is a decay of OLMo-Hybrid's
     _keep_in_fp32_modules = ["mlstm"]  # in float16; and what quantisers leave alone
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -29,6 +29,7 @@ from xlstm_hybrid.checkpoint.files import (
     write_json,
     write_manifest,
 )
+from xlstm_hybrid.conversion.convert import load_teaching
 from xlstm_hybrid.conversion.load import load, load_tokenizer
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
 from xlstm_hybrid.environment.precision import warn_if_slow
@@ -60,7 +61,7 @@ def load_teacher(teacher, recipe, args):
     """The teacher of a stage, in the recipe's dtype; at the recipe's revision if it is the recipe's teacher."""
     revision = recipe.revision if str(teacher) == recipe.teacher else None
     warn_if_slow(args.device, recipe.teacher_dtype, "teacher_dtype")
-    return load(teacher, recipe.teacher_dtype, revision, loading_device(args))[0]
+    return load_teaching(teacher, recipe.teacher_dtype, revision, loading_device(args))
 
 
 @contextlib.contextmanager

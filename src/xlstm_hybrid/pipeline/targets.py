@@ -20,7 +20,8 @@ from xlstm_hybrid.checkpoint.digests import weights_hash
 from xlstm_hybrid.checkpoint.files import clean_abandoned, not_written, owner, write_json
 from xlstm_hybrid.checkpoint.locks import clean_locks
 from xlstm_hybrid.checkpoint.tokenizer import template_hash, tokenizer_hash
-from xlstm_hybrid.conversion.load import load_model, load_tokenizer
+from xlstm_hybrid.conversion.convert import load_teaching
+from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.data import train_dataset
 from xlstm_hybrid.data.vocabulary import vocabulary_hash
 from xlstm_hybrid.environment.precision import dtype_for
@@ -108,7 +109,7 @@ def fill_store(rank, world, device, source, data, out, settings, spec, seed, rep
     """Load the teacher in the dtype of `spec` and write what is missing of the store; `report` as in `build_store`, by
     default a line on the terminal.
     """
-    model = load_model(source, spec["dtype"], device=device)
+    model = load_teaching(source, spec["dtype"], device=device)
     if settings["plan"][0]["documents"] > settings["plan"][0]["rows"]:
         check_documents_stay_apart(model, "teacher", ["input_ids", "position_ids"])
     select = Selection(settings["kind"], settings["k"], settings["temperature"], settings["vocab_size"], seed)
