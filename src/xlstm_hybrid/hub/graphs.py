@@ -305,7 +305,7 @@ def repeat_layers(graph, between, first, parameters):
     """
     import onnx_ir
 
-    there, end, x = len(between) - 1, between[-1].uses(), between[-1]
+    there, end, x = len(between) - 1, tuple(between[-1].uses()), between[-1]
     at = between[-1].producer()
     for j in range(there, len(first)):
         old, new = f"layers.{first[j]}.", f"layers.{j}."
@@ -315,12 +315,14 @@ def repeat_layers(graph, between, first, parameters):
                 copies[value] = copy = onnx_ir.Value(
                     name=value.name.replace(old, new), shape=value.shape, type=value.type
                 )
-                if copy.name in parameters:
+                if value in graph.inputs:
+                    graph.inputs.append(copy)
+                else:
                     copy.const_value = parameters[copy.name]
                     graph.register_initializer(copy)
-                else:
-                    graph.inputs.append(copy)
         for node in layer_nodes(graph, between[first[j]], between[first[j] + 1], old):
+            # a graph within it would read the values of the first layer
+            assert all(a.type != onnx_ir.AttributeType.GRAPH for a in node.attributes.values()), node
             outputs = [onnx_ir.Value(name=f"{y.name}.{j}", shape=y.shape, type=y.type) for y in node.outputs]
             copies |= zip(node.outputs, outputs, strict=True)
             inputs = [copies.get(y, y) for y in node.inputs]
