@@ -10,6 +10,7 @@ LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
 TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear", "delta")
+STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the whole text
 FEATURE_MAPS = ("softmax", "softmax_signed", "silu")
 MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both",
