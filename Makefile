@@ -74,6 +74,7 @@ test-oldest:
 # does not load beside a torch for CPUs, and nobody needs it here.
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/vllm_plugin .venv-vllm/bin/python -m pytest -q -p runner_v2 tests/vllm_plugin
 
 .venv-vllm/.installed: setup.py src/xlstm_hybrid/environment/versions.py
 	$(PYTHON) -m venv .venv-vllm

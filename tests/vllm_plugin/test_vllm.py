@@ -11,6 +11,7 @@ from conftest import tiny_config, tiny_student
 from engines import NEW, Engine, ours, prompts, student
 
 from xlstm_hybrid.errors import CacheError, CheckpointError, CompatibilityError, CompatibilityWarning, ConfigError
+from xlstm_hybrid.model.configuration import TRAITS
 from xlstm_hybrid.vllm import state
 from xlstm_hybrid.vllm.checks import StudentSettings
 from xlstm_hybrid.vllm.model import XLSTMHybridForCausalLM
@@ -20,6 +21,12 @@ FAMILIES = "llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"
 STUDENTS = {
     **{f"{family}, hybrid": {"family": family} for family in FAMILIES},
     **{f"{family}, mixed": {"family": family, "kinds": "mixed"} for family in ("llama", "qwen2", "olmo3")},
+    "smollm3, mixed": {"family": "smollm3", "kinds": "mixed"},  # layers without RoPE
+    "granite, mixed": {"family": "granite", "kinds": "mixed"},  # multipliers
+    "gemma3, mixed": {"family": "gemma3_text", "kinds": "mixed"},  # norms on both sides, capped logits
+    "qwen3-moe, mixed": {"family": "qwen3_moe", "kinds": "mixed"},
+    "qwen2-moe, mixed": {"family": "qwen2_moe", "kinds": "mixed"},  # with an expert for all tokens
+    "olmoe, hybrid": {"family": "olmoe", "teacher": {"hidden_size": 192}},
     "kept groups": {"family": "qwen3", "kept_groups": [[0], [], [1]]},
     "unlike layers": {
         "family": "olmo3",
@@ -124,6 +131,19 @@ class TestManyRequests:
         assert {j: written[f"row {j}"] for j in whole} == {j: ours(model, texts[j], 5 + j % 11) for j in whole}
         assert served.free == free
 
+    def test_a_step_of_rows_and_prompts_at_every_stage_is_each_of_them_alone(self, served, model, monkeypatch):
+        """One flat batch of what several requests want: one token each, a prompt's first piece, a piece of another."""
+        parts_of, steps, texts = state.parts_of, [], prompts((3, 9, 90, 20, 60), seed=6)
+
+        def noted(*args):
+            parts = parts_of(*args)
+            steps.append({("row", "piece", "prompt")[p.fresh + (p.fresh or p.tokens.real.shape[1] > 1)] for p in parts})
+            return parts
+
+        monkeypatch.setattr(state, "parts_of", noted)
+        assert served.write(texts) == [ours(model, text) for text in texts]
+        assert {"row", "piece", "prompt"} in steps
+
     def test_preempted_requests_go_on_as_if_nothing_had_been(self, served, model):
         texts = prompts((3, 50, 29, 11, 64, 1), seed=2)
         for j, text in enumerate(texts):
@@ -205,6 +225,7 @@ def test_states_are_float32_in_a_bfloat16_model(engine):
 def settings(config, **changes):
     """As much of vLLM's settings as the checks read."""
     found = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "speculative_config": None, "quant_config": None}
+    found |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     found |= {"lora_config": None, "cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"} | changes
     everything = SimpleNamespace(**found, enable_prefix_caching=False)
     everything.parallel_config = everything.cache_config = everything
@@ -216,6 +237,8 @@ def settings(config, **changes):
     "changes, said",
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2, expected 1"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2, expected 1"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2, expected 1"),
         ({"speculative_config": "ngram"}, "speculative_config='ngram', expected None"),
         ({"quant_config": SimpleNamespace(get_name=lambda: "fp8")}, "quantization='fp8', expected None"),
         ({"lora_config": "any"}, "lora_config='any', expected None"),
@@ -237,6 +260,7 @@ def test_settings_under_which_a_state_would_be_wrong_are_refused(changes, said):
             {"num_attention_heads": 12, "num_key_value_heads": 6},
             "tensor_parallel_size=4, .*num_key_value_heads=6, expected a multiple or a divisor",
         ),
+        (2, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "num_experts=4, expected none"),
         (2, {"kept_groups": [[], [1], []]}, r"kept_groups of layer 1 are \[1\] of 2: .* have \[0, 1\] of them"),
         (4, {"kept_groups": [[0], [], []]}, r"kept_groups of layer 0 are \[0\] of 2: .* have \[1, 1, 0, 0\] of them"),
     ],
@@ -272,15 +296,28 @@ def test_parts_make_up_a_tensor():
         ({"mixer_branches": "window"}, "mixer_branches='window'"),
         ({"mixer_branches": "memory"}, "mixer_branches='memory'"),
         ({"sparse_memory": 4}, "sparse_memory=4"),
-        ({"embedding_multiplier": 2.0}, "embedding_multiplier=2.0"),
-        ({"rope_layers": [True, False, True]}, "rope_layers="),
-        ({"norm_position": "both"}, "norm_position='both'"),
+        ({"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )
 def test_students_that_vllm_cannot_hold_are_refused(fields, said):
     with pytest.raises(ConfigError, match=f"vLLM cannot serve this student.*{said}.*xlstm-hybrid serve"):
         StudentSettings.verify_and_update_config(settings(tiny_config(**fields)))
+
+
+def test_a_trait_that_is_new_is_refused(monkeypatch):
+    config = tiny_config()
+    config.another_trait = 3
+    monkeypatch.setitem(TRAITS, "another_trait", None)
+    with pytest.raises(ConfigError, match="traits that the plugin does not calculate: another_trait=3"):
+        StudentSettings.verify_and_update_config(settings(config))
+
+
+def test_a_kind_of_layer_that_is_new_is_refused():
+    config = tiny_config()
+    config.layer_types[1] = "another"
+    with pytest.raises(ConfigError, match="layers of another: expected full_attention, hybrid_sliding, sliding_att"):
+        StudentSettings.verify_and_update_config(settings(config))
 
 
 def test_a_refusal_reaches_who_starts_vllm(engine):

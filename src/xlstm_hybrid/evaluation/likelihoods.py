@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.model.cache import SlidingLayer, StateLayer
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.model.configuration import UNEVEN_ROPES
+from xlstm_hybrid.model.configuration import STEADY_ROPES
 from xlstm_hybrid.state import fork, prefill, snapshot
 
 # Tokens that a beginning must save to be read by itself: two calls more, each of which costs as much as so many tokens
@@ -80,7 +80,7 @@ def reads_in_pieces(model):
     """Whether an input read in pieces through the cache is the whole input, by the model's configuration."""
     ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     each = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
-    return not any(rope.get("rope_type") in UNEVEN_ROPES for rope in each)
+    return all(rope.get("rope_type", "default") in STEADY_ROPES for rope in each)
 
 
 def inputs_of(requests, max_length):

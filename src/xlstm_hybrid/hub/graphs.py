@@ -24,7 +24,7 @@ from xlstm_hybrid.errors import CacheError, ConfigError
 from xlstm_hybrid.hub.export import card_files, config_values
 from xlstm_hybrid.model.adopt import adopt_cache
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.model.configuration import XLSTMHybridConfig
+from xlstm_hybrid.model.configuration import STEADY_ROPES, XLSTMHybridConfig
 from xlstm_hybrid.model.one_token import PAPER
 
 STEP = {"step": True, "chunk": False}  # the graphs: whether one takes one token per row
@@ -34,7 +34,6 @@ EMPTY_M = -1e30  # log-scale of a state in which nothing is written: -inf, which
 INLINE = 1024  # bytes up to which a constant stays in its graph's file
 PAGE = 4096  # bytes: where a weight begins, so that it can be mapped
 TRACED_ROWS, TRACED_TOKENS = 2, 5  # of the example that is traced; the graphs take others
-ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text's length
 NOISY = (  # what warns of torchvision's operators, which we do not use, and of parameters that wait for their values
     "torch.onnx._internal.exporter._registration",
     "onnx_ir.passes.common.initializer_deduplication",
@@ -88,8 +87,10 @@ def refuse_config(config, what):
     if getattr(config, "quantization_config", None):
         wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
     for kind in config.attention_types:
-        if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in ROPE:
-            wrong.append(f"rope_type={rope!r}, whose frequencies depend on the text's length; expected one of {ROPE}")
+        if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in STEADY_ROPES:
+            wrong.append(
+                f"rope_type={rope!r}, whose angles depend on the text's length; expected one of {STEADY_ROPES}"
+            )
     if wrong:
         raise ConfigError(
             f"{what}: {'; '.join(wrong)}. A graph has the paper's layer and a state of constant size; serve this student with "

@@ -24,6 +24,7 @@ LINEAR_SIZES = (
 )
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear", "delta")
+STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the whole text
 FEATURE_MAPS = ("softmax", "softmax_signed", "silu")
 MIXER = {  # fields of the mixer and of exact memories, and what they were before there was a choice
     "mixer_branches": "both",
@@ -70,7 +71,6 @@ INDIFFERENT = {
     *("teacher_model_type", "freeze_embeddings", "output_router_logits", "router_aux_loss_coef"),
 }
 SCORES = ("residual", "weighted", "recency", "random")
-UNEVEN_ROPES = ("dynamic", "longrope")  # whose angles depend on the longest text of a call
 
 
 class StudentConfig(PreTrainedConfig):

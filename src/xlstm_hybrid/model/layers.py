@@ -79,6 +79,27 @@ def scaled_embeddings(x, factor):
     return x if factor == 1 else x * x.new_full((), factor)
 
 
+def scaled_logits(config, logits):
+    """Logits as the teacher's family divides and caps them (Granite, Gemma)."""
+    if config.logits_scaling != 1:
+        logits = logits / config.logits_scaling
+    if (cap := config.final_logit_softcapping) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def rope_of_layers(config, rope):
+    """`(cos, sin)` of each layer, of those by `teacher_layer_types`; None for linear attention. Layers that `rope_layers`
+    leaves out rotate by nothing, cos 1 and sin 0.
+    """
+    rope = [rope.get(kind) for kind in config.teacher_layer_types]
+    if config.rope_layers is None:
+        return rope
+    cos, sin = next(x for x in rope if x is not None)
+    still = torch.ones_like(cos), torch.zeros_like(sin)
+    return [x if rotates else still for x, rotates in zip(rope, config.rope_layers, strict=True)]
+
+
 class ScaledEmbedding(nn.Embedding):
     """Token embeddings times `embedding_multiplier`: `inputs_embeds` that come from here have it, and get it once."""
 

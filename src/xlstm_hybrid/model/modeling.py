@@ -43,6 +43,8 @@ from xlstm_hybrid.model.layers import (
     ScaledEmbedding,
     XLSTMHybridRotaryEmbedding,
     balance_loss,
+    rope_of_layers,
+    scaled_logits,
 )
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
@@ -313,14 +315,9 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 config, kind, window, None, tokens, packed or tokens.uneven, **shared
             )
         rope = {kind: rotary(inputs_embeds, position_ids) for kind, rotary in self.rotary_emb.items()}
-        rope = [rope.get(kind) for kind in config.teacher_layer_types]
-        if config.rope_layers is not None:  # without: a rotation by nothing, cos 1 and sin 0
-            cos, sin = next(x for x in rope if x is not None)
-            still = torch.ones_like(cos), torch.zeros_like(sin)
-            rope = [x if rotates else still for x, rotates in zip(rope, config.rope_layers, strict=True)]
         where = [
             {"position_embeddings": x, "tokens": tokens, "mask": masks.get(key), "position_ids": position_ids}
-            for key, x in zip(keys, rope, strict=False)
+            for key, x in zip(keys, rope_of_layers(config, rope), strict=False)
         ]
         return tokens, where, teacher_masks
 
@@ -648,11 +645,7 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         if with_head is not None:
             found = with_head(hidden_states, self)
             return found if aux_loss is None else (found, aux_loss)
-        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
-        if self.config.logits_scaling != 1:
-            logits = logits / self.config.logits_scaling
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = scaled_logits(self.config, self.lm_head(keep_positions(hidden_states, logits_to_keep)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -5,11 +5,19 @@ import warnings
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from xlstm_hybrid.errors import CompatibilityError, CompatibilityWarning, ConfigError
-from xlstm_hybrid.model.configuration import TRAITS
+from xlstm_hybrid.model.configuration import STEADY_ROPES, TRAITS
 from xlstm_hybrid.model.experimental.variants import VARIANTS
 from xlstm_hybrid.vllm.tensor_parallel import wrong_shares
 
-DEPENDENT = "dynamic", "longrope"  # RoPE that asks for the longest text of the batch
+# what the plugin calculates; anything else is refused
+KINDS = {"hybrid_sliding", "full_attention", "sliding_attention"}
+MIXERS, NORMS = {"mlstm", "linear"}, {"pre", "post", "both"}
+CALCULATED = {
+    *("rope_layers", "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+    *("logits_scaling", "final_logit_softcapping", "norm_plus_one"),
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+}
 
 
 class StudentSettings(VerifyAndUpdateConfig):
@@ -45,23 +53,31 @@ class StudentSettings(VerifyAndUpdateConfig):
 def wrong_student(config):
     """Fields of the student that stand in the way, a list of messages."""
     wrong, kind = [], (config.mixer_combine, config.mixer_branches, config.sparse_memory > 0)
-    if kind in VARIANTS or config.memory_cell == "delta" or config.mixer_branches != "both":
+    if kind in VARIANTS or config.memory_cell not in MIXERS or config.mixer_branches != "both":
         fields = "memory_cell", "mixer_combine", "mixer_branches", "sparse_memory"
         wrong.append(
             f"its mixer is {', '.join(f'{name}={getattr(config, name)!r}' for name in fields)}: expected the paper's, an mLSTM and a window "
             "that a gate mixes"
         )
-    traits = {name: getattr(config, name) for name, usual in TRAITS.items() if getattr(config, name) != usual}
-    if config.norm_position == "both":
-        traits["norm_position"] = "both"
-    if traits:
-        found = ", ".join(f"{name}={value!r}" for name, value in traits.items())
-        wrong.append(f"its teacher has traits that the plugin does not calculate: {found}")
+    unknown = sorted((set(config.layer_types) | set(config.teacher_layer_types)) - KINDS)
+    if unknown:
+        wrong.append(f"it has layers of {', '.join(unknown)}: expected {', '.join(sorted(KINDS))}")
+    traits = {
+        name: getattr(config, name) for name in TRAITS.keys() - CALCULATED if getattr(config, name) != TRAITS[name]
+    }
+    if config.norm_position not in NORMS:
+        traits["norm_position"] = config.norm_position
     for kind in config.attention_types:
-        if (name := config.rope_parameters_of(kind).get("rope_type")) in DEPENDENT:
+        parameters = config.rope_parameters_of(kind)
+        if (part := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+            traits["partial_rotary_factor"] = part
+        if (rope := parameters.get("rope_type", "default")) not in STEADY_ROPES:
             wrong.append(
-                f"rope_type={name!r} of {kind} depends on the longest text of the batch: expected one that does not"
+                f"rope_type={rope!r} of {kind} depends on the longest text of the batch; expected one of {STEADY_ROPES}"
             )
+    if traits:
+        found = ", ".join(f"{name}={value!r}" for name, value in sorted(traits.items()))
+        wrong.append(f"its teacher has traits that the plugin does not calculate: {found}")
     return wrong
 
 
@@ -70,6 +86,8 @@ def wrong_settings(vllm_config):
     parallel, cache, quantization = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.quant_config
     found = {
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, (1,)),
+        "decode_context_parallel_size": (parallel.decode_context_parallel_size, (1,)),
+        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, (1,)),
         "speculative_config": (vllm_config.speculative_config, (None,)),
         "quantization": (quantization and quantization.get_name(), (None,)),
         "lora_config": (vllm_config.lora_config, (None,)),

@@ -22,7 +22,14 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.model.experimental.cells import normed
 from xlstm_hybrid.model.kept_groups import log_scaled
-from xlstm_hybrid.model.layers import HybridDecoderLayer, XLSTMHybridRotaryEmbedding, rms_norm
+from xlstm_hybrid.model.layers import (
+    HybridDecoderLayer,
+    XLSTMHybridRotaryEmbedding,
+    rms_norm,
+    rope_of_layers,
+    scaled_embeddings,
+    scaled_logits,
+)
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.vllm.state import LayerStates, state_dtypes, state_shapes
@@ -56,6 +63,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self.whole = vllm_config.model_config.hf_config
         self.size, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         self.config = config = share_of(self.whole, self.size, self.rank)
+        config._experts_implementation = "eager"  # one expert after the other, as in a student's own model
         with init.no_init_weights():
             self.model = Trunk(config)
             for layer in self.model.layers:
@@ -83,7 +91,13 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         cache.sliding_window = None  # that of the hybrid layers, which it would take for everybody's
         heads, K = groups * (config.num_attention_heads // config.num_key_value_heads), config.head_dim
         return Attention(
-            heads, K, K**-0.5, num_kv_heads=groups, cache_config=cache, per_layer_sliding_window=window, prefix=name
+            heads,
+            K,
+            config.attention_scaling,
+            num_kv_heads=groups,
+            cache_config=cache,
+            per_layer_sliding_window=window,
+            prefix=name,
         )
 
     # --- what vLLM asks of the class -------------------------------------------------------------------------------
@@ -101,7 +115,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def embed_input_ids(self, input_ids):
-        return self.model.embed_tokens(input_ids)
+        return scaled_embeddings(self.model.embed_tokens(input_ids), self.config.embedding_multiplier)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         """Hidden states [N, D] after the last norm; input_ids, positions: [N]."""
@@ -113,14 +127,14 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         x, positions = (x[:, None], positions[:, None]) if single else (x[None], positions[None])
         for part in {id(part): part for held in parts.values() for part in held}.values():
             part.tokens.compiled = compiled_index(self.config, part.rows(x), part.tokens)
-        rope = {kind: rotary(x, positions) for kind, rotary in self.rotary_emb.items()}
-        for j, (layer, kind) in enumerate(zip(self.model.layers, self.config.teacher_layer_types, strict=True)):
+        rope = rope_of_layers(self.config, {kind: rotary(x, positions) for kind, rotary in self.rotary_emb.items()})
+        for j, (layer, where) in enumerate(zip(self.model.layers, rope, strict=True)):
             attention, inputs = layer.self_attn, layer.attention_input(x)
             heads = attention.heads(inputs)
             if str(j) in self.pages:
-                h = kept = self.keep(j, attention, attention.rotated(heads, rope[kind]), positions)
+                h = kept = self.keep(j, attention, attention.rotated(heads, where), positions)
             if j in self.states:
-                h = self.mix(attention, inputs, heads, rope[kind], self.states[j], parts[j])
+                h = self.mix(attention, inputs, heads, where, self.states[j], parts[j])
             if attention.split is not None:
                 h = attention.split.join(h, kept, 1)
             x = layer.finish(x, attention.o_proj(h.view(*x.shape[:2], -1)))
@@ -161,7 +175,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def compute_logits(self, hidden_states):
         """[tokens, V] of hidden states [tokens, D]; one row each, as in `forward`."""
         logits = tensor_model_parallel_all_gather(self.lm_head(hidden_states[:, None])[:, 0])
-        return logits[:, : self.whole.vocab_size]
+        return scaled_logits(self.config, logits[:, : self.whole.vocab_size])
 
     def load_weights(self, weights):
         """Take the tensors of a checkpoint, which have the model's own names, or this process's parts of them; returns

@@ -29,6 +29,8 @@ def wrong_shares(config, size):
     """Why a student cannot be cut for `size` processes, a list of messages."""
     wrong, sizes = [], {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}
     wrong += [f"{name}={n}, expected a multiple" for name, n in sizes.items() if n % size]
+    if config.num_experts:
+        wrong.append(f"num_experts={config.num_experts}, expected none")
     G = config.num_key_value_heads
     if G % size and size % G:
         wrong.append(f"num_key_value_heads={G}, expected a multiple or a divisor")
@@ -108,11 +110,13 @@ def share_layer(layer, config, size, rank):
     Args:
         config: that of the whole student.
     """
+    if size == 1:
+        return
     attention, mlp = layer.self_attn, layer.mlp
     for module, name in ((attention, "o_proj"), (mlp, "down_proj")):
         own = getattr(module, name)
         setattr(module, name, Summed(own.in_features, own.out_features, bias=own.bias is not None))
-    if config.qk_norm == "full" and size > 1:
+    if config.qk_norm == "full":
         for name, heads in (("q_norm", config.num_attention_heads), ("k_norm", config.num_key_value_heads)):
             setattr(
                 attention, name, norm_of_all(rms_norm(config, heads * config.head_dim), min(size, heads), size, rank)
