@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from tiny_students import CLOSE, W, ids_of, left_padded, student
-from tiny_teachers import WITH_TRAITS, in_float64, teacher, teacher_config, tokens
+from tiny_teachers import WITH_TRAITS, in_float64, model_class, teacher, teacher_config, tokens
 from torch import nn
 
 from xlstm_hybrid import XLSTMHybridForCausalLM
@@ -202,11 +202,12 @@ def test_a_part_of_a_head_rotates_as_a_head_of_that_size():
     torch.testing.assert_close(torch.stack([cos, sin])[:, 0], torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2))
 
 
+@pytest.mark.parametrize("family", ["granite", "gemma3_text"])
 @torch.no_grad()
-def test_a_factor_of_the_residual_stream_is_not_rounded_before_it_multiplies():
-    """Granite's .22 is .2197 in bfloat16, and every layer would add too little."""
-    layer = copy.deepcopy(student("granite").model.layers[0]).to(torch.bfloat16)
-    layer.residual_multiplier, x = 0.22, torch.ones(1, 40, 50, dtype=torch.bfloat16)
-    layer.mlp.down_proj.weight.zero_(), layer.mlp.down_proj.bias.zero_()
-    added = ids_of(40 * 50, 1).view(1, 40, 50).to(torch.bfloat16)
-    assert torch.equal(layer.finish(0 * x, added), (added.double() * 0.22).bfloat16())
+def test_in_bfloat16_factors_are_rounded_where_the_teacher_rounds_them(family, tmp_path):
+    """Granite's .22 stays as it is where it multiplies what a layer adds; Gemma rounds the root of its width first."""
+    changes = {"residual_multiplier": 0.22} if family == "granite" else {}
+    model_class(family)(teacher_config(family, **changes)).save_pretrained(tmp_path)
+    original = model_class(family).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    same = XLSTMHybridForCausalLM.from_teacher(tmp_path, layer_types="teacher", dtype=torch.bfloat16)
+    torch.testing.assert_close(same(tokens()).logits, original(tokens()).logits, rtol=0, atol=0)
