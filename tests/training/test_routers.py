@@ -37,7 +37,7 @@ def test_the_loss_and_the_routers_logits_are_the_teachers_and_padding_does_not_c
     for mine, theirs in zip(found.router_logits, expected.router_logits, strict=True):
         close(mine[mask.flatten().bool()], theirs[mask.flatten().bool()], **CLOSE)
     close(found.aux_loss, expected.aux_loss, **CLOSE)
-    close(found.loss - model(ids, attention_mask=mask, labels=ids).loss, 0.001 * found.aux_loss.double())
+    close(found.loss - model(ids, attention_mask=mask, labels=ids).loss, 0.001 * found.aux_loss, **CLOSE)
     alone = [model(row, output_router_logits=True).router_logits for row in (ids[:1], ids[1:, -6:])]
     rows = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
     close(balance_loss(model.config, rows), found.aux_loss, **CLOSE)
@@ -140,6 +140,8 @@ def test_what_cannot_be_balanced_is_refused_by_name(sparse):  # noqa: F811
         tiny_student(torch.float32)(ids, output_router_logits=True)
     with pytest.raises(ConfigError, match="with teacher_forced=True: stage I has no loss of routers"):
         experts()(ids, teacher_forced=True, output_router_logits=True)
+    with pytest.raises(ConfigError, match="compiled before their logits were first asked for"):
+        balance_loss(experts().config, ())
     with pytest.raises(ConfigError, match="output_router_logits=True with num_experts=None: expected False"):
         tiny_config(output_router_logits=True)
     with pytest.raises(ConfigError, match="router_aux_loss_coef=-1: expected a weight of at least 0"):
