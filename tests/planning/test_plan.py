@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_teachers import EVERY, teacher, teacher_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
 from typer.testing import CliRunner
 from xlstm_kernels.backends import choose
 from xlstm_kernels.backends.scratch import LOCAL
@@ -138,7 +138,8 @@ def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), eos_token="a", pad_token="b"
     )
-    config = LlamaConfig(bos_token_id=None, eos_token_id=None, max_position_embeddings=length, **fields)
+    kind_of_teacher = Qwen3MoeConfig if "num_experts" in fields else LlamaConfig
+    config = kind_of_teacher(bos_token_id=None, eos_token_id=None, max_position_embeddings=length, **fields)
     student = XLSTMHybridForCausalLM(student_config(config, sliding_window=64, num_sink_tokens=4, **mixer))
     ids = torch.randint(0, config.vocab_size, (4 * rows, length), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_list(
@@ -161,7 +162,7 @@ def trained(kind, work, rows, length, bf16, checkpointing, mixer, **fields):
     else:
         from xlstm_hybrid.training.distillation import SparseKDConfig, SparseKDTrainer
 
-        held = [student, LlamaForCausalLM(config)]
+        held = [student, AutoModelForCausalLM.from_config(config, experts_implementation="eager")]
         trainer = SparseKDTrainer(
             student, held[1], args=trainer_config(SparseKDConfig, settings, kind, work, 0), **shared
         )
@@ -189,6 +190,7 @@ def shape(D, F, H, G, L, V, **more):
 SMALL, WIDE = shape(128, 320, 4, 2, 4, 512), shape(256, 1024, 8, 2, 4, 8192)
 DEEP, HEAVY = shape(256, 768, 4, 2, 8, 1024, tie_word_embeddings=True), shape(384, 1024, 6, 2, 6, 2048)
 SIGNED = {"memory_feature_map": "softmax_signed"}
+EXPERTS = SMALL | {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 96}
 CASES = {  # stage, rows, length, bfloat16, checkpointing, model, mixer
     "align": ("align", 4, 512, True, False, SMALL, {}),
     "distil": ("distill", 2, 256, False, False, SMALL, {}),
@@ -196,6 +198,10 @@ CASES = {  # stage, rows, length, bfloat16, checkpointing, model, mixer
 }
 MORE = {
     "distil, checkpointing": ("distill", 2, 512, True, True, WIDE, {}),
+    "distil, experts": ("distill", 2, 512, False, False, EXPERTS, {}),
+    "distil, experts, bfloat16": ("distill", 4, 512, True, False, EXPERTS, {}),
+    "distil, experts, checkpointing": ("distill", 4, 512, False, True, EXPERTS, {}),
+    "align, experts": ("align", 2, 512, True, False, EXPERTS, {}),
     "align in float32": ("align", 2, 512, False, False, DEEP, {}),
     "align a wide model": ("align", 2, 512, True, False, WIDE, {}),
     "distil, tied": ("distill", 4, 256, True, False, DEEP, {}),
@@ -253,6 +259,17 @@ def test_what_more_features_keep_for_the_backward_is_counted_to_two_percent(bf16
     plain, wide = (kept_for_the_backward(config, bf16, mixer) for mixer in mixers)
     predicted = [512 * layer_activations(plan.student_shape(config, **mixer), job) for mixer in mixers]
     assert predicted[1] - predicted[0] == pytest.approx(wide - plain, rel=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_a_token_keeps_for_each_of_its_experts_is_counted_to_ten_percent(bf16):
+    sizes = shape(256, 512, 4, 4, 1, 64) | {"head_dim": 64, "num_experts": 8}
+    job, kept, predicted = plan.Job("distill", 1, 1, 512, bf16=bf16), [], []
+    for k in (1, 5):
+        config = Qwen3MoeConfig(**sizes, num_experts_per_tok=k, moe_intermediate_size=128)
+        kept.append(kept_for_the_backward(config, bf16, {}))
+        predicted.append(512 * layer_activations(plan.student_shape(config), job))
+    assert predicted[1] - predicted[0] == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
 def test_sharding_divides_what_is_sharded_and_nothing_else():

@@ -430,7 +430,6 @@ def test_a_teacher_that_shares_one_weight_is_refused(build):
         {"top_k": 0},
         {"loss_type": "dft"},
         {"label_smoothing_factor": 0.1},
-        {"router_aux_loss_coef": 0.1},
         {"packing": True, "packing_strategy": "wrapped"},
         {"eval_packing": True},
         {"push_to_hub": True},

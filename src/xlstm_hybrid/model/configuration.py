@@ -64,7 +64,7 @@ INDIFFERENT = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("mlstm_chunk_size", "mlstm_output_gate_bias", "mlstm_context", "attention_dropout", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "window_dropout"),
-    *("teacher_model_type", "freeze_embeddings"),
+    *("teacher_model_type", "freeze_embeddings", "output_router_logits", "router_aux_loss_coef"),
 }
 SCORES = ("residual", "weighted", "recency", "random")
 
@@ -115,6 +115,8 @@ class XLSTMHybridConfig(StudentConfig):
         linear_attention: whose module the "linear_attention" layers have, a key of `LINEAR_ATTENTION`; linear_num_key_heads
             and the other `LINEAR_SIZES` are its sizes, linear_allow_neg_eigval whether its keys may be corrected twice over
             (OLMo-Hybrid).
+        output_router_logits, router_aux_loss_coef: whether a forward returns the loss that balances experts, and its
+            weight, as in transformers; our trainers ask for it where routers learn.
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
             "sliding_attention"; "linear_attention" where the teacher's is, and nowhere else.
         teacher_layer_types: what each layer was in the teacher. Decides the layer's RoPE and its alignment target.
@@ -223,6 +225,8 @@ class XLSTMHybridConfig(StudentConfig):
     linear_value_head_dim: int | None = None
     linear_conv_kernel_dim: int | None = None
     linear_allow_neg_eigval: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
 
     layer_types: list[str] | None = None
     teacher_layer_types: list[str] | None = None
@@ -344,6 +348,10 @@ class XLSTMHybridConfig(StudentConfig):
             )
         if self.num_experts and not self.moe_intermediate_size:
             wrong.append(f"moe_intermediate_size={self.moe_intermediate_size}: expected the width of the experts")
+        if not self.router_aux_loss_coef >= 0:
+            wrong.append(f"router_aux_loss_coef={self.router_aux_loss_coef}: expected a weight of at least 0")
+        if self.output_router_logits and not self.num_experts:
+            wrong.append("output_router_logits=True with num_experts=None: expected False, there is no router")
         wrong += self.wrong_mixer() or ([] if wrong else self.wrong_linear() + self.wrong_memories())
         if wrong:
             raise ConfigError("XLSTMHybridConfig: " + "; ".join(wrong))

@@ -12,14 +12,20 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeExperts,
+    Qwen3MoeSparseMoeBlock,
+    Qwen3MoeTopKRouter,
+    load_balancing_loss_func,
+)
 
 from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.linear import Linear, hooked
 from xlstm_hybrid.model.linear_attention import attend, gated_delta_net
 
-EXPERTS = Qwen2MoeExperts, Qwen2MoeTopKRouter, Qwen3MoeExperts, Qwen3MoeTopKRouter
+ROUTERS = Qwen2MoeTopKRouter, Qwen3MoeTopKRouter
+EXPERTS = *ROUTERS, Qwen2MoeExperts, Qwen3MoeExperts
 
 
 class Align(NamedTuple):
@@ -106,13 +112,24 @@ class HybridMLP(nn.Module):
 
 
 def mlp_of(config, layer_idx):
-    """The MLP of a layer; with experts it is transformers' own, whose router's logits go nowhere: there is no loss that
-    balances the experts.
-    """
+    """The MLP of a layer; with experts it is transformers' own."""
     if not config.has_experts(layer_idx):
         return HybridMLP(config)
     shared = config.shared_expert_intermediate_size
     return (Qwen2MoeSparseMoeBlock if shared else Qwen3MoeSparseMoeBlock)(config)
+
+
+def balance_loss(config, router_logits, attention_mask=None):
+    """transformers' loss that is least where all experts have the same load, over all layers together.
+
+    Args:
+        router_logits: of each layer with experts, [B T, experts].
+        attention_mask: [B, tokens], of which the last T are the call's; padding does not count.
+    """
+    if attention_mask is not None:
+        T = len(router_logits[0]) // len(attention_mask)
+        attention_mask = attention_mask[:, -T:]
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
 
 
 class CheckpointedLayer(GradientCheckpointingLayer):

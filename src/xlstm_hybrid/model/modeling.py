@@ -35,12 +35,14 @@ from xlstm_hybrid.model.configuration import LINEAR, XLSTMHybridConfig
 from xlstm_hybrid.model.layers import (
     ALIGNMENT_TERMS,
     EXPERTS,
+    ROUTERS,
     Align,
     DecoderLayer,
     HybridDecoderLayer,
     LinearDecoderLayer,
     ScaledEmbedding,
     XLSTMHybridRotaryEmbedding,
+    balance_loss,
 )
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.mixer import GATE_PARAMETERS, MLSTMMixer
@@ -48,7 +50,7 @@ from xlstm_hybrid.model.one_token import compiled_index
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.model.trained import RemembersTraining
 
-KEYWORDS = ACCEPTED | {"output_gates"}  # what a forward accepts beside its own parameters
+KEYWORDS = ACCEPTED | {"output_gates", "output_router_logits"}  # what a forward accepts beside its own parameters
 
 
 @dataclass
@@ -161,6 +163,7 @@ class XLSTMHybridPreTrainedModel(StudentModel):
         "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(HybridAttention, index=1),
         "gates": OutputRecorder(MLSTMMixer, index=-1),
+        "router_logits": [OutputRecorder(router, index=0) for router in ROUTERS],
     }
 
     def post_init(self):
@@ -428,6 +431,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
         refuse_unknown(kwargs, KEYWORDS, type(self).__name__)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_router_logits", None) and not self.config.num_experts:
+            raise ConfigError("output_router_logits=True: this student has no experts, and so no router; leave it out")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -607,27 +612,42 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         logits_to_keep=0,
         teacher_forced=False,
         with_head=None,
+        output_router_logits=None,
         **kwargs,
     ):
         """Logits and, with `labels`, the loss; arguments as in `LlamaForCausalLM.forward`.
 
         Args:
+            output_router_logits: as in transformers' models with experts: `router_logits` and `aux_loss`, the loss that
+                balances experts, are in the outputs, and `router_aux_loss_coef` times the second is in the loss of
+                `labels`. None: what the configuration says.
             teacher_forced: run stage I instead and return an `AlignmentOutput` (see `XLSTMHybridModel.teacher_forced`).
             with_head: a function of (hidden states [B, T, D], this model) whose result is returned in place of logits:
                 losses that go over the head in chunks, and scale and cap its products themselves. It runs in here
-                because FSDP gathers the head's weight only inside of `forward`.
+                because FSDP gathers the head's weight only inside of `forward`. With output_router_logits=True a pair of
+                that and `aux_loss` is returned; the configuration has no say here.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits and with_head is None and not teacher_forced
         if teacher_forced:
             if (self._tp_size or 1) > 1:
                 raise ConfigError(
                     f"teacher_forced: tp_size={self._tp_size}, expected 1: errors are sums over all heads; align in one process"
                 )
+            if output_router_logits:
+                raise ConfigError(
+                    "output_router_logits=True with teacher_forced=True: stage I has no loss of routers; leave it out"
+                )
             return self.model.teacher_forced(input_ids, attention_mask, position_ids, **kwargs)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
-        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
-        hidden_states = outputs.last_hidden_state
+        wanted = {"use_cache": use_cache, "output_router_logits": output_router_logits}
+        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **wanted, **kwargs)
+        hidden_states, aux_loss = outputs.last_hidden_state, None
+        if output_router_logits:
+            aux_loss = balance_loss(self.config, outputs["router_logits"], attention_mask)
         if with_head is not None:
-            return with_head(hidden_states, self)
+            found = with_head(hidden_states, self)
+            return found if aux_loss is None else (found, aux_loss)
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
@@ -636,10 +656,14 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **recorded, **named(cache_of(outputs)))
         if "gates" in outputs:  # output_gates=True
             result["gates"] = outputs["gates"]
+        if aux_loss is not None:
+            result["aux_loss"], result["router_logits"] = aux_loss, outputs["router_logits"]
         return result
 
 

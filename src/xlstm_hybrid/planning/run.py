@@ -40,7 +40,8 @@ class Shape:
     matmul: of all matrices that every token is multiplied with, the LM head left out; hybrid: layers that are
     hybrid_sliding; columns: of a
     head's feature map; features: of a head, which the memory's state has rows for; idle: parameters of experts that a
-    token does not go through, which are in no count of FLOPs. F is the width of the experts that it goes through.
+    token does not go through, which are in no count of FLOPs; routed: how many experts it goes through, beside a shared one, and F is
+    their width together.
     linear: layers of linear attention; recurrence: FLOPs per token of each one's memory.
     """
 
@@ -65,6 +66,7 @@ class Shape:
     columns: int
     features: int
     idle: int = 0
+    routed: int = 0
     linear: int = 0
     recurrence: int = 0
 
@@ -218,9 +220,10 @@ def student_shape(teacher_config, name="teacher", **student):
     experts = sum(p.numel() for n, p in inside if ".mlp.experts." in n)
     idle = experts - experts * c.num_experts_per_tok // c.num_experts if experts else 0
     matmul = sum(p.numel() for n, p in inside if p.ndim == 2 and ".mlstm." not in n) + experts - idle
+    routed = c.num_experts_per_tok if experts else 0
     widths = [c.intermediate_size] * any(not c.has_experts(j) for j in layers)
     if experts:
-        widths.append(c.num_experts_per_tok * c.moe_intermediate_size + (c.shared_expert_intermediate_size or 0))
+        widths.append(routed * c.moe_intermediate_size + (c.shared_expert_intermediate_size or 0))
     total, window = sum(count.values()), (c.sliding_window or 0) + c.num_sink_tokens
     layers = c.num_hidden_layers, c.layer_types.count("hybrid_sliding"), c.hidden_size, max(widths)
     heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, window, c.mlstm_chunk_size
@@ -229,7 +232,7 @@ def student_shape(teacher_config, name="teacher", **student):
     linear, recurrence = c.layer_types.count(LINEAR), 0
     if linear:  # the memory is read, corrected and read again
         recurrence = 3 * 2 * math.prod(c.linear_shapes["recurrent"])
-    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features, idle, linear, recurrence)
+    return Shape(name, *layers, *heads, *sizes, c.tie_word_embeddings, *features, idle, routed, linear, recurrence)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------
@@ -418,7 +421,8 @@ def store_costs(shape, job, machine):
 
 def assumptions(machine, shape):
     experts = (
-        "experts: memory of activations as of an MLP that is as wide as those that a token goes through: not measured"
+        "experts: memory of activations measured on a CPU, one expert after the other; all of them together, as grouped products on a "
+        "GPU run them: not measured"
     )
     linear = "layers of linear attention: memory of activations as of a hybrid layer, FLOPs of a token after the other: not measured"
     return (

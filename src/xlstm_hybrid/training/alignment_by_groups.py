@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file, save
-from torch import nn
 
 from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import (
@@ -44,10 +43,9 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.checkpoint.tokenizer import check_rows
 from xlstm_hybrid.errors import CheckpointError, ConfigError, DataError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.layers import scaled
 from xlstm_hybrid.model.trained import trained_values, warn_if_edited
 from xlstm_hybrid.training.alignment import TRUNK_INPUTS, AlignmentTrainer, new_parameters
-from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained
+from xlstm_hybrid.training.layers_at_a_time import embedded, model_of, read_tensor, trained_files, write_trained
 from xlstm_hybrid.training.run_spec import check_run_spec, run_spec, short_digest
 
 PROGRESS = "streaming.json"
@@ -206,7 +204,7 @@ class Streaming:
                     check_space(self.spool.path(0), 2.02 * size * (count + len(self.held_out)))
                 self.spool.add_batch(n, batch)
                 check_rows(self.processing_class, len(table), "student", batch["input_ids"].flatten().tolist())
-                yield scaled(nn.functional.embedding(batch["input_ids"].cpu(), table), self.config.embedding_multiplier)
+                yield embedded(self.config, table, batch["input_ids"])
 
         self.spool.write(0, states())
         self.progress.spooled(self.spool, 0)

@@ -49,11 +49,11 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.errors import CheckpointError, ConfigError
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.experimental.cells import CELLS
-from xlstm_hybrid.model.layers import LinearDecoderLayer, scaled
+from xlstm_hybrid.model.layers import LinearDecoderLayer
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.trained import trained_values
 from xlstm_hybrid.training.alignment import new_parameters
-from xlstm_hybrid.training.layers_at_a_time import model_of, read_tensor, trained_files, write_trained
+from xlstm_hybrid.training.layers_at_a_time import embedded, model_of, read_tensor, trained_files, write_trained
 from xlstm_hybrid.training.run_spec import short_digest
 
 SHARPNESS = (2.0, 8.0)  # b of the soft assignment
@@ -461,8 +461,7 @@ def calibrate_streamed(
     work.mkdir(parents=True, exist_ok=True)
     batches = [{k: x.to(device) for k, x in batch.items()} for batch in [*fitted, *held_out]]
     table = read_tensor(files, "model.embed_tokens.weight", torch.float32)
-    states = [nn.functional.embedding(batch["input_ids"].cpu(), table) for batch in batches]
-    states = [scaled(x, config.embedding_multiplier).to(device) for x in states]
+    states = [embedded(config, table, batch["input_ids"]).to(device) for batch in batches]
     del table
     trained = {}
     for j in range(config.num_hidden_layers):

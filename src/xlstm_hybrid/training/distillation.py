@@ -32,6 +32,7 @@ from xlstm_hybrid.training.lm_head import (
 )
 from xlstm_hybrid.training.losses import DIVERGENCES, IGNORE, OUTCOMES, choose_divergence
 from xlstm_hybrid.training.resume import Resumable
+from xlstm_hybrid.training.routers import ROUTER, balance_weight, balanced_forward
 from xlstm_hybrid.training.window_dropout import WindowDropoutSchedule
 
 # What a batch may bring for the forward of both models; BOUNDARIES: how padding-free batches mark documents.
@@ -41,7 +42,6 @@ STORED = ("teacher_ids", "teacher_logp", "teacher_rest")  # what a batch brings 
 LOW_MASS = 0.9  # share of the teacher's probability below which the kept tokens are too few
 # what a parameter's name contains if it is trained
 TRAINED = {"all": "", "all_and_routers": "", "attention": ".self_attn.", "mixer": ".self_attn.mlstm."}
-ROUTER = ".mlp.gate."  # chooses experts: they were trained for its choice, and nothing balances them here
 TARGETS = "topk", "sampled"
 SAMPLED = ("forward_kl", "tail"), ("forward_kl", "gemma")  # divergence and outcomes that draws serve
 
@@ -94,12 +94,7 @@ class SparseKDConfig(SFTConfig):
         choose_divergence(self.divergence, **self.divergence_options)
         self.check_combination()
         self.window_schedule  # noqa: B018 (raises for what is out of range)
-        unused = {
-            "loss_type": "nll",
-            "label_smoothing_factor": 0.0,
-            "router_aux_loss_coef": None,
-            "use_liger_kernel": False,
-        }
+        unused = {"loss_type": "nll", "label_smoothing_factor": 0.0, "use_liger_kernel": False}
         for name, neutral in unused.items():
             if getattr(self, name) != neutral:
                 raise ConfigError(
@@ -161,7 +156,8 @@ class SparseKDTrainer(Resumable, SFTTrainer):
     the same positions. An online teacher gets what the student gets. Neither model's logits exist for all tokens at
     once, see `lm_head.Objective`, unless the caller asks for outputs. Logs `ce`, `kl` (nats; the divergence that was
     chosen), `top1_agreement` and `kept_mass` (of the teacher, but for dense outcomes and draws), each a mean per scored
-    token of a micro-batch, averaged over the micro-batches between two logs.
+    token of a micro-batch, averaged over the micro-batches between two logs. Where routers
+    learn, `router_aux_loss_coef` times the loss that balances experts is added, which is logged as `aux_loss`.
 
     Args:
         model: student, a causal LM in memory, or its PEFT model; or pass `peft_config`.
@@ -225,6 +221,7 @@ class SparseKDTrainer(Resumable, SFTTrainer):
             base.forward = own_forward
         attach(base)
         check_head(self.model, "student")
+        self.balance = balance_weight(self.model, args.router_aux_loss_coef)
         # count the scored tokens of a step, shifted, for any model class
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.objective = Objective(
@@ -297,12 +294,14 @@ class SparseKDTrainer(Resumable, SFTTrainer):
             hidden = hidden[:, -T:]  # prompt tuning puts virtual tokens in front
             return self.objective(hidden, student, place, labels, *rest)
 
-        terms = model(**forward, use_cache=False, with_head=objective)
+        asked = {"use_cache": False, "with_head": objective}
+        terms, balance = balanced_forward(self, model, self.balance, **forward, **asked)
         self.record(terms, targets, len(place))
         loss = terms.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the count is of all ranks, gradients are averaged over them
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = loss if balance is None else loss + balance
         if not return_outputs:
             return loss
         with torch.no_grad():

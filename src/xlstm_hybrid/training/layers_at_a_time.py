@@ -10,7 +10,7 @@ from xlstm_hybrid.checkpoint.weights import copy_settings, using_cache, write_we
 from xlstm_hybrid.conversion.convert import empty_student
 from xlstm_hybrid.conversion.load import parameter_dtype
 from xlstm_hybrid.errors import CheckpointError
-from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
+from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding, scaled
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import save_weights
 
@@ -21,6 +21,11 @@ def read_tensor(files, name, dtype=None):
     with safe_open(files[name], framework="pt") as file:
         value = file.get_tensor(name)
     return value if dtype is None else value.to(parameter_dtype(name, dtype, XLSTMHybridForCausalLM))
+
+
+def embedded(config, table, input_ids):
+    """What enters the first layer, [B, T, D] on the CPU, of the embeddings' `table` [V, D]."""
+    return scaled(nn.functional.embedding(input_ids.cpu(), table), config.embedding_multiplier)
 
 
 def model_of(config, files, layers, dtype):

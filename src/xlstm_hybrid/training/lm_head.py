@@ -23,6 +23,7 @@ from xlstm_kernels.head_loss.chunks import Head, chunk_rows, mixed_products
 from xlstm_kernels.head_loss.reference import OUTCOMES as FUSED_OUTCOMES
 
 from xlstm_hybrid.errors import CheckpointError, ConfigError
+from xlstm_hybrid.model.layers import balance_loss
 from xlstm_hybrid.training.losses import cross_entropy, distillation_loss, in_row_chunks, sampled_targets, top_k_targets
 
 FUSED_DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -73,7 +74,8 @@ def attach(model):
     Students declare the argument. A foreign teacher's forward is replaced, because FSDP gathers the head's weight only
     inside of `forward`, and no hook of a module can return something else than its own forward without having made the
     logits. Without the argument it is what it was. A bound method, so that a deep copy of the model gets one of its
-    own. Of a PEFT model it is the base model's.
+    own. Of a PEFT model it is the base model's. With output_router_logits=True it is a pair of that and the loss that
+    balances experts.
 
     Raises:
         ConfigError: a PEFT model with virtual tokens, whose hidden states have more positions than its ids.
@@ -94,7 +96,11 @@ def attach(model):
     def forward(self, *args, with_head=None, **kwargs):
         if with_head is None:
             return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
-        return with_head(self.base_model(*args, **kwargs).last_hidden_state, self)
+        outputs = self.base_model(*args, **kwargs)
+        found = with_head(outputs.last_hidden_state, self)
+        if not kwargs.get("output_router_logits"):
+            return found
+        return found, balance_loss(self.config, outputs.router_logits, kwargs.get("attention_mask"))
 
     forward.takes_head = True
     model.forward = types.MethodType(forward, model)

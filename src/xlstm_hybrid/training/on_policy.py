@@ -34,6 +34,7 @@ from xlstm_hybrid.training.rollouts import (
     seeded,
     until_eos,
 )
+from xlstm_hybrid.training.routers import balance_weight, balanced_forward, freeze_routers
 
 SOURCES = ("student", "replay", "teacher", "data")  # who wrote a completion
 OWN = SOURCES[:2]  # the student itself, now or before
@@ -54,6 +55,10 @@ class OnPolicyKDConfig(DistillationConfig):
     num_generations: int = option(1, "Completions per prompt (n). The prompt is read once for all of them.")
     lmbda: float = option(1.0, "Share of prompts that the student answers; the rest has the data's completions.")
     seq_kd: bool = option(False, "The rest is answered by the teacher instead of the data.")
+    train_routers: bool = option(False, "Whether routers of experts learn, balanced by router_aux_loss_coef.")
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the loss that balances experts; None: the model's own."
+    )
     ce_weight: float = option(0.0, "Weight of cross-entropy beside the divergence, never on the student's own words.")
     replay_size: int = option(0, "Completions of earlier steps that are kept; 0 keeps none.")
     replay_share: float = option(
@@ -189,7 +194,10 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         for name, network in networks.items():
             attach(network)
             check_head(network, name)
+        if not args.train_routers:
+            freeze_routers(model)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        self.balance = balance_weight(self.model, args.router_aux_loss_coef)
         if self.is_fsdp_enabled and (args.teacher_offload or len(teachers) > 1):
             raise ConfigError(
                 "several teachers, or teacher_offload, under FSDP: processes would gather other teachers at other times; use DDP"
@@ -447,9 +455,10 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
                 for rows, place, label, target, head, _ in parts
             ]
 
-        terms = model(**forward, with_head=objective)
+        terms, balance = balanced_forward(self, model, self.balance, **forward, with_head=objective)
         self.record_loss(numbers, terms, [counts for *_, counts in parts])
         loss = sum(term.loss for term in terms)
+        loss = loss if balance is None else loss + balance
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
 refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
-`metrics`, and leaves the model's `config.use_cache` as it was. The trainer's `compute_loss` need not look for NaN.
+`metrics`, and leaves what `KEPT` names in the model's config as it was. The trainer's `compute_loss` need not look for NaN.
 
 What the Trainer does otherwise stays: the best model, early stopping, every event of a callback with its arguments,
 `eval_on_start`, `save_only_model`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`, `evaluate`,
@@ -45,6 +45,7 @@ from xlstm_hybrid.training.run_spec import allowed_changes, check_run_spec, run_
 
 DUMPS = "non_finite"
 SKIPS = 3  # steps in a row
+KEPT = "use_cache", "output_router_logits", "router_aux_loss_coef"  # fields of a model's config
 SEEN = "seen"  # the collator's note in a batch
 REFUSED = {  # settings that a trainer of ours cannot have, and why
     "push_to_hub": "the trainer publishes nothing; share the finished student's directory instead",
@@ -276,15 +277,16 @@ class Resumable:
         for name, why in REFUSED.items() if settings else ():
             if getattr(settings[0], name, False):
                 raise ConfigError(f"{name}=True: {why}")
-        wanted = getattr(getattr(model, "config", None), "use_cache", None)
+        config = getattr(model, "config", None)
+        wanted = {name: getattr(config, name) for name in KEPT if hasattr(config, name)}
         self.readings, self.seen = Readings(), (None, None)
         super().__init__(model, *args, **kwargs)
         rows = self.model.config.get_text_config().vocab_size
         check_rows(self.processing_class, rows, "student")
         self.data_collator = CheckedRows(self.data_collator, self.processing_class, rows)
-        # the Trainer turns it off for good, and a checkpoint would say so; a training step asks for no cache anyway
-        if wanted is not None:
-            self.model.config.use_cache = wanted
+        # trainers change them for good, and a checkpoint would say so; a training step asks for what it needs
+        for name, value in wanted.items():
+            setattr(self.model.config, name, value)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """As in transformers; goes on from the newest verified checkpoint of the same run where it is asked to resume.
