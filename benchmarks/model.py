@@ -52,8 +52,9 @@ from xlstm_hybrid.evaluation.efficiency import (
 )
 from xlstm_hybrid.evaluation.efficiency_checks import decoding_difference, load_checkpoint
 from xlstm_hybrid.evaluation.efficiency_pairs import FIELDS, SHAPES, random_model
-from xlstm_hybrid.evaluation.equivalence import DTYPES, Result, bound
+from xlstm_hybrid.evaluation.equivalence import DTYPES, Result
 from xlstm_hybrid.model import linear
+from xlstm_hybrid.model.generation_checks import bound_of
 from xlstm_hybrid.planning.cache_size import allocated_bytes
 from xlstm_hybrid.reports.efficiency import machine_and_versions
 from xlstm_hybrid.reports.plots import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, as_png, figure
@@ -86,7 +87,7 @@ def gate(args, student, teacher):
     for name, model in (("teacher", teacher), ("student", student)):
         for cache in args.caches:
             difference = decoding_difference(model, cache, length=args.check)
-            allowed = bound(model.dtype, model.config.num_hidden_layers)
+            allowed = bound_of(model)
             words = f"{name}: prompt and steps = one call, {cache} cache"
             yield Result(words, difference, allowed, str(model.dtype).removeprefix("torch."), 0.0)
 

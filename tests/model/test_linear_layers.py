@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from xlstm_hybrid import XLSTMHybridForCausalLM, convert
+from xlstm_hybrid.conversion.convert import load_teaching
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import CacheError, CheckpointError, CompatibilityError, ConfigError
 from xlstm_hybrid.evaluation.equivalence import verify
@@ -27,6 +28,7 @@ from xlstm_hybrid.planning.run import attention_flops, jobs_of, student_shape
 from xlstm_hybrid.serving.rows import Rows
 from xlstm_hybrid.state import fork, load_state, prefill, recorded, rollback, save_state, snapshot
 from xlstm_hybrid.training.calibration import calibrate_model
+from xlstm_hybrid.training.distillation import check_documents_stay_apart
 
 LINEAR = "linear_attention"
 SHORT = 11  # tokens of the shorter row
@@ -176,6 +178,17 @@ def test_stages_0_and_1_pass_through_linear_layers_and_train_nothing_in_them():
     assert (out.sums[::2] == 0).all() and (out.error[1::2] > 0).all()
     out.loss.backward()
     assert all((p.grad is not None) == (".mlstm." in name) for name, p in model.named_parameters())
+
+
+def test_a_teacher_of_packed_rows_is_the_student_that_keeps_every_layer(tmp_path):
+    original, inputs = teacher("olmo_hybrid"), ["input_ids", "position_ids"]
+    original.save_pretrained(tmp_path)
+    model = load_teaching(tmp_path, device="cpu")
+    with torch.no_grad():
+        close(model(tokens()).logits, original(tokens()).logits)
+    check_documents_stay_apart(model, "teacher", inputs)
+    with pytest.raises(ConfigError, match="the teacher .OlmoHybridForCausalLM. lets packed documents see each other"):
+        check_documents_stay_apart(original, "teacher", inputs)
 
 
 def test_adapters_reach_the_projections_of_linear_layers():

@@ -305,7 +305,7 @@ FAMILIES["qwen3_5_moe_text"] = replace(
         | SHARED_EXPERT
     ),
     traits=FAMILIES["qwen3_5_text"].traits
-    | {name: name for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    | {name: name for name in (*CHOICE_OF_EXPERTS, "moe_intermediate_size") if name != "norm_topk_prob"}
     | {
         "shared_expert_intermediate_size": "shared_expert_intermediate_size",
         "norm_topk_prob": lambda config: True,

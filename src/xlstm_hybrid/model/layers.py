@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.attention import HybridAttention, rms_norm
+from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.linear import Linear, hooked
 from xlstm_hybrid.model.linear_attention import attend, gated_delta_net
 
@@ -47,10 +48,11 @@ ALIGNMENT_TERMS = ("error", "target", "cosine", "frobenius")  # what a layer sum
 
 
 class XLSTMHybridRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE with the parameters of one teacher layer type, by default that of the first layer."""
+    """RoPE with the parameters of one teacher layer type, by default that of the first layer with attention."""
 
     def __init__(self, config, layer_type=None):
-        rope = dict(config.rope_parameters_of(layer_type or config.attention_types[0]))
+        first = next(kind for kind in config.teacher_layer_types if kind != LINEAR)
+        rope = dict(config.rope_parameters_of(layer_type or first))
         # where a part of a head rotates, it is as a head of that size
         head_dim = int(config.head_dim * rope.pop("partial_rotary_factor", 1.0))
         # LlamaConfig wants hidden_size to be a multiple of them, other families do not
