@@ -71,6 +71,12 @@ class Engine:
         """Slots and pages that no request holds."""
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    @property
+    def running(self):
+        """Names of the requests that the runner, the first or the second, holds something of."""
+        runner = self.runner
+        return set(runner.req_states.req_id_to_index if hasattr(runner, "req_states") else runner.requests)
+
     def add(self, name, prompt, new=NEW):
         self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=new, **GREEDY))
 

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="make test-vllm installs it")
 
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -92,6 +93,7 @@ def test_greedy_tokens_are_those_of_generate(engine, fields):
     assert served.free == free
 
 
+@pytest.mark.skipif("runner_v2" in sys.modules, reason="processes that vLLM starts have no interpreter of Triton's")
 @pytest.mark.parametrize("fields", CUT.values(), ids=CUT)
 def test_two_processes_write_what_one_writes(engine, fields):
     """Each has half of the heads, of every state and of the vocabulary's 97 or 101 rows; prompts in pieces, as above."""
@@ -159,7 +161,7 @@ class TestManyRequests:
         lengths, free = [(5 * j) % 23 + 1 for j in range(1000)], served.free
         texts = prompts(lengths, seed=3)
         written = served.write(texts, 3)
-        assert served.free == free and len(served.runner.requests) <= 16  # the last step's leave with the next
+        assert served.free == free and len(served.running) <= 16  # the last step's leave with the next
         assert [written[j] for j in range(0, 1000, 50)] == [ours(model, texts[j], 3) for j in range(0, 1000, 50)]
 
     def test_a_slot_that_is_another_texts_is_an_error(self, served, monkeypatch):
