@@ -139,20 +139,9 @@ def layer_step(
     )
     token, gates = (x, raw_q, raw_k, v, q, k), (i_weight, f_weight, f_bias, o_weight, o_bias)
     rope_rows, rope_dim = len(cos), cos.shape[-1]
-    queries, pairs = B * H * K, B * G * K
+    queries, pairs, rope = B * H * K, B * G * K, [rope_rows * rope_dim] * 2
     sizes = (
-        *(
-            B * D,
-            queries,
-            pairs,
-            pairs,
-            queries,
-            pairs,
-            rope_rows * rope_dim,
-            rope_rows * rope_dim,
-            H * K * P,
-            H * K * P,
-        ),
+        *(B * D, queries, pairs, pairs, queries, pairs, *rope, H * K * P, H * K * P),
         *(H * D, H * D, H, H * (D if gate_of_x else 3 * K), H),
         *(N * H * K * F, N * H * F, N * H, N * G * K * slots, N * G * K * slots, B, B),
     )
