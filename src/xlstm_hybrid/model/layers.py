@@ -219,9 +219,11 @@ class LinearDecoderLayer(DecoderLayer):
     """A layer of linear attention, the teacher's own; its norms stand before, in all families that have one."""
 
     def __init__(self, config, layer_idx):
-        module, cache_name = gated_delta_net(config)
-        super().__init__(config, layer_idx, "pre", linear_attn=module)
-        self.layer_idx, self.cache_name = layer_idx, cache_name
+        super().__init__(config, layer_idx, "pre")
+        self.layer_idx = layer_idx
+        # last: transformers' pipelines send hidden states in the dtype of a stage's first parameter, and A_log, the first of the
+        # module, may stay in float32
+        self.linear_attn, self.cache_name = gated_delta_net(config)
 
     def forward(self, hidden_states, align=None, tokens=None, cache=None, **kwargs):
         """Hidden states after the layer [B, T, D]; with `align` also what it adds to the terms of stage I, which is 0."""
