@@ -33,6 +33,21 @@ def test_training_compiles_into_one_graph_with_the_same_gradients(case):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_training_with_experts_compiles_with_padding(together, balanced):
+    """One expert after the other asks which of them has tokens, which breaks the graph; all together are one."""
+    torch._dynamo.reset()  # a compiled router does not see that another is asked for its logits
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "router_aux_loss_coef": 0.5}
+    student, ids = tiny_student(torch.float32, num_hidden_layers=1, **experts).train(), token_ids(2, 40)
+    student.set_experts_implementation("batched_mm" if together else "eager")
+    inputs = {"input_ids": ids, "labels": ids, **cases(ids)["packed and padded"]} | {"output_router_logits": balanced}
+    want = loss_and_gradients(student, student, **inputs)  # first: transformers' recorders are put on in no graph
+    found = loss_and_gradients(torch.compile(student, backend="aot_eager", fullgraph=together), student, **inputs)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("window", "static", "most"),
     [

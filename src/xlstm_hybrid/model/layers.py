@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     load_balancing_loss_func,
 )
 
+from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.attention import HybridAttention, rms_norm
 from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.linear import Linear, hooked
@@ -125,7 +126,14 @@ def balance_loss(config, router_logits, attention_mask=None):
     Args:
         router_logits: of each layer with experts, [B T, experts].
         attention_mask: [B, tokens], of which the last T are the call's; padding does not count.
+    Raises:
+        ConfigError: no layer's were recorded.
     """
+    if not router_logits:  # torch does not look for hooks that come after it has compiled
+        raise ConfigError(
+            "output_router_logits=True: the routers of this model were compiled before their logits were first asked for; call it "
+            "once with output_router_logits=True before torch.compile, or torch._dynamo.reset()"
+        )
     if attention_mask is not None:
         T = len(router_logits[0]) // len(attention_mask)
         attention_mask = attention_mask[:, -T:]

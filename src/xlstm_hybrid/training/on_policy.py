@@ -194,7 +194,7 @@ class OnPolicyKDTrainer(Resumable, DistillationTrainer):
         for name, network in networks.items():
             attach(network)
             check_head(network, name)
-        if not args.train_routers:
+        if not (args.train_routers or hasattr(model, "get_base_model")):  # PEFT chooses by itself
             freeze_routers(model)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         self.balance = balance_weight(self.model, args.router_aux_loss_coef)
