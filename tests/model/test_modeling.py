@@ -334,7 +334,7 @@ BAD_CONFIGS = {
     },
     "qk_norm='both'": {"qk_norm": "both"},
     "norm_position='middle'": {"norm_position": "middle"},
-    "layer_types holds": {"layer_types": ["linear_attention"] * 3},
+    "layer_types holds": {"layer_types": ["chunked_attention"] * 3},
 }
 
 

@@ -36,6 +36,16 @@ KEPT = {"kept_groups": [[0], [], []]}
 LOG = KEPT | {"kept_positions": "log"}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LINEAR = {
+    "layer_types": ["linear_attention", "hybrid_sliding", "hybrid_sliding"],
+    "teacher_layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_attention": "olmo_hybrid",
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
 EDITS = {  # field: (what the student was trained with, another value)
     "vocab_size": ({}, 62),
     "hidden_size": ({}, 64),
@@ -76,6 +86,13 @@ EDITS = {  # field: (what the student was trained with, another value)
     "mlp_only_layers": (MOE, [1]),
     "output_router_logits": (MOE, True),
     "router_aux_loss_coef": (MOE, 0.5),
+    "linear_attention": (LINEAR, "qwen3_next"),
+    "linear_num_key_heads": (LINEAR, 4),
+    "linear_num_value_heads": (LINEAR, 2),
+    "linear_key_head_dim": (LINEAR, 8),
+    "linear_value_head_dim": (LINEAR, 6),
+    "linear_conv_kernel_dim": (LINEAR, 3),
+    "linear_allow_neg_eigval": (LINEAR, True),
     "layer_types": (KINDS, ["hybrid_sliding", "sliding_attention", "sliding_attention"]),
     "teacher_layer_types": (KINDS | KEPT, ["sliding_attention", "full_attention", "sliding_attention"]),
     "teacher_sliding_window": (KINDS, 8),
