@@ -513,5 +513,5 @@ def test_a_plan_is_for_gpus_and_takes_a_recipe_that_says_nothing_for_bfloat16():
     assert not plan.jobs_of(recipe)["align"].bf16  # it says so
     for silent in ({"max_steps": 2}, {"max_steps": 2, "bf16": None}):
         assert plan.jobs_of(replace(recipe, align=silent))["align"].bf16
-    said = plan.assumptions(plan.machine_of(8, 80e9), types.SimpleNamespace(idle=0))
+    said = plan.assumptions(plan.machine_of(8, 80e9), types.SimpleNamespace(idle=0, linear=0))
     assert "bf16: false" in "\n".join(said)
