@@ -195,7 +195,7 @@ def test_a_renamed_cache_stops_generation_at_its_first_call(model, rename_cache)
         generated(model, token_ids(2, 9))
 
 
-@pytest.mark.parametrize("keyword", ["head_mask", "labelz", "output_router_logits", "cache_position"])
+@pytest.mark.parametrize("keyword", ["head_mask", "labelz", "output_gatez", "cache_position"])
 def test_a_keyword_that_would_be_ignored_is_refused_by_name(model, keyword):
     ids = token_ids(2, 9)
     for call in (model, model.model):

@@ -15,6 +15,7 @@ from xlstm_kernels import layer_step_runs
 
 from xlstm_hybrid.model import linear as linear_module
 from xlstm_hybrid.model import one_token
+from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.linear import Linear
 from xlstm_hybrid.model.one_token import compiled_step
 from xlstm_hybrid.state import prefill, remember
@@ -54,9 +55,9 @@ def decoded(model, ids, steps, cache=None, **masks):
     out = model(ids[:, :T], use_cache=True, cache=cache, **part(T))
     logits = []
     for t in range(T, ids.shape[1]):
-        out = model(ids[:, t : t + 1], use_cache=True, cache=out.cache, **part(t + 1))
+        out = model(ids[:, t : t + 1], use_cache=True, cache=cache_of(out), **part(t + 1))
         logits.append(out.logits)
-    return torch.cat(logits, 1), out.cache
+    return torch.cat(logits, 1), cache_of(out)
 
 
 def close(found, want, dtype=torch.float32):

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from xlstm_hybrid.errors import CacheError
 from xlstm_hybrid.model.cache import HybridCacheLayer
+from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.planning.cache_size import allocated_bytes, filled_bytes
 from xlstm_hybrid.state import fork, load_state, prefill, remember, rollback, save_state
 
@@ -263,7 +264,7 @@ def test_layers_that_are_alike_find_the_slots_of_a_call_once(monkeypatch):
     monkeypatch.setattr(HybridCacheLayer, "placing", lambda self, tokens: calls.append(self) or placing(self, tokens))
     model, ids = tiny_student(num_hidden_layers=4, layer_windows=[5, 7, 5, 7]), token_ids(2, 13)
     with torch.no_grad():
-        cache = model(ids[:, :9], use_cache=True).cache
+        cache = cache_of(model(ids[:, :9], use_cache=True))
         assert calls == cache.layers[:2]
         logits = model(ids[:, 9:], use_cache=True, cache=cache).logits
         assert calls == [*cache.layers[:2], *cache.layers[:2]]

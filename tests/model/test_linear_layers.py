@@ -19,6 +19,7 @@ from xlstm_hybrid.evaluation.equivalence import verify
 from xlstm_hybrid.hub.graphs import refuse_config
 from xlstm_hybrid.model import linear_attention
 from xlstm_hybrid.model.adapters import coverage, target_names
+from xlstm_hybrid.model.cache_names import cache_of, named
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
 from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 from xlstm_hybrid.model.mixer import NotParallel
@@ -64,7 +65,7 @@ def test_padding_anywhere_changes_nothing_now_or_in_what_follows(side, use_cache
         for begin, end in ((0, 2), (2, 3), (3, 4)):
             mask = torch.cat([mask, torch.ones(2, end - begin, dtype=torch.long)], 1)
             mask[1, -1] = begin != 2
-            out = exact(more[:, begin:end], attention_mask=mask, use_cache=True, cache=out.cache)
+            out = exact(more[:, begin:end], attention_mask=mask, use_cache=True, cache=cache_of(out))
         close(out.logits[1], exact(whole, use_cache=False).logits[0, -1:])
         close(out.logits[0], exact(torch.cat([ids[:1], more[:1]], 1), use_cache=False).logits[0, -1:])
 
@@ -75,8 +76,8 @@ def test_documents_of_a_row_know_nothing_of_each_other_and_the_last_goes_on(exac
     position_ids = torch.cat([torch.arange(15), torch.arange(SHORT)])[None]
     out = exact(torch.cat([first, second], 1), position_ids=position_ids, use_cache=True)
     close(out.logits, torch.cat([exact(x, use_cache=False).logits for x in (first, second)], 1))
-    beginning = snapshot(out.cache)
-    found = exact(more[:, :2], position_ids=torch.tensor([[SHORT, SHORT + 1]]), use_cache=True, cache=out.cache)
+    beginning = snapshot(cache_of(out))
+    found = exact(more[:, :2], position_ids=torch.tensor([[SHORT, SHORT + 1]]), use_cache=True, cache=cache_of(out))
     close(found.logits, exact(torch.cat([second, more[:, :2]], 1), use_cache=False).logits[:, -2:])
     found = exact(more[:, 2:], position_ids=torch.tensor([[0]]), use_cache=True, cache=beginning)  # another document
     close(found.logits, exact(more[:, 2:], use_cache=False).logits)
@@ -160,7 +161,7 @@ def test_rows_of_a_running_batch_join_and_leave(exact):
 def test_a_plan_counts_the_bytes_that_a_cache_has():
     model, original, ids = student("qwen3_next", "mixed", torch.float32), teacher("qwen3_next"), ids_of(2 * W)
     assert filled_bytes(prefill(model, ids)) == 2 * sum(cache_bytes(model.config, 2 * W, torch.float32).values())
-    read = original(ids, use_cache=True, cache=DynamicCache(config=original.config)).cache
+    read = cache_of(original(ids, use_cache=True, **named(DynamicCache(config=original.config))))
     assert filled_bytes(read) == 2 * sum(cache_bytes(model.config, 2 * W, torch.float32, teacher=True).values())
 
 

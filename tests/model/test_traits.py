@@ -15,6 +15,7 @@ from xlstm_hybrid import XLSTMHybridForCausalLM
 from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model import one_token
+from xlstm_hybrid.model.cache_names import cache_of
 from xlstm_hybrid.model.configuration import LINEAR_SIZES, TRAITS
 from xlstm_hybrid.model.layers import XLSTMHybridRotaryEmbedding
 from xlstm_hybrid.state import behaviour, load_state, prefill, save_state
@@ -70,7 +71,7 @@ def test_pieces_steps_padding_and_packing_give_one_full_forward(family, stack, m
     out = model(ids[:, :W], use_cache=True)
     pieces = [out.logits]
     for part in (ids[:, W : 2 * W + 3], *ids[:, 2 * W + 3 :].split(1, 1)):
-        out = model(part, use_cache=True, cache=out.cache)
+        out = model(part, use_cache=True, cache=cache_of(out))
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, **CLOSE)
     rows = [ids[:1], ids[1:, : W + 2]]
@@ -91,7 +92,7 @@ def test_a_compiled_token_is_that_of_the_operations(family, monkeypatch):
 
     def last():
         out = model(ids[:, :-1], use_cache=True)
-        return model(ids[:, -1:], use_cache=True, cache=out.cache).logits
+        return model(ids[:, -1:], use_cache=True, cache=cache_of(out)).logits
 
     run = one_token.layer_step
     monkeypatch.setattr(one_token, "layer_step", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs))

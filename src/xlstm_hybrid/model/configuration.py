@@ -10,8 +10,9 @@ from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache_names import NAMES
 
 LINEAR = "linear_attention"
-LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention", LINEAR)
-TEACHER_LAYER_TYPES = LAYER_TYPES[1:]
+ATTENTION = ("full_attention", "sliding_attention")
+TEACHER_LAYER_TYPES = (*ATTENTION, LINEAR)
+LAYER_TYPES = ("hybrid_sliding", *TEACHER_LAYER_TYPES)
 # whose linear attention it is -> its module in transformers
 LINEAR_ATTENTION = {
     "olmo_hybrid": "OlmoHybridGatedDeltaNet",
@@ -182,7 +183,7 @@ class XLSTMHybridConfig(StudentConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    _rope_type_labels = TEACHER_LAYER_TYPES
+    _rope_type_labels = ATTENTION
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -294,7 +295,7 @@ class XLSTMHybridConfig(StudentConfig):
     def standardize_rope_params(self):
         """As in transformers, which before 5.18 puts a rope_theta of its own beside nested dicts."""
         given = self.rope_parameters or {}
-        nested = {kind: given[kind] for kind in TEACHER_LAYER_TYPES if kind in given}
+        nested = {kind: given[kind] for kind in ATTENTION if kind in given}
         self.rope_parameters = nested or self.rope_parameters
         super().standardize_rope_params()
 
@@ -521,7 +522,7 @@ class XLSTMHybridConfig(StudentConfig):
         return self.rope_parameters.get(layer_type, self.rope_parameters)
 
 
-def attention_reach(config, kinds=LAYER_TYPES[:-1]):
+def attention_reach(config, kinds=("hybrid_sliding", *ATTENTION)):
     """`(window, sinks)` of the layer of these `kinds` that sees furthest back by attention; window None if one sees
     everything. Of a student's configuration or any other.
     """
