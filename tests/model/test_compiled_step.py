@@ -357,7 +357,7 @@ def tiny_llama(dtype, **changes):
 def test_a_decoded_token_costs_no_more_operations_than_it_did():
     """A clock would say the same on a quiet machine only."""
     each, rest = operations()
-    assert each <= 29 and rest <= 26, (each, rest)
+    assert each <= 29 and rest <= 35, (each, rest)  # 26 with transformers 5.24, 35 with 5.17
     with uncompiled():
         plain, plain_rest = operations()
     assert plain <= 178 and plain_rest <= 30, (plain, plain_rest)
