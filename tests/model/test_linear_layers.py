@@ -123,6 +123,16 @@ def test_states_are_taken_back_copied_and_repeated(exact):
     close(exact(ids, use_cache=True, cache=cache).logits, want)
 
 
+def test_a_repeated_record_of_padded_rows_is_taken_back_in_each_of_them(exact):
+    ids, mask = ids_of(W), torch.ones(2, W, dtype=torch.long)
+    mask[1, 4:6] = 0
+    cache = prefill(exact, ids, mask, rollback=W)
+    states = [rollback(snapshot(cache), 2), rollback(fork(cache, 2), 2)]
+    for one, two in zip(*(state.layers for state in states), strict=True):
+        for x, y in zip(one.named_tensors().values(), two.named_tensors().values(), strict=True):
+            close(y, x.repeat_interleave(2, 0))
+
+
 @torch.no_grad()
 def test_a_file_of_a_state_is_the_state_and_a_damaged_one_is_refused(tmp_path):
     model, ids = student("olmo_hybrid", "mixed", torch.float32), ids_of(2 * W)

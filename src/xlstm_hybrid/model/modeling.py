@@ -280,10 +280,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             seen=before,
             look=look,
         )
-        if linear and not tokens.plain and tokens.real.shape[1] > 1:
-            tokens.find_runs(
-                tokens.real.new_zeros(B, dtype=torch.long) if before is None else before, cache is not None
-            )
+        if linear and T > 1 and not tokens.plain:
+            tokens.find_runs(before, cache is not None)
         needs_packing = teacher or any(keys[j][0] not in ("hybrid_sliding", LINEAR) for j in present)
         starts = any(x is not None for x in (position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")))
         packed = needs_packing and T > 1 and starts and not tokens.plain and (not look or bool(tokens.start.any()))
@@ -305,9 +303,8 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
                 kind, window, sinks = keys[j]
                 if kind == "hybrid_sliding":
                     masks[keys[j]] = self.hybrid_mask(tokens, window, sinks, cache.layers[j] if filled else None)
-                elif kind != LINEAR and (
-                    kind == "full_attention" or not tokens.uneven
-                ):  # else the layer's own, by places
+                # uneven ones have masks of their own layer, by places
+                elif kind == "full_attention" or (kind == "sliding_attention" and not tokens.uneven):
                     masks[keys[j]] = attention_mask_of(config, kind, window, j, tokens, packed, **shared)
         for kind in config.attention_types if teacher else ():
             window = config.teacher_sliding_window
@@ -333,12 +330,11 @@ class XLSTMHybridModel(XLSTMHybridPreTrainedModel):
             return True
         if attention_mask is None or tokens.plain or torch.compiler.is_compiling():
             return False
-        before = tokens.real.new_zeros(len(tokens.real), dtype=torch.long) if before is None else before
         after, between = tokens.gaps(before)
         if layer is None or not bool(after.any()):
             return layer is None and bool(between.any())
         seen, T = layer.get_seq_length(), tokens.real.shape[1]
-        past = torch.cat([attention_mask.new_ones(len(before), seen), attention_mask[:, :-T]], 1)[:, -seen:]
+        past = torch.cat([attention_mask.new_ones(len(attention_mask), seen), attention_mask[:, :-T]], 1)[:, -seen:]
         place_tokens(cache, windows, past.to(tokens.real.device, torch.bool))
         return bool(seen > 0 or between.any())
 

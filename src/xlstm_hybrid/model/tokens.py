@@ -113,11 +113,12 @@ class Tokens:
         count = torch.where(real, index + 1, seen[:, None])[:, 0]
         return cls(real, start, index, start.long(), False, count=count)
 
-    def gaps(self, before):
+    def gaps(self, before=None):
         """`(after, between)`, [B, T] bool: padding that stands after a token of its row, and what of it stands before
-        one of the same call; `before` [B] is the number of tokens in the cache.
+        one of the same call; `before` [B] is the number of tokens in the cache, None: none.
         """
-        after = ~self.real & (self.real.cumsum(-1) + before[:, None] > 0)
+        seen = 0 if before is None else before[:, None]
+        after = ~self.real & (self.real.cumsum(-1) + seen > 0)
         return after, after & (self.real.flip(-1).cumsum(-1).flip(-1) > 0)
 
     def find_runs(self, before, cached):
@@ -125,12 +126,14 @@ class Tokens:
         documents of the rows one by one: where one begins in the call, or where padding stands between tokens.
 
         Args:
-            before: [B] tokens in the cache; cached: whether what follows will go on from this call, whose padding
-                behind tokens then stands between them.
+            before: [B] tokens in the cache, or None; cached: whether what follows will go on from this call, whose
+                padding behind tokens then stands between them.
         """
         after, between = self.gaps(before)
-        if self.plain or not bool((self.start | (after if cached else between)).any()):
-            return
+        if bool((self.start | (after if cached else between)).any()):
+            self.set_runs()
+
+    def set_runs(self):
         real, document, self.runs = self.real.cpu(), self.document.cpu(), []
         for row in range(len(real)):
             for number in document[row][real[row]].unique():
@@ -141,17 +144,18 @@ class Tokens:
         """The same of the tokens `begin` to `end`, as a call of its own would have it."""
         documents = self.document[:, begin - 1 : begin] if begin else 0
         parts = (x[:, begin:end] for x in (self.real, self.start, self.index, self.document - documents))
-        runs = None if self.runs is None else []
-        for row, columns, fresh in self.runs or ():
-            inside = columns[(columns >= begin) & (columns < end)]
-            if len(inside):
-                runs.append((row, inside - begin, fresh and bool(columns[0] >= begin)))
-        return Tokens(*parts, self.plain, self.blind, self.uneven, runs=runs)
+        return self.with_runs(Tokens(*parts, self.plain, self.blind, self.uneven))
 
     def map(self, change):
         parts = (change(x) for x in (self.real, self.start, self.index, self.document))
         blind, count = (None if x is None else change(x) for x in (self.blind, self.count))
-        return Tokens(*parts, self.plain, blind, self.uneven, count, runs=self.runs)
+        return self.with_runs(Tokens(*parts, self.plain, blind, self.uneven, count))
+
+    def with_runs(self, other):
+        """Tokens that were made of these, with runs of their own where these have them: rows may be other ones."""
+        if self.runs is not None:
+            other.set_runs()
+        return other
 
     def to(self, device, **kwargs):
         """The same on another device: accelerate calls it where a model's layers are on several."""
