@@ -386,6 +386,7 @@ def test_head_dim_is_hidden_size_over_heads_where_the_teacher_has_no_such_field(
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True, expected None"),
         ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a number above 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected a number above 0"),
+        ("qwen3_next", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected a number above 0"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected None: the student has no such thing"),
         ("mistral", {"layer_types": MIXED}, "are ignored by this family, whose layers are all sliding_attention"),
         ("qwen2", {"use_sliding_window": False}, "has sliding_attention layers and sliding_window=None"),

@@ -84,8 +84,8 @@ def rotating_if_theta(config):
     return None if config.rope_parameters.get("rope_theta") is not None else [False] * config.num_hidden_layers
 
 
-def rope_or_none(config):
-    """OLMo-Hybrid: the parameters of a RoPE that is not used where there is none."""
+def rope_or_unused(config):
+    """OLMo-Hybrid: without a theta, parameters of a RoPE with which no layer rotates."""
     rope = config.rope_parameters
     return rope if rope.get("rope_theta") is not None else {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -135,6 +135,23 @@ def in_layers(*names):
     return same(*(f"model.layers.{{n}}.{name}" for name in names))
 
 
+def with_drafts(tensors):
+    """The same table for checkpoints with layers that predict several tokens, which transformers leaves out, too."""
+    layers = [name.replace("model.layers", "mtp.layers") for name in tensors if "{n}" in name]
+    own = [f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")]
+    return tensors | dict.fromkeys([*layers, *own], "left out")
+
+
+def copied(*names):
+    """Traits that are fields of the teacher under the same names."""
+    return {name: name for name in names}
+
+
+def linear_of(kind):
+    """Traits of a family whose linear attention is that of `configuration.LINEAR_ATTENTION[kind]`."""
+    return copied(*LINEAR_SIZES) | {"linear_attention": lambda config: kind}
+
+
 WITHOUT_MLP = {
     **same("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
     # window attention and mLSTM share the four projections
@@ -155,21 +172,28 @@ EXPERTS = in_layers("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.
 SHARED_EXPERT = in_layers(
     *(f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")), "mlp.shared_expert_gate.weight"
 )
-
-
-def with_drafts(tensors):
-    """The same tables for checkpoints with layers that predict several tokens, which transformers leaves out, too."""
-    layers = [name.replace("model.layers", "mtp.layers") for name in tensors if "{n}" in name]
-    own = [f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")]
-    return tensors | dict.fromkeys([*layers, *own], "left out")
-
-
-CHOICE_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
-CHOICE_OF_EXPERTS = {name: name for name in CHOICE_OF_EXPERTS}
-QWEN_EXPERTS = CHOICE_OF_EXPERTS | {
-    "moe_intermediate_size": "moe_intermediate_size",
-    "mlp_only_layers": layers_without_experts,
+# in OLMo-Hybrid's checkpoints the norms of linear layers have other names; transformers writes the second for every layer
+OLMO_HYBRID_NORMS = {
+    f"model.layers.{{n}}.{stored}.weight": [f"model.layers.{{n}}.{name}.weight"]
+    for stored, name in (
+        ("attention_layer_norm", "input_layernorm"),
+        ("feedforward_layer_norm", "post_attention_layernorm"),
+    )
 }
+# three convolutions of a checkpoint, which `source.DirectoryTeacher` joins, are one here
+GATED_DELTA = in_layers("linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias")
+OLMO_LINEAR = GATED_DELTA | in_layers(
+    *(f"linear_attn.{name}_proj.weight" for name in "qkvabgo"), "linear_attn.o_norm.weight"
+)
+QWEN_LINEAR = GATED_DELTA | in_layers("linear_attn.norm.weight", "linear_attn.out_proj.weight")
+QWEN3_5_LINEAR = QWEN_LINEAR | in_layers(*(f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")))
+QWEN3_NEXT_LINEAR = QWEN_LINEAR | in_layers(*(f"linear_attn.in_proj_{name}.weight" for name in ("qkvz", "ba")))
+
+# traits
+CHOICE_OF_EXPERTS = copied("num_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
+QWEN_EXPERTS = CHOICE_OF_EXPERTS | copied("moe_intermediate_size") | {"mlp_only_layers": layers_without_experts}
+# what Qwen3-Next and Qwen3.5 share: attention with a gate on its output, norms with 1 + weight
+GATED = {"norm_plus_one": lambda config: True, "attention_output_gate": lambda config: True}
 
 FAMILIES = {
     "llama": Family(
@@ -208,9 +232,7 @@ FAMILIES["smollm3"] = replace(
 FAMILIES["granite"] = replace(
     FAMILIES["llama"],
     config_class=GraniteConfig,
-    traits={
-        name: name for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-    },
+    traits=copied("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 FAMILIES["qwen3_moe"] = replace(
     FAMILIES["qwen3"],
@@ -224,7 +246,7 @@ FAMILIES["qwen2_moe"] = replace(
     config_class=Qwen2MoeConfig,
     attention_bias="qkv_bias",
     tensors=FAMILIES["qwen2"].tensors | EXPERTS | SHARED_EXPERT,
-    traits=QWEN_EXPERTS | {"shared_expert_intermediate_size": "shared_expert_intermediate_size"},
+    traits=QWEN_EXPERTS | copied("shared_expert_intermediate_size"),
 )
 FAMILIES["olmoe"] = Family(
     OlmoeConfig,
@@ -244,32 +266,12 @@ FAMILIES["gemma3_text"] = Family(
     layer_types=per_layer,
     tensors=TRUNK | BOTH_NORMS | QK_NORMS | QKV_BIASES | O_BIAS,
     traits={
+        **copied("final_logit_softcapping"),
         "hidden_act": "hidden_activation",
         "norm_plus_one": lambda config: True,
         "embedding_multiplier": root_of_width,
         "attention_multiplier": lambda config: config.query_pre_attn_scalar**-0.5,
-        "final_logit_softcapping": "final_logit_softcapping",
     },
-)
-# in its checkpoints the norms of linear layers have other names; transformers writes the second of them for every layer
-OLMO_HYBRID_NORMS = {
-    f"model.layers.{{n}}.{stored}.weight": [f"model.layers.{{n}}.{name}.weight"]
-    for stored, name in (
-        ("attention_layer_norm", "input_layernorm"),
-        ("feedforward_layer_norm", "post_attention_layernorm"),
-    )
-}
-
-
-def linear_of(kind):
-    """Traits of a family whose linear attention is that of `configuration.LINEAR_ATTENTION[kind]`."""
-    return {"linear_attention": lambda config: kind} | {name: name for name in LINEAR_SIZES}
-
-
-# three convolutions of a checkpoint, which `source.DirectoryTeacher` joins, are one here
-GATED_DELTA = in_layers("linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias")
-OLMO_LINEAR = GATED_DELTA | in_layers(
-    *(f"linear_attn.{name}_proj.weight" for name in "qkvabgo"), "linear_attn.o_norm.weight"
 )
 FAMILIES["olmo_hybrid"] = replace(
     FAMILIES["olmo3"],
@@ -277,37 +279,28 @@ FAMILIES["olmo_hybrid"] = replace(
     tensors=FAMILIES["olmo3"].tensors | PRE_NORMS | OLMO_HYBRID_NORMS | OLMO_LINEAR,
     traits={
         **linear_of("olmo_hybrid"),
-        "linear_allow_neg_eigval": "linear_allow_neg_eigval",
+        **copied("linear_allow_neg_eigval"),
         "rope_layers": rotating_if_theta,
-        "rope_parameters": rope_or_none,
+        "rope_parameters": rope_or_unused,
     },
 )
-# what Qwen3-Next and Qwen3.5 share: attention with a gate on its output, norms with 1 + weight
-GATED = {"norm_plus_one": lambda config: True, "attention_output_gate": lambda config: True}
-QWEN_LINEAR = GATED_DELTA | in_layers("linear_attn.norm.weight", "linear_attn.out_proj.weight")
 FAMILIES["qwen3_5_text"] = replace(
     FAMILIES["qwen3"],
     config_class=Qwen3_5TextConfig,
     partial_rotary=True,
-    tensors=with_drafts(
-        FAMILIES["qwen3"].tensors
-        | QWEN_LINEAR
-        | in_layers(*(f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")))
-    ),
+    tensors=with_drafts(FAMILIES["qwen3"].tensors | QWEN3_5_LINEAR),
     traits=GATED | linear_of("qwen3_5"),
 )
 FAMILIES["qwen3_5_moe_text"] = replace(
     FAMILIES["qwen3_5_text"],
     config_class=Qwen3_5MoeTextConfig,
     tensors=with_drafts(
-        {name: targets for name, targets in FAMILIES["qwen3_5_text"].tensors.items() if ".mlp." not in name}
-        | EXPERTS
-        | SHARED_EXPERT
+        WITHOUT_MLP | EXPERTS | SHARED_EXPERT | PRE_NORMS | QK_NORMS | QKV_BIASES | O_BIAS | QWEN3_5_LINEAR
     ),
-    traits=FAMILIES["qwen3_5_text"].traits
-    | {name: name for name in (*CHOICE_OF_EXPERTS, "moe_intermediate_size") if name != "norm_topk_prob"}
-    | {
-        "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    traits={
+        **FAMILIES["qwen3_5_text"].traits,
+        **CHOICE_OF_EXPERTS,
+        **copied("moe_intermediate_size", "shared_expert_intermediate_size"),
         "norm_topk_prob": lambda config: True,
         "intermediate_size": "moe_intermediate_size",  # no layer is without experts
     },
@@ -315,13 +308,7 @@ FAMILIES["qwen3_5_moe_text"] = replace(
 FAMILIES["qwen3_next"] = replace(
     FAMILIES["qwen3_5_text"],
     config_class=Qwen3NextConfig,
-    tensors=with_drafts(
-        FAMILIES["qwen3"].tensors
-        | EXPERTS
-        | SHARED_EXPERT
-        | QWEN_LINEAR
-        | in_layers("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight")
-    ),
+    tensors=with_drafts(FAMILIES["qwen3"].tensors | EXPERTS | SHARED_EXPERT | QWEN3_NEXT_LINEAR),
     traits=GATED | linear_of("qwen3_next") | FAMILIES["qwen2_moe"].traits,
 )
 # Fields that change what a teacher calculates and that the student has nothing for, {family: {field: what it may be}}
@@ -332,7 +319,7 @@ WITHOUT = {
 # fields that a trait divides by, or takes a root of
 ABOVE_ZERO = {
     "gemma3_text": "query_pre_attn_scalar",
-    **dict.fromkeys(("qwen3_moe", "qwen2_moe"), "decoder_sparse_step"),
+    **dict.fromkeys(("qwen3_moe", "qwen2_moe", "qwen3_next"), "decoder_sparse_step"),
 }
 PICTURES = "pictures beside text"
 REFUSED = {  # families that one may well ask for, and what they have that no student has
