@@ -118,8 +118,8 @@ class XLSTMHybridConfig(StudentConfig):
             through beside (Qwen2-MoE; None: there is none).
         mlp_only_layers: numbers of the layers without experts.
         linear_attention: whose module the "linear_attention" layers have, a key of `LINEAR_ATTENTION`; linear_num_key_heads
-            and the other `LINEAR_SIZES` are its sizes, linear_allow_neg_eigval whether its keys may be corrected twice over
-            (OLMo-Hybrid).
+            and the other `LINEAR_SIZES` are its sizes, linear_allow_neg_eigval whether its memory may be corrected twice
+            over (OLMo-Hybrid).
         output_router_logits, router_aux_loss_coef: whether a forward returns the loss that balances experts, and its
             weight, as in transformers; our trainers ask for it where routers learn.
         layer_types: per layer "hybrid_sliding" (window + sinks beside an mLSTM; the default), "full_attention" or
@@ -341,6 +341,8 @@ class XLSTMHybridConfig(StudentConfig):
             wrong.append(f"qk_norm={self.qk_norm!r}: expected None, 'head' or 'full'")
         if self.norm_position not in ("pre", "post", "both"):
             wrong.append(f"norm_position={self.norm_position!r}: expected 'pre', 'post' or 'both'")
+        if self.hidden_act not in ACT2FN:
+            wrong.append(f"hidden_act={self.hidden_act!r}: expected a name that transformers has in ACT2FN")
         for name in (
             *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
             *("logits_scaling", "final_logit_softcapping"),
@@ -357,8 +359,6 @@ class XLSTMHybridConfig(StudentConfig):
             wrong.append(f"shared_expert_intermediate_size={width}: expected the width of the shared expert, or None")
         if odd := sorted(set(self.mlp_only_layers or ()) - set(range(n))):
             wrong.append(f"mlp_only_layers holds {odd}: expected numbers of layers from 0 to {n - 1}")
-        if self.hidden_act not in ACT2FN:
-            wrong.append(f"hidden_act={self.hidden_act!r}: expected a name that transformers has in ACT2FN")
         if not self.router_aux_loss_coef >= 0:
             wrong.append(f"router_aux_loss_coef={self.router_aux_loss_coef}: expected a weight of at least 0")
         if self.output_router_logits and not self.num_experts:

@@ -33,9 +33,8 @@ class Align(NamedTuple):
     """What stage I asks of a decoder layer.
 
     counted: [B, T] bool, tokens whose error counts.  teacher_mask: of the attention that the layer replaces.
-    output_terms: whether cosine and
-    distance after W_o are wanted.  onward: whether hidden states after the layer are wanted; else those before it are
-    returned, which cost nothing.
+    output_terms: whether cosine and distance after W_o are wanted.  onward: whether hidden states after the layer are
+    wanted; else those before it are returned, which cost nothing.
     """
 
     counted: torch.Tensor
@@ -221,8 +220,8 @@ class LinearDecoderLayer(DecoderLayer):
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx, "pre")
         self.layer_idx = layer_idx
-        # last: transformers' pipelines send hidden states in the dtype of a stage's first parameter, and A_log, the first of the
-        # module, may stay in float32
+        # last: transformers' pipelines send hidden states in the dtype of a stage's first parameter, and A_log, the first
+        # of the module, may stay in float32
         self.linear_attn, self.cache_name = gated_delta_net(config)
 
     def forward(self, hidden_states, align=None, tokens=None, cache=None, **kwargs):

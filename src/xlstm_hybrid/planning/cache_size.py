@@ -23,8 +23,8 @@ def cache_bytes(config, length, dtype=torch.bfloat16, teacher=False):
             model.
         teacher: of the teacher instead, whose layers are `teacher_layer_types`.
     Returns:
-        {"state": mLSTM and counters, and linear attention, "window": ring and sinks, "sparse": chosen tokens and scores, "kept": kept groups,
-        "full": layers that keep the teacher's attention}
+        {"state": mLSTM, counters and linear attention, "window": ring and sinks, "sparse": chosen tokens and scores,
+        "kept": kept groups, "full": layers that keep the teacher's attention}
     Raises:
         ConfigError: a length below 1, or no such dtype.
     """

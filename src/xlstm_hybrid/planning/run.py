@@ -35,13 +35,13 @@ MICRO = (16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a student and its teacher. teacher, student, new: numbers of parameters; layer: of one decoder layer;
-    head: of the LM head;
-    matmul: of all matrices that every token is multiplied with, the LM head left out; hybrid: layers that are
-    hybrid_sliding; columns: of a
-    head's feature map; features: of a head, which the memory's state has rows for; idle: parameters of experts that a
-    token does not go through, which are in no count of FLOPs; routed: how many experts it goes through, beside a shared one,
-    and F is their width together.  linear: layers of linear attention; recurrence: FLOPs per token of each one's memory.
+    """Sizes of a student and its teacher.
+
+    hybrid: layers that are hybrid_sliding.  teacher, student, new: numbers of parameters; layer: of one decoder layer;
+    head: of the LM head; matmul: of all matrices that every token is multiplied with, the LM head left out.  columns: of
+    a head's feature map.  features: of a head, which the memory's state has rows for.  idle: parameters of experts that a
+    token does not go through, which are in no count of FLOPs.  routed: how many experts it goes through, beside a shared
+    one; F is their width together.  linear: layers of linear attention; recurrence: FLOPs per token of each one's memory.
     """
 
     name: str
@@ -424,20 +424,17 @@ def assumptions(machine, shape):
         "GPU run them: not measured"
     )
     linear = "layers of linear attention: memory of activations as of a hybrid layer, FLOPs of a token after the other: not measured"
-    return (
-        [experts] * bool(shape.idle)
-        + [linear] * bool(shape.linear)
-        + [
-            f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
-            "documents fill their rows: shorter ones make the teacher's attention cheaper",
-            f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",
-            "float32 weights, gradients and Adam; bfloat16 compute under autocast, unless the recipe says bf16: false; "
-            "one that does not say trains in what its machine does quicker, bfloat16 on these GPUs; logits in chunks; "
-            f"memory of the GPU kernels as on a CPU, where the model was measured to within {ERROR:.0%}",
-            "time is that of training steps: loading, reading data, evaluation and communication that is not hidden come on top",
-            "a store holds 6 bytes per entry and 8 per token; filling it costs one forward of the teacher, as an online teacher does in every run",
-        ]
-    )
+    beside = [experts] * bool(shape.idle) + [linear] * bool(shape.linear)
+    return beside + [
+        f"peak {machine.flops / 1e12:,.0f} TFLOP/s (bfloat16, dense) per GPU, of which {machine.utilisation:.0%} are reached: not measured",
+        "documents fill their rows: shorter ones make the teacher's attention cheaper",
+        f"{machine.reserve:.0%} of the memory stay free for the driver, communication and fragmentation",
+        "float32 weights, gradients and Adam; bfloat16 compute under autocast, unless the recipe says bf16: false; "
+        "one that does not say trains in what its machine does quicker, bfloat16 on these GPUs; logits in chunks; "
+        f"memory of the GPU kernels as on a CPU, where the model was measured to within {ERROR:.0%}",
+        "time is that of training steps: loading, reading data, evaluation and communication that is not hidden come on top",
+        "a store holds 6 bytes per entry and 8 per token; filling it costs one forward of the teacher, as an online teacher does in every run",
+    ]
 
 
 def human(size):

@@ -156,8 +156,8 @@ class SparseKDTrainer(Resumable, SFTTrainer):
     the same positions. An online teacher gets what the student gets. Neither model's logits exist for all tokens at
     once, see `lm_head.Objective`, unless the caller asks for outputs. Logs `ce`, `kl` (nats; the divergence that was
     chosen), `top1_agreement` and `kept_mass` (of the teacher, but for dense outcomes and draws), each a mean per scored
-    token of a micro-batch, averaged over the micro-batches between two logs. Where routers
-    learn, `router_aux_loss_coef` times the loss that balances experts is added, which is logged as `aux_loss`.
+    token of a micro-batch, averaged over the micro-batches between two logs. Where routers learn,
+    `router_aux_loss_coef` times the loss that balances experts is added, which is logged as `aux_loss`.
 
     Args:
         model: student, a causal LM in memory, or its PEFT model; or pass `peft_config`.

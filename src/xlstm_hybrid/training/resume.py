@@ -4,7 +4,8 @@
 
 It puts `checkpoints` in the place of the Trainer's saving and loading, resumes from the newest verified checkpoint,
 refuses to resume as another run, saves on SIGTERM, skips a step whose loss or gradient is not finite, adds the
-`metrics`, and leaves what `KEPT` names in the model's config as it was. The trainer's `compute_loss` need not look for NaN.
+`metrics`, and leaves what `KEPT` names in the model's config as it was. The trainer's `compute_loss` need not look for
+NaN.
 
 What the Trainer does otherwise stays: the best model, early stopping, every event of a callback with its arguments,
 `eval_on_start`, `save_only_model`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`, `evaluate`,

@@ -124,7 +124,8 @@ class PartsBuilder(AttentionMetadataBuilder):
 class LayerStates(MambaBase):
     """The states of all requests in one hybrid layer, as a layer of vLLM's.
 
-    config: of what this process calculates of the student.  name: by which vLLM knows the layer, and hands out what belongs to it in a step.
+    config: of what this process calculates of the student.  name: by which vLLM knows the layer, and hands out what
+    belongs to it in a step.
     """
 
     def __init__(self, vllm_config, config, layer_idx, name):
