@@ -374,6 +374,9 @@ def test_a_student_is_proven_on_one_layer_of_each_layout():
     assert efficiency_checks.first_layers(
         tiny_student(layer_windows=[7, 7, 7], layer_sinks=[3, 3, 3])
     ).config.layer_sinks == [3, 3]
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "mlp_only_layers": [0, 2, 4]}
+    short = efficiency_checks.first_layers(tiny_student(num_hidden_layers=5, **experts))
+    assert short.config.mlp_only_layers == [0] and torch.isfinite(short(ids).logits).all()
 
 
 def test_on_a_cpu_the_checks_of_a_report_name_the_layers_that_they_ran_on():

@@ -69,6 +69,8 @@ def first_layers(model):
     for name in PER_LAYER:
         if (entries := getattr(config, name)) is not None:
             setattr(short.config, name, entries[:count])
+    if config.mlp_only_layers is not None:
+        short.config.mlp_only_layers = [j for j in config.mlp_only_layers if j < count]
     short.config.num_hidden_layers = len(short.model.layers)
     return short
 
