@@ -100,6 +100,16 @@ def test_the_gradients_of_packed_documents_are_those_of_each_alone(monkeypatch):
     torch.testing.assert_close(packed, apart, rtol=1e-6, atol=1e-8)
 
 
+@torch.no_grad()
+def test_packed_documents_are_read_under_autocast():
+    """As trainers run in bfloat16: products are rounded, the residual stream is not."""
+    model, ids = student("olmo_hybrid", dtype=torch.float32, gain=1.0), ids_of(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = model(ids.view(1, -1), position_ids=torch.arange(9).repeat(2)[None], use_cache=False).logits
+        alone = model(ids, use_cache=False).logits
+    torch.testing.assert_close(packed.view_as(alone), alone, rtol=0, atol=0.02 * float(alone.float().std()))
+
+
 # --- states ------------------------------------------------------------------------------------------------------
 
 

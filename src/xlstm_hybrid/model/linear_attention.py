@@ -212,7 +212,7 @@ def one_by_one(run, hidden_states, runs, rows=None):
         if rows is not None and fresh:
             rows[row] = LinearCacheLayer()
         y = run(x, None, None) if rows is None else rows[row].advance(run, x, None)
-        out[row, columns] = y[0]
+        out[row, columns] = y[0].to(out.dtype)  # of another one under autocast
     return out
 
 
