@@ -352,7 +352,7 @@ def translations():
     return {torch.ops.aten.searchsorted.Tensor: searchsorted, torch.ops.aten.log_sigmoid.default: log_sigmoid}
 
 
-def convert(model, step):
+def onnx_model(model, step):
     """The ONNX model of a `StepGraph` or `ChunkGraph`."""
     import onnx_ir
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
@@ -418,7 +418,7 @@ def save_onnx(model, directory):
     places = {}
     with open(directory / WEIGHTS, "wb") as file:
         for graph, step in STEP.items():
-            onnx = convert(model, step)
+            onnx = onnx_model(model, step)
             for name, value in onnx.graph.initializers.items():
                 tensor = value.const_value
                 if tensor.nbytes < INLINE:
