@@ -191,7 +191,13 @@ def test_plan_needs_no_weights(llama):
     assert read_config(llama).hidden_size == 42
 
 
-@pytest.mark.parametrize("case", ["an adapter", "a compiled model", "a variant", "pickles", "a state dict of torch"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("an adapter", "a compiled model", "a state dict of torch"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("a variant", "pickles")),
+    ],
+)
 def test_the_command_of_the_message_makes_the_checkpoint(case, llama, tmp_path):
     want = {name: x.clone() for name, x in teacher("llama").state_dict().items() if name != "lm_head.weight"}
     if case in ("pickles", "a state dict of torch"):

@@ -379,7 +379,9 @@ def test_the_command_writes_tables_a_picture_and_every_figure(saved, tmp_path):
     assert "| cache, MB | 40 | 2 |" in write_card(saved / "small").read_text()
 
 
-@pytest.mark.parametrize("cache", efficiency.CACHES)
+@pytest.mark.parametrize(
+    "cache", [pytest.param(kind, marks=pytest.mark.slow if kind == "static" else ()) for kind in efficiency.CACHES]
+)
 def test_the_report_says_what_is_missing_and_why(llama, student, here, cache):
     settings = Settings(lengths=(12,), contexts=(80,), rounds=1, steps=1, cache=cache)
     pair = measure_pair(Side("small", lambda: student), Side("big", lambda: llama), settings, lambda *_: [GREEN])

@@ -212,7 +212,7 @@ def test_a_forward_that_drops_the_cache_fails_the_run_before_anything_is_scored(
     assert not (unscored / "report.md").exists() and not (unscored / "student").exists()
 
 
-@pytest.mark.parametrize("by", ["lm-eval", "itself"])
+@pytest.mark.parametrize("by", [pytest.param("lm-eval", marks=pytest.mark.slow), "itself"])
 def test_scores_that_contradict_the_student_are_called_so_and_fail_the_run(
     by, finished, unscored, rename_cache, monkeypatch
 ):
