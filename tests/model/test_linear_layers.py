@@ -177,6 +177,12 @@ def test_rows_of_a_running_batch_join_and_leave(exact):
         close(found[row], exact(ids[j : j + 1, :length], use_cache=False).logits[0, -1])
 
 
+def test_layers_that_are_not_split_are_those_that_there_are():
+    """FSDP looks for each of them, and ends where one is missing."""
+    assert student("llama")._no_split_modules == {"HybridDecoderLayer"}
+    assert student("olmo_hybrid")._no_split_modules == {"HybridDecoderLayer", "LinearDecoderLayer"}
+
+
 @torch.no_grad()
 def test_a_plan_counts_the_bytes_that_a_cache_has():
     model, original, ids = student("qwen3_next", "mixed", torch.float32), teacher("qwen3_next"), ids_of(2 * W)

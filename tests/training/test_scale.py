@@ -27,7 +27,7 @@ from xlstm_hybrid.training.resume import Interrupted, Resumable
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 24
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["HybridDecoderLayer"]}}
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 WAYS = {"ddp": {}, "fsdp2": FSDP}
 
 

@@ -10,15 +10,17 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from test_alignment import LENGTH, aligned, arguments, collate, tokenizer
 from tiny_students import mixed_checkpoint
+from tiny_students import student as tiny
 from tiny_teachers import edit_config
 from transformers import AutoModelForCausalLM
 
-from xlstm_hybrid.checkpoint.files import read_provenance, verify_files
+from xlstm_hybrid.checkpoint.files import read_provenance, verify_files, weight_files
 from xlstm_hybrid.errors import CheckpointError, ConfigError, ConfigWarning
 from xlstm_hybrid.model.trained import recorded_values
 from xlstm_hybrid.training import alignment_by_groups as streaming
 from xlstm_hybrid.training.alignment import measure_alignment, new_parameters
 from xlstm_hybrid.training.alignment_by_groups import Progress, Spool, align_streamed
+from xlstm_hybrid.training.layers_at_a_time import model_of
 
 SETTINGS = {
     "max_steps": 6,
@@ -87,6 +89,17 @@ def test_in_bfloat16_streamed_alignment_is_the_joint_one_too(dtype, checkpoint, 
     assert trainer.stopped and len(trainer.stopped) < 3
     for name, p in new_parameters(model).items():
         assert torch.equal(found[name].to(p.dtype), p), name
+
+
+@pytest.mark.parametrize("family", ["olmo_hybrid", "qwen3_5_text"])
+def test_layers_are_in_memory_in_the_dtypes_of_the_whole_model(family, tmp_path):
+    """A teacher in bfloat16 rounds the decays of its linear attention, or keeps them."""
+    tiny(family, dtype=torch.float32).save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    part = model_of(whole.config, weight_files(tmp_path), [0, 1], torch.bfloat16)
+    for name, x in part.state_dict().items():
+        torch.testing.assert_close(x, whole.state_dict()[name], rtol=0, atol=0)
+    assert len(part.state_dict()) > 20
 
 
 def test_the_result_is_a_checkpoint_with_record_and_measures(checkpoint, tmp_path):

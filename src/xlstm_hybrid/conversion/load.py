@@ -30,11 +30,11 @@ def dtype_named(dtype, own):
     return chosen
 
 
-def parameter_dtype(name, dtype, cls):
-    """What parameter `name` of a model of class `cls` is stored in, where the model's dtype is `dtype`: gates are float32
-    at least.
+def parameter_dtype(name, dtype, model):
+    """What parameter `name` of a model, or of any model of a class, is stored in, where the model's dtype is `dtype`: gates
+    are float32 at least.
     """
-    gate = name.rsplit(".", 1)[-1] in cls._keep_in_fp32_modules_strict
+    gate = name.rsplit(".", 1)[-1] in model._keep_in_fp32_modules_strict
     return torch.promote_types(dtype, torch.float32) if gate else dtype
 
 

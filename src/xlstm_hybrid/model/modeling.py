@@ -73,14 +73,15 @@ class AlignmentOutput(ModelOutput):
 
 
 def drop_absent_names(model):
-    """Of the names that stay in float32 keep those that the model has: which gates there are is for the configuration
-    to say.
+    """Of the names that stay in float32, and of the layers that are not split, keep those that the model has: which gates
+    and layers there are is for the configuration to say, and accelerate's FSDP looks for each of them.
     """
     have = {part for name, _ in model.named_parameters() for part in name.split(".")}
     if getattr(model.config, "linear_attention", None) != "olmo_hybrid":  # the others round it to the model's dtype
         have.discard("A_log")
     model._keep_in_fp32_modules &= have
     model._keep_in_fp32_modules_strict &= have
+    model._no_split_modules = set(model._no_split_modules) & {type(module).__name__ for module in model.modules()}
 
 
 class StudentModel(RemembersTraining, PreTrainedModel):
@@ -128,7 +129,8 @@ class StudentGenerationMixin(GenerationMixin):
             CompatibilityError: see `ensure_compatible`.
         """
         # our own class, whatever is derived from it
-        ensure_compatible(next(cls for cls in type(self).__mro__ if StudentGenerationMixin in cls.__bases__))
+        own = next(cls for cls in type(self).__mro__ if StudentGenerationMixin in cls.__bases__)
+        ensure_compatible(own, getattr(self.config, "linear_attention", None))
         kwargs = renamed(kwargs, CACHE, "generate")
         cache, given = cache_of(kwargs), (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         ids = next((x for x in given if x is not None), None)
@@ -539,9 +541,14 @@ class XLSTMHybridForCausalLM(XLSTMHybridPreTrainedModel, StudentGenerationMixin)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; a version of it that is newer than the tested ones is checked first."""
+        """As in transformers; a version of it that is newer than the tested ones is checked first, its linear attention
+        where the model has it.
+        """
         ensure_compatible(XLSTMHybridForCausalLM)
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        ensure_compatible(XLSTMHybridForCausalLM, model.config.linear_attention)
+        return loaded
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As in transformers; then the cache becomes ours at once, so that `generate` compiles, chunks and refuses by

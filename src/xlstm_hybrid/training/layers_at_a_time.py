@@ -15,12 +15,15 @@ from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.model.trained import save_weights
 
 
-def read_tensor(files, name, dtype=None):
+def read_tensor(files, name, dtype=None, model=XLSTMHybridForCausalLM):
+    """A tensor of the checkpoint, as `model` has it where its dtype is `dtype`; None: as it is stored. A class does not
+    know which families round the decays of their linear attention.
+    """
     if name not in files:
         raise CheckpointError(f"the checkpoint lacks {name}: convert the teacher again")
     with safe_open(files[name], framework="pt") as file:
         value = file.get_tensor(name)
-    return value if dtype is None else value.to(parameter_dtype(name, dtype, XLSTMHybridForCausalLM))
+    return value if dtype is None else value.to(parameter_dtype(name, dtype, model))
 
 
 def embedded(config, table, input_ids):
@@ -38,7 +41,7 @@ def model_of(config, files, layers, dtype):
     trunk.embed_tokens, trunk.norm, model.lm_head = nn.Identity(), nn.Identity(), nn.Identity()
     rotaries = {kind: XLSTMHybridRotaryEmbedding(config, layer_type=kind) for kind in kinds}
     trunk.rotary_emb = nn.ModuleDict(rotaries)
-    state = {name: read_tensor(files, name, dtype) for name in model.state_dict()}
+    state = {name: read_tensor(files, name, dtype, model) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model.streamed_layers = sorted(layers)
     return model.eval()
