@@ -317,5 +317,6 @@ def test_a_transformers_without_the_module_is_named(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_LINEAR)
 def test_every_check_of_verify_passes(family):
-    failed = [result for result in verify(student(family, "mixed", torch.float32)) if not result.passed]
+    model = student(family, "mixed", torch.float32, gain=1.5)  # larger weights make chaos of the recurrence's float32
+    failed = [result for result in verify(model) if not result.passed]
     assert not failed
