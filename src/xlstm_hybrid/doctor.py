@@ -80,14 +80,17 @@ def model_check():
     """Whether the installed transformers runs our models right: known for what was tested, else by a tiny model."""
     from xlstm_hybrid.distil_xlstm import DistilXLSTMForCausalLM
     from xlstm_hybrid.errors import CompatibilityError
-    from xlstm_hybrid.model.compatibility import ensure_compatible
+    from xlstm_hybrid.model.compatibility import WITH_LINEAR, ensure_compatible
     from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 
     newer = untested("transformers", installed("transformers"))
-    for cls in (XLSTMHybridForCausalLM, DistilXLSTMForCausalLM):
-        name, mend = cls.config_class.model_type, f"pip install '{requirement('transformers')}'"
+    asked = [(cls.config_class.model_type, cls, None) for cls in (XLSTMHybridForCausalLM, DistilXLSTMForCausalLM)]
+    if newer:
+        asked += [(kind, XLSTMHybridForCausalLM, linear) for linear, kind in WITH_LINEAR.items()]
+    mend = f"pip install '{requirement('transformers')}'"
+    for name, cls, linear in asked:
         try:
-            ensure_compatible(cls)
+            ensure_compatible(cls, linear)
         except CompatibilityError as error:
             yield Finding(name, "generation is wrong", WRONG, without_home(str(error)), mend)
         else:

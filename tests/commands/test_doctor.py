@@ -270,11 +270,15 @@ def test_a_cpus_instructions_and_what_it_multiplies_quickly_are_told(machine, mo
     )
 
 
+LINEAR = {"olmo_hybrid": OK, "qwen3_next": WRONG, "qwen3_5": OK}
+
+
 def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
     assert [row.verdict for row in doctor.model_check()] == [OK, OK]
 
-    def refuse(cls):
-        raise CompatibilityError("of a tiny model, {'beams': 3.1} differ")
+    def refuse(cls, linear):
+        if linear in (None, "qwen3_next"):
+            raise CompatibilityError("of a tiny model, {'beams': 3.1} differ")
 
     monkeypatch.setattr(compatibility, "ensure_compatible", refuse)
     found = list(doctor.model_check())
@@ -283,6 +287,9 @@ def test_a_transformers_that_generates_otherwise_is_wrong(machine, monkeypatch):
         and "beams" in found[0].note
         and "transformers" in found[0].mend
     )
+    monkeypatch.setattr(doctor, "untested", lambda name, version: True)  # then linear attention counts, too
+    found = {row.name: row.verdict for row in list(doctor.model_check())[2:]}
+    assert found == {f"xlstm_hybrid with {name}": verdict for name, verdict in LINEAR.items()}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from xlstm_kernels.backends.verified import SOURCES, digest_of, file_of, read_ve
 
 from xlstm_hybrid.environment.versions import PACKAGES
 from xlstm_hybrid.errors import CompatibilityError, CompatibilityWarning, ConfigError
+from xlstm_hybrid.model.configuration import LINEAR, LINEAR_ATTENTION, LINEAR_SIZES
 from xlstm_hybrid.model.generation_checks import EVERY_MODEL, bound, difference
 
 NEWEST_TRANSFORMERS = PACKAGES["transformers"].newest  # on which all tests pass
@@ -33,8 +34,17 @@ HYBRID |= {"teacher_layer_types": ["full_attention", "full_attention", "sliding_
 RECURRENT = {"num_hidden_layers": 2, "block_pattern": ["mlstm", "slstm"], "slstm_intermediate_size": 32}
 # A tiny model of each type, with every kind of layer that it can have
 TINY = {"xlstm_hybrid": SHARED | HYBRID | {"num_hidden_layers": LAYERS}, "distil_xlstm": SHARED | RECURRENT}
+# and one for each of transformers' modules of linear attention: a student without such layers asks for none of them
+BESIDE = {"layer_types": [LINEAR, "hybrid_sliding", LINEAR], "teacher_layer_types": [LINEAR, "full_attention", LINEAR]}
+BESIDE |= dict.fromkeys(LINEAR_SIZES, 4) | {"linear_num_key_heads": 2}
+WITH_LINEAR = {name: f"xlstm_hybrid with {name}" for name in LINEAR_ATTENTION}
+TINY |= {
+    kind: TINY["xlstm_hybrid"] | BESIDE | {"linear_attention": name, "teacher_sliding_window": None}
+    for name, kind in WITH_LINEAR.items()
+}
 TOKENS = 16  # of a prompt: the windows wrap
-ALLOWED = bound(torch.float64, LAYERS)
+ALLOWED = dict.fromkeys(TINY, bound(torch.float64, LAYERS))
+ALLOWED |= dict.fromkeys(WITH_LINEAR.values(), bound(torch.float32, LAYERS))  # see `generation_checks.bound_of`
 
 
 def dependencies():
@@ -43,16 +53,17 @@ def dependencies():
     return {"transformers": transformers.__version__, "torch": torch.__version__, "sources": sources}
 
 
-def ensure_compatible(cls):
+def ensure_compatible(cls, linear=None):
     """Return if transformers runs models of a class right, as far as is known or can be seen at once.
 
     Args:
         cls: a causal language model of ours, with its `config_class`.
+        linear: the `linear_attention` of a model's configuration: one with such layers is meant.
     Raises:
         CompatibilityError: it does not.
         ConfigError: the environment variable `SWITCH` has no meaning.
     """
-    kind = cls.config_class.model_type
+    kind = cls.config_class.model_type if linear is None else WITH_LINEAR[linear]
     if kind in ANSWERS and ANSWERS[kind] is None:
         return
     with LOCK:
@@ -90,10 +101,10 @@ def answer(cls, kind):
         save_verdict(path, kind, verdict, dependencies())
     if verdict["right"]:
         return None
-    wrong = {name: float(f"{error:.2g}") for name, error in verdict["errors"].items() if not error <= ALLOWED}
+    wrong = {name: float(f"{error:.2g}") for name, error in verdict["errors"].items() if not error <= ALLOWED[kind]}
     return (
         f"transformers {transformers.__version__} with torch {torch.__version__} runs {kind} models otherwise than "
-        f"this version of xlstm-hybrid expects: of a tiny model, {wrong} differ where {ALLOWED:.1g} is allowed ("
+        f"this version of xlstm-hybrid expects: of a tiny model, {wrong} differ where {ALLOWED[kind]:.1g} is allowed ("
         "standard deviations of the logits, against calls without a cache). Generated text would be wrong: pip install "
         f"'transformers<={NEWEST_TRANSFORMERS}', the newest tested, or a newer xlstm-hybrid. The verdict is kept in "
         f"{path.name} in the cache folder (XLSTM_KERNELS_CACHE); {SWITCH}=1 checks again, {SWITCH}=0 goes on without"
@@ -121,7 +132,7 @@ def check_tiny_model(cls, kind):
             f": {type(error).__name__}: {error}. pip install 'transformers<={NEWEST_TRANSFORMERS}', the newest tested, "
             f"or a newer xlstm-hybrid; {SWITCH}=0 goes on without a check"
         ) from error
-    return {"right": all(error <= ALLOWED for error in errors.values()), "errors": errors}
+    return {"right": all(error <= ALLOWED[kind] for error in errors.values()), "errors": errors}
 
 
 @contextmanager
