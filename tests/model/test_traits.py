@@ -31,6 +31,7 @@ families = pytest.mark.parametrize("family", [pytest.param(f, marks=slow if f in
 # traits without which the weights have other shapes: a student that lacks one loads none of them
 SHAPES = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"}
 SHAPES |= {"attention_output_gate", "linear_attention", *LINEAR_SIZES}
+PART = {"rope_type": "default", "rope_theta": 100.0}
 OTHER = TRAITS | {"num_experts_per_tok": 1}
 
 
@@ -185,6 +186,10 @@ def test_embeddings_that_are_given_have_their_factor_already_and_a_new_vocabular
         ),
         ({"shared_expert_intermediate_size": -3}, "shared_expert_intermediate_size=-3: expected the width"),
         ({"mlp_only_layers": [1, 7, -1]}, r"mlp_only_layers holds \[-1, 7\]: expected numbers of layers from 0 to"),
+        (
+            {"rope_parameters": PART | {"partial_rotary_factor": 1.5}},
+            "partial_rotary_factor=1.5: expected a part above 0",
+        ),
         ({"hidden_act": "foo"}, "hidden_act='foo': expected a name that transformers has in ACT2FN"),
     ],
 )

@@ -349,6 +349,9 @@ class XLSTMHybridConfig(StudentConfig):
         ):
             if (factor := getattr(self, name)) is not None and not 0 < factor < math.inf:
                 wrong.append(f"{name}={factor}: expected a number above 0")
+        for kind in self.attention_types if self.rope_parameters else ():
+            if not 0 < (part := self.rope_parameters_of(kind).get("partial_rotary_factor", 1.0)) <= 1:
+                wrong.append(f"partial_rotary_factor={part}: expected a part above 0 and at most 1")
         if self.num_experts and not 1 <= (self.num_experts_per_tok or 0) <= self.num_experts:
             wrong.append(
                 f"num_experts_per_tok={self.num_experts_per_tok}: expected 1 to num_experts={self.num_experts}"
