@@ -319,7 +319,7 @@ def compare(mode, directory, name):
             )
         one, two = (model.generate(ids, return_dict_in_generate=True, **padded) for model in (alone, shared))
         longer = torch.cat([one.sequences, ids_of(4, seed=6)], 1)
-        if alone.config.layer_types[0] == "hybrid_sliding":
+        if alone.config.layer_types[0] in ("hybrid_sliding", "linear_attention"):
             again = shared.generate(longer, cache=cache_of(two), attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
             want = alone.generate(longer, cache=cache_of(one), attention_mask=F.pad(mask, (0, 16), value=1), **GREEDY)
             found["conversation"] = float(not torch.equal(again, want))
