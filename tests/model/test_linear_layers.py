@@ -100,6 +100,20 @@ def test_the_gradients_of_packed_documents_are_those_of_each_alone(monkeypatch):
     torch.testing.assert_close(packed, apart, rtol=1e-6, atol=1e-8)
 
 
+def test_gradients_go_through_a_cache_from_call_to_call(monkeypatch):
+    in_float64(monkeypatch, "olmo_hybrid")
+    model, ids = copy.deepcopy(student("olmo_hybrid")), ids_of(12)
+
+    def gradients(*sizes):
+        cache = DynamicCache(config=model.config)
+        model.zero_grad()
+        parts = [model(x, use_cache=True, cache=cache).logits for x in ids.split(sizes, 1)]
+        torch.cat(parts, 1).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if ".linear_attn." in name}
+
+    torch.testing.assert_close(gradients(6, 4, 1, 1), gradients(12), rtol=1e-6, atol=1e-6)
+
+
 # --- states ------------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,15 @@ class LinearCall:
         return replace(self, hidden_states=change(self.hidden_states), tokens=self.tokens.map(change))
 
 
+class StockLayer(LinearAttentionLayer):
+    """transformers' layer, which writes a memory over the one that the module has read: with gradients into a copy."""
+
+    def update_recurrent_state(self, *args, **kwargs):
+        if torch.is_grad_enabled() and self.recurrent_states[0] is not None:
+            self.recurrent_states[0] = self.recurrent_states[0].clone()
+        return super().update_recurrent_state(*args, **kwargs)
+
+
 class LinearCacheLayer(Rollback, StateLayer):
     """The states of one layer: inputs of its convolution, and the recurrence's memory.
 
@@ -87,7 +96,7 @@ class LinearCacheLayer(Rollback, StateLayer):
 
     def __init__(self):
         super().__init__()
-        self.states, self.seen_tokens = Cache(layers=[LinearAttentionLayer()]), 0
+        self.states, self.seen_tokens = Cache(layers=[StockLayer()]), 0
 
     def __copy__(self):
         """A layer with the same tensors and the same record, of which neither sees what the other is given."""
@@ -180,7 +189,7 @@ class LinearCacheLayer(Rollback, StateLayer):
             self.calls = [call.map(change) for call in self.calls]
 
     def reset(self):
-        self.states, self.is_initialized, self.seen_tokens = Cache(layers=[LinearAttentionLayer()]), False, 0
+        self.states, self.is_initialized, self.seen_tokens = Cache(layers=[StockLayer()]), False, 0
         self.forget()
 
     def named_tensors(self):
