@@ -21,7 +21,7 @@ from xlstm_hybrid.model import linear_attention
 from xlstm_hybrid.model.adapters import coverage, target_names
 from xlstm_hybrid.model.cache_names import cache_of, named
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.linear_attention import LinearCacheLayer
+from xlstm_hybrid.model.linear_attention import LinearCacheLayer, attend
 from xlstm_hybrid.model.mixer import NotParallel
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.cache_size import cache_bytes, filled_bytes
@@ -81,6 +81,21 @@ def test_documents_of_a_row_know_nothing_of_each_other_and_the_last_goes_on(exac
     close(found.logits, exact(torch.cat([second, more[:, :2]], 1), use_cache=False).logits[:, -2:])
     found = exact(more[:, 2:], position_ids=torch.tensor([[0]]), use_cache=True, cache=beginning)  # another document
     close(found.logits, exact(more[:, 2:], use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", ["olmo_hybrid", "qwen3_5_text"])
+@torch.no_grad()
+def test_documents_stay_apart_under_autocast(family):
+    """As bf16 trains: the module's output is narrower than its input."""
+    model, positions = student(family, dtype=torch.float32), torch.arange(9).repeat(2)[None]
+    x, run = torch.randn(1, 18, 50, generator=torch.Generator().manual_seed(0)), model.model.layers[0].run
+    tokens = Tokens.locate((1, 18), "cpu", position_ids=positions)
+    tokens.find_runs(torch.zeros(1, dtype=torch.long), cached=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, cache = attend(run, x, tokens), LinearCacheLayer()
+        want = torch.cat([run(part, None, None) for part in x.split(9, 1)], 1)
+        kept = attend(run, x, tokens, cache)
+    assert found.dtype == want.dtype == torch.bfloat16 and torch.equal(found, want) and torch.equal(kept, want)
 
 
 def test_the_gradients_of_packed_documents_are_those_of_each_alone(monkeypatch):

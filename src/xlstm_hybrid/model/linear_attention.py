@@ -215,13 +215,17 @@ def one_by_one(run, hidden_states, runs, rows=None):
         runs: `Tokens.runs`.
         rows: a `LinearCacheLayer` per row, which is replaced where a document begins; None: nothing is kept.
     """
-    out = torch.zeros_like(hidden_states)
+    parts = []
     for row, columns, fresh in runs:
         x = hidden_states[row, columns][None]
         if rows is not None and fresh:
             rows[row] = LinearCacheLayer()
         y = run(x, None, None) if rows is None else rows[row].advance(run, x, None)
-        out[row, columns] = y[0]
+        parts.append((row, columns, y[0]))
+    # under autocast the module's output is narrower than its input
+    out = torch.zeros_like(hidden_states, dtype=parts[0][2].dtype if parts else None)
+    for row, columns, y in parts:
+        out[row, columns] = y
     return out
 
 
