@@ -21,7 +21,7 @@ from xlstm_hybrid.model import linear_attention
 from xlstm_hybrid.model.adapters import coverage, target_names
 from xlstm_hybrid.model.cache_names import cache_of, named
 from xlstm_hybrid.model.configuration import XLSTMHybridConfig
-from xlstm_hybrid.model.linear_attention import LinearCacheLayer
+from xlstm_hybrid.model.linear_attention import LinearCacheLayer, attend
 from xlstm_hybrid.model.mixer import NotParallel
 from xlstm_hybrid.model.tokens import Tokens
 from xlstm_hybrid.planning.cache_size import cache_bytes, filled_bytes
@@ -83,6 +83,21 @@ def test_documents_of_a_row_know_nothing_of_each_other_and_the_last_goes_on(exac
     close(found.logits, exact(more[:, 2:], use_cache=False).logits)
 
 
+@pytest.mark.parametrize("family", ["olmo_hybrid", "qwen3_5_text"])
+@torch.no_grad()
+def test_documents_stay_apart_under_autocast(family):
+    """As bf16 trains: the module's output is narrower than its input."""
+    model, positions = student(family, dtype=torch.float32), torch.arange(9).repeat(2)[None]
+    x, run = torch.randn(1, 18, 50, generator=torch.Generator().manual_seed(0)), model.model.layers[0].run
+    tokens = Tokens.locate((1, 18), "cpu", position_ids=positions)
+    tokens.find_runs(torch.zeros(1, dtype=torch.long), cached=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, cache = attend(run, x, tokens), LinearCacheLayer()
+        want = torch.cat([run(part, None, None) for part in x.split(9, 1)], 1)
+        kept = attend(run, x, tokens, cache)
+    assert found.dtype == want.dtype == torch.bfloat16 and torch.equal(found, want) and torch.equal(kept, want)
+
+
 def test_the_gradients_of_packed_documents_are_those_of_each_alone(monkeypatch):
     in_float64(monkeypatch, "olmo_hybrid")
     model, ids = copy.deepcopy(student("olmo_hybrid")), ids_of(9)
@@ -108,6 +123,20 @@ def test_packed_documents_are_read_under_autocast():
         packed = model(ids.view(1, -1), position_ids=torch.arange(9).repeat(2)[None], use_cache=False).logits
         alone = model(ids, use_cache=False).logits
     torch.testing.assert_close(packed.view_as(alone), alone, rtol=0, atol=0.02 * float(alone.float().std()))
+
+
+def test_gradients_go_through_a_cache_from_call_to_call(monkeypatch):
+    in_float64(monkeypatch, "olmo_hybrid")
+    model, ids = copy.deepcopy(student("olmo_hybrid")), ids_of(12)
+
+    def gradients(*sizes):
+        cache = DynamicCache(config=model.config)
+        model.zero_grad()
+        parts = [model(x, use_cache=True, cache=cache).logits for x in ids.split(sizes, 1)]
+        torch.cat(parts, 1).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if ".linear_attn." in name}
+
+    torch.testing.assert_close(gradients(6, 4, 1, 1), gradients(12), rtol=1e-6, atol=1e-6)
 
 
 # --- states ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import tiny_config, tiny_student, token_ids
 from test_exact import KEPT, MIXED
-from tiny_teachers import teacher
+from tiny_teachers import teacher, teacher_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -516,6 +516,12 @@ def test_without_a_measurement_the_plan_says_so_and_bad_arguments_are_named(dire
             .invoke(app, ["convert", str(directory), str(tmp_path / "x"), "--options", str(tmp_path / "o.yaml")])
             .exception
         )
+
+
+def test_layers_of_linear_attention_are_no_full_ones(tmp_path):
+    teacher_config("qwen3_next").save_pretrained(tmp_path)  # no weights
+    said = invoke(tmp_path, "--budget", "12kB", "--length", 4096)
+    assert "linear layers: [0, 2]; full layers: none; kept groups: none" in said
 
 
 def test_a_plan_for_every_kind_of_layer_converts(tmp_path):

@@ -22,6 +22,7 @@ from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.data.long_context import documents
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
+from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
 from xlstm_hybrid.planning.layers import allocate, rank_groups, retrieval_rows
 from xlstm_hybrid.planning.run import human, read_config
@@ -133,7 +134,7 @@ def layout_lines(plan, ranking):
     """The plan as lines."""
     fields, teacher = plan.student, sum(plan.teacher_bytes.values())
     kept = fields["kept_groups"] or []
-    whole = [j for j, kind in enumerate(fields["layer_types"]) if kind != "hybrid_sliding"]
+    whole = [j for j, kind in enumerate(fields["layer_types"]) if kind not in ("hybrid_sliding", LINEAR)]
     if ranking:
         none, every = ranking["none"], ranking["all"]
         yield f"ranking ({ranking['method']}, {ranking['rows']} rows, {ranking['answer_tokens']} answer tokens): NLL {none['nll']:.3f} with no group,"
@@ -143,7 +144,9 @@ def layout_lines(plan, ranking):
     features = f", {fields['memory_feature_dim']} features per head" if fields["memory_feature_dim"] else ""
     yield f"window {fields['sliding_window']}, sinks {fields['num_sink_tokens']}{where}{features}{sparse}"
     groups = ", ".join(f"layer {j} {mine}" for j, mine in enumerate(kept) if mine)
-    yield f"full layers: {whole or 'none'}; kept groups: {groups or 'none'}"
+    linear = [j for j, kind in enumerate(fields["layer_types"]) if kind == LINEAR]
+    beside = f"linear layers: {linear}; " if linear else ""
+    yield f"{beside}full layers: {whole or 'none'}; kept groups: {groups or 'none'}"
     parts = ", ".join(f"{name} {human(size)}" for name, size in plan.bytes.items() if size)
     yield f"{human(plan.total)} of {human(plan.budget)} per sequence at {plan.length:,} tokens in {plan.dtype} ({parts})"
     yield f"the teacher's cache has {human(teacher)}: this is {plan.total / teacher:.1%} of it"

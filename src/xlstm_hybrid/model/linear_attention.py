@@ -75,6 +75,15 @@ class LinearCall:
         return replace(self, hidden_states=change(self.hidden_states), tokens=self.tokens.map(change))
 
 
+class StockLayer(LinearAttentionLayer):
+    """transformers' layer, which writes a memory over the one that the module has read: with gradients into a copy."""
+
+    def update_recurrent_state(self, *args, **kwargs):
+        if torch.is_grad_enabled() and self.recurrent_states[0] is not None:
+            self.recurrent_states[0] = self.recurrent_states[0].clone()
+        return super().update_recurrent_state(*args, **kwargs)
+
+
 class LinearCacheLayer(Rollback, StateLayer):
     """The states of one layer: inputs of its convolution, and the recurrence's memory.
 
@@ -87,7 +96,7 @@ class LinearCacheLayer(Rollback, StateLayer):
 
     def __init__(self):
         super().__init__()
-        self.states, self.seen_tokens = Cache(layers=[LinearAttentionLayer()]), 0
+        self.states, self.seen_tokens = Cache(layers=[StockLayer()]), 0
 
     def __copy__(self):
         """A layer with the same tensors and the same record, of which neither sees what the other is given."""
@@ -180,7 +189,7 @@ class LinearCacheLayer(Rollback, StateLayer):
             self.calls = [call.map(change) for call in self.calls]
 
     def reset(self):
-        self.states, self.is_initialized, self.seen_tokens = Cache(layers=[LinearAttentionLayer()]), False, 0
+        self.states, self.is_initialized, self.seen_tokens = Cache(layers=[StockLayer()]), False, 0
         self.forget()
 
     def named_tensors(self):
@@ -206,13 +215,17 @@ def one_by_one(run, hidden_states, runs, rows=None):
         runs: `Tokens.runs`.
         rows: a `LinearCacheLayer` per row, which is replaced where a document begins; None: nothing is kept.
     """
-    out = torch.zeros_like(hidden_states)
+    parts = []
     for row, columns, fresh in runs:
         x = hidden_states[row, columns][None]
         if rows is not None and fresh:
             rows[row] = LinearCacheLayer()
         y = run(x, None, None) if rows is None else rows[row].advance(run, x, None)
-        out[row, columns] = y[0].to(out.dtype)  # of another one under autocast
+        parts.append((row, columns, y[0]))
+    # under autocast the module's output is narrower than its input
+    out = torch.zeros_like(hidden_states, dtype=parts[0][2].dtype if parts else None)
+    for row, columns, y in parts:
+        out[row, columns] = y
     return out
 
 
