@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import xlstm_hybrid.conversion.convert
 from xlstm_hybrid import XLSTMHybridForCausalLM
+from xlstm_hybrid.conversion import families
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError, UnsupportedTeacherError
 
@@ -72,13 +73,20 @@ REFUSALS = {
     "another family": (
         lambda d: edit_config(d, model_type="gpt2"),
         UnsupportedTeacherError,
-        r"model_type 'gpt2' is not one of the supported families: llama, mistral, qwen2, qwen3, olmo2, olmo3",
+        r"model_type 'gpt2' is not one of the supported families; choose .* add it as docs/add-teacher-family.md shows; "
+        "supported are llama, mistral, qwen2, qwen3, olmo2, olmo3",
     ),
     "pictures": (
         lambda d: edit_config(d, model_type="qwen3_5_moe"),
         UnsupportedTeacherError,
-        r"'qwen3_5_moe' is not one of the supported families \(it has pictures beside text\): llama.*"
-        r"olmoe.*docs/add-teacher-family.md",
+        r"'qwen3_5_moe' has pictures beside text, which no student has; convert its text model, which this writes: python -c "
+        r".*; or choose a teacher of one of the supported families: llama.*olmoe[^/]*$",
+    ),
+    "a cap": (
+        lambda d: edit_config(d, model_type="gemma2"),
+        UnsupportedTeacherError,
+        r"'gemma2' has attention scores with a cap, which no student has; choose a teacher of one of the supported families: "
+        r"llama[^/]*$",
     ),
     "no family": (
         lambda d: edit_config(d, model_type=None),
@@ -326,3 +334,31 @@ def test_only_a_hub_id_has_revisions(llama, tmp_path):
     for source in (llama, teacher("llama")):
         with pytest.raises(ConfigError, match="revision='v1': only a Hub id has revisions"):
             convert(source, tmp_path / "out", revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"tensors": families.TRUNK},
+            CheckpointError,
+            r"27 without a place .* has no model.layers.\{n\}.input_layernorm.weight: docs/add-teacher-family.md",
+        ),
+        (
+            {"mlp_bias": "mlp_bais"},
+            ConfigError,
+            "family 'llama', mlp_bias: LlamaConfig has no field 'mlp_bais'; correct",
+        ),
+        (
+            {"traits": {"attention_multiplier": lambda config: config.scaling}},
+            ConfigError,
+            "family 'llama', attention_multiplier: LlamaConfig has no field 'scaling'",
+        ),
+    ],
+    ids=["a table", "a field", "a function"],
+)
+def test_what_a_family_of_ones_own_lacks_is_named(changes, error, message, llama, tmp_path, monkeypatch):
+    changed = families.replace(families.FAMILIES["llama"], **changes)
+    monkeypatch.setitem(families.FAMILIES, "llama", changed)
+    with pytest.raises(error, match=message):
+        convert(llama, tmp_path / "out")

@@ -171,9 +171,11 @@ def check_language_model(directory, name=None, files=None, weights=True):
         )
 
 
-def model_names(stored, name):
+def model_names(stored, name, inner=None):
     """{name in the model: stored name}: those of a trunk get `model.` in front, as in transformers.
 
+    Args:
+        inner: what stands in the place of `model.` where the model was saved out of one with pictures.
     Raises:
         CheckpointError: names of a wrapped model or of an adapter, which transformers would ignore; one tensor under two
             names.
@@ -182,6 +184,8 @@ def model_names(stored, name):
     found = {}
     for text in stored:
         full = f"model.{text}" if text.startswith(TRUNK) else text
+        if inner and full.startswith(inner):
+            full = f"model.{full.removeprefix(inner)}"
         if full in found:
             raise CheckpointError(f"{name}: holds both {text} and {found[full]}; remove one of the two")
         found[full] = text

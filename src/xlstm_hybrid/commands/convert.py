@@ -49,4 +49,6 @@ def convert(
             f"{options.name}: expected fields of the student's config, such as sliding_window; teacher, out and revision are arguments"
         )
     place = {"revision": revision, "gguf_file": gguf_file, "overwrite": overwrite}
-    print(convert_teacher(teacher, out, **(fields | given), **place))
+    report = convert_teacher(teacher, out, **(fields | given), **place)
+    print(report)
+    print(f"{out}: a student of {len(report.layer_types)} layers; next: xlstm-hybrid verify {out}")

@@ -172,9 +172,15 @@ class Transfer:
                 for kind, names in mistakes.items()
                 if names
             )
+            untold = [name for name in unplaced if layerless(name) not in self.family.tensors]
+            table = (
+                f"; or complete the family's table of tensors, which has no {layerless(untold[0])}: docs/add-teacher-family.md"
+                if untold
+                else ""
+            )
             raise CheckpointError(
                 f"{self.teacher.name}: the weights are not those of its config.json ({self.teacher.config.model_type}): {listed}; "
-                "compare the two, or download the checkpoint again"
+                f"compare the two, or download the checkpoint again{table}"
             )
 
     def tensor(self, name):

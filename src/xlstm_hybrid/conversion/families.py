@@ -30,6 +30,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from xlstm_hybrid.checkpoint.kinds import RESAVE
 from xlstm_hybrid.errors import ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.configuration import LAYER_TYPES, LINEAR_SIZES, TEACHER_LAYER_TYPES, XLSTMHybridConfig
 
@@ -115,14 +116,29 @@ class Family:
 
     def fields(self, config):
         """The student's fields that differ between families, from the teacher's configuration."""
-        fields, kinds = {"norm_position": self.norm_position, "qk_norm": self.qk_norm}, self.layer_types(config)
+        fields = {"norm_position": self.norm_position, "qk_norm": self.qk_norm}
+        kinds = self.read(config, "layer_types", self.layer_types)
         for name in ("attention_bias", "attention_output_bias", "mlp_bias"):
             value = getattr(self, name)
-            fields[name] = getattr(config, value) if isinstance(value, str) else value
+            fields[name] = self.read(config, name, value) if isinstance(value, str) else value
         for name, source in self.traits.items():
-            fields[name] = source(config) if callable(source) else getattr(config, source)
+            fields[name] = self.read(config, name, source)
         window = config.sliding_window if "sliding_attention" in kinds else None
         return fields | {"teacher_layer_types": kinds, "teacher_sliding_window": window}
+
+    def read(self, config, name, source):
+        """The student's field `name` from the teacher's configuration, by a function of it or the name of its field.
+
+        Raises:
+            ConfigError: the configuration has no such field.
+        """
+        try:
+            return source(config) if callable(source) else getattr(config, source)
+        except AttributeError as error:
+            raise ConfigError(
+                f"family {config.model_type!r}, {name}: {type(config).__name__} has no field {error.name!r}; correct the "
+                "family's entry, as docs/add-teacher-family.md shows"
+            ) from error
 
 
 def same(*names):
@@ -322,6 +338,18 @@ ABOVE_ZERO = {
     **dict.fromkeys(("qwen3_moe", "qwen2_moe", "qwen3_next"), "decoder_sparse_step"),
 }
 PICTURES = "pictures beside text"
+# families whose text model transformers writes under `model.language_model.`, and reads there
+BESIDE_PICTURES = ("qwen3_5_text", "qwen3_5_moe_text")
+# of some families with pictures: what writes the text model
+TEXT_MODEL = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), RESAVE.format("'DIR', dtype='auto'")),
+    # AutoModelForCausalLM is the whole model here, and with the text's configuration its weights are random
+    "gemma3": 'python -c "import transformers as t; '
+    "m = t.AutoModelForImageTextToText.from_pretrained('DIR', dtype='auto'); "
+    "x = t.AutoModelForCausalLM.from_config(m.config.text_config); "
+    "x.model, x.lm_head, x.generation_config = m.model.language_model, m.lm_head, m.generation_config; "
+    "x.save_pretrained('OUT')\", and copy the tokenizer's files to OUT",
+}
 REFUSED = {  # families that one may well ask for, and what they have that no student has
     **dict.fromkeys(("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"), PICTURES),
     "gemma2": "attention scores with a cap",
@@ -348,11 +376,16 @@ def family_of(config):
             f"teacher configuration: model_type {kind!r} is a student, made by a conversion already; go on with it (align, "
             "distill), or convert the Transformer that its provenance.json names"
         )
-    if kind not in FAMILIES:
-        what = f" (it has {REFUSED[kind]})" if kind in REFUSED else ""
+    if kind in REFUSED:
+        text = f"convert its text model, which this writes: {TEXT_MODEL[kind]}; or " if kind in TEXT_MODEL else ""
         raise UnsupportedTeacherError(
-            f"teacher configuration: model_type {kind!r} is not one of the supported families{what}: {', '.join(FAMILIES)}; "
-            "choose a teacher of one of them, or add it as docs/add-teacher-family.md shows"
+            f"teacher configuration: model_type {kind!r} has {REFUSED[kind]}, which no student has; {text}choose a teacher of "
+            f"one of the supported families: {', '.join(FAMILIES)}"
+        )
+    if kind not in FAMILIES:
+        raise UnsupportedTeacherError(
+            f"teacher configuration: model_type {kind!r} is not one of the supported families; choose a teacher of one of them, "
+            f"or add it as docs/add-teacher-family.md shows; supported are {', '.join(FAMILIES)}"
         )
     if quantised := getattr(config, "quantization_config", None):
         values = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -458,7 +491,7 @@ def student_config(teacher_config, *, sliding_window=512, num_sink_tokens=4, lay
         ConfigError: layer types, window, sinks or overrides that describe no student of this teacher.
     """
     family = family_of(teacher_config)
-    fields = {name: getattr(teacher_config, name) for name in EVERY_FAMILY if name not in family.traits}
+    fields = {name: family.read(teacher_config, name, name) for name in EVERY_FAMILY if name not in family.traits}
     fields |= family.fields(teacher_config)
     fields["head_dim"] = (
         getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // teacher_config.num_attention_heads

@@ -18,7 +18,7 @@ from xlstm_hybrid.checkpoint.files import contained, read_object, weight_files, 
 from xlstm_hybrid.checkpoint.kinds import INDEX, MARKS, SINGLE, check_language_model, check_layout, model_names
 from xlstm_hybrid.checkpoint.tokenizer import keep_tokenizer, note_rows
 from xlstm_hybrid.checkpoint.weights import GENERATION, SETTINGS_FILES, copy_settings, settings_files, using_cache
-from xlstm_hybrid.conversion.families import FAMILIES, family_of
+from xlstm_hybrid.conversion.families import BESIDE_PICTURES, FAMILIES, family_of
 from xlstm_hybrid.conversion.gguf import is_gguf, read_gguf, save_gguf_tokenizer
 from xlstm_hybrid.errors import CheckpointError, CheckpointWriteError, ConfigError
 
@@ -50,7 +50,9 @@ class DirectoryTeacher:
         family_of(self.config)
         check_language_model(self.path, name)
         files, self.tensors = weight_files(self.path), {}
-        self.names = {name: (stored, files[stored].name) for name, stored in model_names(files, self.name).items()}
+        inner = "model.language_model." if self.config.model_type in BESIDE_PICTURES else None
+        names = model_names(files, self.name, inner)
+        self.names = {name: (stored, files[stored].name) for name, stored in names.items()}
         for name, (stored, file) in self.names.items():
             try:
                 described = self.handle(file).get_slice(stored)
