@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -107,3 +108,23 @@ def test_a_command_whose_extra_is_not_installed_names_it(monkeypatch, capsys):
     assert stop.value.code == 2 and "this command needs trl: pip install 'xlstm-hybrid[train]'" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize(
+    "device, found", [("cuda", "torch finds no GPU; use --device cpu"), ("banana", "expected auto")]
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve S",
+        "verify S",
+        "harness S --tasks x --out o",
+        "efficiency T S --out o",
+        "plan-layers S --budget 1MB --length 9",
+    ],
+)
+def test_a_device_that_is_not_there_is_one_named_error(arguments, device, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, [*arguments.split(), "--device", device])
+    assert isinstance(result.exception, ConfigError) and f"--device {device}: {found}" in str(result.exception)

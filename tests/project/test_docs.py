@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -265,6 +266,8 @@ def check_line(words):
     elif Path(words[0]).name == "python" and words[1].endswith(".py"):
         source = (ROOT / words[1]).read_text()
         assert all(word in source for word in words if word.startswith("--")), words
+    elif words[0] == "curl":
+        json.loads(words[words.index("-d") + 1])
     else:
         assert Path(words[0]).name in ("python", "git", "pre-commit", "OMP_NUM_THREADS=1", "accelerate"), (
             f"who runs {' '.join(words)}?"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.serving.engine import Engine, EngineFull
+from xlstm_hybrid.serving.engine import Engine, EngineFull, EngineStops
 from xlstm_hybrid.serving.request import Text
 
 TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher/tiny-llama"
@@ -191,7 +191,7 @@ def test_an_engine_that_stops_tells_those_who_wait(engines, model):
     assert [client.answer()[1] for client in clients] == ["error"] * 3 and engine.active == 0
     engine.cancel(clients[2].request)  # whose client hangs up only now
     assert engine.active == 0 and engine.finished["cancelled"] == 0 and clients[2].pieces.empty()
-    with pytest.raises(EngineFull, match="about to stop"):
+    with pytest.raises(EngineStops, match="about to stop"):
         Client(engine, prompt(4), settings())
 
 

@@ -176,6 +176,18 @@ BAD = {
     "a field that would be ignored": ({"prompt": "k", "tools": []}, 400, "tools: .*accepted are model, stream"),
     "a value that is none": ({"prompt": "k", "top_p": 3}, 400, "top_p: .*less than or equal to 1"),
     "several answers": ({"prompt": "k", "n": 2}, 400, "n: .*1"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "^messages.0.content: expected text.*images",
+    ),
+    "token ids": ({"prompt": [1, 2]}, 400, "^prompt: expected one text: lists and token ids"),
+    "no prompt": ({"max_tokens": 1}, 400, "^prompt: Field required"),
+    "a penalty": (
+        {"prompt": "k", "frequency_penalty": 0.5},
+        400,
+        "^frequency_penalty: expected 0: .*repetition_penalty",
+    ),
     "beams": ({"prompt": "k", "generation_config": '{"num_beams": 2}'}, 400, "beam_search"),
     "settings that are no JSON": ({"prompt": "k", "generation_config": "beams"}, 400, "generation_config"),
     "settings that do not exist": ({"prompt": "k", "generation_config": '{"tempratur": 2}'}, 400, "tempratur"),
@@ -330,6 +342,13 @@ def test_an_answer_that_the_servers_end_cuts_short_is_an_error(student):
     assert site.engine.active == 0
 
 
+def test_a_request_that_comes_while_the_server_stops_is_told_so(student):
+    with listening(student) as site:
+        site.engine.stop()
+        status, text, _ = site.ask("/v1/completions", {"prompt": "k"})
+    assert status == 503 and "about to stop" in json.loads(text)["error"]["message"]
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -339,11 +358,12 @@ def test_the_command_serves_an_exported_checkpoint_with_its_options(checkpoint, 
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append(options))
     monkeypatch.setattr("xlstm_hybrid.serving.server.build_app", lambda engine, name: calls.append((engine, name)))
     chosen = {"port": 8123, "device": "cpu", "dtype": "float64", "max-rows": 3, "queue": 5, "seed": 7}
+    chosen["served-model-name"] = "mine"
     options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
     ran = CliRunner().invoke(cli.app, ["serve", f"{tmp_path}/exported", *options, "--log-level", "error"])
     assert ran.exit_code == 0 and f"{tmp_path}/exported: http://localhost:8123/v1" in ran.output, ran.output
     (engine, name), given = calls
-    assert name == f"{tmp_path}/exported" and type(engine.model) is XLSTMHybridForCausalLM
+    assert name == "mine" and type(engine.model) is XLSTMHybridForCausalLM
     assert (given["host"], given["port"], given["log_level"]) == ("localhost", 8123, "error")
     assert (engine.max_rows, engine.queue, engine.seed, engine.model.dtype) == (3, 5, 7, torch.float64)
 
@@ -351,6 +371,7 @@ def test_the_command_serves_an_exported_checkpoint_with_its_options(checkpoint, 
 WRONG = {
     "a teacher": (str(TEACHER), (), "is a model of type llama, expected a student"),
     "a level": ("student", ("--log-level", "loud"), "--log-level loud, expected one of debug, info, warning, error"),
+    "a dtype": ("student", ("--dtype", "banana"), "--dtype banana, expected one of auto, float64, float32"),
     "no rows": ("student", ("--max-rows", "0"), "max_rows=0, expected at least 1"),
 }
 

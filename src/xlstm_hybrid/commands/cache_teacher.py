@@ -13,6 +13,7 @@ from xlstm_hybrid.commands.options import Revision, Teacher
 from xlstm_hybrid.conversion.gguf import gguf_config, is_gguf
 from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.conversion.source import local_source
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.pipeline.targets import RECIPE, choose_dtype, fill_store, read_rows, share_out, store_spec
 from xlstm_hybrid.recipe.schema import load_recipe, teacher_of
 from xlstm_hybrid.teacher_store import TeacherStore, plan_store, planned_bytes
@@ -64,8 +65,9 @@ def cache_teacher(
     print(f"{count} rows, {tokens} tokens, targets for {places} of them: {needed / 1e9:,.3f} GB in {shards} shards")
     if estimate:
         return
-    if device is None:
-        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device in (None, "auto") and torch.cuda.is_available():
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+    device = device_of(device)
     dtype = choose_dtype(dtype, rows, config, device, out)
     settings = {"kind": kind, "k": top_k, "temperature": temperature, "vocab_size": size}
     settings |= {"shard_tokens": shard_tokens, "batch_size": batch_size, "plan": plan}

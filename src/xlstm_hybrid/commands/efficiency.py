@@ -12,6 +12,7 @@ from xlstm_hybrid.checkpoint.files import PROVENANCE
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.compare import print_section
 from xlstm_hybrid.commands.options import Teacher
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.efficiency import measure_pair
@@ -56,12 +57,8 @@ def efficiency(
     check_output(out, "folder", [teacher, student])
     if record:
         check_output(Path(student) / PROVENANCE, "file")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {device}: torch finds no GPU; use --device cpu, or install torch for CUDA and its driver"
-        )
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     dtype = dtype_for(device, dtype)

@@ -4,11 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.outputs import check_output
 from xlstm_hybrid.commands.options import Revision
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import EvaluationError
 from xlstm_hybrid.evaluation.harness import Options, expand, run_harness
@@ -58,7 +58,8 @@ def harness(
     Example: xlstm-hybrid harness runs/tiny/student --tasks domains,needle_4k --out results/student
     """
     check_output(out, "folder", [model])
-    warn_if_slow(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, "--dtype")
+    device = device_of(device)
+    warn_if_slow(device, dtype, "--dtype")
     documents = {"samples": samples, "depths": depths, "seed": seed, "limit": limit}
     documents |= {"haystack": haystack, "hops": hops, "batch_size": batch_size}
     documents |= {"max_length": max_length, "include": include, "chat": chat, "allow_code": allow_code}

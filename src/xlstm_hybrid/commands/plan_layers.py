@@ -20,6 +20,7 @@ from xlstm_hybrid.conversion.families import student_config
 from xlstm_hybrid.conversion.gguf import is_gguf
 from xlstm_hybrid.conversion.load import load_tokenizer
 from xlstm_hybrid.data.long_context import documents
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.environment.precision import dtype_for
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.configuration import LINEAR
@@ -68,6 +69,7 @@ def plan_layers(
         raise ConfigError("--haystack: read by --measure alone; add it, or leave --haystack out")
     if measure and ranking is not None:
         raise ConfigError("--measure and --ranking: expected one of them; leave --measure out to use the file")
+    device = device_of(device)
     chosen = {"sliding_window": window, "num_sink_tokens": sinks}
     config, is_student = student_of(model, **{name: value for name, value in chosen.items() if value is not None})
     found = read_json(ranking, "ranking") if ranking else None

@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.checkpoint.outputs import check_output
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint
 
 
@@ -32,6 +33,7 @@ def verify(
     """
     if out is not None:
         check_output(out, "file")
+    device = device_of(device)
     columns = ("check", "dtype", "largest difference", "allowed", "verdict")
     table = Table(*columns, caption="in standard deviations of the logits")
     with Console(stderr=True).status("checking") as status:

@@ -35,6 +35,10 @@ class EngineFull(Exception):
     """As many requests run and wait as may."""
 
 
+class EngineStops(Exception):
+    """The engine takes no more requests."""
+
+
 class Engine:
     """Continuous batching of one student.
 
@@ -79,6 +83,7 @@ class Engine:
 
         Raises:
             EngineFull: `max_rows` + `queue` requests are there.
+            EngineStops: `stop` was called.
             ConfigError: see `Request`.
         """
         with self.changed:
@@ -98,7 +103,7 @@ class Engine:
 
     def refuse_if_full(self):
         if self.stopping:
-            raise EngineFull("the server is about to stop and takes no more requests; ask another one")
+            raise EngineStops("the server is about to stop and takes no more requests; ask another one")
         if self.active >= self.max_rows + self.queue:
             self.finished["refused"] += 1
             raise EngineFull(

@@ -17,12 +17,20 @@ from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from xlstm_hybrid.errors import ConfigError
-from xlstm_hybrid.serving.engine import EngineFull
+from xlstm_hybrid.serving.engine import EngineFull, EngineStops
 
 # --- what a request may say ----------------------------------------------------------------------------------------
 
 Positive = Annotated[int, Field(ge=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]  # what clients send that send every field
+PENALTY = "expected 0: this penalty is not supported, leave it out or send repetition_penalty"
+LIMITS = {  # {field: what is said of a value that it does not take}
+    "content": "expected text, or parts of type text: images, audio and files are not supported, leave them out",
+    "prompt": "expected one text: lists and token ids are not supported, send one request per prompt, as text",
+    "n": "expected 1: several answers are not supported, send several requests",
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+}
 
 
 class Named(BaseModel, extra="forbid"):
@@ -307,10 +315,15 @@ def build_app(engine, name):
         if no_json or len(first["loc"]) == 1:
             found = first.get("ctx", {}).get("error", first["msg"])
             return failure(400, f"expected a JSON object, content-type: application/json ({found})")
-        where = ".".join(str(part) for part in first["loc"][1:])
+        path = [str(part) for part in first["loc"][1:]]
+        if first["type"] != "missing" and (field := next((part for part in path if part in LIMITS), None)):
+            where = ".".join(path[: path.index(field) + 1])
+            return failure(400, f"{where}: {LIMITS[field]}", param=where)
+        where = ".".join(path)
         accepted = ", ".join({**ChatBody.model_fields, **CompletionBody.model_fields})
-        hint = f"; accepted are {accepted}" if first["type"] == "extra_forbidden" and "." not in where else ""
-        return failure(400, f"{where}: {first['msg']}{hint}", param=where)
+        unknown = f"not supported, leave it out; accepted are {accepted}"
+        said = unknown if first["type"] == "extra_forbidden" and "." not in where else first["msg"]
+        return failure(400, f"{where}: {said}", param=where)
 
     @app.exception_handler(HTTPException)
     async def elsewhere(_, error):
@@ -324,6 +337,10 @@ def build_app(engine, name):
     async def full(_, error):
         headers = {"Retry-After": str(engine.retry_after())}
         return failure(429, str(error), "rate_limit_error", headers, limit=engine.max_rows, queue=engine.queue)
+
+    @app.exception_handler(EngineStops)
+    async def stops(_, error):
+        return failure(503, str(error), "server_error")
 
     async def answer(http, body):
         if body.model not in (None, name):
