@@ -102,6 +102,10 @@ class Command(TyperCommand):
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"\n{after_interrupt(self.name, context.params)}", file=sys.stderr)  # below a bar, or ^C
             raise typer.Exit(130) from None
+        except SystemExit as stop:  # a trainer's that SIGTERM stopped says how to go on; Python prints the status only
+            if (message := getattr(stop, "message", None)) and int(os.environ.get("RANK", 0)) == 0:
+                print(message, file=sys.stderr)
+            raise
 
 
 def load_command(name):

@@ -238,6 +238,19 @@ def test_training_names_its_newest_checkpoint_and_goes_on_from_it(command, stude
     assert names(tmp_path) == ["out", "recipe.yaml"] and len([e for e in log if "loss" in e]) == 3
 
 
+def test_a_run_that_sigterm_stopped_says_how_to_go_on(tmp_path, monkeypatch):
+    from xlstm_hybrid.pipeline import Run
+    from xlstm_hybrid.training.resume import Interrupted
+
+    def stopped(self):
+        raise Interrupted("stopped by SIGTERM after step 2: start the same command again to go on")
+
+    monkeypatch.setattr(Run, "run", stopped)
+    result = call("run", SMOKE, "--out", tmp_path / "out")
+    assert result.exit_code == 143
+    assert result.stderr.splitlines()[-1] == "stopped by SIGTERM after step 2: start the same command again to go on"
+
+
 def test_cache_teacher_counts_its_shards_and_goes_on(tmp_path, monkeypatch):
     from xlstm_hybrid.pipeline import targets
 

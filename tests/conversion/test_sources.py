@@ -49,6 +49,12 @@ def renamed(directory, pattern, new):
     rewrite(directory, lambda weights: {re.sub(pattern, new, name, count=1): x for name, x in weights.items()})
 
 
+def nameless_adapter(directory):
+    adapter(directory)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "None"}))
+
+
 def adapter(directory, beside=False):
     base = directory.with_name("base")
     shutil.copytree(directory, base)
@@ -76,6 +82,10 @@ def classifier(directory):
 # what it is -> how it comes about, and what the message says
 OTHERS = {
     "an adapter": (adapter, r"llama: a PEFT adapter of base, not a model of its own; merge it .*merge_and_unload\(\)"),
+    "an adapter of a model without a path": (
+        nameless_adapter,
+        r"llama: a PEFT adapter, .*does not say of which model: save that model, write its directory",
+    ),
     "a model and an adapter": (
         lambda d: adapter(d, beside=True),
         r"llama: a model and a PEFT adapter of base in one directory, .* move the files adapter_\*",

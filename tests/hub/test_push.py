@@ -100,6 +100,20 @@ def test_everything_that_is_on_no_list_is_named_at_once(folder):
         assert f"{name}: is not a file that a checkpoint needs" in text
     assert "modeling.py: is code; allow it" in text and "logs/: is a folder" in text and "vocab.json: is a link" in text
     assert "README.md: is missing (xlstm-hybrid card writes it)" in text and "9 findings" in text
+    assert "see docs/finetune.md, Card and upload. Remove the other findings, then write" in text
+
+
+def test_what_is_missing_need_not_be_removed(folder):
+    for name in ("README.md", "manifest.json", "provenance.json"):
+        (folder / name).unlink()
+    text = refused(folder)
+    assert "3 findings" in text and text.endswith("see docs/finetune.md, Card and upload") and "Remove" not in text
+
+
+def test_much_code_is_one_finding_with_the_option(folder):
+    for letter in "abcde":
+        (folder / f"{letter}.py").write_text("x = 1\n")
+    assert "1 findings: a.py, b.py, c.py and 2 more: are code; allow it with --code if" in refused(folder)
 
 
 def test_code_leaves_only_on_demand_and_with_its_map(folder):

@@ -166,6 +166,30 @@ def test_a_program_that_is_wrong_is_noticed(folder, tmp_path):
         run_programs(tmp_path / "wrong.md")
 
 
+LOADS = re.compile(r"\bAuto(Peft)?Model\w*\.from_pretrained")
+KNOWN = re.compile(r"^(import xlstm_hybrid\b|from xlstm_hybrid[\w.]* import)", re.MULTILINE)
+
+
+def unknown_to_auto(text):
+    """Whether a program loads with an Auto class and has not imported this package before, so that a process of its own
+    would not know students.
+    """
+    load, known = LOADS.search(text), KNOWN.search(text)
+    return bool(load) and (known is None or known.start() > load.start())
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if of(path, "python")], ids=name_of)
+def test_what_loads_with_an_auto_class_imports_the_package_in_the_same_block(path):
+    assert [block.text for block in of(path, "python") if unknown_to_auto(block.text)] == []
+
+
+def test_a_block_without_the_import_is_noticed():
+    load = 'AutoModelForCausalLM.from_pretrained("student")'
+    assert unknown_to_auto(load) and unknown_to_auto(f"{load}\nimport xlstm_hybrid")
+    assert unknown_to_auto('AutoPeftModelForCausalLM.from_pretrained("a")')
+    assert not unknown_to_auto(f"from xlstm_hybrid.model import adapters\n{load}")
+
+
 # --- commands -----------------------------------------------------------------------------------------------------
 
 

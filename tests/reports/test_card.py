@@ -276,7 +276,9 @@ def test_no_number_comes_from_anywhere_but_the_record(tmp_path):
 
 
 def test_a_checkpoint_without_a_record_has_no_card(tmp_path):
-    with pytest.raises(CheckpointError, match="no provenance.json, expected a record of its stages"):
+    with pytest.raises(
+        CheckpointError, match="no provenance.json, expected a record of its stages.* see docs/finetune.md"
+    ):
         write_card(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

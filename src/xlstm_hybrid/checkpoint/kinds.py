@@ -75,14 +75,20 @@ def check_layout(directory, name=None, files=None, weights=True, config=True):
 
 def adapter(directory, whole):
     """What a directory with an adapter_config.json is, and the step."""
-    base = "its base model"
+    base = None
     with suppress(OSError, ValueError, AttributeError):
-        base = json.loads((directory / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or base
-        base = Path(base).name if Path(base).is_absolute() else base
+        base = json.loads((directory / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    nameless = base in (None, "", "None")  # peft writes "None" for a model that was not loaded from a path
+    base = "its base model" if nameless else Path(base).name if Path(base).is_absolute() else base
     if whole:
         return (
             f"a model and a PEFT adapter of {base} in one directory, and transformers would load {base} with the adapter; "
             "move the files adapter_* to another directory, or the others"
+        )
+    if nameless:
+        return (
+            "a PEFT adapter, not a model of its own, and adapter_config.json does not say of which model: save that model, write its "
+            "directory there as base_model_name_or_path, then merge the adapter into it with peft's merge_and_unload()"
         )
     return (
         f"a PEFT adapter of {base}, not a model of its own; merge it into {base} and name OUT instead: "

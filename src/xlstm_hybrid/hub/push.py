@@ -55,6 +55,7 @@ class Parcel:
 
 def unlisted(folder, code):
     """Names that are not on the list of what a checkpoint holds, links and folders; in words."""
+    programs = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
@@ -69,7 +70,11 @@ def unlisted(folder, code):
         elif not CODE.fullmatch(name):
             yield f"{name}: is not a file that a checkpoint needs"
         elif not code:
-            yield f"{name}: is code; allow it if this checkpoint is meant to run with trust_remote_code"
+            programs.append(name)
+    if programs:
+        shown = ", ".join(programs[:3]) + f" and {len(programs) - 3} more" * (len(programs) > 3)
+        verb = "is" if len(programs) == 1 else "are"
+        yield f"{shown}: {verb} code; allow it with --code if this checkpoint is meant to run with trust_remote_code"
 
 
 def findings(text, names=()):
@@ -211,14 +216,20 @@ def inspect_folder(folder, repo, *, code=False):
         paths = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
         wrong += [f"{name}: is not listed in {MANIFEST}" for name in paths if name not in {*listed, MANIFEST}]
         if not code and "auto_map" in read_json(folder / CONFIG, folder.name):
-            wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code")
+            wrong.append(f"{CONFIG}: auto_map names code; remove it, or allow code with --code")
         names = own_names()
         wrong += [text for path in paths.values() for text in inspect(path, names)]
         wrong += weight_faults(folder)
     if wrong:
+        steps = []
+        if missing:
+            steps.append(
+                "Stages of this package write what is missing; for another trainer's student see docs/finetune.md, Card and upload"
+            )
+        if len(wrong) > len(missing):
+            steps.append(f"Remove {'the other findings' if missing else 'these'}, then write manifest and card again")
         raise ShareError(
-            f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. Remove these, then write manifest "
-            "and card again"
+            f"{folder.name} must not be shared as it is, {len(wrong)} findings: {'; '.join(wrong)}. {'. '.join(steps)}"
         )
     files = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     files[MANIFEST] = ((folder / MANIFEST).stat().st_size, None)

@@ -59,7 +59,8 @@ def adopt_cache(cache, config):
             if layer.get_seq_length() > 0:
                 raise CacheError(
                     f"cache: layer {j} is a filled {type(layer).__name__}, expected HybridCacheLayer; "
-                    "another model made it: start from DynamicCache(config=model.config)"
+                    "another model made it, or PEFT's prefix tuning, which has no state for the mLSTM (use lora_config): "
+                    "start from DynamicCache(config=model.config)"
                 )
             static = layer.is_compileable and not moving
             more = {"capacity": capacity} if capacity else {}

@@ -56,7 +56,8 @@ def write_card(directory, results=None):
     stages = read_provenance(directory)
     if not stages:
         raise CheckpointError(
-            f"{directory.name}: no {PROVENANCE}, expected a record of its stages: a card says only what stages recorded"
+            f"{directory.name}: no {PROVENANCE}, expected a record of its stages: a card says only what stages "
+            "recorded; for another trainer's student see docs/finetune.md, Card and upload"
         )
     scored, compared = part(last(stages, "evaluate"), "figures"), last(stages, "compare")
     if results is not None:
