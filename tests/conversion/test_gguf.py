@@ -3,6 +3,7 @@ leave out of the file is put in or refused.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -176,6 +177,9 @@ def test_the_file_is_a_teacher_to_every_command(tokenizer, tmp_path):
     command = ["convert", str(tmp_path), str(tmp_path / "out"), "--gguf-file", "tiny.gguf", "--sliding-window", "8"]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0 and "Transfer from tiny.gguf (llama, float32)" in result.output
+    assert re.search(
+        r"out: a student of \d+ layers; next: xlstm-hybrid verify .*out$", result.output.replace("\n", " ").strip()
+    )
 
 
 # --- what transformers leaves out ------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ REFUSALS = {
         r"'qwen3_5_moe' has pictures beside text, which no student has; convert its text model, which this writes: python -c "
         r".*; or choose a teacher of one of the supported families: llama.*olmoe[^/]*$",
     ),
+    "names of a text model beside pictures, which transformers reads for other families only": (
+        lambda d: rewrite(d, lambda w: {k.replace("model.", "model.language_model."): x for k, x in w.items()}),
+        CheckpointError,
+        "without a place in the student .model.language_model",
+    ),
     "a cap": (
         lambda d: edit_config(d, model_type="gemma2"),
         UnsupportedTeacherError,

@@ -376,7 +376,7 @@ def family_of(config):
             f"teacher configuration: model_type {kind!r} is a student, made by a conversion already; go on with it (align, "
             "distill), or convert the Transformer that its provenance.json names"
         )
-    if kind in REFUSED:
+    if kind in REFUSED and kind not in FAMILIES:
         text = f"convert its text model, which this writes: {TEXT_MODEL[kind]}; or " if kind in TEXT_MODEL else ""
         raise UnsupportedTeacherError(
             f"teacher configuration: model_type {kind!r} has {REFUSED[kind]}, which no student has; {text}choose a teacher of "
