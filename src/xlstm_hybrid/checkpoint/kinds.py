@@ -92,7 +92,7 @@ def adapter(directory, whole):
         )
     return (
         f"a PEFT adapter of {base}, not a model of its own; merge it into {base} and name OUT instead: "
-        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        'python -c "import xlstm_hybrid; from peft import AutoPeftModelForCausalLM as M; '
         "M.from_pretrained('DIR', dtype='auto').merge_and_unload().save_pretrained('OUT')\", "
         f"and copy the tokenizer's files of DIR or {base} to OUT"
     )
