@@ -222,6 +222,7 @@ def result_of(out, arm, seed=0):
     return json.loads((out / "results/llama" / arm / f"{seed}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_failure_is_written_down_and_the_others_go_on(ran):
     _, out, states = ran
     assert {arm for arm, state in states.items() if state == runner.FAILED} == {"broken", "after-broken"}
@@ -230,6 +231,7 @@ def test_a_failure_is_written_down_and_the_others_go_on(ran):
     assert "starts from llama/broken/0, which is failed" in result_of(out, "after-broken")["error"]
 
 
+@pytest.mark.slow
 def test_a_result_says_what_was_read_and_what_came_of_it(ran):
     _, out, _ = ran
     found = result_of(out, "hybrid")
@@ -246,6 +248,7 @@ def test_a_result_says_what_was_read_and_what_came_of_it(ran):
     assert list(result_of(out, "rollouts")["facts"]["tokens"]) == ["on_policy"]
 
 
+@pytest.mark.slow
 def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_things(ran, minute, monkeypatch):
     arena, out, _ = ran
     experts = {}
@@ -269,6 +272,7 @@ def test_merged_experts_are_the_weighted_mean_of_two_that_learned_different_thin
     torch.testing.assert_close(merged[name], load_float32(out / "students/llama/experts/0").state_dict()[name])
 
 
+@pytest.mark.slow
 def test_restored_modules_are_the_teachers_again_and_the_others_what_training_left(ran, minute):
     _, out, _ = ran
     trained, restored = (load_float32(out / "students/llama" / arm / "0").state_dict() for arm in ("lora", "restored"))
@@ -278,6 +282,7 @@ def test_restored_modules_are_the_teachers_again_and_the_others_what_training_le
     assert all(torch.equal(x, trained[name]) for name, x in restored.items() if name not in same)
 
 
+@pytest.mark.slow
 def test_frozen_modules_are_the_teachers_after_training(ran, minute):
     _, out, _ = ran
     teacher, frozen = (
@@ -288,6 +293,7 @@ def test_frozen_modules_are_the_teachers_after_training(ran, minute):
     assert same == {"q_proj", "k_proj"}
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
     arena, out, _ = ran
     path, student = out / "results/llama/lora/0.json", out / "students/llama/lora/0/model.safetensors"
@@ -310,6 +316,7 @@ def test_a_finished_job_is_kept_and_a_changed_one_waits_for_redo(ran, minute):
     assert student.stat().st_mtime_ns != before[1]
 
 
+@pytest.mark.slow
 def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_taken(ran, tmp_path):
     arena, out, _ = ran
     job = runner.ArenaJob("llama", "sparse-free", 0, tmp_path)
@@ -322,6 +329,7 @@ def test_a_result_whose_bytes_miss_a_part_of_the_cache_is_not_taken(ran, tmp_pat
     assert runner.status_of(arena, job)[0] == runner.STALE
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(ran, tmp_path):
     arena, out, _ = ran
     job = runner.ArenaJob("llama", "hybrid", 0, tmp_path)
@@ -357,12 +365,14 @@ def test_an_arm_of_one_teacher_is_a_job_of_that_teacher_alone(minute, tmp_path):
         runner.choose_jobs(arena, tmp_path, only=["one"])
 
 
+@pytest.mark.slow
 def test_an_arm_brings_those_that_it_starts_from(ran):
     arena, out, _ = ran
     assert [job.arm for job in runner.choose_jobs(arena, out, ["rollouts"], [0])] == ["teacher", "hybrid", "rollouts"]
     assert [job.arm for job in runner.choose_jobs(arena, out, None, [0], tier=1)] == ["teacher", "hybrid"]
 
 
+@pytest.mark.slow
 def test_a_job_waits_while_the_arm_that_it_starts_from_runs(ran):
     arena, out, _ = ran
     first, then = (runner.ArenaJob("llama", arm, 7, out) for arm in ("hybrid", "rollouts"))

@@ -72,6 +72,7 @@ def whole(files):
     return SimpleNamespace(out=out, found=found, words=words)
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_tiny_sizes(whole):
     wrong = {name: part for name, part in whole.found.items() if part["state"] != "done"}
     assert not wrong and list(whole.found) == [part.name for part in gpu.PARTS]
@@ -87,6 +88,7 @@ def test_every_part_runs_at_tiny_sizes(whole):
     assert "prefill" not in results["llama-3.1-8b"]["rows"][1] and "decode" in results["llama-3.1-8b"]["rows"][1]
 
 
+@pytest.mark.slow
 def test_one_file_has_everything_and_the_students_are_small(whole):
     from xlstm_hybrid.conversion.load import load_model
 
@@ -99,6 +101,7 @@ def test_one_file_has_everything_and_the_students_are_small(whole):
         assert config["dtype"] == "bfloat16" and load_model(whole.out / "students" / name, "bfloat16") is not None
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_nothing_twice_and_goes_on_with_what_failed(whole, capsys):
     def never(run, job):
         pytest.fail(f"{job.file.stem} ran again")
@@ -113,6 +116,7 @@ def test_the_same_command_runs_nothing_twice_and_goes_on_with_what_failed(whole,
     assert "evaluation: kept from an earlier run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_teacher_is_refused(whole):
     words = [word.replace("tiny-llama", "other") for word in whole.words]
     with pytest.raises(

@@ -478,9 +478,9 @@ def walked(name, folder, quick):
     assert not wrong, "\n".join(wrong)
 
 
-# the sweep of an export is the longest by far
+# the longest sweeps
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "export" else ()) for name in COMMANDS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("export", "merge") else ()) for name in COMMANDS]
 )
 def test_an_operation_that_goes_wrong_leaves_old_or_new_and_the_command_can_be_repeated(name, tmp_path):
     walked(name, tmp_path, quick=True)
