@@ -360,7 +360,7 @@ def test_a_decoded_token_costs_no_more_operations_than_it_did():
     assert each <= 29 and rest <= 35, (each, rest)  # 26 with transformers 5.24, 35 with 5.17
     with uncompiled():
         plain, plain_rest = operations()
-    assert plain <= 178 and plain_rest <= 30, (plain, plain_rest)
+    assert plain <= 178 and plain_rest <= 38, (plain, plain_rest)  # 30 and 38
     assert each < operations(tiny_llama)[0]
 
 
