@@ -24,6 +24,7 @@ from xlstm_hybrid.conversion.families import FAMILIES, family_of, student_config
 from xlstm_hybrid.conversion.gguf import is_gguf, package_of
 from xlstm_hybrid.conversion.load import dtype_named, load_model, parameter_dtype
 from xlstm_hybrid.conversion.source import local_source, open_teacher
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.errors import CheckpointError, ConfigError, UnsupportedTeacherError
 from xlstm_hybrid.model.mixer import MLSTMMixer
 from xlstm_hybrid.model.modeling import XLSTMHybridForCausalLM
@@ -321,4 +322,4 @@ def load_teaching(checkpoint, dtype="float32", revision=None, device=None):
         return load_model(checkpoint, dtype, revision, device)
     require_intact(source)
     model = from_teacher(XLSTMHybridForCausalLM, source, layer_types="teacher", dtype=dtype)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.to(device or device_of())

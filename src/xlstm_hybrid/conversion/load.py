@@ -15,6 +15,7 @@ from xlstm_hybrid.checkpoint.kinds import check_language_model, model_names
 from xlstm_hybrid.checkpoint.weights import GENERATION
 from xlstm_hybrid.conversion.gguf import gguf_tokenizer, is_gguf, read_gguf
 from xlstm_hybrid.conversion.source import local_source
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.errors import CheckpointError, ConfigError, XLSTMHybridError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +100,7 @@ def load_model(checkpoint, dtype="float32", revision=None, device=None):
     """
     if dtype not in DTYPES:
         raise ConfigError(f"teacher_dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_of()
     if is_gguf(checkpoint):
         return read_gguf(checkpoint, DTYPES[dtype])[0].to(device)
     local = Path(checkpoint).exists()

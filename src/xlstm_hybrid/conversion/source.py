@@ -81,10 +81,7 @@ class DirectoryTeacher:
                 if any(x is None or x != described[0] for x in described):
                     continue
                 (rows, columns), dtype = described[0]
-                self.parts[f"{prefix}.{joined}"] = parts
-                self.tensors[f"{prefix}.{joined}"] = [len(experts), len(kinds) * rows, columns], dtype
-                for part in parts:
-                    del self.tensors[part]
+                self.join(f"{prefix}.{joined}", parts, [len(experts), len(kinds) * rows, columns], dtype)
 
     def join_convolutions(self):
         """Have one tensor for the convolutions of queries, keys and values, as transformers' OLMo-Hybrid has."""
@@ -94,10 +91,13 @@ class DirectoryTeacher:
             if any(x is None or x[1] != described[0][1] or x[0][1:] != described[0][0][1:] for x in described):
                 continue
             rows = sum(shape[0] for shape, _ in described)
-            self.parts[f"{match[1]}.conv1d.weight"] = parts
-            self.tensors[f"{match[1]}.conv1d.weight"] = [rows, *described[0][0][1:]], described[0][1]
-            for part in parts:
-                del self.tensors[part]
+            self.join(f"{match[1]}.conv1d.weight", parts, [rows, *described[0][0][1:]], described[0][1])
+
+    def join(self, name, parts, shape, dtype):
+        """Have the tensor `name` in the place of `parts`, of which it is made up in this order."""
+        self.parts[name], self.tensors[name] = parts, (shape, dtype)
+        for part in parts:
+            del self.tensors[part]
 
     def read_json(self, file):
         path = self.path / file

@@ -1,11 +1,11 @@
-"""The device that a command's `--device` names."""
+"""The device to run on, as a command's `--device` names it."""
 
 import torch
 
 from xlstm_hybrid.errors import ConfigError
 
 
-def device_of(asked):
+def device_of(asked=None):
     """Name of the device to run on; of None and "auto" a GPU if there is one.
 
     Raises:

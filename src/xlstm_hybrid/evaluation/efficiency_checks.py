@@ -16,10 +16,8 @@ from xlstm_hybrid.errors import CheckpointError
 from xlstm_hybrid.evaluation.efficiency import Side, measure_pair, new_cache
 from xlstm_hybrid.evaluation.equivalence import Result, default_length, verify
 from xlstm_hybrid.model.cache_names import named
+from xlstm_hybrid.model.configuration import PER_LAYER
 from xlstm_hybrid.model.generation_checks import bound_of
-
-# Fields of a student's config with an entry per layer.
-PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups", "rope_layers")
 
 
 def load_checkpoint(path, dtype, device):

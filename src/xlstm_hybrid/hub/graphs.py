@@ -86,11 +86,8 @@ def refuse_config(config, what):
         )
     if getattr(config, "quantization_config", None):
         wrong.append("its weights are quantised, expected float32, bfloat16 or float16")
-    for kind in config.attention_types:
-        if (rope := config.rope_parameters_of(kind).get("rope_type", "default")) not in STEADY_ROPES:
-            wrong.append(
-                f"rope_type={rope!r}, whose angles depend on the text's length; expected one of {STEADY_ROPES}"
-            )
+    for rope in config.uneven_ropes.values():
+        wrong.append(f"rope_type={rope!r}, whose angles depend on the text's length; expected one of {STEADY_ROPES}")
     if wrong:
         raise ConfigError(
             f"{what}: {'; '.join(wrong)}. A graph has the paper's layer and a state of constant size; serve this student with "

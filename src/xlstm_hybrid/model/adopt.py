@@ -31,7 +31,7 @@ def adopt_cache(cache, config):
     kept_groups, depth = fields["kept_groups"], fields["num_hidden_layers"]
     # Layers without fixed addresses: the masks beside a static one would be wrong
     moving = any(kept_groups or ()) or capacity > 0 or fields["mixer_combine"] == "joint"
-    moving = moving or LINEAR in fields["layer_types"]
+    moving |= LINEAR in fields["layer_types"]
     # less than there are while early layers draft: what nothing will fill cannot be cropped either
     if not any(in_use(layer) for layer in cache.layers[depth:]):
         del cache.layers[depth:]

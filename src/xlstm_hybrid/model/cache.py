@@ -244,9 +244,7 @@ class HybridCacheLayer(Rollback, StateLayer):
             self.keys, self.values, self.count = (change(x) for x in (self.keys, self.values, self.count))
         if self.kept is not None:
             self.kept.map(change)
-        if self.base is not None:
-            self.base._tensors(change)
-            self.calls = [call.map(change) for call in self.calls]
+        self.map_record(change)
 
     def reset(self):
         """Empty the layer; the memory of a static one is used again."""

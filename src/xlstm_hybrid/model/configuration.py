@@ -23,6 +23,8 @@ LINEAR_SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
 )
+# fields with an entry per layer
+PER_LAYER = ("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups", "rope_layers")
 COMBINATIONS, GATE_INPUTS = ("gate", "joint"), ("qkv", "x")
 BRANCHES, CELLS = ("both", "memory", "window"), ("mlstm", "linear", "delta")
 STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the whole text
@@ -321,10 +323,7 @@ class XLSTMHybridConfig(StudentConfig):
         wrong, n, H, G = [], self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads
         if H % G:
             wrong.append(f"num_attention_heads={H} is no multiple of num_key_value_heads={G}")
-        for name in (
-            *("layer_types", "teacher_layer_types", "layer_windows", "layer_sinks", "kept_groups"),
-            "rope_layers",
-        ):
+        for name in PER_LAYER:
             if (entries := getattr(self, name)) is not None and len(entries) != n:
                 wrong.append(f"{name} has {len(entries)} entries for num_hidden_layers={n}")
         for name, allowed in (("layer_types", LAYER_TYPES), ("teacher_layer_types", TEACHER_LAYER_TYPES)):
@@ -523,6 +522,12 @@ class XLSTMHybridConfig(StudentConfig):
     def rope_parameters_of(self, layer_type):
         """The flat RoPE dict of a teacher layer type: its own where the teacher has several."""
         return self.rope_parameters.get(layer_type, self.rope_parameters)
+
+    @property
+    def uneven_ropes(self):
+        """`{kind of layer: rope_type}` of RoPE whose angles depend on the length of the whole text, see `STEADY_ROPES`."""
+        ropes = {kind: self.rope_parameters_of(kind).get("rope_type", "default") for kind in self.attention_types}
+        return {kind: rope for kind, rope in ropes.items() if rope not in STEADY_ROPES}
 
 
 def attention_reach(config, kinds=("hybrid_sliding", *ATTENTION)):

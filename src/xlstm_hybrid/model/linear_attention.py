@@ -184,9 +184,7 @@ class LinearCacheLayer(Rollback, StateLayer):
     def _tensors(self, change):
         if self.is_initialized:
             self.put(*(change(x) for x in self.tensors()))
-        if self.base is not None:
-            self.base._tensors(change)
-            self.calls = [call.map(change) for call in self.calls]
+        self.map_record(change)
 
     def reset(self):
         self.states, self.is_initialized, self.seen_tokens = Cache(layers=[StockLayer()]), False, 0

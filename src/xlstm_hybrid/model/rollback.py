@@ -127,6 +127,12 @@ class Rollback:
         """Drop the record; a new one starts with the next call."""
         self.base, self.calls = None, []
 
+    def map_record(self, change):
+        """Replace every tensor x of the record by change(x), as `_tensors` does with the layer's."""
+        if self.base is not None:
+            self.base._tensors(change)
+            self.calls = [call.map(change) for call in self.calls]
+
     @property
     def recorded(self):
         """Number of last tokens that can be taken back."""

@@ -15,6 +15,7 @@ from xlstm_hybrid.conversion.source import local_source
 from xlstm_hybrid.data import collate, open_streams, packed_rows
 from xlstm_hybrid.data import toy_domains as tasks
 from xlstm_hybrid.data.long_context import KINDS
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.agreement import agreement
@@ -215,7 +216,7 @@ def run_lm_eval(recipe, side, model, out, redo=False, report=lambda line: None):
     Returns:
         {unit: what `run_harness` returns}
     """
-    warn_if_slow("cuda" if torch.cuda.is_available() else "cpu", recipe.teacher_dtype, "teacher_dtype")
+    warn_if_slow(device_of(), recipe.teacher_dtype, "teacher_dtype")
     name, source = (last_part(model), source_of(recipe, model)) if side == "teacher" else (side, model)
     options = replace(harness_options(recipe, redo=redo), name=name)
     return run_harness(source, units_of(recipe.evaluate), out, options, report)
@@ -285,7 +286,7 @@ def compare_with_teacher(recipe, teacher, folder, out, units=None):
 
 def measure_efficiency(recipe, teacher, student, report=lambda text: None):
     """The efficiency report of teacher and student on this machine, in the dtype that the recipe teaches in."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_of())
     warn_if_slow(device.type, recipe.teacher_dtype, "teacher_dtype")
     sides, names = (source_of(recipe, teacher), student), ("student", last_part(teacher))
     how = {"names": names, "dtype": recipe.teacher_dtype, "report": report}

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from xlstm_hybrid.checkpoint.files import write_json
 from xlstm_hybrid.conversion.load import load
 from xlstm_hybrid.data import open_streams, packed_rows
 from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.evaluation.scores import exact_match, perplexity
 from xlstm_hybrid.merging.merge import merge
@@ -138,7 +138,7 @@ def write_statistics(expert, rows, out, method, settings=None):
     options = {name: settings[name] for name in ("labels", "seed") if name in settings and method == "fisher"}
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of()
     batches = batches_of(rows, settings["batch_size"])
     return measure_statistics(expert, batches, out, NEED_STATISTICS[method], device, **options)
 

@@ -10,13 +10,12 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from xlstm_hybrid.checkpoint.digests import require_intact
 from xlstm_hybrid.checkpoint.files import add_provenance, read_provenance, staged, write_json, write_manifest
 from xlstm_hybrid.conversion.convert import convert
 from xlstm_hybrid.conversion.gguf import is_gguf, package_of
 from xlstm_hybrid.data import toy_domains as tasks
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.errors import CheckpointError, ConfigError, EvaluationError
 from xlstm_hybrid.evaluation.comparison import paired_verdict, record_comparison
 from xlstm_hybrid.evaluation.equivalence import checks_as_json, verify_checkpoint, wrapping_length
@@ -253,7 +252,7 @@ class Run(Runner):
 
     def verify(self, student):
         """Whether the student generates what it is; texts of one that does not are never scored."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_of()
         results = verify_checkpoint(student, length=wrapping_length, device=device, only=CHECKS)
         return checks_as_json(results, student=Path(student).name)
 

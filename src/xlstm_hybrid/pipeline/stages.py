@@ -32,6 +32,7 @@ from xlstm_hybrid.checkpoint.files import (
 from xlstm_hybrid.conversion.convert import load_teaching
 from xlstm_hybrid.conversion.load import load, load_tokenizer
 from xlstm_hybrid.data import collate, joint_prompts, packed_rows, prompts, train_dataset
+from xlstm_hybrid.environment.devices import device_of
 from xlstm_hybrid.environment.precision import warn_if_slow
 from xlstm_hybrid.errors import CheckpointWriteError, ConfigError, StoreError
 from xlstm_hybrid.pipeline.settings import is_main, row_count, trainer_config
@@ -172,7 +173,7 @@ def calibrate(student, out, recipe, overwrite=False, tokens=None, report=lambda 
     size = max(1, CALIBRATION_BATCH // recipe.length)
     parts = (packed_rows(recipe, tokenizer, count, test=test) for count, test in ((rows, False), (-(-rows // 4), True)))
     fitted, held_out = (without_labels(batches_of(part, size)) for part in parts)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of()
     return calibrate_streamed(student, out, fitted, held_out, device, overwrite=overwrite, report=report)
 
 

@@ -12,7 +12,7 @@ from xlstm_kernels import MLSTMState
 from xlstm_hybrid.errors import ConfigError
 from xlstm_hybrid.model.cache import HybridCacheLayer, SlidingLayer, with_slots
 from xlstm_hybrid.model.cache_names import named
-from xlstm_hybrid.model.configuration import LINEAR, STEADY_ROPES
+from xlstm_hybrid.model.configuration import LINEAR
 from xlstm_hybrid.model.experimental.variants import cache_layer_of
 from xlstm_hybrid.model.linear_attention import LinearCacheLayer
 
@@ -24,8 +24,7 @@ def refuse_unshared(config):
             f"serve: a student with mixer_combine={config.mixer_combine!r} and sparse_memory={config.sparse_memory}, expected 'gate' and 0: "
             "the rows of its cache cannot join; answer with generate()"
         )
-    ropes = {config.rope_parameters_of(kind).get("rope_type", "default") for kind in config.attention_types}
-    if uneven := sorted(ropes - set(STEADY_ROPES)):
+    if uneven := sorted(config.uneven_ropes.values()):
         raise ConfigError(
             f"serve: a student with rope_type={uneven[0]!r}, expected one whose angles do not depend on the longest text of a step: a row would "
             "change its neighbours' answers; answer with generate()"

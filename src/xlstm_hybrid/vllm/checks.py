@@ -68,13 +68,12 @@ def wrong_student(config):
     if config.norm_position not in NORMS:
         traits["norm_position"] = config.norm_position
     for kind in config.attention_types:
-        parameters = config.rope_parameters_of(kind)
-        if (part := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+        if (part := config.rope_parameters_of(kind).get("partial_rotary_factor", 1.0)) != 1.0:
             traits["partial_rotary_factor"] = part
-        if (rope := parameters.get("rope_type", "default")) not in STEADY_ROPES:
-            wrong.append(
-                f"rope_type={rope!r} of {kind} depends on the longest text of the batch; expected one of {STEADY_ROPES}"
-            )
+    for kind, rope in config.uneven_ropes.items():
+        wrong.append(
+            f"rope_type={rope!r} of {kind} depends on the longest text of the batch; expected one of {STEADY_ROPES}"
+        )
     if traits:
         found = ", ".join(f"{name}={value!r}" for name, value in sorted(traits.items()))
         wrong.append(f"its teacher has traits that the plugin does not calculate: {found}")

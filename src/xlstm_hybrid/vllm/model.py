@@ -137,7 +137,7 @@ class XLSTMHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 h = self.mix(attention, inputs, heads, where, self.states[j], parts[j])
             if attention.split is not None:
                 h = attention.split.join(h, kept, 1)
-            x = layer.finish(x, attention.o_proj(h.view(*x.shape[:2], -1)))
+            x = layer.finish(x, attention.output(h.view(*x.shape[:2], -1, attention.head_dim), heads))
         return self.model.norm(x).flatten(0, 1)
 
     def keep(self, layer_idx, attention, projected, positions):
